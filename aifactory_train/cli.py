@@ -1,0 +1,92 @@
+"""The command line. Every command lives in its own module and is imported only when it is called, so that ``--help`` and the
+login-node commands answer at once and without torch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+from aifactory_train import __version__
+from aifactory_train.errors import EXIT_FAILED, UserError, did_you_mean
+
+#: command -> one line of help; the code is in aifactory_train/commands/<command>.py
+COMMANDS = {
+    "sites": "the 32 AI Factories and Antennas, or one system's facts with sources",
+    "recipes": "recipes by sector, or one resolved",
+    "fetch": "model and data into the cache, with digests and licences (the only command that uses the network)",
+    "prepare": "validate, tokenise and mask the data; --inspect shows what is supervised",
+    "plan": "memory, strategy, speed and cost of a recipe at a site, with reasons",
+    "train": "the training process itself (what torchrun, srun or mpirun start)",
+    "launch": "run a recipe here, or write, check and submit the batch script of a site",
+    "status": "state, attempts and cause of a run",
+    "logs": "show or follow the logs of a run",
+    "stop": "ask a run to save and stop, or cancel it",
+    "eval": "score rows with a trained run",
+    "chat": "answer prompts with a trained run",
+    "export": "adapter or merged weights for the ecosystem, behind a logits gate",
+    "report": "what a run did, as a table or JSON",
+    "kernels": "list, check, tune and measure the Triton kernels",
+    "env": "the software environment of a site",
+    "doctor": "what is here: versions, devices, launchers, what would be chosen",
+    "config": "JSON Schema of recipes for editors; the resolved tree of a recipe",
+}
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser; only ``command`` gets its own arguments, the others keep their help line."""
+    parser = argparse.ArgumentParser(
+        prog="aifactory",
+        description="Fine-tune language models on Europe's AI Factories, from a laptop to a thousand GPUs.",
+        epilog="Exit codes: 0 done, 1 failed, 2 refused (the message names the fix), 75 stopped and resumable.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"aifactory-train {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, text in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        if name == command:
+            module = importlib.import_module(f"aifactory_train.commands.{name}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = next((a for a in argv if not a.startswith("-")), None)
+    if command is not None and command not in COMMANDS:
+        print(f"aifactory: unknown command '{command}'{did_you_mean(command, COMMANDS)}", file=sys.stderr)
+        print("  fix: 'aifactory --help' lists the commands", file=sys.stderr)
+        return 2
+    try:
+        args = build_parser(command).parse_args(argv)
+        if args.command is None:
+            build_parser(None).print_help()
+            return 0
+        return int(args.run(args) or 0)
+    except UserError as error:
+        print(f"aifactory {command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        if os.environ.get("AIFACTORY_DEBUG") or (error.name or "").startswith("aifactory_train"):
+            raise
+        print(f"aifactory {command}: the Python package '{error.name}' is not installed here", file=sys.stderr)
+        print(
+            "  fix: pip install -c constraints.txt 'aifactory-train[train]' (extras: train, deepspeed, mpi, triton, qlora, test)",
+            file=sys.stderr,
+        )
+        return 2
+    except BrokenPipeError:
+        # The reader (head, less) went away; close quietly as other tools do.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

