@@ -214,9 +214,7 @@ class EvalConfig(Strict):
     )
     before: bool = True
     after: bool = True
-    metrics: list[Literal["bits_per_byte", "perplexity", "exact_match", "token_f1"]] = Field(
-        default_factory=lambda: ["bits_per_byte", "perplexity"]
-    )
+    metrics: list[Literal["bits_per_byte", "perplexity", "exact_match", "token_f1"]] = ["bits_per_byte", "perplexity"]
     generate_rows: int = Field(32, ge=0, description="Rows answered by generation for exact_match and token_f1.")
     max_new_tokens: int = Field(64, ge=1)
     samples: int = Field(3, ge=0, description="Answers kept in eval.json as examples.")
@@ -400,8 +398,9 @@ def _collect_lines(node: yaml.Node | None, path: tuple, lines: dict[tuple, int])
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            lines[(*path, key.value)] = key.start_mark.line + 1
-            _collect_lines(value, (*path, key.value), lines)
+            below = (*path, key.value)
+            lines[below] = key.start_mark.line + 1
+            _collect_lines(value, below, lines)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             _collect_lines(value, (*path, i), lines)
@@ -587,7 +586,8 @@ def _fields_at(location: tuple) -> list[str]:
         model = _block_of(field.annotation)
         if model is None:
             return []
-    return sorted(model.model_fields)
+    fields: dict[str, Any] = model.model_fields
+    return sorted(fields)
 
 
 def _block_of(annotation: Any) -> type[BaseModel] | None:

@@ -1,0 +1,233 @@
+"""Attention that stays inside each document, on every backend.
+
+The functions are registered in transformers' attention registry, so no model code is changed. Documents are described by
+their boundaries in the flattened batch, not by a mask: work grows with the square of the document's length, never with the
+length of the pack. transformers is asked for no mask at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from aifactory_train import compat
+from aifactory_train.errors import UserError
+
+#: names in transformers' registry
+PER_DOCUMENT = "aifactory_per_document"
+VARLEN = "aifactory_varlen"
+FLASH = "aifactory_flash"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a batch lie, over its flattened ``B * T`` positions.
+
+    ``lengths`` are host integers that add up to ``B * T`` (padded tails count as documents of their own); ``cu_seqlens``
+    is the int32 tensor ``[num_documents + 1]`` on the device that the variable-length kernels read.
+    """
+
+    lengths: list[int]
+    cu_seqlens: torch.Tensor
+    max_length: int
+
+    @staticmethod
+    def of(cu_seqlens: torch.Tensor, device: torch.device | str) -> Documents:
+        """From cumulative lengths on the host (no device synchronisation)."""
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+        return Documents(lengths, cu_seqlens.to(device, dtype=torch.int32, non_blocking=True), max(lengths, default=0))
+
+
+def _flat(states: torch.Tensor) -> torch.Tensor:
+    """``[B, H, T, D]`` -> ``[1, H, B * T, D]``."""
+    if states.shape[0] == 1:
+        return states
+    batch, heads, length, dim = states.shape
+    return states.transpose(0, 1).reshape(1, heads, batch * length, dim)
+
+
+def _reject(module: torch.nn.Module, length: int, kwargs: dict) -> None:
+    """Variants of attention that the per-document kernels do not compute are refused, never ignored."""
+    window = kwargs.get("sliding_window") or None
+    if window is not None and length > window:
+        raise UserError(
+            f"this model attends over a window of {window} tokens and a document has {length}",
+            where="data.sequence_length",
+            fix=f"--set data.sequence_length={window}",
+        )
+    if kwargs.get("softcap") is not None:
+        raise UserError("attention with soft-capped logits is not supported", where="model.base")
+    if kwargs.get("s_aux") is not None or getattr(module, "sinks", None) is not None:
+        raise UserError("attention with sinks is not supported", where="model.base")
+
+
+def per_document_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    documents: Documents | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Causal SDPA on each document. query ``[B, H, T, D]``, key/value ``[B, H_kv, T, D]`` -> ``[B, T, H, D]``."""
+    if documents is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        # Generation (one document, a cache): transformers' own path with its own mask rules.
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    _reject(module, documents.max_length, kwargs)
+    batch, heads, length, _ = query.shape
+    groups = heads // key.shape[1]
+    # split, not slices: the backward of split is one concatenation, that of a slice a full-size tensor per document
+    parts = zip(*(_flat(states).split(documents.lengths, dim=2) for states in (query, key, value)), strict=True)
+    outputs = [
+        F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=q.shape[2] > 1, scale=scaling, enable_gqa=groups > 1
+        )
+        for q, k, v in parts
+    ]
+    out = torch.cat(outputs, dim=2)  # [1, H, B*T, D]
+    return out.squeeze(0).transpose(0, 1).reshape(batch, length, heads, -1), None
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    documents: Documents | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """One variable-length kernel over all documents (``torch.nn.attention.varlen``); shapes as above."""
+    if documents is None:
+        return per_document_attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    _reject(module, documents.max_length, kwargs)
+    batch, heads, length, dim = query.shape
+    if scaling is not None:
+        # varlen_attn scales by 1/sqrt(D) in the versions that lack a scale argument: fold the difference into q
+        query = query * (scaling * dim**0.5) if abs(scaling * dim**0.5 - 1) > 1e-6 else query
+    q, k, v = (_flat(states).squeeze(0).transpose(0, 1).contiguous() for states in (query, key, value))
+    if heads != k.shape[1] and not compat.varlen_supports_gqa():
+        k, v = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (k, v))
+    attend = compat.varlen_attention()
+    extra = {"enable_gqa": True} if heads != k.shape[1] else {}
+    out = attend(
+        q,
+        k,
+        v,
+        documents.cu_seqlens,
+        documents.cu_seqlens,
+        documents.max_length,
+        documents.max_length,
+        **_causal(),
+        **extra,
+    )
+    return out.reshape(batch, length, heads, -1), None
+
+
+def _causal() -> dict:
+    """``varlen_attn``'s way to ask for causal attention changed from ``is_causal`` to a window."""
+    import inspect
+
+    parameters = inspect.signature(compat.varlen_attention()).parameters
+    return {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
+
+
+def flash_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    documents: Documents | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The flash-attn package's variable-length function; shapes as above."""
+    if documents is None:
+        return per_document_attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    from flash_attn import flash_attn_varlen_func
+
+    _reject(module, documents.max_length, kwargs)
+    batch, heads, length, _ = query.shape
+    q, k, v = (_flat(states).squeeze(0).transpose(0, 1).contiguous() for states in (query, key, value))
+    out = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        documents.cu_seqlens,
+        documents.cu_seqlens,
+        documents.max_length,
+        documents.max_length,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+    )
+    return out.reshape(batch, length, heads, -1), None
+
+
+def register() -> None:
+    """Make the functions known to transformers under their names, with masks switched off for them."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    def mask(*args, **kwargs):
+        # Packed training passes no attention_mask and needs none. Generation with padded prompts does pass one.
+        if kwargs.get("attention_mask") is None:
+            return None
+        return sdpa_mask(*args, **kwargs)
+
+    for name, function in (
+        (PER_DOCUMENT, per_document_attention),
+        (VARLEN, varlen_attention),
+        (FLASH, flash_attention),
+    ):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, mask)
+
+
+def choose(setting: str, device: str) -> tuple[str, str]:
+    """The registry name for ``model.attention`` on ``device`` and the reason, for the start-up report.
+
+    Raises :class:`UserError` if the wanted backend cannot run here.
+    """
+    has_varlen = compat.varlen_attention() is not None
+    if setting == "flash":
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "flash-attn is not installed", where="model.attention", fix="--set model.attention=auto"
+            ) from None
+        return FLASH, "asked for"
+    if setting == "varlen":
+        if device == "cpu" or not has_varlen:
+            raise UserError(
+                "torch's variable-length attention needs a GPU and torch >= 2.10",
+                where="model.attention",
+                fix="--set model.attention=per_document",
+            )
+        return VARLEN, "asked for"
+    if setting == "per_document":
+        return PER_DOCUMENT, "asked for"
+    if device != "cpu" and has_varlen:
+        return VARLEN, "GPU and torch >= 2.10"
+    return PER_DOCUMENT, "SDPA on each document: no variable-length kernel for this device and torch"

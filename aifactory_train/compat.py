@@ -1,0 +1,45 @@
+"""Every difference between the library versions that this project supports (torch 2.8 to 2.13) lives here."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def torch_version() -> tuple[int, int]:
+    """(major, minor) of torch, local suffixes such as ``+rocm6.4`` dropped."""
+    major, minor = torch.__version__.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
+
+
+def varlen_attention() -> Any | None:
+    """``torch.nn.attention.varlen.varlen_attn`` (torch >= 2.10), or None where this torch lacks it."""
+    if torch_version() < (2, 10):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def varlen_supports_gqa() -> bool:
+    """Whether ``varlen_attn`` takes fewer key/value heads than query heads by itself (torch >= 2.12)."""
+    return torch_version() >= (2, 12)
+
+
+def device_type() -> str:
+    """``cuda`` (NVIDIA, and AMD through ROCm) or ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def supports_bf16(device: str) -> bool:
+    """Whether the hardware computes in bf16; emulation (V100) does not count."""
+    if device == "cpu":
+        return True
+    if torch.version.hip:
+        return True
+    return torch.cuda.get_device_capability() >= (8, 0)

@@ -1,0 +1,339 @@
+"""The model: load it, check that this framework computes what the model computes, inject adapters, wrap it with its loss.
+
+``apply_*`` functions change the model in a fixed order (attention, adapters, trainable set, precision, kernels); what each
+did and why is collected in :class:`ModelReport`, printed once at start and stored in the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from aifactory_train import attention
+from aifactory_train.config import Recipe
+from aifactory_train.errors import UserError
+from aifactory_train.loss import linear_cross_entropy, token_nll
+
+#: Arguments of the configuration that change the logits in ways the chunked loss must know.
+_LOGIT_SOFTCAPS = ("final_logit_softcapping",)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class ModelReport:
+    """What was chosen for the model and why; printed at start and stored in ``run.yaml``'s companion."""
+
+    lines: list[tuple[str, str, str]] = field(default_factory=list)  # (what, choice, why)
+    parameters: int = 0
+    trainable: int = 0
+
+    def add(self, what: str, choice: str, why: str = "") -> None:
+        self.lines.append((what, choice, why))
+
+
+class CausalLM(nn.Module):
+    """A transformers causal language model (with or without peft) whose forward returns the summed loss.
+
+    The loss is part of the module so that sharding engines gather the output weight inside its forward, and so that one
+    call covers everything that needs gradients.
+    """
+
+    def __init__(self, model: nn.Module, loss_rows: int | None = None):
+        super().__init__()
+        self.model = model
+        self.loss_rows = loss_rows
+        self.logit_scale = _logit_scale(self.language_model.config)
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The transformers ``...ForCausalLM`` below peft's wrapper."""
+        base = getattr(self.model, "base_model", None)
+        return base.model if _is_peft(self.model) and base is not None else self.model
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.language_model.base_model if not _is_peft(self.language_model) else self.language_model.model
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """``[V, D]``; the embedding itself where the weights are tied."""
+        head = self.language_model.get_output_embeddings()
+        return head.weight
+
+    def hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: attention.Documents
+    ) -> torch.Tensor:
+        """Last hidden states ``[B * T, D]`` after the final norm."""
+        out = self.backbone(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, documents=documents
+        )
+        return out.last_hidden_state.flatten(0, 1)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        documents: attention.Documents,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        reduce: bool = True,
+    ) -> torch.Tensor:
+        """Loss over the supervised ``positions`` (int64 ``[N]`` into the flattened batch) with ``targets`` ``[N]``.
+
+        Returns the fp32 sum, or with ``reduce=False`` the NLL of each target without gradients.
+        """
+        hidden = self.hidden_states(input_ids, position_ids, documents).index_select(0, positions)
+        weight = self.output_weight
+        if weight.dtype != hidden.dtype:
+            weight = weight.to(hidden.dtype)
+        function = linear_cross_entropy if reduce else token_nll
+        return function(hidden, weight, targets, scale=self.logit_scale, rows=self.loss_rows)
+
+
+def _is_peft(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "base_model")
+
+
+def _logit_scale(config) -> float:
+    """The factor between ``hidden @ weight.T`` and the logits; models with other arithmetic are refused."""
+    for name in _LOGIT_SOFTCAPS:
+        if getattr(config, name, None):
+            raise UserError(f"models with {name} are not supported by the chunked loss", where="model.base")
+    if getattr(config, "logits_scaling", None) not in (None, 1.0):  # Granite divides
+        return 1.0 / float(config.logits_scaling)
+    if getattr(config, "logit_scale", None) not in (None, 1.0):  # Cohere multiplies
+        return float(config.logit_scale)
+    return 1.0
+
+
+# ---- loading
+
+
+def load_config(path: Path, recipe: Recipe):
+    """The transformers configuration in ``path``, checked against what the recipe asks for."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"no usable model configuration: {str(error).splitlines()[0]}", where=f"model.base: {recipe.model.base}"
+        ) from None
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and recipe.data.sequence_length > limit:
+        raise UserError(
+            f"sequences of {recipe.data.sequence_length} tokens, but the model was built for {limit} positions",
+            where="data.sequence_length",
+            fix=f"--set data.sequence_length={limit}",
+        )
+    return config
+
+
+def load_language_model(
+    path: Path, recipe: Recipe, *, device: str, dtype: torch.dtype, report: ModelReport
+) -> nn.Module:
+    """The transformers model with our attention, weights in ``dtype``, on ``device``."""
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    name, why = attention.choose(recipe.model.attention, device)
+    report.add("attention", name.removeprefix("aifactory_"), why)
+    config = load_config(path, recipe)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=name,
+            local_files_only=True,
+            trust_remote_code=recipe.model.trust_remote_code,
+            use_safetensors=True,  # never unpickle weights
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the model cannot be loaded: {str(error).splitlines()[0]}", where=f"model.base: {recipe.model.base}"
+        ) from None
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model.to(device)
+
+
+def check_vocabulary(model: nn.Module, tokenizer) -> None:
+    """Every token id that the tokenizer can produce has an embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= rows:
+        raise UserError(
+            f"the tokenizer has ids up to {highest}, the model's embedding has {rows} rows",
+            where="model.base",
+            fix="use the tokenizer that belongs to this model",
+        )
+
+
+# ---- adapters and the trainable set
+
+
+def apply_adapter(model: nn.Module, recipe: Recipe, report: ModelReport) -> nn.Module:
+    """Inject the adapter through peft, or train all weights; returns the (wrapped) model."""
+    settings = recipe.adapter
+    if settings.kind == "none":
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        report.add("trained", "all weights", "adapter.kind none")
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        targets = settings.targets
+        saved = _embedding_modules(model) if settings.train_embeddings else None
+        try:
+            model = get_peft_model(
+                model,
+                LoraConfig(
+                    task_type="CAUSAL_LM",
+                    r=settings.rank,
+                    lora_alpha=settings.alpha,
+                    lora_dropout=settings.dropout,
+                    target_modules=targets,
+                    use_rslora=settings.kind == "rslora",
+                    use_dora=settings.kind == "dora",
+                    modules_to_save=saved,
+                    ensure_weight_tying=bool(saved),
+                ),
+                autocast_adapter_dtype=False,
+            )
+        except ValueError as error:
+            raise UserError(str(error).splitlines()[0], where="adapter.targets") from None
+        shown = targets if isinstance(targets, str) else ", ".join(targets)
+        extra = " and the embeddings in full" if saved else ""
+        report.add(
+            "trained", f"{settings.kind} r={settings.rank} alpha={settings.alpha:g} on {shown}{extra}", "adapter"
+        )
+    report.parameters = sum(p.numel() for p in model.parameters())
+    report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return model
+
+
+def _embedding_modules(model: nn.Module) -> list[str]:
+    """Names (last part) of the input and output embeddings, for peft's ``modules_to_save``."""
+    wanted = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if id(module) in wanted})
+    if getattr(model.config, "tie_word_embeddings", False):
+        names = [n for n in names if n != "lm_head"]
+    return names
+
+
+def start_from_run(model: nn.Module, folder: str, report: ModelReport) -> None:
+    """Load the adapter or the weights that an earlier run exported into ``model`` (names and shapes must match)."""
+    from safetensors.torch import load_file
+
+    export = Path(folder) / "export"
+    adapter = export / "adapter" / "adapter_model.safetensors"
+    full = export / "model"
+    if adapter.is_file():
+        from peft import set_peft_model_state_dict
+
+        if not _is_peft(model):
+            raise UserError(
+                "the earlier run left an adapter, this recipe trains all weights",
+                where="model.start_from",
+                fix="--set adapter.kind=lora, or use the earlier run's merged weights as model.base",
+            )
+        outcome = set_peft_model_state_dict(model, load_file(adapter))
+        if outcome.unexpected_keys:
+            raise UserError(
+                f"the earlier run's adapter does not fit: {outcome.unexpected_keys[0]} has no place here",
+                where="model.start_from",
+            )
+        report.add("starting point", str(adapter), "model.start_from")
+        return
+    if full.is_dir():
+        state: dict[str, torch.Tensor] = {}
+        for shard in sorted(full.glob("*.safetensors")):
+            state.update(load_file(shard))
+        target = model.base_model.model if _is_peft(model) else model
+        missing, unexpected = target.load_state_dict(state, strict=False)
+        tied = set(getattr(target, "_tied_weights_keys", None) or ())
+        missing = [k for k in missing if k not in tied and "lora_" not in k]
+        if missing or unexpected:
+            raise UserError(
+                f"the earlier run's weights do not fit: {(missing or unexpected)[0]}", where="model.start_from"
+            )
+        report.add("starting point", str(full), "model.start_from")
+        return
+    raise UserError("this run has no export to start from", where=f"model.start_from: {folder}")
+
+
+# ---- precision
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The one precision policy: what engines, checkpoints and the planner read."""
+
+    parameters: torch.dtype
+    frozen: torch.dtype
+    compute: torch.dtype
+    reduce: torch.dtype
+
+    def describe(self) -> str:
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+        return (
+            f"trained parameters and optimizer state {names[self.parameters]}, frozen {names[self.frozen]}, "
+            f"compute {names[self.compute]}, gradient reduction {names[self.reduce]}"
+        )
+
+
+def choose_precision(recipe: Recipe, device: str) -> tuple[Precision, str]:
+    """Resolve ``auto``: fp32 everywhere on CPU; on a GPU with bf16, compute and frozen weights in bf16, master in fp32."""
+    from aifactory_train import compat
+
+    has_bf16 = compat.supports_bf16(device)
+    fast = device != "cpu" and has_bf16
+    settings = recipe.precision
+    for key in ("parameters", "frozen", "compute", "reduce"):
+        if getattr(settings, key) == "bf16" and not has_bf16:
+            raise UserError("this GPU has no bf16 arithmetic", where=f"precision.{key}", fix="use fp32")
+
+    def pick(value: str, automatic: str) -> torch.dtype:
+        return _DTYPES[automatic if value == "auto" else value]
+
+    compute = pick(settings.compute, "bf16" if fast else "fp32")
+    low = "bf16" if compute == torch.bfloat16 else "fp32"
+    policy = Precision(
+        parameters=pick(settings.parameters, "fp32"),
+        frozen=pick(settings.frozen, low),
+        compute=compute,
+        reduce=pick(settings.reduce, "fp32"),
+    )
+    why = "GPU with bf16" if fast else ("CPU" if device == "cpu" else "this GPU has no bf16")
+    return policy, why
+
+
+def apply_precision(model: nn.Module, precision: Precision) -> None:
+    """Cast trained parameters and frozen parameters (not buffers) to the policy's types."""
+    for parameter in model.parameters():
+        wanted = precision.parameters if parameter.requires_grad else precision.frozen
+        if parameter.dtype != wanted and parameter.is_floating_point():
+            parameter.data = parameter.data.to(wanted)
+
+
+# ---- all of it
+
+
+def build_model(
+    recipe: Recipe, path: Path, tokenizer, *, device: str, precision: Precision, report: ModelReport
+) -> CausalLM:
+    """Load, check, adapt, cast and wrap, in this order."""
+    model = load_language_model(path, recipe, device=device, dtype=precision.frozen, report=report)
+    if tokenizer is not None:
+        check_vocabulary(model, tokenizer)
+    model = apply_adapter(model, recipe, report)
+    if recipe.model.start_from:
+        start_from_run(model, recipe.model.start_from, report)
+    apply_precision(model, precision)
+    return CausalLM(model, recipe.train.loss_chunk_tokens)
