@@ -1,0 +1,117 @@
+"""Engines: how one model is trained by many ranks.
+
+One small file an engine, all behind :class:`Engine`. The loop decides *what* a step computes (which documents, the global
+number of supervised tokens); an engine only decides where parameters, gradients and optimizer state live. The contract that
+keeps every engine on the same curve: gradients of the ranks are **summed**, never averaged, and nothing is divided by the
+world size or by the number of micro-batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aifactory_train.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from aifactory_train.attention import Documents
+    from aifactory_train.config import Recipe
+    from aifactory_train.model import CausalLM, Precision
+    from aifactory_train.parallel.world import World
+
+
+@dataclass
+class DeviceBatch:
+    """One micro-batch on the device: arguments of :meth:`aifactory_train.model.CausalLM.forward`.
+
+    input_ids and position_ids int64 ``[B, T]``; positions int64 ``[N]`` into the flattened batch; targets int64 ``[N]``.
+    ``N`` may be 0: a rank with nothing to do still takes part in the collectives.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    documents: Documents
+    positions: torch.Tensor
+    targets: torch.Tensor
+
+    def kwargs(self) -> dict[str, Any]:
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "documents": self.documents,
+            "positions": self.positions,
+            "targets": self.targets,
+        }
+
+
+class Engine(Protocol):
+    """What the loop, the checkpoints and the export need of an engine."""
+
+    name: str
+    #: callable like CausalLM.forward; all ranks must call it together
+    module: nn.Module
+    #: the CausalLM inside, whose parameters the engine may have sharded in place
+    core: CausalLM
+
+    def forward_backward(self, batch: DeviceBatch, scale: float, last: bool) -> torch.Tensor:
+        """Add the gradient of ``scale * sum of losses`` of this micro-batch; reduce over ranks only when ``last``.
+
+        Returns the detached, unscaled loss sum of this rank (fp32 scalar on the device, no synchronisation).
+        """
+
+    def clip(self, max_norm: float | None) -> torch.Tensor:
+        """Global L2 norm of the summed gradients before clipping (fp32 scalar); scales them if it exceeds max_norm."""
+
+    def step(self, learning_rate: float) -> None:
+        """One optimizer step at this learning rate; gradients are cleared."""
+
+    def discard(self) -> None:
+        """Clear the gradients without a step."""
+
+    def state(self) -> dict[str, Any]:
+        """``{"model": {...}, "optimizer": {...}}`` keyed by parameter names, for torch.distributed.checkpoint.
+
+        Values are tensors or DTensors of the trained parameters alone (frozen weights come from the base model). The names
+        and global shapes are the same for every engine and every world size, so that any engine reads any other's state.
+        """
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over a state made by :meth:`state` (filled in place by torch.distributed.checkpoint)."""
+
+    def full_parameters(self, trained_only: bool = True) -> Any:
+        """Iterate ``(name, full tensor on the CPU)`` in a fixed order, one at a time; collective on all ranks.
+
+        Tensors are given on rank 0 only (None elsewhere), so no rank holds more than one parameter more than its shard.
+        """
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        """``(what, choice, why)`` lines for the start-up report."""
+
+
+def choose_engine(recipe: Recipe, world: World) -> tuple[str, str]:
+    """Name of the engine and the reason. ``auto`` is ddp: the plan (``aifactory plan``) writes a sharded engine if the
+    model does not fit otherwise."""
+    wanted = recipe.parallel.engine
+    if wanted != "auto":
+        return wanted, "asked for"
+    return "ddp", "one copy of the model per rank" if world.size > 1 else "one process"
+
+
+def build_engine(name: str, core: CausalLM, recipe: Recipe, precision: Precision, world: World) -> Engine:
+    """Construct the engine; its imports happen here, so that DeepSpeed is needed only where it is used."""
+    if name == "ddp":
+        from aifactory_train.parallel.ddp import DDPEngine
+
+        return DDPEngine(core, recipe, precision, world)
+    if name in ("fsdp2", "hsdp"):
+        from aifactory_train.parallel.fsdp import FSDPEngine
+
+        return FSDPEngine(core, recipe, precision, world, replicate=name == "hsdp")
+    if name in ("zero1", "zero2", "zero3"):
+        from aifactory_train.parallel.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(core, recipe, precision, world, stage=int(name[-1]))
+    raise UserError(f"unknown engine '{name}'", where="parallel.engine")

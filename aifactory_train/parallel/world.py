@@ -1,0 +1,134 @@
+"""Which rank this process is, and how the ranks find each other.
+
+Ranks are read from torchrun's variables, else from Slurm's (one task per GPU), else from MPI; training itself always goes
+through torch.distributed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from aifactory_train import compat
+from aifactory_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. ``device`` is 'cpu' or 'cuda:LOCAL_RANK' (a GPU is what the scheduler counts)."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: str
+    started_by: str
+    host: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def discover(environment: dict[str, str] | None = None) -> tuple[int, int, int, int, str]:
+    """(rank, size, local rank, local size, started by) from the environment. Raises on a half-set environment."""
+    env = os.environ if environment is None else environment
+
+    def numbers(*names: str) -> list[int]:
+        try:
+            return [int(env[name]) for name in names]
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"the launcher set {names[0]} but not a usable {error}",
+                where="environment",
+                fix="start with torchrun, srun or mpirun, or unset RANK and WORLD_SIZE",
+            ) from None
+
+    if "RANK" in env or "WORLD_SIZE" in env:
+        rank, size = numbers("RANK", "WORLD_SIZE")
+        local = int(env.get("LOCAL_RANK", 0))
+        return rank, size, local, int(env.get("LOCAL_WORLD_SIZE", 1)), "torchrun"
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and env.get("MASTER_ADDR"):
+        rank, size, local = numbers("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        per_node = env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]
+        return rank, size, local, int(per_node) if per_node.isdigit() else 1, "srun"
+    if "OMPI_COMM_WORLD_RANK" in env:
+        rank, size, local, per_node = numbers(
+            "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
+        )
+        return rank, size, local, per_node, "mpi"
+    if "PMI_RANK" in env and "PMI_SIZE" in env:
+        rank, size = numbers("PMI_RANK", "PMI_SIZE")
+        return rank, size, int(env.get("MPI_LOCALRANKID", 0)), int(env.get("MPI_LOCALNRANKS", 1)), "mpi"
+    return 0, 1, 0, 1, "alone"
+
+
+def _mpi_rendezvous() -> None:
+    """Rank 0 tells its address and a free port to the others through mpi4py; nothing else uses MPI."""
+    if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
+        return
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise UserError(
+            "started by mpirun, but mpi4py is not installed", fix="pip install 'aifactory-train[mpi]', or use torchrun"
+        ) from None
+    comm = MPI.COMM_WORLD
+    address = None
+    if comm.rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        one_host = comm.allgather(socket.gethostname())
+        address = ("127.0.0.1" if len(set(one_host)) == 1 else socket.gethostname(), port)
+    else:
+        comm.allgather(socket.gethostname())
+    host, port = comm.bcast(address, root=0)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
+
+
+def join_world(timeout_s: int = 600, threads: int | None = None) -> World:
+    """Join the process group (also for one process: engines and checkpoints then need no second code path)."""
+    rank, size, local_rank, local_size, started_by = discover()
+    if started_by == "mpi":
+        _mpi_rendezvous()
+    device = "cpu"
+    if compat.device_type() == "cuda":
+        count = torch.cuda.device_count()
+        if local_rank >= count and count != 1:
+            raise UserError(
+                f"local rank {local_rank}, but this process sees {count} GPUs",
+                where="launcher",
+                fix="start at most one process per visible GPU",
+            )
+        device = f"cuda:{local_rank % count}"
+        torch.cuda.set_device(device)
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(threads or max(1, cores // local_size))
+    if not dist.is_initialized():
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+        store = None
+        if size == 1:
+            store = dist.HashStore()
+        elif not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+            raise UserError("MASTER_ADDR or MASTER_PORT is not set", where="environment", fix="start with torchrun")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device != "cpu" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+    return World(rank, size, local_rank, local_size, device, started_by, socket.gethostname())
+
+
+def leave_world() -> None:
+    """Tear the process group down, in the order that lets no rank wait for another."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
