@@ -1,0 +1,64 @@
+"""Fixtures of all rooms. Tests run offline and with one thread; anything cached goes to a folder of this session."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported by anyone
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # "import helpers" from every folder of tests
+
+import helpers
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_cache() -> Path:
+    """The user's own cache, for tests that use the fetched 135M model."""
+    return Path(os.environ["AIFACTORY_REAL_CACHE"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or fills the user's cache unless it asks for ``real_cache``."""
+    from aifactory_train.config import cache_dir
+
+    patch = pytest.MonkeyPatch()
+    patch.setenv("AIFACTORY_REAL_CACHE", str(cache_dir()))
+    patch.setenv("AIFACTORY_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with tied embeddings and a ChatML tokenizer, as a local model folder."""
+    return helpers.write_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_model_dir: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model_dir, local_files_only=True)
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Path]:
+    """Factory: ``make_recipe(rows=48, eval_rows=12, model=DIR, settings={"train.max_steps": 2})`` -> path of the YAML."""
+
+    def make(*, model: Path | None = None, folder: Path | None = None, **more: Any) -> Path:
+        return helpers.write_recipe(folder or tmp_path, model or tiny_model_dir, **more)
+
+    return make
+
+
+@pytest.fixture
+def tiny_recipe(make_recipe: Callable[..., Path]) -> Path:
+    """``recipe.yaml`` with 48 training and 12 held-out chat rows beside it: four LoRA steps on the tiny Llama."""
+    return make_recipe()
