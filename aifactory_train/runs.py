@@ -170,3 +170,76 @@ def default_run_dir(recipe: Recipe, name: str | None) -> Path:
     if not name or name.startswith((".", "-")) or any(c in name for c in "/\\\0\n"):
         raise UserError(f"'{name}' is not a name for a run", where="--name", fix="letters, digits, '.', '_' and '-'")
     return Path("runs") / name
+
+
+def open_for_training(run: RunFolder, resume: str | None) -> int | None:
+    """Decide whether training may start in this folder; returns the checkpoint's step to go on from, or None.
+
+    ``resume`` is ``auto`` (go on if there is something to go on from), a step, ``never`` (start over; what was there is
+    moved to ``replaced/``), or None (an unfinished run is not touched without being asked).
+    """
+    if resume not in (None, "auto", "never") and not str(resume).isdigit():
+        raise UserError(f"'{resume}' is neither auto, never nor a step", where="--resume")
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError("is a file, not a folder", where=str(run.path), fix="choose another --run-dir")
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        probe = run.path / f".writable.{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"the run folder cannot be written: {error.strerror}", where=str(run.path)) from None
+    if not run.config_file.is_file():
+        strangers = [p.name for p in run.path.iterdir() if p.name not in _MAY_EXIST]
+        if strangers:
+            raise UserError(
+                f"the folder is not empty and holds no run ({strangers[0]})",
+                where=str(run.path),
+                fix="choose an empty or new folder with --run-dir or --name",
+            )
+        if str(resume).isdigit():
+            raise UserError(f"there is no checkpoint of step {resume}", where=str(run.path))
+        return None
+    state = run.state()
+    if run.is_live():
+        raise UserError(
+            f"a run is live here (process {state['pid']} on {state['host']})",
+            where=str(run.path),
+            fix="follow it with 'aifactory status', end it with 'aifactory stop', or choose another --run-dir",
+        )
+    steps = run.complete_checkpoints()
+    if resume == "never":
+        _set_aside(run)
+        return None
+    if state["state"] == "finished":
+        raise UserError(
+            "holds a finished run",
+            where=str(run.path),
+            fix="choose another --run-dir or --name; --resume never starts over and keeps the old files in replaced/",
+        )
+    if resume is None:
+        newest = f"its newest checkpoint is step {steps[-1]}" if steps else "it has no checkpoint"
+        raise UserError(
+            f"holds an unfinished run ({newest})",
+            where=str(run.path),
+            fix="--resume auto goes on, --resume never starts over",
+        )
+    if resume == "auto":
+        return steps[-1] if steps else None
+    if int(resume) not in steps:
+        known = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"there is no checkpoint of step {resume}", where=str(run.path), fix=f"complete steps: {known}")
+    return int(resume)
+
+
+#: What launchers and tools may have put into a folder before the training starts in it.
+_MAY_EXIST = {"attempts", "submission", "plan.json", "logs", "record.json", "events.jsonl", "stop", "replaced"}
+
+
+def _set_aside(run: RunFolder) -> None:
+    """Move what an earlier run wrote into ``replaced/TIME``; nothing is deleted."""
+    aside = run.path / "replaced" / time.strftime("%Y%m%d-%H%M%S")
+    aside.mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoints", "metrics.jsonl", "eval.json", "export", "tensorboard", "state.json", "run.yaml"):
+        if (run.path / name).exists():
+            os.replace(run.path / name, aside / name)

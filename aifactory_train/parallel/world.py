@@ -9,7 +9,9 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -126,6 +128,27 @@ def join_world(timeout_s: int = 600, threads: int | None = None) -> World:
             timeout=datetime.timedelta(seconds=timeout_s),
         )
     return World(rank, size, local_rank, local_size, device, started_by, socket.gethostname())
+
+
+def from_main(world: World, function: Callable[[], Any], *, patience_h: float = 24.0) -> Any:
+    """The result of ``function``, which rank 0 alone runs; a :class:`UserError` of rank 0 is raised on every rank.
+
+    Waiting has its own long time-out: work such as tokenising on rank 0 must not end in a collective's time-out.
+    """
+    if world.size == 1:
+        return function()
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=patience_h))
+    box: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            box = [function(), None]
+        except UserError as error:
+            box = [None, error]
+    dist.broadcast_object_list(box, src=0, group=patient)
+    dist.destroy_process_group(patient)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def leave_world() -> None:

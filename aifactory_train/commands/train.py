@@ -1,0 +1,41 @@
+"""``aifactory train``: the training process itself, one per rank."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from aifactory_train.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="id of a recipe, a recipe file, or the run.yaml of a run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="change one value; repeatable"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--run-dir", type=Path, metavar="DIR", help="the run folder (default: runs/RECIPE-TIME)")
+    where.add_argument("--name", help="the run folder is runs/NAME")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|STEP|never",
+        help="a folder that holds a stopped run: go on from its newest or a given checkpoint, or start over",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress and no tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    from aifactory_train.config import load_recipe
+    from aifactory_train.runs import default_run_dir
+
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+        folder = args.run_dir or (default_run_dir(recipe, args.name) if args.name else None)
+        from aifactory_train.train import train
+
+        return train(recipe, folder, resume=args.resume, quiet=args.quiet)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            raise
+        return error.exit_code  # every rank meets the same fault; rank 0 prints it once for all

@@ -1,0 +1,259 @@
+"""The training loop, to be read from top to bottom.
+
+A step is defined by its documents, not by who computes them: the sampler names the documents, every rank knows the number of
+supervised tokens among all of them, and each micro-batch adds the gradient of ``sum of losses / that number``. The curve is
+therefore the same for any number of ranks, any accumulation, packed or padded, under every engine.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from aifactory_train import __version__
+from aifactory_train.attention import Documents
+from aifactory_train.config import Recipe
+from aifactory_train.data import Cursor, PreparedData, Sampler, collate, load_tokenizer, prepare, split_step
+from aifactory_train.errors import EXIT_DONE, RunFailed
+from aifactory_train.evaluate import evaluate
+from aifactory_train.metrics_log import MetricsLog, Progress, print_comparison, print_start
+from aifactory_train.model import ModelReport, build_model, choose_precision
+from aifactory_train.optim import learning_rate
+from aifactory_train.parallel import DeviceBatch, build_engine, choose_engine
+from aifactory_train.parallel.world import World, from_main, join_world, leave_world
+from aifactory_train.runs import RunFolder, default_run_dir, open_for_training, write_json
+from aifactory_train.sources import resolve_model
+
+
+def train(recipe: Recipe, folder: Path | None, *, resume: str | None = None, quiet: bool = False) -> int:
+    """Train ``recipe`` in ``folder`` as one of the ranks that the launcher started; returns the exit code."""
+    world = join_world(recipe.parallel.timeout_s, recipe.parallel.threads)
+    try:
+        # The default name holds the time: one rank decides.
+        folder = from_main(world, lambda: folder or default_run_dir(recipe, None))
+        return Trainer(recipe, RunFolder(folder), world, resume=resume, quiet=quiet).fit()
+    finally:
+        leave_world()
+
+
+class Trainer:
+    """Everything that a run consists of, built in the order in which it depends on each other."""
+
+    def __init__(self, recipe: Recipe, run: RunFolder, world: World, *, resume: str | None, quiet: bool):
+        self.recipe, self.run, self.world, self.quiet = recipe, run, world, quiet or not world.is_main
+        self.resume_step = from_main(world, lambda: open_for_training(run, resume))
+        torch.manual_seed(recipe.train.seed)
+
+        self.tokenizer = load_tokenizer(recipe)
+        self.data = self._prepare()
+        self.precision, why = choose_precision(recipe, world.device)
+        self.report = ModelReport()
+        self.report.add("precision", self.precision.describe(), why)
+        core = build_model(
+            recipe,
+            resolve_model(recipe.model),
+            self.tokenizer,
+            device=world.device,
+            precision=self.precision,
+            report=self.report,
+        )
+        name, why = choose_engine(recipe, world)
+        self.engine = build_engine(name, core, recipe, self.precision, world)
+        for line in self.engine.describe():
+            self.report.add(*line)
+
+        settings = recipe.train
+        train_set = self.data.train
+        self.sampler = Sampler(
+            train_set, seed=settings.seed, batch_rows=settings.batch_rows, batch_tokens=settings.batch_tokens
+        )
+        self.total_steps = self.sampler.num_steps(settings.epochs)
+        if settings.max_steps is not None:
+            self.total_steps = min(self.total_steps, settings.max_steps)
+        self.cursor = Cursor(0, 0)
+        self.step = 0  # optimizer steps done
+        self.pad_id = self.data.tokenizer_info["pad_id"]
+        self.best: dict[str, Any] = {"loss": math.inf, "step": None, "since": 0}
+        self.results: dict[str, Any] = {}
+        self.log = MetricsLog(run, enabled=world.is_main, tensorboard=recipe.logging.tensorboard)
+
+    # ---- before the first step
+
+    def _prepare(self) -> PreparedData:
+        """Open the token cache; rank 0 builds it if need be while the others wait."""
+        from_main(self.world, lambda: prepare(self.recipe, self.tokenizer) and None)
+        return prepare(self.recipe, self.tokenizer)
+
+    def fit(self) -> int:
+        """Evaluate, train, evaluate, export. Returns the exit code."""
+        recipe, world = self.recipe, self.world
+        if not self.quiet:
+            print_start(recipe, self.run, world, self.report, self.data, self.total_steps)
+        if world.is_main:
+            self.run.save_config(recipe)
+            self.run.set_state("running", step=self.step, version=__version__)
+        if recipe.eval.before:
+            self.results["before"] = self._evaluate(generate=True)
+        self._probe_largest_batch()
+        self.log.open(self.step)
+        with Progress(self.total_steps, self.step, enabled=not self.quiet) as progress:
+            while self.step < self.total_steps:
+                record = self.train_step()
+                self.log.write(record, every=recipe.logging.every_steps, last=self.step == self.total_steps)
+                progress.update(record)
+                if world.is_main:
+                    self.run.set_state("running", step=self.step, version=__version__)
+                if recipe.eval.every_steps and self.step % recipe.eval.every_steps == 0 and self._should_stop_early():
+                    break
+        return self._finish()
+
+    # ---- one optimizer step
+
+    def train_step(self) -> dict[str, Any]:
+        """Fetch all micro-batches, count, forward/backward each, clip, step; returns the metrics of the step."""
+        started = time.perf_counter()
+        settings, train_set = self.recipe.train, self.data.train
+        documents, next_cursor = self.sampler.step(self.cursor)
+        shares = split_step(
+            documents,
+            train_set.lengths,
+            self.world.size,
+            settings.grad_accum,
+            settings.micro_batch_tokens,
+            self.recipe.data.batching,
+        )
+        batches = [self._device_batch(share) for share in shares[self.world.rank]]
+        supervised = int(train_set.supervised[documents].sum())  # over all ranks: the split is known to every rank
+        rate = learning_rate(self.step, self.total_steps, settings)
+
+        loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for number, batch in enumerate(batches):
+            loss += self.engine.forward_backward(batch, 1.0 / supervised, last=number == len(batches) - 1)
+        norm = self.engine.clip(settings.max_grad_norm)
+        dist.all_reduce(loss)
+        mean_loss = loss.item() / supervised  # the step's one synchronisation with the device
+        if not math.isfinite(mean_loss):
+            self.engine.discard()
+            raise RunFailed(
+                f"the loss is {mean_loss} at step {self.step + 1}",
+                where=str(self.run.path),
+                fix="lower train.learning_rate, or look at the rows with logging.row_ids",
+            )
+        self.engine.step(rate)
+        self.cursor, self.step = next_cursor, self.step + 1
+
+        seconds = time.perf_counter() - started
+        tokens = int(train_set.lengths[documents].sum())
+        record = {
+            "kind": "train",
+            "step": self.step,
+            "epoch": round(self.sampler.epochs_done(self.cursor), 4),
+            "loss": mean_loss,
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            "rows": len(documents),
+            "tokens": tokens,  # real tokens: padding is not counted
+            "supervised_tokens": supervised,
+            "micro_batches": len(batches),
+            "seconds": round(seconds, 4),
+            "tokens_per_s": round(tokens / seconds, 1),
+        }
+        if self.recipe.logging.row_ids:
+            record["row_ids"] = [train_set.row_id(int(i)) for i in documents]
+        return record
+
+    def _device_batch(self, share) -> DeviceBatch:
+        """The documents of one micro-batch as tensors; a rank without documents computes one token without a loss."""
+        device = self.world.device
+        if len(share) == 0:
+            one = torch.full((1, 1), self.pad_id, dtype=torch.int64, device=device)
+            none = torch.zeros(0, dtype=torch.int64, device=device)
+            lone = Documents.of(torch.tensor([0, 1], dtype=torch.int32), device)
+            return DeviceBatch(one, torch.zeros_like(one), lone, none, none)
+        return device_batch(collate(self.data.train, share, self.recipe.data.batching, self.pad_id), device)
+
+    def _probe_largest_batch(self) -> None:
+        """On a GPU, run the largest micro-batch once before the first step, so that running out of memory shows at once."""
+        if self.world.device == "cpu":
+            return
+        train_set, settings = self.data.train, self.recipe.train
+        order = train_set.lengths.argsort()[::-1]
+        budget, chosen = settings.micro_batch_tokens, []
+        for index in order:
+            if int(train_set.lengths[index]) > budget:
+                break
+            chosen.append(int(index))
+            budget -= int(train_set.lengths[index])
+        self.engine.forward_backward(self._device_batch(chosen or [int(order[0])]), 0.0, last=True)
+        self.engine.discard()
+
+    # ---- evaluation and the end
+
+    def _evaluate(self, *, generate: bool) -> dict[str, Any]:
+        """Held-out figures of every evaluation set; all ranks take part."""
+        return evaluate(
+            self.engine.module,
+            self.tokenizer,
+            self.data,
+            self.recipe,
+            device=self.world.device,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            generate=generate,
+        )
+
+    def _should_stop_early(self) -> bool:
+        """Evaluate, remember the best step, and say whether patience has run out."""
+        figures = self._evaluate(generate=False)
+        self.log.write({"kind": "eval", "step": self.step, **figures})
+        if figures["loss"] < self.best["loss"]:
+            self.best = {"loss": figures["loss"], "step": self.step, "since": 0}
+        else:
+            self.best["since"] += 1
+        patience = self.recipe.eval.early_stopping
+        return patience is not None and self.best["since"] >= patience
+
+    def _finish(self) -> int:
+        from aifactory_train.export import export_run
+
+        recipe, world = self.recipe, self.world
+        if recipe.eval.after:
+            self.results["after"] = self._evaluate(generate=True)
+        if world.is_main:
+            write_json(self.run.eval_file, self.results)
+        exported = (
+            export_run(
+                self.run,
+                merge=recipe.export.merge,
+                engine=self.engine,
+                tokenizer=self.tokenizer,
+                data=self.data,
+                recipe=recipe,
+            )
+            if recipe.export.automatic
+            else None
+        )
+        if world.is_main:
+            self.run.set_state("finished", step=self.step, version=__version__)
+            self.log.close()
+        if not self.quiet:
+            print_comparison(self.results, self.run, exported)
+        return EXIT_DONE
+
+
+def device_batch(batch, device: str) -> DeviceBatch:
+    """A collated :class:`aifactory_train.data.Batch` on the device; supervised positions are found on the host."""
+    labels = batch.labels.flatten()
+    positions = torch.nonzero(labels != -100).squeeze(1)
+    return DeviceBatch(
+        input_ids=batch.input_ids.to(device, non_blocking=True),
+        position_ids=batch.position_ids.to(device, non_blocking=True),
+        documents=Documents.of(batch.cu_seqlens, device),
+        positions=positions.to(device, non_blocking=True),
+        targets=labels[positions].to(device, non_blocking=True),
+    )
