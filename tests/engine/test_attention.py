@@ -1,0 +1,243 @@
+"""Attention stays inside each document: equal to running each document alone, and its work grows with document length."""
+
+from __future__ import annotations
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aifactory_train import attention
+from aifactory_train.attention import Documents
+from aifactory_train.errors import UserError
+from aifactory_train.model import CausalLM
+
+LENGTHS = [17, 1, 40, 5, 33]
+
+
+def documents(lengths: list[int]) -> Documents:
+    return Documents.of(torch.tensor([0, *lengths]).cumsum(0), "cpu")
+
+
+def positions_of(lengths: list[int]) -> torch.Tensor:
+    return torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+
+
+def packed_model(family: str, **more) -> CausalLM:
+    attention.register()
+    model = helpers.tiny_model(family, **more)
+    model.set_attn_implementation(attention.PER_DOCUMENT)
+    return CausalLM(model)
+
+
+def logits_of(wrapped: CausalLM, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """``[T, V]`` from the packed path."""
+    shape = ids.shape
+    hidden = wrapped.hidden_states(ids, positions_of(lengths).reshape(shape), documents(lengths))
+    return wrapped.logit_scale * hidden @ wrapped.output_weight.t()
+
+
+@pytest.mark.parametrize("family", helpers.FAMILIES)
+def test_packed_logits_equal_those_of_each_document_alone(family):
+    wrapped = packed_model(family)
+    plain = helpers.tiny_model(family)  # the same seed, transformers' own attention
+    assert plain.config._attn_implementation == "sdpa"
+    ids = torch.randint(4, 400, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        packed = logits_of(wrapped, ids, LENGTHS)
+        alone = torch.cat([plain(part).logits[0] for part in ids.split(LENGTHS, dim=1)])
+    assert alone.abs().max() > 0.1  # there is something to compare
+    assert (packed - alone).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma3"))
+def test_padded_rows_are_documents_with_a_tail(family):
+    """``[B, T]`` with padded tails: each row's real part equals the row alone."""
+    wrapped, plain = packed_model(family), helpers.tiny_model(family)
+    real, width = [9, 24, 16], 24
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.full((3, width), 3)
+    lengths, position_ids = [], torch.zeros((3, width), dtype=torch.long)
+    for i, n in enumerate(real):
+        ids[i, :n] = torch.randint(4, 400, (n,), generator=generator)
+        position_ids[i, :n] = torch.arange(n)
+        lengths += [n, width - n] if n < width else [n]
+    with torch.no_grad():
+        hidden = wrapped.hidden_states(ids, position_ids, documents(lengths)).view(3, width, -1)
+        for i, n in enumerate(real):
+            alone = plain(ids[i : i + 1, :n]).logits[0]
+            assert (hidden[i, :n] @ wrapped.output_weight.t() - alone).abs().max() <= 1e-5
+
+
+def test_no_information_and_no_gradient_crosses_a_boundary():
+    wrapped = packed_model("llama")
+    ids = torch.randint(4, 400, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(3))
+    changed = ids.clone()
+    changed[0, : LENGTHS[0]] = torch.randint(4, 400, (LENGTHS[0],), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        before, after = logits_of(wrapped, ids, LENGTHS), logits_of(wrapped, changed, LENGTHS)
+    assert not torch.equal(before[: LENGTHS[0]], after[: LENGTHS[0]])
+    assert torch.equal(before[LENGTHS[0] :], after[LENGTHS[0] :])
+
+    embedded = wrapped.model.get_input_embeddings()(ids).detach().requires_grad_(True)
+    out = wrapped.backbone(
+        inputs_embeds=embedded, position_ids=positions_of(LENGTHS), use_cache=False, documents=documents(LENGTHS)
+    )
+    start, end = sum(LENGTHS[:2]), sum(LENGTHS[:3])
+    out.last_hidden_state[0, start:end].pow(2).sum().backward()
+    inside = embedded.grad[0, start:end].abs().max()
+    assert inside > 0
+    assert embedded.grad[0, :start].abs().max() == 0
+    assert embedded.grad[0, end:].abs().max() == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
+    scaling=st.sampled_from([None, 0.37]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_split_equals_a_block_diagonal_mask(lengths, heads, scaling, seed):
+    """Values and gradients in fp64 against plain softmax with an explicit mask."""
+    total, (h, kv), dim = sum(lengths), heads, 8
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(1, h, total, dim, generator=generator, dtype=torch.float64, requires_grad=True)
+    k, v = (
+        torch.randn(1, kv, total, dim, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
+    out, _ = attention.per_document_attention(
+        torch.nn.Module(), q, k, v, None, scaling=scaling, documents=documents(lengths)
+    )
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    allowed = (owner[:, None] == owner[None, :]) & torch.ones(total, total, dtype=torch.bool).tril()
+    factor = scaling if scaling is not None else dim**-0.5
+    keys, values = (states.repeat_interleave(h // kv, dim=1) for states in (k, v))
+    scores = (factor * q @ keys.transpose(2, 3)).masked_fill(~allowed, float("-inf"))
+    expected = (scores.softmax(-1) @ values).transpose(1, 2)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    ours = torch.autograd.grad(out, (q, k, v), upstream)
+    theirs = torch.autograd.grad(expected, (q, k, v), upstream)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+class _Work(TorchFunctionMode):
+    """Counts query x key pairs of every SDPA call, and the masks passed."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs, self.calls, self.masks = 0, 0, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            self.calls += 1
+            self.pairs += args[0].shape[2] * args[1].shape[2]
+            self.masks += kwargs.get("attn_mask") is not None or len(args) > 3
+        return function(*args, **kwargs)
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operator returns, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for item in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(item, torch.Tensor):
+                self.numel = max(self.numel, item.numel())
+        return out
+
+
+def attention_pairs(wrapped: CausalLM, lengths: list[int]) -> int:
+    ids = torch.randint(4, 400, (1, sum(lengths)))
+    with torch.no_grad(), _Work() as work:
+        logits_of(wrapped, ids, lengths)
+    assert work.calls == 2 * len(lengths)  # layers x documents
+    assert work.masks == 0
+    return work.pairs
+
+
+def test_work_grows_with_document_length_not_with_pack_length():
+    wrapped = packed_model("llama")
+    one = attention_pairs(wrapped, [32])
+    assert attention_pairs(wrapped, [32] * 8) == 8 * one  # eight documents: eight times the work, not sixty-four
+    assert attention_pairs(wrapped, [256]) == 64 * one  # one document of the same total: the square
+
+
+def test_no_tensor_of_pack_length_squared_exists():
+    """Forward and backward of a pack of 64 documents: nothing of the size of a [T, T] mask is ever made."""
+    wrapped = packed_model("llama")
+    wrapped.loss_rows = 32  # so that the logits chunk is not the largest tensor
+    lengths = [16] * 64
+    total = sum(lengths)
+    ids = torch.randint(4, 400, (1, total))
+    with _Largest() as largest:
+        positions = torch.arange(total)[positions_of(lengths)[0] > 0]
+        wrapped(ids, positions_of(lengths), documents(lengths), positions, ids[0, positions]).backward()
+    assert largest.numel < total * total / 4, largest.numel
+
+
+def test_a_window_shorter_than_a_document_is_refused_and_one_longer_is_exact():
+    ids = torch.randint(4, 400, (1, 40))
+    for family in ("mistral", "gemma3"):
+        wrapped = packed_model(family, sliding_window=16)
+        with pytest.raises(UserError, match="window of 16 tokens and a document has 25") as caught:
+            logits_of(wrapped, ids, [15, 25])
+        assert "sequence_length=16" in (caught.value.fix or "")
+        plain = helpers.tiny_model(family, sliding_window=16)
+        lengths = [16, 15, 9]
+        with torch.no_grad():
+            packed = logits_of(wrapped, ids, lengths)
+            alone = torch.cat([plain(part).logits[0] for part in ids.split(lengths, dim=1)])
+        assert (packed - alone).abs().max() <= 1e-5
+
+
+def test_softcapped_attention_and_sinks_are_refused():
+    import transformers as tf
+
+    shape = {
+        "vocab_size": 400,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "pad_token_id": 3,
+    }
+    attention.register()
+    capped = tf.Gemma2ForCausalLM(tf.Gemma2Config(**shape, final_logit_softcapping=None, attn_logit_softcapping=50.0))
+    capped.set_attn_implementation(attention.PER_DOCUMENT)
+    with pytest.raises(UserError, match="soft-capped"):
+        logits_of(CausalLM(capped), torch.randint(4, 400, (1, 10)), [4, 6])
+
+    with pytest.raises(UserError, match="sinks"):
+        attention.per_document_attention(
+            torch.nn.Module(), *(torch.zeros(1, 1, 4, 8),) * 3, None, documents=documents([4]), s_aux=torch.zeros(1)
+        )
+
+
+def test_final_logit_softcapping_is_refused_when_the_model_is_wrapped():
+    import transformers as tf
+
+    config = tf.Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16
+    )
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        CausalLM(tf.Gemma2ForCausalLM(config))
+
+
+def test_choice_of_backend_on_a_cpu():
+    assert attention.choose("auto", "cpu")[0] == attention.PER_DOCUMENT
+    assert attention.choose("per_document", "cuda")[0] == attention.PER_DOCUMENT
+    with pytest.raises(UserError, match="needs a GPU"):
+        attention.choose("varlen", "cpu")

@@ -1,0 +1,124 @@
+"""The chunked loss equals cross-entropy on full logits, and full logits never exist."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aifactory_train.loss import CHUNK_BYTES, chunk_rows, linear_cross_entropy, token_nll
+
+
+def case(n: int, dim: int, vocabulary: int, seed: int = 0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, dim, generator=generator).to(dtype).requires_grad_(True)
+    weight = (0.3 * torch.randn(vocabulary, dim, generator=generator)).to(dtype).requires_grad_(True)
+    return hidden, weight, torch.randint(0, vocabulary, (n,), generator=generator)
+
+
+def reference(hidden, weight, labels, scale):
+    """fp64 cross-entropy on full logits: value, gradients, and the NLL of each row."""
+    h, w = (t.detach().double().requires_grad_(True) for t in (hidden, weight))
+    nll = F.cross_entropy(scale * h @ w.t(), labels, reduction="none")
+    nll.sum().backward()
+    return nll.detach(), h.grad, w.grad
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    vocabulary=st.integers(2, 90),
+    rows=st.integers(1, 50),
+    scale=st.sampled_from([1.0, 0.25, 3.0]),
+    upstream=st.sampled_from([1.0, -0.5, 1e-3]),
+    seed=st.integers(0, 2**16),
+)
+def test_value_and_gradients_equal_cross_entropy_on_full_logits(n, vocabulary, rows, scale, upstream, seed):
+    hidden, weight, labels = case(n, 16, vocabulary, seed)
+    loss = linear_cross_entropy(hidden, weight, labels, scale=scale, rows=rows)
+    (upstream * loss).backward()
+    nll, grad_hidden, grad_weight = reference(hidden, weight, labels, scale)
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - nll.sum().item()) <= 2e-6 * max(1.0, nll.sum().item())
+    torch.testing.assert_close(hidden.grad.double(), upstream * grad_hidden, rtol=1e-4, atol=2e-5 * abs(upstream))
+    torch.testing.assert_close(weight.grad.double(), upstream * grad_weight, rtol=1e-4, atol=2e-5 * abs(upstream))
+    torch.testing.assert_close(
+        token_nll(hidden, weight, labels, scale=scale, rows=rows).double(), nll, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_frozen_weight_or_frozen_hidden_get_no_gradient_and_no_work():
+    hidden, weight, labels = case(12, 8, 30)
+    weight.requires_grad_(False)
+    linear_cross_entropy(hidden, weight, labels, rows=5).backward()
+    assert weight.grad is None
+    _, expected, _ = reference(hidden, weight, labels, 1.0)
+    torch.testing.assert_close(hidden.grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_stays_within_its_rounding():
+    hidden, weight, labels = case(64, 32, 200, dtype=torch.bfloat16)
+    loss = linear_cross_entropy(hidden, weight, labels, rows=16)
+    loss.backward()
+    nll, grad_hidden, grad_weight = reference(hidden, weight, labels, 1.0)
+    assert abs(loss.item() - nll.sum().item()) <= 2e-3 * nll.sum().item()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    for ours, exact in ((hidden.grad, grad_hidden), (weight.grad, grad_weight)):
+        assert (ours.double() - exact).norm() <= 2e-2 * exact.norm()
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight, labels = case(8, 4, 20)
+    big = (hidden.detach() * 1000).requires_grad_(True)
+    loss = linear_cross_entropy(big, weight, labels, rows=3)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(big.grad).all()
+    assert loss.item() == pytest.approx(reference(big, weight, labels, 1.0)[0].sum().item(), rel=1e-6)
+
+
+def test_no_supervised_position_is_zero_with_a_connected_graph():
+    hidden, weight, _ = case(0, 8, 30)
+    loss = linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.long))
+    assert loss.item() == 0
+    loss.backward()  # a rank without supervised tokens still takes part in the reduction
+    assert weight.grad.abs().max() == 0
+    assert token_nll(hidden, weight, torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor whose trailing dimension is the vocabulary, over every operator's results."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for item in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(item, torch.Tensor) and item.dim() and item.shape[-1] == self.vocabulary:
+                self.rows = max(self.rows, item.numel() // self.vocabulary)
+        return out
+
+
+def test_the_full_logits_tensor_never_exists():
+    n, dim, vocabulary, rows = 512, 8, 1009, 32
+    hidden, weight, labels = case(n, dim, vocabulary)
+    with _Largest(vocabulary) as largest:
+        linear_cross_entropy(hidden, weight, labels, rows=rows).backward()
+        token_nll(hidden, weight, labels, rows=rows)
+    # weight.t() and grad.t() are views of [V, D]-shaped data: the only other tensors with V columns have dim or rows rows
+    assert largest.rows <= rows
+    with _Largest(vocabulary) as naive:  # the probe sees it where it does exist
+        F.cross_entropy(hidden @ weight.t(), labels).backward()
+    assert naive.rows == n
+
+
+def test_default_chunk_is_bounded_in_bytes():
+    for vocabulary in (400, 32_000, 49_152, 128_256, 262_144):
+        rows = chunk_rows(vocabulary)
+        assert rows >= 32
+        assert rows * vocabulary * 4 <= max(CHUNK_BYTES, 32 * vocabulary * 4)
+    assert chunk_rows(1000, 7) == 7
