@@ -80,6 +80,10 @@ def per_document_attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         # Generation (one document, a cache): transformers' own path with its own mask rules.
+        window = kwargs.get("sliding_window") or None
+        if attention_mask is None and ((window and key.shape[2] > window) or 1 < query.shape[2] < key.shape[2]):
+            # register() makes no mask where no attention_mask was passed: what needs one must say so.
+            raise ValueError("pass attention_mask: a window or a cache in use cannot be computed without a mask")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -46,6 +46,7 @@ class CausalLM(nn.Module):
         self.model = model
         self.loss_rows = loss_rows
         self.logit_scale = _logit_scale(self.language_model.config)
+        _check_output_layer(self.language_model.get_output_embeddings())
 
     @property
     def language_model(self) -> nn.Module:
@@ -76,21 +77,48 @@ class CausalLM(nn.Module):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        documents: attention.Documents,
-        positions: torch.Tensor,
-        targets: torch.Tensor,
+        documents: attention.Documents | None = None,
+        positions: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
         reduce: bool = True,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        cache=None,
     ) -> torch.Tensor:
         """Loss over the supervised ``positions`` (int64 ``[N]`` into the flattened batch) with ``targets`` ``[N]``.
 
-        Returns the fp32 sum, or with ``reduce=False`` the NLL of each target without gradients.
+        Returns the fp32 sum, or with ``reduce=False`` the NLL of each target, or with ``targets=None`` the logits
+        ``[N, V]`` at ``positions``, both without gradients. With a transformers ``cache`` it is one step of decoding
+        instead: input_ids ``[B, T]`` follow what the cache holds, attention_mask int64 ``[B, cached + T]`` is 0 on padding,
+        and the result is the logits ``[B, V]`` of the last position. All of it goes through forward, because sharding
+        engines gather parameters there.
         """
+        if cache is not None:
+            return self._decode(input_ids, position_ids, attention_mask, cache)
         hidden = self.hidden_states(input_ids, position_ids, documents).index_select(0, positions)
+        if targets is None:
+            return self._logits(hidden.detach())
         weight = self.output_weight
         if weight.dtype != hidden.dtype:
             weight = weight.to(hidden.dtype)
         function = linear_cross_entropy if reduce else token_nll
         return function(hidden, weight, targets, scale=self.logit_scale, rows=self.loss_rows)
+
+    @torch.no_grad()
+    def _decode(self, input_ids, position_ids, attention_mask, cache) -> torch.Tensor:
+        out = self.backbone(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return self._logits(out.last_hidden_state[:, -1])
+
+    @torch.no_grad()
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 ``[N, V]`` of a few hidden states ``[N, D]``."""
+        return (hidden @ self.output_weight.to(hidden.dtype).t()).float() * self.logit_scale
 
 
 def _is_peft(model: nn.Module) -> bool:
@@ -107,6 +135,20 @@ def _logit_scale(config) -> float:
     if getattr(config, "logit_scale", None) not in (None, 1.0):  # Cohere multiplies
         return float(config.logit_scale)
     return 1.0
+
+
+def _check_output_layer(head: nn.Module) -> None:
+    """The loss computes ``hidden @ weight.T``: an output layer that computes more is refused."""
+    if getattr(head, "bias", None) is not None:
+        raise UserError(
+            "models whose output layer has a bias are not supported by the chunked loss", where="model.base"
+        )
+    if hasattr(head, "base_layer"):
+        raise UserError(
+            "an adapter on the output layer is not supported by the chunked loss",
+            where="adapter.targets",
+            fix="leave the output layer out, or train it in full with adapter.train_embeddings",
+        )
 
 
 # ---- loading
