@@ -1,0 +1,482 @@
+"""From canonical rows to tokens, with the mask of what carries loss. Imports tokenizers, jinja2 and numpy, never torch.
+
+**How the mask is found.** No template ships marks that say which part the assistant wrote, so it is found by rendering.
+For the assistant turn ``k`` of a conversation ``m``:
+
+* ``full = render(m)`` is what is trained on; ``ask = render(m[:k], prompt=True)`` is what the model sees when it has to
+  answer. Where ``full`` starts with ``ask``, the answer begins right there: training and generation agree by construction.
+* Templates that rewrite earlier turns (system text moved into the last user turn, old reasoning dropped) break that prefix.
+  Then the turn's text is replaced by a marker, and what lies before and after the marker is found again in ``full``.
+* The turn ends with its end-of-turn token, which is supervised; whatever the template writes behind it is not.
+
+Spans of characters become spans of tokens through the offsets of *one* tokenisation of ``full``. Where a token straddles the
+border between question and answer, the two sides are tokenised apart, as they are at generation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from aifactory_train.data.rows import RowError, supervised_turns
+from aifactory_train.data.template import ChatTemplate, TemplateRefused
+
+_MARKER = "QZ7VXK"  # plain letters and digits: no template trims, splits or escapes it
+_STOP_NAMES = (
+    "<|eom_id|>",
+    "<|return|>",
+    "<|call|>",
+    "<|end|>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<end_of_turn>",
+    "<turn|>",
+)
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Everything that decides how a row becomes tokens; small, picklable, hashed into the cache key.
+
+    ``tokenizer_json`` is the fast tokenizer serialised; ``special_ids`` all its special and added tokens; ``stop_ids`` those
+    that end an assistant's turn (found by :func:`probe`); ``eos_id`` ends a plain text.
+    """
+
+    tokenizer_json: str
+    template: str | None
+    specials: dict[str, str]
+    special_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    eos_id: int | None
+    sequence_length: int
+    long_documents: str
+    supervise: str
+
+    def digest(self) -> str:
+        content = json.dumps([getattr(self, name) for name in self.__dataclass_fields__], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+@dataclass
+class Document:
+    """One token sequence. ``tokens`` int64 [n]; ``mask``, ``text_mask`` bool [n]; ``text_bytes`` UTF-8 bytes of the text
+    whose tokens carry loss; ``cut``: it was shortened or is a part of a longer one."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    text_mask: np.ndarray
+    text_bytes: int
+    cut: bool = False
+
+
+@dataclass
+class Encoded:
+    """The documents of one row (none when it was dropped), and what is worth counting."""
+
+    documents: list[Document]
+    dropped: str | None = None  # "long" | "masked"
+    flags: tuple[str, ...] = ()
+
+
+@dataclass
+class _Turn:
+    """Character spans in the rendered text: the answer begins at ``start``, its region ends at ``end``; ``text`` is where
+    the turn's content stands, or None when the template rewrote it."""
+
+    start: int
+    end: int
+    text: tuple[int, int] | None
+
+
+@dataclass
+class _Rendered:
+    full: str
+    turns: list[_Turn]
+    flags: set[str] = field(default_factory=set)
+
+
+class Encoder:
+    """Turns canonical rows into :class:`Encoded`, many at a time."""
+
+    def __init__(self, spec: EncoderSpec):
+        from tokenizers import Tokenizer
+
+        self.spec = spec
+        self.tokenizer = Tokenizer.from_str(spec.tokenizer_json)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.template = ChatTemplate(spec.template, spec.specials) if spec.template else None
+        self.specials = frozenset(spec.special_ids)
+        self.stops = frozenset(spec.stop_ids)
+
+    # -- many rows
+
+    def encode(self, rows: list[dict[str, Any]]) -> list[Encoded | RowError]:
+        """Encode rows; a faulty one gives its :class:`RowError` in its place."""
+        results: list[Encoded | RowError | None] = [None] * len(rows)
+        chats: list[tuple[int, _Rendered]] = []
+        texts: list[int] = []
+        for i, row in enumerate(rows):
+            if "text" in row:
+                texts.append(i)
+                continue
+            try:
+                chats.append((i, self.render(row)))
+            except RowError as error:
+                results[i] = error
+        if chats:
+            encodings = self.tokenizer.encode_batch([r.full for _, r in chats], add_special_tokens=False)
+            for (i, rendered), encoding in zip(chats, encodings, strict=True):
+                try:
+                    results[i] = self._chat(rendered, encoding)
+                except RowError as error:
+                    results[i] = error
+        if texts:
+            encodings = self.tokenizer.encode_batch([rows[i]["text"] for i in texts], add_special_tokens=True)
+            for i, encoding in zip(texts, encodings, strict=True):
+                results[i] = self._text(rows[i]["text"], encoding)
+        return results  # type: ignore[return-value]
+
+    # -- rendering
+
+    def render(self, row: dict[str, Any]) -> _Rendered:
+        """Render a chat row and find the assistant's turns in the text."""
+        if self.template is None:
+            raise RowError(
+                "the tokenizer has no chat template",
+                "name one with model.chat_template=FILE.jinja, use an instruct model, or train on rows with 'text'",
+            )
+        messages, tools = row["messages"], row.get("tools")
+        full = self.template.render(messages, tools)
+        rendered = _Rendered(full, [])
+        for k in supervised_turns(messages):
+            rendered.turns.append(self._locate(full, messages, tools, k, rendered.flags))
+        return rendered
+
+    def _locate(self, full: str, messages: list, tools: Any, k: int, flags: set[str]) -> _Turn:
+        assert self.template is not None
+        start: int | None = None
+        try:
+            ask = self.template.render(messages[:k], tools, prompt=True)
+            if full.startswith(ask):
+                start = len(ask)
+        except TemplateRefused:
+            pass  # nothing (or not enough) before this turn: the marker finds it
+        if start is not None and k == len(messages) - 1:
+            end = len(full)
+        elif start is not None and full.startswith(later := self._render_or_none(messages[: k + 1], tools) or "\0"):
+            end = len(later)
+        else:
+            before, end = self._around(full, messages, tools, k)
+            if start is None:
+                flags.add("context rewritten")
+                start = before
+        return _Turn(start, end, _find_text(full, start, end, messages[k]["content"]))
+
+    def _render_or_none(self, messages: list, tools: Any) -> str | None:
+        assert self.template is not None
+        try:
+            return self.template.render(messages, tools)
+        except TemplateRefused:
+            return None
+
+    def _around(self, full: str, messages: list, tools: Any, k: int) -> tuple[int, int]:
+        """Where turn ``k`` begins and ends in ``full``, found by putting a marker in its place.
+
+        The end is that of the text up to the next turn; when the template treats the marker differently from the text
+        (it parses reasoning out of it, say), common beginning and end of both renderings bound the turn.
+        """
+        assert self.template is not None
+        marker = _MARKER
+        while marker in full:
+            marker += "Q"
+        replaced = [dict(m) for m in messages]
+        replaced[k] = {"role": "assistant", "content": marker}
+        probe = self._render_or_none(replaced, tools)
+        if probe is None and messages[k].get("tool_calls"):
+            # Some templates want every tool answer to follow a call: keep the call beside the marker.
+            replaced[k]["tool_calls"] = messages[k]["tool_calls"]
+            probe = self._render_or_none(replaced, tools)
+        if probe is None or marker not in probe:
+            raise RowError("the chat template leaves this assistant turn out of the text")
+        before, after = probe.split(marker, 1)
+        start = _common(before, full) if not full.startswith(before) else len(before)
+        if full.endswith(after):
+            tail = len(full) - len(after)
+        else:
+            tail = len(full) - _common(after[::-1], full[::-1])
+        # `tail` is where the content ends; the end-of-turn token that follows belongs to the turn as well.
+        end = min(len(full), tail + _stop_reach(full[tail:], self))
+        return min(start, tail), max(end, tail)
+
+    # -- tokens
+
+    def _chat(self, rendered: _Rendered, encoding: Any) -> Encoded:
+        full, flags = rendered.full, set(rendered.flags)
+        ids = encoding.ids
+        starts = [t.start for t in rendered.turns]
+        straddling = [s for s in starts if 0 < s < len(full) and _straddles(encoding, s)]
+        if straddling:
+            pieces = self._apart(full, straddling, ids)
+            if pieces is None:
+                flags.add("answer shares a token with the question")
+            else:
+                flags.add("tokenised apart")
+                return self._build(rendered, pieces, flags)
+        return self._build(rendered, _Offsets(encoding, len(full)), flags)
+
+    def _apart(self, full: str, cuts: list[int], ids: list[int]) -> _Offsets | None:
+        """Tokenise the sides of each cut apart; None when that would change the text (a tokenizer that adds a space)."""
+        edges = [0, *cuts, len(full)]
+        parts = [full[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        encodings = self.tokenizer.encode_batch(parts, add_special_tokens=False)
+        joined = [i for e in encodings for i in e.ids]
+        if self.tokenizer.decode(joined, skip_special_tokens=False) != self.tokenizer.decode(
+            ids, skip_special_tokens=False
+        ):
+            return None
+        return _Offsets.joined(encodings, edges)
+
+    def _build(self, rendered: _Rendered, tokens: _Offsets, flags: set[str]) -> Encoded:
+        full = rendered.full
+        ids = np.asarray(tokens.ids, dtype=np.int64)
+        n = len(ids)
+        mask = np.zeros(n, dtype=bool)
+        text_mask = np.zeros(n, dtype=bool)
+        spans: list[tuple[int, int]] = []
+        for number, turn in enumerate(rendered.turns):
+            first = tokens.first_from(turn.start)
+            limit = tokens.first_from(turn.end)
+            after = tokens.first_from(turn.text[1]) if turn.text else first
+            stop = next((j for j in range(after, limit) if tokens.ids[j] in self.stops), None)
+            if stop is None:
+                raise RowError(
+                    f"no end-of-turn token follows assistant turn {number + 1} in the rendered text: "
+                    "the model would never learn to stop",
+                    "use a chat template that ends the assistant's turns with a special token (model.chat_template)",
+                )
+            mask[first : stop + 1] = True
+            if turn.text:
+                a, b = tokens.overlapping(*turn.text)
+                text_mask[a:b] = True
+                spans.append(turn.text)
+            else:
+                for j in range(first, stop):
+                    if tokens.ids[j] not in self.specials:
+                        text_mask[j] = True
+                spans += _without(
+                    (turn.start, tokens.span(stop)[0]),
+                    [tokens.span(j) for j in range(first, stop) if tokens.ids[j] in self.specials],
+                )
+        text_mask &= ~np.isin(ids, self.spec.special_ids) if len(self.spec.special_ids) else True
+        text_mask &= mask
+        if self.spec.supervise == "all":
+            mask[:] = True
+        return self._fit(full, ids, mask, text_mask, spans, tokens, flags)
+
+    def _text(self, text: str, encoding: Any) -> Encoded:
+        tokens = _Offsets(encoding, len(text))
+        ids = np.asarray(encoding.ids, dtype=np.int64)
+        special = np.isin(ids, self.spec.special_ids)
+        begin = int(special[0]) if len(ids) else 0
+        if self.spec.eos_id is not None and (len(ids) == 0 or ids[-1] != self.spec.eos_id):
+            ids = np.append(ids, self.spec.eos_id)
+            special = np.append(special, True)
+        mask = np.ones(len(ids), dtype=bool)
+        text_mask = ~special
+        # Without a BOS token nothing predicts the first token: its bytes are not scored either.
+        scored_from = 0 if begin or len(encoding.ids) == 0 else tokens.span(0)[1]
+        return self._fit(text, ids, mask, text_mask, [(scored_from, len(text))], tokens, set())
+
+    def _fit(
+        self,
+        full: str,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        text_mask: np.ndarray,
+        spans: list[tuple[int, int]],
+        tokens: _Offsets,
+        flags: set[str],
+    ) -> Encoded:
+        """Apply ``long_documents``; a part without a supervised token is left out."""
+        if len(ids):
+            mask[0] = text_mask[0] = False
+        length = self.spec.sequence_length
+        found = tuple(sorted(flags))
+        if len(ids) <= length:
+            if not mask.any():
+                return Encoded([], "masked", found)
+            return Encoded([Document(ids, mask, text_mask, _bytes(full, spans, 0, len(full)))], None, found)
+        if self.spec.long_documents == "drop":
+            return Encoded([], "long", found)
+        pieces: list[Document] = []
+        start = 0
+        while True:
+            stop = min(start + length, len(ids))
+            # Characters of the tokens that this piece predicts: from its second token to the next piece's second token.
+            c0 = tokens.begin(start + 1) if start else 0
+            c1 = tokens.begin(stop) if stop < len(ids) else len(full)
+            part = slice(start, stop)
+            m, t = mask[part].copy(), text_mask[part].copy()
+            m[0] = t[0] = False
+            if m.any():
+                pieces.append(Document(ids[part], m, t, _bytes(full, spans, c0, c1), True))
+            if stop == len(ids) or self.spec.long_documents == "truncate":
+                break
+            start = stop - 1  # the last token again, as context: each token is predicted exactly once
+        return Encoded(pieces, None if pieces else "masked", found)
+
+
+class _Offsets:
+    """Token ids with their character spans, by way of the tokenizer's own lookups (no list of tuples for each row)."""
+
+    def __init__(self, encoding: Any, length: int):
+        self._encoding = encoding
+        self._length = length
+        self._spans: list[tuple[int, int]] | None = None
+        self.ids: list[int] = encoding.ids
+
+    @classmethod
+    def joined(cls, encodings: list[Any], edges: list[int]) -> _Offsets:
+        self = cls.__new__(cls)
+        self._encoding = None
+        self._length = edges[-1]
+        self.ids = [i for e in encodings for i in e.ids]
+        self._spans = [(a + base, b + base) for e, base in zip(encodings, edges, strict=False) for a, b in e.offsets]
+        return self
+
+    def span(self, j: int) -> tuple[int, int]:
+        """Characters ``[a, b)`` of token ``j``."""
+        if self._spans is None:
+            self._spans = self._encoding.offsets
+        return self._spans[j]
+
+    def begin(self, j: int) -> int:
+        """First character of token ``j``, the end of the text behind the last one."""
+        return self.span(j)[0] if j < len(self._encoding.ids if self._encoding else self.ids) else self._length
+
+    def first_from(self, char: int) -> int:
+        """First token that begins at ``char`` or later (the number of tokens when there is none)."""
+        if char >= self._length:
+            return len(self.ids)
+        if self._encoding is not None:
+            j = self._encoding.char_to_token(char)
+            if j is not None:
+                return j if self._encoding.token_to_chars(j)[0] >= char else self._next_after(j, char)
+        return self._next_after(0, char)
+
+    def _next_after(self, j: int, char: int) -> int:
+        while j < len(self.ids) and (self.span(j)[0] < char or self.span(j)[0] == self.span(j)[1]):
+            j += 1
+        return j
+
+    def overlapping(self, a: int, b: int) -> tuple[int, int]:
+        """Tokens ``[first, last)`` that hold any character of ``[a, b)``."""
+        first, last = self.first_from(a), self.first_from(b)
+        while first > 0 and self.span(first - 1)[1] > a:
+            first -= 1
+        return first, max(first, last)
+
+
+def _straddles(encoding: Any, char: int) -> bool:
+    j = encoding.char_to_token(char)
+    return j is not None and encoding.token_to_chars(j)[0] < char
+
+
+def _find_text(full: str, start: int, end: int, content: str) -> tuple[int, int] | None:
+    """Where the turn's content stands between ``start`` and ``end``: as written, or trimmed by the template."""
+    for text in (content, content.strip()):
+        if text:
+            at = full.find(text, start, end)
+            if at >= 0:
+                return at, at + len(text)
+    return None
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the common beginning."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[:middle] == b[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _stop_reach(tail: str, encoder: Encoder) -> int:
+    """Characters from the beginning of ``tail`` to the end of the turn-ending token that follows at once (0: none does)."""
+    lead = len(tail) - len(tail.lstrip())
+    for token in encoder.stops:
+        text = encoder.tokenizer.id_to_token(token)
+        if text and tail.startswith(text, lead):
+            return lead + len(text)
+    return 0
+
+
+def _without(span: tuple[int, int], holes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    out, at = [], span[0]
+    for a, b in holes:
+        if a > at:
+            out.append((at, a))
+        at = max(at, b)
+    if at < span[1]:
+        out.append((at, span[1]))
+    return out
+
+
+def _bytes(full: str, spans: list[tuple[int, int]], c0: int, c1: int) -> int:
+    """UTF-8 bytes of the parts of ``spans`` that lie in ``[c0, c1)``."""
+    return sum(len(full[max(a, c0) : min(b, c1)].encode()) for a, b in spans if max(a, c0) < min(b, c1))
+
+
+def probe(
+    tokenizer_json: str, template: str, specials: dict[str, str], special_ids: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Token ids that end an assistant's turn, found by rendering two small conversations.
+
+    The first special token behind the assistant's text is the end-of-turn, at the end of a conversation and in its middle
+    (some templates use two). Raises :class:`RowError` when there is none.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    chat = ChatTemplate(template, specials)
+    ended: list[int] = []
+    turns = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": _MARKER},
+        {"role": "user", "content": "two"},
+    ]
+    last = ""
+    for messages in (turns[:2], turns):
+        text = chat.render(messages)
+        if _MARKER not in text:
+            raise RowError(
+                "the chat template leaves the assistant's text out", "use another template (model.chat_template)"
+            )
+        last = text[text.index(_MARKER) + len(_MARKER) :]
+        encoding = tokenizer.encode(last, add_special_tokens=False)
+        stop = next((i for i in encoding.ids if i in special_ids), None)
+        # In the middle of a conversation the next special token may be one that opens the user's turn: that ends nothing.
+        known = stop is not None and (
+            not ended or stop in ended or tokenizer.id_to_token(stop) in (*_STOP_NAMES, specials.get("eos_token"))
+        )
+        if known:
+            ended.append(stop)
+    if not ended:
+        raise RowError(
+            f"no special token follows the assistant's text in the chat template (it writes {last[:40]!r}): "
+            "the model would never learn to stop",
+            "use a template that ends the assistant's turns with the end-of-turn or EOS token (model.chat_template)",
+        )
+    for name in _STOP_NAMES:
+        token = tokenizer.token_to_id(name)
+        if token is not None and name in template:
+            ended.append(token)
+    return tuple(dict.fromkeys(ended))

@@ -1,0 +1,347 @@
+"""Files of every accepted kind, read in blocks that a tokenising process can work on by itself.
+
+JSON Lines are handed on as raw bytes cut at line ends (parsing is the worker's job); everything else as lists of rows. No
+reader holds more than one block of a file in memory, except for ``.json`` files, which are parsed as a whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from aifactory_train.errors import UserError
+
+BLOCK_BYTES = 1 << 20
+BLOCK_ROWS = 1000
+TEXT_SUFFIXES = {".txt", ".md"}
+TABLE_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"}
+
+
+@dataclass
+class Block:
+    """Some neighbouring rows of one file. Either ``lines`` (raw JSON Lines) or ``rows`` is set; ``first`` is the line (or row
+    number) of the first one, from 1; ``numbers`` the lines of ``rows`` where they do not simply follow one another."""
+
+    file: str
+    first: int
+    lines: bytes | None = None
+    rows: list[Any] | None = None
+    numbers: list[int] | None = None
+
+    def number(self, i: int) -> int:
+        return self.numbers[i] if self.numbers is not None else self.first + i
+
+
+def blocks(path: Path, *, split: str | None = None, hub: bool = False) -> Iterator[Block]:
+    """Rows of a file, of the files in a folder, or of a Hugging Face data set folder, in a stable order."""
+    if hub or (path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file())):
+        yield from _hugging_face(path, split)
+        return
+    if path.is_dir():
+        yield from _folder(path, split)
+        return
+    if not path.exists():
+        raise UserError("no such file", where=str(path))
+    yield from _file(path)
+
+
+def _file(path: Path) -> Iterator[Block]:
+    suffixes = [s.lower() for s in path.suffixes]
+    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else (suffixes[-1] if suffixes else "")
+    if path.stat().st_size == 0:
+        raise UserError("the file is empty", where=str(path))
+    readers: dict[str, Callable[[Path], Iterator[Block]]] = {
+        ".jsonl": _json_lines,
+        ".ndjson": _json_lines,
+        ".json": _json,
+        ".csv": _csv,
+        ".tsv": _csv,
+        ".parquet": _parquet,
+        ".arrow": _arrow,
+        ".txt": _text,
+        ".md": _text,
+    }
+    if kind not in readers:
+        raise UserError(
+            f"files of kind '{kind or 'no suffix'}' are not read",
+            where=str(path),
+            fix="use .jsonl, .json, .csv, .tsv, .parquet, .txt or .md (also .gz), or a converter",
+        )
+    try:
+        yield from readers[kind](path)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"not a complete gzip file: {error}", where=str(path)) from None
+    except PermissionError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _folder(path: Path, split: str | None) -> Iterator[Block]:
+    files = sorted(
+        p for p in path.rglob("*") if p.is_file() and not any(s.startswith(".") for s in p.parts[len(path.parts) :])
+    )
+    tables = [
+        p for p in files if p.suffix.lower() in TABLE_SUFFIXES or (p.suffix.lower() == ".gz" and len(p.suffixes) > 1)
+    ]
+    texts = [p for p in files if p.suffix.lower() in TEXT_SUFFIXES]
+    chosen = tables or texts
+    if split is not None:
+        chosen = [p for p in chosen if split in p.relative_to(path).as_posix()]
+    if not chosen:
+        what = (
+            f"no data file with '{split}' in its name" if split else "no data file (.jsonl, .parquet, .csv, .txt, ...)"
+        )
+        raise UserError(f"the folder holds {what}", where=str(path))
+    for file in chosen:
+        yield from _file(file)
+
+
+def _json_lines(path: Path) -> Iterator[Block]:
+    with _open(path) as file:
+        first, rest = 1, b""
+        start = file.read(3)
+        rest = b"" if start == b"\xef\xbb\xbf" else start  # a byte-order mark
+        while chunk := file.read(BLOCK_BYTES):
+            cut = chunk.rfind(b"\n")
+            if cut < 0:
+                rest += chunk
+                continue
+            lines = rest + chunk[: cut + 1]
+            rest = chunk[cut + 1 :]
+            yield Block(str(path), first, lines=lines)
+            first += lines.count(b"\n")
+        if rest.strip():
+            yield Block(str(path), first, lines=rest)
+
+
+def parse_lines(block: Block) -> Iterator[tuple[int, Any]]:
+    """``(line number, value)`` of a block of raw JSON Lines; blank lines are skipped. Raises :class:`UserError`."""
+    assert block.lines is not None
+    for i, raw in enumerate(block.lines.split(b"\n")):
+        if not raw or raw.isspace():
+            continue
+        number = block.first + i
+        try:
+            yield number, json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise _not_utf8(f"{block.file}:{number}", raw, error) from None
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"not valid JSON: {error.msg} (column {error.colno})",
+                where=f"{block.file}:{number}",
+                fix="each line is one JSON object",
+            ) from None
+        except RecursionError:
+            raise UserError("JSON nested too deeply", where=f"{block.file}:{number}") from None
+
+
+def _not_utf8(where: str, raw: bytes, error: UnicodeDecodeError) -> UserError:
+    return UserError(
+        f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8",
+        where=where,
+        fix="save the file as UTF-8 (iconv -f latin1 -t utf8 converts a Latin-1 file)",
+    )
+
+
+def _read_text(path: Path) -> str:
+    with _open(path) as file:
+        raw = file.read()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        start = raw.rfind(b"\n", 0, error.start) + 1
+        inner = UnicodeDecodeError(
+            "utf-8", raw[start : error.end], error.start - start, error.end - start, error.reason
+        )
+        raise _not_utf8(f"{path}:{line}", raw[start:], inner) from None
+
+
+def _json(path: Path) -> Iterator[Block]:
+    text = _read_text(path)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip()[:1] == "{":
+            yield from _json_lines(path)  # JSON Lines under another name
+            return
+        raise UserError(f"not valid JSON: {error.msg} (column {error.colno})", where=f"{path}:{error.lineno}") from None
+    if isinstance(value, dict):
+        lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+        if len(lists) == 1 and "messages" not in value:
+            value = value[lists[0]]
+        else:
+            value = [value]
+    if not isinstance(value, list):
+        raise UserError("holds neither a list of rows nor an object with one", where=f"{path}:1")
+    for at in range(0, len(value), BLOCK_ROWS):
+        yield Block(f"{path}:row", at + 1, rows=value[at : at + BLOCK_ROWS])
+
+
+def _csv(path: Path) -> Iterator[Block]:
+    csv.field_size_limit(1 << 30)
+    delimiter = "\t" if ".tsv" in [s.lower() for s in path.suffixes] else ","
+
+    def text_lines() -> Iterator[str]:
+        with _open(path) as file:
+            for number, raw in enumerate(file, 1):
+                try:
+                    yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(f"{path}:{number}", raw, error) from None
+
+    reader = csv.reader(text_lines(), delimiter=delimiter, strict=True)
+    rows: list[Any] = []
+    numbers: list[int] = []
+    try:
+        header = next(reader, None)
+        if not header or any(not name.strip() for name in header):
+            raise UserError("the first line must name every column", where=f"{path}:1")
+        if len(set(header)) != len(header):
+            raise UserError("a column name is given twice", where=f"{path}:1")
+        before = reader.line_num
+        for cells in reader:
+            number, before = before + 1, reader.line_num
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{len(cells)} cells, but the header names {len(header)} columns",
+                    where=f"{path}:{number}",
+                    fix="quote cells that hold the separator",
+                )
+            rows.append(dict(zip(header, cells, strict=True)))
+            numbers.append(number)
+            if len(rows) == BLOCK_ROWS:
+                yield Block(str(path), numbers[0], rows=rows, numbers=numbers)
+                rows, numbers = [], []
+    except csv.Error as error:
+        raise UserError(f"not valid CSV: {error}", where=f"{path}:{reader.line_num}") from None
+    if rows:
+        yield Block(str(path), numbers[0], rows=rows, numbers=numbers)
+
+
+def _parquet(path: Path) -> Iterator[Block]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        first = 1
+        for batch in file.iter_batches(batch_size=BLOCK_ROWS):
+            rows = batch.to_pylist()
+            yield Block(f"{path}:row", first, rows=rows)
+            first += len(rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"not a readable Parquet file: {str(error).splitlines()[0][:200]}", where=str(path)) from None
+
+
+def _arrow(path: Path) -> Iterator[Block]:
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                reader: Any = pyarrow.ipc.open_stream(source)
+            except pyarrow.ArrowInvalid:
+                opened = pyarrow.ipc.open_file(source)
+                reader = (opened.get_batch(i) for i in range(opened.num_record_batches))
+            first = 1
+            for batch in reader:
+                for at in range(0, batch.num_rows, BLOCK_ROWS):
+                    rows = batch.slice(at, BLOCK_ROWS).to_pylist()
+                    yield Block(f"{path}:row", first, rows=rows)
+                    first += len(rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"not a readable Arrow file: {str(error).splitlines()[0][:200]}", where=str(path)) from None
+
+
+def _text(path: Path) -> Iterator[Block]:
+    text = _read_text(path)
+    yield Block(str(path), 1, rows=[{"text": text}])
+
+
+def _hugging_face(path: Path, split: str | None) -> Iterator[Block]:
+    """A data set folder of ``datasets`` (saved to disk, or a snapshot of the hub), read without the network."""
+    import datasets
+
+    subset, _, name = (split or "").rpartition("/")
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            loaded: Any = datasets.load_from_disk(str(path))
+        else:
+            loaded = datasets.load_dataset(str(path), name=subset or None, streaming=True)
+    except Exception as error:  # datasets raises many kinds; all mean that this folder cannot be read as asked
+        raise UserError(
+            f"cannot be read as a data set: {str(error).splitlines()[0][:300]}",
+            where=str(path),
+            fix="name subset and split as data.train.0.split=SUBSET/SPLIT",
+        ) from None
+    if isinstance(loaded, dict):
+        wanted = name or ("train" if "train" in loaded else "")
+        if wanted not in loaded:
+            raise UserError(
+                f"the data set has no split '{wanted or name}'",
+                where=str(path),
+                fix=f"splits are: {', '.join(map(str, loaded))}; choose one with data.train.0.split=...",
+            )
+        loaded = loaded[wanted]
+        label = f"{path.name}[{wanted}]:row"
+    else:
+        label = f"{path.name}:row"
+    rows: list[Any] = []
+    first = 1
+    for row in loaded:
+        rows.append(dict(row))
+        if len(rows) == BLOCK_ROWS:
+            yield Block(label, first, rows=rows)
+            first += len(rows)
+            rows = []
+    if rows:
+        yield Block(label, first, rows=rows)
+
+
+def from_converter(rows: Iterator[dict[str, Any]], label: str) -> Iterator[Block]:
+    """Rows of a converter, numbered from 1."""
+    held: list[Any] = []
+    first = 1
+    for row in rows:
+        held.append(row)
+        if len(held) == BLOCK_ROWS:
+            yield Block(label, first, rows=held)
+            first += len(held)
+            held = []
+    if held:
+        yield Block(label, first, rows=held)
+
+
+def limit(source: Iterator[Block], most: int | None) -> Iterator[Block]:
+    """The first ``most`` rows."""
+    if most is None:
+        yield from source
+        return
+    left = most
+    for block in source:
+        if block.lines is not None:
+            kept = io.BytesIO()
+            for raw in block.lines.splitlines(keepends=True):
+                if left <= 0:
+                    break
+                kept.write(raw)
+                left -= 0 if raw.isspace() else 1
+            yield Block(block.file, block.first, lines=kept.getvalue())
+        else:
+            assert block.rows is not None
+            yield Block(block.file, block.first, rows=block.rows[:left], numbers=block.numbers)
+            left -= min(left, len(block.rows))
+        if left <= 0:
+            return

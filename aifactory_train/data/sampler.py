@@ -1,0 +1,235 @@
+"""Which documents make up which optimizer step: a pure function of (seed, epoch, cursor), whatever the number of ranks.
+
+Nothing is drawn from a generator whose stream could change with a library's version: the order of an epoch is the order of
+a hash (SplitMix64 [1]) of seed, epoch and document. Resuming therefore needs two integers, and a run continued on another
+number of GPUs sees the same documents in the same steps.
+
+[1] Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where the data stands: documents of ``epoch`` (from 0) that were already used. JSON: ``[epoch, position]`` by asdict."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function on uint64 [n]; a bijection."""
+    with np.errstate(over="ignore"):
+        z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def hash_order(n: int, seed: int, epoch: int, salt: int = 0) -> np.ndarray:
+    """A permutation of ``range(n)``, int64 [n], that depends on the arguments alone."""
+    key = np.asarray([seed & (2**64 - 1)], dtype=np.uint64)
+    for part in (epoch, salt):
+        key = splitmix64(key ^ np.asarray([part & (2**64 - 1)], dtype=np.uint64))
+    with np.errstate(over="ignore"):
+        keys = splitmix64(np.arange(n, dtype=np.uint64) ^ splitmix64(key)[0])
+    return np.argsort(splitmix64(keys + key[0]), kind="stable")
+
+
+class Sampler:
+    """Documents of each optimizer step over *all* ranks.
+
+    Args:
+        dataset_lengths: int [num_docs], tokens of each document.
+        weights: float [num_docs] or None: how often a document is seen in an epoch. Documents of equal weight ``w`` form a
+            group of ``n``; each is seen ``floor(w)`` times and ``round(frac(w) * n)`` of them, others in each epoch, once more.
+        seed: decides the order.
+        batch_rows: documents per step. An epoch that does not divide evenly is cut into steps that differ by at most one
+            document, so that no step is tiny.
+        batch_tokens: or: as many documents, in order, as fit into so many tokens (at least one).
+    """
+
+    def __init__(
+        self,
+        dataset_lengths: np.ndarray,
+        weights: np.ndarray | None = None,
+        seed: int = 17,
+        batch_rows: int | None = None,
+        batch_tokens: int | None = None,
+    ):
+        if (batch_rows is None) == (batch_tokens is None):
+            raise ValueError("give batch_rows or batch_tokens")
+        self.lengths = np.asarray(dataset_lengths)
+        if len(self.lengths) == 0:
+            raise ValueError("a sampler needs at least one document")
+        self.weights = None if weights is None else np.asarray(weights, dtype=np.float64)
+        self.seed, self.batch_rows, self.batch_tokens = int(seed), batch_rows, batch_tokens
+        self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._steps: dict[int, int] = {}
+
+    def order(self, epoch: int) -> np.ndarray:
+        """All documents of an epoch in their order, int64."""
+        return self._epoch(epoch)[0]
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._cached is None or self._cached[0] != epoch:
+            docs = self._seen(epoch)
+            docs = docs[hash_order(len(docs), self.seed, epoch)]
+            ends = np.cumsum(self.lengths[docs], dtype=np.int64) if self.batch_tokens else np.empty(0, dtype=np.int64)
+            self._cached = (epoch, docs, ends)
+        return self._cached[1], self._cached[2]
+
+    def _seen(self, epoch: int) -> np.ndarray:
+        n = len(self.lengths)
+        if self.weights is None or bool((self.weights == 1.0).all()):
+            return np.arange(n, dtype=np.int64)
+        parts = []
+        for number, weight in enumerate(np.unique(self.weights)):
+            group = np.flatnonzero(self.weights == weight)
+            whole = math.floor(weight)
+            parts += [group] * whole
+            extra = round((float(weight) - whole) * len(group))
+            if whole == 0 and extra == 0:
+                extra = 1  # a small weight still means: sometimes
+            if extra:
+                parts.append(group[hash_order(len(group), self.seed, epoch, salt=number + 1)[:extra]])
+        return np.concatenate(parts).astype(np.int64)
+
+    def step(self, cursor: Cursor) -> tuple[np.ndarray, Cursor]:
+        """Documents of the step at ``cursor`` (int64) and the cursor behind it. The epoch's end leads into the next one."""
+        docs, ends = self._epoch(cursor.epoch)
+        if cursor.position >= len(docs):
+            return self.step(Cursor(cursor.epoch + 1, 0))
+        stop = self._stop(cursor.position, len(docs), ends)
+        following = Cursor(cursor.epoch, stop) if stop < len(docs) else Cursor(cursor.epoch + 1, 0)
+        return docs[cursor.position : stop], following
+
+    def _stop(self, position: int, n: int, ends: np.ndarray) -> int:
+        if self.batch_rows is not None:
+            left = n - position
+            return position + math.ceil(left / math.ceil(left / self.batch_rows))
+        base = int(ends[position - 1]) if position else 0
+        stop = int(np.searchsorted(ends, base + int(self.batch_tokens or 0), side="right"))
+        return max(stop, position + 1)
+
+    def steps_per_epoch(self, epoch: int = 0) -> int:
+        """Optimizer steps of one epoch (with ``batch_tokens`` it can differ between epochs)."""
+        if self.batch_rows is not None:
+            return math.ceil(len(self._seen(epoch)) / self.batch_rows)
+        if epoch not in self._steps:
+            docs, ends = self._epoch(epoch)
+            position = count = 0
+            while position < len(docs):
+                position = self._stop(position, len(docs), ends)
+                count += 1
+            self._steps[epoch] = count
+        return self._steps[epoch]
+
+    def steps(self, epochs: float) -> int:
+        """Optimizer steps of ``epochs``; a fraction of the last epoch is rounded up, at least one step."""
+        whole = math.floor(epochs)
+        total = sum(self.steps_per_epoch(e) for e in range(whole))
+        if epochs > whole:
+            total += math.ceil((epochs - whole) * self.steps_per_epoch(whole))
+        return max(1, total)
+
+
+def split_step(
+    docs: np.ndarray,
+    lengths: np.ndarray,
+    world_size: int,
+    grad_accum: int | str = "auto",
+    micro_batch_tokens: int = 4096,
+    batching: str = "packed",
+) -> list[list[np.ndarray]]:
+    """Share one step's documents among the ranks and their micro-batches.
+
+    Args:
+        docs: int [n], documents of the step.
+        lengths: int [num_docs], tokens of each document of the whole data set.
+        grad_accum: micro-batches per rank, or ``"auto"``: as few as keep each within ``micro_batch_tokens``.
+        batching: ``packed`` (a micro-batch costs the sum of its tokens) or ``padded`` (rows times the longest).
+
+    Returns ``[rank][micro] -> documents`` (int64). Every document appears once, every rank has the same number of
+    micro-batches, some of which may be empty; micro-batches of the same number cost about the same on all ranks, because
+    the ranks wait for each other. The result depends on the arguments alone.
+    """
+    docs = np.asarray(docs, dtype=np.int64)
+    own = np.asarray(lengths)[docs]
+    share = _share_padded if batching == "padded" else _share_packed
+    # Longest first; the place in the step breaks ties, so equal lengths keep their order.
+    by_length = np.lexsort((np.arange(len(docs)), -own))
+    if grad_accum == "auto":
+        total = int(own.sum())
+        accum = max(1, math.ceil(total / (world_size * micro_batch_tokens)))
+        while True:
+            slots = share(own, by_length, world_size * accum)
+            worst = max((_cost(own, s, batching) for s in slots), default=0)
+            if worst <= micro_batch_tokens or accum >= len(docs):
+                break
+            accum += 1
+    else:
+        accum = int(grad_accum)
+        slots = share(own, by_length, world_size * accum)
+    slots.sort(key=lambda s: (-_cost(own, s, batching), s[:1]))
+    out: list[list[np.ndarray]] = [[] for _ in range(world_size)]
+    spent = [0] * world_size
+    for micro in range(accum):
+        # Of the next `world_size` slots, the most expensive goes to the rank that has had the least so far.
+        ranks = sorted(range(world_size), key=lambda r: (spent[r], r))
+        for rank, slot in zip(ranks, slots[micro * world_size : (micro + 1) * world_size], strict=True):
+            spent[rank] += _cost(own, slot, batching)
+            out[rank].append(docs[np.sort(np.asarray(slot, dtype=np.int64))])
+    return out
+
+
+def _cost(own: np.ndarray, slot: list[int], batching: str) -> int:
+    if not slot:
+        return 0
+    taken = own[np.asarray(slot)]
+    return int(taken.max()) * len(slot) if batching == "padded" else int(taken.sum())
+
+
+def _share_packed(own: np.ndarray, by_length: np.ndarray, count: int) -> list[list[int]]:
+    """Longest first into the slot with the least tokens (LPT: at most 4/3 of the best possible maximum; Graham 1969)."""
+    import heapq
+
+    heap = [(0, 0, i) for i in range(count)]
+    slots: list[list[int]] = [[] for _ in range(count)]
+    for j in by_length.tolist():
+        load, held, i = heapq.heappop(heap)
+        slots[i].append(j)
+        heapq.heappush(heap, (load + int(own[j]), held + 1, i))
+    return slots
+
+
+def _share_padded(own: np.ndarray, by_length: np.ndarray, count: int) -> list[list[int]]:
+    """Neighbours in length together; the smallest bound on rows x longest that needs no more than ``count`` slots."""
+    order = by_length.tolist()
+    if not order:
+        return [[] for _ in range(count)]
+
+    def cut(bound: int) -> list[list[int]]:
+        slots: list[list[int]] = []
+        for j in order:
+            if slots and int(own[slots[-1][0]]) * (len(slots[-1]) + 1) <= bound:
+                slots[-1].append(j)
+            else:
+                slots.append([j])
+        return slots
+
+    low, high = int(own.max()), int(own.max()) * len(order)
+    while low < high:
+        middle = (low + high) // 2
+        if len(cut(middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    slots = cut(low)
+    return slots + [[] for _ in range(count - len(slots))]

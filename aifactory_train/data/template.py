@@ -1,0 +1,88 @@
+"""Chat templates: rendered exactly as ``tokenizer.apply_chat_template`` does, but compiled once, the same on every day, and
+without importing torch or transformers (tokenising processes import this module).
+
+The environment follows the public description of Hugging Face chat templates: a sandboxed Jinja with ``trim_blocks`` and
+``lstrip_blocks``, ``break``/``continue``, ``raise_exception``, ``strftime_now``, a ``tojson`` that does not escape HTML, and
+``{% generation %}`` blocks. A test compares it with transformers for each template family.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Any
+
+from aifactory_train.data.rows import RowError
+
+#: What ``strftime_now`` returns: Llama 3's own default date. Were it today's, the same rows would give other tokens tomorrow.
+TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+
+
+class TemplateRefused(RowError):
+    """The template called ``raise_exception`` or cannot render these turns."""
+
+
+class ChatTemplate:
+    """One compiled template with the special tokens it refers to.
+
+    ``specials`` maps ``bos_token``, ``eos_token``, ``pad_token``, ... to their text.
+    """
+
+    def __init__(self, source: str, specials: dict[str, str]):
+        self.source = source
+        self.specials = dict(specials)
+        self._template = _compile(source)
+
+    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
+        """The text of ``messages``; with ``prompt`` the header of the assistant's next turn follows."""
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self._template.render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self.specials
+            )
+        except TemplateError as error:
+            raise TemplateRefused(f"the chat template refuses this row: {error}") from None
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+            raise TemplateRefused(f"the chat template cannot render this row: {error}") from None
+
+
+def _compile(source: str):
+    import jinja2
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}...{% endgeneration %}`` marks assistant text for other tools; here it is plain text."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            lineno = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_same"), [], [], body).set_lineno(lineno)
+
+        def _same(self, caller: Any) -> str:
+            return caller()
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
+    try:
+        return environment.from_string(source)
+    except TemplateSyntaxError as error:
+        raise RowError(
+            f"the chat template is not valid Jinja: {error.message} (template line {error.lineno})"
+        ) from None

@@ -1,0 +1,155 @@
+"""Loading a tokenizer and finding out what the data path must know about it, with every trap refused before training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aifactory_train.config import Recipe
+from aifactory_train.data.encoder import EncoderSpec, probe
+from aifactory_train.data.rows import RowError
+from aifactory_train.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer from the fetched folder, offline, with ``model.chat_template`` in place of its own.
+
+    Raises :class:`UserError` when it was not fetched, has no fast form, or the template file is missing.
+    """
+    from transformers import AutoTokenizer
+
+    from aifactory_train.sources import resolve_model
+
+    folder = resolve_model(recipe.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"the tokenizer cannot be loaded: {str(error).splitlines()[0][:300]}",
+            where=recipe.model.base,
+            fix="the model folder needs tokenizer.json (fetch the whole repository)",
+        ) from None
+    if recipe.model.chat_template is not None:
+        tokenizer.chat_template = _read_template(Path(recipe.model.chat_template))
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(
+            f"{type(tokenizer).__name__} has no fast form (tokenizer.json)",
+            where=recipe.model.base,
+            fix="save the tokenizer in its fast form beside the model",
+        )
+    check_vocabulary(tokenizer, _embedding_rows(folder), recipe.model.base)
+    return tokenizer
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}", where="model.chat_template") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}", where="model.chat_template") from None
+
+
+def _embedding_rows(folder: Path) -> int | None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
+
+def check_vocabulary(tokenizer: Any, embedding_rows: int | None, where: str) -> None:
+    """Refuse a tokenizer that knows a token for which the model's embedding has no row (it would index out of range)."""
+    if embedding_rows is None:
+        return
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= embedding_rows:
+        raise UserError(
+            f"the tokenizer's largest token id is {largest}, but the model's embedding has {embedding_rows} rows",
+            where=where,
+            fix="use the tokenizer that belongs to this model, or extend the embedding first",
+        )
+
+
+def chat_template_of(tokenizer: Any) -> str | None:
+    """The template text (of several named ones, ``default``)."""
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        return template.get("default")
+    return template
+
+
+def encoder_spec(tokenizer: Any, recipe: Recipe) -> EncoderSpec:
+    """All that tokenising processes need. Raises :class:`UserError` when the template has no end-of-turn token."""
+    serialised = _plain_offsets(tokenizer.backend_tokenizer.to_str())
+    specials = {name: str(value) for name in _SPECIALS if (value := getattr(tokenizer, name, None)) is not None}
+    special_ids = {int(i) for i in tokenizer.all_special_ids}
+    # Control tokens that are listed as added but not as special ("</tool_call>") are text; those marked special are not.
+    special_ids |= {int(i) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    template = chat_template_of(tokenizer)
+    stops: tuple[int, ...] = ()
+    if template:
+        try:
+            stops = probe(serialised, template, specials, tuple(special_ids))
+        except RowError as error:
+            raise UserError(error.what, where=recipe.model.chat_template or recipe.model.base, fix=error.fix) from None
+    return EncoderSpec(
+        tokenizer_json=serialised,
+        template=template,
+        specials=specials,
+        special_ids=tuple(sorted(special_ids | set(stops))),
+        stop_ids=stops,
+        eos_id=tokenizer.eos_token_id,
+        sequence_length=recipe.data.sequence_length,
+        long_documents=recipe.data.long_documents,
+        supervise=recipe.data.supervise,
+    )
+
+
+def _plain_offsets(serialised: str) -> str:
+    """The tokenizer without ``trim_offsets``: ids stay the same, but spans then cover every character of the text."""
+    tree = json.loads(serialised)
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            if node.get("trim_offsets") is True:
+                node["trim_offsets"] = False
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    for part in ("pre_tokenizer", "post_processor", "decoder"):
+        walk(tree.get(part))
+    return json.dumps(tree, ensure_ascii=False)
+
+
+def tokenizer_info(tokenizer: Any, spec: EncoderSpec) -> dict[str, Any]:
+    """What the loop, the export and the report need to know (JSON-able)."""
+    stop = spec.stop_ids[0] if spec.stop_ids else spec.eos_id
+    taken = {stop, spec.eos_id}
+    pad = tokenizer.pad_token_id
+    separate = pad is not None and pad not in taken
+    if not separate:
+        # Labels are masked by place, never by id, so a shared id could not hide the end-of-turn; a separate one is clearer.
+        unk = tokenizer.unk_token_id
+        pad = unk if unk is not None and unk not in taken else (pad if pad is not None else 0)
+    return {
+        "class": type(tokenizer).__name__,
+        "vocabulary": len(tokenizer),
+        "template_sha256": hashlib.sha256(spec.template.encode()).hexdigest() if spec.template else None,
+        "tokenizer_sha256": hashlib.sha256(spec.tokenizer_json.encode()).hexdigest(),
+        "eos_id": spec.eos_id,
+        "end_of_turn_id": stop,
+        "end_of_turn": tokenizer.convert_ids_to_tokens(stop) if stop is not None else None,
+        "stop_ids": list(spec.stop_ids) or ([spec.eos_id] if spec.eos_id is not None else []),
+        "pad_id": int(pad),
+        "pad_is_separate": bool(pad not in taken),
+    }
