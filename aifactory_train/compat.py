@@ -43,3 +43,30 @@ def supports_bf16(device: str) -> bool:
     if torch.version.hip:
         return True
     return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def sum_gradients(module: Any) -> None:
+    """Make FSDP2 add the ranks' gradients and divide by nothing.
+
+    A factor of 1 alone would ask the backend for ``AVG`` (one rank) or ``PREMUL_SUM`` (which gloo lacks), so plain sums are
+    forced as well where this torch can (all supported versions; the factor is a method of the root in some of them).
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.set_gradient_divide_factor(1.0)
+            child.set_force_sum_reduction_for_comms(True)
+
+
+def ddp_without_buffer_sync() -> dict[str, bool]:
+    """Arguments of ``DistributedDataParallel`` that leave buffers alone (they are constants of the model).
+
+    torch 2.13 renamed the switch.
+    """
+    import inspect
+
+    from torch.nn.parallel import DistributedDataParallel
+
+    names = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers": False} if "forward_sync_buffers" in names else {"broadcast_buffers": False}

@@ -8,6 +8,8 @@ world size or by the number of micro-batches.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from aifactory_train.attention import Documents
     from aifactory_train.config import Recipe
     from aifactory_train.model import CausalLM, Precision
+    from aifactory_train.parallel.state import Sharded
     from aifactory_train.parallel.world import World
 
 
@@ -71,21 +74,31 @@ class Engine(Protocol):
     def discard(self) -> None:
         """Clear the gradients without a step."""
 
-    def state(self) -> dict[str, Any]:
-        """``{"model": {...}, "optimizer": {...}}`` keyed by parameter names, for torch.distributed.checkpoint.
+    #: optimizer steps done; stored beside the tensors, so that no engine keeps a count per parameter
+    updates: int
 
-        Values are tensors or DTensors of the trained parameters alone (frozen weights come from the base model). The names
-        and global shapes are the same for every engine and every world size, so that any engine reads any other's state.
+    def state(self) -> dict[str, dict[str, Sharded]]:
+        """``{"model": {NAME: ...}, "optimizer": {MOMENT/NAME: ...}}``: live views of what this rank holds.
+
+        Trained parameters alone (frozen weights come from the base model). Names, global shapes and types are the same for
+        every engine and every world size, so that any engine reads any other's state. Moments are there once a step was
+        made or :meth:`prepare_state` was called. No communication.
         """
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over a state made by :meth:`state` (filled in place by torch.distributed.checkpoint)."""
+    def prepare_state(self, updates: int) -> None:
+        """Make room for the moments of a run that made ``updates`` steps, so that :meth:`state` shows where to read them."""
 
-    def full_parameters(self, trained_only: bool = True) -> Any:
+    def finish_load(self, updates: int) -> None:
+        """After the views of :meth:`state` were overwritten: refresh whatever is derived from them. Collective."""
+
+    def full_parameters(self, trained_only: bool = True) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Iterate ``(name, full tensor on the CPU)`` in a fixed order, one at a time; collective on all ranks.
 
-        Tensors are given on rank 0 only (None elsewhere), so no rank holds more than one parameter more than its shard.
+        Tensors are given on rank 0 only (None elsewhere); no rank holds more than one parameter more than its shard.
         """
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Within it, parameters outside the blocks are whole on every rank (generation calls parts of the model)."""
 
     def describe(self) -> list[tuple[str, str, str]]:
         """``(what, choice, why)`` lines for the start-up report."""
@@ -101,7 +114,20 @@ def choose_engine(recipe: Recipe, world: World) -> tuple[str, str]:
 
 
 def build_engine(name: str, core: CausalLM, recipe: Recipe, precision: Precision, world: World) -> Engine:
-    """Construct the engine; its imports happen here, so that DeepSpeed is needed only where it is used."""
+    """Construct the engine; its imports happen here, so that DeepSpeed is needed only where it is used.
+
+    Order: compute type (DDP alone: the others cast gathered parameters), activation checkpointing, compilation, engine.
+    """
+    from aifactory_train.parallel.apply import apply_activation_checkpointing, apply_compile, apply_compute_type
+
+    settings = recipe.parallel
+    refuse_quantised(recipe, name)
+    if name == "ddp":
+        apply_compute_type(core, precision.compute)
+    apply_activation_checkpointing(core, settings.activation_checkpointing)
+    if settings.compile:
+        apply_compile(core, name)
+    core.train()
     if name == "ddp":
         from aifactory_train.parallel.ddp import DDPEngine
 
@@ -115,3 +141,13 @@ def build_engine(name: str, core: CausalLM, recipe: Recipe, precision: Precision
 
         return DeepSpeedEngine(core, recipe, precision, world, stage=int(name[-1]))
     raise UserError(f"unknown engine '{name}'", where="parallel.engine")
+
+
+def refuse_quantised(recipe: Recipe, name: str) -> None:
+    """4-bit weights are opaque bytes: engines that split or cast parameters cannot hold them."""
+    if recipe.adapter.quantise_base != "none" and name != "ddp":
+        raise UserError(
+            f"engine {name} cannot hold a 4-bit base",
+            where="adapter.quantise_base",
+            fix="--set parallel.engine=ddp (the 4-bit base is small), or adapter.quantise_base=none",
+        )

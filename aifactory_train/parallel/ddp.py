@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from aifactory_train.optim import build_optimizer, parameter_groups
+from aifactory_train import compat
+from aifactory_train.errors import UserError
+from aifactory_train.parallel.state import Piece
+from aifactory_train.parallel.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
     from aifactory_train.config import Recipe
@@ -19,84 +23,68 @@ if TYPE_CHECKING:
     from aifactory_train.parallel.world import World
 
 
-def _sum_hook(group, bucket):
-    """Sum, where DDP's default would average; in the bucket's own dtype."""
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+def _sum_hook(dtype: torch.dtype, bucket):  # DDP reads annotations as types, which this module keeps as strings
+    """Sum in the policy's reduction type, where DDP's default would average in the bucket's own."""
+    buffer = bucket.buffer()
+    reduced = buffer if buffer.dtype == dtype else buffer.to(dtype)
+    future = dist.all_reduce(reduced, async_op=True).get_future()
+
+    def arrived(done: torch.futures.Future) -> torch.Tensor:
+        total = done.value()[0]
+        return total if total.dtype == buffer.dtype else buffer.copy_(total)
+
+    return future.then(arrived)
 
 
-class DDPEngine:
+class DDPEngine(TorchEngine):
     """See :class:`aifactory_train.parallel.Engine`."""
 
     name = "ddp"
 
     def __init__(self, core: CausalLM, recipe: Recipe, precision: Precision, world: World):
-        self.core, self.world, self.precision = core, world, precision
-        self.compute_autocast = precision.compute != precision.parameters or precision.compute != precision.frozen
-        self.named = [(n, p) for n, p in core.named_parameters() if p.requires_grad]
+        super().__init__(core, recipe, precision, world)
+        if recipe.parallel.offload_optimizer:
+            raise UserError(
+                "engine ddp keeps the optimizer state beside the parameters",
+                where="parallel.offload_optimizer",
+                fix="--set parallel.engine=fsdp2 (or zero2, zero3), or parallel.offload_optimizer=false",
+            )
         self.module: nn.Module = core
         if world.size > 1:
             ddp = DistributedDataParallel(
                 core,
-                device_ids=[world.local_rank] if world.device != "cpu" else None,
+                device_ids=[torch.device(world.device).index] if world.device != "cpu" else None,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,
+                **compat.ddp_without_buffer_sync(),
             )
-            ddp.register_comm_hook(None, _sum_hook)
+            ddp.register_comm_hook(precision.reduce, _sum_hook)
             self.module = ddp
-        self.optimizer = build_optimizer(parameter_groups(self.named, recipe.train.weight_decay), recipe.train)
-
-    def _autocast(self):
-        if not self.compute_autocast:
-            return contextlib.nullcontext()
-        return torch.autocast(self.world.device.split(":")[0], dtype=self.precision.compute)
+        self._build_optimizer()
 
     def forward_backward(self, batch: DeviceBatch, scale: float, last: bool) -> torch.Tensor:
-        sync = contextlib.nullcontext() if last or self.module is self.core else self.module.no_sync()
-        with sync:
-            with self._autocast():
-                loss = self.module(**batch.kwargs())
+        waits = isinstance(self.module, DistributedDataParallel) and not last
+        with self.module.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            loss = self.module(**batch.kwargs())
             (loss * scale).backward()
         return loss.detach()
-
-    def clip(self, max_norm: float | None) -> torch.Tensor:
-        parameters = [p for _, p in self.named]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        return norm
-
-    def step(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.discard()
 
     def discard(self) -> None:
         # gradient_as_bucket_view: DDP owns the memory, so zeros rather than None
         self.optimizer.zero_grad(set_to_none=self.module is self.core)
 
-    def state(self) -> dict[str, Any]:
-        state = {"model": {n: p.detach() for n, p in self.named}, "optimizer": {}}
-        for name, parameter in self.named:
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                state["optimizer"][f"{name}.{key}"] = value
-        return state
+    def _pieces(self, tensor: torch.Tensor) -> list[Piece]:
+        return [Piece((0,) * tensor.dim(), tensor)]
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.named:
-                parameter.copy_(state["model"][name])
-        for name, parameter in self.named:
-            prefix = f"{name}."
-            values = {k.removeprefix(prefix): v for k, v in state["optimizer"].items() if k.startswith(prefix)}
-            if values:
-                self.optimizer.state[parameter] = values
+    def _owned(self, number: int) -> bool:
+        return number % self.world.size == self.world.rank  # all hold all: the ranks take turns
 
-    def full_parameters(self, trained_only: bool = True):
+    def full_parameters(self, trained_only: bool = True) -> Iterator[tuple[str, torch.Tensor | None]]:
         for name, parameter in self.core.named_parameters():
             if parameter.requires_grad or not trained_only:
                 yield name, parameter.detach().cpu() if self.world.is_main else None
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def describe(self) -> list[tuple[str, str, str]]:
         how = f"{self.world.size} copies, gradients summed" if self.world.size > 1 else "one process"

@@ -1,0 +1,153 @@
+"""What is done to the model before an engine takes it: block by block, in this order: compute type, activation
+checkpointing, compilation. Each replaces the ``forward`` of a block (an instance attribute), so that parameter names and the
+hooks that engines add stay as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from aifactory_train.errors import UserError
+
+if TYPE_CHECKING:
+    from aifactory_train.model import CausalLM
+
+
+def block_modules(core: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of the model, in order: the unit of sharding, checkpointing and compilation.
+
+    They are the modules that transformers names in ``_no_split_modules``; without such names, the children of the longest
+    ``ModuleList``.
+    """
+    named: set[str] = set()
+    for module in core.modules():
+        named.update(getattr(module, "_no_split_modules", None) or ())
+    blocks = [m for m in core.modules() if type(m).__name__ in named and isinstance_of_list(core, m)]
+    if blocks:
+        return blocks
+    lists = [m for m in core.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    return list(max(lists, key=len)) if lists else []
+
+
+def isinstance_of_list(core: nn.Module, module: nn.Module) -> bool:
+    """Whether ``module`` is an element of a ``ModuleList`` (vision towers and embeddings named no-split are not)."""
+    return any(isinstance(m, nn.ModuleList) and any(child is module for child in m) for m in core.modules())
+
+
+# ---- compute type
+
+
+class ComputeCopies:
+    """While active, the parameters of some modules read as copies in the compute type.
+
+    This is what FSDP2's mixed precision does with the gathered parameters: fp32 master, bf16 arithmetic, gradients that
+    flow back through the cast. It is not autocast, which would keep the residual stream in fp32 and so train another curve
+    than the sharded engines.
+    """
+
+    def __init__(self, modules: list[nn.Module], compute: torch.dtype):
+        self.compute = compute
+        self.slots = [
+            (module, name)
+            for module in modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype != compute
+        ]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        copies: dict[int, torch.Tensor] = {}  # a tied weight is cast once
+        for module, name in self.slots:
+            parameter = module._parameters[name]
+            assert parameter is not None
+            copy = copies.get(id(parameter))
+            if copy is None:
+                copy = copies[id(parameter)] = parameter.to(self.compute)
+            module.__dict__[name] = copy  # found before _parameters
+        try:
+            yield
+        finally:
+            for module, name in self.slots:
+                module.__dict__.pop(name, None)
+
+    def wrap(self, forward: Callable) -> Callable:
+        @functools.wraps(forward)
+        def with_copies(*args: Any, **kwargs: Any) -> Any:
+            with self.active():
+                return forward(*args, **kwargs)
+
+        return with_copies
+
+
+def apply_compute_type(core: CausalLM, compute: torch.dtype) -> None:
+    """Compute in ``compute`` while parameters keep their type; used by engines that do not cast by themselves."""
+    blocks = block_modules(core)
+    inside = {id(m) for block in blocks for m in block.modules()}
+    for block in blocks:
+        copies = ComputeCopies(list(block.modules()), compute)
+        if copies.slots:
+            block.forward = copies.wrap(block.forward)  # type: ignore[method-assign]
+    outside = ComputeCopies([m for m in core.modules() if id(m) not in inside], compute)
+    if outside.slots:
+        core.forward = outside.wrap(core.forward)  # type: ignore[method-assign]
+
+
+# ---- activation checkpointing
+
+#: Results kept by selective checkpointing: matrix products and attention, which cost the most to compute again.
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _keep_products() -> Any:
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def apply_activation_checkpointing(core: nn.Module, mode: str) -> None:
+    """``full``: a block keeps its input alone; ``selective``: also its matrix products; ``none``."""
+    if mode == "none":
+        return
+    extra = {"context_fn": _keep_products} if mode == "selective" else {}
+    for block in block_modules(core):
+        inner = block.forward
+
+        @functools.wraps(inner)
+        def recomputed(*args: Any, _inner: Callable = inner, _block: nn.Module = block, **kwargs: Any) -> Any:
+            if not (torch.is_grad_enabled() and _block.training):
+                return _inner(*args, **kwargs)
+            return checkpoint(_inner, *args, use_reentrant=False, preserve_rng_state=True, **extra, **kwargs)
+
+        block.forward = recomputed  # type: ignore[method-assign]
+
+
+# ---- compilation
+
+
+def apply_compile(core: nn.Module, engine: str) -> None:
+    """``torch.compile`` of each block: the blocks are alike, so one compilation serves them all."""
+    if engine == "zero3":
+        raise UserError(
+            "ZeRO-3 gathers parameters by hooks inside each block, which a compiled block cannot contain",
+            where="parallel.compile",
+            fix="--set parallel.engine=fsdp2 (the same memory), or parallel.compile=false",
+        )
+    # One block differs from the next by its weights alone; without this each block would be compiled again.
+    torch._dynamo.config.inline_inbuilt_nn_modules = True
+    for block in block_modules(core):
+        block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]

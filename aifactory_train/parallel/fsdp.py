@@ -1,0 +1,185 @@
+"""FSDP2: parameters, gradients and optimizer state in shards; HSDP: shards within a group of ranks, copies of the groups.
+
+Every transformer block is one shard group. What lies outside the blocks (embedding, final norm, output layer) is the root
+group, gathered for the whole forward, because :class:`aifactory_train.model.CausalLM` reads the output weight itself and a
+tied embedding must be one parameter of one group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from aifactory_train import compat
+from aifactory_train.errors import UserError
+from aifactory_train.parallel.apply import block_modules
+from aifactory_train.parallel.state import Piece, rows_of
+from aifactory_train.parallel.torch_engine import TorchEngine
+
+if TYPE_CHECKING:
+    from aifactory_train.config import Recipe
+    from aifactory_train.model import CausalLM, Precision
+    from aifactory_train.parallel import DeviceBatch
+    from aifactory_train.parallel.world import World
+
+
+def build_mesh(device: str, size: int, shard_size: int | None) -> DeviceMesh:
+    """``(shard,)`` over all ranks, or with ``shard_size`` ``(replicate, shard)``; names are the dimensions'."""
+    if shard_size is None:
+        return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+    if size % shard_size:
+        raise UserError(
+            f"{size} ranks cannot be split into copies of {shard_size} ranks each",
+            where="parallel.shard_size",
+            fix=f"choose a divisor of {size}, or --set parallel.engine=fsdp2",
+        )
+    return init_device_mesh(device, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+
+
+def apply_fsdp(
+    core: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    compute: torch.dtype,
+    reduce: torch.dtype,
+    offload: bool = False,
+    reshard_after_forward: bool = True,
+) -> None:
+    """Shard ``core`` in place over ``mesh``: each block of :func:`block_modules`, then the rest as the root group.
+
+    Works on meta tensors and with a fake process group. Gradients are summed in ``reduce``.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
+    where: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for block in block_modules(core):
+        fully_shard(
+            block, mesh=mesh, mp_policy=policy, offload_policy=where, reshard_after_forward=reshard_after_forward
+        )
+    # The root is needed again at once by the backward: resharding it would only gather it twice.
+    fully_shard(core, mesh=mesh, mp_policy=policy, offload_policy=where, reshard_after_forward=False)
+    compat.sum_gradients(core)
+
+
+class FSDPEngine(TorchEngine):
+    """See :class:`aifactory_train.parallel.Engine`."""
+
+    def __init__(self, core: CausalLM, recipe: Recipe, precision: Precision, world: World, *, replicate: bool):
+        super().__init__(core, recipe, precision, world)
+        self.name = "hsdp" if replicate else "fsdp2"
+        shard_size = (recipe.parallel.shard_size or world.local_size) if replicate else None
+        self.mesh = build_mesh(torch.device(world.device).type, world.size, shard_size)
+        # On CPU ranks the state already lies in host memory.
+        self.offload = recipe.parallel.offload_optimizer and world.device != "cpu"
+        on_meta = any(p.is_meta for p in core.parameters())
+        if not on_meta:
+            agree_on_trained(core)
+        apply_fsdp(core, self.mesh, compute=precision.compute, reduce=precision.reduce, offload=self.offload)
+        if on_meta:
+            from aifactory_train.parallel.materialise import materialise
+
+            materialise(core, recipe, world, precision, host=self.offload)
+        self.module: nn.Module = core
+        self._build_optimizer()
+
+    # ---- one step
+
+    def forward_backward(self, batch: DeviceBatch, scale: float, last: bool) -> torch.Tensor:
+        self.core.set_requires_gradient_sync(last)  # type: ignore[operator]
+        loss = self.module(**batch.kwargs())
+        (loss * scale).backward()
+        return loss.detach()
+
+    # ---- where the shards lie
+
+    def _local(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def _norm_group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group("shard")
+
+    def _pieces(self, tensor: torch.Tensor) -> list[Piece]:
+        first = first_row(tensor.shape[0], self.mesh)
+        return rows_of(tuple(tensor.shape), first, self._local(tensor))
+
+    def _owned(self, number: int) -> bool:
+        if self.mesh.ndim == 1:
+            return True
+        copies, mine = self.mesh.size(0), self.mesh.get_local_rank("replicate")
+        return number % copies == mine
+
+    def full_parameters(self, trained_only: bool = True) -> Iterator[tuple[str, torch.Tensor | None]]:
+        for name, parameter in self.core.named_parameters():
+            if parameter.requires_grad or not trained_only:
+                whole = gather_rows(parameter, self.mesh, self.world)
+                yield name, whole
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        self.core.unshard()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            self.core.reshard()  # type: ignore[operator]
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        shards = self.mesh.size(-1)
+        if self.name == "hsdp":
+            how = f"{self.mesh.size(0)} copies of {shards} shards each"
+        else:
+            how = f"{shards} shards"
+        lines = [
+            (
+                "engine",
+                self.name,
+                f"{how}; {len(block_modules(self.core))} blocks and the root; gradients summed in {self.precision.reduce}",
+            )
+        ]
+        if self.recipe.parallel.offload_optimizer:
+            lines.append(
+                ("offload", "host memory", "parameters and optimizer state")
+                if self.offload
+                else ("offload", "no effect", "CPU ranks hold their state in host memory already")
+            )
+        return lines
+
+
+def first_row(rows: int, mesh: DeviceMesh) -> int:
+    """Where this rank's rows of a tensor with ``rows`` rows begin (FSDP2 splits as ``torch.chunk`` does)."""
+    shards = mesh.size(-1)
+    return min(mesh.get_local_rank("shard") * -(-rows // shards), rows)
+
+
+def agree_on_trained(core: nn.Module) -> None:
+    """Every rank starts from rank 0's trained parameters (frozen ones are read from the same files)."""
+    for parameter in core.parameters():
+        if parameter.requires_grad:
+            dist.broadcast(parameter.data, 0)
+
+
+def gather_rows(parameter: nn.Parameter, mesh: DeviceMesh, world: World) -> torch.Tensor | None:
+    """The whole of a row-sharded parameter in rank 0's host memory; the others send their rows and get None."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach().cpu() if world.is_main else None
+    local = parameter.detach().to_local().contiguous()
+    group, shards = mesh.get_group("shard"), mesh.size(-1)
+    if shards == 1:
+        return local.cpu() if world.is_main else None
+    rows = parameter.shape[0]
+    each = -(-rows // shards)
+    padded = local.new_zeros((each, *parameter.shape[1:]))
+    padded[: local.shape[0]] = local
+    if padded.device.type == "cpu":
+        parts: Any = [torch.empty_like(padded) for _ in range(shards)] if mesh.get_local_rank("shard") == 0 else None
+        dist.gather(padded, parts, dst=dist.get_global_rank(group, 0), group=group)
+    else:
+        parts = [torch.empty_like(padded) for _ in range(shards)]
+        dist.all_gather(parts, padded, group=group)
+    return torch.cat(parts)[:rows].cpu() if world.is_main else None

@@ -1,0 +1,148 @@
+"""What DDP and FSDP2 share: torch's own optimizer, and norms over whatever this rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from aifactory_train.optim import build_optimizer, parameter_groups
+from aifactory_train.parallel.state import Piece, Sharded
+
+if TYPE_CHECKING:
+    from aifactory_train.config import Recipe
+    from aifactory_train.model import CausalLM, Precision
+    from aifactory_train.parallel import DeviceBatch
+    from aifactory_train.parallel.world import World
+
+
+def state_keys(recipe: Recipe) -> tuple[str, ...]:
+    """Moments that the optimizer keeps of each parameter, as torch names them."""
+    if recipe.train.optimizer == "sgd":
+        return ("momentum_buffer",) if recipe.train.momentum else ()
+    return ("exp_avg", "exp_avg_sq")
+
+
+def sum_of_squares(tensors: list[torch.Tensor], device: str) -> torch.Tensor:
+    """fp32 scalar on ``device``: the squared L2 norm of all tensors together."""
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for tensor in tensors:
+        if tensor.numel():
+            total += torch.linalg.vector_norm(tensor, dtype=torch.float32).square().to(device)
+    return total
+
+
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """The factor (at most 1) that brings a gradient of this norm to ``max_norm``."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+class TorchEngine:
+    """Common part of the engines whose optimizer is torch's; see :class:`aifactory_train.parallel.Engine`."""
+
+    name: str
+    module: nn.Module
+
+    def __init__(self, core: CausalLM, recipe: Recipe, precision: Precision, world: World):
+        self.core, self.recipe, self.precision, self.world = core, recipe, precision, world
+        self.updates = 0
+        self.named: list[tuple[str, nn.Parameter]] = []
+        self.optimizer: torch.optim.Optimizer
+
+    def _build_optimizer(self) -> None:
+        self.named = [(n, p) for n, p in self.core.named_parameters() if p.requires_grad]
+        settings = self.recipe.train
+        self.optimizer = build_optimizer(parameter_groups(self.named, settings.weight_decay), settings)
+
+    # ---- what differs: where the shards lie
+
+    def _local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a parameter, gradient or moment."""
+        return tensor
+
+    def _norm_group(self) -> dist.ProcessGroup | None:
+        """Ranks whose local gradients together are the whole gradient; None where this rank has it all."""
+        return None
+
+    def _pieces(self, tensor: torch.Tensor) -> list[Piece]:
+        raise NotImplementedError
+
+    def _owned(self, number: int) -> bool:
+        """Whether this rank writes its pieces of the ``number``-th tensor."""
+        raise NotImplementedError
+
+    # ---- one step
+
+    def forward_backward(self, batch: DeviceBatch, scale: float, last: bool) -> torch.Tensor:
+        raise NotImplementedError
+
+    def clip(self, max_norm: float | None) -> torch.Tensor:
+        gradients = [self._local(p.grad) for _, p in self.named if p.grad is not None]
+        square = sum_of_squares(gradients, self.world.device)
+        group = self._norm_group()
+        if group is not None:
+            dist.all_reduce(square, group=group)
+        norm = square.sqrt()
+        if max_norm is not None:
+            factor = clip_factor(norm, max_norm)
+            for gradient in gradients:
+                gradient.mul_(factor.to(gradient.device))
+        return norm
+
+    def step(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.updates += 1
+        self.discard()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # ---- state
+
+    def state(self) -> dict[str, dict[str, Sharded]]:
+        state: dict[str, dict[str, Sharded]] = {"model": {}, "optimizer": {}}
+        number = 0
+        for name, parameter in self.named:
+            moments = self.optimizer.state.get(parameter, {})
+            for key, value in [(None, parameter), *((k, moments[k]) for k in state_keys(self.recipe) if k in moments)]:
+                value = value.detach()
+                entry = Sharded(tuple(value.shape), value.dtype, self._pieces(value), self._owned(number))
+                if key is None:
+                    state["model"][name] = entry
+                else:
+                    state["optimizer"][f"{key}/{name}"] = entry
+                number += 1
+        return state
+
+    def prepare_state(self, updates: int) -> None:
+        """Allocate the moments (zeros), so that a checkpoint can be read into them; none where nothing was stepped yet."""
+        keys = state_keys(self.recipe)
+        for _, parameter in self.named:
+            if not updates:
+                self.optimizer.state.pop(parameter, None)
+                continue
+            moments: dict[str, Any] = {}
+            if self.recipe.train.optimizer == "adamw":
+                # torch's fused and capturable implementations want the count beside the parameter
+                moments["step"] = torch.tensor(0.0, dtype=torch.float32, device=self._local(parameter).device)
+            for key in keys:
+                moments[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            if moments:
+                self.optimizer.state[parameter] = moments  # type: ignore[assignment]
+
+    def finish_load(self, updates: int) -> None:
+        """Called when the pieces of :meth:`state` have been filled from a checkpoint."""
+        self.updates = updates
+        self.discard()
+        for _, parameter in self.named:
+            moments = self.optimizer.state.get(parameter, {})
+            if "step" in moments:
+                moments["step"].fill_(updates)
+
+    def full_parameters(self, trained_only: bool = True) -> Iterator[tuple[str, torch.Tensor | None]]:
+        raise NotImplementedError

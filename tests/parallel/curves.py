@@ -1,0 +1,231 @@
+"""Training curves of tiny models, many cases in one process group. Run by tests (``run_cases``), one process per rank.
+
+    python curves.py CASES.json OUT.json        with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
+
+The batches are a pure function of the step: eight documents of unequal length with unequal numbers of supervised tokens,
+dealt to ranks and micro-batches in turn. The arithmetic of a step is the loop's: every micro-batch adds the gradient of
+``sum of losses / supervised tokens of all ranks``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+DOCUMENTS = 8
+VOCABULARY = 300
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_ranks(script: Path, ranks: int, *args: str, timeout: float = 540, env: dict[str, str] | None = None) -> None:
+    """Run ``script`` once per rank on a free port; raises with the errors of the ranks that failed."""
+    port = str(free_port())
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(env or {})}
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(script), *args],
+            env={
+                **base,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(ranks),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    failures = []
+    try:
+        for rank, child in enumerate(children):
+            out, err = child.communicate(timeout=timeout)
+            if child.returncode:
+                failures.append(f"rank {rank} ended with {child.returncode}\n{out[-1000:]}\n{err[-3000:]}")
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+    assert not failures, "\n".join(failures)
+
+
+def run_cases(ranks: int, cases: list[dict[str, Any]], folder: Path, timeout: float = 540) -> list[dict[str, Any]]:
+    """The curves of all cases: per case ``{"losses": [...], "norms": [...]}`` (floats of rank 0)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted, found = folder / f"cases-{ranks}.json", folder / f"curves-{ranks}.json"
+    wanted.write_text(json.dumps(cases))
+    start_ranks(Path(__file__), ranks, str(wanted), str(found), timeout=timeout)
+    return json.loads(found.read_text())
+
+
+# ---- one case
+
+
+def make_recipe(case: dict[str, Any]):
+    from aifactory_train.config import Recipe
+
+    return Recipe.model_validate(
+        {
+            "model": {"base": "unused"},
+            "data": {"train": ["unused.jsonl"]},
+            "adapter": {"kind": case.get("adapter", "none"), "rank": 4, "alpha": 8, **case.get("adapter_more", {})},
+            "train": {
+                "optimizer": case.get("optimizer", "adamw"),
+                "learning_rate": case.get("rate", 1e-2),
+                "max_grad_norm": case.get("max_norm"),
+                "weight_decay": 0.1,
+                **case.get("train", {}),
+            },
+            "parallel": {
+                "engine": case["engine"],
+                "shard_size": case.get("shard_size"),
+                "activation_checkpointing": case.get("checkpointing", "none"),
+                "compile": case.get("compile", False),
+                "offload_optimizer": case.get("offload", False),
+            },
+            "precision": case.get("precision", {}),
+        }
+    )
+
+
+def make_core(case: dict[str, Any], recipe, precision):
+    import helpers
+    import torch
+
+    from aifactory_train import attention
+    from aifactory_train.model import CausalLM, ModelReport, apply_adapter, apply_precision
+
+    attention.register()
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = helpers.tiny_model("llama", vocabulary=VOCABULARY, tied=case.get("tied", True), **shape)
+    model.set_attn_implementation(attention.PER_DOCUMENT)
+    model.config.use_cache = False
+    torch.manual_seed(5)
+    model = apply_adapter(model, recipe, ModelReport())
+    if recipe.adapter.kind != "none":
+        with (
+            torch.no_grad()
+        ):  # lora_B starts at zero; a little noise gives every parameter a gradient from the first step
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.05)
+    apply_precision(model, precision)
+    return CausalLM(model, loss_rows=16)
+
+
+def step_documents(step: int) -> list[tuple[list[int], int]]:
+    """``(tokens, how many of the last positions are supervised)`` of each document of a step; four steps, repeated."""
+    import random
+
+    dice = random.Random(step % 4)
+    documents = []
+    for _ in range(DOCUMENTS):
+        length = dice.randint(4, 24)
+        start, stride = dice.randrange(VOCABULARY), dice.choice([1, 3, 7])
+        documents.append(([(start + stride * i) % VOCABULARY for i in range(length)], dice.randint(1, length - 1)))
+    return documents
+
+
+def make_batch(documents: list[tuple[list[int], int]], device: str):
+    """The documents packed into one row; a batch without documents is one token without a loss."""
+    import torch
+
+    from aifactory_train.attention import Documents
+    from aifactory_train.parallel import DeviceBatch
+
+    tokens, places, positions, targets, edges = [], [], [], [], [0]
+    for ids, supervised in documents:
+        begin = len(tokens)
+        for i in range(len(ids) - 1 - supervised, len(ids) - 1):
+            positions.append(begin + i)
+            targets.append(ids[i + 1])
+        tokens += ids
+        places += range(len(ids))
+        edges.append(len(tokens))
+    if not documents:
+        tokens, places, edges = [0], [0], [0, 1]
+
+    def row(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return DeviceBatch(
+        row(tokens)[None],
+        row(places)[None],
+        Documents.of(torch.tensor(edges, dtype=torch.int32), device),
+        row(positions),
+        row(targets),
+    )
+
+
+def train_step(engine, case: dict[str, Any], world, step: int) -> tuple[float, float]:
+    """One optimizer step; ``case["bug"]`` plants one of the classic mistakes."""
+    import torch
+    import torch.distributed as dist
+
+    documents = step_documents(step)
+    supervised = sum(count for _, count in documents)
+    accumulation, bug = case.get("accumulation", 1), case.get("bug")
+    mine = documents[world.rank :: world.size]
+    micros = [mine[i::accumulation] for i in range(accumulation)]
+    loss = torch.zeros((), dtype=torch.float64)
+    for number, micro in enumerate(micros):
+        last = number == accumulation - 1
+        scale = 1.0 / supervised
+        if bug == "times world":
+            scale *= world.size
+        if bug == "mean of means":
+            scale = 1.0 / (max(1, sum(c for _, c in micro)) * accumulation * world.size)
+        if bug == "last only" and not last:
+            continue
+        loss += engine.forward_backward(make_batch(micro, world.device), scale, last).cpu()
+    norm = engine.clip(case.get("max_norm"))
+    engine.step(case.get("rate", 1e-2))
+    dist.all_reduce(loss)
+    return loss.item() / supervised, float(norm)
+
+
+def build(case: dict[str, Any], world):
+    """Recipe, engine of a case."""
+    from aifactory_train.model import choose_precision
+    from aifactory_train.parallel import build_engine
+
+    recipe = make_recipe(case)
+    precision, _ = choose_precision(recipe, "cpu")
+    return build_engine(case["engine"], make_core(case, recipe, precision), recipe, precision, world)
+
+
+def main() -> None:
+    import torch.distributed as dist
+
+    from aifactory_train.parallel.world import join_world, leave_world
+
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    world = join_world(120, threads=1)
+    curves = []
+    for case in cases:
+        engine = build(case, world)
+        points = [train_step(engine, case, world, step) for step in range(case.get("steps", 20))]
+        curves.append({"losses": [p[0] for p in points], "norms": [p[1] for p in points]})
+        del engine
+        dist.barrier()
+    if world.is_main:
+        Path(sys.argv[2]).write_text(json.dumps(curves))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()
