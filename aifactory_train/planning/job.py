@@ -1,0 +1,196 @@
+"""What a prediction needs to know: the GPU, the links, how the model is spread, and what one step computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from aifactory_train.errors import UserError
+from aifactory_train.planning.shapes import Shape
+
+GIB = 2**30
+
+ENGINES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
+CHECKPOINTING = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Constants of one GPU as the scheduler counts it. ``None`` = not known, and what depends on it is then refused."""
+
+    sku: str
+    arch: str | None = None
+    vendor: str | None = None
+    memory_gib: float | None = None  # what the driver shows where known, else nominal
+    bandwidth_gb_s: float | None = None
+    bf16_tflops: float | None = None  # dense peak
+    link_gb_s: float | None = None  # all in-node links together, one direction
+    tdp_w: float | None = None
+    unified_memory: bool = False
+    power_cap_w: float | None = None
+
+    @property
+    def ridge(self) -> float:
+        """Machine balance: bf16 FLOPs per byte of memory traffic."""
+        return (self.bf16_tflops or 0) * 1e3 / (self.bandwidth_gb_s or 1)
+
+
+@dataclass(frozen=True)
+class Links:
+    """Bandwidths in GB/s, one direction."""
+
+    gpus_per_node: int
+    in_node_gb_s: float | None  # one GPU to the others of its node
+    node_gb_s: float | None  # a node to the others, all NICs together
+    assumed: tuple[str, ...] = ()  # which of them nobody published
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How parameters, gradients and optimizer state are spread over ``world`` ranks.
+
+    ``shard``: ranks that share one copy of what the engine shards (1: every rank has all). ``world / shard`` copies exist.
+    """
+
+    engine: str
+    world: int
+    shard: int
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UserError(
+                f"unknown engine '{self.engine}'", where="parallel.engine", fix=f"one of {', '.join(ENGINES)}"
+            )
+        if self.world < 1 or self.shard < 1 or self.world % self.shard:
+            raise UserError(
+                f"{self.world} ranks cannot be divided into groups of {self.shard}",
+                where="parallel.shard_size",
+                fix="choose a divisor of the number of ranks",
+            )
+
+    @property
+    def replicas(self) -> int:
+        return self.world // self.shard
+
+    @property
+    def shards_parameters(self) -> bool:
+        return self.engine in ("fsdp2", "hsdp", "zero3")
+
+    @property
+    def shards_gradients(self) -> bool:
+        return self.engine in ("fsdp2", "hsdp", "zero2", "zero3")
+
+    @property
+    def shards_optimizer(self) -> bool:
+        return self.engine in ("fsdp2", "hsdp", "zero1", "zero2", "zero3")
+
+    @property
+    def deepspeed(self) -> bool:
+        return self.engine.startswith("zero")
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes per element of each kind of state.
+
+    ``parameters``: trained parameters as the optimizer sees them (the master copy). ``working``: a second, lower-precision copy
+    that computes (DeepSpeed keeps one; FSDP2 makes one per block while it computes; autocast makes one under DDP); 0 = none.
+    ``optimizer``: bytes of optimizer state per trained parameter, without the master copy.
+    """
+
+    parameters: float = 4
+    working: float = 2
+    gradients: float = 4
+    optimizer: float = 8
+    frozen: float = 2
+    compute: float = 2
+    reduce: float = 4
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Which tensors the blocks keep for backward and how often they touch memory.
+
+    norm: 'eager' (an fp32 copy and the normalised values are kept) or 'fused' (input and one statistic per row).
+    glu: 'eager' (both halves, the activation, their product) or 'fused' (both halves and the product).
+    loss: bytes per logit at the peak of an unchunked loss; 0 = the logits never exist as a whole.
+    """
+
+    name: str = "fused"
+    norm: str = "fused"
+    glu: str = "fused"
+    loss_bytes_per_logit: float = 0.0
+    casts_adapter_input: bool = False  # peft with fp32 adapters over a bf16 base copies each adapter's input
+    recomputes_norm: bool = (
+        False  # the norm's output is computed again in backward rather than kept (torch.compile's partitioner)
+    )
+
+
+#: Loss at its peak, bytes per logit, when the logits exist as a whole. eager: bf16 logits (2), their fp32 copy (4), log-softmax (4),
+#: the fp32 gradient (4). compiled: bf16 logits (2), fp32 log-softmax (4) and the bf16 gradient (2); the copies are fused away.
+LOGIT_BYTES = {"eager": 14.0, "compiled": 8.0, "fused": 6.0, "chunked": 0.0}
+
+STACKS = {
+    "eager": Stack("eager", "eager", "eager", LOGIT_BYTES["eager"]),
+    "native": Stack("native", "fused", "eager", LOGIT_BYTES["eager"]),
+    "compiled": Stack("compiled", "fused", "fused", LOGIT_BYTES["compiled"], recomputes_norm=True),
+    "fused": Stack("fused", "fused", "fused", LOGIT_BYTES["fused"]),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything one prediction depends on. Sequences and micro-batches are per rank; one *micro-batch* is
+    ``micro_batch * sequence`` token positions."""
+
+    shape: Shape
+    gpu: Gpu
+    links: Links
+    layout: Layout
+    sequence: int
+    micro_batch: float
+    grad_accum: int = 1
+    method: str = "full"  # full | lora | qlora
+    lora_rank: int = 16
+    targets: str | tuple[str, ...] = "all-linear"
+    dora: bool = False
+    train_embeddings: bool = False
+    bytes: Bytes = field(default_factory=Bytes)
+    checkpointing: str = "none"
+    selective_every: int = 1  # selective keeps the output of every n-th linear layer
+    stack: Stack = field(default_factory=lambda: STACKS["fused"])
+    document: float | None = None  # mean tokens of a document; attention stays inside it. None: the whole sequence
+    supervised: float = 1.0  # share of positions that carry loss
+    loss_chunk: int | None = None  # rows of logits that exist at once; None: all of them (Stack.loss_bytes_per_logit)
+    gradient_in_backward: bool = False  # the optimizer steps inside backward: gradients never exist as a whole
+    offload_activations: bool = False
+    attention: str = "flash"
+    compiled: bool = False
+
+    @property
+    def tokens(self) -> float:
+        """Token positions of one micro-batch of one rank."""
+        return self.micro_batch * self.sequence
+
+    @property
+    def adapter_parameters(self) -> int:
+        if self.method == "full":
+            return 0
+        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        return self.shape.lora_parameters(self.lora_rank, targets, self.dora)
+
+    @property
+    def trained_parameters(self) -> int:
+        if self.method == "full":
+            return self.shape.parameters
+        extra = self.shape.embedding_parameters + self.shape.head_parameters if self.train_embeddings else 0
+        return self.adapter_parameters + extra
+
+    @property
+    def frozen_parameters(self) -> int:
+        """Parameters that are not trained (a trained copy of the embeddings exists beside the frozen one under peft)."""
+        return 0 if self.method == "full" else self.shape.parameters
+
+    def with_(self, **changes) -> Job:
+        return replace(self, **changes)

@@ -1,0 +1,345 @@
+"""Peak memory of one rank, component by component.
+
+The peak is the largest of three moments: the loss (all kept activations and the logits' workspace, but with one micro-batch per step
+no gradients yet), the start of backward (all kept activations and one recomputed block) and its end (all gradients, one block and
+its transient gradients). In between, activations are freed while gradients grow, both linearly, so nothing in between is higher.
+
+Which tensors a block keeps for backward is counted operation by operation (:func:`block_kept`), per token, from what autograd saves;
+``tests/planning/test_memory_tracker.py`` holds the counts against torch's own memory tracker.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+from aifactory_train.planning.job import GIB, Job
+from aifactory_train.planning.shapes import is_target
+
+#: GiB that the driver's context, the kernels' code, cuBLAS/hipBLASLt workspaces hold outside torch's allocator (recalled; the
+#: device reading minus torch's reserved memory of small jobs). Several ranks add NCCL's or RCCL's channels and rings.
+CONTEXT_GIB = {"nvidia": 0.7, "amd": 1.0, None: 1.0}
+FABRIC_GIB = {"nvidia": 0.8, "amd": 1.3, None: 1.3}
+
+#: Share of the allocator's dynamic memory (activations, workspaces, buffers) lost to fragmentation: reserved minus allocated at the peak.
+FRAGMENTATION = 0.06
+
+#: NF4 weights: 4 bits and an fp8-quantised scale per 64 values with an fp32 one per 256 of those (QLoRA, arXiv:2305.14314, section 3).
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+#: What we write into DeepSpeed's JSON (see settings.py); elements, except where bytes are named.
+ZERO_BUCKET = 5e8
+ZERO_MAX_LIVE = 1e9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB per rank by component, at the peak. ``total`` is what has to fit into ``capacity`` (see :func:`capacity`)."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    adapters: float
+    activations: float
+    loss: float
+    communication: float
+    framework: float
+    fragmentation: float
+    host: float = field(
+        default=0.0, metadata={"host": True}
+    )  # host memory of this rank's offloaded state; not in the total
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self) if not f.metadata.get("host"))
+
+    def as_dict(self) -> dict[str, float]:
+        out = {f.name: round(getattr(self, f.name), 3) for f in fields(self)}
+        out["total"] = round(self.total, 3)
+        return out
+
+
+# ---- what a block keeps
+
+
+def _norm(job: Job, width: int, rows: int = 1) -> float:
+    """Bytes that one RMS norm over ``width`` elements in ``rows`` groups keeps per token."""
+    e = job.bytes.compute
+    if job.stack.norm == "fused":
+        return e * width + 4 * rows
+    trained = job.method == "full"
+    if job.shape.family in ("olmo2", "olmo3", "gemma3_text"):  # they multiply by the weight in fp32
+        kept = 4 * width
+    else:
+        kept = e * width
+    return 4 * width + 4 * rows + (kept if trained else 0)  # the fp32 copy (in fp32 the input itself)
+
+
+def _linear_inputs(job: Job) -> float:
+    """Bytes of the inputs that linear layers keep: for their own weight's gradient, or for an adapter's."""
+    shape, e = job.shape, job.bytes.compute
+    targets = job.targets if isinstance(job.targets, str) else list(job.targets)
+    total = 0.0
+    for group, width in ((("q", "k", "v"), shape.hidden), (("gate", "up"), shape.hidden), (("down",), shape.ffn)):
+        names = [n for n in group if n in shape.linears()]
+        if job.method == "full":
+            after_norm = "down" not in group and shape.family not in ("olmo2", "olmo3")
+            total += 0 if after_norm and job.stack.recomputes_norm else e * width
+        else:
+            hit = [n for n in names if is_target(n, targets)]
+            copies = len(hit) if job.stack.casts_adapter_input else min(1, len(hit))
+            total += e * width * copies + sum(e * job.lora_rank for _ in hit)
+    if job.method != "full" and is_target("o", targets):
+        # the input itself is attention's output and counted there
+        total += e * (shape.q_width if job.stack.casts_adapter_input else 0) + e * job.lora_rank
+    return total
+
+
+def _attention(job: Job) -> float:
+    """Query, key, value, output and the log-sum-exp of flash attention; the score matrix too where it exists."""
+    shape, e = job.shape, job.bytes.compute
+    kept = e * (2 * shape.q_width + 2 * shape.kv_width) + 4 * shape.heads
+    if job.attention == "eager":
+        kept += shape.heads * job.sequence * (e + 4)
+    if shape.qk_norm == "head":
+        kept += _norm(job, shape.q_width, shape.heads) + _norm(job, shape.kv_width, shape.kv_heads)
+    elif shape.qk_norm == "full":
+        kept += _norm(job, shape.q_width) + _norm(job, shape.kv_width)
+    return kept
+
+
+def _mlp(job: Job) -> float:
+    """What the MLP keeps between its linear layers (their inputs apart)."""
+    e, ffn = job.bytes.compute, job.shape.ffn
+    if job.shape.mlp == "gated":
+        return e * ffn * (3 if job.stack.glu == "eager" else 2)
+    if job.shape.family == "apertus" and job.stack.glu == "eager":
+        return e * ffn * 4 + ffn  # transformers' Python xIELU: input, two branches' factors, and the mask
+    return e * ffn
+
+
+def block_kept(job: Job) -> float:
+    """Bytes per token that one block keeps for backward without checkpointing."""
+    norms = job.shape.norms * _norm(job, job.shape.hidden)
+    return norms + _linear_inputs(job) + _attention(job) + _mlp(job)
+
+
+def block_kept_selective(job: Job) -> float:
+    """Selective checkpointing keeps the block's input, attention's output and the output of every n-th linear layer."""
+    shape, e = job.shape, job.bytes.compute
+    kept = e * shape.hidden + e * shape.q_width + 4 * shape.heads
+    targets = job.targets if isinstance(job.targets, str) else list(job.targets)
+    outputs: list[int] = []
+    for name, (_, out) in shape.linears().items():
+        outputs.append(out)
+        if job.method != "full" and is_target(name, targets):
+            outputs += [job.lora_rank, out]
+    return kept + e * sum(outputs[:: job.selective_every])
+
+
+def kept_per_block(job: Job) -> float:
+    """Bytes per token of one block under the job's checkpointing."""
+    if job.checkpointing == "none":
+        return block_kept(job)
+    if job.checkpointing == "selective":
+        return block_kept_selective(job)
+    return job.bytes.compute * job.shape.hidden
+
+
+def activation_bytes(job: Job) -> tuple[float, float]:
+    """``(kept at the end of forward, more during backward)`` of one micro-batch, in bytes."""
+    shape, e, tokens = job.shape, job.bytes.compute, job.tokens
+    per_block = kept_per_block(job)
+    blocks = 0.0 if job.offload_activations else shape.layers * per_block
+    if job.offload_activations:
+        blocks = 2 * per_block  # the one in use and the one being copied
+    outside = 2 * e * shape.head_dim + _norm(job, shape.hidden) + e * shape.hidden  # cos and sin, last norm, its output
+    kept = tokens * (blocks + outside)
+    transient = (
+        2 * e * max(shape.ffn, shape.q_width) + e * shape.hidden
+    )  # gradients of the MLP's two halves, of the residual
+    if job.checkpointing == "none":
+        return kept, tokens * transient
+    recomputed = block_kept(job) - (0 if job.checkpointing == "full" else per_block)
+    return kept, tokens * (max(recomputed, 0) + transient)
+
+
+def loss_bytes(job: Job) -> float:
+    """Logits and their copies at the peak, in bytes; chunked: one chunk, the hidden states' gradient, the weight's in fp32."""
+    shape, e = job.shape, job.bytes.compute
+    rows = job.tokens * job.supervised
+    if job.loss_chunk is not None and job.stack.loss_bytes_per_logit:
+        # the logits exist once in the compute type; their fp32 copies chunk by chunk
+        return rows * shape.vocab * e + min(rows, job.loss_chunk) * shape.vocab * 4
+    if job.loss_chunk is not None:
+        chunk = min(rows, job.loss_chunk) * shape.vocab * (2 * e + 4)
+        weight = 4 * shape.vocab * shape.hidden if trains_head(job) else 0
+        return chunk + e * rows * shape.hidden + weight
+    return rows * shape.vocab * job.stack.loss_bytes_per_logit * (e / 2 if e > 2 else 1)
+
+
+def trains_head(job: Job) -> bool:
+    return job.method == "full" or job.train_embeddings
+
+
+# ---- state
+
+
+def _shard_rows(tensors: list[tuple[int, int]], shard: int) -> int:
+    """Elements of the largest shard when every tensor is split along its rows (FSDP2 pads to the first rank)."""
+    return sum(-(-rows // shard) * columns for rows, columns in tensors)
+
+
+def _shard_flat(tensors: list[tuple[int, int]], shard: int) -> int:
+    """Elements of a shard when every tensor is flattened and split (ZeRO-3)."""
+    return sum(-(-(rows * columns) // shard) for rows, columns in tensors)
+
+
+@dataclass(frozen=True)
+class State:
+    """Elements and bytes of one rank's share of the model's state."""
+
+    parameters: float  # bytes: master and frozen weights
+    working: float  # bytes of the second copy that lives all the time
+    gradients: float
+    optimizer: float
+    adapters: float  # bytes of the adapters' parameters
+    trained_elements: float
+    host: float = 0.0
+
+
+def static_state(job: Job) -> State:
+    """Bytes per rank that exist all the time (gradients: when they all exist)."""
+    shape, b, layout = job.shape, job.bytes, job.layout
+    targets = job.targets if isinstance(job.targets, str) else list(job.targets)
+    base = shape.block_tensors() * shape.layers + shape.root_tensors()
+    if job.method == "full":
+        trained, frozen = base, []
+    else:
+        trained = shape.lora_tensors(job.lora_rank, targets, job.dora) * shape.layers
+        if job.train_embeddings:
+            trained = trained + [(shape.vocab, shape.hidden)] * (1 if shape.tied else 2)
+        frozen = base
+    shard = _shard_flat if layout.engine == "zero3" else _shard_rows
+
+    def elements(tensors: list[tuple[int, int]], sharded: bool) -> float:
+        if not sharded:
+            return sum(r * c for r, c in tensors)
+        if layout.engine in ("zero1", "zero2"):  # one flat buffer
+            return math.ceil(sum(r * c for r, c in tensors) / layout.shard)
+        return shard(tensors, layout.shard)
+
+    def quantised(tensors: list[tuple[int, int]]) -> float:
+        """Bytes of frozen weights: under nf4 the blocks' matrices, not embeddings and vectors."""
+        if job.method != "qlora":
+            return elements(tensors, layout.shards_parameters) * b.frozen
+        matrices = [t for t in shape.block_tensors() * shape.layers if t[1] > 1]
+        rest = [t for t in shape.block_tensors() * shape.layers if t[1] == 1] + shape.root_tensors()
+        return (
+            elements(matrices, layout.shards_parameters) * NF4_BYTES
+            + elements(rest, layout.shards_parameters) * b.frozen
+        )
+
+    frozen_bytes = quantised(frozen) if frozen else 0.0
+    here = elements(trained, layout.shards_parameters)
+    for_optimizer = elements(trained, layout.shards_optimizer)
+    gradients = elements(trained, layout.shards_gradients) * b.gradients
+    optimizer = for_optimizer * b.optimizer
+    if layout.deepspeed:
+        # DeepSpeed computes with the working copy; the fp32 master belongs to the optimizer's partition
+        parameters = here * (b.working or b.parameters)
+        optimizer += for_optimizer * (b.parameters if b.working else 0)
+        working = 0.0
+    else:
+        parameters = here * b.parameters
+        working = here * b.working if layout.engine in ("ddp", "single") and b.working else 0.0
+    host = 0.0
+    if layout.offload_optimizer:
+        host += optimizer
+        optimizer = 0.0
+        if layout.deepspeed:  # gradients are copied out bucket by bucket
+            host += gradients
+            gradients = 0.0
+    if layout.offload_parameters:
+        host += parameters + frozen_bytes
+        parameters = frozen_bytes = 0.0
+    adapters = parameters if job.method != "full" else 0.0
+    return State(
+        parameters=frozen_bytes + (0.0 if job.method != "full" else parameters),
+        working=working,
+        gradients=gradients,
+        optimizer=optimizer,
+        adapters=adapters,
+        trained_elements=here,
+        host=host,
+    )
+
+
+def communication_bytes(job: Job) -> tuple[float, float]:
+    """Buffers that hold gathered parameters, and gradients on their way: ``(in forward, in backward)``, bytes."""
+    shape, b, layout = job.shape, job.bytes, job.layout
+    if layout.world == 1 or (layout.shard == 1 and layout.engine != "ddp"):
+        return 0.0, 0.0
+    # NF4 blocks are gathered packed and unpacked block by block into the compute type
+    block = shape.block_parameters * (NF4_BYTES if job.method == "qlora" else b.compute)
+    unpacked = shape.block_parameters * b.compute if job.method == "qlora" else 0.0
+    root = (shape.embedding_parameters + shape.head_parameters) * b.compute
+    if layout.engine in ("fsdp2", "hsdp"):
+        gathered = 2 * block + unpacked + root  # this block and the prefetched one; the root stays gathered
+        # unsharded gradients of one block and their copy in the reduction's type, and the root's gradients
+        grads = shape.block_parameters * (b.compute + b.reduce) + root if job.method == "full" else 0.0
+        return gathered, gathered + grads
+    if layout.engine == "zero3":
+        live = max(min(ZERO_MAX_LIVE, shape.parameters) * b.compute, root + block) + unpacked
+        if job.method == "full":
+            live += 2 * ZERO_BUCKET * b.compute  # allocated from the start
+        return live, live + (root if job.method == "full" else 0.0)
+    if layout.engine in ("zero1", "zero2"):
+        bucket = min(2 * ZERO_BUCKET, 2.0 * job.trained_parameters) * b.compute
+        return 0.0, bucket
+    bucket = min(25 * 2**20 * 2, job.trained_parameters * b.gradients)  # DDP: gradients live in the buckets
+    return bucket, bucket
+
+
+def predict(job: Job, *, context: bool = True, fragmentation: float = FRAGMENTATION) -> Memory:
+    """Peak GiB of one rank. ``context``: count what lies outside torch's allocator (what has to fit on the device)."""
+    state = static_state(job)
+    kept, backward = activation_bytes(job)
+    loss = loss_bytes(job)
+    communication = communication_bytes(job)
+    gradients = state.gradients
+    if job.gradient_in_backward:
+        gradients = job.shape.block_parameters * job.bytes.gradients
+    # DDP, ZeRO-1 and ZeRO-2 keep flat gradient buffers from the start; elsewhere gradients appear in the first backward
+    buffers = job.layout.world > 1 and job.layout.engine in ("ddp", "zero1", "zero2")
+    early = gradients if job.grad_accum > 1 or buffers else 0.0
+    checkpointed = job.checkpointing != "none"
+    blocks = max(job.shape.layers, 1)
+    forward_buffers, backward_buffers = communication
+    moments = (
+        (early, kept, loss, forward_buffers),
+        (early, kept + (backward if checkpointed else 0.0), 0.0, backward_buffers),
+        (gradients, kept / blocks + backward, 0.0, backward_buffers),
+    )
+    gradient, activations, workspace, buffer = max(moments, key=sum)
+    dynamic = activations + workspace + buffer
+    outside = 0.0
+    if context:
+        outside = CONTEXT_GIB[job.gpu.vendor] + (FABRIC_GIB[job.gpu.vendor] if job.layout.world > 1 else 0.0)
+    return Memory(
+        parameters=(state.parameters + state.working) / GIB,
+        gradients=gradient / GIB,
+        optimizer=state.optimizer / GIB,
+        adapters=state.adapters / GIB,
+        activations=activations / GIB,
+        loss=workspace / GIB,
+        communication=buffer / GIB,
+        framework=outside,
+        fragmentation=fragmentation * dynamic / GIB,
+        host=state.host / GIB,
+    )
+
+
+def capacity(job: Job) -> float | None:
+    """GiB of the GPU as the driver shows it, or ``None`` where nobody published it."""
+    return job.gpu.memory_gib

@@ -1,0 +1,431 @@
+"""Published measurements as :class:`Job` objects: which rows the planner is meant for, and how their columns are read.
+
+The columns are those of ``data/throughput_open.csv`` (its README explains them). A row outside the planner's scope is not an
+error: :func:`read_row` returns the reason instead of a job. Nothing here looks at the measured value to decide how a row is read.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.errors import UserError
+from aifactory_train.planning import memory
+from aifactory_train.planning.job import STACKS, Bytes, Gpu, Job, Layout, Links
+from aifactory_train.planning.shapes import DATA, Shape
+
+COLUMNS = [
+    "id",
+    "gpu",
+    "n_gpus",
+    "gpus_per_node",
+    "model",
+    "params_total_B",
+    "layers",
+    "hidden",
+    "heads",
+    "kv_heads",
+    "ffn",
+    "vocab",
+    "method",
+    "lora_rank",
+    "seq_len",
+    "micro_batch",
+    "grad_accum",
+    "precision",
+    "optimizer",
+    "act_ckpt",
+    "compile",
+    "parallel",
+    "kernels",
+    "tokens_per_s_per_gpu",
+    "tflops_per_gpu_reported",
+    "mfu_reported",
+    "peak_mem_GiB",
+    "source",
+    "date",
+    "notes",
+    "confidence",
+]
+
+#: Names of optimizers of the Adam family, and bytes of state per parameter where it is not two moments in the parameter's own type.
+ADAM = {"adam": None, "adamw": None, "decoupled_adamw": None, "fused_adamw": None, "cpu-adamw": None, "cpu_adamw": None, "pagedadamw": None, "adamw8bit": 2.0, "adam8bit": 2.0, "pagedadamw8bit": 2.0, "paged_adamw_8bit": 2.0, "adamw_8bit": 2.0, "adamw_torch": None, "adamw_torch_fused": None}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published measurement and how it was read. ``why`` is set when the row is outside the planner's scope."""
+
+    id: str
+    source: str
+    tier: str | None
+    job: Job | None
+    why: str | None
+    tokens_per_s: float | None
+    tokens_derived: str | None  # how tokens/s follow from the printed TFLOP/s, where only those are printed
+    memory_gib: float | None
+    device_reading: bool = False  # the memory figure is the device's, context included
+    reserved_reading: bool = False  # torch's reserved rather than allocated memory
+    assumed: tuple[str, ...] = ()
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV with the columns of :data:`COLUMNS` (others are ignored, missing ones are empty).
+
+    Raises :class:`UserError` for a file that cannot be read or lacks an ``id`` column.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as handle:
+            reader = csv.DictReader(handle)
+            if not reader.fieldnames or "id" not in reader.fieldnames:
+                raise UserError(
+                    "not a table of measurements: there is no column 'id'",
+                    where=f"{path}:1",
+                    fix=f"columns: {', '.join(COLUMNS)}",
+                )
+            return [
+                {k: (v or "").strip() for k, v in row.items() if isinstance(k, str) and not isinstance(v, list)}
+                for row in reader
+            ]
+    except FileNotFoundError:
+        raise UserError("no such file", where=str(path)) from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot be read as CSV: {error}", where=str(path)) from None
+
+
+def number(text: str | None) -> float | None:
+    """A finite positive number, or ``None``."""
+    try:
+        value = float((text or "").replace(",", ""))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+class _Outside(Exception):
+    """The row is outside the planner's scope; the message says why."""
+
+
+@functools.cache
+def _gpu_table() -> dict[str, Any]:
+    return json.loads((DATA / "measured_gpus.json").read_text(encoding="utf-8"))
+
+
+def find_gpu(name: str) -> tuple[Gpu, Links] | None:
+    """GPU and node of a measurement by the name in its ``gpu`` column, or ``None`` for one we know nothing of."""
+    table = _gpu_table()
+    entry = table["gpus"].get(table["aliases"].get(name.lower(), name.lower()))
+    if entry is None:
+        return None
+    gpu = Gpu(**{k: v for k, v in entry.items() if k not in ("node", "source")})
+    node = entry["node"]
+    return gpu, Links(node["gpus_per_node"], node["in_node_gb_s"], node["node_gb_s"])
+
+
+def _shape(row: Mapping[str, str], needed: bool = True) -> Shape:
+    """Dimensions from the columns; what they leave open (gated or plain MLP, tied, head size) is what reproduces the total."""
+    values = {k: number(row.get(k)) for k in ("layers", "hidden", "heads", "ffn", "vocab")}
+    missing = [k for k, v in values.items() if v is None]
+    if missing:
+        raise _Outside(f"dimension not stated: {', '.join(missing)}")
+    ints = {k: int(v) for k, v in values.items() if v is not None}
+    kv = int(number(row.get("kv_heads")) or ints["heads"])
+    notes = row.get("notes", "")
+    total = number(row.get("params_total_B"))
+    plain_hint = bool(re.search(r"2-matrix|GELU|xIELU", notes))
+    name = row.get("model", "")
+    options = []
+    for mlp in ("plain",) if plain_hint else ("gated", "plain"):
+        for tied in (True, False):
+            for head_dim in dict.fromkeys((ints["hidden"] // ints["heads"], 128, 256, 64)):
+                options.append((mlp, tied, head_dim))
+    qwen3 = "qwen3" in name.lower()
+
+    def build(mlp: str, tied: bool, head_dim: int) -> Shape:
+        return Shape(
+            name=name, kv_heads=kv, head_dim=head_dim, mlp=mlp, tied=tied, qk_norm="head" if qwen3 else "none", **ints
+        )
+
+    standard = ints["hidden"] // ints["heads"]
+    if total is None:
+        return build("plain" if plain_hint else "gated", "tied" in notes and "untied" not in notes, standard)
+
+    def cost(option: tuple[str, bool, int]) -> tuple[float, bool]:
+        # within 1 % the standard head size wins: rounding of the stated total must not decide
+        off = abs(build(*option).parameters / (total * 1e9) - 1)
+        return (round(off, 2), option[2] != standard)
+
+    best = min(options, key=cost)
+    if cost(best)[0] > 0.10:
+        raise _Outside(f"the stated dimensions do not reproduce the stated {total:g} B parameters")
+    return build(*best)
+
+
+def _layout(row: Mapping[str, str], world: int, per_node: int) -> tuple[Layout, bool]:
+    text = row.get("parallel", "").lower().replace(" ", "")
+    for kind, what in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
+        found = re.search(rf"(?<![a-z]){kind}(\d+)", text)
+        if found and int(found.group(1)) > 1:
+            raise _Outside(f"{what} parallelism")
+    if "sp" in re.split(r"[^a-z]+", text):
+        raise _Outside("sequence parallelism")
+    offload = "offload" in text or "cpu" in row.get("optimizer", "").lower()
+    if not text or text == "none":
+        if world > 1:
+            raise _Outside("the parallel layout is not stated")
+        return Layout("single", 1, 1, offload_optimizer=offload), False
+    keep_gathered = False
+    if found := re.search(r"hsdp(?:\(rep(\d+),shard(\d+)\))?", text):
+        shard = int(found.group(2)) if found.group(2) else min(per_node, world)
+        return Layout("hsdp", world, shard, offload), False
+    if found := re.search(r"zero-?([123])(?:\((\d+)\))?", text):
+        stage = int(found.group(1))
+        shard = int(found.group(2)) if found.group(2) else world
+        if "fsdp" in text and stage == 3:
+            return Layout("fsdp2", world, world, offload, "offload" in text and "optim" not in text), False
+        keep_gathered = "fsdp" in text
+        engine = f"zero{stage}"
+        return Layout(engine, world, min(shard, world), offload), keep_gathered
+    if "fsdp" in text:
+        return Layout("fsdp2", world, world, "optim" in text and offload, offload and "optim" not in text), False
+    if "ddp" in text or re.fullmatch(r"dp\d+", text):
+        return Layout("ddp" if world > 1 else "single", world, 1, offload), False
+    raise _Outside(f"parallel layout '{row.get('parallel')}' is not one of DDP, FSDP, HSDP, ZeRO")
+
+
+def _stack(row: Mapping[str, str]) -> str:
+    kernels = row.get("kernels", "").lower()
+    if "te" in re.split(r"[^a-z]+", kernels) or any(
+        k in kernels for k in ("fused", "liger", "megatron", "triton", "nvfuser", "unsloth")
+    ):
+        return "fused"
+    if row.get("compile", "").lower() == "yes":
+        return "compiled"
+    if "torchtitan" in (row.get("source", "") + row.get("notes", "")).lower():
+        return "native"  # its blocks use torch's own fused RMS norm
+    return "eager" if row.get("compile", "").lower() == "no" else "native"
+
+
+def _attention(row: Mapping[str, str]) -> str:
+    """Which attention kernel the row used, as far as its ``kernels`` column says."""
+    words = re.split(r"[^a-z0-9]+", row.get("kernels", "").lower())
+    for name in ("flash4", "flash3", "te", "cudnn", "flash"):
+        if name in words:
+            return name
+    return "sdpa"
+
+
+def _bytes(row: Mapping[str, str], layout: Layout) -> tuple[Bytes, bool]:
+    """Bytes per element of the model's state, and whether the row says so (else: fp32 master, as mixed precision has it)."""
+    notes = row.get("notes", "").lower()
+    pure = any(k in notes for k in ("pure bf16", "bf16-true", "training.dtype=bfloat16"))
+    pure = pure or "torchtune" in row.get("source", "").lower()  # its recipes keep every state in bf16
+    each = ADAM.get(row.get("optimizer", "").lower())
+    if row.get("method") in ("lora", "qlora") or pure:
+        # adapters are so few that their type hardly counts
+        return Bytes(parameters=2, working=0, gradients=2, optimizer=each or 4), True
+    stated = "fp32" in notes
+    if layout.engine in ("zero2", "zero3"):
+        return Bytes(parameters=4, working=2, gradients=2, optimizer=each or 8), stated
+    return Bytes(optimizer=each or 8), stated
+
+
+def _node(row: Mapping[str, str], links: Links) -> tuple[Links, tuple[str, ...]]:
+    """The node's links; the notes' own figures win over what is usual for the GPU."""
+    notes = row.get("notes", "")
+    per_node = int(number(row.get("gpus_per_node")) or links.gpus_per_node)
+    node_gb_s, assumed = links.node_gb_s, ("node_gb_s",)
+    if found := re.search(r"(\d+)\s*x\s*(?:OPA |HDR |NDR )?(\d+) Gb/s", notes):
+        node_gb_s, assumed = int(found.group(1)) * int(found.group(2)) / 8, ()
+    elif found := re.search(r"(\d+) Gb/s per GPU", notes):
+        node_gb_s, assumed = int(found.group(1)) / 8 * per_node, ()
+    elif found := re.search(r"(?:RoCE|InfiniBand|RDMA|Slingshot)\D{0,12}(\d+) Gb/s", notes):
+        node_gb_s, assumed = int(found.group(1)) / 8, ()
+    elif node_gb_s:
+        node_gb_s = node_gb_s * per_node / links.gpus_per_node
+    return Links(per_node, links.in_node_gb_s, node_gb_s, assumed), assumed
+
+
+def _tokens(row: Mapping[str, str], shape: Shape, sequence: int) -> tuple[float | None, str | None]:
+    """Measured tokens/s; from TFLOP/s only where the notes state the convention they follow."""
+    measured = number(row.get("tokens_per_s_per_gpu"))
+    if measured is not None:
+        return measured, None
+    tflops = number(row.get("tflops_per_gpu_reported"))
+    notes = row.get("notes", "")
+    if tflops is None:
+        return None, None
+    linear = 6.0 * (shape.layers * shape.block_linear_parameters + shape.vocab * shape.hidden)
+    attention = 12.0 * shape.layers * shape.q_width * sequence
+    if re.search(r"6N\(non-emb\)\s*\+\s*12\*L\*H", notes):
+        return tflops * 1e12 / (linear + attention), "6N(non-emb) + 12 L H d s per token"
+    if re.search(r"causal attention \(6\*L\*h\*s\^2", notes):
+        return tflops * 1e12 / (linear + attention / 2), "6N + 6 L h s per token"
+    return None, None
+
+
+def read_row(row: Mapping[str, str]) -> Row:
+    """One row as a job, or the reason why the planner has nothing to say about it. Never raises for the row's content."""
+    notes = row.get("notes", "")
+    tier = re.search(r"tier=([A-Z])", notes)
+    base = {
+        "id": row.get("id", ""),
+        "source": row.get("source", ""),
+        "tier": tier.group(1) if tier else None,
+        "tokens_per_s": number(row.get("tokens_per_s_per_gpu")),
+        "tokens_derived": None,
+        "memory_gib": number(row.get("peak_mem_GiB")),
+    }
+    try:
+        job, extra = _job(row)
+    except _Outside as reason:
+        return Row(**base, job=None, why=str(reason))
+    except UserError as error:
+        return Row(**base, job=None, why=error.what)
+    tokens, derived = _tokens(row, job.shape, job.sequence)
+    text = notes.lower()
+    device = any(k in text for k in ("nvidia-smi", "device reading", "rocm-smi"))
+    return Row(
+        **{**base, "tokens_per_s": tokens, "tokens_derived": derived},
+        job=job,
+        why=None,
+        device_reading=device,
+        reserved_reading="reserved" in text or device,
+        assumed=extra,
+    )
+
+
+def _job(row: Mapping[str, str]) -> tuple[Job, tuple[str, ...]]:
+    precision = row.get("precision", "").lower()
+    if precision != "bf16":
+        raise _Outside(f"precision {precision or 'not stated'}; bf16 only")
+    if (
+        "moe" in row.get("model", "").lower()
+        or re.search(r"\bA\d+(\.\d+)?B\b", row.get("model", ""))
+        or "MoE" in row.get("notes", "")
+    ):
+        raise _Outside("mixture of experts")
+    optimizer = row.get("optimizer", "").lower()
+    if optimizer and optimizer not in ADAM:
+        raise _Outside(f"optimizer {row['optimizer']} is not of the Adam family")
+    assumed: list[str] = [] if optimizer else ["optimizer: adam"]
+    method = row.get("method", "").lower()
+    if method not in ("full", "pretrain", "lora", "qlora"):
+        raise _Outside(f"method '{row.get('method')}'")
+    found = find_gpu(row.get("gpu", ""))
+    if found is None:
+        raise _Outside(f"unknown GPU '{row.get('gpu')}'")
+    gpu, links = found
+    world = int(number(row.get("n_gpus")) or 0)
+    if world < 1:
+        raise _Outside("the number of GPUs is not stated")
+    sequence, micro = number(row.get("seq_len")), number(row.get("micro_batch"))
+    if sequence is None or micro is None:
+        raise _Outside("sequence length not stated" if sequence is None else "micro-batch not stated")
+    links, guessed = _node(row, links)
+    if world > links.gpus_per_node:
+        assumed += guessed
+    shape = _shape(row)
+    layout, _keep_gathered = _layout(row, world, links.gpus_per_node)
+    checkpointing = row.get("act_ckpt", "").lower()
+    if checkpointing not in ("none", "selective", "full"):
+        if checkpointing:
+            raise _Outside(f"activation checkpointing '{row.get('act_ckpt')}'")
+        raise _Outside("activation checkpointing not stated")
+    stack = STACKS[_stack(row)]
+    flags = _flags(row)
+    if "fused_linear_loss" in flags:
+        stack = replace(stack, loss_bytes_per_logit=0.0)
+    b, stated = _bytes(row, layout)
+    if "paged" in optimizer and not layout.offload_optimizer:
+        layout = replace(layout, offload_optimizer=True)  # paged state lives in host memory and moves page by page
+    job = Job(
+        shape=shape,
+        gpu=gpu,
+        links=links,
+        layout=layout,
+        sequence=int(sequence),
+        micro_batch=micro,
+        grad_accum=int(number(row.get("grad_accum")) or 1),
+        method="full" if method == "pretrain" else method,
+        lora_rank=int(number(row.get("lora_rank")) or 16),
+        bytes=b,
+        checkpointing=checkpointing,
+        selective_every=2,
+        stack=stack,
+        loss_chunk=4096
+        if "fused_linear_loss" in flags
+        else int(micro * sequence / 8)
+        if "chunked_loss" in flags
+        else None,
+        gradient_in_backward="optimizer_in_backward" in flags,
+        offload_activations="offload_activations" in flags,
+        compiled=row.get("compile", "").lower() == "yes",
+        attention=_attention(row),
+    )
+    job, reading = _fitting(job, stated)
+    if reading:
+        assumed.append(reading)
+    return job, tuple(assumed)
+
+
+def _fitting(job: Job, stated: bool) -> tuple[Job, str | None]:
+    """The reading of what the columns leave open (types of the states, whether DDP keeps a distributed optimizer) with which the job
+    fits: it was published as run. The reading that is usual in mixed precision comes first; the measured values play no part."""
+    capacity = job.gpu.memory_gib
+    if stated or capacity is None or memory.predict(job).total <= capacity:
+        return job, None
+    pure = replace(job.bytes, parameters=2, working=0, gradients=2, optimizer=min(job.bytes.optimizer, 4))
+    readings = [("gradients in bf16", replace(job, bytes=replace(job.bytes, gradients=2)))]
+    if job.layout.engine == "ddp":
+        sharded = replace(job.layout, engine="zero1", shard=job.layout.world)
+        readings.append(("a distributed optimizer", replace(job, layout=sharded)))
+    readings.append(("states in bf16", replace(job, bytes=pure)))
+    for name, reading in readings:
+        if memory.predict(reading).total <= capacity:
+            return reading, name
+    return job, None
+
+
+#: torchtune's table adds one technique per row ("flags cumulative"): a row has all that stand before it.
+_LADDER = (
+    "packed",
+    "compile",
+    "chunked",
+    "activation checkpointing",
+    "optimizer step into backward",
+    "activation offloading",
+    "8-bit",
+)
+
+
+def _flags(row: Mapping[str, str]) -> set[str]:
+    """Techniques that the notes name."""
+    notes = row.get("notes", "").lower()
+    kernels = row.get("kernels", "").lower()
+    found = set()
+    if "flags cumulative" in notes and row.get("method") == "full":
+        last = max((i for i, name in enumerate(_LADDER) if name in notes), default=0)
+        found |= {
+            name
+            for at, name in ((2, "chunked_loss"), (4, "optimizer_in_backward"), (5, "offload_activations"))
+            if last >= at
+        }
+    if "same flags as lora row" in notes:
+        found |= {"chunked_loss", "offload_activations"}
+    if "chunked cross entropy" in notes or "chunked ce" in notes:
+        found.add("chunked_loss")
+    if "liger" in kernels + notes or "cut-ce" in kernels + notes or "linear-cut" in notes:
+        found.add("fused_linear_loss")
+    if "optimizer_in_bwd" in notes:
+        found.add("optimizer_in_backward")
+    if "activation offload" in notes:
+        found.add("offload_activations")
+    return found

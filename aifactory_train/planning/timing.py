@@ -1,0 +1,296 @@
+"""Time of one optimizer step, as a roofline over what a rank computes and moves.
+
+Every term has a physical meaning: matrix products at a share of the chip's peak, attention at another, pointwise work and the
+optimizer at a share of the memory bandwidth, collectives at a share of the links, and the part of them that computation hides. The
+shares are the calibrated constants (:class:`Constants`); ``data/calibration.json`` holds their values and how they were obtained.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, fields
+
+from aifactory_train import flops
+from aifactory_train.errors import UserError
+from aifactory_train.planning.job import Job
+from aifactory_train.planning.memory import NF4_BYTES, trains_head
+from aifactory_train.planning.shapes import DATA, is_target
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Calibrated constants. Efficiencies are shares of a peak; none depends on a model, a source or a number of GPUs.
+
+    gemm: share of the dense bf16 peak that large matrix products reach, per architecture; an architecture without measurements
+    takes ``gemm_default`` and a wider interval. attention_own: share of the peak that a flash-attention kernel written for the
+    architecture reaches (FlashAttention-2 on sm_80, 3 or cuDNN on sm_90, 4 on sm_100); attention_ported: one written for an older
+    architecture (FlashAttention-2, which torch's SDPA carries, on sm_90 and later) or for none. small: a product with as many rows as
+    this runs at half of the large-product rate. pointwise: share of the memory bandwidth. links: share of the in-node and network
+    bandwidth that ring collectives reach. hidden: share of collectives that computation can hide. low_power: exponent with which a
+    power cap below the GPU's nominal power lowers the matrix rate. host_ns: nanoseconds per parameter of a rank when the optimizer
+    runs on the host. launch_us: time that one kernel launch costs the host when nothing hides it (recalled, not fitted).
+    """
+
+    gemm: dict[str, float]
+    gemm_default: float
+    attention_own: float
+    attention_ported: float
+    small: float
+    pointwise: float
+    links: float
+    hidden: float
+    low_power: float
+    host_ns: float
+    launch_us: float
+    spread: float  # half-width of the interval, as a factor: [mid / (1 + spread), mid * (1 + spread)]
+    spread_unmeasured: float  # the same for an architecture without measurements
+
+    @classmethod
+    def load(cls) -> Constants:
+        return _load()
+
+
+@functools.cache
+def _load() -> Constants:
+    values = json.loads((DATA / "calibration.json").read_text(encoding="utf-8"))["constants"]
+    return Constants(**{f.name: values[f.name] for f in fields(Constants)})
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per optimizer step of one rank."""
+
+    matmul: float
+    attention: float
+    pointwise: float
+    loss: float
+    optimizer: float
+    communication: float  # exposed
+    communication_total: float
+    host: float  # launches or host-side optimizer that nothing hides
+
+    @property
+    def step(self) -> float:
+        return (
+            self.matmul + self.attention + self.pointwise + self.loss + self.optimizer + self.communication + self.host
+        )
+
+
+# ---- work
+
+
+def recomputed_share(job: Job) -> float:
+    """Share of the blocks' forward matrix products that runs twice."""
+    if job.checkpointing == "full":
+        return 1.0
+    if job.checkpointing == "none" or job.selective_every == 1:
+        return 0.0
+    sizes = [a * b for a, b in job.shape.linears().values()]
+    return 1 - sum(sizes[:: job.selective_every]) / sum(sizes)
+
+
+#: Passes over memory of a block's pointwise work, in units of (tokens x width x bytes): forward, backward.
+#: Fused: kernels.md's floors (RMS norm with residual 8 and 8 bytes per element of the hidden size in bf16, SwiGLU 6 and 10 of the MLP
+#: width, RoPE 4 and 4 of the heads). Eager: the same operations as separate kernels with fp32 intermediates, counted one by one.
+_PASSES = {
+    "fused": {"norm": (4, 4), "glu": (3, 5), "rope": (2, 2), "plain": (2, 3)},
+    "eager": {"norm": (13, 18), "glu": (5, 8), "rope": (9, 9), "plain": (2, 3)},
+}
+
+
+def pointwise_bytes(job: Job) -> float:
+    """Bytes per token that the pointwise work of one block moves, forward and backward and recomputation."""
+    shape, e = job.shape, job.bytes.compute
+    norm = _PASSES["eager" if job.stack.norm == "eager" else "fused"]
+    rope = _PASSES["eager" if job.stack.name in ("eager", "native") else "fused"]
+    glu = _PASSES["eager" if job.stack.glu == "eager" else "fused"]
+    again = 0.0 if job.checkpointing == "none" else 1.0
+    act = glu["glu"] if shape.mlp == "gated" else glu["plain"]
+
+    def passes(pair: tuple[int, int]) -> float:
+        return pair[0] * (1 + again) + pair[1]
+
+    total = shape.norms * shape.hidden * passes(norm["norm"]) + shape.ffn * passes(act)
+    if not shape.learned_positions:
+        total += (shape.q_width + shape.kv_width) * passes(rope["rope"])
+    if shape.qk_norm != "none":
+        total += (shape.q_width + shape.kv_width) * passes(norm["norm"])
+    if job.method != "full":
+        # the adapter's small products and the addition of its output are bound by memory
+        extra = job.adapter_parameters / max(1, shape.layers) / max(1, job.lora_rank)
+        total += 6.0 * extra
+    return e * total
+
+
+def logit_passes(job: Job) -> float:
+    """Bytes that the loss moves per logit."""
+    if job.loss_chunk is not None or job.stack.name == "fused":
+        return 8.0  # kept on chip as far as the row allows: three passes, see docs/planning.md
+    return 16.0 if job.compiled else 44.0
+
+
+def collectives(job: Job) -> tuple[float, float]:
+    """Bytes that a rank receives per step: ``(per micro-batch gathers and reductions, once per step)``, over its shard group,
+    plus the all-reduce between replicas counted in the second."""
+    layout, b, shape = job.layout, job.bytes, job.shape
+    if layout.world == 1:
+        return 0.0, 0.0
+    share = (layout.shard - 1) / layout.shard
+    frozen = shape.block_parameters * shape.layers * (NF4_BYTES if job.method == "qlora" else b.compute)
+    frozen += (shape.embedding_parameters + shape.head_parameters) * b.compute
+    weights = shape.parameters * b.compute if job.method == "full" else frozen + job.trained_parameters * b.compute
+    grads = job.trained_parameters
+    if layout.engine in ("fsdp2", "hsdp", "zero3"):
+        reduce = b.reduce if layout.engine != "zero3" else b.compute
+        # forward and backward gather the weights, the gradients are reduce-scattered (accumulated sharded)
+        return 2 * weights * share, grads * reduce * share
+    if layout.engine in ("zero1", "zero2"):
+        return 0.0, (grads * b.compute * 2) * share + grads * b.compute * share * (layout.world > layout.shard)
+    return 0.0, 2 * grads * b.gradients * (layout.world - 1) / layout.world
+
+
+def _rate(job: Job, constants: Constants, ranks: int) -> float:
+    """Bytes per second at which a ring over ``ranks`` neighbouring ranks delivers data to each of them.
+
+    Inside a node the slower of a GPU's links; across nodes every byte also enters each node once, over all NICs together.
+    """
+    inside = (job.links.in_node_gb_s or 0) * 1e9 * constants.links
+    if ranks <= job.links.gpus_per_node:
+        return _needed(inside, "in-node link bandwidth", job)
+    across = (job.links.node_gb_s or 0) * 1e9 * constants.links
+    return min(_needed(inside, "in-node link bandwidth", job), _needed(across, "network bandwidth of a node", job))
+
+
+def _needed(value: float, what: str, job: Job) -> float:
+    if not value:
+        raise UserError(
+            f"the {what} is not published for {job.gpu.sku}", fix="give it in an overlay of the site profile"
+        )
+    return value
+
+
+def matrix_rate(job: Job, constants: Constants, tokens: float) -> float:
+    """FLOP/s of a block's matrix products over ``tokens`` rows."""
+    gpu = job.gpu
+    if not gpu.bf16_tflops:
+        raise UserError(
+            f"{gpu.sku} has no bf16 peak", where="precision.compute", fix="choose another partition or site"
+        )
+    share = constants.gemm.get(gpu.arch or "", constants.gemm_default)
+    if gpu.power_cap_w and gpu.tdp_w and gpu.power_cap_w < gpu.tdp_w:
+        share *= (gpu.power_cap_w / gpu.tdp_w) ** constants.low_power
+    return gpu.bf16_tflops * 1e12 * share * tokens / (tokens + constants.small)
+
+
+def kernel_launches(job: Job) -> float:
+    """Kernels of one micro-batch. Per block and forward about 60 in eager code and 30 with fused or compiled blocks, 6 more for each
+    adapter (counted in transformers' Llama and peft); backward launches 1.5 times as many, recomputation runs forward again."""
+    targets = job.targets if isinstance(job.targets, str) else list(job.targets)
+    adapters = 0 if job.method == "full" else sum(is_target(n, targets) for n in job.shape.linears())
+    per_block = (60 if job.stack.name in ("eager", "native") else 30) + 6 * adapters
+    return job.shape.layers * per_block * (2.5 if job.checkpointing == "none" else 3.5)
+
+
+def attention_rate(job: Job, constants: Constants) -> float:
+    """FLOP/s of flash attention over the causal half of the score matrix."""
+    own = {
+        "sm_80": ("flash", "flash2", "sdpa"),
+        "sm_86": ("flash", "flash2", "sdpa"),
+        "sm_89": ("flash", "flash2", "sdpa"),
+    }
+    own |= {
+        "sm_90": ("flash3", "te", "cudnn"),
+        "sm_100": ("flash4", "te", "cudnn"),
+        "sm_103": ("flash4", "te", "cudnn"),
+    }
+    share = constants.attention_own if job.attention in own.get(job.gpu.arch or "", ()) else constants.attention_ported
+    power = (
+        (job.gpu.power_cap_w / job.gpu.tdp_w) ** constants.low_power if job.gpu.power_cap_w and job.gpu.tdp_w else 1.0
+    )
+    return (job.gpu.bf16_tflops or 0) * 1e12 * share * min(1.0, power)
+
+
+def predict(job: Job, constants: Constants | None = None) -> Times:
+    """Seconds of one optimizer step. Raises :class:`UserError` where the GPU or the links lack a constant."""
+    c = constants or Constants.load()
+    shape, gpu = job.shape, job.gpu
+    tokens, micro = job.tokens, job.grad_accum
+    context = min(job.document or job.sequence, job.sequence)
+    f = flops.forward(shape, context, adapter_parameters=job.adapter_parameters, supervised=job.supervised)
+    trains_base = job.method == "full"
+    again = recomputed_share(job)
+    rate = matrix_rate(job, c, tokens)
+    bandwidth = (gpu.bandwidth_gb_s or 0) * 1e9 * c.pointwise
+    if not bandwidth:
+        raise UserError(
+            f"the memory bandwidth of {gpu.sku} is not known", fix="give it in an overlay of the site profile"
+        )
+
+    linear = f.linear * ((3 if trains_base else 2) + again) + f.adapters * (
+        3 + (1 if job.checkpointing == "full" else 0)
+    )
+    matmul = tokens * linear / rate
+    head = f.head * (3 if trains_head(job) else 2)
+    # selective checkpointing keeps attention's output and does not run it again
+    attention_flops = f.attention_causal * (3.5 + (1 if job.checkpointing == "full" else 0))
+    attention = tokens * attention_flops / attention_rate(job, c)
+    pointwise = tokens * shape.layers * pointwise_bytes(job) / bandwidth
+    if job.method == "qlora":
+        # every product unpacks its weight first, forward, backward and recomputation
+        pointwise += (
+            shape.layers * shape.block_linear_parameters * (NF4_BYTES + 2 * job.bytes.compute) * (2 + again) / bandwidth
+        )
+    loss = tokens * (head / rate + job.supervised * shape.vocab * logit_passes(job) / bandwidth)
+
+    local = job.trained_parameters / (job.layout.shard if job.layout.shards_optimizer else 1)
+    host = 0.0
+    state = 2 * (job.bytes.optimizer + job.bytes.parameters) + job.bytes.gradients + job.bytes.compute
+    if job.layout.offload_optimizer:
+        optimizer, host = 0.0, local * c.host_ns * 1e-9
+    else:
+        optimizer = local * state / bandwidth
+
+    per_micro, per_step = collectives(job)
+    shard_rate = (
+        _rate(job, c, job.layout.shard if job.layout.shard > 1 else job.layout.world) if job.layout.world > 1 else 1.0
+    )
+    gather = per_micro / shard_rate
+    reduce = per_step / shard_rate
+    if job.layout.replicas > 1 and job.layout.shard > 1 and job.layout.engine in ("hsdp", "zero1", "zero2"):
+        # each rank reduces its own shard with its peers in the other replicas; the ranks of a node share the NICs
+        piece = 2 * job.trained_parameters * job.bytes.reduce / job.layout.shard
+        peers = min(job.layout.shard, job.links.gpus_per_node)
+        reduce += piece * peers / _rate(job, c, job.layout.world)
+    compute = matmul + attention + pointwise + loss
+    # what the other micro-batches and the last backward can hide
+    exposed = max(gather - c.hidden * compute, (1 - c.hidden) * gather)
+    exposed_step = max(reduce - c.hidden * compute * 2 / 3, (1 - c.hidden) * reduce)
+    if job.layout.offload_parameters:
+        host += 3 * (job.frozen_parameters * (NF4_BYTES if job.method == "qlora" else 2) / job.layout.shard) / 20e9
+
+    # a launch-bound step cannot run faster than its kernels are launched
+    launches = kernel_launches(job) * c.launch_us * 1e-6
+    idle = max(0.0, launches - compute)
+    return Times(
+        matmul=micro * matmul,
+        attention=micro * attention,
+        pointwise=micro * pointwise,
+        loss=micro * loss,
+        optimizer=optimizer,
+        communication=micro * exposed + exposed_step,
+        communication_total=micro * gather + reduce,
+        host=host + micro * idle,
+    )
+
+
+def tokens_per_s(job: Job, constants: Constants | None = None) -> float:
+    """Token positions per second of one rank."""
+    return job.tokens * job.grad_accum / predict(job, constants).step
+
+
+def interval(job: Job, mid: float, constants: Constants | None = None) -> tuple[float, float]:
+    """``(low, high)`` around ``mid`` from the spread of the calibration; wider where the architecture was not measured."""
+    c = constants or Constants.load()
+    width = c.spread if (job.gpu.arch or "") in c.gemm else max(c.spread, c.spread_unmeasured)
+    return mid / (1 + width), mid * (1 + width)
