@@ -85,7 +85,28 @@ _WHERE = {
     "identify": "detection",
 }
 
-__all__ = ["members", "names", *sorted(_WHERE)]  # noqa: PLE0604 - the lazy names are strings too
+__all__ = [
+    "Fact",
+    "Needs",
+    "Overlay",
+    "Profile",
+    "Selection",
+    "System",
+    "broken_limit",
+    "config_dir",
+    "detect",
+    "find_member",
+    "identify",
+    "load",
+    "members",
+    "names",
+    "parse_duration",
+    "read_overlay",
+    "require_usable",
+    "resolve",
+    "select",
+    "slurm_time",
+]
 
 if TYPE_CHECKING:
     from aifactory_train.sites.detection import detect, identify

@@ -19,7 +19,7 @@ FORMAT = 1
 
 def source_files() -> list[Path]:
     """The files the index is built from, in a fixed order."""
-    named = [ROOM / "factories.yaml", ROOM / "gpus.yaml", ROOM / "readiness.yaml"]
+    named = [ROOM / "factories.yaml", ROOM / "gpus.yaml", ROOM / "sources.yaml", ROOM / "readiness.yaml"]
     return [p for p in named if p.is_file()] + sorted((ROOM / "systems").glob("*.yaml"))
 
 

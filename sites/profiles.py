@@ -38,14 +38,7 @@ SYSTEMS = ROOM / "systems"
 FACTORIES = ROOM / "factories.yaml"
 GPUS = ROOM / "gpus.yaml"
 READINESS = ROOM / "readiness.yaml"
-
-#: Sources that every profile may name without defining them.
-BUILT_IN_SOURCES = {
-    "project": Source(title="aifactory-train default (our choice, not a fact of the site)", date="2026-11-22"),
-    "detected": Source(title="read from this machine", date="n.d.", retrieved="2026-11-22"),
-    "user": Source(title="the user's overlay", date="n.d.", retrieved="2026-11-22"),
-}
-
+SOURCES = ROOM / "sources.yaml"
 
 # -- YAML with line numbers ----------------------------------------------------------------------------------------------
 
@@ -200,20 +193,27 @@ def dig(data: Any, path: str) -> Any:
     return data
 
 
-def stated(data: Any, spec: str) -> bool:
-    """Whether one of the ``|``-separated paths of ``spec`` (``*`` = any key) holds a value."""
-    return any(_stated(data, alternative.split(".")) for alternative in spec.split("|"))
+def stated_paths(data: Any, spec: str) -> Iterator[str]:
+    """The paths that ``spec`` names (alternatives after ``|``, ``*`` = any key) and that hold a value in ``data``."""
+    for alternative in spec.split("|"):
+        yield from _stated_paths(data, alternative.split("."), "")
 
 
-def _stated(data: Any, keys: list[str]) -> bool:
+def _stated_paths(data: Any, keys: list[str], prefix: str) -> Iterator[str]:
     if not keys:
-        return data not in (None, [], {}, "")
-    if isinstance(data, dict) and keys[0] == "*":
-        return any(_stated(v, keys[1:]) for v in data.values())
-    try:
-        return _stated(dig(data, keys[0]), keys[1:])
-    except (KeyError, TypeError):
-        return False
+        if data not in (None, [], {}, ""):
+            yield prefix
+        return
+    if keys[0] == "*":
+        children = list(data) if isinstance(data, dict) else []
+    else:
+        children = [keys[0]]
+    for child in children:
+        try:
+            value = dig(data, child)
+        except (KeyError, TypeError, ValueError):
+            continue
+        yield from _stated_paths(value, keys[1:], f"{prefix}.{child}" if prefix else child)
 
 
 def covering(path: str, table: dict[str, FactEntry]) -> FactEntry | None:
@@ -225,17 +225,30 @@ def covering(path: str, table: dict[str, FactEntry]) -> FactEntry | None:
     return None
 
 
-# -- the GPU catalogue -------------------------------------------------------------------------------------------------------
+# -- shared sources and the GPU catalogue -------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def shared_sources() -> dict[str, Source]:
+    """``sources.yaml``: what every profile may name without defining it."""
+    own = {"user": Source(title="the user's overlay", date="n.d.", retrieved="2026-11-22")}
+    return own | {name: Source(**entry) for name, entry in read_yaml(SOURCES).items()}
 
 
 @functools.lru_cache(maxsize=1)
 def gpu_catalogue() -> dict[str, dict[str, Any]]:
     """``gpus.yaml``: SKU → constants; a SKU with ``like`` inherits from another."""
-    raw = read_yaml(GPUS)
+    return merge_catalogue(read_yaml(GPUS))
+
+
+def merge_catalogue(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The ``gpus:`` table with every ``like`` resolved (a parent stands above its heirs)."""
     skus: dict[str, dict[str, Any]] = {}
     for sku, entry in raw["gpus"].items():
         entry = dict(entry)
         parent = entry.pop("like", None)
+        if parent is not None and parent not in skus:
+            raise UserError(f"'{sku}' is like '{parent}', which is not above it", where=f"{GPUS.name}: gpus.{sku}")
         merged = copy.deepcopy(skus[parent]) if parent else {}
         merged.update(entry)
         skus[sku] = merged
@@ -290,7 +303,7 @@ class System(Profile):
         if value is None or value == [] or value == {}:
             return None
         key = path.removeprefix("gpu.") if path.startswith("gpu.") else None
-        entry, sources = covering(path, self._table), {**BUILT_IN_SOURCES, **self.sources}
+        entry, sources = covering(path, self._table), {**shared_sources(), **self.sources}
         if key is not None and key.split(".")[0] not in self._own_gpu:
             entry, sources = covering(path, self._gpu_table), self._gpu_sources
         if entry is None or entry.source not in sources:
@@ -359,8 +372,17 @@ class System(Profile):
         return not self.core_missing()
 
     def core_missing(self) -> list[str]:
-        """Names of the core facts that are not stated."""
-        return [name for name, spec in CORE_FACTS.items() if not stated(self, spec)]
+        """Names of the core facts that are not stated, or only remembered."""
+        return [name for name, spec in CORE_FACTS.items() if not self._known(spec)]
+
+    def _known(self, spec: str) -> bool:
+        for path in stated_paths(self, spec):
+            fact = self.provenance(path) if path != "partitions" else None
+            if path == "partitions" or (fact is not None and fact.confidence not in ("recalled", "project")):
+                return True
+            if path == "gpu.arch" and fact is not None:
+                return True  # follows from the GPU model
+        return False
 
     def partition(self, name: str) -> Partition:
         """The partition of that name; refuses an unknown one with the known names."""

@@ -268,7 +268,7 @@ class Node(_Model):
 class HeadAddress(_Model):
     """How the rendezvous address is found, on the head node (see docs/sites.md for the strategies)."""
 
-    strategy: Literal["hostname", "fqdn", "nodeaddr", "suffix", "interface", "command"] = "nodeaddr"
+    strategy: Literal["hostname", "fqdn", "nodeaddr", "suffix", "interface", "command"] = "hostname"
     suffix: str | None = None
     strip_domain: bool = False  # cut the domain before the suffix goes on
     interface: str | None = None
@@ -557,7 +557,6 @@ CORE_FACTS = {
     "cores per node": "node.cores|node.cores_usable|request.cpus_per_gpu",
     "memory per node": "node.memory_gib|node.memory_usable_gib",
     "selector": "partitions",
-    "GPU request": "request.gpus",
     "account rule": "access.account",
     "time limit": "partitions.*.max_time|qos.*.max_time",
 }
