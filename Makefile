@@ -1,24 +1,54 @@
-# The commands of the README. Everything goes into .venv of this checkout; PYTHON, VENV and EXTRAS can be overridden.
+# The commands of the README. Everything goes into .venv of this checkout; PYTHON, VENV and RUN can be overridden.
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= train
 BIN := $(VENV)/bin
-STAMP = $(VENV)/.installed-$(1)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
+RANKS ?= 2
+PYTEST := $(BIN)/python -m pytest -q
+EVERY_CHANGE := not slow and not network and not slurm
 
-.PHONY: help quickstart test test-all lint types clean
+.PHONY: help install quickstart test test-all lint types slurm-tests kernels-targets
 
 help:
-	@echo "make quickstart   install, fetch, fine-tune SmolLM2-135M on medical terms with two ranks, show before/after"
-	@echo "make test         lint, types and the tests of every change (under 15 minutes on two cores)"
-	@echo "make test-all     also the slow, registry and scheduler tests"
+	@echo "make quickstart       install, fetch, fine-tune SmolLM2-135M on medical terms with two ranks, show before/after"
+	@echo "make test             lint, types and the tests of every change (under 15 minutes on two cores)"
+	@echo "make slurm-tests      generated scripts on a real Slurm on this host (Debian packages: see docs/launching.md)"
+	@echo "make kernels-targets  compile a subset of the kernels for every GPU target, without a GPU"
+	@echo "make test-all         everything, also what takes long or asks a package registry"
 
-$(VENV)/bin/python:
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-train: setup.py constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train]'
+$(VENV)/.installed-train: setup.py constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e '.[train]'
 	@touch $@
 
-$(VENV)/.installed-test: setup.py constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[deepspeed,mpi,test]'
+$(VENV)/.installed-test: setup.py constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e '.[deepspeed,mpi,test]'
 	@touch $@ $(VENV)/.installed-train
+
+install: $(VENV)/.installed-train
+
+quickstart: $(VENV)/.installed-train
+	$(BIN)/aifactory fetch health/phenotype-terms
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m aifactory_train train health/phenotype-terms --name $(RUN)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy aifactory_train sites launchers kernels recipes
+
+test: lint types
+	$(PYTEST) -m "$(EVERY_CHANGE)"
+
+slurm-tests: $(VENV)/.installed-test
+	AIFACTORY_REQUIRE_SLURM=1 $(PYTEST) -m slurm
+
+kernels-targets: $(VENV)/.installed-test
+	$(BIN)/aifactory kernels check --subset
+
+test-all: lint types
+	$(PYTEST)

@@ -70,9 +70,9 @@ class Trainer:
         settings = recipe.train
         train_set = self.data.train
         self.sampler = Sampler(
-            train_set, seed=settings.seed, batch_rows=settings.batch_rows, batch_tokens=settings.batch_tokens
+            train_set.lengths, train_set.weights, settings.seed, settings.batch_rows, settings.batch_tokens
         )
-        self.total_steps = self.sampler.num_steps(settings.epochs)
+        self.total_steps = self.sampler.steps(settings.epochs)
         if settings.max_steps is not None:
             self.total_steps = min(self.total_steps, settings.max_steps)
         self.cursor = Cursor(0, 0)
@@ -152,7 +152,7 @@ class Trainer:
         record = {
             "kind": "train",
             "step": self.step,
-            "epoch": round(self.sampler.epochs_done(self.cursor), 4),
+            "epoch": round(self.cursor.epoch + self.cursor.position / len(self.sampler.order(self.cursor.epoch)), 4),
             "loss": mean_loss,
             "grad_norm": float(norm),
             "learning_rate": rate,
