@@ -1,0 +1,119 @@
+"""PBS Pro (OpenPBS): directives from the shape; processes are started by the site's mpiexec, one per GPU.
+
+No PBS server has seen these scripts: their directives are checked by :mod:`aifactory_train.launchers.directives` only.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.launchers.backends import Job
+from aifactory_train.launchers.submission import Line, Submission, quoted
+
+PROGRAMS = ("qsub", "qstat", "qdel")
+UNSEEN = "no PBS server has seen this script: its directives were checked against PBS Pro's grammar only"
+STATES = {"Q": "pending", "H": "pending", "W": "pending", "T": "pending", "R": "running", "E": "running", "S": "running", "F": "done", "X": "done", "C": "done", "B": "running"}
+
+
+def pbs_time(seconds: int) -> str:
+    """``HH:MM:SS``; PBS knows no days."""
+    return f"{seconds // 3600:02d}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
+
+
+def directives(sub: Submission) -> list[Line]:
+    shape, system, request = sub.shape, sub.system, sub.request
+    out: list[Line] = []
+
+    def put(text: str, why: str, fact: str | None = None) -> None:
+        out.append(sub.line(f"#PBS {text}", why, fact))
+
+    put(f"-N {sub.name[:15]}", "the run's name; older PBS allows 15 characters")
+    if shape.account:
+        put(f"-A {shape.account}", shape.reason("account").why)
+    if shape.partition:
+        put(f"-q {shape.partition}", shape.reason("partition").why, shape.reason("partition").fact)
+    chunk = [f"select={shape.nodes}"]
+    if system.request.pbs_select:
+        chunk.append(system.request.pbs_select)
+    if shape.cpus_per_rank:
+        chunk.append(f"mpiprocs={shape.ranks_per_node}")
+    put(f"-l {':'.join(chunk)}", "whole nodes of this kind, with one MPI process per GPU", "request.pbs_select")
+    put(f"-l walltime={pbs_time(shape.time_s)}", shape.reason("time_s").why, shape.reason("time_s").fact)
+    put("-j oe", "one log for both streams")
+    put(f"-o {sub.run_dir}/logs/", "log of the batch shell; the folder is made before submission")
+    put(f"-r {'n' if system.policy.requeue == 'forbidden' else 'y'}", "whether the scheduler may run the job again after a lost node", "policy.requeue" if system.policy.requeue else None)
+    if request.array:
+        count = 1
+        for _, values in request.array:
+            count *= len(values)
+        put(f"-J 0-{count - 1}", "one task for each combination of --array")
+    for flag in system.request.flags:
+        put(flag, "every GPU job here needs it", "request.flags")
+    return out
+
+
+def starter(sub: Submission) -> list[Line]:
+    """``mpiexec`` with the site's own options, before ``rank.sh``."""
+    shape, system = sub.shape, sub.system
+    words = [("mpiexec", "the site's process starter", "scheduler.launchers")]
+    own = system.launch.mpiexec
+    if not any(w in ("-n", "-np") for w in own):
+        words += [("-n", "number of ranks", None), (str(shape.ranks), "number of ranks", None)]
+    if not any(w in ("--ppn", "-ppn") for w in own):
+        words += [("--ppn", "ranks on each node", None), (str(shape.ranks_per_node), "ranks on each node", None)]
+    words += [(w, "the site's way of binding processes to cores and GPUs", "launch.mpiexec") for w in own]
+    return [sub.line(quoted(text), why, fact) for text, why, fact in words]
+
+
+def _run(*argv: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(argv, text=True, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise UserError(f"there is no {argv[0]} on this machine", where="PATH", fix="submit from a login node of the site; --dry-run prints the script anywhere") from None
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"{argv[0]} did not answer within {timeout} s", fix="try again later") from None
+
+
+def submit(run_dir: Path, *, test_only: bool = False) -> str:
+    if test_only:
+        raise UserError("PBS has no test of a script without submitting it", where="--test-only")
+    done = _run("qsub", str(run_dir / "submission" / "job.sh"))
+    if done.returncode != 0:
+        raise RunFailed("qsub refused the script: " + " ".join(done.stderr.split()), where=str(run_dir / "submission" / "job.sh"))
+    return done.stdout.strip()
+
+
+def query(job: str) -> Job | None:
+    done = _run("qstat", "-x", "-f", job)
+    if done.returncode != 0:
+        done = _run("qstat", "-f", job)
+    if done.returncode != 0:
+        return None
+    text = re.sub(r"\n\t", "", done.stdout)
+    fields = dict(re.findall(r"^\s*([A-Za-z_.]+) = (.*)$", text, re.M))
+    state = STATES.get(fields.get("job_state", "").strip(), "unknown")
+    code = (fields.get("Exit_status") or fields.get("exit_status") or "").strip()
+    if state == "done" and code not in ("", "0"):
+        state = "cancelled" if code == "271" else "failed"
+    return Job(id=job, state=state, reason=fields.get("comment"), nodes=fields.get("exec_host"), exit_code=code or None, raw=fields.get("job_state", ""))
+
+
+def failed_nodes(nodes: str | None) -> list[str]:
+    return []
+
+
+def accounting(job: str) -> dict[str, str] | None:
+    return None
+
+
+def cancel(job: str) -> None:
+    done = _run("qdel", job)
+    if done.returncode != 0:
+        raise RunFailed(f"qdel {job}: {' '.join(done.stderr.split())}")
+
+
+def warn(job: str, signal: str) -> bool:
+    return False

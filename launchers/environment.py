@@ -1,0 +1,110 @@
+"""The environment of every rank: what the profile documents, and defaults that fail hard rather than run slowly.
+
+Names that the launcher or the scheduler owns cannot be set by a user; names that look like secrets are refused, because the
+files of a submission are kept.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aifactory_train.launchers.shape import Shape
+from aifactory_train.launchers.submission import Line, Submission, quoted
+from aifactory_train.sites.profiles import System
+
+if TYPE_CHECKING:
+    from aifactory_train.config import Recipe
+
+SECRET = re.compile(r"(TOKEN|SECRET|PASSW(OR)?D|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL)S?(_|$)", re.I)
+#: Variables that belong to launcher, scheduler or shell; a user's value would break the start of the ranks.
+OWNED = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|NODE_RANK|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*|SLURM_.*|SBATCH_.*|SRUN_.*"
+    r"|PBS_.*|PMI_.*|PMIX_.*|OMPI_.*|PALS_.*|AIFACTORY_.*|PATH|HOME|USER|LOGNAME|SHELL|IFS|BASH_ENV|ENV|BASHOPTS|SHELLOPTS|PS4"
+    r"|PROMPT_COMMAND|LD_PRELOAD|LD_AUDIT|PYTHONHOME|PYTHONSTARTUP|PYTHONINSPECT|POSIXLY_CORRECT|UID|EUID|PPID|BASH.*)"
+)
+#: What srun or sbatch would read as an option and the batch script never sets itself.
+SCRUBBED = (
+    "SLURM_CPU_BIND", "SLURM_CPU_BIND_LIST", "SLURM_CPU_BIND_TYPE", "SLURM_CPU_BIND_VERBOSE", "SLURM_MEM_BIND",
+    "SLURM_MEM_BIND_LIST", "SLURM_MEM_BIND_TYPE", "SLURM_GPU_BIND", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU",
+    "SLURM_WAIT", "SLURM_KILL_BAD_EXIT", "SLURM_IMMEDIATE", "SLURM_OVERLAP", "SLURM_EXACT", "SLURM_WHOLE",
+    "SLURM_STDOUTMODE", "SLURM_STDERRMODE", "SLURM_STDINMODE", "SLURM_LABELIO", "SLURM_MPI_TYPE", "SLURM_TIMELIMIT",
+    "SLURM_WORKING_DIR", "SLURM_NO_KILL", "SLURM_HINT", "SLURM_DISTRIBUTION", "SLURM_CONSTRAINT", "SLURM_RESERVATION",
+    "SLURM_MULTI_PROG", "SLURM_PROLOG", "SLURM_EPILOG", "SLURM_TASK_PROLOG", "SLURM_TASK_EPILOG", "SLURM_THREADS",
+    "SBATCH_EXPORT", "PMI_RANK", "PMI_SIZE", "PMIX_RANK", "PMIX_NAMESPACE",
+)  # fmt: skip
+
+
+def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None) -> list[Line]:
+    """``export`` lines with their reasons, in the order: communication, runtime, offline, threads."""
+    system, shape = sub.system, sub.shape
+    out: list[Line] = []
+    seen: set[str] = set()
+
+    def put(name: str, value: str, why: str, fact: str | None = None) -> None:
+        if name in seen or name in system.environment.avoid or f"{name}={value}" in system.environment.avoid:
+            return
+        seen.add(name)
+        out.append(sub.line(f"export {name}={quoted(value)}", why, fact))
+
+    remote = shape.backend not in ("local", "mpi")
+    if remote or system.environment.set:
+        for name, value in system.environment.set.items():
+            put(name, value, f"communication and runtime setting of {system.name}", f"environment.set.{name}")
+    if remote:
+        _communication(system, shape, put)
+    put("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1", "a failed collective ends the rank instead of hanging it")
+    put("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "a collective that timed out leaves a flight record")
+    put("TORCH_FR_BUFFER_SIZE", "2000", "entries of the flight record")
+    put("NCCL_DEBUG", "WARN", "warnings of the communication library, into a file per process")
+    if system.gpu.vendor == "nvidia":
+        put("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "less memory lost to fragmentation, on NVIDIA GPUs", "gpu.vendor")
+    put("PYTHONUNBUFFERED", "1", "lines reach the log when they are printed")
+    put("PYTHONFAULTHANDLER", "1", "a crash in native code leaves a Python traceback")
+    put("TOKENIZERS_PARALLELISM", "false", "tokenizer threads do not mix with forked workers")
+    if remote:
+        put("PYTHONNOUSERSITE", "1", "packages in ~/.local do not shadow the environment")
+    if system.offline and remote:
+        why = (
+            f"compute nodes of {system.name} have no internet"
+            if system.internet.compute == "none"
+            else "it is not published that compute nodes have internet: offline is the safe side"
+        )
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+            put(name, "1", why, "internet.compute")
+        put("WANDB_MODE", "offline", why, "internet.compute")
+    put("HF_HUB_DISABLE_TELEMETRY", "1", "no telemetry from jobs")
+    if cache:
+        put("AIFACTORY_CACHE", cache, "where `aifactory fetch` put model and data; the home folder may differ on compute nodes")
+    home = os.environ.get("HF_HOME")
+    if home:
+        put("HF_HOME", home, "your Hugging Face cache when you launched")
+    elif remote:
+        root = sub.system.user.work_dir
+        put("HF_HOME", f"{root}/hf" if root else str(Path.home() / ".cache" / "huggingface"), "an explicit Hugging Face cache: XDG_CACHE_HOME points to the node's disk")
+    threads = recipe.parallel.threads if recipe is not None else None
+    if threads:
+        put("OMP_NUM_THREADS", str(threads), "the recipe's parallel.threads")
+    elif shape.cpus_per_rank:
+        put("OMP_NUM_THREADS", str(shape.cpus_per_rank), "cores of one rank", shape.reason("cpus_per_task").fact)
+    elif not remote:
+        put("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(shape.ranks_per_node, 1))), "cores of this machine, shared by the ranks")
+    for name, value in system.user.env.items():
+        put(name, value, "from your site file (user.env)")
+    return out
+
+
+def _communication(system: System, shape: Shape, put) -> None:
+    net = system.interconnect
+    if net.socket_interfaces:
+        put("NCCL_SOCKET_IFNAME", ",".join(net.socket_interfaces), "interfaces that rendezvous traffic may use", "interconnect.socket_interfaces")
+    if system.launch.head_address.family == "inet":
+        put("NCCL_SOCKET_FAMILY", "AF_INET", "addresses of this site's nodes are IPv4", "launch.head_address.family")
+    if shape.nodes > 1 and shape.gpus_per_node:
+        # A named transport makes a missing plug-in an error at start instead of a silent fall-back to TCP.
+        if net.fabric == "infiniband":
+            put("NCCL_NET", "IB", "fail at start rather than fall back to TCP where InfiniBand is not found", "interconnect.fabric")
+        elif net.plugin in ("aws-ofi-nccl", "aws-ofi-rccl"):
+            put("NCCL_NET", "AWS Libfabric", "fail at start rather than fall back to TCP where the OFI plug-in is not found", "interconnect.plugin")

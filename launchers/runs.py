@@ -1,0 +1,50 @@
+"""Writing a submission into its run folder, and remembering its jobs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from aifactory_train.errors import UserError
+from aifactory_train.launchers.build import finish
+from aifactory_train.launchers.request import Refusal
+from aifactory_train.launchers.submission import File, Submission
+
+
+def write(sub: Submission) -> Path:
+    """All files of the submission below ``sub.run_dir``; returns the script's path. Refuses a folder that holds another run."""
+    run = sub.run_dir
+    if (run / "submission").exists() or (run / "run.yaml").exists():
+        raise Refusal(
+            "run-folder-new",
+            f"{run} already holds a run",
+            where="--run-dir",
+            fix="choose another --name or --run-dir, or go on with that run: aifactory launch --resume RUN",
+        )
+    try:
+        (run / "logs").mkdir(parents=True, exist_ok=True)
+        for file in finish(sub):
+            put(run, file)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(error.filename or run), fix="choose another --run-dir") from None
+    return run / "submission" / ("job.yaml" if sub.shape.backend == "kubernetes" else "job.sh")
+
+
+def put(run: Path, file: File) -> None:
+    path = run / file.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(file.content)
+    os.chmod(path, file.mode)
+
+
+def remember_jobs(run: Path, jobs: list[str]) -> None:
+    with open(run / "submission" / "jobs", "a", encoding="utf-8") as file:
+        file.write("".join(f"{job}\n" for job in jobs))
+
+
+def jobs_of(run: Path) -> list[str]:
+    """Job ids of a run in the order of submission."""
+    path = run / "submission" / "jobs"
+    if not path.is_file():
+        return []
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
