@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import Any
 
 
@@ -93,10 +92,4 @@ def focus_sites(sector: str) -> list[str]:
         from aifactory_train.sites import members
     except ImportError:
         return []  # a reduced installation without the table of sites
-    return [str(m["id"]) for m in members() if any(_same_sector(sector, str(s)) for s in m["sectors"])]
-
-
-def _same_sector(one: str, other: str) -> bool:
-    """``health`` is ``health`` and ``health and life sciences``; ``language`` is not ``sign languages``' other words."""
-    words = re.split(r"[^a-z]+", other.casefold())
-    return one.casefold() == other.casefold() or one.casefold() in words
+    return [str(m["id"]) for m in members() if sector in m["sectors"]]

@@ -158,29 +158,25 @@ class Encoder:
         return rendered
 
     def _locate(self, full: str, messages: list, tools: Any, k: int, flags: set[str]) -> _Turn:
-        assert self.template is not None
-        start: int | None = None
-        try:
-            ask = self.template.render(messages[:k], tools, prompt=True)
-            if full.startswith(ask):
-                start = len(ask)
-        except TemplateRefused:
-            pass  # nothing (or not enough) before this turn: the marker finds it
+        content = messages[k]["content"]
+        ask = self._render_or_none(messages[:k], tools, prompt=True)  # None: a template that needs at least one turn
+        later: str | None = None
+        start = len(ask) if ask is not None and full.startswith(ask) else None
         if start is not None and k == len(messages) - 1:
-            end = len(full)
-        elif start is not None and full.startswith(later := self._render_or_none(messages[: k + 1], tools) or "\0"):
-            end = len(later)
-        else:
-            before, end = self._around(full, messages, tools, k)
-            if start is None:
-                flags.add("context rewritten")
-                start = before
-        return _Turn(start, end, _find_text(full, start, end, messages[k]["content"]))
+            return _Turn(start, len(full), _find_text(full, start, len(full), content))
+        later = self._render_or_none(messages[: k + 1], tools)
+        if start is not None and later is not None and full.startswith(later):
+            return _Turn(start, len(later), _find_text(full, start, len(later), content))
+        marked, end = self._around(full, messages, tools, k)
+        if start is None:
+            flags.add("context rewritten")
+            start = marked - _lead(ask, later, content, full, marked)
+        return _Turn(start, end, _find_text(full, start, end, content))
 
-    def _render_or_none(self, messages: list, tools: Any) -> str | None:
+    def _render_or_none(self, messages: list, tools: Any, *, prompt: bool = False) -> str | None:
         assert self.template is not None
         try:
-            return self.template.render(messages, tools)
+            return self.template.render(messages, tools, prompt=prompt)
         except TemplateRefused:
             return None
 
@@ -395,6 +391,15 @@ def _find_text(full: str, start: int, end: int, content: str) -> tuple[int, int]
             if at >= 0:
                 return at, at + len(text)
     return None
+
+
+def _lead(ask: str | None, later: str | None, content: str, full: str, marked: int) -> int:
+    """Characters (a space, say) that the template writes between its question and the text: the model has to write them too."""
+    if ask is None or later is None or not later.startswith(ask):
+        return 0
+    found = _find_text(later, len(ask), len(later), content)
+    lead = later[len(ask) : found[0]] if found else ""
+    return len(lead) if full[:marked].endswith(lead) else 0
 
 
 def _common(a: str, b: str) -> int:

@@ -31,6 +31,7 @@ from aifactory_train import config as _config
 from aifactory_train.config import DataSource, Recipe
 from aifactory_train.data import readers
 from aifactory_train.data.encoder import Encoder, EncoderSpec
+from aifactory_train.data.overlap import LENGTH, SHARE, near_duplicates
 from aifactory_train.data.readers import Block
 from aifactory_train.data.rows import RowError, canonical, detect_format, to_user_error
 from aifactory_train.data.sampler import hash_order, splitmix64
@@ -46,7 +47,7 @@ from aifactory_train.data.store import (
 from aifactory_train.errors import UserError
 
 #: Raised when the same input would give other files; older caches are then built again.
-PREPARED_FORMAT = 1
+PREPARED_FORMAT = 2
 #: Below this many bytes of input, starting processes takes longer than the work.
 _PARALLEL_FROM = 8 << 20
 
@@ -710,14 +711,27 @@ def _overlap(
     norm = np.asarray(store.column("rownorm"))
     held = np.concatenate([rows for _, rows in evals])
     same = np.isin(norm[train], norm[held])
-    facts: dict[str, Any] = {"policy": recipe.data.overlap, "same_text": int(same.sum())}
-    found = same
+    train_docs, held_docs = _documents(store, train), _documents(store, held)
+    near, partner = near_duplicates(store, train_docs, held_docs)
+    docrow = np.asarray(store.column("docrow"))
+    near_rows = np.isin(train, docrow[train_docs[near]])
+    found = same | near_rows
+    touched = np.isin(norm[held], norm[train]) | np.isin(held, docrow[held_docs[partner[near]]])
+    facts: dict[str, Any] = {
+        "policy": recipe.data.overlap,
+        "same_text": int(same.sum()),
+        "nearly_same": int((near_rows & ~same).sum()),
+        "held_out_rows_repeated": int(touched.sum()),
+        "rule": f"one training document holds {SHARE:.0%} of a held-out document's telling {LENGTH}-token sequences",
+    }
     if recipe.data.overlap == "refuse" and found.any():
         first = int(train[np.flatnonzero(found)[0]])
-        partner = int(held[np.flatnonzero(norm[held] == norm[first])[0]]) if same.any() else None
+        if norm[first] in norm[held]:
+            other = int(held[np.flatnonzero(norm[held] == norm[first])[0]])
+        else:
+            other = int(docrow[held_docs[partner[np.flatnonzero(near & (docrow[train_docs] == first))[0]]]])
         raise UserError(
-            f"{int(found.sum())} training row(s) are also held-out rows"
-            + (f"; the first one is at {store.place(partner)} as well" if partner is not None else ""),
+            f"{int(found.sum())} training row(s) repeat held-out rows; the first one repeats {store.place(other)}",
             where=store.place(first),
             fix="remove them, or let data.overlap=drop take them out of the training rows",
         )
@@ -727,10 +741,15 @@ def _overlap(
     return train, evals, facts
 
 
-def _as_set(name: str, store: Store, rows: np.ndarray) -> tuple[str, np.ndarray, dict[str, Any]]:
+def _documents(store: Store, rows: np.ndarray) -> np.ndarray:
+    """Documents of some rows, in the order of the store."""
     wanted = np.zeros(store.facts["rows"], dtype=bool)
     wanted[rows] = True
-    docs = np.flatnonzero(wanted[np.asarray(store.column("docrow"))]).astype(np.int64)
+    return np.flatnonzero(wanted[np.asarray(store.column("docrow"))]).astype(np.int64)
+
+
+def _as_set(name: str, store: Store, rows: np.ndarray) -> tuple[str, np.ndarray, dict[str, Any]]:
+    docs = _documents(store, rows)
     lengths = np.asarray(store.column("lengths"))[docs]
     report: dict[str, Any] = {
         "rows": len(rows),
