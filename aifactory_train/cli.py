@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 
-from aifactory_train import __version__
+from aifactory_train import __version__, output
 from aifactory_train.errors import EXIT_FAILED, UserError, did_you_mean
 
 #: command -> one line of help; the code is in aifactory_train/commands/<command>.py
@@ -66,7 +66,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.command is None:
             build_parser(None).print_help()
             return 0
-        return int(args.run(args) or 0)
+        if not getattr(args, "json", False):
+            return int(args.run(args) or 0)
+        with output.json_only():
+            return int(args.run(args) or 0)
     except UserError as error:
         print(f"aifactory {command}: {error}", file=sys.stderr)
         return error.exit_code

@@ -84,7 +84,7 @@ def _decode(
 
 def text_config(module: nn.Module) -> Any:
     """The transformers configuration inside a (wrapped) CausalLM."""
-    inner = module
+    inner: Any = module
     while hasattr(inner, "module"):
         inner = inner.module  # DDP, DeepSpeed
     return inner.language_model.config

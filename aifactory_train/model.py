@@ -6,8 +6,11 @@ did and why is collected in :class:`ModelReport`, printed once at start and stor
 
 from __future__ import annotations
 
+import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from aifactory_train import attention
 from aifactory_train.config import Recipe
 from aifactory_train.errors import UserError
 from aifactory_train.loss import linear_cross_entropy, token_nll
+from aifactory_train.runs import open_run
 
 #: Arguments of the configuration that change the logits in ways the chunked loss must know.
 _LOGIT_SOFTCAPS = ("final_logit_softcapping",)
@@ -41,6 +45,8 @@ class CausalLM(nn.Module):
     call covers everything that needs gradients.
     """
 
+    model: Any  # transformers' and peft's classes: their attributes are known at run time only
+
     def __init__(self, model: nn.Module, loss_rows: int | None = None):
         super().__init__()
         self.model = model
@@ -49,13 +55,13 @@ class CausalLM(nn.Module):
         _check_output_layer(self.language_model.get_output_embeddings())
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         """The transformers ``...ForCausalLM`` below peft's wrapper."""
         base = getattr(self.model, "base_model", None)
         return base.model if _is_peft(self.model) and base is not None else self.model
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> Any:
         return self.language_model.base_model if not _is_peft(self.language_model) else self.language_model.model
 
     @property
@@ -95,6 +101,7 @@ class CausalLM(nn.Module):
         """
         if cache is not None:
             return self._decode(input_ids, position_ids, attention_mask, cache)
+        assert documents is not None and positions is not None
         hidden = self.hidden_states(input_ids, position_ids, documents).index_select(0, positions)
         if targets is None:
             return self._logits(hidden.detach())
@@ -180,14 +187,20 @@ def load_language_model(
     path: Path, recipe: Recipe, *, device: str, dtype: torch.dtype, report: ModelReport
 ) -> nn.Module:
     """The transformers model with our attention, weights in ``dtype``, on ``device``."""
+    if device == "cpu":
+        # transformers imports DeepSpeed where it is installed, and that prints to standard output unless told the device.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     attention.register()
     name, why = attention.choose(recipe.model.attention, device)
     report.add("attention", name.removeprefix("aifactory_"), why)
     config = load_config(path, recipe)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -205,7 +218,7 @@ def load_language_model(
     return model.to(device)
 
 
-def check_vocabulary(model: nn.Module, tokenizer) -> None:
+def check_vocabulary(model: Any, tokenizer) -> None:
     """Every token id that the tokenizer can produce has an embedding."""
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values(), default=0)
@@ -220,7 +233,7 @@ def check_vocabulary(model: nn.Module, tokenizer) -> None:
 # ---- adapters and the trainable set
 
 
-def apply_adapter(model: nn.Module, recipe: Recipe, report: ModelReport) -> nn.Module:
+def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
     """Inject the adapter through peft, or train all weights; returns the (wrapped) model."""
     settings = recipe.adapter
     if settings.kind == "none":
@@ -233,21 +246,24 @@ def apply_adapter(model: nn.Module, recipe: Recipe, report: ModelReport) -> nn.M
         targets = settings.targets
         saved = _embedding_modules(model) if settings.train_embeddings else None
         try:
-            model = get_peft_model(
-                model,
-                LoraConfig(
-                    task_type="CAUSAL_LM",
-                    r=settings.rank,
-                    lora_alpha=settings.alpha,
-                    lora_dropout=settings.dropout,
-                    target_modules=targets,
-                    use_rslora=settings.kind == "rslora",
-                    use_dora=settings.kind == "dora",
-                    modules_to_save=saved,
-                    ensure_weight_tying=bool(saved),
-                ),
-                autocast_adapter_dtype=False,
-            )
+            with warnings.catch_warnings():
+                # peft reads a name that transformers has renamed; nothing that a user could change
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+                model = get_peft_model(
+                    model,
+                    LoraConfig(
+                        task_type="CAUSAL_LM",
+                        r=settings.rank,
+                        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft takes fractions too
+                        lora_dropout=settings.dropout,
+                        target_modules=targets,
+                        use_rslora=settings.kind == "rslora",
+                        use_dora=settings.kind == "dora",
+                        modules_to_save=saved,
+                        ensure_weight_tying=bool(saved) and bool(getattr(model.config, "tie_word_embeddings", False)),
+                    ),
+                    autocast_adapter_dtype=False,
+                )
         except ValueError as error:
             raise UserError(str(error).splitlines()[0], where="adapter.targets") from None
         shown = targets if isinstance(targets, str) else ", ".join(targets)
@@ -260,7 +276,7 @@ def apply_adapter(model: nn.Module, recipe: Recipe, report: ModelReport) -> nn.M
     return model
 
 
-def _embedding_modules(model: nn.Module) -> list[str]:
+def _embedding_modules(model: Any) -> list[str]:
     """Names (last part) of the input and output embeddings, for peft's ``modules_to_save``."""
     wanted = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if id(module) in wanted})
@@ -269,45 +285,63 @@ def _embedding_modules(model: nn.Module) -> list[str]:
     return names
 
 
-def start_from_run(model: nn.Module, folder: str, report: ModelReport) -> None:
-    """Load the adapter or the weights that an earlier run exported into ``model`` (names and shapes must match)."""
+def base_folder(recipe: Recipe) -> Path:
+    """Folder of the weights below the adapter: the recipe's base, or what ``model.start_from`` put in its place.
+
+    A run that trained all weights leaves a new base; a run that trained an adapter keeps the base it had.
+    """
+    return _base_below(recipe, [])
+
+
+def _base_below(recipe: Recipe, seen: list[Path]) -> Path:
+    from aifactory_train.sources import resolve_model
+
+    if not recipe.model.start_from:
+        return resolve_model(recipe.model)
+    run = open_run(recipe.model.start_from)
+    if run.path.resolve() in seen:
+        raise UserError("the chain of earlier runs leads back to itself", where=f"model.start_from: {run.path}")
+    if (run.export / "model" / "config.json").is_file():
+        return run.export / "model"
+    earlier = run.load_config()
+    if earlier.model.base != recipe.model.base:
+        raise UserError(
+            f"the earlier run's adapter belongs to {earlier.model.base}, this recipe trains {recipe.model.base}",
+            where="model.start_from",
+            fix=f"--set model.base={earlier.model.base}",
+        )
+    return _base_below(earlier, [*seen, run.path.resolve()])
+
+
+def start_from_adapter(model: nn.Module, recipe: Recipe, report: ModelReport) -> None:
+    """Load the adapter that an earlier run exported into ``model``: every tensor must have its place and its shape."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    export = Path(folder) / "export"
-    adapter = export / "adapter" / "adapter_model.safetensors"
-    full = export / "model"
-    if adapter.is_file():
-        from peft import set_peft_model_state_dict
-
-        if not _is_peft(model):
+    export = open_run(str(recipe.model.start_from)).export
+    file = export / "adapter" / "adapter_model.safetensors"
+    if not file.is_file():
+        if (export / "model" / "config.json").is_file():
+            return  # whole weights: base_folder() has taken them already
+        raise UserError("this run has no export to start from", where=f"model.start_from: {recipe.model.start_from}")
+    if not _is_peft(model):
+        raise UserError(
+            "the earlier run left an adapter, this recipe trains all weights",
+            where="model.start_from",
+            fix="--set adapter.kind=lora, or use the earlier run's merged weights as model.base",
+        )
+    earlier = load_file(file)
+    here = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name in sorted({*earlier, *here}):
+        old, new = (tuple(t.shape) if (t := side.get(name)) is not None else None for side in (earlier, here))
+        if old != new:
             raise UserError(
-                "the earlier run left an adapter, this recipe trains all weights",
+                f"the earlier run's adapter does not fit: {name} is {old or 'absent'} there and {new or 'absent'} here",
                 where="model.start_from",
-                fix="--set adapter.kind=lora, or use the earlier run's merged weights as model.base",
+                fix="use the earlier run's adapter block (kind, rank, targets, train_embeddings)",
             )
-        outcome = set_peft_model_state_dict(model, load_file(adapter))
-        if outcome.unexpected_keys:
-            raise UserError(
-                f"the earlier run's adapter does not fit: {outcome.unexpected_keys[0]} has no place here",
-                where="model.start_from",
-            )
-        report.add("starting point", str(adapter), "model.start_from")
-        return
-    if full.is_dir():
-        state: dict[str, torch.Tensor] = {}
-        for shard in sorted(full.glob("*.safetensors")):
-            state.update(load_file(shard))
-        target = model.base_model.model if _is_peft(model) else model
-        missing, unexpected = target.load_state_dict(state, strict=False)
-        tied = set(getattr(target, "_tied_weights_keys", None) or ())
-        missing = [k for k in missing if k not in tied and "lora_" not in k]
-        if missing or unexpected:
-            raise UserError(
-                f"the earlier run's weights do not fit: {(missing or unexpected)[0]}", where="model.start_from"
-            )
-        report.add("starting point", str(full), "model.start_from")
-        return
-    raise UserError("this run has no export to start from", where=f"model.start_from: {folder}")
+    set_peft_model_state_dict(model, earlier)
+    report.add("starting point", str(file), "model.start_from")
 
 
 # ---- precision
@@ -370,12 +404,22 @@ def apply_precision(model: nn.Module, precision: Precision) -> None:
 def build_model(
     recipe: Recipe, path: Path, tokenizer, *, device: str, precision: Precision, report: ModelReport
 ) -> CausalLM:
-    """Load, check, adapt, cast and wrap, in this order."""
-    model = load_language_model(path, recipe, device=device, dtype=precision.frozen, report=report)
+    """Load, check, adapt, cast and wrap, in this order.
+
+    ``path`` is the recipe's base (:func:`aifactory_train.sources.resolve_model`); with ``model.start_from`` the weights come
+    from :func:`base_folder` instead.
+    """
+    whole = recipe.adapter.kind == "none"
+    if recipe.model.start_from:
+        path = base_folder(recipe)
+        report.add("base weights", str(path), "model.start_from")
+    # Weights that will be trained are read in their own type: going through bf16 would round an fp32 base for good.
+    dtype = precision.parameters if whole else precision.frozen
+    model = load_language_model(path, recipe, device=device, dtype=dtype, report=report)
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
     model = apply_adapter(model, recipe, report)
     if recipe.model.start_from:
-        start_from_run(model, recipe.model.start_from, report)
+        start_from_adapter(model, recipe, report)
     apply_precision(model, precision)
     return CausalLM(model, recipe.train.loss_chunk_tokens)

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+_json_stream: TextIO | None = None
+
+
+@contextlib.contextmanager
+def json_only() -> Iterator[None]:
+    """Within the block only :func:`print_json` reaches standard output; what libraries print goes to standard error."""
+    global _json_stream
+    outer, real = _json_stream, sys.stdout
+    _json_stream, sys.stdout = real, sys.stderr
+    try:
+        yield
+    finally:
+        _json_stream, sys.stdout = outer, real
 
 
 def print_json(value: Any) -> None:
     """One line of JSON, alone, on standard output (numbers that JSON lacks, such as NaN, are refused)."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str) + "\n")
-    sys.stdout.flush()
+    stream = _json_stream or sys.stdout
+    stream.write(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+    stream.flush()
 
 
 def note(text: str) -> None:
