@@ -111,6 +111,9 @@ class Encoder:
         self.tokenizer.no_padding()
         self.template = ChatTemplate(spec.template, spec.specials) if spec.template else None
         self.specials = frozenset(spec.special_ids)
+        size = max(self.tokenizer.get_vocab_size(with_added_tokens=True), max(spec.special_ids, default=0) + 1)
+        self._is_special = np.zeros(size, dtype=bool)
+        self._is_special[list(spec.special_ids)] = True
         self.stops = frozenset(spec.stop_ids)
 
     # -- many rows
@@ -268,7 +271,7 @@ class Encoder:
                     (turn.start, tokens.span(stop)[0]),
                     [tokens.span(j) for j in range(first, stop) if tokens.ids[j] in self.specials],
                 )
-        text_mask &= ~np.isin(ids, self.spec.special_ids) if len(self.spec.special_ids) else True
+        text_mask &= ~self._is_special[ids]
         text_mask &= mask
         if self.spec.supervise == "all":
             mask[:] = True
@@ -277,7 +280,7 @@ class Encoder:
     def _text(self, text: str, encoding: Any) -> Encoded:
         tokens = _Offsets(encoding, len(text))
         ids = np.asarray(encoding.ids, dtype=np.int64)
-        special = np.isin(ids, self.spec.special_ids)
+        special = self._is_special[ids]
         begin = int(special[0]) if len(ids) else 0
         if self.spec.eos_id is not None and (len(ids) == 0 or ids[-1] != self.spec.eos_id):
             ids = np.append(ids, self.spec.eos_id)

@@ -416,12 +416,13 @@ def _build(
     recipe: Recipe, spec: EncoderSpec, inputs: list[_Input], scratch: Path, progress: Callable[[int, int], None] | None
 ) -> None:
     started = time.monotonic()
-    wide = _vocabulary(spec) > 1 << 16
+    encoder = Encoder(spec)
+    wide = encoder.tokenizer.get_vocab_size(with_added_tokens=True) > 1 << 16
     writer = StoreWriter(scratch / "store", wide=wide)
     facts: dict[str, Any] = {"sources": [], "files": []}
     try:
         for number, item in enumerate(inputs):
-            facts["sources"].append(_pass(recipe, spec, item, number, writer, facts["files"], progress))
+            facts["sources"].append(_pass(recipe, encoder, item, number, writer, facts["files"], progress))
         writer.close(facts)
     except BaseException:
         writer.abandon()
@@ -450,15 +451,9 @@ def _build(
         os.fsync(file_.fileno())
 
 
-def _vocabulary(spec: EncoderSpec) -> int:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(spec.tokenizer_json).get_vocab_size(with_added_tokens=True)
-
-
 def _pass(
     recipe: Recipe,
-    spec: EncoderSpec,
+    encoder: Encoder,
     item: _Input,
     number: int,
     writer: StoreWriter,
@@ -491,7 +486,7 @@ def _pass(
             yield _Task(block, fmt, source.columns, number, numbers[block.file])
             block = next(stream, None)
 
-    for done in _run(tasks(), spec, _workers(recipe, item)):
+    for done in _run(tasks(), encoder, _workers(recipe, item)):
         if done.error is not None:
             raise done.error
         base = writer.rows
@@ -502,7 +497,7 @@ def _pass(
         if progress is not None:
             progress(writer.rows, writer.tokens)
     if writer.rows == rows_before:
-        raise UserError("no rows", where=str(item.path), fix="every line is blank")
+        raise UserError("no rows: every line is blank", where=str(item.path))
     return {
         "name": item.name,
         "role": item.role,
@@ -541,7 +536,7 @@ def _format(head: Block, source: DataSource) -> tuple[str, str]:
     else:
         first = (head.number(0), (head.rows or [None])[0])
     if first is None:
-        raise UserError("no rows", where=head.file, fix="every line is blank")
+        raise UserError("no rows: every line is blank", where=head.file)
     number, row = first
     if not isinstance(row, dict):
         raise UserError("a row is an object of named columns", where=f"{head.file}:{number}")
@@ -561,10 +556,9 @@ def _workers(recipe: Recipe, item: _Input) -> int:
     return min(8, cores)
 
 
-def _run(tasks: Iterator[_Task], spec: EncoderSpec, workers: int) -> Iterator[_Done]:
+def _run(tasks: Iterator[_Task], encoder: Encoder, workers: int) -> Iterator[_Done]:
     """Results in the order of the tasks. At most ``2 * workers`` blocks are under way, so memory stays flat."""
     if workers == 1:
-        encoder = Encoder(spec)
         for task in tasks:
             yield process(task, encoder)
         return
@@ -572,7 +566,7 @@ def _run(tasks: Iterator[_Task], spec: EncoderSpec, workers: int) -> Iterator[_D
 
     # Fresh processes: a fork would inherit the tokenizer's and torch's threads in an unknown state.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(spec,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder.spec,))
     waiting: collections.deque[Future[_Done]] = collections.deque()
     try:
         for task in tasks:
