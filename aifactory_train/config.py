@@ -101,6 +101,22 @@ class AdapterConfig(Strict):
 # ---- the data
 
 
+class DataFacts(Strict):
+    """What the record says of a data source and only a person knows; unset is written down as MISSING."""
+
+    origin: (
+        Literal["public", "licensed", "third-party-private", "own", "user", "crawl", "synthetic", "other"] | None
+    ) = None
+    personal_data: Literal["none", "pseudonymised", "personal", "special"] | None = None
+    tdm_basis: (
+        Literal["licensed", "own", "public-domain", "art3-research", "art4-optout-respected", "unknown"] | None
+    ) = Field(None, description="Basis for text and data mining.")
+    obtained: str | None = Field(None, description="How the rows were obtained and selected.")
+    collected_from: str | None = Field(None, description="YYYY-MM")
+    collected_to: str | None = Field(None, description="YYYY-MM")
+    url: str | None = None
+
+
 class DataSource(Strict):
     """Where rows come from and how they become training rows."""
 
@@ -124,6 +140,7 @@ class DataSource(Strict):
         1.0, gt=0, description="Share in a mixture: rows seen per epoch = weight x rows of this source."
     )
     max_rows: int | None = Field(None, ge=1)
+    facts: DataFacts = Field(default_factory=DataFacts)
 
 
 def _as_sources(value: Any) -> Any:
@@ -285,6 +302,52 @@ class ExportConfig(Strict):
     verify: bool = Field(True, description="Reload with plain transformers and peft and compare logits.")
 
 
+# ---- what the run tells others: record, privacy, trackers
+
+
+class RecordConfig(Strict):
+    """The record that the run keeps of itself, and what is rendered from it (docs/evidence-pack.md)."""
+
+    site: str | None = Field(
+        None,
+        description="Site profile whose PUE, grid intensity and TDP count; null: the launcher's ($AIFACTORY_SITE).",
+    )
+    organisation: str | None = Field(
+        None,
+        description="YAML with what only people know; null: organisation.yaml in the user's configuration folder.",
+    )
+    base_flop: float | None = Field(
+        None, gt=0, description="Training compute of the base model, if its provider states it."
+    )
+    energy: bool = Field(True, description="Read the node's energy counters.")
+    pack: bool = Field(True, description="Write report.html and the evidence pack when the training ends.")
+    sign_with: str | None = Field(
+        None,
+        description="Ed25519 private key (PEM, mode 600) that signs the manifest; null: the user's key if there is one.",
+    )
+
+
+class PrivacyConfig(Strict):
+    """How sensitive the data is, and what is therefore enforced (docs/sensitive-data.md)."""
+
+    profile: Literal["open", "sensitive", "restricted"] = "open"
+    allow_group: str | None = Field(
+        None, description="Unix group that may also read data and outputs (a project group), by name."
+    )
+    identity: str | None = Field(
+        None, description="age identity file (mode 600, outside the run folder) that opens encrypted shards."
+    )
+    log_samples: bool = Field(False, description="Under sensitive: keep sample answers in readable form all the same.")
+
+
+class TrackingConfig(Strict):
+    """Trackers besides TensorBoard. All write to local stores; nothing is sent anywhere."""
+
+    mlflow: bool = Field(False, description="MLflow file store in the run folder (extra: tracking).")
+    wandb: bool = Field(False, description="Weights & Biases in offline mode in the run folder (extra: tracking).")
+    experiment: str = "aifactory-train"
+
+
 class Recipe(Strict):
     """The whole tree."""
 
@@ -302,6 +365,9 @@ class Recipe(Strict):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
+    record: RecordConfig = Field(default_factory=RecordConfig)
+    privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Recipe:
