@@ -115,15 +115,17 @@ MEMORY_GRID = {
 
 
 def fit_memory(rows: Sequence[Row]) -> dict[str, float]:
-    """The memory constants with the least mean absolute logarithmic error, every origin weighing the same; ties go to the prior."""
+    """The memory constants with the least mean absolute logarithmic error (capped at 15 %), every origin weighing the same, drawn towards the prior."""
     origins = [origin(r.source) for r in rows]
 
     def cost(fragmentation: float, logit: float) -> float:
         total = 0.0
         for row, o in zip(rows, origins, strict=True):
             predicted = predicted_memory(row, {"fragmentation": fragmentation, "compiled_logit_bytes": logit})
-            total += abs(math.log(predicted / (row.memory_gib or 1))) / origins.count(o)
-        return round(total, 6)
+            # capped: a run whose memory holds something that no column names (CUDA graphs' pools) must not bend the constants
+            total += min(0.15, abs(math.log(predicted / (row.memory_gib or 1)))) / origins.count(o)
+        prior = ((fragmentation - 0.06) / 0.03) ** 2 + ((logit - 8.0) / 2.0) ** 2
+        return round(total + 0.02 * prior, 6)
 
     pairs = [(f, b) for f in MEMORY_GRID["fragmentation"] for b in MEMORY_GRID["compiled_logit_bytes"]]
     best = min(pairs, key=lambda pair: cost(*pair))

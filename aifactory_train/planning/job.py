@@ -128,8 +128,8 @@ class Stack:
 
 
 #: Loss at its peak, bytes per logit, when the logits exist as a whole. eager: bf16 logits (2), their fp32 copy (4), log-softmax (4),
-#: the fp32 gradient (4). compiled: bf16 logits (2), fp32 log-softmax (4) and the bf16 gradient (2); the copies are fused away.
-LOGIT_BYTES = {"eager": 14.0, "compiled": 8.0, "fused": 6.0, "chunked": 0.0}
+#: the fp32 gradient (4). compiled: fitted (data/calibration.json), between the bf16 logits with their fp32 log-softmax (6) and what else is not fused away.
+LOGIT_BYTES = {"eager": 14.0, "compiled": 7.0, "fused": 6.0, "chunked": 0.0}
 
 STACKS = {
     "eager": Stack("eager", "eager", "eager", LOGIT_BYTES["eager"]),
@@ -167,6 +167,22 @@ class Job:
     offload_activations: bool = False
     attention: str = "flash"
     compiled: bool = False
+    #: FSDP2 as our engine accumulates: no reduction per micro-batch, so whole gradients live on every rank until the last one
+    accumulates_whole: bool = False
+    overlaps: bool = True  # collectives run beside computation (our DeepSpeed JSON switches its overlap off)
+    zero_bucket: float = 5e7  # elements of DeepSpeed's gradient and gather buckets; its own default is ten times ours
+
+    def __post_init__(self) -> None:
+        if self.checkpointing not in CHECKPOINTING:
+            raise UserError(
+                f"unknown activation checkpointing '{self.checkpointing}'", where="parallel.activation_checkpointing"
+            )
+        if self.shape.max_positions and self.sequence > self.shape.max_positions:
+            raise UserError(
+                f"sequences of {self.sequence} tokens are longer than the {self.shape.max_positions} positions of {self.shape.name}",
+                where="data.sequence_length",
+                fix=f"--set data.sequence_length={self.shape.max_positions}",
+            )
 
     @property
     def tokens(self) -> float:

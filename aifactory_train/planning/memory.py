@@ -10,11 +10,12 @@ Which tensors a block keeps for backward is counted operation by operation (:fun
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, fields
 
 from aifactory_train.planning.job import GIB, Job
-from aifactory_train.planning.shapes import is_target
+from aifactory_train.planning.shapes import Shape, is_target
 
 #: GiB that the driver's context, the kernels' code, cuBLAS/hipBLASLt workspaces hold outside torch's allocator (recalled; the
 #: device reading minus torch's reserved memory of small jobs). Several ranks add NCCL's or RCCL's channels and rings.
@@ -27,8 +28,7 @@ FRAGMENTATION = 0.06
 #: NF4 weights: 4 bits and an fp8-quantised scale per 64 values with an fp32 one per 256 of those (QLoRA, arXiv:2305.14314, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
-#: What we write into DeepSpeed's JSON (see settings.py); elements, except where bytes are named.
-ZERO_BUCKET = 5e8
+#: DeepSpeed's default for stage3_max_live_parameters: elements that stay gathered.
 ZERO_MAX_LIVE = 1e9
 
 
@@ -69,7 +69,7 @@ def _norm(job: Job, width: int, rows: int = 1) -> float:
         return e * width + 4 * rows
     trained = job.method == "full"
     if job.shape.family in ("olmo2", "olmo3", "gemma3_text"):  # they multiply by the weight in fp32
-        kept = 4 * width
+        kept = 4.0 * width
     else:
         kept = e * width
     return 4 * width + 4 * rows + (kept if trained else 0)  # the fp32 copy (in fp32 the input itself)
@@ -185,6 +185,19 @@ def trains_head(job: Job) -> bool:
 # ---- state
 
 
+@functools.lru_cache(maxsize=4096)
+def _block_sizes(
+    shape: Shape, method: str, rank: int, targets: str | tuple[str, ...], dora: bool, embeddings: bool
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]]]:
+    """Tensors of ``(a block, the root, a block's trained ones, the root's trained ones)``."""
+    block, root = shape.block_tensors(), shape.root_tensors()
+    if method == "full":
+        return block, root, block, root
+    trained = shape.lora_tensors(rank, targets if isinstance(targets, str) else list(targets), dora)
+    outside = [(shape.vocab, shape.hidden)] * (1 if shape.tied else 2) if embeddings else []
+    return block, root, trained, outside
+
+
 def _shard_rows(tensors: list[tuple[int, int]], shard: int) -> int:
     """Elements of the largest shard when every tensor is split along its rows (FSDP2 pads to the first rank)."""
     return sum(-(-rows // shard) * columns for rows, columns in tensors)
@@ -211,39 +224,33 @@ class State:
 def static_state(job: Job) -> State:
     """Bytes per rank that exist all the time (gradients: when they all exist)."""
     shape, b, layout = job.shape, job.bytes, job.layout
-    targets = job.targets if isinstance(job.targets, str) else list(job.targets)
-    base = shape.block_tensors() * shape.layers + shape.root_tensors()
-    if job.method == "full":
-        trained, frozen = base, []
-    else:
-        trained = shape.lora_tensors(job.lora_rank, targets, job.dora) * shape.layers
-        if job.train_embeddings:
-            trained = trained + [(shape.vocab, shape.hidden)] * (1 if shape.tied else 2)
-        frozen = base
+    block, root, trained_block, trained_root = _block_sizes(
+        shape, job.method, job.lora_rank, job.targets, job.dora, job.train_embeddings
+    )
     shard = _shard_flat if layout.engine == "zero3" else _shard_rows
 
-    def elements(tensors: list[tuple[int, int]], sharded: bool) -> float:
+    def elements(per_block: list[tuple[int, int]], outside: list[tuple[int, int]], sharded: bool) -> float:
         if not sharded:
-            return sum(r * c for r, c in tensors)
+            return _shard_flat(per_block, 1) * shape.layers + _shard_flat(outside, 1)
         if layout.engine in ("zero1", "zero2"):  # one flat buffer
-            return math.ceil(sum(r * c for r, c in tensors) / layout.shard)
-        return shard(tensors, layout.shard)
+            return math.ceil((_shard_flat(per_block, 1) * shape.layers + _shard_flat(outside, 1)) / layout.shard)
+        return shard(per_block, layout.shard) * shape.layers + shard(outside, layout.shard)
 
-    def quantised(tensors: list[tuple[int, int]]) -> float:
+    def quantised() -> float:
         """Bytes of frozen weights: under nf4 the blocks' matrices, not embeddings and vectors."""
         if job.method != "qlora":
-            return elements(tensors, layout.shards_parameters) * b.frozen
-        matrices = [t for t in shape.block_tensors() * shape.layers if t[1] > 1]
-        rest = [t for t in shape.block_tensors() * shape.layers if t[1] == 1] + shape.root_tensors()
-        return (
-            elements(matrices, layout.shards_parameters) * NF4_BYTES
-            + elements(rest, layout.shards_parameters) * b.frozen
-        )
+            return elements(block, root, layout.shards_parameters) * b.frozen
+        matrices = [t for t in block if t[1] > 1]
+        vectors = [t for t in block if t[1] == 1]
+        packed = elements(matrices, [], layout.shards_parameters) * NF4_BYTES
+        return packed + elements(vectors, root, layout.shards_parameters) * b.frozen
 
-    frozen_bytes = quantised(frozen) if frozen else 0.0
-    here = elements(trained, layout.shards_parameters)
-    for_optimizer = elements(trained, layout.shards_optimizer)
-    gradients = elements(trained, layout.shards_gradients) * b.gradients
+    frozen_bytes = quantised() if job.method != "full" else 0.0
+    here = elements(trained_block, trained_root, layout.shards_parameters)
+    for_optimizer = elements(trained_block, trained_root, layout.shards_optimizer)
+    gradients = elements(trained_block, trained_root, layout.shards_gradients) * b.gradients
+    if job.accumulates_whole and job.grad_accum > 1 and layout.engine in ("fsdp2", "hsdp") and layout.shard > 1:
+        gradients = max(gradients, elements(trained_block, trained_root, False) * b.reduce)
     optimizer = for_optimizer * b.optimizer
     if layout.deepspeed:
         # DeepSpeed computes with the working copy; the fp32 master belongs to the optimizer's partition
@@ -252,14 +259,16 @@ def static_state(job: Job) -> State:
         working = 0.0
     else:
         parameters = here * b.parameters
-        working = here * b.working if layout.engine in ("ddp", "single") and b.working else 0.0
+        # compute copies live from a block's forward to its backward: all of them without checkpointing, one block's with
+        copies = here if job.checkpointing == "none" else here / max(1, shape.layers)
+        working = copies * b.working if layout.engine in ("ddp", "single") else 0.0
     host = 0.0
     if layout.offload_optimizer:
         host += optimizer
         optimizer = 0.0
-        if layout.deepspeed:  # gradients are copied out bucket by bucket
-            host += gradients
-            gradients = 0.0
+        # gradients leave the GPU bucket by bucket (DeepSpeed) or block by block (FSDP2)
+        host += gradients
+        gradients = 0.0
     if layout.offload_parameters:
         host += parameters + frozen_bytes
         parameters = frozen_bytes = 0.0
@@ -292,10 +301,10 @@ def communication_bytes(job: Job) -> tuple[float, float]:
     if layout.engine == "zero3":
         live = max(min(ZERO_MAX_LIVE, shape.parameters) * b.compute, root + block) + unpacked
         if job.method == "full":
-            live += 2 * ZERO_BUCKET * b.compute  # allocated from the start
+            live += 2 * job.zero_bucket * b.compute  # allocated from the start
         return live, live + (root if job.method == "full" else 0.0)
     if layout.engine in ("zero1", "zero2"):
-        bucket = min(2 * ZERO_BUCKET, 2.0 * job.trained_parameters) * b.compute
+        bucket = min(2 * job.zero_bucket, 2.0 * job.trained_parameters) * b.compute
         return 0.0, bucket
     bucket = min(25 * 2**20 * 2, job.trained_parameters * b.gradients)  # DDP: gradients live in the buckets
     return bucket, bucket

@@ -135,7 +135,7 @@ def _shape(row: Mapping[str, str], needed: bool = True) -> Shape:
     missing = [k for k, v in values.items() if v is None]
     if missing:
         raise _Outside(f"dimension not stated: {', '.join(missing)}")
-    ints = {k: int(v) for k, v in values.items() if v is not None}
+    ints: dict[str, Any] = {k: int(v) for k, v in values.items() if v is not None}
     kv = int(number(row.get("kv_heads")) or ints["heads"])
     notes = row.get("notes", "")
     total = number(row.get("params_total_B"))
@@ -241,7 +241,8 @@ def _node(row: Mapping[str, str], links: Links) -> tuple[Links, tuple[str, ...]]
     """The node's links; the notes' own figures win over what is usual for the GPU."""
     notes = row.get("notes", "")
     per_node = int(number(row.get("gpus_per_node")) or links.gpus_per_node)
-    node_gb_s, assumed = links.node_gb_s, ("node_gb_s",)
+    node_gb_s = links.node_gb_s
+    assumed: tuple[str, ...] = ("node_gb_s",)
     if found := re.search(r"(\d+)\s*x\s*(?:OPA |HDR |NDR )?(\d+) Gb/s", notes):
         node_gb_s, assumed = int(found.group(1)) * int(found.group(2)) / 8, ()
     elif found := re.search(r"(\d+) Gb/s per GPU", notes):
@@ -275,7 +276,7 @@ def read_row(row: Mapping[str, str]) -> Row:
     """One row as a job, or the reason why the planner has nothing to say about it. Never raises for the row's content."""
     notes = row.get("notes", "")
     tier = re.search(r"tier=([A-Z])", notes)
-    base = {
+    base: dict[str, Any] = {
         "id": row.get("id", ""),
         "source": row.get("source", ""),
         "tier": tier.group(1) if tier else None,
@@ -369,6 +370,7 @@ def _job(row: Mapping[str, str]) -> tuple[Job, tuple[str, ...]]:
         offload_activations="offload_activations" in flags,
         compiled=row.get("compile", "").lower() == "yes",
         attention=_attention(row),
+        zero_bucket=5e8,
     )
     job, reading = _fitting(job, stated)
     if reading:

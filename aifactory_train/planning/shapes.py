@@ -75,6 +75,10 @@ class Shape:
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """The linear layers of one block: name -> (inputs, outputs)."""
+        return self._linears
+
+    @functools.cached_property
+    def _linears(self) -> dict[str, tuple[int, int]]:
         found = {
             "q": (self.hidden, self.q_width),
             "k": (self.hidden, self.kv_width),
@@ -87,11 +91,11 @@ class Shape:
         found["down"] = (self.ffn, self.hidden)
         return found
 
-    @property
+    @functools.cached_property
     def block_linear_parameters(self) -> int:
         return sum(a * b for a, b in self.linears().values())
 
-    @property
+    @functools.cached_property
     def block_parameters(self) -> int:
         """All parameters of one block."""
         count = (
@@ -107,7 +111,7 @@ class Shape:
             count += self.hidden + self.ffn * (2 if self.mlp == "gated" else 1) + self.hidden
         return count
 
-    @property
+    @functools.cached_property
     def embedding_parameters(self) -> int:
         positions = (self.max_positions or 0) * self.hidden if self.learned_positions else 0
         return self.vocab * self.hidden + positions
@@ -117,12 +121,12 @@ class Shape:
         """The output layer's own parameters: none where it is tied to the embedding."""
         return 0 if self.tied else self.vocab * self.hidden
 
-    @property
+    @functools.cached_property
     def root_parameters(self) -> int:
         """What lies outside the blocks: embedding, last norm, output layer."""
         return self.embedding_parameters + self.head_parameters + self.hidden * (2 if self.norm_bias else 1)
 
-    @property
+    @functools.cached_property
     def parameters(self) -> int:
         return self.layers * self.block_parameters + self.root_parameters
 

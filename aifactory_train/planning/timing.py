@@ -142,11 +142,15 @@ def collectives(job: Job) -> tuple[float, float]:
     weights = shape.parameters * b.compute if job.method == "full" else frozen + job.trained_parameters * b.compute
     grads = job.trained_parameters
     if layout.engine in ("fsdp2", "hsdp", "zero3"):
-        reduce = b.reduce if layout.engine != "zero3" else b.compute
-        # forward and backward gather the weights, the gradients are reduce-scattered (accumulated sharded)
-        return 2 * weights * share, grads * reduce * share
+        # forward and backward gather the weights; gradients are reduce-scattered once a step, by ZeRO-3 for every micro-batch
+        scatter = grads * b.reduce * share
+        if layout.engine == "zero3":
+            return 2 * weights * share + scatter, 0.0
+        return 2 * weights * share, scatter
     if layout.engine in ("zero1", "zero2"):
-        return 0.0, (grads * b.compute * 2) * share + grads * b.compute * share * (layout.world > layout.shard)
+        gather = grads * b.compute * share  # the updated weights, once a step
+        scatter = grads * b.reduce * share
+        return (scatter, gather) if layout.engine == "zero2" else (0.0, gather + scatter)
     return 0.0, 2 * grads * b.gradients * (layout.world - 1) / layout.world
 
 
@@ -264,8 +268,9 @@ def predict(job: Job, constants: Constants | None = None) -> Times:
         reduce += piece * peers / _rate(job, c, job.layout.world)
     compute = matmul + attention + pointwise + loss
     # what the other micro-batches and the last backward can hide
-    exposed = max(gather - c.hidden * compute, (1 - c.hidden) * gather)
-    exposed_step = max(reduce - c.hidden * compute * 2 / 3, (1 - c.hidden) * reduce)
+    hidden = c.hidden if job.overlaps else 0.0
+    exposed = max(gather - hidden * compute, (1 - hidden) * gather)
+    exposed_step = max(reduce - hidden * compute * 2 / 3, (1 - hidden) * reduce)
     if job.layout.offload_parameters:
         host += 3 * (job.frozen_parameters * (NF4_BYTES if job.method == "qlora" else 2) / job.layout.shard) / 20e9
 

@@ -1,0 +1,158 @@
+"""``aifactory plan``: memory, strategy, speed and cost of a recipe at a site, with reasons. Needs no GPU, no torch, no network."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aifactory_train.errors import UserError
+
+if TYPE_CHECKING:
+    from aifactory_train.config import ModelConfig
+    from aifactory_train.planning.shapes import Shape
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="id such as health/phenotype-terms, or a YAML file")
+    parser.add_argument("--site", metavar="S", required=True, help="system to plan for ('aifactory sites' lists them)")
+    parser.add_argument("--site-file", metavar="FILE", type=Path, help="overlay with corrections and your own values")
+    parser.add_argument("--nodes", metavar="N", default="1", help="number of nodes, or 'auto' (default 1)")
+    parser.add_argument("--gpus-per-node", metavar="N", type=int, help="default: all of a node")
+    parser.add_argument("--partition", metavar="P", help="default: the site's")
+    parser.add_argument("--qos", metavar="Q")
+    parser.add_argument(
+        "--deadline", metavar="H", type=float, help="with --nodes auto: hours in which the run has to finish"
+    )
+    parser.add_argument("--budget", metavar="GPU_H", type=float, help="with --nodes auto: GPU-hours that may be spent")
+    parser.add_argument(
+        "--tokens", metavar="N", type=float, help="tokens of one epoch; default: from the prepared data"
+    )
+    parser.add_argument("--model-config", metavar="FILE", help="config.json of a base whose dimensions are not shipped")
+    parser.add_argument(
+        "--set",
+        metavar="a.b=c",
+        dest="overrides",
+        action="append",
+        nargs="+",
+        default=[],
+        help="change a value of the recipe",
+    )
+    parser.add_argument("--json", action="store_true", help="the plan as one line of JSON")
+    parser.add_argument(
+        "--html", metavar="FILE", type=Path, help="also write a page with the memory stack and the scaling curve"
+    )
+    parser.add_argument(
+        "--verify-sharding",
+        action="store_true",
+        help="build the sharded model with a fake world and compare (needs torch)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from aifactory_train.output import note, print_json
+
+    plan, job = build(args)
+    if args.verify_sharding:
+        from aifactory_train.planning.verify_sharding import compare
+
+        plan["verified_sharding"] = compare(job)
+    if args.html:
+        from aifactory_train.planning.page import write_page
+
+        write_page(plan, args.html)
+        note(f"written: {args.html}")
+    if args.json:
+        print_json(plan)
+    else:
+        from aifactory_train.planning.show import show
+
+        show(plan)
+    return 0
+
+
+def build(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """The plan of the parsed arguments as plain values, and its chosen job."""
+    from aifactory_train import config, sites
+    from aifactory_train.planning import plan, size
+
+    overrides = [text for group in args.overrides for text in group]
+    recipe = config.load_recipe(args.recipe, overrides)
+    system = sites.load(args.site, overlay=args.site_file if args.site_file else None)
+    nodes = _nodes(args.nodes)
+    for name in ("deadline", "budget", "tokens"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError("must be a positive number", where=f"--{name}")
+    if nodes is not None and (args.deadline or args.budget):
+        raise UserError(
+            "a deadline or a budget chooses the number of nodes", where="--nodes", fix="use --nodes auto with it"
+        )
+    touched = any(
+        text.strip().startswith(("data.train", "data.supervise", "model.base", "data.sequence_length"))
+        for text in overrides
+    )
+    request = plan.Request(
+        recipe=recipe,
+        shape=dimensions(recipe.model, args.model_config),
+        system=system,
+        nodes=nodes,
+        gpus_per_node=args.gpus_per_node,
+        partition=args.partition,
+        qos=args.qos,
+        deadline_hours=args.deadline,
+        budget_gpu_hours=args.budget,
+        size=size.of_recipe(recipe, args.tokens, data_overridden=touched),
+    )
+    return plan.make(request)
+
+
+def _nodes(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise UserError("a number of nodes from 1, or 'auto'", where=f"--nodes {text}")
+    return int(text)
+
+
+def dimensions(model: ModelConfig, config_file: str | None) -> Shape:
+    """The base model's dimensions: given, fetched, or shipped."""
+    from aifactory_train.planning import shapes
+
+    if config_file:
+        return shapes.load(model.base, config_file=config_file)
+    folders: list[Path] = []
+    if model.base.startswith(("pypi:", "npm:")) or model.base.endswith(".gguf"):
+        from aifactory_train.sources import resolve_model
+
+        try:
+            folders.append(resolve_model(model))
+        except UserError:
+            folders = []  # not fetched yet: the shipped table is asked instead
+    elif not Path(model.base).is_dir():
+        folders = hub_folders(model.base, model.revision)
+    base = model.base
+    if base.startswith(("pypi:", "npm:")) and not folders:
+        # a packaged model file is named after the model that it holds
+        stem = re.sub(r"\.(Q\w+|gguf|safetensors)(?=\.|$)", "", base.rpartition("/")[2].rpartition("#")[2])
+        match = next((name for name in shapes.known() if name.rpartition("/")[2].lower() == stem.lower()), None)
+        base = match or base
+    return shapes.load(base, folders)
+
+
+def hub_folders(base: str, revision: str | None) -> list[Path]:
+    """Snapshot folders of a Hugging Face id in the local cache (documented layout ``models--org--name/refs, snapshots``).
+
+    Read here without ``huggingface_hub``, whose import takes longer than a whole plan.
+    """
+    home = Path(
+        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    )
+    root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser() / f"models--{base.replace('/', '--')}"
+    wanted = revision or "main"
+    reference = root / "refs" / wanted
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else wanted
+    folder = root / "snapshots" / commit
+    return [folder] if folder.is_dir() else []
