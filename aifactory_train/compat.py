@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -70,3 +73,11 @@ def ddp_without_buffer_sync() -> dict[str, bool]:
 
     names = inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers": False} if "forward_sync_buffers" in names else {"broadcast_buffers": False}
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Hides the warning that peft 0.21 causes by reading a name that transformers 5 has renamed: no user could act on it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aifactory_train import compat
 from aifactory_train.attention import Documents
 from aifactory_train.config import Recipe
 from aifactory_train.errors import RunFailed, UserError
@@ -251,7 +252,8 @@ class _Export:
                 use_safetensors=True,
                 trust_remote_code=self.recipe.model.trust_remote_code,
             )
-            merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+            with compat.quiet_peft():
+                merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
             for parameter in merged.parameters():
                 parameter.requires_grad_(False)
             if getattr(merged.config, "tie_word_embeddings", False):
@@ -545,7 +547,8 @@ def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
     adapter, whole = run.export / "adapter", run.export / "model"
     if (adapter / "adapter_model.safetensors").is_file():
         base = load_language_model(base_folder(recipe), recipe, device=device, dtype=precision.frozen, report=report)
-        model: Any = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
+        with compat.quiet_peft():
+            model: Any = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
         folder = adapter
     elif (whole / "config.json").is_file():
         model = load_language_model(whole, recipe, device=device, dtype=precision.compute, report=report)

@@ -7,7 +7,6 @@ did and why is collected in :class:`ModelReport`, printed once at start and stor
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aifactory_train import attention
+from aifactory_train import attention, compat
 from aifactory_train.config import Recipe
 from aifactory_train.errors import UserError
 from aifactory_train.loss import linear_cross_entropy, token_nll
@@ -246,9 +245,7 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
         targets = settings.targets
         saved = _embedding_modules(model) if settings.train_embeddings else None
         try:
-            with warnings.catch_warnings():
-                # peft reads a name that transformers has renamed; nothing that a user could change
-                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            with compat.quiet_peft():
                 model = get_peft_model(
                     model,
                     LoraConfig(
@@ -366,8 +363,6 @@ class Precision:
 
 def choose_precision(recipe: Recipe, device: str) -> tuple[Precision, str]:
     """Resolve ``auto``: fp32 everywhere on CPU; on a GPU with bf16, compute and frozen weights in bf16, master in fp32."""
-    from aifactory_train import compat
-
     has_bf16 = compat.supports_bf16(device)
     fast = device != "cpu" and has_bf16
     settings = recipe.precision

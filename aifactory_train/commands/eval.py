@@ -1,0 +1,126 @@
+"""``aifactory eval``: score any rows with a trained run, and write its answers as JSONL."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_name", metavar="RUN", help="name of a run below runs/, or its folder")
+    parser.add_argument("--data", required=True, metavar="FILE", help="rows in any form that training reads")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="predictions (default: RUN/predictions.jsonl)")
+    parser.add_argument("--rows", type=int, metavar="N", help="only N rows, evenly spaced")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the recipe's)")
+    parser.add_argument("--no-generate", action="store_true", help="likelihood only, no answers")
+    parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    from aifactory_train import output
+    from aifactory_train.runs import open_run, write_atomic
+
+    folder = open_run(args.run_name)
+    recipe = scoring_recipe(folder.load_config(), args)
+    summary, predictions = score(folder, recipe, generate=not args.no_generate)
+    target = args.out or folder.path / "predictions.jsonl"
+    write_atomic(target, "".join(json.dumps(p, ensure_ascii=False, allow_nan=False) + "\n" for p in predictions))
+    if args.json:
+        output.print_json({"run": str(folder.path), "data": args.data, **summary, "predictions": str(target)})
+        return 0
+    rows = []
+    for name in ("bits_per_byte", "perplexity", "exact_match", "token_f1"):
+        if summary.get(name) is not None:
+            low_high = summary["ci"].get(name)
+            shown = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if low_high else ""
+            rows.append([name.replace("_", " "), f"{summary[name]:.4g}", shown])
+    output.table(f"{summary['rows']} rows of {args.data}", ["", "value", "95 % interval"], rows, right=(1,))
+    print(f"predictions: {target}")
+    return 0
+
+
+def scoring_recipe(recipe, args: argparse.Namespace):
+    """The run's recipe with ``--data`` as its only rows; nothing is left out, repeated rows count as often as they stand."""
+    from aifactory_train.config import DataSource
+    from aifactory_train.errors import UserError
+
+    for name, value in (("--rows", args.rows), ("--max-new-tokens", args.max_new_tokens)):
+        if value is not None and value < 1:
+            raise UserError("must be at least 1", where=name)
+    scored = recipe.model_copy(deep=True)
+    trained = recipe.data.train[0]
+    own = {} if trained.converter else {"columns": trained.columns}
+    scored.data.train = [DataSource(source=args.data, licence="unknown", **own)]
+    scored.data.eval = [DataSource(source=args.data, licence="unknown", **own)]
+    scored.data.overlap, scored.data.deduplicate = "allow", False
+    scored.data.eval_rows = args.rows or 2**31 - 1
+    scored.eval.max_new_tokens = args.max_new_tokens or recipe.eval.max_new_tokens
+    return scored
+
+
+def score(folder, recipe, *, generate: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(figures over all rows, one prediction per document) of the run's model on the recipe's evaluation rows."""
+    from aifactory_train import compat, metrics
+    from aifactory_train.data import prepare
+    from aifactory_train.evaluate import answers, chat_template, held_out, question, stop_ids
+    from aifactory_train.export import load_trained
+
+    device = compat.device_type()
+    model, tokenizer, _ = load_trained(folder, device)
+    prepared = prepare(recipe, tokenizer)
+    info, dataset = prepared.tokenizer_info, next(iter(prepared.evals.values()))
+    scored = held_out(
+        model,
+        dataset,
+        max_rows=recipe.data.eval_rows,
+        batching=recipe.data.batching,
+        pad_id=info["pad_id"],
+        device=device,
+        micro_batch_tokens=recipe.train.micro_batch_tokens,
+    )
+    template = chat_template(tokenizer)
+    asked = {}
+    if generate:
+        for index in scored.documents.tolist():
+            found = question(dataset, index, tokenizer, template)
+            if found is not None:
+                asked[index] = found
+    texts = answers(
+        model,
+        tokenizer,
+        list(asked.values()),
+        max_new_tokens=recipe.eval.max_new_tokens,
+        stop_ids=stop_ids(info),
+        pad_id=info["pad_id"],
+        device=device,
+    )
+    replies = dict(zip(asked, texts, strict=True))
+    predictions = []
+    exact, overlap = [], []
+    for k, index in enumerate(scored.documents.tolist()):
+        row = dataset.row(index)
+        bits = metrics.bits_per_byte(float(scored.text_nll[k]), int(scored.text_bytes[k]))
+        prediction: dict[str, Any] = {
+            "id": dataset.row_id(index),
+            "loss": float(scored.nll[k] / scored.tokens[k]),
+            "tokens": int(scored.tokens[k]),
+            "bits_per_byte": None if bits is None or not math.isfinite(bits) else bits,
+        }
+        if index in replies:
+            q, answer = asked[index], replies[index]
+            prediction.update(prompt=q.prompt, expected=q.expected, answer=answer)
+            if "text" not in row:
+                prediction["exact_match"] = metrics.exact_match(answer, q.expected)
+                prediction["token_f1"] = metrics.token_f1(answer, q.expected)
+                exact.append(prediction["exact_match"])
+                overlap.append(prediction["token_f1"])
+        predictions.append(prediction)
+    summary = scored.figures()
+    for name, values in (("exact_match", exact), ("token_f1", overlap)):
+        summary[name] = sum(values) / len(values) if values else None
+        summary["ci"][name] = metrics.bootstrap_mean(values) if values else None
+    summary["answered_rows"] = len(exact)
+    return summary, predictions

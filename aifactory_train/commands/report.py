@@ -1,0 +1,119 @@
+"""``aifactory report``: what a run did, as a table or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_name", metavar="RUN", help="name of a run below runs/, or its folder")
+    parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    from aifactory_train import output
+    from aifactory_train.runs import open_run
+
+    report = collect(open_run(args.run_name))
+    if args.json:
+        output.print_json(report)
+        return 0
+    training = report["training"]
+    rows = [
+        ["recipe", report["recipe"]],
+        ["base model", f"{report['model']['base']} ({report['model']['licence']})"],
+        ["trained", report["adapter"]],
+        *[["data", f"{d['source']} ({d['licence']})"] for d in report["data"]],
+        ["state", f"{report['state']} after step {report['step']}"],
+        ["checkpoints", ", ".join(map(str, report["checkpoints"])) or "none"],
+    ]
+    if training["steps"]:
+        rows += [
+            ["loss", f"{training['first_loss']:.4f} at first, {training['last_loss']:.4f} at last"],
+            ["tokens", f"{training['tokens']:,}, {training['supervised_tokens']:,} of them supervised"],
+            [
+                "speed",
+                f"{training['median_tokens_per_s']:,.0f} tokens/s (median step), {training['seconds']:,.0f} s of steps",
+            ],
+        ]
+    rows += [[f"export: {kind}", path] for kind, path in report["exports"].items()]
+    output.table(str(report["run"]), ["", ""], rows)
+    before, after = report["before"] or {}, report["after"] or {}
+    figures = [
+        [name.replace("_", " "), _figure(before.get(name)), _figure(after.get(name))]
+        for name in ("bits_per_byte", "perplexity", "loss", "exact_match", "token_f1")
+        if before.get(name) is not None or after.get(name) is not None
+    ]
+    if figures:
+        output.table("held-out rows", ["", "before", "after"], figures, right=(1, 2))
+    return 0
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else "not measured"
+
+
+def collect(folder) -> dict[str, Any]:
+    """What the run wrote about itself, from ``run.yaml``, ``metrics.jsonl``, ``eval.json`` and ``export/``."""
+    from aifactory_train.runs import read_json
+
+    recipe = folder.load_config()
+    state = folder.state()
+    results = read_json(folder.eval_file) if folder.eval_file.is_file() else {}
+    adapter = recipe.adapter
+    records = training_records(folder)
+    exports = {
+        kind: str(folder.export / kind) for kind in ("adapter", "model", "merged") if (folder.export / kind).is_dir()
+    }
+    return {
+        "run": str(folder.path),
+        "recipe": recipe.id,
+        "state": state.get("state"),
+        "step": state.get("step", 0),
+        "model": {"base": recipe.model.base, "revision": recipe.model.revision, "licence": recipe.model.licence},
+        "adapter": "all weights"
+        if adapter.kind == "none"
+        else f"{adapter.kind} rank {adapter.rank} alpha {adapter.alpha:g}",
+        "data": [{"source": s.source, "licence": s.licence} for s in recipe.data.train],
+        "checkpoints": folder.complete_checkpoints(),
+        "training": {
+            "steps": len(records),
+            "first_loss": records[0]["loss"] if records else None,
+            "last_loss": records[-1]["loss"] if records else None,
+            "tokens": sum(r["tokens"] for r in records),
+            "supervised_tokens": sum(r["supervised_tokens"] for r in records),
+            "seconds": round(sum(r["seconds"] for r in records), 3),
+            "median_tokens_per_s": statistics.median(r["tokens_per_s"] for r in records) if records else None,
+        },
+        "before": results.get("before"),
+        "after": results.get("after"),
+        "exports": exports,
+        "gate": {
+            kind: read_json(folder.export / kind / "verification.json")
+            for kind in exports
+            if (folder.export / kind / "verification.json").is_file()
+        },
+    }
+
+
+def training_records(folder) -> list[dict[str, Any]]:
+    """The steps in ``metrics.jsonl``; a last line that was cut off when a run was killed is left out, any other fault named."""
+    from aifactory_train.errors import UserError
+
+    if not folder.metrics_file.is_file():
+        return []
+    lines = folder.metrics_file.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            raise UserError("is not JSON", where=f"{folder.metrics_file}:{number}") from None
+        if record.get("kind", "train") == "train":
+            records.append(record)
+    return records
