@@ -52,7 +52,7 @@ A :class:`System` holds plain Python values; ``None`` means *not published*, nev
     system.user      the overlay's own values: account, partition, qos, reservation, constraint, project, work_dir,
                      scratch_dir, container_image, container_binds, venv, modules, env, exclude_nodes, budget_gpu_hours,
                      price_per_gpu_hour, currency, mail
-    system.provenance("gpu.memory_gib") -> Fact(path, value, source, url, date, retrieved, confidence, note) | None
+    system.provenance("gpu.memory_gib") -> Fact(path, value, source_id, source, url, date, retrieved, confidence, note) | None
     system.stated_facts()                every stated leaf as a Fact
     system.as_dict()                     plain JSON data with ``provenance``: what ``aifactory sites SYSTEM --json`` prints
 

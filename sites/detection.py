@@ -42,27 +42,32 @@ NVIDIA_QUERY = "name,memory.total,compute_cap,driver_version,power.limit"
 
 
 def parse_nvidia_smi(text: str) -> list[Device]:
-    """Devices from ``nvidia-smi --query-gpu=name,memory.total,compute_cap,driver_version,power.limit --format=csv``.
+    """Devices from ``nvidia-smi --query-gpu=... --format=csv``.
 
-    The header line and units are optional (``noheader``, ``nounits``); ``[N/A]`` fields become None.
+    Columns are found by the header line, in any order; without one (``noheader``) they are taken to be NVIDIA_QUERY's. Units
+    are optional, ``[N/A]`` becomes None.
     """
+    columns = NVIDIA_QUERY.split(",")
     devices = []
     for line in text.splitlines():
         cells = [c.strip() for c in line.split(",")]
-        if len(cells) < 2 or cells[0].lower() == "name":
+        if "name" in (c.lower() for c in cells):
+            columns = [c.lower().split(" ")[0] for c in cells]
             continue
-        cells += [""] * (5 - len(cells))
-        name, memory, cap, driver, power = cells[:5]
-        mib = re.match(r"(\d+)", memory)
-        capability = re.fullmatch(r"(\d+)\.(\d+)", cap)
-        watts = re.match(r"(\d+(?:\.\d+)?)", power)
+        if len(cells) < 2:
+            continue
+        row = dict(zip(columns, cells, strict=False))
+        mib = re.match(r"(\d+)", row.get("memory.total", ""))
+        capability = re.fullmatch(r"(\d+)\.(\d+)", row.get("compute_cap", ""))
+        watts = re.match(r"(\d+(?:\.\d+)?)", row.get("power.limit", ""))
+        driver = row.get("driver_version", "")
         devices.append(
             Device(
-                name=name,
+                name=row["name"],
                 memory_mib=int(mib.group(1)) if mib else None,
                 arch=f"sm_{capability.group(1)}{capability.group(2)}" if capability else None,
                 vendor="nvidia",
-                driver=driver or None,
+                driver=driver if driver and not driver.startswith("[") else None,
                 power_limit_w=float(watts.group(1)) if watts else None,
             )
         )

@@ -128,3 +128,15 @@ def write_index() -> Path:
         lines.append(" ]" + ("," if key == "members" else "}"))
     INDEX.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return INDEX
+
+
+def write_schemas() -> list[Path]:
+    """Write the JSON Schemas of profile and overlay beside the index; returns their paths."""
+    from aifactory_train.sites.schema import json_schema
+
+    paths = []
+    for which, name in (("profile", "site.schema.json"), ("overlay", "overlay.schema.json")):
+        path = ROOM / name
+        path.write_text(json.dumps(json_schema(which), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        paths.append(path)
+    return paths

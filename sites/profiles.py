@@ -7,6 +7,7 @@ corrections and values of the user's overlay. Nothing is guessed: what no layer 
 from __future__ import annotations
 
 import copy
+import datetime
 import difflib
 import functools
 import os
@@ -312,6 +313,7 @@ class System(Profile):
         return Fact(
             path=path,
             value=value.model_dump() if hasattr(value, "model_dump") else value,
+            source_id=entry.source,
             source=source.title,
             url=source.url,
             date=source.date,
@@ -333,6 +335,11 @@ class System(Profile):
     @property
     def usable(self) -> bool:
         return self.status == "usable"
+
+    @property
+    def expired(self) -> bool:
+        """Whether the day has passed on which the profile's sources had to be read again."""
+        return self.expires < datetime.date.today()
 
     @property
     def offline(self) -> bool:
@@ -447,7 +454,9 @@ class System(Profile):
         out["core_missing"] = self.core_missing()
         out["offline"] = self.offline
         out["provenance"] = {
-            fact.path: {k: v for k, v in fact.model_dump().items() if k not in ("path", "value") and v is not None}
+            fact.path: {
+                k: v for k, v in fact.model_dump().items() if k not in ("path", "value", "source_id") and v is not None
+            }
             for fact in self.stated_facts()
         }
         return out
@@ -471,12 +480,16 @@ def _user_file(name: str) -> Path | None:
 
 
 @functools.lru_cache(maxsize=1)
-def _shipped() -> tuple[str, ...]:
+def shipped() -> tuple[str, ...]:
+    """Ids of the profiles in ``systems/``, usable or not."""
     return tuple(sorted(p.stem for p in SYSTEMS.glob("*.yaml")))
 
 
 def resolve(raw: Any, path: Path | None = None, overlay: Overlay | None = None) -> System:
-    """A raw profile (parsed YAML) → :class:`System`. ``path`` is only for messages."""
+    """A raw profile (parsed YAML) → :class:`System`. ``path`` is only for messages.
+
+    An overlay's correction of ``null`` removes the key (a partition that does not exist there).
+    """
     if not isinstance(raw, dict):
         raise UserError("a profile is a mapping of keys to values", where=str(path or "profile"))
     for key in raw:
@@ -484,8 +497,12 @@ def resolve(raw: Any, path: Path | None = None, overlay: Overlay | None = None) 
             close = did_you_mean(str(key), _PROFILE_KEYS)
             raise UserError(f"unknown key '{key}'{close}", where=_where(path, (key,)))
     raw = copy.deepcopy(raw)
+    if overlay is not None:
+        for dotted, value in overlay.corrections.items():
+            _correct(raw, dotted, value)
+        raw["user"] = overlay.user
     gpu = raw.get("gpu") or {}
-    own_gpu = frozenset(gpu) - {"sku"} if isinstance(gpu, dict) else frozenset()
+    own_gpu = frozenset(gpu) if isinstance(gpu, dict) else frozenset()
     sku = gpu.get("sku") if isinstance(gpu, dict) else None
     gpu_table: dict[str, FactEntry] = {}
     gpu_sources: dict[str, Source] = {}
@@ -500,24 +517,14 @@ def resolve(raw: Any, path: Path | None = None, overlay: Overlay | None = None) 
         raw["gpu"] = {**copy.deepcopy(catalogue[sku]), **gpu}
         sources, tables = _gpu_provenance()
         gpu_table, gpu_sources = tables[sku], sources
-    corrected: list[str] = []
-    if overlay is not None:
-        for dotted, value in overlay.corrections.items():
-            _correct(raw, dotted, value)
-            corrected.append(dotted)
-            if dotted.startswith("gpu."):
-                own_gpu |= {dotted.split(".")[1]}
-    if overlay is not None:
-        raw["user"] = overlay.user
     try:
         system = System.model_validate(raw)
     except ValidationError as error:
         raise refusal(error, Profile, path) from None
     table = {p: entry for entry in system.facts for p in entry.at}
-    for dotted in corrected:
-        table[dotted] = FactEntry(at=[dotted], source="user", confidence="user")
-    if sku is not None:
-        own_gpu |= {"sku"}
+    for dotted, value in overlay.corrections.items() if overlay is not None else ():
+        if value is not None:
+            table[dotted] = FactEntry(at=[dotted], source="user", confidence="user")
     system._table, system._gpu_table, system._gpu_sources = table, gpu_table, gpu_sources
     system._own_gpu = own_gpu
     return system
@@ -545,7 +552,10 @@ def _correct(raw: dict[str, Any], dotted: str, value: Any) -> None:
             raise UserError(f"'{dotted}' leads into a plain value", where=f"corrections: {dotted}")
     if isinstance(target, list):
         raise UserError(f"'{dotted}' names a list entry; correct a key inside it", where=f"corrections: {dotted}")
-    target[keys[-1]] = value
+    if value is None:
+        target.pop(keys[-1], None)
+    else:
+        target[keys[-1]] = value
 
 
 def read_overlay(source: Path | str | dict[str, Any], system_id: str | None = None) -> Overlay:
@@ -594,7 +604,7 @@ def load(name: str, overlay: Path | str | dict[str, Any] | bool | None = None) -
         system = detect()
         path, raw = None, system
     else:
-        path = _find(name)
+        path = find_file(name)
         raw = read_yaml(path)
     if isinstance(raw, System):
         found = _overlay_for("local", overlay)
@@ -639,9 +649,9 @@ def readiness_of(system: Profile) -> tuple[str, str | None]:
     return ("documented" if system.status != "announced" else "announced"), None
 
 
-def _find(name: str) -> Path:
+def find_file(name: str) -> Path:
     """The file of a system id or alias; refuses others with what is near."""
-    if name in _shipped():
+    if name in shipped():
         return SYSTEMS / f"{name}.yaml"
     private = _user_file(name)
     if private is not None:
@@ -655,14 +665,20 @@ def _find(name: str) -> Path:
     member = find_member(name, index)
     if member is not None:
         raise no_system(member, name)
-    by_host = [s["id"] for s in index["systems"] if s["operator"].lower() == name.lower() and s["status"] == "usable"]
-    by_country = [m for m in index["members"] if name.lower() in (m["country"].lower(), m["country_name"].lower())]
-    if by_host:
-        raise UserError(f"'{name}' is a host, not a system", where="--site", fix=f"its systems: {', '.join(by_host)}")
-    if by_country:
-        systems = sorted({s for m in by_country for s in m["systems"]})
-        told = ", ".join(systems) if systems else "no system is published there; " + by_country[0]["reason"]
-        raise UserError(f"'{name}' is a country, not a system", where="--site", fix=f"its systems: {told}")
+    here = members_at(name, index)
+    operated = [s["id"] for s in index["systems"] if s["operator"].lower() == name.lower() and s["status"] == "usable"]
+    if here or operated:
+        systems = list(dict.fromkeys([s for m in here for s in m["systems"]] + operated))
+        if not systems:
+            raise no_system(here[0], name)
+        kind = (
+            "a country"
+            if any(name.lower() in (m["country"].lower(), m["country_name"].lower()) for m in here)
+            else "a host"
+        )
+        raise UserError(
+            f"'{name}' is {kind}, not a system", where="--site", fix=f"one of its systems: {', '.join(systems)}"
+        )
     raise UserError(
         f"unknown site '{name}'{_nearest(name, index)}",
         where="--site",
@@ -697,6 +713,13 @@ def find_member(name: str, index: dict[str, Any] | None = None) -> dict[str, Any
         if key in (re.sub(r"[^a-z0-9]+", "", member["id"]), re.sub(r"[^a-z0-9]+", "", member["name"].lower())):
             return member
     return None
+
+
+def members_at(name: str, index: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The members whose host or country (name or two letters) that is."""
+    index = index or _index()
+    key = name.lower()
+    return [m for m in index["members"] if key in (m["host"].lower(), m["country"].lower(), m["country_name"].lower())]
 
 
 def no_system(member: dict[str, Any], name: str) -> UserError:

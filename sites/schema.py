@@ -15,7 +15,7 @@ import re
 from datetime import date as Date
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
 
 # -- times -------------------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,19 @@ def slurm_time(seconds: int) -> str:
     return f"{days}-{clock}" if days else clock
 
 
-Seconds = Annotated[int, BeforeValidator(parse_duration)]
+def compact_time(seconds: int) -> str:
+    """The shortest form that profiles use: ``2d``, ``12h``, ``90m``, ``45s``."""
+    for unit in ("d", "h", "m"):
+        if seconds % _UNITS[unit] == 0 and (unit != "d" or seconds >= 2 * _UNITS["d"]):
+            return f"{seconds // _UNITS[unit]}{unit}"
+    return f"{seconds}s"
+
+
+_DURATION_SCHEMA = {
+    "type": ["string", "integer"],
+    "description": "48h, 30m, 2d, 1d12h or '2-00:00:00'; an integer is seconds",
+}
+Seconds = Annotated[int, BeforeValidator(parse_duration), WithJsonSchema(_DURATION_SCHEMA, mode="validation")]
 """Whole seconds; written as a duration in YAML."""
 
 # A vendor's instruction-set name: sm_80 for NVIDIA, gfx90a for AMD. Mixing the two up is caught here and in `sites check`.
@@ -71,7 +83,7 @@ def _as_text(value: Any) -> Any:
     return value if value is None or isinstance(value, str) else str(value)
 
 
-Text = Annotated[str, BeforeValidator(_as_text)]
+Text = Annotated[str, BeforeValidator(_as_text), WithJsonSchema({"type": ["string", "number"]}, mode="validation")]
 
 
 class _Model(BaseModel):
@@ -116,7 +128,8 @@ class Fact(_Model):
 
     path: str
     value: Any
-    source: str
+    source_id: str  # its name in the profile, gpus.yaml or sources.yaml
+    source: str  # its title
     url: str | None = None
     date: str
     retrieved: str | None = None
@@ -526,6 +539,15 @@ class Profile(_Model):
     notes: list[Note] = []
     sources: dict[str, Source] = {}
     facts: list[FactEntry] = []
+
+
+def json_schema(which: str = "profile") -> dict[str, Any]:
+    """The JSON Schema of a profile or an overlay, for editors."""
+    model = {"profile": Profile, "overlay": Overlay}[which]
+    schema = model.model_json_schema(by_alias=True, mode="validation")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = f"aifactory-train site {which}"
+    return schema
 
 
 #: Top-level keys whose values are facts of the machine: each leaf below them needs provenance.

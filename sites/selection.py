@@ -105,6 +105,10 @@ def select(system: System, needs: Needs | None = None) -> Selection:
         "kernels are tuned per product, then per architecture",
         ("gpu.sku", "gpu.arch"),
     )
+    if system.expired:
+        warnings.append(
+            f"the profile of {system.id} expired on {system.expires}: check it with 'aifactory sites probe {system.id}' there"
+        )
     if system.node.isa and system.node.login_isa and system.node.isa != system.node.login_isa:
         warnings.append(
             f"login nodes are {system.node.login_isa}, compute nodes {system.node.isa}: build environments on a compute node"

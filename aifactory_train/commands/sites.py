@@ -1,0 +1,472 @@
+"""``aifactory sites``: the 32 factories and antennas, the facts of one system, comparisons, checks, probes, new profiles."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from aifactory_train.errors import UserError, did_you_mean
+from aifactory_train.output import note, print_json, table
+
+ACTIONS = ("compare", "check", "new", "probe", "schema")
+
+EPILOG = """\
+  aifactory sites                        what runs today at each of the 32
+  aifactory sites --sector health        those that focus on a sector
+  aifactory sites lumi-g                 one system: every fact with its source (also a factory's or antenna's name)
+  aifactory sites compare lumi-g leonardo-booster
+  aifactory sites check [NAME|FILE]      schema, sources, arithmetic, limits, links, dates
+  aifactory sites probe [SYSTEM]         ask this machine and print the difference to the profile, as a patch
+  aifactory sites new ID                 write a new profile: from Slurm where it answers, else by interview
+  aifactory sites schema [overlay]       JSON Schema for editors
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "words", nargs="*", metavar="SYSTEM|ACTION", help="a system or member, or " + ", ".join(ACTIONS)
+    )
+    parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
+    parser.add_argument("--sector", help="only members that focus on this sector")
+    parser.add_argument("--site-file", metavar="FILE", help="your overlay, or a profile of your own")
+    parser.add_argument(
+        "--write-index", action="store_true", help="check: rebuild index.json and the exported schemas first"
+    )
+    parser.add_argument("--list", action="store_true", help="check: name every fault that can be found")
+    parser.add_argument("--patch", metavar="FILE", help="probe: write the differences as an overlay")
+    parser.add_argument(
+        "--out", metavar="FILE", help="new: where the profile goes (default: your configuration folder)"
+    )
+    parser.add_argument("--partition", help="new: the GPU partition to read from Slurm")
+    parser.add_argument("--no-probe", action="store_true", help="new: ask everything, do not ask Slurm")
+
+
+def run(args: argparse.Namespace) -> int:
+    words = list(args.words)
+    action = words[0] if words and words[0] in ACTIONS else ("list" if not words else "show")
+    _refuse_stray_options(args, action)
+    if action == "list":
+        return _list(args)
+    if action == "show":
+        if len(words) > 1:
+            close = did_you_mean(words[0], ACTIONS)
+            raise UserError(f"one system at a time{close}", where=" ".join(words), fix="aifactory sites compare A B")
+        return _show(words[0], args)
+    return {"compare": _compare, "check": _check, "new": _new, "probe": _probe, "schema": _schema}[action](
+        words[1:], args
+    )
+
+
+_OPTIONS = {
+    "list": {"json", "sector"},
+    "show": {"json", "site_file"},
+    "compare": {"json"},
+    "check": {"json", "write_index", "list"},
+    "new": {"out", "partition", "no_probe", "json"},
+    "probe": {"json", "patch", "site_file"},
+    "schema": {"json"},
+}
+
+
+def _refuse_stray_options(args: argparse.Namespace, action: str) -> None:
+    for name in ("sector", "site_file", "write_index", "list", "patch", "out", "partition", "no_probe"):
+        if getattr(args, name) and name not in _OPTIONS[action]:
+            where = f"sites {action}" if action in ACTIONS else "sites" + (" SYSTEM" if action == "show" else "")
+            raise UserError(
+                f"--{name.replace('_', '-')} does not go with this", where=where, fix="aifactory sites --help"
+            )
+
+
+# -- the table -----------------------------------------------------------------------------------------------------------------
+
+
+def _list(args: argparse.Namespace) -> int:
+    from aifactory_train.sites.index import load_index
+
+    index = load_index()
+    members = index["members"]
+    if args.sector:
+        members = _of_sector(members, args.sector)
+    if args.json:
+        print_json([_member_json(m) for m in members])
+        return 0
+    systems = {s["id"]: s for s in index["systems"]}
+    rows: list[list[Any]] = []
+    for m in members:
+        kind = "factory" if m["kind"] == "factory" else "antenna"
+        for i, system_id in enumerate(m["systems"] or [None]):
+            head = [m["name"] if i == 0 else "", kind if i == 0 else "", m["country"] if i == 0 else ""]
+            if system_id is None:
+                linked = ", ".join(m["linked_systems"])
+                told = f"no system of its own today: {m['reason']}" + (f" (linked: {linked})" if linked else "")
+                rows.append([*head, told, "", "", "", "", ""])
+                continue
+            s = systems[system_id]
+            rows.append(
+                [
+                    *head,
+                    system_id,
+                    f"{s['arch'] or '?'}",
+                    s["gpus_per_node"] or "?",
+                    _hours(s["max_time"]),
+                    s["internet"] or "?",
+                    _readiness(s) + ("" if s["complete"] else " (gaps)"),
+                ]
+            )
+    _plain_table(
+        ["member", "kind", "in", "system today", "arch", "GPUs/node", "max time", "internet", "readiness"], rows
+    )
+    factories = sum(m["kind"] == "factory" for m in members)
+    print(
+        f"\n{factories} factories, {len(members) - factories} antennas. ? = not published. 'aifactory sites SYSTEM' shows facts and sources."
+    )
+    return 0
+
+
+def _plain_table(columns: list[str], rows: list[list[Any]]) -> None:
+    """A left-aligned table; a row whose later cells are empty may run to the line's end. Needs no rich: this is the fast path."""
+    widths = [len(c) for c in columns]
+    for row in rows:
+        full = all(str(cell) for cell in row[3:])
+        for i, cell in enumerate(row):
+            if full or i < 3:
+                widths[i] = max(widths[i], len(str(cell)))
+    for row in [columns, *rows]:
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _of_sector(members: list[dict[str, Any]], sector: str) -> list[dict[str, Any]]:
+    wanted = sector.strip().lower()
+    known = sorted({s for m in members for s in m["sectors"]})
+    found = [m for m in members if wanted in m["sectors"]]
+    if not found:
+        raise UserError(
+            f"no member names the sector '{sector}'{did_you_mean(wanted, known)}",
+            where="--sector",
+            fix=f"one of {', '.join(known)}",
+        )
+    return found
+
+
+def _member_json(m: dict[str, Any]) -> dict[str, Any]:
+    keys = ("id", "name", "kind", "country", "sectors", "links", "systems", "announced", "reason")
+    return {k: m[k] for k in keys} | {k: m[k] for k in ("host", "wave", "focus", "linked_systems", "unsuitable")}
+
+
+def _hours(seconds: int | None) -> str:
+    if seconds is None:
+        return "?"
+    return f"{seconds // 3600} h" if seconds >= 3600 else f"{seconds // 60} min"
+
+
+def _readiness(system: dict[str, Any]) -> str:
+    return {
+        "announced": "announced",
+        "documented": "documented",
+        "twin": "accepted by its scheduler twin",
+        "run": "run by us",
+        "reported": "reported by a user",
+    }[system["readiness"]]
+
+
+# -- one system or member --------------------------------------------------------------------------------------------------------
+
+
+def _show(name: str, args: argparse.Namespace) -> int:
+    from aifactory_train.sites.profiles import find_member, load, members_at, shipped
+
+    if not args.site_file and name not in shipped():
+        member = find_member(name)
+        found = [member] if member is not None else members_at(name)
+        if found and args.json:
+            print_json(_member_json(found[0]) if member is not None else [_member_json(m) for m in found])
+        for i, one in enumerate(found if not args.json else []):
+            print("\n" if i else "", end="")
+            _show_member(one)
+        if found:
+            return 0
+    system = load(name, overlay=args.site_file)
+    if system.expired:
+        note(
+            f"warning: this profile expired on {system.expires}; 'aifactory sites probe {system.id}' there tells what changed"
+        )
+    if args.json:
+        print_json(system.as_dict())
+        return 0
+    from aifactory_train.sites.schema import READINESS_WORDS, slurm_time
+
+    print(f"{system.name} ({system.id}), {system.operator}{', ' + system.country if system.country else ''}")
+    reason = f": {system.status_reason}" if system.status_reason else ""
+    print(
+        f"{system.status}{reason}; readiness: {READINESS_WORDS[system.readiness]}; expires {system.expires}; maintainer: {system.maintainer}"
+    )
+    if system.usable:
+        gaps = system.core_missing()
+        print("complete" if not gaps else f"not known: {', '.join(gaps)}")
+    rows, legend = [], {}
+    for fact in system.stated_facts():
+        value = slurm_time(fact.value) if fact.path.endswith(("max_time", "default_time")) else fact.value
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        section = "gpu constants, " if fact.path.startswith("gpu.") and fact.source_id not in system.sources else ""
+        legend[f"{section}{fact.source_id}"] = fact
+        rows.append([fact.path, text, fact.confidence, fact.source_id + (f": {fact.note}" if fact.note else "")])
+    if rows:
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        print()
+        for path, text, confidence, source in rows:
+            print(f"{path:{widths[0]}}  {text:{min(widths[1], 44)}}  {confidence:{widths[2]}}  {source}")
+        print("\nsources")
+        for label, fact in sorted(legend.items()):
+            when = fact.date if fact.date != "n.d." else f"undated, read {fact.retrieved}"
+            print(f"  {label}: {fact.source} ({when})" + (f" {fact.url}" if fact.url else ""))
+    for remark in system.notes:
+        print(f"\n- {remark.text} [{remark.confidence}, {remark.source}]")
+    return 0
+
+
+def _show_member(member: dict[str, Any]) -> None:
+    print(
+        f"{member['name']} ({member['kind']}, {member['country_name']}), hosted by {member['host']}, selected {member['wave']}"
+    )
+    print(
+        f"sectors: {', '.join(member['sectors']) or member['sectors_reason']}"
+        + (f" ({member['focus']})" if member["focus"] else "")
+    )
+    if member["links"]:
+        print(f"linked to: {', '.join(member['links'])}")
+    print(f"systems today: {', '.join(member['systems']) or 'none: ' + member['reason']}")
+    if not member["systems"] and member["linked_systems"]:
+        print(f"its linked factories run: {', '.join(member['linked_systems'])}")
+    if member["announced"]:
+        print(f"announced: {', '.join(member['announced'])}")
+    if member["unsuitable"]:
+        print(f"there, but not for this: {', '.join(member['unsuitable'])}")
+
+
+# -- compare -----------------------------------------------------------------------------------------------------------------------
+
+
+def _compare(words: list[str], args: argparse.Namespace) -> int:
+    from aifactory_train.sites.profiles import load
+
+    if len(words) != 2:
+        raise UserError(
+            "two systems are compared", where="sites compare", fix="aifactory sites compare lumi-g leonardo-booster"
+        )
+    a, b = load(words[0]), load(words[1])
+    facts = [{f.path: f.value for f in s.stated_facts()} for s in (a, b)]
+    rows = []
+    for path in dict.fromkeys([*facts[0], *facts[1]]):
+        left, right = facts[0].get(path), facts[1].get(path)
+        if left != right:
+            rows.append({"fact": path, a.id: left, b.id: right})
+    if args.json:
+        print_json(rows)
+        return 0
+    table(
+        None,
+        ["fact", a.id, b.id],
+        [[r["fact"], "-" if r[a.id] is None else r[a.id], "-" if r[b.id] is None else r[b.id]] for r in rows],
+    )
+    return 0
+
+
+# -- check -------------------------------------------------------------------------------------------------------------------------
+
+
+def _check(words: list[str], args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from aifactory_train.sites import check, profiles
+
+    if args.list:
+        rows = [{"fault": k, "means": v} for k, v in check.FAULTS.items()]
+        print_json(rows) if args.json else table(None, ["fault", "means"], [[r["fault"], r["means"]] for r in rows])
+        return 0
+    if len(words) > 1:
+        raise UserError("one profile at a time, or none for all", where="sites check", fix="aifactory sites check FILE")
+    if args.write_index:
+        from aifactory_train.sites import index
+
+        note(f"written: {index.write_index().name}, " + ", ".join(p.name for p in index.write_schemas()))
+    if words:
+        path = Path(words[0])
+        if not path.suffix:
+            path = profiles.find_file(words[0])
+        report = check.check_file(path)
+    else:
+        report = check.check_room()
+    numbers = {
+        "systems": report.systems,
+        "complete": report.complete,
+        "facts": report.facts,
+        "numeric_facts": report.numeric_facts,
+        "numeric_facts_with_source_date_confidence": report.numeric_covered,
+    }
+    if args.json:
+        print_json({"ok": report.ok, **numbers, "faults": [vars(f) for f in report.faults]})
+    else:
+        for f in report.faults:
+            print(f"{f.severity}: {f.where}: [{f.name}] {f.what}" + (f"\n  fix: {f.fix}" if f.fix else ""))
+        print(
+            f"{report.systems} profile(s), {report.complete} complete; {report.facts} facts, of them {report.numeric_facts} numeric, "
+            f"{report.numeric_covered} with source, date and confidence; {len(report.faults)} fault(s)"
+        )
+    return 0 if report.ok else 1
+
+
+# -- probe -------------------------------------------------------------------------------------------------------------------------
+
+
+def _probe(words: list[str], args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import yaml
+
+    from aifactory_train.sites import detection, probe, profiles
+
+    if len(words) > 1:
+        raise UserError("one system at a time", where="sites probe", fix="aifactory sites probe SYSTEM")
+    name = words[0] if words else detection.identify()
+    if name is None:
+        raise UserError(
+            "this machine is none of the known systems",
+            where="sites probe",
+            fix="name the system (aifactory sites probe SYSTEM), or write a profile with 'aifactory sites new'",
+        )
+    system = profiles.load(name, overlay=args.site_file)
+    seen = probe.observe()
+    probe.require_something(seen)
+    differences = probe.compare(system, seen)
+    patch = probe.patch(system, differences)
+    if args.patch:
+        try:
+            with Path(args.patch).open("x", encoding="utf-8") as out:
+                out.write(yaml.safe_dump(patch, sort_keys=False))
+        except FileExistsError:
+            raise UserError("the file exists", where=args.patch, fix="another name for --patch") from None
+        except OSError as error:
+            raise UserError(
+                f"cannot be written: {error.strerror}", where=args.patch, fix="another place for --patch"
+            ) from None
+    for problem in seen.problems:
+        note(f"note: {problem}")
+    if not seen.in_job:
+        note("note: not inside a job: devices and CPU of a login node are not compared; run it in a job for those")
+    if args.json:
+        rows = [{**vars(d), "correction": d.correction} for d in differences]
+        print_json(
+            {
+                "system": system.id,
+                "differences": rows,
+                "patch": patch,
+                "not_asked": seen.problems,
+                "in_job": seen.in_job,
+            }
+        )
+        return 0
+    if not differences:
+        print(f"{system.id}: no difference to the profile")
+        return 0
+    print(f"# {len(differences)} difference(s) to the profile of {system.id}:")
+    for d in differences:
+        word = {
+            "differs": f"profile {d.profile}, here {d.observed}",
+            "new": f"profile: unknown, here {d.observed}",
+            "gone": "not here",
+        }
+        print(f"#   {d.path}: {word[d.kind]} ({d.evidence})")
+    print(yaml.safe_dump(patch, sort_keys=False), end="")
+    return 0
+
+
+# -- new ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _new(words: list[str], args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from aifactory_train.sites import check, new, probe, profiles
+
+    if len(words) != 1:
+        raise UserError("a new profile needs an id", where="sites new", fix="aifactory sites new my-cluster")
+    system_id = new.check_id(words[0])
+    if system_id in profiles.shipped():
+        raise UserError(f"'{system_id}' exists already", where="sites new", fix=f"aifactory sites {system_id}")
+    path = Path(args.out) if args.out else profiles.config_dir() / "sites" / f"{system_id}.yaml"
+    if path.stem != system_id or path.suffix != ".yaml":
+        raise UserError(
+            "a profile's file is called as its id",
+            where=f"--out {path}",
+            fix=f"--out {path.with_name(system_id + '.yaml')}",
+        )
+    if path.exists():
+        raise UserError("the file exists", where=str(path), fix="choose another id or --out, or edit the file")
+    known: dict[str, Any] = {}
+    if not args.no_probe:
+        seen = probe.observe()
+        known, remarks = new.bootstrap(seen, args.partition)
+        for remark in remarks:
+            note(f"read here: {remark}")
+
+    def ask(question: str) -> str:
+        note_inline(question)
+        line = sys.stdin.readline()
+        if not line:
+            raise UserError(
+                "the answers ended early", where=f"sites new: {question.rstrip(': ')}", fix="answer each question"
+            )
+        return line.rstrip("\n")
+
+    answers = new.interview(ask, note, known)
+    raw = new.compose(system_id, answers, set(known))
+    new.write(raw, path)
+    report = check.check_file(path)
+    if args.json:
+        print_json(
+            {"path": str(path), "ok": report.ok, "missing": raw["missing"], "faults": [vars(f) for f in report.faults]}
+        )
+    else:
+        for f in report.faults:
+            print(f"{f.severity}: {f.where}: [{f.name}] {f.what}" + (f"\n  fix: {f.fix}" if f.fix else ""))
+        print(f"written: {path}")
+        print(
+            "check: passed"
+            if report.ok
+            else f"check: {len(report.faults)} fault(s); edit the file and run 'aifactory sites check {path}'"
+        )
+        if raw["missing"]:
+            print(f"not known yet: {', '.join(raw['missing'])}")
+    return 0 if report.ok else 1
+
+
+def note_inline(text: str) -> None:
+    """A question on standard error, without a line break."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+# -- schema ------------------------------------------------------------------------------------------------------------------------
+
+
+def _schema(words: list[str], args: argparse.Namespace) -> int:
+    import json
+
+    from aifactory_train.sites.schema import json_schema
+
+    which = words[0] if words else "profile"
+    if which not in ("profile", "overlay") or len(words) > 1:
+        raise UserError(
+            f"no schema '{' '.join(words)}'{did_you_mean(which, ['profile', 'overlay'])}",
+            where="sites schema",
+            fix="profile or overlay",
+        )
+    schema = json_schema(which)
+    if args.json:
+        print_json(schema)
+    else:
+        print(json.dumps(schema, indent=1, ensure_ascii=False))
+    return 0

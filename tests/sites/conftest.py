@@ -1,0 +1,45 @@
+"""Fixtures of the sites tests: a copy of the room to damage, and no profile of the user's own in the way."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from aifactory_train.sites import profiles
+
+
+@pytest.fixture(autouse=True)
+def own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's configuration folder of this test: empty."""
+    folder = tmp_path / "config"
+    monkeypatch.setenv("AIFACTORY_CONFIG", str(folder))
+    yield folder
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    """A copy of the shipped data."""
+    target = tmp_path / "room"
+    (target / "systems").mkdir(parents=True)
+    for path in profiles.ROOM.glob("*.yaml"):
+        shutil.copy(path, target)
+    for path in profiles.SYSTEMS.glob("*.yaml"):
+        shutil.copy(path, target / "systems")
+    return target
+
+
+@pytest.fixture
+def edit(room: Path) -> Callable[[str, str, str], Path]:
+    """``edit(file, old, new)``: replace a text that occurs in a file of the copied room; the text must be there."""
+
+    def change(name: str, old: str, new: str) -> Path:
+        path = room / name
+        text = path.read_text(encoding="utf-8")
+        assert old in text, f"{old!r} is not in {name}: the fault cannot be planted"
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+        return path
+
+    return change

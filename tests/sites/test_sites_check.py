@@ -1,0 +1,123 @@
+"""`sites check`: the shipped data are clean, and each planted fault is caught by its name, at its place."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aifactory_train.sites import check, profiles
+
+TODAY = datetime.date(2026, 11, 22)
+
+LUMI, LEO, MN5 = "systems/lumi-g.yaml", "systems/leonardo-booster.yaml", "systems/marenostrum5-acc.yaml"
+
+# (fault, file, text in it, what is planted instead)
+PLANTED = [
+    ("yaml", LUMI, "operator: CSC", "operator: CSC\noperator: CINECA"),
+    ("yaml", LUMI, "id: lumi-g", "id: [lumi-g"),
+    ("schema", LUMI, "numa_domains: 4", "numa_domain: 4"),
+    ("schema", LUMI, "max_nodes: 1024, shared: false}", "max_nodes: many, shared: false}"),
+    ("schema", LEO, "max_time: 30m", "max_time: half an hour"),
+    ("file-name", LUMI, "id: lumi-g", "id: lumi-x"),
+    ("duplicate-name", LEO, "aliases: [leonardo]", "aliases: [leonardo, lumi]"),
+    ("no-source", LEO, "{at: [node, interconnect], source: guide", "{at: [interconnect], source: guide"),
+    ("unknown-source", LEO, "source: warpx, confidence", "source: warpz, confidence"),
+    ("unused-fact", LUMI, "{at: [default_partition]", "{at: [default_partition, node.local_disk_gb]"),
+    ("undated", LUMI, "date: n.d., retrieved: 2026-10-10}", "date: n.d.}"),
+    ("future-date", LUMI, "date: 2026-05}", "date: 2031-05}"),
+    ("expired", LUMI, "expires: 2027-05-31", "expires: 2026-11-21"),
+    ("recalled", MN5, "{at: [request], source: eessi, confidence: documented}", "{at: [request], source: eessi, confidence: recalled}"),
+    ("not-usable-fact", "systems/lumi-ai.yaml", "notes:", "node: {gpus: 4}\n\nnotes:"),
+    ("missing-list", "systems/sofia.yaml", "missing: [time limit]", "missing: []"),
+    ("missing-list", LUMI, "missing: [scheduler.accounting", "missing: [node.gpus, scheduler.accounting"),
+    ("status-reason", "systems/lumi-ai.yaml", 'status_reason: "contract signed, expected in 2027"\n', ""),
+    ("maintainer", LUMI, 'maintainer: "aifactory-train developers; nobody at the site has taken it over yet"', 'maintainer: ""'),
+    ("private", LUMI, 'path: "/users/{user}"', 'path: "/users/jdoe"'),
+    ("private", LEO, "modules: [profile/deeplrn,", 'modules: ["$(rm -rf x)", profile/deeplrn,'),
+    ("arch", LUMI, "gpu: {sku: mi250x-gcd}", "gpu: {sku: mi250x-gcd, arch: sm_90}"),
+    ("arch", LUMI, "gpu: {sku: mi250x-gcd}", "gpu: {sku: mi250x-gcd, arch: mi250}"),
+    ("arch", "gpus.yaml", "arch: sm_90, memory_gib: 80", "arch: gfx942, memory_gib: 80"),
+    ("gpu-constants", "gpus.yaml", "peak_tflops: {fp64: 7.8, fp32: 15.7, fp16: 125}", "peak_tflops: {fp16: 125, bf16: 125}"),
+    ("gpu-constants", "gpus.yaml", "fp8_format: fnuz", "fp8_format: ocp"),
+    ("cores", LUMI, "cpus_per_gpu: 7", "cpus_per_gpu: 8"),
+    ("cores", LUMI, "cores_usable: 56", "cores_usable: 63"),
+    ("memory", LUMI, "memory_gib: 480", "memory_gib: 500"),
+    ("memory", LUMI, "memory_usable_gib: 480", "memory_usable_gib: 600"),
+    ("limits", "systems/karolina.yaml", "default_time: 24h, max_time: 48h", "default_time: 72h, max_time: 48h"),
+    ("limits", LUMI, "standard-g: {max_time: 2d, max_nodes: 1024", "standard-g: {max_time: 2d, min_nodes: 2000, max_nodes: 1024"),
+    ("limits", MN5, "acc_ehpc: {max_time: 72h, max_nodes: 100}", "acc_ehpc: {max_time: 72h, max_nodes: 2000}"),
+    ("qos", LEO, "qos: [normal, boost_qos_dbg", "qos: [normal, boost_qos_dgb"),
+    ("default-partition", LUMI, "default_partition: standard-g", "default_partition: standard"),
+    ("scheduler", "systems/hunter.yaml", "gpus: pbs-select", "gpus: gres"),
+    ("isa", "systems/jupiter-booster.yaml", "wheels_isa: aarch64", "wheels_isa: x86_64"),
+    ("binding", LUMI, "0x00fe000000000000,", ""),
+    ("binding", LUMI, "0x00fe000000000000", "0x01fe000000000000"),
+    ("network", "systems/arrhenius.yaml", "node_gbit_s: 800", "node_gbit_s: 400"),
+    ("container", LUMI, "gpu_flag: --rocm", "gpu_flag: --nv"),
+    ("environment", LUMI, 'NCCL_NET_GDR_LEVEL: "3"', 'NCCL_NET_GDR_LEVEL: "3"\n    MIOPEN_USER_DB: x'),
+    ("account", LUMI, "account: project_465000000", "account: p465"),
+    ("example", MN5, "account: ehpc000, qos: acc_ehpc", "account: ehpc000, qos: acc_ehpz"),
+    ("members", "factories.yaml", "kind: antenna, country: CY", "kind: factory, country: CY"),
+    ("country", "factories.yaml", "country: CY", "country: CX"),
+    ("sector", "factories.yaml", "sectors: [manufacturing], focus", "sectors: [manufacture], focus"),
+    ("link", "factories.yaml", "links: [pharos, it4lia]", "links: [pharos, it4lea]"),
+    ("link", "factories.yaml", "systems: [karolina]", "systems: [carolina]"),
+    ("link", "factories.yaml", "systems: [lumi-g], announced: [lumi-ai]", "systems: [lumi-g, lumi-ai]"),
+    ("no-reason", "factories.yaml", 'systems: [], announced: [ro-ai], reason: "no documented', 'systems: [], announced: [ro-ai], focus: "no documented'),
+    ("orphan", "factories.yaml", "systems: [helios, athena]", "systems: [helios]"),
+]  # fmt: skip
+
+
+def test_shipped_data_have_no_fault_and_every_numeric_fact_a_source() -> None:
+    report = check.check_room(today=TODAY)
+    assert [f"{f.where}: {f.name}: {f.what}" for f in report.faults] == []
+    assert report.numeric_facts == report.numeric_covered > 400
+    assert report.facts == report.covered
+
+
+def test_copied_room_is_clean(room: Path) -> None:
+    assert check.check_room(room, TODAY).faults == []
+
+
+@pytest.mark.parametrize(("fault", "name", "old", "new"), PLANTED, ids=[f"{i}-{p[0]}" for i, p in enumerate(PLANTED)])
+def test_planted_fault_is_caught_by_name(
+    fault: str, name: str, old: str, new: str, room: Path, edit: Callable[[str, str, str], Path]
+) -> None:
+    edit(name, old, new)
+    if name.startswith("systems/"):
+        report = check.check_file(room / name, TODAY)
+        if fault in ("duplicate-name",):
+            report = check.check_room(room, TODAY)
+    else:
+        report = check.check_room(room, TODAY)
+    hits = [f for f in report.faults if f.name == fault]
+    assert hits, f"not caught; found: {[(f.name, f.what) for f in report.faults]}"
+    assert not report.ok
+    assert any(Path(name).name in f.where or fault in ("orphan", "duplicate-name") for f in hits)
+
+
+def test_every_fault_is_planted_once_and_described() -> None:
+    planted = {p[0] for p in PLANTED}
+    assert planted <= set(check.FAULTS)
+    assert set(check.FAULTS) - planted == {"index"}  # planted in test_sites_index
+    assert len(PLANTED) >= 20
+
+
+def test_a_fault_names_file_and_line(edit: Callable[[str, str, str], Path]) -> None:
+    path = edit(LUMI, "cpus_per_gpu: 7", "cpus_per_gpu: 9")
+    fault = next(f for f in check.check_file(path, TODAY).faults if f.name == "cores")
+    line = int(fault.where.split(":")[1])
+    assert "cpus_per_gpu: 9" in path.read_text().splitlines()[line - 1]
+    assert fault.fix == "at most 7"
+
+
+def test_complete_means_core_facts_from_a_source() -> None:
+    system = profiles.load("snellius-a100")
+    assert system.gpu.memory_gib == 40  # remembered: shipped, marked, and not counted as known
+    fact = system.provenance("gpu.sku")
+    assert fact is not None and fact.confidence == "recalled"
+    assert system.core_missing() == ["GPU model"] and not system.complete
+    assert profiles.load("lumi-g").complete
