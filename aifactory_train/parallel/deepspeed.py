@@ -94,6 +94,8 @@ def import_deepspeed() -> Any:
         ) from None
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed would compile a shared-memory all-reduce on CPU machines; only its inference code calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
