@@ -1,0 +1,309 @@
+"""Held-out figures equal a plain computation on full logits, whatever the batching and the number of ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import helpers
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aifactory_train import evaluate as ev
+from aifactory_train.attention import PER_DOCUMENT, register
+from aifactory_train.config import load_recipe
+from aifactory_train.data import load_tokenizer, prepare
+from aifactory_train.errors import UserError
+from aifactory_train.model import CausalLM
+
+ANSWERS = {"eval.metrics": ["bits_per_byte", "perplexity", "exact_match", "token_f1"], "eval.generate_rows": 5}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tiny_model_dir):
+    """(recipe, tokenizer, data) of the tiny recipe with 10 held-out rows."""
+    path = helpers.write_recipe(tmp_path_factory.mktemp("recipe"), tiny_model_dir, eval_rows=10, settings=ANSWERS)
+    recipe = load_recipe(str(path))
+    tokenizer = load_tokenizer(recipe)
+    return recipe, tokenizer, prepare(recipe, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def wrapped(tiny_model_dir):
+    register()
+    model = helpers.tiny_model("llama")
+    model.set_attn_implementation(PER_DOCUMENT)
+    return CausalLM(model)
+
+
+def score(module, prepared, **more) -> ev.HeldOut:
+    _, _, data = prepared
+    options = {"max_rows": 100, "batching": "packed", "pad_id": 3, "device": "cpu", "micro_batch_tokens": 512}
+    return ev.held_out(module, data.evals["eval"], **{**options, **more})
+
+
+def by_hand(tokenizer) -> list[tuple[float, float, int, int, int]]:
+    """(NLL of supervised tokens, of text tokens, their counts, bytes) of the held-out rows from transformers alone."""
+    plain = helpers.tiny_model("llama")
+    out = []
+    for row in helpers.chat_rows(10, start=500):
+        question, answer = (m["content"] for m in row["messages"])
+        head = tokenizer(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n").input_ids
+        body = tokenizer(answer).input_ids
+        ids = torch.tensor([*head, *body, tokenizer.convert_tokens_to_ids("<|im_end|>")])
+        with torch.no_grad():
+            nll = F.cross_entropy(plain(ids[None]).logits[0, :-1].double(), ids[1:], reduction="none")[len(head) - 1 :]
+        assert len(nll) == len(body) + 1
+        out.append((nll.sum().item(), nll[:-1].sum().item(), len(nll), len(body), len(answer.encode())))
+    return out
+
+
+def test_figures_equal_a_computation_by_hand(prepared, wrapped):
+    _, tokenizer, _ = prepared
+    found, expected = score(wrapped, prepared), np.array(by_hand(tokenizer))
+    assert found.rows == 10
+    np.testing.assert_allclose(found.nll, expected[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(found.text_nll, expected[:, 1], rtol=1e-6)
+    np.testing.assert_array_equal(found.tokens, expected[:, 2])
+    np.testing.assert_array_equal(found.text_bytes, expected[:, 4])
+    loss = expected[:, 0].sum() / expected[:, 2].sum()
+    assert found.loss == pytest.approx(loss, rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+    # text only: the end of turn is in the loss but not in the bits
+    assert found.bits_per_byte == pytest.approx(expected[:, 1].sum() / math.log(2) / expected[:, 4].sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"batching": "padded"}, {"micro_batch_tokens": 1}, {"micro_batch_tokens": 10**6}])
+def test_batching_changes_nothing(prepared, wrapped, options):
+    a, b = score(wrapped, prepared), score(wrapped, prepared, **options)
+    for name in ("nll", "tokens", "text_nll", "text_bytes"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-5)
+
+
+class _Counting(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls, self.modes = inner, 0, []
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        self.modes.append(self.inner.training)
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_rows_and_call_the_model_equally_often(prepared, wrapped, monkeypatch, ranks):
+    """Each rank's sums are captured where they would be reduced; together they are those of one process."""
+    parts, calls = [], []
+    monkeypatch.setattr(ev.dist, "all_reduce", lambda tensor: parts.append(tensor.clone()))
+    for rank in range(ranks):
+        module = _Counting(wrapped)
+        score(module, prepared, rank=rank, world_size=ranks, micro_batch_tokens=128)
+        calls.append(module.calls)
+    assert len(set(calls)) == 1
+    assert calls[0] >= 2  # there was something to share
+    alone = score(wrapped, prepared)
+    total = sum(parts).numpy()
+    np.testing.assert_allclose(total[0], alone.nll, rtol=1e-6)
+    np.testing.assert_array_equal(total[1], alone.tokens)
+    owned = sum((part[1] > 0).int() for part in parts)
+    assert (owned == 1).all()  # no row twice
+
+
+def test_dropout_is_off_and_the_mode_comes_back(prepared):
+    register()
+    model = helpers.tiny_model("llama", attention_dropout=0.5)
+    model.set_attn_implementation(PER_DOCUMENT)
+    module = _Counting(CausalLM(model))
+    module.train()
+    first, second = score(module, prepared), score(module, prepared)
+    assert module.training
+    assert not any(module.modes)
+    np.testing.assert_array_equal(first.nll, second.nll)
+
+
+def test_rows_are_chosen_evenly():
+    assert ev.choose_rows(5, 10).tolist() == [0, 1, 2, 3, 4]
+    chosen = ev.choose_rows(1000, 11)
+    assert len(chosen) == 11
+    assert chosen[0] == 0 and chosen[-1] == 999
+    assert np.ptp(np.diff(chosen)) <= 1
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget():
+    lengths = np.random.default_rng(0).integers(1, 200, 60)
+    for batching in ("packed", "padded"):
+        batches = ev._micro_batches(lengths, 256, batching)
+        assert sorted(r for b in batches for r in b) == list(range(60))
+        for b in batches:
+            cost = lengths[b].sum() if batching == "packed" else lengths[b].max() * len(b)
+            assert cost <= 256 or len(b) == 1
+
+
+def test_an_empty_set_is_refused(prepared, wrapped):
+    with pytest.raises(UserError, match="no held-out rows"):
+        ev.held_out(
+            wrapped,
+            _Empty(),
+            max_rows=5,
+            batching="packed",
+            pad_id=3,
+            device="cpu",
+            micro_batch_tokens=64,
+        )
+
+
+class _Empty:
+    name = "nothing"
+    lengths = np.zeros(0, dtype=np.int32)
+
+    def __len__(self):
+        return 0
+
+
+# ---- answers
+
+
+class _Oracle(torch.nn.Module):
+    """Answers each known prompt with the given tokens and then the stop token, as a model with a cache would."""
+
+    def __init__(self, config, replies: dict[tuple[int, ...], list[int]], stop: int):
+        super().__init__()
+        self.language_model = SimpleNamespace(config=config)
+        self.replies, self.stop, self.vocabulary = replies, stop, config.vocab_size
+        self.state: list[list[int]] = []
+
+    def forward(self, tokens, position_ids, *, attention_mask, cache):
+        if tokens.shape[1] > 1:
+            prompts = [tuple(row[mask.bool()].tolist()) for row, mask in zip(tokens, attention_mask, strict=True)]
+            self.state = [list(self.replies[p]) for p in prompts]
+        logits = torch.zeros(len(tokens), self.vocabulary)
+        for i, left in enumerate(self.state):
+            logits[i, left.pop(0) if left else self.stop] = 1.0
+        return logits
+
+
+def oracle(prepared, wrong: int = 0) -> _Oracle:
+    """Knows the answers of the held-out rows but for the first ``wrong`` ones."""
+    _, tokenizer, data = prepared
+    template = ev.chat_template(tokenizer)
+    replies = {}
+    for i in range(10):
+        q = ev.question(data.evals["eval"], i, tokenizer, template)
+        replies[tuple(q.prompt_ids)] = tokenizer("nothing" if i < wrong else q.expected).input_ids
+    return _Oracle(helpers.tiny_config("llama"), replies, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+
+
+def test_answers_are_matched_with_expectations(prepared):
+    recipe, tokenizer, data = prepared
+    info = data.tokenizer_info
+    out = ev._answered(
+        oracle(prepared, wrong=3),
+        tokenizer,
+        data.evals["eval"],
+        np.arange(10),
+        _all_rows(recipe),
+        info,
+        "cpu",
+        0,
+        1,
+        None,
+    )
+    assert out["scores"]["exact_match"] == [0.0] * 3 + [1.0] * 7
+    assert out["scores"]["token_f1"] == [0.0] * 3 + [1.0] * 7
+    assert len(out["samples"]) == recipe.eval.samples
+    assert out["samples"][0]["answer"] == "nothing"
+    assert out["samples"][0]["prompt"] == "What colour is the scarf number 500?"
+
+
+def _all_rows(recipe):
+    changed = recipe.model_copy(deep=True)
+    changed.eval.generate_rows = 100
+    return changed
+
+
+def test_ranks_share_the_questions(prepared, monkeypatch):
+    _, tokenizer, data = prepared
+    template = ev.chat_template(tokenizer)
+    asked = [ev.question(data.evals["eval"], i, tokenizer, template) for i in range(10)]
+    boxes = {}
+
+    def gather(target, mine):
+        boxes[len(boxes)] = mine
+        target[:] = [boxes.get(i, {}) for i in range(len(target))]
+
+    monkeypatch.setattr(ev.dist, "all_gather_object", gather)
+    options = {"max_new_tokens": 200, "stop_ids": [2], "pad_id": 3, "device": "cpu", "world_size": 2}
+    with pytest.raises(KeyError):  # rank 0 alone does not hold the other half
+        ev.answers(oracle(prepared), tokenizer, asked, rank=0, **options)
+    texts = ev.answers(oracle(prepared), tokenizer, asked, rank=1, **options)
+    assert texts == [q.expected for q in asked]
+    assert sorted([*boxes[0], *boxes[1]]) == list(range(10))
+    assert not set(boxes[0]) & set(boxes[1])
+
+
+def test_what_is_asked_of_a_row(tmp_path, tiny_model_dir):
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "One?"},
+                {"role": "assistant", "content": "1"},
+                {"role": "user", "content": "Two?"},
+                {"role": "assistant", "content": "2"},
+            ]
+        },
+        {"text": "The harbour froze in the long winter of that year, and nobody sailed before the end of April. " * 3},
+        {"text": "Short."},
+    ]
+    chats = helpers.write_recipe(tmp_path / "chat", tiny_model_dir)
+    helpers.write_jsonl(tmp_path / "chat" / "eval.jsonl", rows[:1])
+    texts = helpers.write_recipe(tmp_path / "text", tiny_model_dir)
+    helpers.write_jsonl(tmp_path / "text" / "eval.jsonl", rows[1:])
+    helpers.write_jsonl(tmp_path / "text" / "train.jsonl", [{"text": f"Number {i} is here."} for i in range(20)])
+
+    recipe = load_recipe(str(chats))
+    tokenizer = load_tokenizer(recipe)
+    template = ev.chat_template(tokenizer)
+    held = prepare(recipe, tokenizer).evals["eval"]
+    asked = ev.question(held, 0, tokenizer, template)
+    assert (asked.prompt, asked.expected) == ("Two?", "2")
+    shown = tokenizer.decode(asked.prompt_ids)
+    assert shown.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert shown.endswith("<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n")
+
+    held = prepare(load_recipe(str(texts)), tokenizer).evals["eval"]
+    found = [ev.question(held, i, tokenizer, template) for i in range(2)]
+    assert sum(q is None for q in found) == 1  # the short text has no rest to ask for
+    long = next(q for q in found if q is not None)
+    assert len(long.prompt_ids) == ev.TEXT_PROMPT_TOKENS
+    assert (long.prompt + long.expected).startswith("The harbour froze")
+
+
+def test_evaluate_gives_json_with_intervals_and_pools_its_sets(tmp_path, tiny_model_dir, wrapped):
+    path = helpers.write_recipe(tmp_path, tiny_model_dir, settings=ANSWERS)
+    helpers.write_jsonl(tmp_path / "other.jsonl", helpers.chat_rows(7, start=900))
+    recipe = load_recipe(
+        str(path), [f"data.eval=[{tmp_path}/eval.jsonl, {tmp_path}/other.jsonl]", "eval.max_new_tokens=4"]
+    )
+    tokenizer = load_tokenizer(recipe)
+    data = prepare(recipe, tokenizer)
+    assert len(data.evals) == 2
+    out = ev.evaluate(wrapped, tokenizer, data, recipe, device="cpu", rank=0, world_size=1, generate=True)
+    json.dumps(out, allow_nan=False)
+    sets = out["sets"].values()
+    assert out["rows"] == sum(s["rows"] for s in sets) == 19
+    weighted = sum(s["bits_per_byte"] * s["text_bytes"] for s in sets) / sum(s["text_bytes"] for s in sets)
+    assert out["bits_per_byte"] == pytest.approx(weighted, rel=1e-12)
+    for name in ("bits_per_byte", "loss", "perplexity"):
+        low, high = out["ci"][name]
+        assert low <= out[name] <= high
+    assert out["answered_rows"] == 10 and out["exact_match"] == 0.0
+    assert len(out["samples"]) == recipe.eval.samples
+
+    quick = ev.evaluate(wrapped, tokenizer, data, recipe, device="cpu", rank=0, world_size=1, generate=False)
+    assert quick["loss"] == out["loss"]
+    assert "samples" not in quick and "exact_match" not in quick
