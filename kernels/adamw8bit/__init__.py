@@ -1,0 +1,1 @@
+"""AdamW with 8-bit moments, one fused pass over parameter, gradient and state."""

@@ -1,0 +1,45 @@
+"""Launch parameters, configuration space and traffic of 8-bit AdamW."""
+
+from aifactory_train.kernels.spec import ITEMSIZE, Config, Kernel, Operator, Shape
+
+
+def arguments(dtype: str, shape: Shape) -> dict:
+    p = "*" + dtype
+    return {
+        "P": p, "G": p, "M": "*i8", "V": "*u8", "SM": "*fp32", "SV": "*fp32", "n": shape["numel"],
+        **{name: "fp32" for name in ("lr", "beta1", "beta2", "eps", "decay", "bias1", "bias2")}, "seed": 12345,
+    }  # fmt: skip
+
+
+def constexprs(config: Config, dtype: str, shape: Shape) -> dict:
+    return {"STOCHASTIC": False, "GROUPS": config["groups"]}
+
+
+def space(target, dtype: str, shape: Shape):
+    """16 elements a lane, so that even the one-byte codes are loaded 16 bytes wide."""
+    for groups in (4, 8, 16, 32):
+        for warps in (1, 2, 4, 8):
+            if groups * 256 // (warps * target.wave) in (8, 16):
+                yield {"groups": groups, "num_warps": warps, "num_stages": 1}
+
+
+def floor(direction: str, dtype: str, shape: Shape) -> int:
+    """Parameter and both codes read and written, gradient read, two fp32 scales a block of 256 read and written; bytes."""
+    n = shape["numel"]
+    return 3 * ITEMSIZE[dtype] * n + 4 * n + 16 * n // 256
+
+
+KERNELS = (
+    Kernel(
+        "adamw8bit_step",
+        "forward",
+        "adamw8bit.triton_kernels:adamw8bit_step",
+        arguments,
+        constexprs,
+        space,
+        "numel",
+        inputs=4,
+    ),
+)
+CHECKS = ({"numel": 4096 * 4096}, {"numel": 8192 * 28672})
+OPERATOR = Operator("adamw8bit", ("numel",), KERNELS, floor, CHECKS, note="an update in place; it has no backward")

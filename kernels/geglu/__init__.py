@@ -1,0 +1,1 @@
+"""``gelu(gate) * up``, with the tanh formula or exactly."""

@@ -1,0 +1,5 @@
+"""Launch parameters, configuration space and traffic of GeGLU: those of SwiGLU."""
+
+from aifactory_train.kernels.swiglu.space import CHECKS, build
+
+OPERATOR = build("geglu", 1, CHECKS)

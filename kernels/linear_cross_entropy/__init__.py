@@ -1,0 +1,1 @@
+"""Cross-entropy of ``hidden @ weight.T`` without ever holding all logits."""

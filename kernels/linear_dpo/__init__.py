@@ -1,0 +1,1 @@
+"""Direct preference optimisation from hidden states: the linear cross-entropy's sibling, without holding all logits."""

@@ -1,0 +1,1 @@
+"""A frozen linear layer with a low-rank adapter: the big GEMM stays the vendor's, the adapter is added in one pass over its output."""

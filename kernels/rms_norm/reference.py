@@ -1,0 +1,14 @@
+"""RMSNorm in plain torch: the oracle of the tests (fp64-capable) and the CPU path."""
+
+import torch
+
+from aifactory_train.kernels.runtime import wide
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """``x / sqrt(mean(x^2) + eps) * (weight + offset)`` over the last dimension, computed in at least fp32, in x's dtype."""
+    f = wide(x)
+    y = f * torch.rsqrt(f.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * (weight.to(f.dtype) + offset)
+    return y.to(x.dtype)

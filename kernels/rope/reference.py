@@ -1,0 +1,28 @@
+"""RoPE in plain torch: the oracle of the tests (fp64-capable) and the CPU path."""
+
+import torch
+
+from aifactory_train.kernels.rms_norm.reference import rms_norm
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """``x cos + rotate_half(x) sin`` with x [B, heads, S, D] and cos, sin [B or 1, S, D]."""
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+def rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated (q, k), each normalised over D first where a weight is given."""
+    if q_weight is not None and k_weight is not None:
+        q, k = rms_norm(q, q_weight, eps, offset), rms_norm(k, k_weight, eps, offset)
+    return rotate(q, cos, sin), rotate(k, cos, sin)

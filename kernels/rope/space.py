@@ -1,0 +1,88 @@
+"""Launch parameters, configuration space and traffic of RoPE."""
+
+from aifactory_train.kernels.rms_norm.space import sum_constexprs, sum_space
+from aifactory_train.kernels.spec import ITEMSIZE, Config, Kernel, Operator, Shape, next_pow2
+
+
+def _strides(name: str, heads: int, dim: int) -> dict[str, int]:
+    """Strides of [B, heads, S, D] as attention makes it: a transposed view of [B, S, heads, D] with S = 4096."""
+    return {f"{name}_b": 4096 * heads * dim, f"{name}_h": dim, f"{name}_s": heads * dim}
+
+
+def forward_arguments(dtype: str, shape: Shape) -> dict:
+    q, k, dim, p = shape["heads"], shape["kv_heads"], shape["head_dim"], "*" + dtype
+    return {
+        **{name: p for name in ("Q", "K", "COS", "SIN", "QW", "KW", "QO", "KO")},
+        **_strides("sq", q, dim), **_strides("sk", k, dim), **_strides("sqo", q, dim), **_strides("sko", k, dim),
+        "sc_b": 0, "sc_s": dim, "seq": 4096, "q_heads": q, "k_heads": k, "half": dim // 2, "eps": "fp32", "offset": "fp32",
+    }  # fmt: skip
+
+
+def backward_arguments(dtype: str, shape: Shape) -> dict:
+    q, k, dim, p = shape["heads"], shape["kv_heads"], shape["head_dim"], "*" + dtype
+    forward = forward_arguments(dtype, shape)
+    return {
+        **forward,
+        **{name: p for name in ("DQO", "DKO", "DQ", "DK")},
+        "P": "*fp32", **_strides("sdq", q, dim), **_strides("sdk", k, dim), "tokens": shape["rows"],
+    }  # fmt: skip
+
+
+def tiles(shape: Shape) -> dict[str, int]:
+    return {
+        "QH": next_pow2(shape["heads"]),
+        "KH": next_pow2(shape["kv_heads"]),
+        "HALF": next_pow2(shape["head_dim"] // 2),
+    }
+
+
+def constexprs(sign: int):
+    def of(config: Config, dtype: str, shape: Shape) -> dict:
+        return {"SIGN": sign, "HAS_NORM": False, **tiles(shape)}
+
+    return of
+
+
+def norm_constexprs(config: Config, dtype: str, shape: Shape) -> dict:
+    return tiles(shape)
+
+
+def space(target, dtype: str, shape: Shape):
+    for warps in (1, 2, 4, 8):
+        # The key tile must give every lane 16 bytes too, or its loads come out narrow.
+        smallest = next_pow2(shape["kv_heads"]) * next_pow2(shape["head_dim"] // 2) * ITEMSIZE[dtype]
+        if warps == 1 or warps * target.wave * 16 <= smallest:
+            yield {"num_warps": warps, "num_stages": 1}
+
+
+def norm_space(target, dtype: str, shape: Shape):
+    for config in space(target, dtype, shape):
+        for mult in (2, 4):
+            yield config | {"grid_mult": mult, "rows_each": 8}
+
+
+def sum_arguments(dtype: str, shape: Shape) -> dict:
+    return {"P": "*fp32", "OUT": "*" + dtype, "n_rows": 264, "n_cols": 2 * shape["head_dim"]}
+
+
+def floor(direction: str, dtype: str, shape: Shape) -> int:
+    """Read and write queries and keys once: 2 passes over N (Hq + Hk) D; bytes. cos and sin are not counted as unavoidable."""
+    return 2 * ITEMSIZE[dtype] * shape["rows"] * (shape["heads"] + shape["kv_heads"]) * shape["head_dim"]
+
+
+MODULE = "rope.triton_kernels"
+KERNELS = (
+    Kernel("rope_fwd", "forward", f"{MODULE}:rope_fwd", forward_arguments, constexprs(1), space, "heads"),
+    Kernel("rope_bwd", "backward", f"{MODULE}:rope_fwd", forward_arguments, constexprs(-1), space, "heads"),
+    Kernel("rope_norm_fwd", "forward", f"{MODULE}:rope_fwd", forward_arguments,
+           lambda config, dtype, shape: {"SIGN": 1, "HAS_NORM": True, **tiles(shape)}, space, "heads"),
+    Kernel("rope_norm_bwd", "backward", f"{MODULE}:rope_norm_bwd", backward_arguments, norm_constexprs, norm_space, "heads", inputs=2),
+    Kernel("rope_sum", "backward", "reduce:column_sum", sum_arguments, sum_constexprs, sum_space, "head_dim"),
+)  # fmt: skip
+
+# heads x kv_heads x head_dim of the models in the acceptance list: hidden 2048 to 16384 at head_dim 64, 128 and 256
+CHECKS = tuple(
+    {"rows": 8191, "heads": h, "kv_heads": k, "head_dim": d}
+    for h, k, d in ((32, 8, 64), (32, 8, 128), (40, 8, 128), (64, 8, 128), (128, 8, 128), (8, 4, 256))
+)
+OPERATOR = Operator("rope", ("rows", "heads", "kv_heads", "head_dim"), KERNELS, floor, CHECKS)

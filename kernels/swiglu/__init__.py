@@ -1,0 +1,1 @@
+"""Gated activations: ``silu(gate) * up``; the kernels also serve GeGLU."""

@@ -1,0 +1,87 @@
+"""Gated activations as one registered pair of operators; ``kind`` chooses the activation."""
+
+import torch
+
+from aifactory_train.kernels import runtime
+from aifactory_train.kernels.geglu import reference as geglu_reference
+from aifactory_train.kernels.spec import cdiv
+from aifactory_train.kernels.swiglu import reference
+
+NAMES = ("swiglu", "geglu", "geglu")  # by kind
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up``. Both [..., I] of one shape and dtype, any row stride; differentiable in both; fp32 inside."""
+    if not runtime.use_triton("swiglu", gate):
+        return reference.swiglu(gate, up)
+    return torch.ops.aifactory.glu_fwd(gate, up, 0)
+
+
+def _torch_path(gate, up, kind):
+    return reference.swiglu(gate, up) if kind == 0 else geglu_reference.geglu(gate, up, "tanh" if kind == 1 else "none")
+
+
+@torch.library.custom_op("aifactory::glu_fwd", mutates_args=(), schema="(Tensor gate, Tensor up, int kind) -> Tensor")
+def glu_fwd(gate, up, kind):
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must agree")
+    name = NAMES[kind]
+    if not runtime.use_triton(name, gate):
+        return _torch_path(gate, up, kind).contiguous()
+    from aifactory_train.kernels.swiglu.triton_kernels import glu_fwd as kernel
+
+    a, b = runtime.rows2d(gate), runtime.rows2d(up)
+    n, width = a.shape
+    out = gate.new_empty(gate.shape)
+    if n:
+        config = runtime.launch(name, gate, rows=n, width=width)[f"{name}_fwd"]
+        kernel[(n, cdiv(width, config["block"]))](
+            a, b, out, a.stride(0), b.stride(0), width, width, KIND=kind, BLOCK=config["block"],
+            **runtime.compiler_options(config),
+        )  # fmt: skip
+    return out
+
+
+@glu_fwd.register_fake
+def _(gate, up, kind):
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op(
+    "aifactory::glu_bwd", mutates_args=(), schema="(Tensor grad, Tensor gate, Tensor up, int kind) -> (Tensor, Tensor)"
+)
+def glu_bwd(grad, gate, up, kind):
+    name = NAMES[kind]
+    if not runtime.use_triton(name, gate):
+        da, db = runtime.vjp(_torch_path, (gate, up, kind), grad, (True, True, False))
+        return da.contiguous(), db.contiguous()
+    from aifactory_train.kernels.swiglu.triton_kernels import glu_bwd as kernel
+
+    g, a, b = runtime.rows2d(grad), runtime.rows2d(gate), runtime.rows2d(up)
+    n, width = a.shape
+    da, db = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    if n:
+        config = runtime.launch(name, gate, rows=n, width=width)[f"{name}_bwd"]
+        kernel[(n, cdiv(width, config["block"]))](
+            g, a, b, da, db, g.stride(0), a.stride(0), b.stride(0), width, width, width, KIND=kind, BLOCK=config["block"],
+            **runtime.compiler_options(config),
+        )  # fmt: skip
+    return da, db
+
+
+@glu_bwd.register_fake
+def _(grad, gate, up, kind):
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _setup(ctx, inputs, output):
+    gate, up, ctx.kind = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _backward(ctx, grad):
+    da, db = torch.ops.aifactory.glu_bwd(grad, *ctx.saved_tensors, ctx.kind)
+    return da, db, None
+
+
+glu_fwd.register_autograd(_backward, setup_context=_setup)
