@@ -65,14 +65,35 @@ NOT_OWNED = ("generic-slurm",)
 
 
 @dataclass(frozen=True)
+class Place:
+    """A key of a file; the line is looked up when it is printed, because most places are never printed."""
+
+    path: Path | None
+    keys: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        if self.path is None:
+            return ".".join(str(k) for k in self.keys)
+        line = line_of(self.path, self.keys)
+        return f"{self.path.name}:{line}" if line else self.path.name
+
+
+@dataclass(frozen=True)
 class Fault:
     """One fault. ``severity`` is error or warning; ``where`` is file:line."""
 
     name: str
-    where: str
+    place: Place | str
     what: str
     fix: str | None = None
     severity: str = "error"
+
+    @property
+    def where(self) -> str:
+        return str(self.place)
+
+    def as_dict(self) -> dict[str, str | None]:
+        return {"name": self.name, "where": self.where, "what": self.what, "fix": self.fix, "severity": self.severity}
 
 
 @dataclass
@@ -90,12 +111,8 @@ class Report:
         return not any(f.severity == "error" for f in self.faults)
 
 
-def _at(path: Path | None, *keys: Any) -> str:
-    dotted = ".".join(str(k) for k in keys)
-    if path is None:
-        return dotted
-    line = line_of(path, keys)
-    return f"{path.name}:{line}" if line else path.name
+def _at(path: Path | None, *keys: Any) -> Place:
+    return Place(path, keys)
 
 
 def _keys(dotted: str) -> list[Any]:
@@ -280,7 +297,7 @@ def _private(raw: dict[str, Any], path: Path) -> Iterator[Fault]:
 # -- rules of one usable system ----------------------------------------------------------------------------------------------
 
 
-def gpu_faults(gpu: Gpu, where: str) -> Iterator[Fault]:
+def gpu_faults(gpu: Gpu, where: Place | str) -> Iterator[Fault]:
     """Faults of GPU constants, in a profile or in the catalogue."""
     arch = gpu.arch
     if arch and gpu.vendor and arch.startswith("sm_") != (gpu.vendor == "nvidia"):
@@ -549,15 +566,16 @@ def check_room(room: Path | None = None, today: datetime.date | None = None) -> 
             if other != path.name:
                 report.faults.append(Fault("duplicate-name", _at(path, "id"), f"'{name}' is also used by {other}"))
         systems[path.stem] = system
-    report.faults.extend(_catalogue(room / "gpus.yaml", today))
+    report.faults.extend(check_catalogue(room / "gpus.yaml", today))
     report.faults.extend(_shared(room / "sources.yaml", today))
-    report.faults.extend(_members(room / "factories.yaml", systems, today))
+    report.faults.extend(check_members(room / "factories.yaml", systems, today))
     if room == profiles.ROOM:
-        report.faults.extend(_index_fresh())
+        report.faults.extend(index_fresh())
     return report
 
 
-def _catalogue(path: Path, today: datetime.date) -> Iterator[Fault]:
+def check_catalogue(path: Path, today: datetime.date) -> Iterator[Fault]:
+    """Faults of ``gpus.yaml``."""
     try:
         raw = read_yaml(path)
         skus = profiles.gpu_catalogue() if path == profiles.GPUS else profiles.merge_catalogue(raw)
@@ -608,7 +626,8 @@ _MEMBER_KEYS = {
 }  # fmt: skip
 
 
-def _members(path: Path, systems: dict[str, System], today: datetime.date) -> Iterator[Fault]:
+def check_members(path: Path, systems: dict[str, System], today: datetime.date) -> Iterator[Fault]:
+    """Faults of ``factories.yaml``, given the systems by file name."""
     try:
         raw = read_yaml(path)
     except UserError as error:
@@ -677,7 +696,8 @@ def _members(path: Path, systems: dict[str, System], today: datetime.date) -> It
             )
 
 
-def _index_fresh() -> Iterator[Fault]:
+def index_fresh() -> Iterator[Fault]:
+    """A fault where ``index.json`` is missing or was built from other files."""
     import json
 
     from aifactory_train.sites import index

@@ -307,7 +307,7 @@ def _check(words: list[str], args: argparse.Namespace) -> int:
         "numeric_facts_with_source_date_confidence": report.numeric_covered,
     }
     if args.json:
-        print_json({"ok": report.ok, **numbers, "faults": [vars(f) for f in report.faults]})
+        print_json({"ok": report.ok, **numbers, "faults": [f.as_dict() for f in report.faults]})
     else:
         for f in report.faults:
             print(f"{f.severity}: {f.where}: [{f.name}] {f.what}" + (f"\n  fix: {f.fix}" if f.fix else ""))
@@ -427,7 +427,12 @@ def _new(words: list[str], args: argparse.Namespace) -> int:
     report = check.check_file(path)
     if args.json:
         print_json(
-            {"path": str(path), "ok": report.ok, "missing": raw["missing"], "faults": [vars(f) for f in report.faults]}
+            {
+                "path": str(path),
+                "ok": report.ok,
+                "missing": raw["missing"],
+                "faults": [f.as_dict() for f in report.faults],
+            }
         )
     else:
         for f in report.faults:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from aifactory_train.sites import check, profiles
+
+from aifactory_train import sites
 
 TODAY = datetime.date(2026, 11, 22)
 
@@ -22,7 +23,6 @@ PLANTED = [
     ("schema", LUMI, "max_nodes: 1024, shared: false}", "max_nodes: many, shared: false}"),
     ("schema", LEO, "max_time: 30m", "max_time: half an hour"),
     ("file-name", LUMI, "id: lumi-g", "id: lumi-x"),
-    ("duplicate-name", LEO, "aliases: [leonardo]", "aliases: [leonardo, lumi]"),
     ("no-source", LEO, "{at: [node, interconnect], source: guide", "{at: [interconnect], source: guide"),
     ("unknown-source", LEO, "source: warpx, confidence", "source: warpz, confidence"),
     ("unused-fact", LUMI, "{at: [default_partition]", "{at: [default_partition, node.local_disk_gb]"),
@@ -67,7 +67,6 @@ PLANTED = [
     ("link", "factories.yaml", "systems: [karolina]", "systems: [carolina]"),
     ("link", "factories.yaml", "systems: [lumi-g], announced: [lumi-ai]", "systems: [lumi-g, lumi-ai]"),
     ("no-reason", "factories.yaml", 'systems: [], announced: [ro-ai], reason: "no documented', 'systems: [], announced: [ro-ai], focus: "no documented'),
-    ("orphan", "factories.yaml", "systems: [helios, athena]", "systems: [helios]"),
 ]  # fmt: skip
 
 
@@ -78,31 +77,45 @@ def test_shipped_data_have_no_fault_and_every_numeric_fact_a_source() -> None:
     assert report.facts == report.covered
 
 
-def test_copied_room_is_clean(room: Path) -> None:
+def test_copied_room_is_clean_and_faults_across_files_are_caught(
+    room: Path, edit: Callable[[str, str, str], Path]
+) -> None:
     assert check.check_room(room, TODAY).faults == []
+    edit(LEO, "aliases: [leonardo]", "aliases: [leonardo, lumi]")
+    edit("factories.yaml", "systems: [helios, athena]", "systems: [helios]")
+    found = {(f.name, f.where.split(":")[0]) for f in check.check_room(room, TODAY).faults}
+    assert ("orphan", "athena.yaml") in found and "duplicate-name" in {name for name, _ in found}
+
+
+@pytest.fixture(scope="module")
+def systems() -> dict[str, sites.System]:
+    return {name: sites.load(name, overlay=False) for name in profiles.shipped()}
 
 
 @pytest.mark.parametrize(("fault", "name", "old", "new"), PLANTED, ids=[f"{i}-{p[0]}" for i, p in enumerate(PLANTED)])
 def test_planted_fault_is_caught_by_name(
-    fault: str, name: str, old: str, new: str, room: Path, edit: Callable[[str, str, str], Path]
+    fault: str, name: str, old: str, new: str, tmp_path: Path, systems: dict[str, sites.System]
 ) -> None:
-    edit(name, old, new)
-    if name.startswith("systems/"):
-        report = check.check_file(room / name, TODAY)
-        if fault in ("duplicate-name",):
-            report = check.check_room(room, TODAY)
+    text = (profiles.ROOM / name).read_text(encoding="utf-8")
+    assert old in text, f"{old!r} is not in {name}: the fault cannot be planted"
+    path = tmp_path / Path(name).name
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    if name == "factories.yaml":
+        faults = list(check.check_members(path, systems, TODAY))
+    elif name == "gpus.yaml":
+        faults = list(check.check_catalogue(path, TODAY))
     else:
-        report = check.check_room(room, TODAY)
-    hits = [f for f in report.faults if f.name == fault]
-    assert hits, f"not caught; found: {[(f.name, f.what) for f in report.faults]}"
-    assert not report.ok
-    assert any(Path(name).name in f.where or fault in ("orphan", "duplicate-name") for f in hits)
+        faults = check.check_file(path, TODAY).faults
+    hits = [f for f in faults if f.name == fault]
+    assert hits, f"not caught; found: {[(f.name, f.what) for f in faults]}"
+    assert all(f.severity == "error" for f in hits)
+    assert any(path.name in f.where for f in hits)
 
 
 def test_every_fault_is_planted_once_and_described() -> None:
     planted = {p[0] for p in PLANTED}
     assert planted <= set(check.FAULTS)
-    assert set(check.FAULTS) - planted == {"index"}  # planted in test_sites_index
+    assert set(check.FAULTS) - planted == {"index", "duplicate-name", "orphan"}  # planted in tests of their own
     assert len(PLANTED) >= 20
 
 
