@@ -1,0 +1,318 @@
+"""Exports reproduce the trained model when plain transformers and peft read them, and nothing else becomes visible."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import helpers
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from aifactory_train import export as ex
+from aifactory_train import model as m
+from aifactory_train.config import load_recipe
+from aifactory_train.data import load_tokenizer, prepare
+from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.parallel.world import World
+from aifactory_train.runs import RunFolder, write_json
+
+CASES = {
+    "lora": {"adapter.kind": "lora"},
+    "rslora": {"adapter.kind": "rslora"},
+    "dora": {"adapter.kind": "dora"},
+    "embeddings, tied": {"adapter.train_embeddings": True},
+    "embeddings, untied": {"adapter.train_embeddings": True, "model.base": "untied"},
+    "embeddings, dora": {"adapter.train_embeddings": True, "adapter.kind": "dora"},
+    "all weights": {"adapter.kind": "none"},
+    "gemma3": {"model.base": "gemma3"},
+}
+
+
+class Trained:
+    """A run whose training is over: recipe, data, and a model whose trained parameters moved."""
+
+    def __init__(self, folder, base, settings=None, **recipe_options):
+        self.recipe = load_recipe(str(helpers.write_recipe(folder, base, settings=settings, **recipe_options)))
+        self.tokenizer = load_tokenizer(self.recipe)
+        self.data = prepare(self.recipe, self.tokenizer)
+        self.run = RunFolder(folder / "run")
+        self.run.path.mkdir()
+        self.run.save_config(self.recipe)
+        precision, _ = m.choose_precision(self.recipe, "cpu")
+        self.core = m.build_model(
+            self.recipe, base, self.tokenizer, device="cpu", precision=precision, report=m.ModelReport()
+        )
+        generator = torch.Generator().manual_seed(11)
+        with torch.no_grad():
+            for parameter in self.core.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+    @property
+    def engine(self):
+        """What export needs of an engine: the model, its trained tensors, and the ranks."""
+        named = [(n, p.detach().clone()) for n, p in self.core.named_parameters() if p.requires_grad]
+        world = World(0, 1, 0, 1, "cpu", "alone", "")
+        return SimpleNamespace(core=self.core, world=world, full_parameters=lambda trained_only: iter(named))
+
+    def export(self, **options):
+        return ex.export_run(
+            self.run,
+            **{"engine": self.engine, "tokenizer": self.tokenizer, "data": self.data, "recipe": self.recipe, **options},
+        )
+
+    def names(self) -> list[str]:
+        return sorted(p.name for p in self.run.export.iterdir())
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, tiny_model_dir):
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "tied": tiny_model_dir,
+        "untied": helpers.write_model(folder / "untied", tied=False),
+        "gemma3": helpers.write_model(folder / "gemma3", family="gemma3"),
+    }
+
+
+def trained(folder, bases, settings=None, **more) -> Trained:
+    settings = dict(settings or {})
+    return Trained(folder, bases[settings.pop("model.base", "tied")], settings, **more)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, bases):
+    """All cases exported (adapter or whole weights, merged in fp32 and bf16) and reloaded by one fresh process."""
+    runs, checks = {}, []
+    for number, (name, settings) in enumerate(CASES.items()):
+        case = trained(tmp_path_factory.mktemp("run"), bases, settings)
+        whole = settings.get("adapter.kind") == "none"
+        paths = case.export(merge=True, dtype="fp32", verify=False)["paths"]
+        kinds = ["model"] if whole else ["adapter", "merged"]
+        assert sorted(paths) == sorted(kinds)
+        for kind in kinds:
+            target = {
+                "base": str(case.recipe.model.base) if kind == "adapter" else paths[kind],
+                "adapter": paths[kind] if kind == "adapter" else None,
+            }
+            checks.append({"name": f"{number}-{kind}", **target, "dtype": "float32"})
+        runs[name] = (number, case, paths)
+    rows = ex.gate_rows(next(iter(runs.values()))[1].data)
+    return runs, rows, ex.reload_logits(checks, rows)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_fresh_process_computes_the_same_logits(exported, name):
+    runs, rows, logits = exported
+    number, case, paths = runs[name]
+    expected = ex.reference_logits(case.core, rows)
+    untrained = ex.plain_logits(untrained_model(case), rows)
+    assert ex._relative(expected, untrained) > 0.01  # the training changed the model: equality below means something
+    for kind in paths:
+        verdict = ex.judge(kind, "fp32", expected, logits[f"{number}-{kind}"])
+        assert verdict.passed, verdict
+        assert verdict.difference <= (1e-6 if kind == "adapter" else 1e-5)
+        assert verdict.top1_agreement == 1.0
+
+
+def untrained_model(case):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(case.recipe.model.base, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_folders_are_complete(exported, name):
+    """Tokenizer, template, EOS, a card that names the parents; no other dtype, nothing left over."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    runs, _, _ = exported
+    _, case, paths = runs[name]
+    assert case.names() == sorted(paths)
+    for kind, path in paths.items():
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        messages = helpers.chat_rows(1)[0]["messages"]
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == case.tokenizer.apply_chat_template(
+            messages, tokenize=False
+        )
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert GenerationConfig.from_pretrained(path).eos_token_id == end == case.data.tokenizer_info["end_of_turn_id"]
+        card = Path(path, "README.md").read_text(encoding="utf-8")
+        metadata = yaml.safe_load(card.split("---")[1])
+        assert metadata["library_name"] == ("peft" if kind == "adapter" else "transformers")
+        assert "Apache-2.0" in card and "CC0-1.0" in card
+        assert str(case.run.path.parent) not in card  # no path of this machine
+        state = {}
+        for file in (case.run.export / kind).glob("*.safetensors"):
+            state.update(load_file(file))
+        assert state and all(t.dtype == torch.float32 for t in state.values())
+        if kind != "adapter":
+            config = json.loads(Path(path, "config.json").read_text())
+            assert config["dtype"] == "float32" and config.get("use_cache", True)
+
+
+def test_adapter_config_is_that_of_peft_and_the_same_each_time(exported, tmp_path):
+    runs, _, _ = exported
+    _, case, _ = runs["dora"]
+    config = json.loads((case.run.export / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["use_dora"] and config["r"] == 4 and config["inference_mode"]
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["base_model_name_or_path"] == case.recipe.model.base
+    before = {f.name: f.read_bytes() for f in (case.run.export / "adapter").iterdir()}
+    case.export(merge=False, verify=False)
+    assert {f.name: f.read_bytes() for f in (case.run.export / "adapter").iterdir()} == before
+
+
+def test_what_the_base_is_called_elsewhere(tmp_path, tiny_model_dir):
+    def name_of(base, **more):
+        return ex.public_base(
+            SimpleNamespace(model=SimpleNamespace(base=str(base), revision=None, start_from=None, **more))
+        )
+
+    assert name_of("org/some-model") == ("org/some-model", None)
+    assert name_of("pypi:llm-x==0.1#x/model.gguf") == ("pypi:llm-x==0.1#x/model.gguf", None)
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": "org/Known-Model"}))
+    assert name_of(tmp_path) == ("org/Known-Model", None)
+    assert name_of(tiny_model_dir) == (str(tiny_model_dir), None)
+
+
+# ---- the gate (each of these starts a fresh process)
+
+
+def test_gate_passes_and_is_recorded_and_merging_later_gives_bf16(tmp_path, bases):
+    case = trained(tmp_path, bases)
+    outcome = case.export()
+    verdict = json.loads((case.run.export / "adapter" / "verification.json").read_text())
+    assert verdict == outcome["gate"]["adapter"]
+    assert verdict["passed"] and verdict["difference"] <= 1e-6 and verdict["places"] == 8 * ex.GATE_POSITIONS
+
+    later = ex.export_run(case.run, merge=True)  # what `aifactory export RUN --merge` does: from files alone
+    gate = later["gate"]["merged"]
+    assert gate["dtype"] == "bf16" and gate["passed"] and gate["mean_kl"] <= ex.BF16_KL
+    assert gate["top1_agreement"] >= ex.BF16_TOP1
+    state = load_file(case.run.export / "merged" / "model.safetensors")
+    assert all(t.dtype == torch.bfloat16 for t in state.values())
+    assert "lm_head.weight" not in state  # tied
+    assert case.names() == ["adapter", "merged"]
+
+    with pytest.raises(UserError, match="exported already"):
+        ex.export_run(case.run, merge=False)
+
+
+def test_a_wrong_export_is_not_made_visible_and_the_old_one_stays(tmp_path, bases, monkeypatch):
+    case = trained(tmp_path, bases)
+    case.export(verify=False)
+    old = (case.run.export / "adapter" / "adapter_model.safetensors").read_bytes()
+    write = ex._Export._write_adapter
+
+    def wrong(self, folder):
+        write(self, folder)
+        state = load_file(folder / "adapter_model.safetensors")
+        name = next(n for n in state if "lora_B" in n)
+        state[name] = state[name] * 1.001  # a thousandth off in one of 28 tensors
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(ex._Export, "_write_adapter", wrong)
+    with pytest.raises(RunFailed, match="is another model") as caught:
+        case.export()
+    assert caught.value.exit_code == 1
+    assert (case.run.export / "adapter" / "adapter_model.safetensors").read_bytes() == old
+    assert case.names() == ["adapter"]
+
+
+def test_a_wrong_merge_is_found_before_rounding_hides_it(tmp_path, bases):
+    """An adapter merged at a thousandth more strength passes any bf16 comparison; the fp32 comparison catches it."""
+    case = trained(tmp_path, bases)
+    case.export(verify=False)
+    config = case.run.export / "adapter" / "adapter_config.json"
+    tree = json.loads(config.read_text())
+    config.write_text(json.dumps({**tree, "lora_alpha": tree["lora_alpha"] * 1.001}))
+    with pytest.raises(RunFailed, match="before rounding"):
+        ex.export_run(case.run, merge=True, dtype="bf16")
+    assert case.names() == ["adapter"]
+
+
+def test_an_export_that_cannot_be_loaded_says_why(tmp_path, bases, monkeypatch):
+    case = trained(tmp_path, bases)
+    monkeypatch.setattr(
+        ex._Export, "_write_adapter", lambda self, folder: (folder / "adapter_config.json").write_text("{}")
+    )
+    with pytest.raises(RunFailed, match="cannot load the export"):
+        case.export()
+    assert case.names() == []
+
+
+def test_not_finite_is_not_equal():
+    logits = [torch.randn(4, 9)]
+    broken = [torch.full((4, 9), float("nan"))]
+    for dtype in ("fp32", "bf16"):
+        assert ex.judge("merged", dtype, logits, logits).passed
+        assert not ex.judge("merged", dtype, logits, broken).passed
+
+
+def test_bf16_verdict_ignores_ties_but_not_changes():
+    generator = torch.Generator().manual_seed(0)
+    clear = torch.randn(200, 50, generator=generator) * 4
+    rounded = [clear.bfloat16().float()]
+    assert ex.judge("merged", "bf16", [clear], rounded).passed
+    shuffled = [clear[:, torch.randperm(50, generator=generator)]]
+    assert not ex.judge("merged", "bf16", [clear], shuffled).passed
+    weaker = [clear * 0.5]
+    assert not ex.judge("merged", "bf16", [clear], weaker).passed  # same best tokens, other probabilities
+
+
+# ---- other precisions, other ranks, nothing to export
+
+
+def test_a_bf16_base_is_exported_through_a_rebuilt_fp32_model(tmp_path, bases):
+    """Training in bf16 compute: the model in memory is no fp32 reference, so one is rebuilt from the trained tensors."""
+    case = trained(tmp_path, bases, {"precision.compute": "bf16"})
+    assert not ex._is_plain_fp32(case.core)
+    outcome = case.export()
+    assert outcome["gate"]["adapter"]["difference"] <= 1e-6
+    state = load_file(case.run.export / "adapter" / "adapter_model.safetensors")
+    own = {n: p for n, p in case.core.named_parameters() if p.requires_grad}
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B"
+    assert torch.equal(state[f"{name}.weight"], own[f"model.{name}.default.weight"])
+
+
+def test_using_a_run_needs_an_export(tmp_path, bases):
+    case = trained(tmp_path, bases)
+    for call in (lambda: ex.load_trained(case.run, "cpu"), lambda: ex.export_run(case.run, merge=True)):
+        with pytest.raises(UserError, match="exported nothing yet"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["lora", "embeddings, tied", "all weights"])
+def test_what_chat_and_eval_load_is_the_trained_model(exported, name):
+    runs, rows, _ = exported
+    _, case, _ = runs[name]
+    loaded, tokenizer, recipe = ex.load_trained(case.run, "cpu")
+    assert ex._relative(ex.reference_logits(case.core, rows), ex.reference_logits(loaded, rows)) <= 1e-6
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert tokenizer.chat_template == case.tokenizer.chat_template
+    assert recipe == case.recipe
+
+
+def test_the_card_shows_figures_and_parents(tmp_path, bases):
+    from aifactory_train.model_card import model_card
+
+    case = trained(tmp_path, bases, {"about": {"title": "Colours", "languages": ["en"], "risks": ["Not for driving."]}})
+    figures = {"bits_per_byte": 1.5, "perplexity": 9.0, "rows": 12, "ci": {"bits_per_byte": [1.4, 1.6]}}
+    write_json(case.run.eval_file, {"before": {**figures, "bits_per_byte": 2.0}, "after": figures})
+    card = model_card(case.run, case.recipe, case.data, "adapter", "fp32")
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["language"] == ["en"] and metadata["license"] == "other"
+    results = metadata["model-index"][0]["results"][0]["metrics"]
+    assert {r["type"]: r["value"] for r in results} == {"bits_per_byte": 1.5, "perplexity": 9.0}
+    for words in (
+        "# Colours",
+        "| bits per byte | 2 | 1.5 | 1.4 to 1.6 |",
+        "Not for driving.",
+        "PeftModel.from_pretrained",
+    ):
+        assert words in card
