@@ -543,7 +543,7 @@ class Profile(_Model):
 
 def json_schema(which: str = "profile") -> dict[str, Any]:
     """The JSON Schema of a profile or an overlay, for editors."""
-    model = {"profile": Profile, "overlay": Overlay}[which]
+    model: type[BaseModel] = {"profile": Profile, "overlay": Overlay}[which]
     schema = model.model_json_schema(by_alias=True, mode="validation")
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = f"aifactory-train site {which}"
