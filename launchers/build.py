@@ -66,6 +66,7 @@ def build(request: Request, system: System, recipe: Recipe, *, plan: dict[str, A
         from aifactory_train.launchers.backends.kubernetes import manifest
 
         _files(sub, recipe, context)
+        sub.files.append(File("submission/job.sh", _render("plain.sh.j2", context).encode(), 0o755))
         sub.script = manifest(sub)
     else:
         template = "slurm.sh.j2" if shape.backend == "slurm" else "plain.sh.j2"
@@ -110,7 +111,7 @@ def run_folder(request: Request, system: System, name: str) -> Path:
 
 def _context(sub: Submission, recipe: Recipe) -> dict[str, Any]:
     request, system, shape = sub.request, sub.system, sub.shape
-    container = container_of(request, system) if shape.backend not in ("local", "mpi") else None
+    container = container_of(request, system) if shape.backend not in ("local", "mpi", "kubernetes") else None
     node_local = _node_local(system) if shape.backend not in ("local", "mpi") else None
     modules = list(system.user.modules if system.user.modules is not None else system.software.modules)
     if container is not None and container.module:
@@ -256,7 +257,7 @@ def container_of(request: Request, system: System) -> Container | None:
     own = request.container or system.user.container_image
     if own is not None:
         base = system.software.containers[0] if system.software.containers else Container(runtime="apptainer")
-        return base.model_copy(update={"image": str(rq.path(own, "--container")), "binds": [*base.binds, *system.user.container_binds]})
+        return base.model_copy(update={"image": rq.image(own, "--container"), "binds": [*base.binds, *system.user.container_binds]})
     if request.venv or system.user.venv or system.software.provides_torch:
         return None
     for container in system.software.containers:
@@ -276,6 +277,8 @@ def python_of(sub: Submission, container: Container | None) -> str:
             f"Python of the ranks: {env_folder(system)}/bin/python inside the container, which `aifactory env --site {system.id}` builds"
         )
         return f"{env_folder(system)}/bin/python"
+    if shape.backend == "kubernetes":
+        return "python3"  # the pod's image is the environment
     if shape.backend in ("local", "mpi") or system.id in ("local", "lab", "generic-slurm") or _at(system):
         return sys.executable
     if system.software.provides_torch:

@@ -104,6 +104,13 @@ def path(value: str | Path, flag: str, *, must_be_absolute: bool = False) -> Pat
     return Path(text)
 
 
+def image(value: str, flag: str) -> str:
+    """A container image: a file's path, or a reference such as ``registry/name:tag``."""
+    if value.startswith(("/", ".", "~")) or value.endswith((".sif", ".sqsh", ".toml")):
+        return str(path(value, flag))
+    return token(value, flag)
+
+
 def pair(text: str, flag: str) -> tuple[str, str]:
     """``NAME=value`` of ``--env`` or ``--array``; the value may be any text without NUL."""
     name, separator, value = text.partition("=")
@@ -185,9 +192,11 @@ class Request:
                 token(value, flag)
         if self.name is not None:
             run_name(self.name)
-        for flag, value in (("--run-dir", self.run_dir), ("--container", self.container), ("--venv", self.venv)):
+        for flag, value in (("--run-dir", self.run_dir), ("--venv", self.venv)):
             if value is not None:
                 path(value, flag)
+        if self.container is not None:
+            image(self.container, "--container")
         for name, value in self.env:
             if not ENV_NAME.fullmatch(name) or len(name) > LONGEST_TOKEN:
                 raise Refusal(

@@ -1,0 +1,166 @@
+"""Kubernetes with Kueue: one Job on one node, and a ConfigMap that carries the submission's files into the pod.
+
+No cluster has seen these manifests: they are validated against the published schemas only. The run folder lies on a persistent
+volume; ``user.project`` of the site file names its claim, ``user.work_dir`` the path where it is mounted.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.launchers.backends import Job
+from aifactory_train.launchers import request as rq
+from aifactory_train.launchers.request import Refusal
+from aifactory_train.launchers.submission import Submission
+
+PROGRAMS = ("kubectl",)
+UNSEEN = "no Kubernetes cluster has seen this manifest: it was validated against the published schemas only"
+
+#: Fixed text: what a pod runs. The run folder comes in as "$1", never as part of the text.
+START = (
+    'set -eu; mkdir -p "$1/submission" "$1/logs"; cp -L /aifactory/submission/* "$1/submission/"; '
+    'chmod +x "$1"/submission/*.sh "$1"/submission/*.py; exec bash "$1/submission/job.sh"'
+)
+
+
+def manifest(sub: Submission) -> str:
+    """The manifest as YAML: ConfigMap and Job."""
+    import yaml
+
+    shape, system = sub.shape, sub.system
+    if shape.nodes > 1:
+        raise Refusal(
+            "kubernetes-one-node",
+            f"{shape.nodes} nodes: jobs at {system.name} are written for one node",
+            where="--nodes",
+            fix=f"--nodes 1 with up to {system.node.gpus or 8} GPUs",
+        )
+    image = sub.request.container or system.user.container_image
+    if not image:
+        raise Refusal(
+            "kubernetes-image",
+            f"{system.name} runs pods: an image with torch and aifactory-train must be named",
+            where="--container",
+            fix="--container REGISTRY/IMAGE, or user.container_image in your site file",
+        )
+    rq.image(image, "user.container_image")
+    name = re.sub(r"[^a-z0-9-]+", "-", sub.name.lower()).strip("-")[:50].strip("-") or "run"
+    namespace = shape.account
+    claim = system.user.project or "aifactory"
+    mount = system.user.work_dir or str(sub.run_dir.parent)
+    sub.notes.append(f"the run folder {sub.run_dir} must lie on the volume of claim '{claim}', mounted at {mount} (user.project and user.work_dir)")
+    labels = {"app.kubernetes.io/name": "aifactory-train", "app.kubernetes.io/instance": name}
+    queue = shape.partition_key
+    if queue:
+        labels["kueue.x-k8s.io/queue-name"] = f"{namespace}-{queue}" if namespace else queue
+        labels["kueue.x-k8s.io/max-exec-time-seconds"] = str(shape.time_s)
+    resource = system.request.gres_name or "nvidia.com/gpu"
+    cpus = shape.cpus_per_task or 8 * shape.gpus_per_node
+    memory = f"{shape.memory[1] if shape.memory else 64 * shape.gpus_per_node}Gi"
+    asked = {resource: shape.gpus_per_node, "cpu": str(cpus), "memory": memory}
+    data = {f.path.removeprefix("submission/"): f.content for f in sub.files if re.fullmatch(r"submission/[^/]+", f.path) and f.content}
+    meta: dict[str, Any] = {"name": f"{name}-submission", "labels": labels}
+    if namespace:
+        meta["namespace"] = namespace
+    config = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": meta,
+        "binaryData": {key: base64.b64encode(value).decode() for key, value in sorted(data.items())},
+    }
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {**meta, "name": name},
+        "spec": {
+            "backoffLimit": 0,
+            "completions": 1,
+            "parallelism": 1,
+            "activeDeadlineSeconds": shape.time_s,
+            "template": {
+                "metadata": {"labels": labels},
+                "spec": {
+                    "restartPolicy": "Never",
+                    "terminationGracePeriodSeconds": max(30, shape.grace_s),
+                    "containers": [
+                        {
+                            "name": "train",
+                            "image": image,
+                            "command": ["bash", "-c", START, "start", str(sub.run_dir)],
+                            "env": [{"name": "USER", "value": "aifactory"}],
+                            "resources": {"limits": asked, "requests": asked},
+                            "volumeMounts": [
+                                {"name": "work", "mountPath": mount},
+                                {"name": "submission", "mountPath": "/aifactory/submission", "readOnly": True},
+                                {"name": "shm", "mountPath": "/dev/shm"},
+                            ],
+                        }
+                    ],
+                    "volumes": [
+                        {"name": "work", "persistentVolumeClaim": {"claimName": claim}},
+                        {"name": "submission", "configMap": {"name": f"{name}-submission", "defaultMode": 0o555}},
+                        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}},
+                    ],
+                },
+            },
+        },
+    }
+    head = f"# {sub.name} at {system.id}: written by aifactory-train; submit with kubectl create --filename\n"
+    return head + yaml.safe_dump_all([config, job], sort_keys=False, allow_unicode=True)
+
+
+def _run(*argv: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(argv, text=True, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise UserError(f"there is no {argv[0]} on this machine", where="PATH", fix="submit from a machine with kubectl; --dry-run prints the manifest anywhere") from None
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"{argv[0]} did not answer within {timeout} s", fix="try again later") from None
+
+
+def submit(run_dir: Path, *, test_only: bool = False) -> str:
+    argv = ["kubectl", "create", f"--filename={run_dir / 'submission' / 'job.yaml'}", "--output=name", *(["--dry-run=server"] if test_only else [])]
+    done = _run(*argv)
+    if done.returncode != 0:
+        raise RunFailed("kubectl refused the manifest: " + " ".join(done.stderr.split()), where=str(run_dir / "submission" / "job.yaml"))
+    return next((line for line in done.stdout.split() if line.startswith("job")), done.stdout.strip())
+
+
+def query(job: str) -> Job | None:
+    done = _run("kubectl", "get", job, "--output=json")
+    if done.returncode != 0:
+        return None
+    status = json.loads(done.stdout).get("status", {})
+    kinds = {c["type"]: c for c in status.get("conditions", []) if c.get("status") == "True"}
+    if "Complete" in kinds:
+        state, reason = "done", None
+    elif "Failed" in kinds:
+        reason = kinds["Failed"].get("reason")
+        state = "timeout" if reason == "DeadlineExceeded" else "failed"
+    else:
+        state, reason = ("running", None) if status.get("active") else ("pending", "Suspended" if "Suspended" in kinds else None)
+    return Job(id=job, state=state, reason=reason, started=status.get("startTime"), ended=status.get("completionTime"), raw=",".join(kinds))
+
+
+def failed_nodes(nodes: str | None) -> list[str]:
+    return []
+
+
+def accounting(job: str) -> dict[str, str] | None:
+    return None
+
+
+def cancel(job: str) -> None:
+    done = _run("kubectl", "delete", job)
+    if done.returncode != 0:
+        raise RunFailed(f"kubectl delete {job}: {' '.join(done.stderr.split())}")
+
+
+def warn(job: str, signal: str) -> bool:
+    return False
