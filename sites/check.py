@@ -14,7 +14,7 @@ from typing import Any
 
 from aifactory_train.sites import profiles
 from aifactory_train.sites.profiles import System, covering, dig, fact_leaves, line_of, read_yaml, resolve
-from aifactory_train.sites.schema import FACT_SECTIONS, FactEntry, Gpu, Profile, Source
+from aifactory_train.sites.schema import FACT_SECTIONS, READINESS_WORDS, FactEntry, Gpu, Profile, Source
 from pydantic import ValidationError
 
 from aifactory_train.errors import UserError, did_you_mean
@@ -58,6 +58,7 @@ FAULTS = {
     "link": "a link, system or announced system does not exist or has another status",
     "no-reason": "a member without a usable system gives no reason",
     "orphan": "a system belongs to no member",
+    "readiness": "readiness.yaml names no system, no known level, or gives no date and evidence",
     "index": "index.json was built from other files",
 }
 
@@ -568,6 +569,7 @@ def check_room(room: Path | None = None, today: datetime.date | None = None) -> 
         systems[path.stem] = system
     report.faults.extend(check_catalogue(room / "gpus.yaml", today))
     report.faults.extend(_shared(room / "sources.yaml", today))
+    report.faults.extend(check_readiness(room / "readiness.yaml", systems, today))
     report.faults.extend(check_members(room / "factories.yaml", systems, today))
     if room == profiles.ROOM:
         report.faults.extend(index_fresh())
@@ -618,6 +620,38 @@ def _shared(path: Path, today: datetime.date) -> Iterator[Fault]:
             continue
         for fault in _dated(name, source, path, today):
             yield Fault(fault.name, f"{path.name}:{line_of(path, (name,))}", fault.what, fault.fix)
+
+
+def check_readiness(path: Path, systems: dict[str, System], today: datetime.date) -> Iterator[Fault]:
+    """Faults of ``readiness.yaml``."""
+    if not path.is_file():
+        return
+    try:
+        raw = read_yaml(path)
+    except UserError as error:
+        yield Fault("yaml", error.where or path.name, error.what, error.fix)
+        return
+    for name, entry in ((raw or {}).get("systems") or {}).items():
+        where = _at(path, "systems", name)
+        if name not in systems:
+            yield Fault("readiness", where, f"no profile '{name}'{did_you_mean(name, systems)}")
+        entry = entry if isinstance(entry, dict) else {}
+        if entry.get("level") not in READINESS_WORDS:
+            yield Fault(
+                "readiness",
+                where,
+                f"{name}: '{entry.get('level')}' is no level",
+                f"one of {', '.join(READINESS_WORDS)}",
+            )
+        if not entry.get("evidence") or not entry.get("date"):
+            yield Fault(
+                "readiness",
+                where,
+                f"{name}: a date and evidence are needed",
+                "date: 2026-11-22, evidence: what was run",
+            )
+        elif str(entry["date"]) > today.isoformat():
+            yield Fault("readiness", where, f"{name}: dated {entry['date']}, today is {today}")
 
 
 _MEMBER_KEYS = {

@@ -584,13 +584,18 @@ def load(name: str, overlay: Path | str | dict[str, Any] | bool | None = None) -
 
     name:     an id or alias (``lumi-g``), ``local`` (detected now), ``generic-slurm``, or the path of a profile's YAML file.
               A profile of that name in ``~/.config/aifactory/sites/`` is found too; a shipped one wins.
-    overlay:  a file or dict with the user's values; ``None`` uses ``~/.config/aifactory/sites/<id>.yaml`` where it exists;
+    overlay:  a file or dict with the user's values (a file may also hold a whole profile of that name); ``None`` uses ``~/.config/aifactory/sites/<id>.yaml`` where it exists;
               ``False`` uses none.
 
     Raises UserError for an unknown name (with the nearest system, factory, host or country), for a factory's or antenna's
     name (with its systems), and for a wrong key in profile or overlay (with file and line).
     """
     path: Path | None
+    if isinstance(overlay, (str, Path)) and _is_profile(Path(overlay)):
+        own = str(read_yaml(Path(overlay)).get("id"))
+        if own != name:
+            raise UserError(f"this profile is of '{own}', not of '{name}'", where=str(overlay), fix=f"--site {own}")
+        return load(str(Path(overlay).resolve()))
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         path = Path(name)
         raw = read_yaml(path)
@@ -613,6 +618,12 @@ def load(name: str, overlay: Path | str | dict[str, Any] | bool | None = None) -
     system = resolve(raw, path, _overlay_for(system_id, overlay))
     level, evidence = readiness_of(system)
     return _with_readiness(system, level, evidence)
+
+
+def _is_profile(path: Path) -> bool:
+    """Whether the file holds a profile rather than an overlay."""
+    raw = read_yaml(path)
+    return isinstance(raw, dict) and "schema" in raw and "overlay_for" not in raw
 
 
 def _with_readiness(system: System, level: str, evidence: str | None) -> System:

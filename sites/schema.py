@@ -543,8 +543,10 @@ class Profile(_Model):
 
 def json_schema(which: str = "profile") -> dict[str, Any]:
     """The JSON Schema of a profile or an overlay, for editors."""
-    model: type[BaseModel] = {"profile": Profile, "overlay": Overlay}[which]
-    schema = model.model_json_schema(by_alias=True, mode="validation")
+    if which == "profile":
+        schema = Profile.model_json_schema(by_alias=True, mode="validation")
+    else:
+        schema = Overlay.model_json_schema(by_alias=True, mode="validation")
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = f"aifactory-train site {which}"
     return schema

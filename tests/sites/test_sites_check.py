@@ -66,6 +66,9 @@ PLANTED = [
     ("link", "factories.yaml", "links: [pharos, it4lia]", "links: [pharos, it4lea]"),
     ("link", "factories.yaml", "systems: [karolina]", "systems: [carolina]"),
     ("link", "factories.yaml", "systems: [lumi-g], announced: [lumi-ai]", "systems: [lumi-g, lumi-ai]"),
+    ("readiness", "readiness.yaml", "systems: {}", "systems: {lumi-x: {level: run, date: 2026-11-01, evidence: x}}"),
+    ("readiness", "readiness.yaml", "systems: {}", "systems: {lumi-g: {level: tested, date: 2026-11-01, evidence: x}}"),
+    ("readiness", "readiness.yaml", "systems: {}", "systems: {lumi-g: {level: run, date: 2026-11-01}}"),
     ("no-reason", "factories.yaml", 'systems: [], announced: [ro-ai], reason: "no documented', 'systems: [], announced: [ro-ai], focus: "no documented'),
 ]  # fmt: skip
 
@@ -97,11 +100,14 @@ def test_planted_fault_is_caught_by_name(
     fault: str, name: str, old: str, new: str, tmp_path: Path, systems: dict[str, sites.System]
 ) -> None:
     text = (profiles.ROOM / name).read_text(encoding="utf-8")
-    assert old in text, f"{old!r} is not in {name}: the fault cannot be planted"
+    assert old in text or name == "readiness.yaml", f"{old!r} is not in {name}: the fault cannot be planted"
     path = tmp_path / Path(name).name
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
     if name == "factories.yaml":
         faults = list(check.check_members(path, systems, TODAY))
+    elif name == "readiness.yaml":
+        path.write_text(new + "\n", encoding="utf-8")
+        faults = list(check.check_readiness(path, systems, TODAY))
     elif name == "gpus.yaml":
         faults = list(check.check_catalogue(path, TODAY))
     else:

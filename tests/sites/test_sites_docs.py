@@ -89,9 +89,9 @@ def test_the_page_literally(checkout: Path, own_config: Path) -> None:
 
 def _step_three(profile: Path) -> None:
     """Merge the page's example into the profile, as its remark says."""
-    example = yaml.safe_load(
-        re.search(r"```yaml\n(interconnect.*?)```", PAGE.read_text(encoding="utf-8"), re.S).group(1)
-    )  # type: ignore[union-attr]
+    shown = re.search(r"```yaml\n(interconnect.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    assert shown is not None
+    example = yaml.safe_load(shown.group(1))
     raw = profiles.read_yaml(profile)
     raw["access"].update(example["access"])
     raw["interconnect"] = example["interconnect"]

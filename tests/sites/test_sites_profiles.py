@@ -197,6 +197,14 @@ def test_overlay_file_can_stand_for_the_site(tmp_path: Path) -> None:
         sites.load("karolina", overlay=path)
 
 
+def test_site_file_may_hold_a_whole_profile(tmp_path: Path) -> None:
+    path = tmp_path / "vega.yaml"
+    path.write_text(profiles.SYSTEMS.joinpath("vega.yaml").read_text().replace("memory_gib: 512", "memory_gib: 1024"))
+    assert sites.load("vega", overlay=path).node.memory_gib == 1024
+    with pytest.raises(UserError, match="this profile is of 'vega', not of 'karolina'"):
+        sites.load("karolina", overlay=path)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
