@@ -618,7 +618,10 @@ def _readable(error: ValidationError, path: Path, lines: dict[tuple, int], origi
         key, _, rest = message.partition(": ")
         location, message = tuple(key.split(".")), rest
     # pydantic puts names of validators and union members into the path; only keys of the tree name a place
+    last = location[-1:] if first["type"] == "extra_forbidden" else ()  # the user's own word, whatever it looks like
     location = tuple(p for p in location if isinstance(p, int) or (isinstance(p, str) and p.isidentifier()))
+    if last and location[-1:] != last:
+        location += last
     key = ".".join(map(str, location))
     fix = None
     if first["type"] == "extra_forbidden":
@@ -628,11 +631,13 @@ def _readable(error: ValidationError, path: Path, lines: dict[tuple, int], origi
     elif first["type"] == "missing":
         message = f"'{key}' is missing"
     else:
-        given = first.get("input")
-        shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) or given is None else ""
+        value = first.get("input")
+        shown = f" (got {value!r})" if isinstance(value, (str, int, float, bool)) or value is None else ""
         message = f"{key}: {message}{shown}" if key else message
+    names = tuple(map(str, location))  # an override's 0 may be an index or, wrongly, a key
     for override_path, text in origin.items():
-        if location[: len(override_path)] == override_path or override_path[: len(location)] == location:
+        given = tuple(map(str, override_path))
+        if names[: len(given)] == given or given[: len(names)] == names:
             return UserError(message, where=f"--set {text}", fix=fix)
     for depth in range(len(location), -1, -1):
         if location[:depth] in lines:
