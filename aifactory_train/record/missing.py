@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-PREFIX = "MISSING ("
+_MARKER = re.compile(r"MISSING \(([^()]*)\)")
 
 
 def missing(who: str) -> str:
     """The marker for a value that only ``who`` (provider, data owner, site, base model's provider) can supply."""
-    return f"{PREFIX}{who})"
+    return f"MISSING ({who.replace('(', '[').replace(')', ']')})"
 
 
 def is_missing(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(PREFIX)
+    """Whether the whole value is a marker."""
+    return isinstance(value, str) and _MARKER.fullmatch(value) is not None
+
+
+def has_missing(value: Any) -> bool:
+    """Whether a marker stands anywhere in it."""
+    if isinstance(value, str):
+        return _MARKER.search(value) is not None
+    return bool(missing_places(value))
 
 
 def missing_places(value: Any, place: str = "") -> list[tuple[str, str]]:
     """``(place, who)`` of everything that is still missing below ``value``."""
-    if is_missing(value):
-        return [(place, value[len(PREFIX) :].rstrip(")"))]
+    if isinstance(value, str):
+        return [(place, who) for who in _MARKER.findall(value)]
     found: list[tuple[str, str]] = []
     if isinstance(value, dict):
         for key, below in value.items():

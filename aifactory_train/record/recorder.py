@@ -1,0 +1,632 @@
+"""The recorder: what the loop tells, written down as it happens.
+
+Rank 0 writes the record; the first rank of every node measures that node's energy. No call can end a training: an error of the
+recorder is printed once, kept in the record, and the training goes on. No call takes part in a collective but :meth:`Recorder.start`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aifactory_train import flops
+from aifactory_train.record import aiact, collect
+from aifactory_train.record.chain import Chain, fold, now, plain, read_events
+from aifactory_train.record.digests import describe, files_below, tree_digest
+from aifactory_train.record.missing import is_missing, missing
+from aifactory_train.runs import RunFolder, read_json, write_atomic
+
+if TYPE_CHECKING:
+    from aifactory_train.config import Recipe
+    from aifactory_train.train import Trainer
+    from aifactory_train.parallel.world import World
+
+RECORD, EVENTS, DATA_MANIFEST = "record.json", "events.jsonl", "data_manifest.json"
+#: Seconds between two progress events: what a kill can lose.
+PROGRESS_S = 60.0
+
+
+def _never_breaks(method: Callable) -> Callable:
+    """An error inside is said once on standard error and kept for the record."""
+
+    @functools.wraps(method)
+    def guarded(self: Recorder, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            self.failed(method.__name__, error)
+            return None
+
+    return guarded
+
+
+def write_record(folder: Path) -> dict[str, Any]:
+    """Compute ``record.json`` from the events and write it; returns the record."""
+    events, _ = read_events(folder / EVENTS)
+    record = fold(events)
+    write_atomic(folder / RECORD, json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    return record
+
+
+def load_record(folder: Path) -> dict[str, Any]:
+    """The record of a run. Raises :class:`UserError` when there is none."""
+    from aifactory_train.errors import UserError
+
+    if not (folder / RECORD).is_file():
+        raise UserError(
+            "this run has no record.json", where=str(folder), fix="records are kept by runs of this version onwards"
+        )
+    return read_json(folder / RECORD)
+
+
+class Recorder:
+    """Writes the record of one attempt. Call :meth:`start` on every rank; the other calls do nothing off rank 0."""
+
+    def __init__(self, run: RunFolder, world: World, recipe: Recipe, attempt: int | None = None):
+        self.run, self.world, self.recipe = run, world, recipe
+        self.chain = Chain(run.path / EVENTS)
+        self.private = recipe.privacy.profile != "open"
+        self._named_attempt = attempt
+        self.attempt = "001"
+        self._errors: dict[str, str] = {}
+        self._meter: Any = None
+        self._site: dict[str, Any] = {"site": None}
+        self._count: Callable[..., flops.Work] | None = None
+        self._work = flops.Work(0.0, 0.0, 0.0, 0.0)
+        self._sums = {"steps": 0, "tokens": 0, "positions": 0, "supervised_tokens": 0, "train_s": 0.0}
+        self._first = self._last = 0
+        self._lengths: Any = None
+        self._outcome: tuple[str, str | None] = ("failed", "the training ended without saying how")
+        self._began, self._started = time.monotonic(), now()
+        self._reported = self._began
+        self._active = False
+        self._nodes = 1
+        self._digesting: threading.Thread | None = None
+        self._earlier = 0.0
+        self._step_cost = 0.0
+
+    # ---- as a context: whatever way the training ends, the attempt is closed
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def ended(self, code: int, reason: str | None = None) -> int:
+        """Remember how the training ended; gives ``code`` back."""
+        self._outcome = ({0: "finished", 75: "stopped"}.get(code, "failed"), reason)
+        return code
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            text = kind.__name__ if kind is not None and self.private else f"{type(error).__name__}: {error}"
+            self._outcome = ("failed", text.splitlines()[0][:500])
+        self.end(*self._outcome)
+
+    # ---- start
+
+    def start(self, trainer: Trainer) -> None:
+        """All ranks: name the devices to each other, start the meters; rank 0 writes the first event of this attempt."""
+        devices = self._gather_devices()
+        self._first = self._last = trainer.step
+        self._start_meter(devices)
+        if self.world.is_main:
+            self._write_start(trainer, devices)
+
+    def _gather_devices(self) -> list[tuple[str, dict[str, Any]]]:
+        """``(host, device)`` of every rank, and the attempt's number from rank 0; the one collective."""
+        if self.world.is_main:
+            self.attempt = self._attempt_number() or "001"
+        mine = (self.world.host, self._device() or {"model": "unknown"}, self.attempt)
+        found: list[Any] = [mine]
+        if self.world.size > 1:
+            import torch.distributed as dist
+
+            found = [None] * self.world.size
+            dist.all_gather_object(found, mine)
+        self.attempt = found[0][2]
+        self._nodes = len({host for host, _, _ in found})
+        return [(host, device) for host, device, _ in found]
+
+    @_never_breaks
+    def _device(self) -> dict[str, Any]:
+        if self.world.device == "cpu":
+            return {"model": _processor(), "kind": "cpu"}
+        import torch
+
+        facts = torch.cuda.get_device_properties(self.world.device)
+        pci = None
+        if hasattr(facts, "pci_bus_id"):
+            pci = f"{getattr(facts, 'pci_domain_id', 0):04x}:{facts.pci_bus_id:02x}:{getattr(facts, 'pci_device_id', 0):02x}"
+        uuid = getattr(facts, "uuid", None)
+        return {
+            "model": facts.name,
+            "kind": "gpu",
+            "vendor": "amd" if torch.version.hip else "nvidia",
+            "uuid": str(uuid) if uuid else None,
+            "pci": pci,
+            "memory_bytes": facts.total_memory,
+            "runtime": torch.version.hip or torch.version.cuda,
+        }
+
+    @_never_breaks
+    def _attempt_number(self) -> str:
+        """The given number, else one more than the record knows."""
+        if self._named_attempt is not None:
+            return f"{self._named_attempt:03d}"
+        known = self._known().get("compute", {}).get("attempts", {})
+        return f"{max((int(n) for n in known), default=0) + 1:03d}"
+
+    @_never_breaks
+    def _start_meter(self, devices: list[tuple[str, dict[str, Any]]]) -> None:
+        if not self.recipe.record.energy or self.world.local_rank != 0:
+            return  # one reader per node
+        from aifactory_train.energy import Device, NodeMeter, find_readers
+
+        here = [d for host, d in devices if host == self.world.host and d.get("kind") == "gpu"]
+        found, why = find_readers([Device(d.get("uuid"), d.get("pci"), d["model"]) for d in here])
+        path = self.run.attempt_dir(int(self.attempt)) / f"energy-{self.world.host}.json"
+        self._meter = NodeMeter(path, found, why, devices=len(here))
+        self._meter.start()
+
+    @_never_breaks
+    def _write_start(self, trainer: Trainer, devices: list[tuple[str, dict[str, Any]]]) -> None:
+        from aifactory_train.sources import resolve_model
+
+        recipe, report, data, resumed_at = self.recipe, trainer.report, trainer.data, trainer.step
+        config = trainer.engine.core.language_model.config.to_dict()
+        before = self._known()
+        values: dict[str, Any] = {}
+        if "run" not in before:
+            values["run"] = collect.run_section(recipe, self.run.path.resolve().name, private=self.private)
+            values["people"] = collect.people_section()
+            values["eval"] = {}
+            values["artefact"] = {"files": missing("not exported yet")}
+            values["deployment"] = {}
+        elif before["run"].get("config_sha256") != collect.config_digest(recipe):
+            values["run/config_sha256"] = collect.config_digest(recipe)
+            values[f"run/config_changes/{self.attempt}"] = {"from": before["run"].get("config_sha256"), "at": now()}
+        for number, old in before.get("compute", {}).get("attempts", {}).items():
+            if old.get("state") == "running":
+                values[f"compute/attempts/{number}/state"] = "killed"
+                values[f"compute/attempts/{number}/cause"] = (
+                    "no end was recorded: the processes were killed or the node failed"
+                )
+        values["base"] = collect.base_section(recipe, config, report.parameters, report.trainable)
+        values["method"] = collect.method_section(recipe, report.parameters, report.trainable)
+        values["hparams"] = collect.hparams_section(
+            recipe,
+            world_size=self.world.size,
+            engine=trainer.engine.name,
+            precision=trainer.precision.describe(),
+            total_steps=trainer.total_steps,
+            choices=report.lines,
+        )
+        sections = collect.data_sections(recipe, data.report)
+        values["data"] = sections
+        values["data_sets"] = collect.sets_section(data.report)
+        values["tokenizer"] = {k: v for k, v in data.tokenizer_info.items() if not isinstance(v, (list, tuple))}
+        manifest = self.run.path / DATA_MANIFEST
+        write_atomic(
+            manifest,
+            json.dumps(plain({"data": sections, "sets": values["data_sets"]}), ensure_ascii=False, indent=1) + "\n",
+        )
+        values["data_manifest"] = describe([manifest], self.run.path)[0]
+        kinds = [d for _, d in devices]
+        values["compute/device"] = {
+            "model": kinds[0].get("model"),
+            "kind": kinds[0].get("kind"),
+            "vendor": kinds[0].get("vendor"),
+            "runtime": kinds[0].get("runtime"),
+            "count": len(kinds),
+            "nodes": self._nodes,
+            "note": "a GPU is what the scheduler and the framework count: on MI250X one GCD, half a package",
+        }
+        self._active = True
+        self._lengths = data.train.lengths
+        self._count = self._counter(config)
+        values["deployment/inference"] = self._inference(config)
+        self._load_site()
+        self._earlier, values["lineage"] = self._lineage()
+        values[f"compute/attempts/{self.attempt}"] = self._attempt("running", resumed_at)
+        self.chain.append("attempt-started", values, f"attempt {self.attempt}, from step {resumed_at}")
+        self._fill_from_organisation()
+        write_record(self.run.path)
+        self._digesting = threading.Thread(
+            target=self._digest_base, args=(resolve_model(recipe.model),), daemon=True, name="digests"
+        )
+        self._digesting.start()
+
+    def _known(self) -> dict[str, Any]:
+        events, _ = read_events(self.run.path / EVENTS)
+        return fold(events) if events else {}
+
+    def _counter(self, config: dict[str, Any]) -> Callable[..., flops.Work] | None:
+        """What counts a step's FLOPs, or None for an architecture that the formulae do not cover (said in the record)."""
+        from aifactory_train.errors import UserError
+        from aifactory_train.planning import shapes
+
+        try:
+            shape = shapes.from_config(config, self.recipe.model.base)
+        except UserError as error:
+            self.failed("counting FLOPs", error)
+            return None
+        adapter = self.recipe.adapter
+        trained = flops.Trained(
+            rank=0 if adapter.kind == "none" else adapter.rank,
+            targets=adapter.targets,
+            embeddings=adapter.train_embeddings,
+            recompute=self.recipe.parallel.activation_checkpointing,
+        )
+        return functools.partial(flops.documents, shape, trained=trained)
+
+    def _inference(self, config: dict[str, Any], tokens: int = 100_000, answer: int = 1000) -> dict[str, Any]:
+        """Analytic FLOP of generating ``tokens`` tokens in answers of ``answer`` tokens with a key-value cache."""
+        from aifactory_train.errors import UserError
+        from aifactory_train.planning import shapes
+
+        try:
+            shape = shapes.from_config(config, self.recipe.model.base)
+        except UserError:
+            return {"flop": missing("run: the architecture's FLOPs are not counted"), "method": missing("run")}
+        one = flops.forward(shape, answer)
+        return {
+            "flop": tokens * (one.linear + one.head + one.attention_causal),
+            "method": f"analytic: {tokens:,} tokens generated in answers of {answer:,} tokens from an empty prompt, key-value cache, one "
+            "sequence at a time, adapters merged; matrix products only; independent of hardware",
+        }
+
+    @_never_breaks
+    def _load_site(self) -> None:
+        from aifactory_train.energy import site_factors
+
+        self._site = site_factors(self.recipe.record.site or os.environ.get("AIFACTORY_SITE"))
+
+    def _lineage(self) -> tuple[float, dict[str, Any]]:
+        """Model FLOP of the runs that this one started from, by their records."""
+        start = self.recipe.model.start_from
+        if not start:
+            return 0.0, {"start_from": None, "flop_model": 0.0}
+        try:
+            earlier = load_record(Path(start))
+        except Exception as error:
+            return 0.0, {
+                "start_from": start,
+                "flop_model": missing(f"record of the earlier run: {type(error).__name__}"),
+            }
+        flop = earlier.get("aiact", {}).get("modification_flop_lineage", 0.0)
+        return float(flop), {
+            "start_from": start,
+            "run": earlier.get("run", {}).get("id"),
+            "head_sha256": earlier["log"]["head_sha256"],
+            "flop_model": flop,
+        }
+
+    @_never_breaks
+    def _fill_from_organisation(self) -> None:
+        from aifactory_train.record.fill import organisation_values
+
+        values, path = organisation_values(self.recipe.record.organisation)
+        if values:
+            self.chain.append("filled", {f"people/{k}": v for k, v in values.items()}, f"from {path.name}")
+
+    def _digest_base(self, folder: Path | None) -> None:
+        """Beside the training: digests of the base model's files and of the container image."""
+        try:
+            values: dict[str, Any] = {}
+            if folder is not None:
+                wanted = (".safetensors", ".json", ".model", ".jinja", ".txt", ".gguf")
+                files = describe(files_below(folder, lambda p: p.suffix in wanted), folder)
+                values["base/files"] = files
+                values["base/tree_sha256"] = tree_digest(files)
+            image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+            if image and Path(image).is_file():
+                values["run/container/sha256"] = describe([Path(image)], Path(image).parent)[0]["sha256"]
+            self.chain.append("base-digested", values)
+        except Exception as error:
+            self.failed("digests of the base model", error)
+
+    # ---- while it trains
+
+    def step(self, record: dict[str, Any], documents: Any, shares: Sequence[Sequence[Any]]) -> None:
+        """After each optimizer step: its metrics, its documents, and how they were shared out (rank, micro-batch).
+
+        Adds ``memory_bytes`` (rank 0, at most so far) to the metrics.
+        """
+        if not self._active:
+            return
+        began = time.perf_counter()
+        self._step(record, documents, shares)
+        self._step_cost += time.perf_counter() - began
+
+    @_never_breaks
+    def _step(self, record: dict[str, Any], documents: Any, shares: Sequence[Sequence[Any]]) -> None:
+        lengths = self._lengths[documents].tolist()
+        segments = None
+        if self.recipe.data.batching == "padded":
+            segments = []
+            for batch in (b for rank in shares for b in rank if len(b)):
+                segments += [int(self._lengths[batch].max())] * len(batch)
+        record["memory_bytes"] = self._peak_memory()["bytes"]
+        self._last = int(record["step"])
+        sums = self._sums
+        sums["steps"] += 1
+        sums["tokens"] += int(record["tokens"])
+        sums["positions"] += sum(segments) if segments is not None else int(record["tokens"])
+        sums["supervised_tokens"] += int(record["supervised_tokens"])
+        sums["train_s"] += float(record["seconds"])
+        if self._count is not None:
+            self._work = self._work + self._count(lengths, int(record["supervised_tokens"]), segments=segments)
+        if time.monotonic() - self._reported >= PROGRESS_S:
+            self.progress()
+
+    @_never_breaks
+    def progress(self, state: str = "running", cause: str | None = None, kind: str = "progress") -> None:
+        """Write down the sums so far."""
+        if not self._active:
+            return
+        self._reported = time.monotonic()
+        before = self._known()
+        mine = self._attempt(state, self._first, cause)
+        attempts = {**before.get("compute", {}).get("attempts", {}), self.attempt: mine}
+        values: dict[str, Any] = {
+            f"compute/attempts/{self.attempt}": mine,
+            "compute/totals": totals(attempts, self.recipe, before),
+        }
+        values["aiact"] = aiact.verdict(
+            aiact.base_of(self.recipe.model.base, self.recipe.record.base_flop),
+            values["compute/totals"]["flop_model"],
+            self._earlier,
+        )
+        if self._count is None:
+            values["aiact"] = {
+                "reasoning": missing("provider: this architecture's FLOPs are not counted"),
+                "provider_flag": None,
+            }
+        values["energy"] = self._energy(attempts)
+        self.chain.append(kind, values, cause or "")
+        write_record(self.run.path)
+
+    def _attempt(self, state: str, first: int, cause: str | None = None) -> dict[str, Any]:
+        wall = time.monotonic() - self._began
+        return {
+            "state": state,
+            "cause": cause,
+            "updated": now(),
+            "started": self._started,
+            "first_step": first,
+            "last_step": self._last,
+            "ranks": self.world.size,
+            "nodes": self._nodes,
+            "job": (collect.scheduler()["job_ids"] or [None])[0],
+            "wall_s": round(wall, 3),
+            **{k: round(v, 3) if isinstance(v, float) else v for k, v in self._sums.items()},
+            "device_hours": wall * self.world.size / 3600,
+            "flop_model": self._work.model,
+            "flop_model_full_attention": self._work.model_full_attention,
+            "flop_executed": self._work.executed,
+            "flop_counted": self._count is not None,
+            "peak_memory_bytes": self._peak_memory(),
+            "recorder_s": round(self._step_cost, 4),
+            "errors": dict(self._errors),
+        }
+
+    def _peak_memory(self) -> dict[str, Any]:
+        if self.world.device == "cpu":
+            return {
+                "kind": "resident set of rank 0",
+                "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+        import torch
+
+        return {
+            "kind": "allocated on the device of rank 0",
+            "bytes": torch.cuda.max_memory_allocated(self.world.device),
+            "reserved": torch.cuda.max_memory_reserved(self.world.device),
+        }
+
+    def _energy(self, attempts: dict[str, Any]) -> dict[str, Any]:
+        from aifactory_train.energy import read_nodes, summarise
+
+        folders = [self.run.attempt_dir(int(number)) for number in sorted(attempts)]
+        gpu = self.world.device != "cpu"
+        return summarise(
+            read_nodes(folders),
+            node_seconds=sum(a["wall_s"] * a["nodes"] for a in attempts.values()),
+            pue=self._site.get("pue"),
+            grid=self._site.get("grid"),
+            tdp_w=self._site.get("tdp_w") if gpu else None,
+            device_seconds=sum(a["wall_s"] * a["ranks"] for a in attempts.values()) if gpu else 0.0,
+            site=self._site.get("site"),
+        )
+
+    @_never_breaks
+    def evaluated(self, when: str, figures: dict[str, Any], step: int) -> None:
+        """Held-out figures (``before``, ``after`` or ``during``); answers of rows are left out of the record."""
+        if not self._active:
+            return
+        place = f"eval/{when}" if when != "during" else f"eval/during/{step:09d}"
+        self.chain.append("evaluated", {place: {"step": step, **without_samples(figures)}}, when)
+
+    @_never_breaks
+    def checkpointed(self, step: int) -> None:
+        if self._active:
+            self.chain.append("checkpoint", {"checkpoints/last": step})
+
+    @_never_breaks
+    def note(self, kind: str, values: dict[str, Any] | None = None, text: str = "") -> None:
+        """Any other event: a stop request, a skipped batch, a roll-back, the egress self-test."""
+        if self._active:
+            self.chain.append(kind, values or {}, text)
+
+    @_never_breaks
+    def exported(self, result: dict[str, Any] | None) -> None:
+        """Digests of everything below ``export/``, with the verdict of the logits gate."""
+        if not self._active or result is None:
+            return
+        self.chain.append("exported", exported_values(self.run.path, self.recipe, result))
+
+    # ---- end
+
+    def end(self, state: str, cause: str | None = None) -> None:
+        """All ranks: stop the meter; rank 0 closes the attempt and, after a finished run, writes the report and the pack."""
+        if self._meter is not None:
+            with contextlib.suppress(Exception):  # the meter keeps its own errors in its file
+                self._meter.stop()
+        if self.world.is_main:
+            self._end(state, cause)
+
+    @_never_breaks
+    def _end(self, state: str, cause: str | None) -> None:
+        if not self._active:
+            return
+        if self._digesting is not None:
+            self._digesting.join(timeout=600)
+        self._wait_for_other_nodes()
+        self.progress(state, cause, kind="attempt-ended")
+        self._active = False
+        if state == "finished" and self.recipe.record.pack:
+            from aifactory_train.record.pack import write_pack
+
+            write_pack(self.run, say=None)
+
+    def _wait_for_other_nodes(self, patience_s: float = 5.0) -> None:
+        """The other nodes' last readings, if they come soon."""
+        if self._nodes <= 1:
+            return
+        folder = self.run.attempt_dir(int(self.attempt))
+        until = time.monotonic() + patience_s
+        while time.monotonic() < until:
+            files = list(folder.glob("energy-*.json"))
+            if len(files) >= self._nodes and all('"final": true' in f.read_text(encoding="utf-8") for f in files):
+                return
+            time.sleep(0.1)
+
+    def failed(self, where: str, error: BaseException) -> None:
+        """Keep and print an error of the recorder itself, each kind once."""
+        text = f"{type(error).__name__}: {error}" if not self.private else type(error).__name__
+        if where in self._errors:
+            return
+        self._errors[where] = text
+        print(f"record: {where} failed and is missing from the record: {text}", file=sys.stderr, flush=True)
+
+
+def exported_values(folder: Path, recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
+    """The record's ``artefact`` section from what lies below ``export/``."""
+    files = describe(files_below(folder / "export"), folder)
+    return {
+        "artefact": {
+            "files": files,
+            "tree_sha256": tree_digest(files),
+            "format": "safetensors",
+            "adapter_only": recipe.adapter.kind != "none" and "merged" not in result.get("paths", {}),
+            "paths": {
+                k: Path(v).resolve().relative_to(folder.resolve()).as_posix()
+                for k, v in result.get("paths", {}).items()
+            },
+            "gate": result.get("gate"),
+            "created": now(),
+        }
+    }
+
+
+def without_samples(figures: Any) -> Any:
+    """Figures without prompts and answers."""
+    if isinstance(figures, dict):
+        return {k: without_samples(v) for k, v in figures.items() if k != "samples"}
+    return figures
+
+
+def totals(attempts: dict[str, Any], recipe: Recipe, before: dict[str, Any]) -> dict[str, Any]:
+    """Sums over all attempts, what was computed twice, and the cross-check of the FLOPs against 6 P D."""
+    ordered = [attempts[k] for k in sorted(attempts)]
+
+    def add(key: str) -> float:
+        return sum(a.get(key) or 0 for a in ordered)
+
+    repeated_steps, wasted_h = 0, 0.0
+    for old, new in itertools.pairwise(ordered):
+        again = max(0, old["last_step"] - new["first_step"])
+        if again and old["steps"]:
+            repeated_steps += again
+            wasted_h += old["device_hours"] * min(1.0, again / old["steps"])
+        elif not old["steps"]:
+            wasted_h += old["device_hours"]  # an attempt that never made a step
+    base, method = before.get("base", {}), before.get("method", {})
+    result: dict[str, Any] = {
+        "wall_s": round(add("wall_s"), 3),
+        "wall_days": add("wall_s") / 86400,
+        "device_hours": add("device_hours"),
+        "device_days": add("device_hours") / 24,
+        "steps": int(add("steps")),
+        "tokens_processed": {"real": int(add("tokens")), "with_padding": int(add("positions"))},
+        "supervised_tokens": int(add("supervised_tokens")),
+        "flop_model": add("flop_model"),
+        "flop_model_full_attention": add("flop_model_full_attention"),
+        "flop_executed": add("flop_executed"),
+        "flop_method": "counted per step from the tokens of each document: matrix products, attention causal inside documents; "
+        "executed adds padding and recomputation; evaluation and export are not counted",
+        "restarts": max(0, len(ordered) - 1),
+        "repeated_steps": repeated_steps,
+        "wasted_device_hours": wasted_h,
+        "peak_flops_used": None,
+        "mfu": None,
+    }
+    parameters = base.get("params_total")
+    if isinstance(parameters, (int, float)) and result["flop_model"]:
+        factor = 6 if method.get("kind") == "full" else 4
+        plain_count = factor * parameters * result["tokens_processed"]["real"]
+        off = 100 * (result["flop_model"] / plain_count - 1) if plain_count else 0.0
+        result["cross_check"] = {
+            "formula": f"{factor} x parameters x tokens",
+            "flop": plain_count,
+            "difference_pct": round(off, 1),
+            "more_than_30_pct": abs(off) > 30,
+            "why_it_may_differ": "the output layer runs at supervised positions only; attention and adapters are counted; the "
+            "formula counts embeddings as if they were multiplied",
+        }
+    _add_utilisation(result, before, add("train_s"), ordered)
+    return result
+
+
+def _add_utilisation(
+    result: dict[str, Any], before: dict[str, Any], train_s: float, ordered: list[dict[str, Any]]
+) -> None:
+    """MFU against the dense peak of a GPU that the catalogue knows; none is printed for any other device."""
+    device = before.get("compute", {}).get("device", {})
+    if device.get("kind") != "gpu" or not train_s:
+        return
+    import re
+
+    from aifactory_train.sites.profiles import gpu_catalogue
+
+    precision = "bf16" if "compute bf16" in str(before.get("hparams", {}).get("precision", "")) else "fp32"
+    for facts in gpu_catalogue().values():
+        if any(re.search(pattern, str(device.get("model"))) for pattern in facts.get("device_names") or ()):
+            peak = (facts.get("peak_tflops") or {}).get(precision)
+            if peak:
+                ranks = ordered[-1]["ranks"]
+                result["peak_flops_used"] = {"flop_per_s": peak * 1e12, "precision": precision, "sparsity": "dense"}
+                result["mfu"] = result["flop_model"] / (peak * 1e12 * train_s * ranks)
+            return
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        return "processor (unknown)"
+    return "processor (unknown)"
+
+
+__all__ = ["DATA_MANIFEST", "EVENTS", "RECORD", "Recorder", "is_missing", "load_record", "totals", "write_record"]

@@ -1,0 +1,137 @@
+"""The Hugging Face model card, from the record alone: metadata block and text, no package needed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from aifactory_train.record.missing import is_missing
+from aifactory_train.record.render.common import cell, footer, get, names, text_of
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_HUB_LICENCES = {
+    "apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-3.0", "cc-by-sa-4.0", "cc-by-sa-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
+    "bsd-3-clause", "bsd-2-clause", "gpl-3.0", "lgpl-3.0", "mpl-2.0", "eupl-1.2", "odbl", "unlicense", "isc", "openrail",
+}  # fmt: skip
+_METRICS = {
+    "bits_per_byte": "bits per byte",
+    "perplexity": "perplexity",
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+}
+
+
+def card(record: dict[str, Any]) -> str:
+    """YAML front matter that the hub reads, and the sections people look for."""
+    return f"---\n{yaml.safe_dump(metadata(record), sort_keys=False, allow_unicode=True)}---\n\n{_body(record)}"
+
+
+def metadata(record: dict[str, Any]) -> dict[str, Any]:
+    base = str(get(record, "base/id"))
+    licence = get(record, "people/licence_of_result", "provider")
+    data = record.get("data", [])
+    languages = [x for x in names(d["languages"] for d in data) if not is_missing(x)]
+    found: dict[str, Any] = {
+        "library_name": "peft" if get(record, "method/kind") != "full" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["aifactory-train", str(get(record, "method/kind"))],
+    }
+    if _HUB_ID.match(base):
+        found["base_model"] = base
+    hub_data = [d["source"] for d in data if d["role"] == "train" and _HUB_ID.match(str(d["source"]))]
+    if hub_data:
+        found["datasets"] = names(hub_data)
+    if languages:
+        found["language"] = languages
+    if not is_missing(licence) and str(licence).lower() in _HUB_LICENCES:
+        found["license"] = str(licence).lower()
+    else:
+        found["license"] = "other"
+        found["license_name"] = "missing" if is_missing(licence) else str(licence)
+    results = []
+    after = record.get("eval", {}).get("after", {})
+    for name, label in _METRICS.items():
+        if isinstance(after.get(name), (int, float)):
+            results.append({"type": name, "value": float(f"{after[name]:.6g}"), "name": label})
+    model_name = get(record, "people/model_name", "provider")
+    if results:
+        found["model-index"] = [
+            {
+                "name": str(get(record, "run/id")) if is_missing(model_name) else str(model_name),
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"type": "held-out", "name": "held-out rows of this run"},
+                        "metrics": results,
+                    }
+                ],
+            }
+        ]
+    carbon = record.get("energy", {}).get("carbon_kg")
+    if isinstance(carbon, (int, float)):
+        found["co2_eq_emissions"] = {
+            "emissions": round(carbon * 1000, 3),
+            "source": "hardware energy counters, PUE and grid intensity of the site",
+            "training_type": "fine-tuning",
+            "hardware_used": f"{get(record, 'compute/device/count')} x {get(record, 'compute/device/model')}",
+        }
+    return found
+
+
+def _body(record: dict[str, Any]) -> str:
+    title = get(record, "people/model_name", "provider")
+    data = record.get("data", [])
+    lines = [f"# {get(record, 'run/title') if is_missing(title) else title}", ""]
+    lines += [
+        f"{get(record, 'method/kind')} fine-tuning of {get(record, 'base/id')} (revision {get(record, 'base/revision')}), made with "
+        f"aifactory-train {get(record, 'run/code/version')}, run {get(record, 'run/id')}.",
+        "",
+        "## Uses",
+        "",
+        f"Intended: {get(record, 'people/intended_use', 'provider')}",
+        "",
+        f"Restricted: {get(record, 'people/restricted_use', 'provider')}",
+        "",
+        "## Training data",
+        "",
+        "| source | role | rows | tokens | licence | origin | personal data |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for d in data:
+        cells = [d["name"], d["role"], d.get("rows"), d.get("tokens"), d["licence"], d["origin"], d["personal_data"]]
+        lines.append("| " + " | ".join(cell(c) for c in cells) + " |")
+    lines += ["", "## Training procedure", ""]
+    for key, value in {**record.get("method", {}), **record.get("hparams", {})}.items():
+        if key != "choices" and value not in (None, [], {}):
+            lines.append(f"- {key.replace('_', ' ')}: {text_of(value)}")
+    lines += ["", "## Evaluation", "", "| metric | before | after | 95 % interval after |", "|---|---|---|---|"]
+    before, after = record.get("eval", {}).get("before", {}), record.get("eval", {}).get("after", {})
+    for name, label in _METRICS.items():
+        if isinstance(after.get(name), (int, float)):
+            interval = (after.get("ci") or {}).get(name)
+            lines.append(f"| {label} | {text_of(before.get(name))} | {text_of(after[name])} | {text_of(interval)} |")
+    if not after:
+        lines.append("| MISSING (run: no evaluation) | | | |")
+    totals = record.get("compute", {}).get("totals", {})
+    lines += [
+        "",
+        "## Compute and environmental impact",
+        "",
+        f"- Hardware: {get(record, 'compute/device/count')} x {get(record, 'compute/device/model')} on {get(record, 'run/host_site')}",
+        f"- Device hours: {text_of(totals.get('device_hours', 'MISSING (run)'))}",
+        f"- Training compute: {text_of(totals.get('flop_model', 'MISSING (run)'))} FLOP (executed: {text_of(totals.get('flop_executed', 'MISSING (run)'))})",
+        f"- Energy: {text_of(get(record, 'energy/measured_kwh', 'site'))} kWh; {get(record, 'energy/method', 'site')}",
+        f"- Facility energy: {text_of(get(record, 'energy/facility_kwh', 'site'))}; CO2e in kg: {text_of(get(record, 'energy/carbon_kg', 'site'))}",
+        "",
+        "## Licences",
+        "",
+        f"Result: {get(record, 'people/licence_of_result', 'provider')}. Base model: {get(record, 'base/licence')}. "
+        f"Training data: {text_of(names(d['licence'] for d in data if d['role'] == 'train'))}.",
+        "",
+        "## Contact",
+        "",
+        f"{get(record, 'people/provider_legal_name', 'provider')}; {get(record, 'people/contact', 'provider')}",
+    ]
+    return "\n".join(lines) + "\n" + footer("mdf", record)

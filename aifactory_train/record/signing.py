@@ -1,0 +1,252 @@
+"""The signed manifest: SHA-256 of every file that counts, as an in-toto statement in a DSSE envelope, signed with Ed25519.
+
+``manifest.json`` is the statement in readable form, ``manifest.dsse.json`` the envelope. Nothing goes to a transparency log: compute
+nodes have no internet, and records of sensitive projects stay where they are. Formats: in-toto Statement v1, DSSE v1 (its
+pre-authentication encoding is what is signed), keys as PEM.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.errors import UserError
+from aifactory_train.record.chain import Fault, canonical, now
+from aifactory_train.record.digests import file_digest, files_below
+
+MANIFEST, ENVELOPE = "manifest.json", "manifest.dsse.json"
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
+_NEEDS = "pip install -c constraints.txt 'aifactory-train[evidence]'"
+
+
+def subjects(folder: Path) -> list[Path]:
+    """The files that the manifest speaks for: record, events, data manifest, plan, configuration, figures, export, evidence."""
+    names = ["record.json", "events.jsonl", "data_manifest.json", "run.yaml", "eval.json", "ro-crate-metadata.json"]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    for below in ("export", "evidence"):
+        if (folder / below).is_dir():
+            found += [p for p in files_below(folder / below) if p.name not in (MANIFEST, ENVELOPE)]
+    return found
+
+
+def statement(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """An in-toto statement about the run folder, with SLSA provenance built from the record."""
+    run, base = record.get("run", {}), record.get("base", {})
+    materials = [
+        {"uri": str(base.get("id")), "digest": {"sha256": f["sha256"]}, "name": f["path"]}
+        for f in base.get("files", [])
+        if isinstance(f, dict)
+    ]
+    materials += [
+        {"uri": str(d.get("source")), "digest": {"sha256": d["sha256"]}, "name": str(d.get("name"))}
+        for d in record.get("data", [])
+        if d.get("sha256")
+    ]
+    return {
+        "_type": STATEMENT_TYPE,
+        "subject": [
+            {"name": p.relative_to(folder).as_posix(), "digest": {"sha256": file_digest(p)}}
+            for p in sorted(subjects(folder))
+        ],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": "urn:aifactory-train:training-run:v1",
+                "externalParameters": {"recipe": run.get("recipe"), "config_sha256": run.get("config_sha256")},
+                "internalParameters": {"seed": run.get("seed")},
+                "resolvedDependencies": materials,
+            },
+            "runDetails": {
+                "builder": {
+                    "id": "urn:aifactory-train",
+                    "version": {"aifactory-train": run.get("code", {}).get("version", "")},
+                },
+                "metadata": {"invocationId": run.get("id"), "startedOn": run.get("created"), "finishedOn": now()},
+            },
+        },
+    }
+
+
+def pre_authentication(payload_type: str, payload: bytes) -> bytes:
+    """DSSE's encoding of type and payload with their lengths, which is what the signature is over."""
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+
+
+# ---- keys
+
+
+def default_key() -> Path:
+    root = (
+        os.environ.get("AIFACTORY_CONFIG")
+        or Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "aifactory"
+    )
+    return Path(root) / "signing.pem"
+
+
+def make_key(path: Path) -> Path:
+    """A new Ed25519 key pair: ``path`` (mode 600) and ``path`` with ``.pub``. Never overwrites one."""
+    ed25519, serialization = _cryptography()
+    if path.exists():
+        raise UserError(
+            "there is a key already", where=str(path), fix="choose another file; old signatures need the old key"
+        )
+    key = ed25519.Ed25519PrivateKey.generate()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(private)
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    path.with_suffix(".pub").write_bytes(public)
+    return path.with_suffix(".pub")
+
+
+def _cryptography() -> tuple[Any, Any]:
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError:
+        raise UserError("signatures need the package 'cryptography'", fix=_NEEDS) from None
+    return ed25519, serialization
+
+
+def load_private(path: Path) -> Any:
+    ed25519, serialization = _cryptography()
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        raise UserError("no such key", where=str(path), fix="aifactory record key makes one") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UserError("others can read this private key", where=str(path), fix=f"chmod 600 {path}")
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"is not an unencrypted PEM private key: {error}", where=str(path)) from None
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise UserError("is not an Ed25519 key", where=str(path))
+    return key
+
+
+def load_public(path: Path) -> Any:
+    ed25519, serialization = _cryptography()
+    try:
+        key = serialization.load_pem_public_key(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"is not a PEM public key: {error}", where=str(path)) from None
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise UserError("is not an Ed25519 key", where=str(path))
+    return key
+
+
+def key_id(public: Any) -> str:
+    _, serialization = _cryptography()
+    raw = public.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return hashlib.sha256(raw).hexdigest()
+
+
+# ---- writing and checking
+
+
+def write_manifest(folder: Path, record: dict[str, Any], key: Path | None) -> dict[str, Any]:
+    """``evidence/manifest.json``, and with a key the signed envelope beside it. Returns what the pack's index says of it."""
+    target = folder / "evidence"
+    target.mkdir(exist_ok=True)
+    content = statement(folder, record)
+    (target / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (target / ENVELOPE).unlink(missing_ok=True)
+    if key is None:
+        return {"signed": False, "why": "no signing key: aifactory record key, then aifactory record sign RUN"}
+    private = load_private(key)
+    payload = canonical(content)
+    signature = private.sign(pre_authentication(PAYLOAD_TYPE, payload))
+    public = private.public_key()
+    envelope = {
+        "payload": base64.b64encode(payload).decode(),
+        "payloadType": PAYLOAD_TYPE,
+        "signatures": [{"keyid": key_id(public), "sig": base64.b64encode(signature).decode()}],
+    }
+    (target / ENVELOPE).write_text(json.dumps(envelope, indent=1) + "\n", encoding="utf-8")
+    return {"signed": True, "keyid": key_id(public)}
+
+
+def check_manifest(folder: Path, public: Path | None) -> tuple[list[Fault], list[str]]:
+    """Faults of the manifest against the files, and of the envelope against ``public``; and notes."""
+    place = folder / "evidence" / MANIFEST
+    if not place.is_file():
+        return [], ["there is no manifest: the evidence pack was not written"]
+    faults: list[Fault] = []
+    notes: list[str] = []
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+        listed = {s["name"]: s["digest"]["sha256"] for s in content["subject"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [Fault("manifest-unreadable", f"evidence/{MANIFEST}", "the manifest is damaged or was edited")], notes
+    for name, digest in listed.items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            faults.append(
+                Fault("manifest-unreadable", f"evidence/{MANIFEST}", f"'{name}' points outside the run folder")
+            )
+        elif not path.is_file():
+            faults.append(Fault("file-missing", name, "the manifest lists this file, but it is not here"))
+        elif file_digest(path) != digest:
+            faults.append(Fault("file-changed", name, "its SHA-256 differs from the manifest's"))
+    for path in subjects(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in listed:
+            faults.append(Fault("file-added", name, "the manifest does not list this file"))
+    envelope_file = folder / "evidence" / ENVELOPE
+    if not envelope_file.is_file():
+        notes.append("the manifest is not signed")
+        if public is not None:
+            faults.append(
+                Fault("signature-missing", f"evidence/{ENVELOPE}", "a key was given, but there is no signature")
+            )
+        return faults, notes
+    return faults + _check_envelope(envelope_file, content, public, notes), notes
+
+
+def _check_envelope(path: Path, content: dict[str, Any], public: Path | None, notes: list[str]) -> list[Fault]:
+    where = f"evidence/{ENVELOPE}"
+    try:
+        envelope = json.loads(path.read_text(encoding="utf-8"))
+        payload = base64.b64decode(envelope["payload"], validate=True)
+        signatures = [(s["keyid"], base64.b64decode(s["sig"], validate=True)) for s in envelope["signatures"]]
+        kind = envelope["payloadType"]
+    except (ValueError, KeyError, TypeError):
+        return [Fault("signature-unreadable", where, "the envelope is damaged or was edited")]
+    faults = []
+    if payload != canonical(content):
+        faults.append(Fault("manifest-edited", f"evidence/{MANIFEST}", "the manifest is not the one that was signed"))
+    if public is None:
+        notes.append(
+            f"signed with key {signatures[0][0][:16] if signatures else '?'}: give --key PUBLIC.pub to check who signed"
+        )
+        return faults
+    from cryptography.exceptions import InvalidSignature
+
+    key = load_public(public)
+    wanted = key_id(key)
+    if all(keyid != wanted for keyid, _ in signatures):
+        signed_by = ", ".join(keyid[:16] for keyid, _ in signatures) or "nobody"
+        faults.append(Fault("wrong-key", where, f"signed with key {signed_by}, not with the given key {wanted[:16]}"))
+        return faults
+    for keyid, signature in signatures:
+        if keyid == wanted:
+            try:
+                key.verify(signature, pre_authentication(kind, payload))
+            except InvalidSignature:
+                faults.append(Fault("bad-signature", where, "the signature does not belong to this content"))
+    return faults

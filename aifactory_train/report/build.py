@@ -1,0 +1,449 @@
+"""``report.html``: what a run did, for people. One file without scripts or pictures from anywhere else, made from the record,
+``metrics.jsonl`` and ``eval.json``."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.record.missing import has_missing, missing_places
+from aifactory_train.record.render.common import legal_basis, text_of
+from aifactory_train.report.svg import Curve, chart, duration, short, timeline
+from aifactory_train.runs import RunFolder, write_atomic
+
+HERE = Path(__file__).resolve().parent
+_METRICS = {
+    "bits_per_byte": ("bits per byte", "less is better"),
+    "perplexity": ("perplexity", "less is better"),
+    "exact_match": ("exact match", "more is better"),
+    "token_f1": ("token F1", "more is better"),
+}
+
+
+def write_report(run: RunFolder, record: dict[str, Any]) -> Path:
+    """Write ``report.html`` into the run folder."""
+    target = run.path / "report.html"
+    write_atomic(target, build(run, record))
+    return target
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl``; a torn last line is left out."""
+    found = []
+    if path.is_file():
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    found.append(json.loads(line))
+                except ValueError:
+                    continue  # the line that is being written
+    return found
+
+
+def build(run: RunFolder, record: dict[str, Any], *, live: bool = False) -> str:
+    """The page as text. ``live``: it asks its own server for news every few seconds (``aifactory report --serve``)."""
+    metrics = read_metrics(run.metrics_file)
+    results = _json(run.eval_file)
+    plan = _json(run.path / "plan.json")
+    title = str(record.get("run", {}).get("title") or record.get("run", {}).get("id"))
+    sections = [
+        ("curves", "Curves", _curves(metrics, record, plan)),
+        ("evaluation", "Held-out evaluation", _evaluation(record, results)),
+        ("compute", "Compute and energy", _compute(record)),
+        ("attempts", "Attempts", _attempts(record)),
+        ("data", "Data card", _data(record)),
+        ("choices", "Where each choice came from", _choices(record)),
+        ("evidence", "Evidence and open questions", _evidence(run, record)),
+    ]
+    sections = [s for s in sections if s[2]]
+    navigation = "".join(f'<li><a href="#{anchor}">{html.escape(name)}</a></li>' for anchor, name, _ in sections)
+    body = "".join(
+        f'<section id="{anchor}" aria-labelledby="h-{anchor}"><h2 id="h-{anchor}">{html.escape(name)}</h2>{content}</section>\n'
+        for anchor, name, content in sections
+    )
+    attempts = record.get("compute", {}).get("attempts", {})
+    state = attempts[max(attempts)]["state"] if attempts else "new"
+    return page(
+        title,
+        f'<header class="top"><p class="soft">{html.escape(str(record.get("run", {}).get("recipe", "")))} '
+        f"· run {html.escape(str(record.get('run', {}).get('id', '')))}</p><h1>{html.escape(title)}</h1>"
+        f'<p><span class="state {html.escape(state)}">{html.escape(state)}</span> {html.escape(_sentence(record))}</p>'
+        f'<nav aria-label="Sections"><ul>{navigation}</ul></nav></header>\n<main id="main">{_cards(record, results)}{body}</main>\n'
+        f'<footer class="end"><p>{html.escape(legal_basis()["footer"])}</p><p>Made by aifactory-train '
+        f"{html.escape(str(record.get('run', {}).get('code', {}).get('version', '')))} from record event {record['log']['events']}, head "
+        f"{record['log']['head_sha256'][:16]}. <code>aifactory verify</code> checks it.</p></footer>",
+        live=live,
+    )
+
+
+def page(title: str, body: str, *, live: bool = False) -> str:
+    """The frame of every page: language, size, a policy that lets nothing be loaded, style and script inline."""
+    style = (HERE / "style.css").read_text(encoding="utf-8")
+    script = (HERE / "script.js").read_text(encoding="utf-8")
+    connect = ""
+    if live:
+        connect = "connect-src 'self'; "
+        script += (HERE / "live.js").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; {connect}style-src 'unsafe-inline'; "
+        "script-src 'unsafe-inline'; img-src data:\">\n"
+        f'<link rel="icon" href="data:,">\n<title>{html.escape(title)} · aifactory-train</title>\n<style>{style}</style>\n</head>\n'
+        f'<body>\n<a class="skip" href="#main">Skip to the content</a>\n{body}\n<script>{script}</script>\n</body>\n</html>\n'
+    )
+
+
+# ---- parts
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _show(value: Any) -> str:
+    """A value as HTML; what is missing stands out."""
+    text = html.escape(text_of(value))
+    if has_missing(value):
+        return f'<span class="missing">{text}</span>'
+    return text
+
+
+def _sentence(record: dict[str, Any]) -> str:
+    method, base, device = record.get("method", {}), record.get("base", {}), record.get("compute", {}).get("device", {})
+    count = device.get("count", 1)
+    what = "GPU" if device.get("kind") == "gpu" else "CPU process"
+    plural = "es" if what.endswith("ss") else "s"
+    trained = "all weights" if method.get("kind") == "full" else f"{method.get('kind')} adapters"
+    return f"{trained} of {base.get('id')} on {count} {what}{plural if count != 1 else ''} ({device.get('model', 'unknown')})"
+
+
+def _cards(record: dict[str, Any], results: dict[str, Any]) -> str:
+    totals, energy, law = record.get("compute", {}).get("totals", {}), record.get("energy", {}), record.get("aiact", {})
+    cards: list[tuple[str, str, str]] = []
+    before, after = results.get("before") or {}, results.get("after") or {}
+    for name, (label, sense) in _METRICS.items():
+        if isinstance(after.get(name), (int, float)):
+            old = before.get(name)
+            change = ""
+            if isinstance(old, (int, float)) and old:
+                change = f"{100 * (after[name] - old) / abs(old):+.1f} % from {old:.4g}, {sense}"
+            cards.append((f"held-out {label}", f"{after[name]:.4g}", change))
+            break
+    if totals:
+        cards.append(
+            (
+                "training time",
+                duration(totals["wall_s"]),
+                f"{totals['device_hours']:.3g} device hours, {totals['restarts']} restarts",
+            )
+        )
+        real = totals["tokens_processed"]["real"]
+        cards.append(("tokens trained on", short(real), f"{totals['steps']:,} steps"))
+        if totals.get("flop_model"):
+            mfu = totals.get("mfu")
+            more = f"executed {totals['flop_executed']:.3g}" + (
+                f", MFU {100 * mfu:.1f} %" if isinstance(mfu, (int, float)) else ""
+            )
+            cards.append(("model FLOP", f"{totals['flop_model']:.3g}", more))
+    if energy:
+        kwh = energy.get("measured_kwh")
+        if isinstance(kwh, (int, float)):
+            worst = min(energy.get("coverage_pct", {}).values(), default=0)
+            cards.append(
+                (
+                    "energy, measured",
+                    f"{short(kwh * 1000)} Wh" if kwh < 1 else f"{short(kwh)} kWh",
+                    f"{energy['boundary']}; coverage {worst:g} %",
+                )
+            )
+        elif isinstance(energy.get("estimated_kwh"), (int, float)):
+            cards.append(("energy, estimated", f"{short(energy['estimated_kwh'])} kWh", "TDP x time, not measured"))
+        else:
+            cards.append(("energy", "not measured", "no counter could be read here"))
+    if law.get("share_of_threshold") is not None:
+        flag = (
+            "may make you a provider"
+            if law.get("provider_flag")
+            else "far below"
+            if law["share_of_threshold"] < 0.1
+            else "below"
+        )
+        cards.append(("one-third test", f"{law['share_of_threshold']:.2g} of it", flag))
+    items = "".join(
+        f'<li><span class="label">{html.escape(a)}</span><span class="figure">{html.escape(b)}</span><span class="more">{html.escape(c)}</span></li>'
+        for a, b, c in cards
+    )
+    return f'<ul class="cards" aria-label="Key figures">{items}</ul>' if items else ""
+
+
+def _curves(metrics: list[dict[str, Any]], record: dict[str, Any], plan: dict[str, Any]) -> str:
+    train = [m for m in metrics if m.get("kind", "train") == "train" and "step" in m]
+    held = [m for m in metrics if m.get("kind") == "eval" and "step" in m]
+    if not train:
+        return "<p>No step is finished yet.</p>"
+
+    def curve(key: str, label: str) -> Curve:
+        return Curve(
+            label,
+            [m["step"] for m in train],
+            [m.get(key) if isinstance(m.get(key), (int, float)) else None for m in train],
+        )
+
+    loss = [curve("loss", "training")]
+    if held:
+        loss.append(Curve("held-out", [m["step"] for m in held], [m.get("loss") for m in held], dots=True))
+    charts = [
+        chart("loss", "Loss", "nats per supervised token", loss),
+        chart("rate", "Learning rate", "", [curve("learning_rate", "learning rate")], zero=True),
+        chart("norm", "Gradient norm", "L2, before clipping", [curve("grad_norm", "gradient norm")], zero=True),
+        chart("speed", "Throughput", "tokens/s", [curve("tokens_per_s", "tokens/s")], zero=True),
+    ]
+    memory = [m for m in train if isinstance(m.get("memory_bytes"), (int, float))]
+    planned = _planned_bytes(plan)
+    if memory:
+        charts.append(
+            chart(
+                "memory",
+                "Memory",
+                "GiB at most so far",
+                [Curve("rank 0", [m["step"] for m in memory], [m["memory_bytes"] / 2**30 for m in memory])],
+                zero=True,
+                reference=("plan", planned / 2**30) if planned else None,
+            )
+        )
+    return f'<div class="charts">{"".join(charts)}</div>{_memory_line(record, planned)}'
+
+
+def _planned_bytes(plan: dict[str, Any]) -> float | None:
+    """What the plan expected per device, where a plan was made."""
+    memory = plan.get("memory") if isinstance(plan.get("memory"), dict) else {}
+    for key in ("total_bytes", "peak_bytes", "bytes"):
+        if isinstance(memory.get(key), (int, float)):
+            return float(memory[key])
+    for key in ("total_gib", "peak_gib", "gib"):
+        if isinstance(memory.get(key), (int, float)):
+            return float(memory[key]) * 2**30
+    return None
+
+
+def _memory_line(record: dict[str, Any], planned: float | None) -> str:
+    attempts = record.get("compute", {}).get("attempts", {})
+    peaks = [a["peak_memory_bytes"] for a in attempts.values() if a.get("peak_memory_bytes")]
+    if not peaks:
+        return ""
+    most = max(peaks, key=lambda p: p["bytes"])
+    text = f"Memory at most: {most['bytes'] / 2**30:.3g} GiB ({most['kind']})"
+    text += f"; the plan expected {planned / 2**30:.3g} GiB" if planned else "; no plan was made for this run"
+    return f"<p>{html.escape(text)}.</p>"
+
+
+def _table(
+    caption: str, columns: list[str], rows: list[list[str]], right: tuple[int, ...] = (), stack: bool = True
+) -> str:
+    """``rows`` are HTML already; the first cell of a row is its heading."""
+    head = "".join(
+        f'<th scope="col"{" class=n" if i in right else ""}>{html.escape(c)}</th>' for i, c in enumerate(columns)
+    )
+    lines = []
+    for row in rows:
+        cells = [f'<th scope="row">{row[0]}</th>']
+        for i, text in enumerate(row[1:], 1):
+            cells.append(
+                f'<td{" class=n" if i in right else ""} data-label="{html.escape(columns[i], quote=True)}">{text}</td>'
+            )
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    kind = ' class="stack"' if stack else ""
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption, quote=True)}"><table{kind}><caption>{html.escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _evaluation(record: dict[str, Any], results: dict[str, Any]) -> str:
+    before, after = results.get("before") or {}, results.get("after") or {}
+    rows = []
+    for name, (label, sense) in _METRICS.items():
+        if not any(isinstance(x.get(name), (int, float)) for x in (before, after)):
+            continue
+
+        def shown(figures: dict[str, Any], name: str = name) -> str:
+            value = figures.get(name)
+            if not isinstance(value, (int, float)):
+                return "not measured"
+            interval = (figures.get("ci") or {}).get(name)
+            text = f"{value:.4g}"
+            if isinstance(interval, list) and len(interval) == 2 and all(isinstance(x, (int, float)) for x in interval):
+                text += f" <span class=soft>[{interval[0]:.4g}, {interval[1]:.4g}]</span>"
+            return text
+
+        rows.append([f"{label} <span class=soft>({sense})</span>", shown(before), shown(after)])
+    if not rows:
+        return "<p>Nothing was evaluated yet.</p>"
+    count = after.get("rows") or before.get("rows")
+    content = _table(f"Held-out figures with 95 % bootstrap intervals over {count} rows", ["", "before", "after"], rows)
+    samples = after.get("samples") or []
+    if record.get("run", {}).get("privacy_profile", "open") != "open":
+        return content + "<p>Sample answers are withheld: the run's privacy profile keeps texts out of reports.</p>"
+    earlier = {s.get("prompt"): s.get("answer") for s in before.get("samples") or []}
+    for sample in samples:
+        pairs = [("prompt", sample.get("prompt")), ("expected", sample.get("expected"))]
+        if sample.get("prompt") in earlier:
+            pairs.append(("answer before training", earlier[sample["prompt"]]))
+        pairs.append(("answer after training", sample.get("answer")))
+        inner = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in pairs if v is not None)
+        content += f'<dl class="sample">{inner}</dl>'
+    return content
+
+
+def _compute(record: dict[str, Any]) -> str:
+    totals, energy = record.get("compute", {}).get("totals", {}), record.get("energy", {})
+    if not totals:
+        return "<p>No step is finished yet.</p>"
+    rows = [
+        ["wall time", f"{duration(totals['wall_s'])} ({totals['wall_days']:.3g} days)"],
+        [
+            "device hours",
+            f"{totals['device_hours']:.4g}, of which {totals['wasted_device_hours']:.3g} computed again after restarts",
+        ],
+        [
+            "tokens",
+            f"{totals['tokens_processed']['real']:,} (with padding {totals['tokens_processed']['with_padding']:,}), {totals['supervised_tokens']:,} supervised",
+        ],
+        [
+            "model FLOP",
+            f"{totals['flop_model']:.4g}; with the whole score matrix counted {totals['flop_model_full_attention']:.4g}",
+        ],
+        ["executed FLOP", f"{totals['flop_executed']:.4g}"],
+        ["how FLOP are counted", html.escape(totals["flop_method"])],
+    ]
+    check = totals.get("cross_check")
+    if check:
+        flag = " <span class=missing>more than 30 % apart</span>" if check["more_than_30_pct"] else ""
+        rows.append(
+            [
+                "cross-check",
+                f"{html.escape(check['formula'])} gives {check['flop']:.4g}: {check['difference_pct']:+.1f} %{flag}. {html.escape(check['why_it_may_differ'])}",
+            ]
+        )
+    for key, label in (
+        ("measured_kwh", "energy measured (kWh)"),
+        ("estimated_kwh", "energy estimated (kWh)"),
+        ("device_kwh", "of which devices (kWh)"),
+        ("cpu_kwh", "of which processors (kWh)"),
+        ("node_kwh", "node counters (kWh)"),
+        ("coverage_pct", "coverage (%)"),
+        ("facility_kwh", "facility, with PUE (kWh)"),
+        ("carbon_kg", "CO2e (kg)"),
+        ("pue", "PUE"),
+        ("carbon", "grid intensity"),
+        ("method", "how energy was found"),
+        ("missing_readers", "counters that could not be read"),
+        ("notes", "notes"),
+    ):
+        if key in energy and energy[key] not in (None, {}, []):
+            rows.append([label, _show(energy[key])])
+    law = record.get("aiact", {}).get("reasoning")
+    verdict = f"<h3>One-third test</h3><p>{_show(law)}</p>" if law else ""
+    return _table("Compute and energy of all attempts", ["", "value"], rows) + verdict
+
+
+def _attempts(record: dict[str, Any]) -> str:
+    attempts = record.get("compute", {}).get("attempts", {})
+    if not attempts:
+        return ""
+    import datetime
+
+    def seconds(text: str) -> float:
+        return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").timestamp()
+
+    origin = min(seconds(a["started"]) for a in attempts.values())
+    bars, rows = [], []
+    for number in sorted(attempts):
+        a = attempts[number]
+        start = seconds(a["started"]) - origin
+        cause = a.get("cause") or ""
+        bars.append((f"attempt {int(number)}", start, start + a["wall_s"], a["state"], cause))
+        rows.append(
+            [
+                f"{int(number)}",
+                f'<span class="state {html.escape(a["state"])}">{html.escape(a["state"])}</span>',
+                html.escape(a["started"].replace("T", " ").rstrip("Z")),
+                duration(a["wall_s"]),
+                f"{a['first_step']:,} to {a['last_step']:,}",
+                html.escape(cause) or "none",
+            ]
+        )
+    return timeline(bars) + _table(
+        "Attempts and why they ended", ["attempt", "state", "started (UTC)", "time", "steps", "cause"], rows
+    )
+
+
+def _data(record: dict[str, Any]) -> str:
+    data = record.get("data", [])
+    rows = [
+        [
+            html.escape(str(d["name"])),
+            html.escape(d["role"]),
+            _show(d.get("rows")),
+            _show(d.get("tokens")),
+            _show(d["licence"]),
+            _show(d["origin"]),
+            _show(d["personal_data"]),
+            f"<code>{html.escape(str(d.get('sha256'))[:16])}</code>",
+        ]
+        for d in data
+    ]
+    if not rows:
+        return ""
+    content = _table(
+        "Sources",
+        ["source", "role", "rows", "tokens", "licence", "origin", "personal data", "SHA-256"],
+        rows,
+        right=(2, 3),
+    )
+    sets = record.get("data_sets", {})
+    facts = [[html.escape(k.replace("_", " ")), _show(v)] for k, v in sets.items() if k not in ("digests",)]
+    return content + _table("What became of them", ["", "value"], facts)
+
+
+def _choices(record: dict[str, Any]) -> str:
+    choices = record.get("hparams", {}).get("choices", [])
+    rows = [
+        [html.escape(str(c["what"])), html.escape(str(c["choice"])), html.escape(str(c["why"])) or "default"]
+        for c in choices
+    ]
+    settings = [
+        [html.escape(k.replace("_", " ")), _show(v)]
+        for k, v in record.get("hparams", {}).items()
+        if k != "choices" and v not in (None, {}, [])
+    ]
+    content = _table("Chosen at start", ["what", "choice", "why"], rows) if rows else ""
+    return (
+        content
+        + "<details><summary>All hyperparameters</summary>"
+        + _table("Hyperparameters", ["", "value"], settings)
+        + "</details>"
+    )
+
+
+def _evidence(run: RunFolder, record: dict[str, Any]) -> str:
+    folder = run.path / "evidence"
+    owed = missing_places(record)
+    content = ""
+    if folder.is_dir() or record.get("artefact", {}).get("tree_sha256"):
+        content += '<p>The documents lie in <a href="evidence/README.md">evidence/</a>.</p>'
+    rows = [[f"<code>{html.escape(place)}</code>", html.escape(who)] for place, who in owed]
+    if rows:
+        content += (
+            f"<details><summary>{len(rows)} entries that only people can supply</summary>"
+            + _table("Missing entries", ["place in the record", "who must supply it"], rows)
+            + "</details>"
+        )
+    return content

@@ -1,0 +1,121 @@
+"""Several runs side by side: one row each, and their curves laid over one another."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.errors import UserError
+from aifactory_train.record.missing import is_missing
+from aifactory_train.report.build import page, read_metrics
+from aifactory_train.report.svg import Curve, chart
+from aifactory_train.runs import RunFolder, open_run
+
+#: key, heading, is a number
+COLUMNS: list[tuple[str, str, bool]] = [
+    ("run", "run", False),
+    ("state", "state", False),
+    ("recipe", "recipe", False),
+    ("base", "base", False),
+    ("method", "method", False),
+    ("steps", "steps", True),
+    ("loss", "last loss", True),
+    ("bits_per_byte_before", "bits/byte before", True),
+    ("bits_per_byte_after", "after", True),
+    ("tokens_per_s", "tokens/s", True),
+    ("device_hours", "device h", True),
+    ("kwh", "kWh", True),
+]
+
+
+def find_runs(folder: Path, names: list[str]) -> list[RunFolder]:
+    """The named runs, or all below ``folder``, oldest first."""
+    if names:
+        found = []
+        for name in names:
+            path = folder / name
+            found.append(RunFolder(path) if (path / "run.yaml").is_file() else open_run(name))
+        return found
+    runs = [RunFolder(p.parent) for p in folder.glob("*/run.yaml")]
+    if not runs:
+        raise UserError("holds no runs", where=str(folder), fix="name another folder with --folder")
+    return sorted(runs, key=lambda r: r.config_file.stat().st_mtime)
+
+
+def row(run: RunFolder) -> dict[str, Any]:
+    """One line of the table. What a run did not record is None, never a guess."""
+    record = _load(run.path / "record.json")
+    results = _load(run.eval_file)
+    metrics = [m for m in read_metrics(run.metrics_file) if m.get("kind", "train") == "train"]
+    state = run.state()
+    totals = record.get("compute", {}).get("totals", {})
+    seconds = sum(m.get("seconds") or 0 for m in metrics)
+    kwh = record.get("energy", {}).get("measured_kwh")
+
+    def figure(when: str) -> float | None:
+        value = (results.get(when) or {}).get("bits_per_byte")
+        return value if isinstance(value, (int, float)) else None
+
+    return {
+        "run": run.path.name,
+        "state": state.get("state"),
+        "recipe": record.get("run", {}).get("recipe"),
+        "base": record.get("base", {}).get("id"),
+        "method": record.get("method", {}).get("kind"),
+        "steps": state.get("step"),
+        "loss": metrics[-1].get("loss") if metrics else None,
+        "bits_per_byte_before": figure("before"),
+        "bits_per_byte_after": figure("after"),
+        "tokens_per_s": round(sum(m.get("tokens") or 0 for m in metrics) / seconds, 1) if seconds else None,
+        "device_hours": totals.get("device_hours"),
+        "kwh": None if is_missing(kwh) else kwh,
+    }
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def compare_page(runs: list[RunFolder], rows: list[dict[str, Any]]) -> str:
+    """A self-contained page: the table, and the losses of up to three runs a chart (more would not be told apart)."""
+    head = "".join(
+        f'<th scope="col"{" class=n" if number else ""}>{html.escape(label)}</th>' for _, label, number in COLUMNS
+    )
+    lines = []
+    for r in rows:
+        cells = [f'<th scope="row">{html.escape(str(r["run"]))}</th>']
+        for key, label, number in COLUMNS[1:]:
+            value = r[key]
+            text = "not recorded" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+            cells.append(
+                f'<td{" class=n" if number else ""} data-label="{html.escape(label)}">{html.escape(text)}</td>'
+            )
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    charts = []
+    for start in range(0, len(runs), 3):
+        curves = []
+        for run in runs[start : start + 3]:
+            train = [m for m in read_metrics(run.metrics_file) if m.get("kind", "train") == "train" and "step" in m]
+            if train:
+                curves.append(Curve(run.path.name, [m["step"] for m in train], [m.get("loss") for m in train]))
+        charts.append(
+            chart(
+                f"loss-{start}",
+                "Loss" if len(runs) <= 3 else f"Loss, runs {start + 1} to {min(start + 3, len(runs))}",
+                "nats per supervised token",
+                curves,
+            )
+        )
+    body = (
+        f'<header class="top"><h1>{len(runs)} runs compared</h1></header><main id="main"><section aria-labelledby="h-t"><h2 id="h-t">Figures</h2>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Figures of the runs"><table class="stack"><caption>One row a run; what a run '
+        f"did not record is said</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></section>"
+        f'<section aria-labelledby="h-c"><h2 id="h-c">Curves</h2><div class="charts">{"".join(charts)}</div></section></main>'
+    )
+    return page(f"{len(runs)} runs", body)
