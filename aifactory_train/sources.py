@@ -44,7 +44,7 @@ CACHE_FORMAT = 1
 
 _PACKAGE = re.compile(
     r"^(?:pypi:(?P<pypi>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<pv>[A-Za-z0-9][A-Za-z0-9.+!_-]*)"
-    r"|npm:(?P<npm>(?:@[a-z0-9~-][a-z0-9._~-]*/)?[a-z0-9~-][a-z0-9._~-]*)@(?P<nv>[0-9A-Za-z][0-9A-Za-z.+-]*))"
+    r"|npm:(?P<npm>(?:@[a-z0-9~][a-z0-9._~-]*/)?[a-z0-9~][a-z0-9._~-]*)@(?P<nv>[0-9A-Za-z][0-9A-Za-z.+-]*))"
     r"(?:#(?P<file>.+))?$"
 )
 _HUB = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -220,7 +220,9 @@ def _hub_cached(spec: Spec, revision: str | None, kind: str, where: str) -> Path
             known = json.loads(file.read_text(encoding="utf-8"))
             revision = known["resolved"] if known.get("asked_revision") is None else None
     try:
-        path = Path(snapshot_download(spec.name, repo_type=kind, revision=revision, local_files_only=True))
+        path = Path(
+            snapshot_download(spec.name, repo_type=kind, revision=revision, local_files_only=True, **_patterns(kind))
+        )
     except LocalEntryNotFoundError:
         raise _not_fetched(spec.text, where) from None
     if kind == "model":
@@ -371,7 +373,7 @@ def _get_package(spec: Spec, scratch: Path, say: Callable[[str], None]) -> _Pack
         npm = shutil.which("npm")
         if npm is None:
             raise UserError("npm is not installed here", where=spec.text, fix="install Node.js, or fetch elsewhere")
-        command = [npm, "pack", f"{spec.name}@{spec.version}", "--ignore-scripts", "--silent"]
+        command = [npm, "pack", f"{spec.name}@{spec.version}", "--ignore-scripts", "--loglevel=error"]
         command += ["--pack-destination", str(inbox)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, timeout=1800, check=False)
@@ -535,6 +537,13 @@ _MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICEN
 _DATA_FILES = ["*.parquet", "*.json", "*.jsonl", "*.csv", "*.tsv", "*.txt", "*.arrow", "*.gz", "LICEN[CS]E*", "*.md"]
 
 
+def _patterns(kind: str) -> dict[str, Any]:
+    """Which files of a repository are wanted; the cache counts as complete when it holds these."""
+    if kind == "model":
+        return {"allow_patterns": _MODEL_FILES, "ignore_patterns": ["original/*", "consolidated*", "onnx/*"]}
+    return {"allow_patterns": _DATA_FILES}
+
+
 def _fetch_hub(spec: Spec, revision: str | None, kind: str, say: Callable[[str], None]) -> dict[str, Any]:
     from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
@@ -547,8 +556,7 @@ def _fetch_hub(spec: Spec, revision: str | None, kind: str, say: Callable[[str],
                 spec.name,
                 repo_type=kind,
                 revision=revision,
-                allow_patterns=_MODEL_FILES if kind == "model" else _DATA_FILES,
-                ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "original/*", "consolidated*"],
+                **_patterns(kind),
             )
         )
     except hub.GatedRepoError:
