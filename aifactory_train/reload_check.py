@@ -2,10 +2,6 @@
 
 This file is run as a script of its own (``python - JOB`` with its text on standard input) in a fresh process: it imports nothing
 of this project, so what it computes is what anybody else would get from the exported folders.
-
-The job is a JSON file: ``{"checks": [{"name", "base", "adapter" or null, "dtype"}], "rows": [[token ids], ...], "positions": n,
-"threads": n, "out": FILE}``. For each check the logits of the last ``positions`` places of every row go to ``out`` (safetensors,
-fp32 ``[places, V]``, keys ``NAME.ROW``), each row alone in its batch, without padding.
 """
 
 import gc
@@ -13,31 +9,43 @@ import json
 import sys
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
-with open(sys.argv[1], encoding="utf-8") as file:
-    job = json.load(file)
-torch.set_num_threads(job["threads"])
-found: dict[str, Any] = {}
-for check in job["checks"]:
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        check["base"],
-        dtype=getattr(torch, check["dtype"]),
-        attn_implementation="sdpa",
-        local_files_only=True,
-        use_safetensors=True,
-    )
-    if check["adapter"] is not None:
-        from peft import PeftModel
+def main(job_file: str) -> None:
+    """Do the job in ``job_file``.
 
-        model = PeftModel.from_pretrained(model, check["adapter"])
-    model.eval()
-    with torch.no_grad():
-        for i, row in enumerate(job["rows"]):
-            logits = model(torch.tensor([row]), logits_to_keep=min(job["positions"], len(row))).logits
-            found[f"{check['name']}.{i}"] = logits[0].float().contiguous()
-    del model
-    gc.collect()
-save_file(found, job["out"])
+    It is JSON: ``{"checks": [{"name", "base", "adapter" or null, "dtype"}], "rows": [[token ids], ...], "positions": n,
+    "threads": n, "out": FILE}``. For each check the logits of the last ``positions`` places of every row go to ``out``
+    (safetensors, fp32 ``[places, V]``, keys ``NAME.ROW``), each row alone in its batch, without padding.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    with open(job_file, encoding="utf-8") as file:
+        job = json.load(file)
+    torch.set_num_threads(job["threads"])
+    found: dict[str, Any] = {}
+    for check in job["checks"]:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            check["base"],
+            dtype=getattr(torch, check["dtype"]),
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+        )
+        if check["adapter"] is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, check["adapter"])
+        model.eval()
+        with torch.no_grad():
+            for i, row in enumerate(job["rows"]):
+                logits = model(torch.tensor([row]), logits_to_keep=min(job["positions"], len(row))).logits
+                found[f"{check['name']}.{i}"] = logits[0].float().contiguous()
+        del model
+        gc.collect()
+    save_file(found, job["out"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
