@@ -361,6 +361,10 @@ class Checkpointer:
                     note(f"{folder} cannot be set aside: {error.strerror}")
                 return
 
+    def values(self, step: int) -> dict[str, Any]:
+        """What the trainer gave to :meth:`save` of ``step``, without touching the engine."""
+        return read_tree(self.path / f"step-{step}", "trainer.json")
+
     def load(self, step: int, *, same_rates: Callable[[dict[str, Any]], bool] | None = None) -> dict[str, Any]:
         """Restore engine and random numbers from ``step``; returns the trainer's values (``cursor``, counters …).
 
@@ -369,7 +373,7 @@ class Checkpointer:
         """
         folder = self.path / f"step-{step}"
         marker, trainer = read_marker(folder), read_tree(folder, "trainer.json")
-        before = trainer.pop("config")
+        before = trainer.pop("config")  # kept out of what the trainer gets back
         lines = check_changes(before, self.tree, same_rates=same_rates is None or same_rates(before))
         if self.world.is_main:
             for line in lines:

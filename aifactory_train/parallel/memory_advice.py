@@ -1,0 +1,75 @@
+"""When memory ran out: which setting to change, and by how much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from aifactory_train.config import Recipe
+from aifactory_train.errors import RunFailed
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes on the device that ran out: ``capacity`` of the device, ``resident`` what stays between steps (parameters,
+    optimizer state), ``peak`` what the step that failed would have needed at least."""
+
+    capacity: int
+    resident: int
+    peak: int
+
+
+def measure(device: str, resident: int) -> MemoryUse | None:
+    """Figures of a GPU after the failure; None on the host, whose limit nobody tells."""
+    if device == "cpu":
+        return None
+    _, total = torch.cuda.mem_get_info(device)
+    return MemoryUse(total, resident, max(torch.cuda.max_memory_allocated(device), total))
+
+
+def advise(recipe: Recipe, use: MemoryUse | None, world_size: int, trained_bytes: int) -> list[str]:
+    """Changes that help, the most effective first, each as ``--set key=value`` with what it brings.
+
+    ``trained_bytes``: parameters, gradients and optimizer state of the trained parameters on one rank. Activations grow
+    with the tokens of a micro-batch; how far they must shrink follows from ``use``, or is a half where nothing is known.
+    """
+    lines = []
+    tokens, longest = recipe.train.micro_batch_tokens, recipe.data.sequence_length
+    share = 0.5
+    if use is not None and use.peak > use.resident:
+        share = min(0.9, max(0.0, (0.95 * use.capacity - use.resident) / (use.peak - use.resident) * 0.9))
+    fewer = int(tokens * share) // 8 * 8
+    if recipe.train.grad_accum == "auto" and tokens > longest:
+        lines.append(
+            f"--set train.micro_batch_tokens={max(longest, fewer)} (now {tokens}; the curve stays the same, more micro-batches)"
+        )
+    if recipe.parallel.activation_checkpointing != "full":
+        step = "selective" if recipe.parallel.activation_checkpointing == "none" and share > 0.4 else "full"
+        lines.append(
+            f"--set parallel.activation_checkpointing={step} (blocks keep less and compute it again: about 30 % slower)"
+        )
+    if recipe.parallel.engine in ("auto", "ddp") and world_size > 1 and trained_bytes:
+        saved = trained_bytes * (world_size - 1) // world_size
+        lines.append(f"--set parallel.engine=fsdp2 (frees about {saved / 2**30:.1f} GiB per rank of {world_size})")
+    elif not recipe.parallel.offload_optimizer and recipe.parallel.engine not in ("auto", "ddp"):
+        lines.append("--set parallel.offload_optimizer=true (optimizer state in host memory: slower steps)")
+    if tokens <= longest:
+        lines.append(f"--set data.sequence_length={max(8, longest // 2)} (now {longest}; longer documents are cut)")
+    return lines
+
+
+def out_of_memory(error: BaseException, recipe: Recipe, use: MemoryUse | None, ranks: int, trained: int) -> RunFailed:
+    """The error to raise instead: what ran out, and what to change by how much."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    figures = ""
+    if use is not None:
+        figures = f" ({use.capacity / 2**30:.1f} GiB in all, {use.resident / 2**30:.1f} GiB held between steps)"
+    return RunFailed(f"out of memory{figures}: {text}", fix="\n    or ".join(advise(recipe, use, ranks, trained)))

@@ -1,0 +1,109 @@
+"""When to stop: a deadline, a stop file, or a signal. Looked at in every micro-batch, agreed by all ranks, acted on at the
+step boundary: save, then end with the exit code "stopped, resumable".
+
+Signal handlers only set a flag; saving inside a handler would corrupt what the handler interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from aifactory_train.errors import UserError
+from aifactory_train.output import note
+
+#: SIGINT is for people at a keyboard: the second one interrupts at once.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_REASONS = ["", "deadline", "stop file", *(s.name for s in SIGNALS)]
+#: The stop file is looked at by rank 0, at most this often.
+LOOK_EVERY_S = 0.5
+
+
+@dataclass
+class Agreed:
+    """What all ranks know after a step boundary."""
+
+    reason: str  # "" or why to stop
+    save_failed: bool  # a background save failed on some rank
+
+
+def deadline_from(stop_at: float | None) -> float | None:
+    """Seconds since the epoch at which the allocation ends: the flag, AIFACTORY_STOP_AT, or Slurm's SLURM_JOB_END_TIME."""
+    if stop_at is not None:
+        return stop_at
+    for name in ("AIFACTORY_STOP_AT", "SLURM_JOB_END_TIME"):
+        text = os.environ.get(name)
+        if text:
+            try:
+                value = float(text)
+            except ValueError:
+                value = math.nan
+            if not math.isfinite(value):
+                raise UserError(f"'{text}' is not a time in seconds since the epoch", where=name)
+            return value
+    return None
+
+
+class StopChannels:
+    """The three channels of one rank. Construct early: until then a signal ends the process."""
+
+    def __init__(self, stop_at: float | None = None):
+        self.deadline = deadline_from(stop_at)
+        self.reason = ""  # of this rank; once set it stays
+        self.signal: str | None = None
+        self.stop_file: Path | None = None
+        self._looked = 0.0
+        self._steps: list[float] = []
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == "SIGINT":
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+    def watch_file(self, path: Path) -> None:
+        """Rank 0 watches ``path``; one left by an earlier request is removed, since this start is newer."""
+        if path.exists():
+            note(f"removing {path}: it asked an earlier attempt to stop")
+            path.unlink(missing_ok=True)
+        self.stop_file = path
+
+    def step_took(self, seconds: float) -> None:
+        """Feed the running estimate of a step."""
+        self._steps = [*self._steps[-4:], seconds]
+
+    def look(self, save_seconds: float) -> str:
+        """Look at the channels; returns the reason, or an empty string. Cheap: call it in every micro-batch.
+
+        The deadline counts as reached when another step (1.5 times the longest of the last five) and a save (twice the
+        estimate, plus a second) would no longer fit.
+        """
+        if self.reason:
+            return self.reason
+        now = time.time()
+        needed = 1.5 * max(self._steps, default=0.0) + 2.0 * save_seconds + 1.0
+        if self.signal is not None:
+            self.reason = self.signal
+        elif self.deadline is not None and now + needed >= self.deadline:
+            self.reason = "deadline"
+        elif self.stop_file is not None and time.monotonic() - self._looked >= LOOK_EVERY_S:
+            self._looked = time.monotonic()
+            if self.stop_file.exists():
+                self.reason = "stop file"
+        return self.reason
+
+    def agree(self, save_failed: bool) -> Agreed:
+        """One small all-reduce on the host: if any rank has a reason, all stop at this boundary."""
+        mine = torch.tensor([_REASONS.index(self.reason), int(save_failed)], dtype=torch.int32)
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX)
+        code, failed = mine.tolist()
+        return Agreed(_REASONS[code], bool(failed))
