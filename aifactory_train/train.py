@@ -7,8 +7,11 @@ therefore the same for any number of ranks, any accumulation, packed or padded, 
 
 from __future__ import annotations
 
-import math
+import contextlib
+import dataclasses
+import hashlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +20,52 @@ import torch.distributed as dist
 
 from aifactory_train import __version__
 from aifactory_train.attention import Documents
-from aifactory_train.config import Recipe
+from aifactory_train.checkpoint import Checkpointer
+from aifactory_train.config import Recipe, TrainConfig
 from aifactory_train.data import Cursor, PreparedData, Sampler, collate, load_tokenizer, prepare, split_step
-from aifactory_train.errors import EXIT_DONE, RunFailed
+from aifactory_train.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
 from aifactory_train.evaluate import evaluate
+from aifactory_train.guard import Guard, Verdict
 from aifactory_train.metrics_log import MetricsLog, Progress, print_comparison, print_start
 from aifactory_train.model import ModelReport, build_model, choose_precision
 from aifactory_train.optim import learning_rate
+from aifactory_train.outcome import Attempt, new_attempt
+from aifactory_train.output import note
 from aifactory_train.parallel import DeviceBatch, build_engine, choose_engine
+from aifactory_train.parallel.memory_advice import is_out_of_memory, measure, out_of_memory
 from aifactory_train.parallel.world import World, from_main, join_world, leave_world
 from aifactory_train.runs import RunFolder, default_run_dir, open_for_training, write_json
 from aifactory_train.sources import resolve_model
+from aifactory_train.stopping import StopChannels
 
 
-def train(recipe: Recipe, folder: Path | None, *, resume: str | None = None, quiet: bool = False) -> int:
-    """Train ``recipe`` in ``folder`` as one of the ranks that the launcher started; returns the exit code."""
+def train(
+    recipe: Recipe,
+    folder: Path | None,
+    *,
+    resume: str | None = None,
+    quiet: bool = False,
+    attempt: int | None = None,
+    stop_at: float | None = None,
+) -> int:
+    """Train ``recipe`` in ``folder`` as one of the ranks that the launcher started; returns the exit code.
+
+    ``attempt`` is the launcher's number of this attempt (default: the next one), ``stop_at`` the end of the allocation in
+    seconds since the epoch.
+    """
+    stop = StopChannels(stop_at)  # first: a signal that comes while things are loaded must not be lost
     world = join_world(recipe.parallel.timeout_s, recipe.parallel.threads)
     try:
         # The default name holds the time: one rank decides.
-        folder = from_main(world, lambda: folder or default_run_dir(recipe, None))
-        return Trainer(recipe, RunFolder(folder), world, resume=resume, quiet=quiet).fit()
+        run = RunFolder(from_main(world, lambda: folder or default_run_dir(recipe, None)))
+        with Attempt(run, world.rank, world.local_rank, attempt, timeout_s=recipe.parallel.timeout_s) as record:
+            resume_from = from_main(world, lambda: open_for_training(run, resume))
+            if attempt is None:
+                record.begin(from_main(world, lambda: new_attempt(run)))
+            if world.is_main:
+                stop.watch_file(run.stop_file)
+            record.code = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet).fit()
+        return record.code
     finally:
         leave_world()
 
@@ -44,10 +73,20 @@ def train(recipe: Recipe, folder: Path | None, *, resume: str | None = None, qui
 class Trainer:
     """Everything that a run consists of, built in the order in which it depends on each other."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder, world: World, *, resume: str | None, quiet: bool):
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        world: World,
+        stop: StopChannels,
+        attempt: Attempt,
+        resume: str | None,
+        resume_from: int | None,
+        quiet: bool,
+    ):
         self.recipe, self.run, self.world, self.quiet = recipe, run, world, quiet or not world.is_main
-        self.resume_step = from_main(world, lambda: open_for_training(run, resume))
-        torch.manual_seed(recipe.train.seed)
+        self.stop, self.attempt = stop, attempt
+        torch.manual_seed(recipe.train.seed)  # the same adapters on every rank
 
         self.tokenizer = load_tokenizer(recipe)
         self.data = self._prepare()
@@ -78,9 +117,16 @@ class Trainer:
         self.cursor = Cursor(0, 0)
         self.step = 0  # optimizer steps done
         self.pad_id = self.data.tokenizer_info["pad_id"]
-        self.best: dict[str, Any] = {"loss": math.inf, "step": None, "since": 0}
+        self.best: dict[str, Any] = {"loss": None, "step": None, "since": 0}
         self.results: dict[str, Any] = {}
         self.log = MetricsLog(run, enabled=world.is_main, tensorboard=recipe.logging.tensorboard)
+        self.guard = Guard(recipe.guard)
+        self.checkpoints = Checkpointer(run.checkpoints, recipe, self.engine, world)
+        self.checkpoints.prepare()
+        torch.manual_seed(settings.seed * 1_000_003 + world.rank)  # from here on: dropout, different on every rank
+        self._probe_largest_batch()
+        if resume_from is not None:
+            self._resume(self.checkpoints.choose(None if resume == "auto" else resume_from))
 
     # ---- before the first step
 
@@ -97,19 +143,28 @@ class Trainer:
         if world.is_main:
             self.run.save_config(recipe)
             self.run.set_state("running", step=self.step, version=__version__)
-        if recipe.eval.before:
+        if recipe.eval.before and "before" not in self.results:
             self.results["before"] = self._evaluate(generate=True)
-        self._probe_largest_batch()
         self.log.open(self.step)
+        every = recipe.checkpoint.every_steps
         with Progress(self.total_steps, self.step, enabled=not self.quiet) as progress:
             while self.step < self.total_steps:
                 record = self.train_step()
                 self.log.write(record, every=recipe.logging.every_steps, last=self.step == self.total_steps)
-                progress.update(record)
+                if record["kind"] == "train":
+                    progress.update(record)
                 if world.is_main:
                     self.run.set_state("running", step=self.step, version=__version__)
                 if recipe.eval.every_steps and self.step % recipe.eval.every_steps == 0 and self._should_stop_early():
                     break
+                agreed = self.stop.agree(self.checkpoints.failed())
+                if agreed.save_failed:
+                    self.checkpoints.wait()  # raises on the rank that knows why
+                    raise RunFailed("another rank could not write its part of a checkpoint", where=str(self.run.path))
+                if agreed.reason and self.step < self.total_steps:
+                    return self._stop_here(agreed.reason)
+                if every and self.step % every == 0 and self.step < self.total_steps:
+                    self._save(wait=False)
         return self._finish()
 
     # ---- one optimizer step
@@ -133,21 +188,24 @@ class Trainer:
 
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for number, batch in enumerate(batches):
-            loss += self.engine.forward_backward(batch, 1.0 / supervised, last=number == len(batches) - 1)
+            self.attempt.beat(self.step, "forward")
+            self.stop.look(self.checkpoints.save_estimate())
+            with self._explain_memory():
+                loss += self.engine.forward_backward(batch, 1.0 / supervised, last=number == len(batches) - 1)
+        self.attempt.beat(self.step, "reduce")
         norm = self.engine.clip(settings.max_grad_norm)
         dist.all_reduce(loss)
         mean_loss = loss.item() / supervised  # the step's one synchronisation with the device
-        if not math.isfinite(mean_loss):
-            self.engine.discard()
-            raise RunFailed(
-                f"the loss is {mean_loss} at step {self.step + 1}",
-                where=str(self.run.path),
-                fix="lower train.learning_rate, or look at the rows with logging.row_ids",
-            )
-        self.engine.step(rate)
+        verdict = self.guard.judge(mean_loss, float(norm))
+        if verdict.action != "go":
+            return self._incident(verdict, next_cursor, documents)
+        self.attempt.beat(self.step, "update")
+        with self._explain_memory():
+            self.engine.step(rate)
         self.cursor, self.step = next_cursor, self.step + 1
 
         seconds = time.perf_counter() - started
+        self.stop.step_took(seconds)
         tokens = int(train_set.lengths[documents].sum())
         record = {
             "kind": "train",
@@ -165,6 +223,32 @@ class Trainer:
         }
         if self.recipe.logging.row_ids:
             record["row_ids"] = [train_set.row_id(int(i)) for i in documents]
+        return record
+
+    def _incident(self, verdict: Verdict, next_cursor: Cursor, documents) -> dict[str, Any]:
+        """The guard objects: leave this batch out, after going back to the last good checkpoint if it says so."""
+        self.engine.discard()
+        at = f"step {self.step + 1}: {verdict.why}"
+        if verdict.action == "rollback":
+            self.checkpoints.wait()
+            good = self.checkpoints.choose()
+            if good is None:
+                verdict = Verdict("stop", f"{verdict.why}; there is no checkpoint to roll back to")
+            else:
+                at += f"; weights of step {good}"
+                self.checkpoints.load(good)
+        if verdict.action == "stop":
+            raise RunFailed(
+                f"step {self.step + 1}: {verdict.why}",
+                where=str(self.run.path),
+                fix="lower train.learning_rate, look at the rows with logging.row_ids, or set guard.on_nonfinite / on_spike",
+            )
+        if self.world.is_main:
+            note(f"{verdict.action}: {at}")
+        self.cursor, self.step = next_cursor, self.step + 1
+        record = {"kind": verdict.action, "step": self.step, "why": at, "rows": len(documents)}
+        if self.recipe.logging.row_ids:
+            record["row_ids"] = [self.data.train.row_id(int(i)) for i in documents]
         return record
 
     def _device_batch(self, share) -> DeviceBatch:
@@ -189,13 +273,84 @@ class Trainer:
                 break
             chosen.append(int(index))
             budget -= int(train_set.lengths[index])
-        self.engine.forward_backward(self._device_batch(chosen or [int(order[0])]), 0.0, last=True)
+        with self._explain_memory():
+            self.engine.forward_backward(self._device_batch(chosen or [int(order[0])]), 0.0, last=True)
         self.engine.discard()
+
+    @contextlib.contextmanager
+    def _explain_memory(self) -> Iterator[None]:
+        """Running out of memory says which setting to change by how much."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            pieces = [entry.nbytes() for kind in self.engine.state().values() for entry in kind.values()]
+            resident = sum(p.numel() * p.element_size() for p in self.engine.core.parameters()) + sum(pieces)
+            use = measure(self.world.device, resident)
+            raise out_of_memory(error, self.recipe, use, self.world.size, 2 * sum(pieces)) from error
+
+    # ---- checkpoints
+
+    def _data_digest(self) -> str:
+        """Of what the cursor counts: the documents' lengths and supervised tokens, in order."""
+        train_set = self.data.train
+        return hashlib.sha256(train_set.lengths.tobytes() + train_set.supervised.tobytes()).hexdigest()
+
+    def _save(self, *, wait: bool) -> None:
+        """Everything that is needed to go on from this step boundary."""
+        self.attempt.beat(self.step, "save")
+        values = {
+            "cursor": dataclasses.asdict(self.cursor),
+            "data": self._data_digest(),
+            "total_steps": self.total_steps,
+            "best": self.best,
+            "guard": self.guard.state(),
+            "results": self.results,
+        }
+        self.checkpoints.save(self.step, values, wait=wait, best=self.best["step"])
+
+    def _resume(self, step: int | None) -> None:
+        """Go on from the checkpoint of ``step``; its learning rates so far must be those of this configuration."""
+        if step is None:
+            return
+
+        def same_rates(before: dict[str, Any]) -> bool:
+            old, length = TrainConfig.model_validate(before["train"]), saved["total_steps"]
+            now, total = self.recipe.train, self.total_steps
+            return all(learning_rate(s, length, old) == learning_rate(s, total, now) for s in range(step))
+
+        saved = self.checkpoints.values(step)
+        if saved["data"] != self._data_digest():
+            raise UserError(
+                "the training rows are not those that the checkpoint counted",
+                where="data.train",
+                fix="restore the data, or start a new run (--run-dir NEW)",
+            )
+        self.checkpoints.load(step, same_rates=same_rates)
+        self.step, self.cursor = step, Cursor(**saved["cursor"])
+        self.best, self.results = saved["best"], saved["results"]
+        self.guard.load(saved["guard"])
+        if self.world.is_main:
+            note(f"going on after step {step} of {self.total_steps}")
+
+    def _stop_here(self, reason: str) -> int:
+        """Asked to stop: a complete checkpoint of this step, then the exit code "stopped, resumable"."""
+        self._save(wait=True)
+        self.attempt.signal = reason if reason.startswith("SIG") else None
+        self.attempt.step, self.attempt.reason = self.step, f"stopped after step {self.step}: {reason}"
+        if self.world.is_main:
+            self.run.stop_file.unlink(missing_ok=True)  # honoured
+            self.run.set_state("stopped", step=self.step, version=__version__, reason=reason)
+            self.log.close()
+            note(f"stopped after step {self.step} ({reason}); go on with --resume auto")
+        return EXIT_STOPPED
 
     # ---- evaluation and the end
 
     def _evaluate(self, *, generate: bool) -> dict[str, Any]:
         """Held-out figures of every evaluation set; all ranks take part."""
+        self.attempt.beat(self.step, "evaluate")
         return evaluate(
             self.engine.module,
             self.tokenizer,
@@ -211,8 +366,10 @@ class Trainer:
         """Evaluate, remember the best step, and say whether patience has run out."""
         figures = self._evaluate(generate=False)
         self.log.write({"kind": "eval", "step": self.step, **figures})
-        if figures["loss"] < self.best["loss"]:
+        if self.best["loss"] is None or figures["loss"] < self.best["loss"]:
             self.best = {"loss": figures["loss"], "step": self.step, "since": 0}
+            if self.recipe.checkpoint.every_steps:
+                self._save(wait=False)
         else:
             self.best["since"] += 1
         patience = self.recipe.eval.early_stopping
@@ -222,10 +379,14 @@ class Trainer:
         from aifactory_train.export import export_run
 
         recipe, world = self.recipe, self.world
+        if recipe.checkpoint.at_end:
+            self._save(wait=True)
+        self.checkpoints.wait()
         if recipe.eval.after:
             self.results["after"] = self._evaluate(generate=True)
         if world.is_main:
             write_json(self.run.eval_file, self.results)
+        self.attempt.beat(self.step, "export")
         exported = (
             export_run(
                 self.run,

@@ -22,6 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|STEP|never",
         help="a folder that holds a stopped run: go on from its newest or a given checkpoint, or start over",
     )
+    parser.add_argument(
+        "--stop-at",
+        type=float,
+        metavar="EPOCH_SECONDS",
+        help="end of the allocation: save and stop in time (default: AIFACTORY_STOP_AT or SLURM_JOB_END_TIME)",
+    )
+    parser.add_argument("--attempt", type=int, metavar="N", help="number of this attempt (launchers set it)")
     parser.add_argument("--quiet", action="store_true", help="no progress and no tables")
 
 
@@ -34,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         folder = args.run_dir or (default_run_dir(recipe, args.name) if args.name else None)
         from aifactory_train.train import train
 
-        return train(recipe, folder, resume=args.resume, quiet=args.quiet)
+        return train(recipe, folder, resume=args.resume, quiet=args.quiet, attempt=args.attempt, stop_at=args.stop_at)
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             raise
