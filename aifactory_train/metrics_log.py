@@ -130,7 +130,9 @@ def print_start(recipe, run: RunFolder, world, report, data, total_steps: int) -
         ],
         [
             "ranks",
-            f"{world.size} ({count}s; on MI250X a GPU is one GCD)" if world.size > 1 else f"1 {count}",
+            f"{world.size} {count}{'es' if world.device == 'cpu' else 's (on MI250X a GPU is one GCD)'}"
+            if world.size > 1
+            else f"1 {count}",
             world.started_by,
         ],
         *[[what, choice, why] for what, choice, why in report.lines],

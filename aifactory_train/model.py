@@ -192,7 +192,7 @@ def load_language_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # our own report says what was loaded
 
     attention.register()
     name, why = attention.choose(recipe.model.attention, device)
@@ -391,6 +391,34 @@ def apply_precision(model: nn.Module, precision: Precision) -> None:
         wanted = precision.parameters if parameter.requires_grad else precision.frozen
         if parameter.dtype != wanted and parameter.is_floating_point():
             parameter.data = parameter.data.to(wanted)
+
+
+# ---- operators
+
+
+def apply_operators(core: CausalLM, recipe: Recipe, *, device: str, engine: str, report: ModelReport) -> None:
+    """Our operators in place of the model's own: on a CPU the torch path that keeps less (:mod:`aifactory_train.lean`)."""
+    if recipe.kernels.enabled == "off":
+        report.add("operators", "the model's own", "kernels.enabled off")
+        return
+    if device != "cpu":
+        return
+    blocked = None
+    if engine == "zero3":
+        blocked = "zero3 gathers weights when a layer is called, and these operators read them directly"
+    elif recipe.parallel.compile:
+        blocked = "parallel.compile fuses by itself"
+    if blocked:
+        report.add("operators", "the model's own", blocked)
+        return
+    from aifactory_train.lean import apply_lean
+
+    replaced, left = apply_lean(core.model)
+    shown = ", ".join(f"{count} {name}" for name, count in sorted(replaced.items())) or "none replaced"
+    why = "CPU: the torch path that keeps less for the backward pass"
+    if left:
+        why += "; left as they are: " + ", ".join(f"{count} {name}" for name, count in sorted(left.items()))
+    report.add("operators", shown, why)
 
 
 # ---- all of it

@@ -27,7 +27,7 @@ from aifactory_train.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
 from aifactory_train.evaluate import evaluate
 from aifactory_train.guard import Guard, Verdict
 from aifactory_train.metrics_log import MetricsLog, Progress, print_comparison, print_start
-from aifactory_train.model import ModelReport, build_model, choose_precision
+from aifactory_train.model import ModelReport, apply_operators, build_model, choose_precision
 from aifactory_train.optim import learning_rate
 from aifactory_train.outcome import Attempt, new_attempt
 from aifactory_train.output import note
@@ -102,6 +102,7 @@ class Trainer:
             report=self.report,
         )
         name, why = choose_engine(recipe, world)
+        apply_operators(core, recipe, device=world.device, engine=name, report=self.report)
         self.engine = build_engine(name, core, recipe, self.precision, world)
         for line in self.engine.describe():
             self.report.add(*line)

@@ -1,0 +1,87 @@
+"""The CPU operators compute what the model computes, and keep less for the backward pass."""
+
+from __future__ import annotations
+
+import helpers
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from aifactory_train import attention
+from aifactory_train.lean import apply_lean
+from aifactory_train.model import CausalLM
+
+LENGTHS = [20, 7, 13]
+
+
+def build(family: str, lora: bool, lean: bool, **settings):
+    attention.register()
+    model = helpers.tiny_model(family)
+    model.config._attn_implementation = attention.PER_DOCUMENT
+    torch.manual_seed(0)
+    if lora:
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+        model = get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    counts = apply_lean(model) if lean else None
+    return CausalLM(model), counts
+
+
+def backward(core: CausalLM) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """Loss, gradients and the bytes that autograd kept (each storage once)."""
+    total = sum(LENGTHS)
+    ids = (torch.arange(total) * 7 % 400)[None]
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    documents = attention.Documents.of(torch.tensor([0, *LENGTHS]).cumsum(0), "cpu")
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in core.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = core(ids, positions, documents, torch.arange(total - 1), ids[0, 1:])
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in core.named_parameters() if p.grad is not None}, sum(kept.values())
+
+
+@pytest.mark.parametrize("family", helpers.FAMILIES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_same_loss_and_gradients_with_less_kept(family: str, lora: bool) -> None:
+    loss, gradients, kept = backward(build(family, lora, lean=False)[0])
+    core, counts = build(family, lora, lean=True)
+    lean_loss, lean_gradients, lean_kept = backward(core)
+    assert torch.equal(loss, lean_loss)  # the forward pass has the same operations in the same order
+    assert gradients.keys() == lean_gradients.keys()
+    for name, gradient in gradients.items():
+        error = (lean_gradients[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+        assert error < 2e-6, (name, float(error))
+    replaced, left = counts
+    if family == "gemma3":  # (1 + weight) norms and GELU: not this structure, so left alone and named
+        assert left["Gemma3RMSNorm"] and left["Gemma3MLP"]
+    else:
+        assert not left and any(name.endswith("RMSNorm") for name in replaced)
+        # The rest is what any implementation keeps: the residual stream, the two projections, attention's own tensors.
+        assert lean_kept < 0.8 * kept, (lean_kept, kept)
+
+
+@pytest.mark.parametrize("settings", [{"lora_dropout": 0.1}, {"use_dora": True}])
+def test_variants_of_lora_keep_their_own_code(settings: dict) -> None:
+    _, (replaced, left) = build("llama", True, True, **settings)
+    assert not replaced.get("Linear")
+    assert left["Linear of peft"] == 14
+
+
+def test_merged_and_disabled_adapters_still_work() -> None:
+    plain, lean = build("llama", True, False)[0], build("llama", True, True)[0]
+    ids = (torch.arange(12) * 5 % 400)[None]
+    with torch.no_grad():
+        with plain.model.disable_adapter(), lean.model.disable_adapter():
+            assert torch.equal(plain.model(input_ids=ids).logits, lean.model(input_ids=ids).logits)
+        plain.model.merge_adapter(), lean.model.merge_adapter()
+        assert torch.equal(plain.model(input_ids=ids).logits, lean.model(input_ids=ids).logits)
