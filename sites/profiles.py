@@ -181,17 +181,29 @@ _MISSING = object()
 
 
 def dig(data: Any, path: str) -> Any:
-    """The value under a dotted path in nested dicts, lists and models; raises KeyError where the path leads nowhere."""
-    for key in path.split("."):
-        if isinstance(data, dict):
-            data = data.get(key, _MISSING)
-        elif isinstance(data, list):
-            data = data[int(key)] if key.isdigit() and int(key) < len(data) else _MISSING
-        else:
-            data = getattr(data, key, _MISSING)
-        if data is _MISSING:
-            raise KeyError(path)
-    return data
+    """The value under a dotted path in nested dicts, lists and models; raises KeyError where the path leads nowhere.
+
+    Keys that hold dots themselves (a node label such as ``nvidia.com/gpu.product``) are found too.
+    """
+    value = _dig(data, path.split("."))
+    if value is _MISSING:
+        raise KeyError(path)
+    return value
+
+
+def _dig(data: Any, keys: list[str]) -> Any:
+    if not keys:
+        return data
+    if isinstance(data, dict):
+        for n in range(1, len(keys) + 1):
+            key = ".".join(keys[:n])
+            if key in data and (value := _dig(data[key], keys[n:])) is not _MISSING:
+                return value
+        return _MISSING
+    if isinstance(data, list):
+        return _dig(data[int(keys[0])], keys[1:]) if keys[0].isdigit() and int(keys[0]) < len(data) else _MISSING
+    value = getattr(data, keys[0], _MISSING)
+    return value if value is _MISSING else _dig(value, keys[1:])
 
 
 def stated_paths(data: Any, spec: str) -> Iterator[str]:
@@ -298,7 +310,7 @@ class System(Profile):
         """
         try:
             value = dig(self, path)
-        except (KeyError, ValueError):
+        except KeyError:
             known = [p for p, _ in leaves(self.model_dump(by_alias=True))]
             raise UserError(f"{self.id} has no fact '{path}'{did_you_mean(path, known)}", where=path) from None
         if value is None or value == [] or value == {}:
@@ -541,12 +553,18 @@ def _correct(raw: dict[str, Any], dotted: str, value: Any) -> None:
             where=f"corrections: {dotted}",
         )
     target: Any = raw
-    for key in keys[:-1]:
+    while len(keys) > 1:
         if isinstance(target, list):
-            if not key.isdigit() or int(key) >= len(target):
+            if not keys[0].isdigit() or int(keys[0]) >= len(target):
                 raise UserError(f"'{dotted}' leads nowhere in the profile", where=f"corrections: {dotted}")
-            target = target[int(key)]
+            target, keys = target[int(keys[0])], keys[1:]
         else:
+            # A key with dots in it (gpu.a100) is taken whole where the profile has it.
+            whole = next((n for n in range(len(keys), 0, -1) if ".".join(keys[:n]) in target), 1)
+            if whole == len(keys):
+                keys = [".".join(keys)]
+                break
+            key, keys = ".".join(keys[:whole]), keys[whole:]
             target = target.setdefault(key, {})
         if not isinstance(target, (dict, list)):
             raise UserError(f"'{dotted}' leads into a plain value", where=f"corrections: {dotted}")

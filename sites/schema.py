@@ -244,6 +244,7 @@ class Request(_Model):
     gpus: Literal["gpus-per-node", "gres", "gpus", "none", "pbs-select", "torque-nodes", "kubernetes"] | None = None
     gres_type: str | None = None  # gpu:<type>:<n>
     gres_name: str | None = None  # the resource as its scheduler names it, where not "gpu" (nvidia.com/gpu)
+    node_selector: dict[str, Text] = {}  # Kubernetes: node labels that the job's pods must match
     pbs_select: str | None = None  # chunk resources, e.g. node_type=mi300a
     exclusive: bool | None = None  # pass --exclusive for whole nodes
     cpus_per_gpu: Positive | None = None  # what a task of one GPU asks for (--cpus-per-task)

@@ -270,6 +270,30 @@ def test_correction_of_the_gpu_brings_its_constants() -> None:
     assert fact is not None and fact.confidence == "user"
 
 
+def test_keys_with_dots_are_one_key(tmp_path: Path) -> None:
+    path = tmp_path / "dotted.yaml"
+    text = (
+        (profiles.SYSTEMS / "vega.yaml")
+        .read_text()
+        .replace("id: vega", "id: dotted")
+        .replace("\n  gpu: {", "\n  gpu.a100: {")
+    )
+    path.write_text(
+        text.replace("partition: gpu,", "partition: gpu.a100,")
+        .replace("_partition: gpu\n", "_partition: gpu.a100\n")
+        .replace("partitions.gpu.nodes", "partitions.gpu.a100.nodes")
+    )
+    from aifactory_train.sites import check
+
+    assert check.check_file(path).faults == []
+    system = sites.load(str(path), overlay={"corrections": {"partitions.gpu.a100.max_time": "12h"}})
+    assert system.limits("gpu.a100")["max_time"] == 12 * 3600
+    fact = system.provenance("partitions.gpu.a100.nodes")
+    assert fact is not None and fact.value == 60
+    label = sites.load("eidf").provenance("request.node_selector.nvidia.com/gpu.product")
+    assert label is not None and label.value == "NVIDIA-H100-80GB-HBM3"
+
+
 # -- times -----------------------------------------------------------------------------------------------------------------------
 
 
