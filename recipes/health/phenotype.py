@@ -16,6 +16,9 @@ from aifactory_train.errors import UserError
 
 DIRECTIONS = ("term-to-definition", "definition-to-term", "term-to-synonyms")
 
+#: Short on purpose: it stands in every row, and a template's own default would be three times as long.
+SYSTEM = "Human Phenotype Ontology."
+
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _SIDES = re.compile(
     r"\b(left|right|upper|lower|proximal|distal|middle|anterior|posterior|medial|lateral|first|second|third|fourth|fifth|"
@@ -52,17 +55,18 @@ def rows(
         for direction in wanted:
             pair = _ask(direction, term)
             if pair is not None:
-                yield {"id": f"{term['id']}/{direction}", "group": group, "prompt": pair[0], "completion": pair[1]}
+                row = {"id": f"{term['id']}/{direction}", "group": group, "prompt": pair[0], "completion": pair[1]}
+                yield {**row, "system": SYSTEM}
 
 
 def _ask(direction: str, term: dict[str, Any]) -> tuple[str, str] | None:
     if direction == "term-to-definition":
-        return f"Define the phenotype term '{term['name']}'.", term["definition"]
+        return f"Define: {term['name']}", term["definition"]
     if direction == "definition-to-term":
-        return f"Which phenotype term has this definition? {term['definition']}", term["name"]
+        return f"Which term? {term['definition']}", term["name"]
     if not term["synonyms"]:
         return None
-    return f"Which synonyms does the phenotype term '{term['name']}' have?", "; ".join(term["synonyms"])
+    return f"Synonyms: {term['name']}", "; ".join(term["synonyms"])
 
 
 def group_of(definition: str) -> str:
