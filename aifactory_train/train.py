@@ -34,6 +34,7 @@ from aifactory_train.output import note
 from aifactory_train.parallel import DeviceBatch, build_engine, choose_engine
 from aifactory_train.parallel.memory_advice import is_out_of_memory, measure, out_of_memory
 from aifactory_train.parallel.world import World, from_main, join_world, leave_world
+from aifactory_train.record.recorder import Recorder
 from aifactory_train.runs import RunFolder, default_run_dir, open_for_training, write_json
 from aifactory_train.sources import resolve_model
 from aifactory_train.stopping import StopChannels
@@ -64,7 +65,9 @@ def train(
                 record.begin(from_main(world, lambda: new_attempt(run)))
             if world.is_main:
                 stop.watch_file(run.stop_file)
-            record.code = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet).fit()
+            trainer = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet)
+            with trainer.recorder as story:
+                record.code = story.ended(trainer.fit(), record.reason)
         return record.code
     finally:
         leave_world()
@@ -121,6 +124,7 @@ class Trainer:
         self.best: dict[str, Any] = {"loss": None, "step": None, "since": 0}
         self.results: dict[str, Any] = {}
         self.log = MetricsLog(run, enabled=world.is_main, tensorboard=recipe.logging.tensorboard)
+        self.recorder = Recorder(run, world, recipe, attempt=int(attempt.folder.name) if attempt.folder else None)
         self.guard = Guard(recipe.guard)
         self.checkpoints = Checkpointer(run.checkpoints, recipe, self.engine, world)
         self.checkpoints.prepare()
@@ -144,8 +148,10 @@ class Trainer:
         if world.is_main:
             self.run.save_config(recipe)
             self.run.set_state("running", step=self.step, version=__version__)
+        self.recorder.start(self)
         if recipe.eval.before and "before" not in self.results:
             self.results["before"] = self._evaluate(generate=True)
+            self.recorder.evaluated("before", self.results["before"], self.step)
         self.log.open(self.step)
         every = recipe.checkpoint.every_steps
         with Progress(self.total_steps, self.step, enabled=not self.quiet) as progress:
@@ -224,6 +230,7 @@ class Trainer:
         }
         if self.recipe.logging.row_ids:
             record["row_ids"] = [train_set.row_id(int(i)) for i in documents]
+        self.recorder.step(record, documents, shares)
         return record
 
     def _incident(self, verdict: Verdict, next_cursor: Cursor, documents) -> dict[str, Any]:
@@ -367,6 +374,7 @@ class Trainer:
         """Evaluate, remember the best step, and say whether patience has run out."""
         figures = self._evaluate(generate=False)
         self.log.write({"kind": "eval", "step": self.step, **figures})
+        self.recorder.evaluated("during", figures, self.step)
         if self.best["loss"] is None or figures["loss"] < self.best["loss"]:
             self.best = {"loss": figures["loss"], "step": self.step, "since": 0}
             if self.recipe.checkpoint.every_steps:
@@ -385,6 +393,7 @@ class Trainer:
         self.checkpoints.wait()
         if recipe.eval.after:
             self.results["after"] = self._evaluate(generate=True)
+            self.recorder.evaluated("after", self.results["after"], self.step)
         if world.is_main:
             write_json(self.run.eval_file, self.results)
         self.attempt.beat(self.step, "export")
@@ -400,6 +409,7 @@ class Trainer:
             if recipe.export.automatic
             else None
         )
+        self.recorder.exported(exported)
         if world.is_main:
             self.run.set_state("finished", step=self.step, version=__version__)
             self.log.close()

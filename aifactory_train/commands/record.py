@@ -10,12 +10,12 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     show = actions.add_parser("show", help="write record.json again from its events and print it")
-    show.add_argument("run", help="name below runs/, or path of a run folder")
+    show.add_argument("name", metavar="RUN", help="name below runs/, or path of a run folder")
     show.add_argument("--missing", action="store_true", help="only what people still owe")
     show.add_argument("--json", action="store_true", help="one line of JSON")
 
     fill = actions.add_parser("fill", help="ask once per organisation for what only people know")
-    fill.add_argument("run", nargs="?", help="also take the answers into this run's record and render its pack again")
+    fill.add_argument("name", metavar="RUN", nargs="?", help="also take the answers into this run's record and render its pack again")
     fill.add_argument(
         "--file", type=Path, metavar="YAML", help="the organisation's answers (default: user configuration)"
     )
@@ -26,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     key.add_argument("--out", type=Path, metavar="FILE", help="private key (default: user configuration)")
 
     sign = actions.add_parser("sign", help="render the pack again and sign its manifest")
-    sign.add_argument("run")
+    sign.add_argument("name", metavar="RUN")
     sign.add_argument("--key", type=Path, metavar="FILE", help="private key (default: the user's)")
 
     energy = actions.add_parser("energy", help="add the energy that Slurm accounted for a finished job")
-    energy.add_argument("run")
+    energy.add_argument("name", metavar="RUN")
     energy.add_argument("--sacct", metavar="JOBID", help="job id (default: the jobs that the record knows)")
 
     lineage = actions.add_parser("changes", help="what changed between two runs")
@@ -53,7 +53,7 @@ def _show(args: argparse.Namespace) -> int:
     from aifactory_train.record.recorder import EVENTS, load_record, write_record
     from aifactory_train.runs import open_run
 
-    folder = open_run(args.run).path
+    folder = open_run(args.name).path
     record = write_record(folder) if (folder / EVENTS).is_file() and not _edited(folder) else load_record(folder)
     if args.missing:
         owed = missing_places(record)
@@ -103,13 +103,13 @@ def _fill(args: argparse.Namespace) -> int:
                     values[key] = answer
     fill.save(path, values)
     note(f"{len(values)} of {len(PEOPLE)} answers: {path}")
-    if args.run:
+    if args.name:
         from aifactory_train.record.chain import Chain
         from aifactory_train.record.pack import write_pack
         from aifactory_train.record.recorder import EVENTS, load_record
         from aifactory_train.runs import open_run
 
-        run = open_run(args.run)
+        run = open_run(args.name)
         load_record(run.path)
         Chain(run.path / EVENTS).append("filled", {f"people/{k}": v for k, v in values.items()}, f"from {path.name}")
         write_pack(run, say=note)
@@ -133,7 +133,7 @@ def _sign(args: argparse.Namespace) -> int:
     from aifactory_train.record.signing import default_key, load_private
     from aifactory_train.runs import open_run
 
-    run = open_run(args.run)
+    run = open_run(args.name)
     load_record(run.path)
     key = args.key or default_key()
     load_private(key)  # a wrong key is refused before anything is written
@@ -171,12 +171,12 @@ def _energy(args: argparse.Namespace) -> int:
     from aifactory_train.record.recorder import EVENTS, load_record
     from aifactory_train.runs import open_run
 
-    run = open_run(args.run)
+    run = open_run(args.name)
     record = load_record(run.path)
     attempts = record.get("compute", {}).get("attempts", {})
     jobs = [args.sacct] if args.sacct else sorted({a["job"] for a in attempts.values() if a.get("job")})
     if not jobs:
-        raise UserError("the record knows no Slurm job", where=args.run, fix="name it with --sacct JOBID")
+        raise UserError("the record knows no Slurm job", where=args.name, fix="name it with --sacct JOBID")
     parts = [from_sacct(job) for job in jobs]
     total = {
         "joules": sum(p["joules"] for p in parts),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="name below runs/, or path of a run folder")
+    parser.add_argument("name", metavar="RUN", help="name below runs/, or path of a run folder")
     parser.add_argument("--key", type=Path, metavar="PUBLIC.pub", help="public key that must have signed the manifest")
     parser.add_argument("--inputs", action="store_true", help="also read the base model's files and the data again")
     parser.add_argument("--json", action="store_true", help="print {ok, faults[]} as one line of JSON")
@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.record.check import verify
     from aifactory_train.runs import open_run
 
-    found = verify(open_run(args.run).path, key=args.key, inputs=args.inputs)
+    found = verify(open_run(args.name).path, key=args.key, inputs=args.inputs)
     if args.json:
         print_json(found)
         return EXIT_DONE if found["ok"] else EXIT_FAILED

@@ -28,8 +28,8 @@ from aifactory_train.runs import RunFolder, read_json, write_atomic
 
 if TYPE_CHECKING:
     from aifactory_train.config import Recipe
-    from aifactory_train.train import Trainer
     from aifactory_train.parallel.world import World
+    from aifactory_train.train import Trainer
 
 RECORD, EVENTS, DATA_MANIFEST = "record.json", "events.jsonl", "data_manifest.json"
 #: Seconds between two progress events: what a kill can lose.

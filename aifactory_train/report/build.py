@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.record.missing import has_missing, missing_places
+from aifactory_train.record.missing import has_missing, is_missing, missing_places
 from aifactory_train.record.render.common import legal_basis, text_of
 from aifactory_train.report.svg import Curve, chart, duration, short, timeline
 from aifactory_train.runs import RunFolder, write_atomic
@@ -47,7 +47,9 @@ def build(run: RunFolder, record: dict[str, Any], *, live: bool = False) -> str:
     metrics = read_metrics(run.metrics_file)
     results = _json(run.eval_file)
     plan = _json(run.path / "plan.json")
-    title = str(record.get("run", {}).get("title") or record.get("run", {}).get("id"))
+    title = str(record.get("run", {}).get("title") or "untitled")
+    if title == "untitled":
+        title = str(record.get("run", {}).get("recipe") or run.path.name)
     sections = [
         ("curves", "Curves", _curves(metrics, record, plan)),
         ("evaluation", "Held-out evaluation", _evaluation(record, results)),
@@ -113,6 +115,14 @@ def _show(value: Any) -> str:
     if has_missing(value):
         return f'<span class="missing">{text}</span>'
     return text
+
+
+def _brief(value: Any) -> str:
+    """As :func:`_show`; of what is missing only who owes it (the whole question stands at the end of the page)."""
+    if is_missing(value):
+        who = str(value)[9:-1].partition(":")[0]
+        return f'<span class="missing">MISSING ({html.escape(who)})</span>'
+    return _show(value)
 
 
 def _sentence(record: dict[str, Any]) -> str:
@@ -287,7 +297,9 @@ def _evaluation(record: dict[str, Any], results: dict[str, Any]) -> str:
     if not rows:
         return "<p>Nothing was evaluated yet.</p>"
     count = after.get("rows") or before.get("rows")
-    content = _table(f"Held-out figures with 95 % bootstrap intervals over {count} rows", ["", "before", "after"], rows)
+    content = _table(
+        f"Held-out figures with 95 % bootstrap intervals over {count} rows", ["metric", "before", "after"], rows
+    )
     samples = after.get("samples") or []
     if record.get("run", {}).get("privacy_profile", "open") != "open":
         return content + "<p>Sample answers are withheld: the run's privacy profile keeps texts out of reports.</p>"
@@ -351,7 +363,7 @@ def _compute(record: dict[str, Any]) -> str:
             rows.append([label, _show(energy[key])])
     law = record.get("aiact", {}).get("reasoning")
     verdict = f"<h3>One-third test</h3><p>{_show(law)}</p>" if law else ""
-    return _table("Compute and energy of all attempts", ["", "value"], rows) + verdict
+    return _table("Compute and energy of all attempts", ["quantity", "value"], rows) + verdict
 
 
 def _attempts(record: dict[str, Any]) -> str:
@@ -393,9 +405,9 @@ def _data(record: dict[str, Any]) -> str:
             html.escape(d["role"]),
             _show(d.get("rows")),
             _show(d.get("tokens")),
-            _show(d["licence"]),
-            _show(d["origin"]),
-            _show(d["personal_data"]),
+            _brief(d["licence"]),
+            _brief(d["origin"]),
+            _brief(d["personal_data"]),
             f"<code>{html.escape(str(d.get('sha256'))[:16])}</code>",
         ]
         for d in data
@@ -410,7 +422,7 @@ def _data(record: dict[str, Any]) -> str:
     )
     sets = record.get("data_sets", {})
     facts = [[html.escape(k.replace("_", " ")), _show(v)] for k, v in sets.items() if k not in ("digests",)]
-    return content + _table("What became of them", ["", "value"], facts)
+    return content + _table("What became of them", ["stage", "result"], facts)
 
 
 def _choices(record: dict[str, Any]) -> str:
@@ -428,7 +440,7 @@ def _choices(record: dict[str, Any]) -> str:
     return (
         content
         + "<details><summary>All hyperparameters</summary>"
-        + _table("Hyperparameters", ["", "value"], settings)
+        + _table("Hyperparameters", ["setting", "value"], settings)
         + "</details>"
     )
 
