@@ -29,6 +29,7 @@ from aifactory_train.attention import Documents
 from aifactory_train.config import Recipe
 from aifactory_train.errors import RunFailed, UserError
 from aifactory_train.model import CausalLM, ModelReport, Precision, base_folder, build_model
+from aifactory_train.output import note
 from aifactory_train.runs import RunFolder, open_run, write_json
 
 if TYPE_CHECKING:
@@ -73,10 +74,12 @@ def export_run(
     data: PreparedData | None = None,
     recipe: Recipe | None = None,
     verify: bool | None = None,
+    step: int | None = None,
 ) -> dict[str, Any]:
     """Export what ``run`` trained; with ``engine`` all ranks must call this, and rank 0 writes.
 
-    Without ``engine`` (``aifactory export RUN``) the trained tensors come from the run's earlier export.
+    Without ``engine`` (``aifactory export RUN``) the trained tensors come from the run's earlier export, or from the
+    checkpoint of ``step`` (default: the newest good one, of a run that has exported nothing).
     ``dtype`` (fp32 or bf16) is that of whole and merged weights; adapters keep the precision they were trained in.
 
     Returns ``{"paths": {"adapter" | "model" | "merged": folder}, "gate": {kind: figures}}``. Raises :class:`RunFailed` if an
@@ -87,7 +90,7 @@ def export_run(
     verify = recipe.export.verify if verify is None else verify
     dtype = dtype or recipe.export.dtype
     if engine is None:
-        trained, core = _trained_before(run, recipe, merge), None
+        trained, core = _trained_before(run, merge, step), None
     else:
         trained = {name: t for name, t in engine.full_parameters(trained_only=True) if t is not None}
         core = engine.core
@@ -102,26 +105,46 @@ def export_run(
     return from_main(engine.world, work)  # type: ignore[attr-defined]
 
 
-def _trained_before(run: RunFolder, recipe: Recipe, merge: bool) -> dict[str, torch.Tensor] | None:
-    """None: use the run's exported adapter. Raises when there is nothing to export or nothing to do."""
-    if (run.export / "adapter" / "adapter_model.safetensors").is_file():
-        if not merge:
-            raise UserError(
-                "the adapter is exported already",
-                where=str(run.export / "adapter"),
-                fix="--merge writes merged weights",
-            )
-        return None
-    if (run.export / "model" / "config.json").is_file():
+def _trained_before(run: RunFolder, merge: bool, step: int | None) -> dict[str, torch.Tensor] | None:
+    """Trained tensors of a checkpoint (``step``, or the newest good one of a run without an export); None: use the exported
+    adapter. Raises when there is nothing to export or nothing to do."""
+    if step is None and (run.export / "adapter" / "adapter_model.safetensors").is_file():
+        if merge:
+            return None
+        raise UserError(
+            "the adapter is exported already",
+            where=str(run.export / "adapter"),
+            fix="--merge writes merged weights, --step N exports another checkpoint",
+        )
+    if step is None and (run.export / "model" / "config.json").is_file():
         raise UserError(
             "this run trained all weights and its export is whole already",
             where=str(run.export / "model"),
-            fix="use that folder with any tool that reads transformers models",
+            fix="use that folder with any tool that reads transformers models, or --step N for another checkpoint",
         )
+    from aifactory_train.parallel.storage import faults, read_parameters
+
+    known = run.complete_checkpoints()
+    if step is not None and step not in known:
+        raise UserError(
+            f"no complete checkpoint of step {step}",
+            where="--step",
+            fix=f"there are: {', '.join(map(str, known))}" if known else "this run has none",
+        )
+    found: list[str] = []
+    for number in [step] if step is not None else reversed(known):
+        folder = run.checkpoints / f"step-{number}"
+        trouble = faults(folder)
+        if not trouble:
+            note(f"exporting the checkpoint of step {number}")
+            return dict(read_parameters(folder))
+        found += trouble
+    if found:
+        raise UserError("damaged: " + "; ".join(found), where=str(run.checkpoints))
     raise UserError(
-        "this run has exported nothing yet",
+        "this run has exported nothing yet and has no checkpoint",
         where=str(run.path),
-        fix="finish it (aifactory train ... --resume auto); the export follows the last step",
+        fix="let it finish: the export follows the last step",
     )
 
 

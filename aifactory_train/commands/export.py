@@ -1,4 +1,4 @@
-"""``aifactory export``: merged weights from a run's adapter, behind the logits gate."""
+"""``aifactory export``: adapter or weights of a checkpoint, merged weights of an adapter, behind the logits gate."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), help="type of whole or merged weights (default: the recipe's)"
     )
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="export the checkpoint of this step (default: what the run ended with)"
+    )
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison of logits with the trained model")
     parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
 
@@ -21,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.runs import open_run
 
     folder = open_run(args.run_name)
-    outcome = export_run(folder, merge=args.merge, dtype=args.dtype, verify=False if args.no_verify else None)
+    verify = False if args.no_verify else None
+    outcome = export_run(folder, merge=args.merge, dtype=args.dtype, verify=verify, step=args.step)
     if args.json:
         output.print_json({"run": str(folder.path), **outcome})
         return 0

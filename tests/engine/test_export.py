@@ -201,6 +201,8 @@ def test_gate_passes_and_is_recorded_and_merging_later_gives_bf16(tmp_path, base
 
     with pytest.raises(UserError, match="exported already"):
         ex.export_run(case.run, merge=False)
+    with pytest.raises(UserError, match="no complete checkpoint of step 7"):
+        ex.export_run(case.run, merge=False, step=7)
 
 
 def test_a_wrong_export_is_not_made_visible_and_the_old_one_stays(tmp_path, bases, monkeypatch):
