@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 from aifactory_train.planning import memory, timing
 from aifactory_train.planning.open_data import Row
@@ -32,7 +33,13 @@ PRIORS: dict[str, tuple[float, float]] = {
     "low_power": (0.5, 0.4),
     "host_ns": (1.5, 0.3),
 }
-FIXED = {"gemm_default": 0.45, "launch_us": 10.0, "spread": 0.25, "spread_unmeasured": 0.6}
+FIXED: dict[str, Any] = {
+    "measured": [],
+    "gemm_default": 0.45,
+    "launch_us": 10.0,
+    "spread": 0.25,
+    "spread_unmeasured": 0.6,
+}
 
 
 def prior() -> Constants:
@@ -41,7 +48,7 @@ def prior() -> Constants:
 
 def _build(values: dict[str, float]) -> Constants:
     gemm = {name.removeprefix("gemm."): v for name, v in values.items() if name.startswith("gemm.")}
-    plain = {name: v for name, v in values.items() if not name.startswith("gemm.")}
+    plain: dict[str, Any] = {name: v for name, v in values.items() if not name.startswith("gemm.")}
     return Constants(gemm=gemm, **plain, **FIXED)
 
 
@@ -145,14 +152,16 @@ def calibrate(rows: Sequence[Row]) -> dict:
     used = usable(rows)
     fitted, without = fit(used), leave_one_out(used)
     validation = errors(used, without, fitted)
-    fitted = with_spread(fitted, validation)
+    # the share of an architecture counts as measured where at least one row ran on it
+    measured = sorted({r.job.gpu.arch for r in used if r.job is not None and r.job.gpu.arch in fitted.gemm})
+    fitted = replace(with_spread(fitted, validation), measured=measured)
     read = [r for r in rows if r.job is not None and r.memory_gib and r.tier == "A"]
     return {
         "comment": "Written by benchmarks/planner_accuracy.py --refit from data/measurements.csv; see docs/planning.md.",
         "rows": len(used),
         "origins": sorted(without),
         "constants": as_dict(fitted),
-        "without": {o: as_dict(replace(c, spread=fitted.spread)) for o, c in without.items()},
+        "without": {o: as_dict(replace(c, spread=fitted.spread, measured=measured)) for o, c in without.items()},
         "memory": fit_memory(read),
         "memory_without": {
             o: fit_memory([r for r in read if origin(r.source) != o]) for o in sorted({origin(r.source) for r in read})

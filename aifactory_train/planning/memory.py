@@ -98,7 +98,9 @@ def _linear_inputs(job: Job) -> float:
 def _attention(job: Job) -> float:
     """Query, key, value, output and the log-sum-exp of flash attention; the score matrix too where it exists."""
     shape, e = job.shape, job.bytes.compute
-    kept = e * (2 * shape.q_width + 2 * shape.kv_width) + 4 * shape.heads
+    # torch's CPU kernel wants key and value repeated for every query head; GPU kernels read them as they are
+    kv = shape.q_width if job.attention == "repeated" else shape.kv_width
+    kept = e * (2 * shape.q_width + 2 * kv) + 4 * shape.heads
     if job.attention == "eager":
         kept += shape.heads * job.sequence * (e + 4)
     if shape.qk_norm == "head":
@@ -153,15 +155,34 @@ def activation_bytes(job: Job) -> tuple[float, float]:
     blocks = 0.0 if job.offload_activations else shape.layers * per_block
     if job.offload_activations:
         blocks = 2 * per_block  # the one in use and the one being copied
-    outside = 2 * e * shape.head_dim + _norm(job, shape.hidden) + e * shape.hidden  # cos and sin, last norm, its output
+    outside = (
+        2 * e * shape.head_dim + _norm(job, shape.hidden) + 16
+    )  # cos and sin, the last norm, token ids and positions
     kept = tokens * (blocks + outside)
-    transient = (
-        2 * e * max(shape.ffn, shape.q_width) + e * shape.hidden
-    )  # gradients of the MLP's two halves, of the residual
     if job.checkpointing == "none":
-        return kept, tokens * transient
-    recomputed = block_kept(job) - (0 if job.checkpointing == "full" else per_block)
-    return kept, tokens * (max(recomputed, 0) + transient)
+        # gradients on their way through the loss, the last norm and the MLP's two halves
+        return kept, tokens * (2 * e * max(shape.ffn, shape.q_width) + e * shape.hidden)
+    shared = e * shape.hidden if job.checkpointing == "full" else _kept_and_recomputed(job)
+    transient = e * shape.hidden
+    if job.stack.glu == "fused":
+        transient += 2 * e * shape.ffn  # both halves' gradients beside both halves
+    return kept, tokens * (block_kept(job) - shared + transient)
+
+
+def _kept_and_recomputed(job: Job) -> float:
+    """Bytes per token that selective checkpointing keeps and that backward reads as they are: recomputation adds nothing there.
+
+    The outputs of q and k (without a norm of their own), of o and of down are kept too, but backward reads what follows from them.
+    """
+    shape, e = job.shape, job.bytes.compute
+    shared = e * (shape.hidden + shape.q_width) + 4 * shape.heads
+    if job.selective_every != 1:
+        return shared
+    if job.attention != "repeated":
+        shared += e * shape.kv_width  # v
+    if shape.qk_norm != "none" and e > 2:
+        shared += e * (shape.q_width + shape.kv_width)
+    return shared + e * shape.ffn * (2 if shape.mlp == "gated" else 1)
 
 
 def loss_bytes(job: Job) -> float:

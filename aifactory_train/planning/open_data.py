@@ -251,7 +251,7 @@ def _node(row: Mapping[str, str], links: Links) -> tuple[Links, tuple[str, ...]]
         node_gb_s, assumed = int(found.group(1)) / 8, ()
     elif node_gb_s:
         node_gb_s = node_gb_s * per_node / links.gpus_per_node
-    return Links(per_node, links.in_node_gb_s, node_gb_s, assumed), assumed
+    return Links(per_node, links.in_node_gb_s, node_gb_s), assumed
 
 
 def _tokens(row: Mapping[str, str], shape: Shape, sequence: int) -> tuple[float | None, str | None]:
@@ -345,6 +345,10 @@ def _job(row: Mapping[str, str]) -> tuple[Job, tuple[str, ...]]:
     if "fused_linear_loss" in flags:
         stack = replace(stack, loss_bytes_per_logit=0.0)
     b, stated = _bytes(row, layout)
+    if b.optimizer == 2 and method not in ("lora", "qlora"):
+        # bitsandbytes' rule for 8-bit moments: embeddings keep theirs in 32 bits
+        share = shape.embedding_parameters / shape.parameters
+        b = replace(b, optimizer=2 * (1 - share) + 8 * share)
     if "paged" in optimizer and not layout.offload_optimizer:
         layout = replace(layout, offload_optimizer=True)  # paged state lives in host memory and moves page by page
     job = Job(

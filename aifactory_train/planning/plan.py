@@ -300,7 +300,8 @@ def _reasons(
     )
     margin = capacity - chosen.memory.total
     lines.append(
-        f"memory: {chosen.memory.total:.1f} of {capacity:.1f} GiB, {margin:.1f} GiB to spare, in the worst-case micro-batch"
+        f"memory: {chosen.memory.total:.1f} of {capacity:.1f} GiB, {margin:.1f} GiB to spare, in the worst-case micro-batch "
+        f"(a plan keeps {100 * search.MARGIN:.0f} % free)"
     )
     lines.append(f"dimensions: {work.shape.source or work.shape.name} ({work.shape.confidence or 'given'})")
     lines.append(f"size: {request.size.source}")
@@ -310,6 +311,10 @@ def _reasons(
         )
     for text in links.assumed:
         lines.append(f"assumed: {text}; the interval is wider")
+    if gpu.arch not in Constants.load().measured:
+        lines.append(
+            f"speed: no measurement of the calibration ran on {gpu.arch}, so its share of the peak is a prior and the interval is wider"
+        )
     if gpu.unified_memory:
         lines.append(f"memory: host and GPU share one memory; {machine.UNIFIED_HOST_GIB:.0f} GiB are left to the host")
     if gpu.power_cap_w:

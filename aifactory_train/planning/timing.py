@@ -43,6 +43,7 @@ class Constants:
     low_power: float
     host_ns: float
     launch_us: float
+    measured: list[str]  # architectures that rows of the calibration ran on; the others of ``gemm`` are priors
     spread: float  # half-width of the interval, as a factor: [mid / (1 + spread), mid * (1 + spread)]
     spread_unmeasured: float  # the same for an architecture without measurements
 
@@ -295,7 +296,8 @@ def tokens_per_s(job: Job, constants: Constants | None = None) -> float:
 
 
 def interval(job: Job, mid: float, constants: Constants | None = None) -> tuple[float, float]:
-    """``(low, high)`` around ``mid`` from the spread of the calibration; wider where the architecture was not measured."""
+    """``(low, high)`` around ``mid`` from the spread of the calibration; wider where the architecture was not measured or a link is assumed."""
     c = constants or Constants.load()
-    width = c.spread if (job.gpu.arch or "") in c.gemm else max(c.spread, c.spread_unmeasured)
+    known = (job.gpu.arch or "") in c.measured and not (job.links.assumed and job.layout.world > 1)
+    width = c.spread if known else max(c.spread, c.spread_unmeasured)
     return mid / (1 + width), mid * (1 + width)

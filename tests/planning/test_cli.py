@@ -1,0 +1,160 @@
+"""The command: JSON keys, table, page, speed, no torch, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+RECIPE = """model: {base: meta-llama/Llama-3.1-8B}
+adapter: {kind: none}
+data: {train: rows.jsonl, sequence_length: 4096}
+train: {batch_rows: 512}
+"""
+BASE = ["--site", "leonardo-booster", "--nodes", "8", "--tokens", "1e9"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+def run(recipe: Path | str, *args: str, code: str | None = None) -> subprocess.CompletedProcess:
+    start = ["-c", code] if code else ["-m", "aifactory_train"]
+    return subprocess.run(
+        [sys.executable, *start, "plan", str(recipe), *args], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_json_keys(recipe):
+    done = run(recipe, *BASE, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    found = json.loads(done.stdout)
+    keys = "engine mesh micro_batch grad_accum activation_checkpointing kernels memory_gib capacity_gib tokens_per_s_per_gpu hours gpu_hours kwh reasons alternatives"
+    assert set(keys.split()) <= set(found)
+    assert set(found["tokens_per_s_per_gpu"]) == {"low", "mid", "high"} and "total" in found["memory_gib"]
+    assert found["gpu_hours"] == pytest.approx(found["hours"] * found["gpus"], rel=1e-3)
+
+
+def test_fast_and_without_torch(recipe):
+    code = (
+        "import sys; from aifactory_train.cli import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub', 'rich'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
+    )
+    quickest = 9.0
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = run(recipe, *BASE, "--json", code=code)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        # processor time: other processes on this machine do not count against the plan
+        quickest = min(quickest, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert quickest < 0.5 * float(os.environ.get("AIFACTORY_SLOW_MACHINE", "1"))
+
+
+class _Checker(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        assert not any(k.startswith("on") or k in ("src", "href") for k, _ in attrs)
+        if tag not in ("meta", "rect", "line", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in ("rect", "circle"):
+            return
+        assert self.open.pop() == tag
+
+
+def test_table_and_page(recipe, tmp_path):
+    page = tmp_path / "plan.html"
+    done = run(recipe, *BASE, "--html", str(page))
+    assert done.returncode == 0, done.stderr
+    for word in ("engine", "tokens/s per GPU", "Memory per GPU", "Why", "To train with this plan", "GPU-hours"):
+        assert word in done.stdout
+    checker = _Checker()
+    checker.feed(page.read_text(encoding="utf-8"))
+    assert not checker.open and "script" not in checker.tags and checker.tags.count("svg") == 2
+    done = run(recipe, *BASE, "--html", str(tmp_path / "no" / "plan.html"))
+    assert done.returncode == 2 and "cannot be written" in done.stderr
+
+
+def test_text_of_a_user_is_escaped(tmp_path):
+    from aifactory_train.planning import page
+
+    plan = json.loads(run(_write(tmp_path), *BASE, "--json").stdout)
+    plan["base"] = "<script>x</script>"
+    assert "<script>" not in page.render(plan)
+
+
+def _write(folder: Path) -> Path:
+    path = folder / "r.yaml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--site", "lumi-h"], ["lumi-g"]),
+        (["--site", "lumi-g", "--nodes", "0"], ["--nodes 0"]),
+        (["--site", "lumi-g", "--nodes", "two"], ["--nodes two"]),
+        (["--site", "lumi-g", "--nodes", "2", "--deadline", "3"], ["--nodes auto"]),
+        (["--site", "lumi-g", "--tokens", "-5"], ["--tokens"]),
+        (["--site", "lumi-g", "--nodes", "auto", "--deadline", "nan"], ["--deadline"]),
+        (["--site", "lumi-g", "--nodes", "5000"], ["1024"]),
+        (["--site", "lumi-g", "--set", "model.base=mistralai/Mixtral-8x7B-v0.1"], ["not known", "--model-config"]),
+        (
+            ["--site", "lumi-g", "--set", "data.sequence_length=262144", "train.micro_batch_tokens=262144"],
+            ["131072 positions"],
+        ),
+        (["--site", "lumi-g", "--nodes", "100"], ["cannot be divided"]),
+        (["--site", "lumi-g", "--gpus-per-node", "9"], ["8 GPUs"]),
+        (["--site", "lumi-g", "--set", "parallel.engin=ddp"], ["did you mean"]),
+        (["--site", "lumi-g", "--model-config", "nowhere.json"], ["no config.json"]),
+    ],
+)
+def test_bad_input(recipe, args, words):
+    done = run(recipe, *args)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+def test_mixture_of_experts_is_refused(recipe, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "mixtral", "num_local_experts": 8}), encoding="utf-8")
+    done = run(recipe, "--site", "lumi-g", "--model-config", str(file))
+    assert done.returncode == 2 and "mixture of experts" in done.stderr
+
+
+def test_prepared_data_give_the_size(recipe, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    folder = cache / "prepared" / "local-r-0123456789abcdef"
+    folder.mkdir(parents=True)
+    report = {
+        "recipe": "local/r",
+        "sets": {"train": {"tokens": 4_000_000, "documents": 10_000, "supervised": 1_000_000}},
+    }
+    (folder / "prepared.json").write_text(json.dumps({"report": report}), encoding="utf-8")
+    monkeypatch.setenv("AIFACTORY_CACHE", str(cache))
+    found = json.loads(run(recipe, "--site", "leonardo-booster", "--nodes", "4", "--json").stdout)
+    assert found["size"]["tokens_per_epoch"] == 4_000_000 and "prepared" in found["size"]["source"]
+    assert found["steps"] == 20  # 10,000 documents, 512 a step
+    assert found["step_tokens"] == pytest.approx(512 * 400)
+    (folder / "prepared.json").write_text("{", encoding="utf-8")
+    found = json.loads(run(recipe, "--site", "leonardo-booster", "--nodes", "4", "--json").stdout)
+    assert found["hours"] is None and "unknown" in found["size"]["source"]
