@@ -13,7 +13,7 @@ import torch
 
 def gathered(weight: torch.Tensor) -> torch.Tensor:
     """A plain tensor: a DTensor weight is gathered, and its gradient goes back as a partial sum (reduce-scattered to its shards)."""
-    if not _available() or not isinstance(weight, _dtensor()):
+    if _DTENSOR is None or not isinstance(weight, _DTENSOR):
         return weight
     from torch.distributed.tensor import Partial, Replicate
 
@@ -21,26 +21,20 @@ def gathered(weight: torch.Tensor) -> torch.Tensor:
     return weight.redistribute(mesh, [Replicate()] * mesh.ndim).to_local(grad_placements=[Partial()] * mesh.ndim)
 
 
-@lru_cache(None)
-def _available() -> bool:
-    return torch.distributed.is_available()
-
-
-@lru_cache(None)
-def _dtensor():
-    from torch.distributed.tensor import DTensor
-
-    return DTensor
+# The DTensor class once the rules are registered; a plain variable, because torch.compile traces the test in `gathered`.
+_DTENSOR: type | None = None
 
 
 @lru_cache(None)
 def register() -> None:
     """Register the rules once; nothing to do where torch was built without distributed support."""
-    if not _available():
+    global _DTENSOR
+    if not torch.distributed.is_available():
         return
-    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
+    _DTENSOR = DTensor
     ops = torch.ops.aifactory
     whole, total = Replicate(), Partial()
 

@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-
 from aifactory_train.kernels import hardware, registry
 from aifactory_train.kernels.spec import COMPILER_OPTIONS, Config
 
@@ -116,10 +115,13 @@ def rows2d(x: torch.Tensor) -> torch.Tensor:
 def vjp(function, inputs, grads, wanted):
     """Gradients of ``function(*inputs)`` for the tensors marked in ``wanted``: the torch path of a backward operator."""
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_(w) if isinstance(t, torch.Tensor) else t for t, w in zip(inputs, wanted)]
+        leaves = [
+            t.detach().requires_grad_(w) if isinstance(t, torch.Tensor) else t
+            for t, w in zip(inputs, wanted, strict=True)
+        ]
         out = function(*leaves)
         out = out if isinstance(out, tuple) else (out,)
-        targets = [t for t, w in zip(leaves, wanted) if w]
+        targets = [t for t, w in zip(leaves, wanted, strict=True) if w]
         return torch.autograd.grad(out, targets, grads)
 
 

@@ -93,7 +93,7 @@ class Operator:
             return {d: int(shape[d]) for d in self.dims}
         if len(shape) != len(self.dims):
             raise ValueError(f"shape of {self.name} is ({', '.join(self.dims)}), got {tuple(shape)}")
-        return dict(zip(self.dims, map(int, shape)))
+        return dict(zip(self.dims, map(int, shape), strict=True))
 
 
 def next_pow2(n: int) -> int:

@@ -1,7 +1,6 @@
 """The fused 8-bit AdamW step as a registered (mutating) operator, and the optimizer built on it."""
 
 import torch
-
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.adamw8bit import reference, space
 from aifactory_train.kernels.spec import cdiv
@@ -87,7 +86,7 @@ class AdamW8bit(torch.optim.Optimizer):
             raise ValueError(
                 f"AdamW8bit: lr {lr}, betas {betas}, eps {eps}, weight_decay {weight_decay}: lr, eps and weight_decay must be at least 0, betas in [0, 1)"
             )
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.stochastic_rounding = stochastic_rounding
 
     @torch.no_grad()

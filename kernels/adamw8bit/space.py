@@ -7,7 +7,7 @@ def arguments(dtype: str, shape: Shape) -> dict:
     p = "*" + dtype
     return {
         "P": p, "G": p, "M": "*i8", "V": "*u8", "SM": "*fp32", "SV": "*fp32", "n": shape["numel"],
-        **{name: "fp32" for name in ("lr", "beta1", "beta2", "eps", "decay", "bias1", "bias2")}, "seed": 12345,
+        **dict.fromkeys(("lr", "beta1", "beta2", "eps", "decay", "bias1", "bias2"), "fp32"), "seed": 12345,
     }  # fmt: skip
 
 

@@ -33,8 +33,8 @@ def adamw8bit_step(
     p = p * (1.0 - rate * tl.cast(decay, tl.float32)) - step
     if STOCHASTIC:
         # Adding 16 random bits below the mantissa that bf16 keeps, then cutting them off, rounds up with the right probability.
-        noise = tl.randint(seed, at.to(tl.int32)) & 0xFFFF
-        bits = (p.to(tl.int32, bitcast=True) + noise) & -65536
+        noise = (tl.randint(seed, at.to(tl.uint32)) & 0xFFFF).to(tl.int32)
+        bits = ((p.to(tl.int32, bitcast=True) + noise) >> 16) << 16
         p = bits.to(tl.float32, bitcast=True)
     tl.store(P + at, p.to(P.dtype.element_ty), mask=ok)
     m_scale = tl.max(tl.abs(m), axis=1)

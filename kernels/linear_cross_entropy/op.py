@@ -8,11 +8,9 @@ import logging
 from functools import lru_cache
 
 import torch
-
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.cross_entropy.reference import shape_logits
 from aifactory_train.kernels.linear_cross_entropy import space
-from aifactory_train.kernels.spec import cdiv
 
 log = logging.getLogger(__name__)
 NAME = "linear_cross_entropy"
@@ -222,7 +220,7 @@ def _mixed_gemm(kind: str, index: int | None, dtype: torch.dtype) -> bool:
 
 
 def _setup(ctx, inputs, output):
-    hidden, weight, _, bias, *_ = inputs
+    _, weight, _, bias, *_ = inputs
     ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
     ctx.needs = inputs[-2:]
     ctx.save_for_backward(*output[1:])

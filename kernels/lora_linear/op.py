@@ -1,7 +1,6 @@
 """LoRA linear as registered operators with autograd."""
 
 import torch
-
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.lora_linear import reference, space
 from aifactory_train.kernels.spec import cdiv
@@ -111,7 +110,7 @@ def _(dy, x, weight, lora_a, lora_b, t, scaling, x_adapter, need_x, need_weight,
 
 
 def _setup(ctx, inputs, output):
-    x, weight, lora_a, lora_b, ctx.scaling, bias, x_adapter = inputs
+    x, weight, lora_a, lora_b, ctx.scaling, _, x_adapter = inputs
     ctx.save_for_backward(x, weight, lora_a, lora_b, output[1], x_adapter)
     ctx.mark_non_differentiable(output[1])
 

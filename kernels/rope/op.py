@@ -1,7 +1,6 @@
 """RoPE as registered operators with autograd."""
 
 import torch
-
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.rms_norm.op import sum_columns
 from aifactory_train.kernels.rope import reference, space
@@ -66,7 +65,7 @@ def _rotate(name, sign, q, k, cos, sin, q_weight, k_weight, eps, offset):
         q, k, cos, sin, q if q_weight is None else q_weight, k if k_weight is None else k_weight, qo, ko,
         *_bhs(q), *_bhs(k), *_bhs(qo), *_bhs(ko), sc_b, sc_s,
         q.shape[2], q.shape[1], k.shape[1], q.shape[3] // 2, eps, offset,
-        SIGN=sign, HAS_NORM=q_weight is not None, **space.tiles(sizes), **runtime.compiler_options(config),
+        SIGN=sign, HAS_NORM=q_weight is not None, **space.tiles(config, sizes), **runtime.compiler_options(config),
     )  # fmt: skip
     return qo, ko
 
@@ -80,7 +79,7 @@ def _rotate(name, sign, q, k, cos, sin, q_weight, k_weight, eps, offset):
 def rope_fwd(q, k, cos, sin, q_weight, k_weight, eps, offset):
     if not runtime.use_triton("rope", q):
         outs = reference.rope(q, k, cos, sin, q_weight, k_weight, eps, offset)
-        return tuple(torch.empty_like(_inner(x)).copy_(o) for x, o in zip((q, k), outs))
+        return tuple(torch.empty_like(_inner(x)).copy_(o) for x, o in zip((q, k), outs, strict=True))
     return _rotate(
         "rope_fwd" if q_weight is None else "rope_norm_fwd", 1, q, k, cos, sin, q_weight, k_weight, eps, offset
     )
@@ -99,7 +98,7 @@ def _(q, k, cos, sin, q_weight, k_weight, eps, offset):
 def rope_bwd(dq, dk, cos, sin):
     if not runtime.use_triton("rope", dq):
         outs = reference.rope(dq, dk, cos, -sin)
-        return tuple(torch.empty_like(_inner(x)).copy_(o) for x, o in zip((dq, dk), outs))
+        return tuple(torch.empty_like(_inner(x)).copy_(o) for x, o in zip((dq, dk), outs, strict=True))
     return _rotate("rope_bwd", -1, dq, dk, cos, sin, None, None, 0.0, 0.0)
 
 
@@ -138,7 +137,7 @@ def rope_norm_bwd(dq, dk, q, k, cos, sin, q_weight, k_weight, eps, offset):
         dq, dk, q, k, cos, sin, q_weight, k_weight, gq, gk, partial,
         *_bhs(dq), *_bhs(dk), *_bhs(q), *_bhs(k), *_bhs(gq), *_bhs(gk), sc_b, sc_s,
         sizes["rows"], q.shape[2], q.shape[1], k.shape[1], dim // 2, eps, offset,
-        **space.tiles(sizes), **runtime.compiler_options(config),
+        **space.tiles(config, sizes), **runtime.compiler_options(config),
     )  # fmt: skip
     both = sum_columns(column_sum, configs["rope_sum"], partial, q_weight.new_empty(2 * dim))
     return gq, gk, both[:dim].clone(), both[dim:].clone()

@@ -12,7 +12,7 @@ def _strides(name: str, heads: int, dim: int) -> dict[str, int]:
 def forward_arguments(dtype: str, shape: Shape) -> dict:
     q, k, dim, p = shape["heads"], shape["kv_heads"], shape["head_dim"], "*" + dtype
     return {
-        **{name: p for name in ("Q", "K", "COS", "SIN", "QW", "KW", "QO", "KO")},
+        **dict.fromkeys(("Q", "K", "COS", "SIN", "QW", "KW", "QO", "KO"), p),
         **_strides("sq", q, dim), **_strides("sk", k, dim), **_strides("sqo", q, dim), **_strides("sko", k, dim),
         "sc_b": 0, "sc_s": dim, "seq": 4096, "q_heads": q, "k_heads": k, "half": dim // 2, "eps": "fp32", "offset": "fp32",
     }  # fmt: skip
@@ -23,42 +23,35 @@ def backward_arguments(dtype: str, shape: Shape) -> dict:
     forward = forward_arguments(dtype, shape)
     return {
         **forward,
-        **{name: p for name in ("DQO", "DKO", "DQ", "DK")},
+        **dict.fromkeys(("DQO", "DKO", "DQ", "DK"), p),
         "P": "*fp32", **_strides("sdq", q, dim), **_strides("sdk", k, dim), "tokens": shape["rows"],
     }  # fmt: skip
 
 
-def tiles(shape: Shape) -> dict[str, int]:
-    return {
-        "QH": next_pow2(shape["heads"]),
-        "KH": next_pow2(shape["kv_heads"]),
-        "HALF": next_pow2(shape["head_dim"] // 2),
-    }
+def tiles(config: Config, shape: Shape) -> dict[str, int]:
+    return {"HEADS": config["heads"], "HALF": next_pow2(shape["head_dim"] // 2)}
 
 
-def constexprs(sign: int):
-    def of(config: Config, dtype: str, shape: Shape) -> dict:
-        return {"SIGN": sign, "HAS_NORM": False, **tiles(shape)}
-
-    return of
+def constexprs(sign: int, norm: bool):
+    return lambda config, dtype, shape: {"SIGN": sign, "HAS_NORM": norm, **tiles(config, shape)}
 
 
 def norm_constexprs(config: Config, dtype: str, shape: Shape) -> dict:
-    return tiles(shape)
+    return tiles(config, shape)
 
 
 def space(target, dtype: str, shape: Shape):
-    for warps in (1, 2, 4, 8):
-        # The key tile must give every lane 16 bytes too, or its loads come out narrow.
-        smallest = next_pow2(shape["kv_heads"]) * next_pow2(shape["head_dim"] // 2) * ITEMSIZE[dtype]
-        if warps == 1 or warps * target.wave * 16 <= smallest:
-            yield {"num_warps": warps, "num_stages": 1}
+    """A few heads at a time, as many as give every lane 16 bytes (fewer heads would narrow its loads) and not many more."""
+    for heads in (4, 8, 16, 32):
+        for warps in (1, 2, 4):
+            each = heads * next_pow2(shape["head_dim"] // 2) * ITEMSIZE[dtype] // (warps * target.wave)
+            if 16 <= each <= 64:
+                yield {"heads": heads, "num_warps": warps, "num_stages": 1}
 
 
 def norm_space(target, dtype: str, shape: Shape):
     for config in space(target, dtype, shape):
-        for mult in (2, 4):
-            yield config | {"grid_mult": mult, "rows_each": 8}
+        yield config | {"grid_mult": 4, "rows_each": 8}
 
 
 def sum_arguments(dtype: str, shape: Shape) -> dict:
@@ -72,11 +65,11 @@ def floor(direction: str, dtype: str, shape: Shape) -> int:
 
 MODULE = "rope.triton_kernels"
 KERNELS = (
-    Kernel("rope_fwd", "forward", f"{MODULE}:rope_fwd", forward_arguments, constexprs(1), space, "heads"),
-    Kernel("rope_bwd", "backward", f"{MODULE}:rope_fwd", forward_arguments, constexprs(-1), space, "heads"),
+    Kernel("rope_fwd", "forward", f"{MODULE}:rope_fwd", forward_arguments, constexprs(1, False), space, "head_dim"),
+    Kernel("rope_bwd", "backward", f"{MODULE}:rope_fwd", forward_arguments, constexprs(-1, False), space, "head_dim"),
     Kernel("rope_norm_fwd", "forward", f"{MODULE}:rope_fwd", forward_arguments,
-           lambda config, dtype, shape: {"SIGN": 1, "HAS_NORM": True, **tiles(shape)}, space, "heads"),
-    Kernel("rope_norm_bwd", "backward", f"{MODULE}:rope_norm_bwd", backward_arguments, norm_constexprs, norm_space, "heads", inputs=2),
+           constexprs(1, True), space, "head_dim"),
+    Kernel("rope_norm_bwd", "backward", f"{MODULE}:rope_norm_bwd", backward_arguments, norm_constexprs, norm_space, "head_dim", inputs=2),
     Kernel("rope_sum", "backward", "reduce:column_sum", sum_arguments, sum_constexprs, sum_space, "head_dim"),
 )  # fmt: skip
 

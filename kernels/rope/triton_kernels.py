@@ -1,4 +1,5 @@
-"""RoPE for queries and keys in one launch: one program rotates all heads of one token, so cos and sin are read once a token.
+"""RoPE for queries and keys in one launch: one program rotates all heads of one token, HEADS at a time, so cos and sin are
+read once a token.
 
 Only the first half of cos and sin is read: both halves of a rotary table are equal. The backward pass is the forward pass with
 the sine negated; with QK-norm it also goes through the normalisation and sums the two weight gradients.
@@ -19,10 +20,10 @@ def _normalise(a, b, W, d, ok, half, eps, offset):
 
 @triton.jit
 def _rotate_heads(
-    T, OUT, W, base, out_base, st_h, so_h, heads, half, d, cos, sin, eps, offset,
+    T, OUT, W, base, out_base, st_h, so_h, first, heads, half, d, cos, sin, eps, offset,
     HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    h = tl.arange(0, HEADS)
+    h = first + tl.arange(0, HEADS)
     ok = (h < heads)[:, None] & (d < half)[None, :]
     at = (T + base) + h.to(tl.int64)[:, None] * st_h + d[None, :]
     a = tl.load(at, mask=ok, other=0.0).to(tl.float32)
@@ -41,7 +42,7 @@ def rope_fwd(
     Q, K, COS, SIN, QW, KW, QO, KO,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sqo_b, sqo_h, sqo_s, sko_b, sko_h, sko_s, sc_b, sc_s,
     seq, q_heads, k_heads, half, eps, offset,
-    SIGN: tl.constexpr, HAS_NORM: tl.constexpr, QH: tl.constexpr, KH: tl.constexpr, HALF: tl.constexpr,
+    SIGN: tl.constexpr, HAS_NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """QO, KO = rotated Q, K; program = one token. SIGN -1 turns backwards."""
     token = tl.program_id(0).to(tl.int64)
@@ -53,18 +54,20 @@ def rope_fwd(
     sin = tl.load(SIN + at, mask=d < half, other=0.0).to(tl.float32) * SIGN
     eps32 = tl.cast(eps, tl.float32)
     offset32 = tl.cast(offset, tl.float32)
-    _rotate_heads(Q, QO, QW, b * sq_b + s * sq_s, b * sqo_b + s * sqo_s, sq_h, sqo_h, q_heads, half, d, cos, sin, eps32, offset32,
-                  QH, HAS_NORM)  # fmt: skip
-    _rotate_heads(K, KO, KW, b * sk_b + s * sk_s, b * sko_b + s * sko_s, sk_h, sko_h, k_heads, half, d, cos, sin, eps32, offset32,
-                  KH, HAS_NORM)  # fmt: skip
+    for first in range(0, q_heads, HEADS):
+        _rotate_heads(Q, QO, QW, b * sq_b + s * sq_s, b * sqo_b + s * sqo_s, sq_h, sqo_h, first, q_heads, half, d, cos, sin,
+                      eps32, offset32, HEADS, HAS_NORM)  # fmt: skip
+    for first in range(0, k_heads, HEADS):
+        _rotate_heads(K, KO, KW, b * sk_b + s * sk_s, b * sko_b + s * sko_s, sk_h, sko_h, first, k_heads, half, d, cos, sin,
+                      eps32, offset32, HEADS, HAS_NORM)  # fmt: skip
 
 
 @triton.jit
 def _norm_heads_bwd(
-    DO, T, W, DT, base_do, base, base_dt, sd_h, st_h, so_h, heads, half, d, cos, sin, eps, offset, HEADS: tl.constexpr,
+    DO, T, W, DT, base_do, base, base_dt, sd_h, st_h, so_h, first, heads, half, d, cos, sin, eps, offset, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradient of the un-normalised heads; returns this token's two halves of the weight gradient."""
-    h = tl.arange(0, HEADS)
+    h = first + tl.arange(0, HEADS)
     ok = (h < heads)[:, None] & (d < half)[None, :]
     heads64 = h.to(tl.int64)[:, None]
     at = (DO + base_do) + heads64 * sd_h + d[None, :]
@@ -89,7 +92,7 @@ def rope_norm_bwd(
     sdq_b, sdq_h, sdq_s, sdk_b, sdk_h, sdk_s, sq_b, sq_h, sq_s, sk_b, sk_h, sk_s,
     sqo_b, sqo_h, sqo_s, sko_b, sko_h, sko_s, sc_b, sc_s,
     tokens, seq, q_heads, k_heads, half, eps, offset,
-    QH: tl.constexpr, KH: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Gradient through rotation and QK-norm; P [programs, 4 * half] takes the fp32 weight gradients (q then k)."""
     pid = tl.program_id(0)
@@ -107,14 +110,20 @@ def rope_norm_bwd(
         at = b * sc_b + s * sc_s + d
         cos = tl.load(COS + at, mask=ok, other=0.0).to(tl.float32)
         sin = tl.load(SIN + at, mask=ok, other=0.0).to(tl.float32)
-        da, db = _norm_heads_bwd(DQO, Q, QW, DQ, b * sdq_b + s * sdq_s, b * sq_b + s * sq_s, b * sqo_b + s * sqo_s,
-                                 sdq_h, sq_h, sqo_h, q_heads, half, d, cos, sin, eps32, offset32, QH)  # fmt: skip
-        qa += da
-        qb += db
-        da, db = _norm_heads_bwd(DKO, K, KW, DK, b * sdk_b + s * sdk_s, b * sk_b + s * sk_s, b * sko_b + s * sko_s,
-                                 sdk_h, sk_h, sko_h, k_heads, half, d, cos, sin, eps32, offset32, KH)  # fmt: skip
-        ka += da
-        kb += db
+        for first in range(0, q_heads, HEADS):
+            da, db = _norm_heads_bwd(
+                DQO, Q, QW, DQ, b * sdq_b + s * sdq_s, b * sq_b + s * sq_s, b * sqo_b + s * sqo_s,
+                sdq_h, sq_h, sqo_h, first, q_heads, half, d, cos, sin, eps32, offset32, HEADS,
+            )  # fmt: skip
+            qa += da
+            qb += db
+        for first in range(0, k_heads, HEADS):
+            da, db = _norm_heads_bwd(
+                DKO, K, KW, DK, b * sdk_b + s * sdk_s, b * sk_b + s * sk_s, b * sko_b + s * sko_s,
+                sdk_h, sk_h, sko_h, first, k_heads, half, d, cos, sin, eps32, offset32, HEADS,
+            )  # fmt: skip
+            ka += da
+            kb += db
     out = P + pid.to(tl.int64) * 4 * half + d
     tl.store(out, qa, mask=ok)
     tl.store(out + half, qb, mask=ok)

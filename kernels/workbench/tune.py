@@ -28,8 +28,7 @@ BUCKETS = {
     "width": (28672,),
     "vocab": (151936,),
     "numel": (4096 * 4096,),
-    "heads": (32,),
-    "head_dim": (128,),
+    "head_dim": (64, 128, 256),
     "in": (4096,),
     "out": (4096,),
 }
@@ -81,7 +80,7 @@ def tile_bytes(kernel: Kernel, config: Config, dtype: str, shape: Shape) -> floa
     if "BM" in c:
         elements = c["BM"] * c["BN"]
     elif "HALF" in c:
-        elements = 2 * c["HALF"] * (c["QH"] + c["KH"])
+        elements = 2 * c["HALF"] * c["HEADS"]
     elif "GROUPS" in c:
         elements = 256 * c["GROUPS"]
     else:
@@ -118,7 +117,7 @@ def undominated(candidates: list[Candidate]) -> list[Candidate]:
         assert a.use and b.use
         ours = (a.in_flight, a.use.occupancy or 0, -a.extra_bytes, -a.use.registers)
         theirs = (b.in_flight, b.use.occupancy or 0, -b.extra_bytes, -b.use.registers)
-        return all(x >= y for x, y in zip(ours, theirs)) and ours != theirs
+        return all(x >= y for x, y in zip(ours, theirs, strict=True)) and ours != theirs
 
     legal = [c for c in candidates if not c.problems]
     return [c for c in legal if not any(beats(o, c) for o in legal if o is not c)]
@@ -208,7 +207,7 @@ def spearman(a: list[float], b: list[float]) -> float | None:
     sxx, syy = sum((v - mx) ** 2 for v in x), sum((v - my) ** 2 for v in y)
     if sxx == 0 or syy == 0:
         return None
-    return sum((p - mx) * (q - my) for p, q in zip(x, y)) / (sxx * syy) ** 0.5
+    return sum((p - mx) * (q - my) for p, q in zip(x, y, strict=True)) / (sxx * syy) ** 0.5
 
 
 def tune(
@@ -291,7 +290,10 @@ def defaults(
     The first configuration of the space that passes both gates everywhere wins, moderate sizes first. They are rules checked by
     the compiler, not choices for a device, hence status ``default`` and no toolchain.
     """
-    targets = [t for t in hardware.TARGETS.values() if t.wave == wave and compiler.supported(t.name)]
+    twins = ("sm_103", "gfx1251")  # compile like sm_100 and gfx1250; `kernels check` covers them
+    targets = [
+        t for t in hardware.TARGETS.values() if t.wave == wave and t.name not in twins and compiler.supported(t.name)
+    ]
     out: list[dict[str, Any]] = []
     seen: set[str] = set()
     for op in registry.OPERATORS:
