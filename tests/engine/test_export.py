@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from aifactory_train import export as ex
 from aifactory_train import model as m
+from aifactory_train import reload_check
 from aifactory_train.config import load_recipe
 from aifactory_train.data import load_tokenizer, prepare
 from aifactory_train.errors import RunFailed, UserError
@@ -180,7 +181,22 @@ def test_what_the_base_is_called_elsewhere(tmp_path, tiny_model_dir):
     assert name_of(tiny_model_dir) == (str(tiny_model_dir), None)
 
 
-# ---- the gate (each of these starts a fresh process)
+# ---- the gate
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The gate's script run here instead of in a fresh process: saves the imports where the process is not the point."""
+
+    def run(command, **options):
+        assert options["input"] == Path(reload_check.__file__).read_text(encoding="utf-8")
+        try:
+            reload_check.main(command[-1])
+        except Exception as error:
+            return SimpleNamespace(returncode=1, stderr=f"{type(error).__name__}: {error}")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(ex.subprocess, "run", run)
 
 
 def test_gate_passes_and_is_recorded_and_merging_later_gives_bf16(tmp_path, bases):
@@ -205,7 +221,7 @@ def test_gate_passes_and_is_recorded_and_merging_later_gives_bf16(tmp_path, base
         ex.export_run(case.run, merge=False, step=7)
 
 
-def test_a_wrong_export_is_not_made_visible_and_the_old_one_stays(tmp_path, bases, monkeypatch):
+def test_a_wrong_export_is_not_made_visible_and_the_old_one_stays(tmp_path, bases, monkeypatch, in_process):
     case = trained(tmp_path, bases)
     case.export(verify=False)
     old = (case.run.export / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -238,7 +254,7 @@ def test_a_wrong_merge_is_found_before_rounding_hides_it(tmp_path, bases):
     assert case.names() == ["adapter"]
 
 
-def test_an_export_that_cannot_be_loaded_says_why(tmp_path, bases, monkeypatch):
+def test_an_export_that_cannot_be_loaded_says_why(tmp_path, bases, monkeypatch, in_process):
     case = trained(tmp_path, bases)
     monkeypatch.setattr(
         ex._Export, "_write_adapter", lambda self, folder: (folder / "adapter_config.json").write_text("{}")
@@ -270,7 +286,7 @@ def test_bf16_verdict_ignores_ties_but_not_changes():
 # ---- other precisions, other ranks, nothing to export
 
 
-def test_a_bf16_base_is_exported_through_a_rebuilt_fp32_model(tmp_path, bases):
+def test_a_bf16_base_is_exported_through_a_rebuilt_fp32_model(tmp_path, bases, in_process):
     """Training in bf16 compute: the model in memory is no fp32 reference, so one is rebuilt from the trained tensors."""
     case = trained(tmp_path, bases, {"precision.compute": "bf16"})
     assert not ex._is_plain_fp32(case.core)
