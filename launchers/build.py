@@ -54,8 +54,13 @@ def templates() -> jinja2.Environment:
     return made
 
 
-def build(request: Request, system: System, recipe: Recipe, *, plan: dict[str, Any] | None = None) -> Submission:
-    """The whole submission. Raises :class:`Refusal` for text that may not enter a script and for impossible combinations."""
+def build(
+    request: Request, system: System, recipe: Recipe, *, plan: dict[str, Any] | None = None, files: bool = True
+) -> Submission:
+    """The whole submission; without ``files`` only its script, which is all that is looked at in a dry run.
+
+    Raises :class:`Refusal` for text that may not enter a script and for impossible combinations.
+    """
     request = request.checked()
     shape = shape_of(request, system)
     name = run_name(request, recipe)
@@ -71,7 +76,8 @@ def build(request: Request, system: System, recipe: Recipe, *, plan: dict[str, A
     else:
         template = "slurm.sh.j2" if shape.backend == "slurm" else "plain.sh.j2"
         sub.script = _render(template, context)
-        _files(sub, recipe, context)
+        if files:
+            _files(sub, recipe, context)
     return sub
 
 

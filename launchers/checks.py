@@ -717,6 +717,15 @@ def _(c: Context) -> Iterator[Finding]:
         yield Finding("container-runtime", "warn", f"no container runtime is published for {c.system.name}: apptainer is assumed")
 
 
+@rule("container-needed")
+def _(c: Context) -> Iterator[Finding]:
+    """A pod needs an image."""
+    if c.shape.backend == "kubernetes" and not (c.request.container or c.system.user.container_image):
+        what = f"{c.system.name} runs pods: an image with torch and aifactory-train must be named"
+        fix = "--container REGISTRY/IMAGE, or user.container_image in your site file"
+        yield no("container-needed", what, fix=fix, where="--container") if c.submitting else Finding("container-needed", "warn", what, fix=fix)
+
+
 @rule("container-folder")
 def _(c: Context) -> Iterator[Finding]:
     """Images lie where the site lets them run from."""

@@ -48,7 +48,7 @@ def explain(sub: Submission) -> list[Explained]:
         source = None
         if line.fact:
             fact = sub.system.provenance(line.fact) if _stated(sub, line.fact) else None
-            source = None if fact is None else f"{fact.source}, {fact.date}, {fact.confidence}"
+            source = "not published" if fact is None else f"{fact.source}, {fact.date}, {fact.confidence}"
         out.append(Explained(number, text, line.why, line.fact, source))
     return out
 

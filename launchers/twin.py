@@ -88,8 +88,8 @@ def node_count(system: System) -> int:
     """Nodes of the twin: the machine's, and at least what the largest partition admits."""
     stated = [n for p in system.partitions.values() for n in (p.max_nodes, p.nodes, p.min_nodes) if n is not None]
     limits = [q.max_nodes for q in system.qos.values() if q.max_nodes is not None]
-    known = [n for n in (system.node.count, *stated, *limits) if n is not None]
-    return max(known) if known else UNKNOWN_NODES
+    # A partition without a published limit must not be limited by the size of another one.
+    return max([system.node.count or UNKNOWN_NODES, *stated, *limits])
 
 
 def _names(count: int) -> str:

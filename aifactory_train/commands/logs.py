@@ -8,7 +8,7 @@ import time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder, or its name below runs/")
+    parser.add_argument("folder", metavar="RUN", help="run folder, or its name below runs/")
     parser.add_argument("-f", "--follow", action="store_true", help="go on as the log grows, until the run ends")
     parser.add_argument("--attempt", type=int, metavar="N", help="an earlier attempt")
     parser.add_argument("--rank", type=int, action="append", metavar="R", help="rank, repeatable (default: the lowest)")
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.launchers.follow import LIVE, log_files, open_folder, status_of
     from aifactory_train.output import note
 
-    folder = open_folder(args.run)
+    folder = open_folder(args.folder)
 
     def files():
         if args.batch:

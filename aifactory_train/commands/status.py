@@ -7,7 +7,7 @@ import time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder, or its name below runs/")
+    parser.add_argument("folder", metavar="RUN", help="run folder, or its name below runs/")
     parser.add_argument("--offline", action="store_true", help="look at the files only, do not ask the scheduler")
     parser.add_argument("--json", action="store_true", help="one line of JSON: state, attempts[], cause{rank,node,kind,message}")
 
@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.launchers.follow import open_folder, status_of
     from aifactory_train.output import print_json, table
 
-    found = status_of(open_folder(args.run), ask=not args.offline)
+    found = status_of(open_folder(args.folder), ask=not args.offline)
     if args.json:
         print_json(found)
         return 0

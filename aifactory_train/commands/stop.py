@@ -7,7 +7,7 @@ import time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder, or its name below runs/")
+    parser.add_argument("folder", metavar="RUN", help="run folder, or its name below runs/")
     parser.add_argument("--cancel", action="store_true", help="end the job now, without a last save")
     parser.add_argument("--wait", type=float, default=0, metavar="S", help="wait so long for the run to end")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.launchers.follow import LIVE, open_folder, status_of, stop
     from aifactory_train.output import note, print_json
 
-    folder = open_folder(args.run)
+    folder = open_folder(args.folder)
     told = stop(folder, cancel=args.cancel)
     end = time.time() + args.wait
     state = told["state"]

@@ -29,6 +29,10 @@ START = (
 )
 
 
+#: Stands in a manifest that is only looked at; no registry has it.
+NO_IMAGE = "name-an-image-with--container"
+
+
 def manifest(sub: Submission) -> str:
     """The manifest as YAML: ConfigMap and Job."""
     import yaml
@@ -43,12 +47,7 @@ def manifest(sub: Submission) -> str:
         )
     image = sub.request.container or system.user.container_image
     if not image:
-        raise Refusal(
-            "kubernetes-image",
-            f"{system.name} runs pods: an image with torch and aifactory-train must be named",
-            where="--container",
-            fix="--container REGISTRY/IMAGE, or user.container_image in your site file",
-        )
+        image = NO_IMAGE  # the rule `container-needed` refuses to submit it
     rq.image(image, "user.container_image")
     name = re.sub(r"[^a-z0-9-]+", "-", sub.name.lower()).strip("-")[:50].strip("-") or "run"
     namespace = shape.account
@@ -64,7 +63,7 @@ def manifest(sub: Submission) -> str:
     cpus = shape.cpus_per_task or 8 * shape.gpus_per_node
     memory = f"{shape.memory[1] if shape.memory else 64 * shape.gpus_per_node}Gi"
     asked = {resource: shape.gpus_per_node, "cpu": str(cpus), "memory": memory}
-    data = {f.path.removeprefix("submission/"): f.content for f in sub.files if re.fullmatch(r"submission/[^/]+", f.path) and f.content}
+    data = {f.path.removeprefix("submission/"): f.content for f in sub.files if re.fullmatch(r"submission/[^/]+", f.path) and (f.content or f.path.endswith("/environment"))}
     meta: dict[str, Any] = {"name": f"{name}-submission", "labels": labels}
     if namespace:
         meta["namespace"] = namespace
@@ -112,7 +111,18 @@ def manifest(sub: Submission) -> str:
         },
     }
     head = f"# {sub.name} at {system.id}: written by aifactory-train; submit with kubectl create --filename\n"
-    return head + yaml.safe_dump_all([config, job], sort_keys=False, allow_unicode=True)
+    return head + yaml.dump_all([config, job], Dumper=_plain_dumper(), sort_keys=False, allow_unicode=True)
+
+
+def _plain_dumper() -> Any:
+    """SafeDumper without anchors: a repeated block is written out, as people expect in a manifest."""
+    import yaml
+
+    class Plain(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    return Plain
 
 
 def _run(*argv: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:

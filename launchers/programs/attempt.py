@@ -172,7 +172,8 @@ def diagnose(folder, world=None, rc=None):
         and len(outcome) >= world
         and all(o.get("status") in ("done", "stopped") for o in outcome.values())
     ):
-        return "stopped", _stop_cause(folder, outcome, record)
+        # Every rank could still save: the run is whole, but a lost node stays the reason why it stopped.
+        return "stopped", node_cause or _stop_cause(folder, outcome, record)
     if node_cause:
         return "failed", node_cause
     preflight = _preflight_cause(folder)
@@ -366,7 +367,9 @@ def decide(run, number, state, cause, stop_reason, policy):
         return end("the run is finished")
     kind = (cause or {}).get("kind")
     exclude = []
-    if state == "stopped":
+    if state == "stopped" and kind in ("node-failure", "preempted"):
+        counted = "node" if kind == "node-failure" else "preempted"
+    elif state == "stopped":
         if stop_reason and stop_reason.split()[0] not in AUTOMATIC_STOPS:
             return end("stopped by request (%s); resumable" % _short(stop_reason, 80))
         counted = "preempted" if stop_reason.startswith(("preempted", "terminated")) else "time"
@@ -485,6 +488,9 @@ def _close_interrupted(run, number, folder, record, args, policy):
             "step": (cause or {}).get("step"),
         }
     reason = read_text(os.path.join(run, "stop"))
+    if state == "stopped" and same_job and cause and cause["kind"] == "stopped" and noted.startswith("TERM"):
+        text = "the scheduler took the job off its nodes and queued it again (preemption, or a lost node that is back)"
+        cause = {"rank": None, "node": None, "kind": "preempted", "message": text, "step": cause.get("step")}
     decision = decide(run, number, state, cause, reason, policy)
     if same_job and decision["action"] != "end":
         decision["action"] = "requeued"
