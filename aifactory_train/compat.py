@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+if not torch.cuda.is_available():
+    # peft imports DeepSpeed where it is installed, and DeepSpeed warns on every CPU process unless it is told.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @functools.cache

@@ -34,6 +34,7 @@ from aifactory_train.output import note
 from aifactory_train.parallel import DeviceBatch, build_engine, choose_engine
 from aifactory_train.parallel.memory_advice import is_out_of_memory, measure, out_of_memory
 from aifactory_train.parallel.world import World, from_main, join_world, leave_world
+from aifactory_train.private.profile import enforce
 from aifactory_train.record.recorder import Recorder
 from aifactory_train.runs import RunFolder, default_run_dir, open_for_training, write_json
 from aifactory_train.sources import resolve_model
@@ -54,6 +55,7 @@ def train(
     ``attempt`` is the launcher's number of this attempt (default: the next one), ``stop_at`` the end of the allocation in
     seconds since the epoch.
     """
+    protected = enforce(recipe, folder)  # before anything is read or written
     stop = StopChannels(stop_at)  # first: a signal that comes while things are loaded must not be lost
     world = join_world(recipe.parallel.timeout_s, recipe.parallel.threads)
     try:
@@ -66,7 +68,7 @@ def train(
             if world.is_main:
                 stop.watch_file(run.stop_file)
             trainer = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet)
-            with trainer.recorder as story:
+            with trainer.recorder.under(protected) as story:
                 record.code = story.ended(trainer.fit(), record.reason)
         return record.code
     finally:
@@ -377,8 +379,8 @@ class Trainer:
         self.recorder.evaluated("during", figures, self.step)
         if self.best["loss"] is None or figures["loss"] < self.best["loss"]:
             self.best = {"loss": figures["loss"], "step": self.step, "since": 0}
-            if self.recipe.checkpoint.every_steps:
-                self._save(wait=False)
+            if self.recipe.checkpoint.every_steps or self.recipe.eval.early_stopping:
+                self._save(wait=False)  # kept as the best
         else:
             self.best["since"] += 1
         patience = self.recipe.eval.early_stopping
@@ -391,6 +393,10 @@ class Trainer:
         if recipe.checkpoint.at_end:
             self._save(wait=True)
         self.checkpoints.wait()
+        if recipe.eval.early_stopping and self.best["step"] not in (None, self.step):
+            if not self.quiet:
+                note(f"evaluating and exporting the best checkpoint, step {self.best['step']}")
+            self.checkpoints.load(self.best["step"])
         if recipe.eval.after:
             self.results["after"] = self._evaluate(generate=True)
             self.recorder.evaluated("after", self.results["after"], self.step)

@@ -1,0 +1,121 @@
+"""A whole run through the command line: what it leaves behind, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import helpers
+import pytest
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    settings = {"train.max_steps": 12, "eval.every_steps": 2, "eval.early_stopping": 2, "logging.row_ids": True}
+    # so high a rate that the held-out loss rises again: early stopping has something to do
+    settings |= {"train.learning_rate": 0.3, "logging.tensorboard": True, "train.schedule": "constant"}
+    recipe = helpers.write_recipe(folder, tiny_model_dir, settings=settings)
+    result = helpers.cli("train", recipe, "--name", "done", cwd=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def test_run_folder_holds_what_tools_rely_on(finished: Path) -> None:
+    run = finished / "runs/done"
+    for name in (
+        "run.yaml",
+        "metrics.jsonl",
+        "eval.json",
+        "tensorboard",
+        "checkpoints",
+        "export/adapter",
+        "attempts/001",
+    ):
+        assert (run / name).exists(), name
+    figures = json.loads((run / "eval.json").read_text())
+    assert {"before", "after"} <= set(figures)
+    assert all(isinstance(figures[k]["bits_per_byte"], float) for k in ("before", "after"))
+    assert json.loads((run / "attempts/001/outcome-0.json").read_text())["status"] == "done"
+    steps = [r for r in metrics(run) if r["kind"] == "train"]
+    assert [r["step"] for r in steps] == list(range(1, len(steps) + 1))
+    assert all(len(r["row_ids"]) == r["rows"] for r in steps)
+
+
+def test_early_stopping_exports_the_best_checkpoint(finished: Path) -> None:
+    run = finished / "runs/done"
+    evaluations = [r for r in metrics(run) if r["kind"] == "eval"]
+    best = min(evaluations, key=lambda r: r["loss"])
+    assert best is not evaluations[-1], "the held-out loss never rose: nothing was tested"
+    assert evaluations.index(best) == len(evaluations) - 3  # patience 2
+    after = json.loads((run / "eval.json").read_text())["after"]
+    assert after["loss"] == pytest.approx(best["loss"], rel=1e-6)
+
+
+def test_run_yaml_repeats_the_run(finished: Path) -> None:
+    result = helpers.cli("train", finished / "runs/done/run.yaml", "--name", "again", cwd=finished)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (
+        [r["loss"] for r in metrics(finished / f"runs/{n}") if r["kind"] == "train"] for n in ("done", "again")
+    )
+    assert first == second
+
+
+def test_finished_run_is_refused(finished: Path) -> None:
+    result = helpers.cli("train", finished / "recipe.yaml", "--name", "done", "--resume", "auto", cwd=finished)
+    helpers.refused(result, "finished run", "--name")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--resume", "sometimes"], ["--resume", "auto"]),
+        (["--name", "../elsewhere"], ["--name"]),
+        (["--resume", "7"], ["no checkpoint of step 7"]),
+    ],
+)
+def test_wrong_requests_are_refused(arguments: list[str], words: list[str], tiny_recipe: Path, tmp_path: Path) -> None:
+    helpers.refused(helpers.cli("train", tiny_recipe, *arguments, cwd=tmp_path), *words)
+
+
+def test_stranger_folder_is_refused(tiny_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_bytes(b"x")
+    helpers.refused(helpers.cli("train", tiny_recipe, "--run-dir", "photos", cwd=tmp_path), "cat.jpg", "--run-dir")
+    assert (tmp_path / "photos/cat.jpg").exists()
+
+
+def test_live_run_is_refused_and_unfinished_run_is_not_touched_unasked(tiny_recipe: Path, tmp_path: Path) -> None:
+    import os
+    import socket
+    import time
+
+    run = tmp_path / "runs/busy"
+    run.mkdir(parents=True)
+    (run / "run.yaml").write_text(tiny_recipe.read_text())
+    state = {"state": "running", "host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "step": 3}
+    (run / "state.json").write_text(json.dumps(state))
+    helpers.refused(helpers.cli("train", tiny_recipe, "--name", "busy", cwd=tmp_path), "live", str(os.getpid()))
+    (run / "state.json").write_text(json.dumps({**state, "pid": 2**22 - 1}))  # no such process
+    helpers.refused(helpers.cli("train", tiny_recipe, "--name", "busy", cwd=tmp_path), "unfinished", "--resume auto")
+
+
+def test_own_rows_train_with_one_override(tiny_recipe: Path, tmp_path: Path) -> None:
+    helpers.write_jsonl(tmp_path / "mine.jsonl", helpers.chat_rows(40, start=900))
+    result = helpers.cli("train", tiny_recipe, "--set", "data.train=mine.jsonl", "--run-dir", "here", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    figures = json.loads((tmp_path / "here/eval.json").read_text())
+    assert figures["after"]["bits_per_byte"] < figures["before"]["bits_per_byte"]
+
+
+def test_two_ranks_by_torchrun(tiny_recipe: Path, tmp_path: Path) -> None:
+    one = helpers.cli("train", tiny_recipe, "--name", "one", cwd=tmp_path)
+    two = helpers.torchrun(2, "train", tiny_recipe, "--name", "two", cwd=tmp_path)
+    assert one.returncode == two.returncode == 0, (one.stderr[-2000:], two.stderr[-2000:])
+    curves = [[r["loss"] for r in metrics(tmp_path / f"runs/{n}")] for n in ("one", "two")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    assert "before" in two.stdout and "export/adapter" in two.stdout
