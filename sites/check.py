@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -567,13 +567,24 @@ def check_room(room: Path | None = None, today: datetime.date | None = None) -> 
             if other != path.name:
                 report.faults.append(Fault("duplicate-name", _at(path, "id"), f"'{name}' is also used by {other}"))
         systems[path.stem] = system
-    report.faults.extend(check_catalogue(room / "gpus.yaml", today))
-    report.faults.extend(_shared(room / "sources.yaml", today))
-    report.faults.extend(check_readiness(room / "readiness.yaml", systems, today))
-    report.faults.extend(check_members(room / "factories.yaml", systems, today))
+    report.faults.extend(guarded(room / "gpus.yaml", lambda path: check_catalogue(path, today)))
+    report.faults.extend(guarded(room / "sources.yaml", lambda path: _shared(path, today)))
+    report.faults.extend(guarded(room / "readiness.yaml", lambda path: check_readiness(path, systems, today)))
+    report.faults.extend(guarded(room / "factories.yaml", lambda path: check_members(path, systems, today)))
     if room == profiles.ROOM:
         report.faults.extend(index_fresh())
     return report
+
+
+def guarded(path: Path, rule: Callable[[Path], Iterator[Fault]]) -> list[Fault]:
+    """The faults that ``rule`` finds; a file of another shape than the rule expects is one fault, not a crash."""
+    try:
+        return list(rule(path))
+    except UserError as error:
+        return [Fault("schema", error.where or path.name, error.what, error.fix)]
+    except (ValidationError, TypeError, KeyError, AttributeError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return [Fault("schema", path.name, f"not of the shape that its first lines describe: {first}")]
 
 
 def check_catalogue(path: Path, today: datetime.date) -> Iterator[Fault]:

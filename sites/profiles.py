@@ -12,7 +12,7 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -241,17 +241,26 @@ def covering(path: str, table: dict[str, FactEntry]) -> FactEntry | None:
 # -- shared sources and the GPU catalogue -------------------------------------------------------------------------------------------------------
 
 
+def _shaped(path: Path, read: Callable[[], Any]) -> Any:
+    """``read()``; a data file of another shape than its head describes is refused instead of crashing."""
+    try:
+        return read()
+    except (ValidationError, TypeError, KeyError, AttributeError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"not of the shape that its first lines describe: {first}", where=str(path)) from None
+
+
 @functools.lru_cache(maxsize=1)
 def shared_sources() -> dict[str, Source]:
     """``sources.yaml``: what every profile may name without defining it."""
     own = {"user": Source(title="the user's overlay", date="n.d.", retrieved="2026-11-22")}
-    return own | {name: Source(**entry) for name, entry in read_yaml(SOURCES).items()}
+    return own | _shaped(SOURCES, lambda: {name: Source(**entry) for name, entry in read_yaml(SOURCES).items()})
 
 
 @functools.lru_cache(maxsize=1)
 def gpu_catalogue() -> dict[str, dict[str, Any]]:
     """``gpus.yaml``: SKU → constants; a SKU with ``like`` inherits from another."""
-    return merge_catalogue(read_yaml(GPUS))
+    return _shaped(GPUS, lambda: merge_catalogue(read_yaml(GPUS)))
 
 
 def merge_catalogue(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -270,6 +279,10 @@ def merge_catalogue(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @functools.lru_cache(maxsize=1)
 def _gpu_provenance() -> tuple[dict[str, Source], dict[str, dict[str, FactEntry]]]:
+    return _shaped(GPUS, _read_gpu_provenance)
+
+
+def _read_gpu_provenance() -> tuple[dict[str, Source], dict[str, dict[str, FactEntry]]]:
     raw = read_yaml(GPUS)
     sources = {k: Source(**v) for k, v in raw["sources"].items()}
     tables: dict[str, dict[str, FactEntry]] = {sku: {} for sku in raw["gpus"]}
@@ -520,7 +533,7 @@ def resolve(raw: Any, path: Path | None = None, overlay: Overlay | None = None) 
     gpu_sources: dict[str, Source] = {}
     if sku is not None:
         catalogue = gpu_catalogue()
-        if sku not in catalogue:
+        if not isinstance(sku, str) or sku not in catalogue:
             raise UserError(
                 f"unknown GPU '{sku}'{did_you_mean(str(sku), catalogue)}",
                 where=_where(path, ("gpu", "sku")),

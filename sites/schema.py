@@ -80,7 +80,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 def _as_text(value: Any) -> Any:
     """YAML reads 2026-08-20 as a date and 2026 as a number; both are kept as the text that was written."""
-    return value if value is None or isinstance(value, str) else str(value)
+    return str(value) if isinstance(value, (int, float, Date)) and not isinstance(value, bool) else value
 
 
 Text = Annotated[str, BeforeValidator(_as_text), WithJsonSchema({"type": ["string", "number"]}, mode="validation")]

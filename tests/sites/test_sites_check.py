@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from aifactory_train.sites import check, profiles
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from aifactory_train import sites
 
@@ -116,6 +119,45 @@ def test_planted_fault_is_caught_by_name(
     assert hits, f"not caught; found: {[(f.name, f.what) for f in faults]}"
     assert all(f.severity == "error" for f in hits)
     assert any(path.name in f.where for f in hits)
+
+
+ODD: list[object] = [None, True, [], {}, "", "x", -1, 0, 3.5, ["a"], {"a": 1}, [{"b": 2}], 10**30, "a.b", [[1]], {1: 2}]
+
+
+def _places(data: object, prefix: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    pairs = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in pairs:
+        yield (*prefix, key)
+        yield from _places(value, (*prefix, key))
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_damaged_file_gives_faults_never_a_crash(tmp_path: Path, data: st.DataObject) -> None:
+    name = data.draw(
+        st.sampled_from(["lumi-g.yaml", "hunter.yaml", "eidf-gpu.yaml", "factories.yaml", "gpus.yaml", "sources.yaml"])
+    )
+    source = profiles.SYSTEMS / name if (profiles.SYSTEMS / name).exists() else profiles.ROOM / name
+    raw = yaml.safe_load(source.read_text(encoding="utf-8"))
+    place = data.draw(st.sampled_from(sorted(_places(raw), key=str)))
+    target = raw
+    for key in place[:-1]:
+        target = target[key]
+    if data.draw(st.booleans()):
+        target[place[-1]] = data.draw(st.sampled_from(ODD))
+    else:
+        del target[place[-1]]
+    path = tmp_path / name
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    if name == "factories.yaml":
+        faults = check.guarded(path, lambda p: check.check_members(p, {}, TODAY))
+    elif name == "gpus.yaml":
+        faults = check.guarded(path, lambda p: check.check_catalogue(p, TODAY))
+    elif name == "sources.yaml":
+        faults = check.guarded(path, lambda p: check._shared(p, TODAY))
+    else:
+        faults = check.check_file(path, TODAY).faults
+    assert all(f.name in check.FAULTS and f.what and f.where for f in faults)
 
 
 def test_every_fault_is_planted_once_and_described() -> None:
