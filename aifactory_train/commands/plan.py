@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aifactory_train.errors import UserError
-
-if TYPE_CHECKING:
-    from aifactory_train.config import ModelConfig
-    from aifactory_train.planning.shapes import Shape
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def build(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """The plan of the parsed arguments as plain values, and its chosen job."""
     from aifactory_train import config, sites
-    from aifactory_train.planning import plan, size
+    from aifactory_train.planning import plan_for
 
     overrides = [text for group in args.overrides for text in group]
     recipe = config.load_recipe(args.recipe, overrides)
@@ -90,23 +85,19 @@ def build(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         raise UserError(
             "a deadline or a budget chooses the number of nodes", where="--nodes", fix="use --nodes auto with it"
         )
-    touched = any(
-        text.strip().startswith(("data.train", "data.supervise", "model.base", "data.sequence_length"))
-        for text in overrides
-    )
-    request = plan.Request(
-        recipe=recipe,
-        shape=dimensions(recipe.model, args.model_config),
-        system=system,
-        nodes=nodes,
+    return plan_for(
+        recipe,
+        system,
+        nodes,
         gpus_per_node=args.gpus_per_node,
         partition=args.partition,
         qos=args.qos,
         deadline_hours=args.deadline,
         budget_gpu_hours=args.budget,
-        size=size.of_recipe(recipe, args.tokens, data_overridden=touched),
+        tokens=args.tokens,
+        model_config=args.model_config,
+        given=[text.partition("=")[0].strip() for text in overrides],
     )
-    return plan.make(request)
 
 
 def _nodes(text: str) -> int | None:
@@ -115,44 +106,3 @@ def _nodes(text: str) -> int | None:
     if not re.fullmatch(r"\d+", text) or int(text) < 1:
         raise UserError("a number of nodes from 1, or 'auto'", where=f"--nodes {text}")
     return int(text)
-
-
-def dimensions(model: ModelConfig, config_file: str | None) -> Shape:
-    """The base model's dimensions: given, fetched, or shipped."""
-    from aifactory_train.planning import shapes
-
-    if config_file:
-        return shapes.load(model.base, config_file=config_file)
-    folders: list[Path] = []
-    if model.base.startswith(("pypi:", "npm:")) or model.base.endswith(".gguf"):
-        from aifactory_train.sources import resolve_model
-
-        try:
-            folders.append(resolve_model(model))
-        except UserError:
-            folders = []  # not fetched yet: the shipped table is asked instead
-    elif not Path(model.base).is_dir():
-        folders = hub_folders(model.base, model.revision)
-    base = model.base
-    if base.startswith(("pypi:", "npm:")) and not folders:
-        # a packaged model file is named after the model that it holds
-        stem = re.sub(r"\.(Q\w+|gguf|safetensors)(?=\.|$)", "", base.rpartition("/")[2].rpartition("#")[2])
-        match = next((name for name in shapes.known() if name.rpartition("/")[2].lower() == stem.lower()), None)
-        base = match or base
-    return shapes.load(base, folders)
-
-
-def hub_folders(base: str, revision: str | None) -> list[Path]:
-    """Snapshot folders of a Hugging Face id in the local cache (documented layout ``models--org--name/refs, snapshots``).
-
-    Read here without ``huggingface_hub``, whose import takes longer than a whole plan.
-    """
-    home = Path(
-        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    )
-    root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser() / f"models--{base.replace('/', '--')}"
-    wanted = revision or "main"
-    reference = root / "refs" / wanted
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else wanted
-    folder = root / "snapshots" / commit
-    return [folder] if folder.is_dir() else []

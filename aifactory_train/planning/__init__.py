@@ -1,0 +1,66 @@
+"""Plan before you pay: memory, strategy, speed and cost of a recipe at a site. Torch-free, except ``verify_sharding``.
+
+    shapes         dimensions of the base models, parameters per tensor
+    job            what a prediction depends on: GPU, links, layout, batch, types
+    memory         peak memory of a rank, component by component
+    timing         time of a step: a roofline with calibrated shares of the peaks
+    search         every configuration that fits, ranked
+    plan           the plan with its reasons (``aifactory plan --json``)
+    open_data      published measurements as jobs;  calibrate: fitting and validating the constants
+    verify_sharding  the sharded model really built for up to 4,096 ranks (imports torch when called)
+
+For other rooms::
+
+    plan, job = planning.plan_for(recipe, system, nodes=4, given={"parallel.engine"})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aifactory_train.config import Recipe
+    from aifactory_train.planning.job import Job
+    from aifactory_train.sites import System
+
+
+def plan_for(
+    recipe: Recipe,
+    system: System,
+    nodes: int | None = 1,
+    *,
+    gpus_per_node: int | None = None,
+    partition: str | None = None,
+    qos: str | None = None,
+    deadline_hours: float | None = None,
+    budget_gpu_hours: float | None = None,
+    tokens: float | None = None,
+    model_config: str | None = None,
+    given: Iterable[str] = (),
+) -> tuple[dict[str, Any], Job]:
+    """``(plan, job)`` of a loaded recipe at a loaded system; ``nodes=None`` chooses them, ``given`` names keys set on the command line.
+
+    ``plan["overrides"]`` are the keys that ``train`` takes. Raises :class:`~aifactory_train.errors.UserError` where there is no plan.
+    """
+    from aifactory_train.planning import dimensions, plan, size
+
+    given = frozenset(given)
+    touched = any(
+        key.startswith(("data.train", "data.supervise", "model.base", "data.sequence_length")) for key in given
+    )
+    return plan.make(
+        plan.Request(
+            recipe=recipe,
+            shape=dimensions.of_model(recipe.model, model_config),
+            system=system,
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            partition=partition,
+            qos=qos,
+            deadline_hours=deadline_hours,
+            budget_gpu_hours=budget_gpu_hours,
+            given=given,
+            size=size.of_recipe(recipe, tokens, data_overridden=touched),
+        )
+    )

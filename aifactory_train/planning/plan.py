@@ -36,6 +36,7 @@ class Request:
     qos: str | None = None
     deadline_hours: float | None = None
     budget_gpu_hours: float | None = None
+    given: frozenset[str] = frozenset()  # keys that were set for this plan (--set): they are not the plan's to choose
     size: Size = field(default_factory=lambda: Size(None, None, None, None, "unknown"))
 
 
@@ -68,7 +69,7 @@ def make(request: Request) -> tuple[dict[str, Any], Job]:
         )
     constants = Constants.load()
     work = search.workload(recipe, request.shape, request.size.document, request.size.supervised)
-    fixed = search.fixed_by(recipe)
+    fixed = search.fixed_by(recipe, request.given)
     host = machine.host_memory_gib(system)
     place = _partition(request)
 

@@ -175,18 +175,19 @@ def _bytes(recipe: Recipe) -> Bytes:
     )
 
 
-def fixed_by(recipe: Recipe) -> Fixed:
-    """What the recipe's own keys (file or ``--set``) decide; keys left at their default are open."""
+def fixed_by(recipe: Recipe, given_now: frozenset[str] = frozenset()) -> Fixed:
+    """What is decided already: the recipe's own ``parallel`` keys, and of ``train`` what was given for this plan (``given_now``, the
+    keys of ``--set``). A recipe's micro-batch suits the machine that it was written on; here it is the plan's to choose."""
     parallel, train = recipe.parallel, recipe.train
-    given, trained = parallel.model_fields_set, train.model_fields_set
+    given = parallel.model_fields_set
     return Fixed(
         engine=parallel.engine if parallel.engine != "auto" else None,
         shard_size=parallel.shard_size,
         checkpointing=parallel.activation_checkpointing if "activation_checkpointing" in given else None,
         offload=parallel.offload_optimizer if "offload_optimizer" in given else None,
         compile=parallel.compile if "compile" in given else None,
-        micro_tokens=train.micro_batch_tokens if "micro_batch_tokens" in trained else None,
-        grad_accum=train.grad_accum if train.grad_accum != "auto" else None,
+        micro_tokens=train.micro_batch_tokens if "train.micro_batch_tokens" in given_now else None,
+        grad_accum=train.grad_accum if train.grad_accum != "auto" and "train.grad_accum" in given_now else None,
     )
 
 
@@ -450,8 +451,9 @@ def overrides(candidate: Candidate, work: Workload) -> dict[str, Any]:
         "train.grad_accum": "auto",
         "train.micro_batch_tokens": int(job.tokens),
         "train.loss_chunk_tokens": job.loss_chunk,
-        "kernels.enabled": "on" if job.stack.name == "fused" else "off",
     }
+    if job.stack.name == "fused":
+        found["kernels.enabled"] = "auto"  # on wherever they run; where the recipe says off, it stays so
     if engine == "hsdp":
         found["parallel.shard_size"] = job.layout.shard
     return found

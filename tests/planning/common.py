@@ -45,7 +45,9 @@ def request(
     system: Any, base: str, nodes: int | None, kind: str = "lora", tokens: float | None = 1e8, **more: Any
 ) -> plan.Request:
     limits = {
-        k: more.pop(k) for k in ("deadline_hours", "budget_gpu_hours", "partition", "qos", "gpus_per_node") if k in more
+        k: more.pop(k)
+        for k in ("deadline_hours", "budget_gpu_hours", "partition", "qos", "gpus_per_node", "given")
+        if k in more
     }
     size = Size(tokens, None, None, None, "test")
     return plan.Request(recipe(base, kind, **more), shapes.load(base), system, nodes, size=size, **limits)

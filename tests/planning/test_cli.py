@@ -70,11 +70,11 @@ class _Checker(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         assert not any(k.startswith("on") or k in ("src", "href") for k, _ in attrs)
-        if tag not in ("meta", "rect", "line", "circle", "polyline"):
+        if tag not in ("meta", "line", "rect", "circle", "polyline"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
-        if tag in ("rect", "circle"):
+        if tag in ("rect", "circle", "line", "polyline"):
             return
         assert self.open.pop() == tag
 

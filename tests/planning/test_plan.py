@@ -92,7 +92,7 @@ def test_every_node_count(system, kind):
 )
 def test_any_batch_resolves_or_refuses(system, base, kind, rows, length, nodes):
     site = sites.load(system, overlay=False)
-    asked = request(site, base, nodes, kind, rows=rows, length=length)
+    asked = request(site, base, nodes, kind, rows=rows, length=length, train__micro_batch_tokens=4096)
     try:
         found, _ = plan.make(asked)
     except UserError as error:
@@ -170,7 +170,7 @@ def test_auto_nodes_meets_deadline_and_budget():
 def test_unknown_size_gives_speed_but_no_hours():
     found, _ = plan.make(request(sites.load("lumi-g", overlay=False), SIZES[0], 1, tokens=None))
     assert found["hours"] is None and found["gpu_hours"] is None and found["kwh"] is None
-    assert found["tokens_per_s_per_gpu"]["mid"] > 0 and any("prepare" in r for r in found["reasons"])
+    assert found["tokens_per_s_per_gpu"]["mid"] > 0 and any(r.startswith("size:") for r in found["reasons"])
 
 
 def test_a_long_run_says_how_many_jobs():
@@ -189,6 +189,7 @@ def test_what_the_recipe_fixes_is_kept():
             parallel__engine="zero3",
             parallel__activation_checkpointing="full",
             train__micro_batch_tokens=4096,
+            given=frozenset({"train.micro_batch_tokens"}),
         )
     )
     assert (found["engine"], found["activation_checkpointing"], found["micro_batch_tokens"]) == ("zero3", "full", 4096)
@@ -264,7 +265,7 @@ def test_mean_document_length_shortens_attention_not_memory():
     from aifactory_train.planning.size import Size
 
     site = sites.load("lumi-g", overlay=False)
-    long = request(site, SIZES[1], 1, length=8192, rows=64)
+    long = request(site, SIZES[1], 1, length=8192, rows=64, train__micro_batch_tokens=8192)
     short = replace(long, size=Size(1e8, 1e8 / 500, 500.0, 0.5, "test"))
     a, b = plan.make(long)[0], plan.make(short)[0]
     assert b["tokens_per_s_per_gpu"]["mid"] > a["tokens_per_s_per_gpu"]["mid"]
