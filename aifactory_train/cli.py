@@ -10,6 +10,7 @@ import sys
 
 from aifactory_train import __version__, output
 from aifactory_train.errors import EXIT_FAILED, UserError, did_you_mean
+from aifactory_train.private import redact
 
 #: command -> one line of help; the code is in aifactory_train/commands/<command>.py
 COMMANDS = {
@@ -29,6 +30,7 @@ COMMANDS = {
     "report": "what a run did, as a table or JSON",
     "record": "the record of a run: show it, fill in what only people know, sign it",
     "verify": "is a run's record whole and unedited, and are its files still the same",
+    "private": "sensitive data: keys, encryption, who can read what, was a text trained on",
     "runs": "list and compare runs, as a table or a page",
     "kernels": "list, check, tune and measure the Triton kernels",
     "env": "the software environment of a site",
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         with output.json_only():
             return int(args.run(args) or 0)
     except UserError as error:
-        print(f"aifactory {command}: {error}", file=sys.stderr)
+        print(f"aifactory {command}: {redact.message(error)}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         if os.environ.get("AIFACTORY_DEBUG") or (error.name or "").startswith("aifactory_train"):

@@ -30,6 +30,8 @@ from aifactory_train.config import Recipe
 from aifactory_train.errors import RunFailed, UserError
 from aifactory_train.model import CausalLM, ModelReport, Precision, base_folder, build_model
 from aifactory_train.output import note
+from aifactory_train.private import profile, redact, vault
+from aifactory_train.private.permissions import folder_mode
 from aifactory_train.runs import RunFolder, open_run, write_json
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ def export_run(
 def _trained_before(run: RunFolder, merge: bool, step: int | None) -> dict[str, torch.Tensor] | None:
     """Trained tensors of a checkpoint (``step``, or the newest good one of a run without an export); None: use the exported
     adapter. Raises when there is nothing to export or nothing to do."""
-    if step is None and (run.export / "adapter" / "adapter_model.safetensors").is_file():
+    if step is None and vault.holds(run.export / "adapter" / "adapter_model.safetensors"):
         if merge:
             return None
         raise UserError(
@@ -186,6 +188,7 @@ class _Export:
             with self._visible_when_good("adapter") as folder:
                 self._write_adapter(folder)
                 self._check("adapter", folder, "fp32")
+                vault.seal(folder / "adapter_model.safetensors")  # under the privacy profile "restricted" only
             if merge:
                 self._write_merged(Path(self.paths["adapter"]))
         return {"paths": self.paths, "gate": {kind: asdict(v) for kind, v in self.verdicts.items()}}
@@ -378,7 +381,7 @@ class _Export:
             self.run.export.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(dir=self.run.export, prefix=f".{kind}-"))
             yield folder
-            folder.chmod(0o755)
+            folder.chmod(folder_mode())
             if target.exists():
                 old = folder.with_name(folder.name + "-old")
                 os.replace(target, old)
@@ -414,6 +417,10 @@ def gate_rows(data: PreparedData) -> list[list[int]]:
     from aifactory_train.evaluate import choose_rows
 
     held: TokenDataset = next(iter(data.evals.values()))
+    if redact.is_active():  # the rows go through a file to another process: protected texts must not
+        count = int(data.tokenizer_info.get("vocabulary") or 256)
+        draw = torch.Generator().manual_seed(0)
+        return [torch.randint(0, count, (64,), generator=draw).tolist() for _ in range(GATE_ROWS)]
     return [held.tokens(int(i))[:GATE_TOKENS].tolist() for i in choose_rows(len(held), GATE_ROWS)]
 
 
@@ -550,9 +557,20 @@ def _load_tensors(core: CausalLM, tensors: dict[str, torch.Tensor]) -> None:
 
 def _load_adapter(core: CausalLM, folder: Path) -> None:
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    set_peft_model_state_dict(core.model, load_file(folder / "adapter_model.safetensors"))
+    set_peft_model_state_dict(core.model, vault.load_tensors(folder / "adapter_model.safetensors"))
+
+
+def _with_adapter(base: Any, adapter: Path) -> Any:
+    """``base`` with the exported adapter; an encrypted one is decrypted in memory."""
+    from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+
+    weights = adapter / "adapter_model.safetensors"
+    if weights.is_file():
+        return PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
+    model = get_peft_model(base, PeftConfig.from_pretrained(str(adapter)), autocast_adapter_dtype=False)
+    set_peft_model_state_dict(model, vault.load_tensors(weights))
+    return model
 
 
 def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
@@ -560,19 +578,19 @@ def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
 
     Raises :class:`UserError` when the run has exported nothing.
     """
-    from peft import PeftModel
     from transformers import AutoTokenizer
 
     from aifactory_train.model import choose_precision, load_language_model
 
     recipe = run.load_config()
+    profile.enforce(recipe, run.path)
     precision, _ = choose_precision(recipe, device)
     report = ModelReport()
     adapter, whole = run.export / "adapter", run.export / "model"
-    if (adapter / "adapter_model.safetensors").is_file():
+    if vault.holds(adapter / "adapter_model.safetensors"):
         base = load_language_model(base_folder(recipe), recipe, device=device, dtype=precision.frozen, report=report)
         with compat.quiet_peft():
-            model: Any = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
+            model: Any = _with_adapter(base, adapter)
         folder = adapter
     elif (whole / "config.json").is_file():
         model = load_language_model(whole, recipe, device=device, dtype=precision.compute, report=report)

@@ -313,11 +313,12 @@ def _base_below(recipe: Recipe, seen: list[Path]) -> Path:
 def start_from_adapter(model: nn.Module, recipe: Recipe, report: ModelReport) -> None:
     """Load the adapter that an earlier run exported into ``model``: every tensor must have its place and its shape."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
+
+    from aifactory_train.private import vault
 
     export = open_run(str(recipe.model.start_from)).export
     file = export / "adapter" / "adapter_model.safetensors"
-    if not file.is_file():
+    if not vault.holds(file):
         if (export / "model" / "config.json").is_file():
             return  # whole weights: base_folder() has taken them already
         raise UserError("this run has no export to start from", where=f"model.start_from: {recipe.model.start_from}")
@@ -327,7 +328,7 @@ def start_from_adapter(model: nn.Module, recipe: Recipe, report: ModelReport) ->
             where="model.start_from",
             fix="--set adapter.kind=lora, or use the earlier run's merged weights as model.base",
         )
-    earlier = load_file(file)
+    earlier = vault.load_tensors(file)
     here = get_peft_model_state_dict(model, save_embedding_layers=False)
     for name in sorted({*earlier, *here}):
         old, new = (tuple(t.shape) if (t := side.get(name)) is not None else None for side in (earlier, here))

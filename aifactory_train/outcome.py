@@ -19,6 +19,7 @@ from typing import Any
 
 from aifactory_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, UserError
 from aifactory_train.output import note
+from aifactory_train.private import redact
 from aifactory_train.runs import RunFolder, write_json
 
 #: A heartbeat is written at most this often.
@@ -112,7 +113,7 @@ class Attempt:
                 status = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
                 self.finish(status, code, message=self.reason)
             elif isinstance(error, UserError):
-                self.finish("failed", error.exit_code, type(error).__name__, str(error))
+                self.finish("failed", error.exit_code, type(error).__name__, redact.message(error))
             elif isinstance(error, SystemExit):
                 code = error.code if isinstance(error.code, int) else EXIT_FAILED
                 self.finish("failed", code, "SystemExit", f"the process asked to end with {error.code!r}")
@@ -124,7 +125,7 @@ class Attempt:
 
 
 def _short(error: BaseException) -> str:
-    text = str(error).strip()
+    text = redact.message(error).strip()
     return text if len(text) <= 2000 else text[:2000] + " …"
 
 

@@ -45,6 +45,8 @@ from aifactory_train.data.store import (
     pack_flags,
 )
 from aifactory_train.errors import UserError
+from aifactory_train.private import profile, vault
+from aifactory_train.private.permissions import folder_mode
 
 #: Raised when the same input would give other files; older caches are then built again.
 PREPARED_FORMAT = 2
@@ -84,6 +86,7 @@ def prepare(
     """
     from aifactory_train.data.tokenizer import encoder_spec, load_tokenizer, tokenizer_info
 
+    profile.enforce(recipe)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe)
     spec = encoder_spec(tokenizer, recipe)
     info = tokenizer_info(tokenizer, spec)
@@ -102,7 +105,7 @@ def prepare(
         ) from None
     try:
         _build(recipe, spec, inputs, scratch, progress)
-        scratch.chmod(0o755)
+        scratch.chmod(folder_mode())
         try:
             os.replace(scratch, target)
         except OSError:
@@ -124,6 +127,10 @@ def _open(folder: Path, info: dict[str, Any], *, reused: bool) -> PreparedData:
 
     def view(entry: dict[str, Any]) -> TokenDataset:
         path = folder / entry["file"]
+        decrypted = vault.content(path)
+        if decrypted is not None:
+            docs = np.frombuffer(decrypted, dtype="<i8")
+            return TokenDataset(store, docs, entry["name"], entry["report"], entry["digest"])
         docs = np.memmap(path, dtype="<i8", mode="r") if path.stat().st_size else np.empty(0, dtype="<i8")
         return TokenDataset(store, docs, entry["name"], entry["report"], entry["digest"])
 
@@ -251,6 +258,7 @@ def _key(recipe: Recipe, spec: EncoderSpec, inputs: list[_Input]) -> str:
     data = recipe.data
     decides = {
         "format": PREPARED_FORMAT,
+        **({"sealed": True} if vault.seals() else {}),
         "encoder": spec.digest(),
         "inputs": [
             [
@@ -429,10 +437,11 @@ def _build(
         raise
     store = Store(scratch / "store")
     selection = _select(recipe, store, inputs)
-    entries = []
+    entries: list[dict[str, Any]] = []
     for name, docs, report in selection.sets:
         file = f"docs-{len(entries)}.bin"
-        docs.astype("<i8").tofile(scratch / file)
+        with vault.create(scratch / file) as out:
+            out.write(docs.astype("<i8").tobytes())
         entries.append({"name": name, "file": file, "report": report, "digest": content_digest(store, docs)})
     report = {
         "recipe": recipe.id,

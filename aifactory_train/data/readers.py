@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from aifactory_train.errors import UserError
+from aifactory_train.private import vault
 
 BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 1000
@@ -52,7 +53,7 @@ def blocks(path: Path, *, split: str | None = None, hub: bool = False) -> Iterat
 
 
 def _file(path: Path) -> Iterator[Block]:
-    suffixes = [s.lower() for s in path.suffixes]
+    suffixes = [s.lower() for s in vault.plain_name(path).suffixes]
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else (suffixes[-1] if suffixes else "")
     if path.stat().st_size == 0:
         raise UserError("the file is empty", where=str(path))
@@ -82,7 +83,9 @@ def _file(path: Path) -> Iterator[Block]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+    """For reading; an encrypted file is decrypted in memory."""
+    file = vault.open_source(path)
+    return gzip.open(file, "rb") if vault.plain_name(path).suffix.lower() == ".gz" else file  # type: ignore[return-value]
 
 
 def _folder(path: Path, split: str | None) -> Iterator[Block]:
@@ -90,9 +93,12 @@ def _folder(path: Path, split: str | None) -> Iterator[Block]:
         p for p in path.rglob("*") if p.is_file() and not any(s.startswith(".") for s in p.parts[len(path.parts) :])
     )
     tables = [
-        p for p in files if p.suffix.lower() in TABLE_SUFFIXES or (p.suffix.lower() == ".gz" and len(p.suffixes) > 1)
+        p
+        for p in files
+        if vault.plain_name(p).suffix.lower() in TABLE_SUFFIXES
+        or (vault.plain_name(p).suffix.lower() == ".gz" and len(p.suffixes) > 1)
     ]
-    texts = [p for p in files if p.suffix.lower() in TEXT_SUFFIXES]
+    texts = [p for p in files if vault.plain_name(p).suffix.lower() in TEXT_SUFFIXES]
     chosen = tables or texts
     if split is not None:
         chosen = [p for p in chosen if split in p.relative_to(path).as_posix()]
@@ -189,7 +195,7 @@ def _json(path: Path) -> Iterator[Block]:
 
 def _csv(path: Path) -> Iterator[Block]:
     csv.field_size_limit(1 << 30)
-    delimiter = "\t" if ".tsv" in [s.lower() for s in path.suffixes] else ","
+    delimiter = "\t" if ".tsv" in [s.lower() for s in vault.plain_name(path).suffixes] else ","
 
     def text_lines() -> Iterator[str]:
         with _open(path) as file:
@@ -235,7 +241,7 @@ def _parquet(path: Path) -> Iterator[Block]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(vault.open_source(path))
         first = 1
         for batch in file.iter_batches(batch_size=BLOCK_ROWS):
             rows = batch.to_pylist()
@@ -249,7 +255,8 @@ def _arrow(path: Path) -> Iterator[Block]:
     import pyarrow
 
     try:
-        with pyarrow.memory_map(str(path)) as source:
+        encrypted = vault.is_encrypted(path)
+        with pyarrow.BufferReader(vault.active().read(path)) if encrypted else pyarrow.memory_map(str(path)) as source:
             try:
                 reader: Any = pyarrow.ipc.open_stream(source)
             except pyarrow.ArrowInvalid:

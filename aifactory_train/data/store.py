@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from aifactory_train.errors import UserError
+from aifactory_train.private import vault
 
 #: Column files besides tokens, flags and rows, and their types.
 COLUMNS: dict[str, str] = {
@@ -66,8 +68,9 @@ class StoreWriter:
         self.folder = folder
         folder.mkdir(parents=True)
         self.token_type = np.dtype("<u4" if wide else "<u2")
-        self._files = {name: (folder / f"{name}.bin").open("wb") for name in (*COLUMNS, "tokens", "flags")}
-        self._rows = (folder / "rows.jsonl").open("wb")
+        # Plain files, or encrypted ones under the privacy profile "restricted" (nothing plain touches the disk then).
+        self._files = {name: vault.create(folder / f"{name}.bin") for name in (*COLUMNS, "tokens", "flags")}
+        self._rows = vault.create(folder / "rows.jsonl")
         self.rows = self.docs = self.tokens = 0
 
     def append_rows(self, lines: bytes, columns: dict[str, np.ndarray]) -> None:
@@ -121,6 +124,7 @@ class Store:
         self._starts: np.ndarray | None = None
         self._flag_starts: np.ndarray | None = None
         self._row_starts: np.ndarray | None = None
+        self._rows: bytes | None = None  # all rows in memory, where the file is encrypted
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
@@ -130,6 +134,9 @@ class Store:
 
     def _map(self, name: str, dtype: str | np.dtype) -> np.ndarray:
         path = self.folder / f"{name}.bin"
+        decrypted = vault.content(path)
+        if decrypted is not None:
+            return np.frombuffer(decrypted, dtype=dtype)
         if path.stat().st_size == 0:
             return np.empty(0, dtype=dtype)
         return np.memmap(path, dtype=dtype, mode="r")
@@ -174,7 +181,12 @@ class Store:
 
     def row_line(self, row: int) -> bytes:
         a, b = int(self.row_starts[row]), int(self.row_starts[row + 1])
-        with (self.folder / "rows.jsonl").open("rb") as file:
+        path = self.folder / "rows.jsonl"
+        if self._rows is None and not path.is_file():
+            self._rows = vault.content(path)
+        if self._rows is not None:
+            return self._rows[a:b]
+        with path.open("rb") as file:
             return os.pread(file.fileno(), b - a, a)
 
     def place(self, row: int) -> str:
@@ -295,7 +307,7 @@ def _runs(docs: np.ndarray) -> list[tuple[int, int]]:
     breaks = np.flatnonzero(np.diff(docs) != 1) + 1
     edges = np.concatenate([[0], breaks, [len(docs)]])
     out = []
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in itertools.pairwise(edges):
         for at in range(int(a), int(b), 65_536):
             end = min(int(b), at + 65_536)
             out.append((int(docs[at]), int(docs[end - 1]) + 1))

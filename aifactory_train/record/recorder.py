@@ -86,6 +86,7 @@ class Recorder:
         self._sums = {"steps": 0, "tokens": 0, "positions": 0, "supervised_tokens": 0, "train_s": 0.0}
         self._first = self._last = 0
         self._lengths: Any = None
+        self._protection: dict[str, Any] = {"profile": recipe.privacy.profile}
         self._outcome: tuple[str, str | None] = ("failed", "the training ended without saying how")
         self._began, self._started = time.monotonic(), now()
         self._reported = self._began
@@ -96,6 +97,11 @@ class Recorder:
         self._step_cost = 0.0
 
     # ---- as a context: whatever way the training ends, the attempt is closed
+
+    def under(self, protection: dict[str, Any]) -> Recorder:
+        """What the privacy profile put into force, for the record; gives the recorder back."""
+        self._protection = protection
+        return self
 
     def __enter__(self) -> Recorder:
         return self
@@ -210,6 +216,7 @@ class Recorder:
             total_steps=trainer.total_steps,
             choices=report.lines,
         )
+        values["privacy"] = self._protection
         sections = collect.data_sections(recipe, data.report)
         values["data"] = sections
         values["data_sets"] = collect.sets_section(data.report)
@@ -240,6 +247,8 @@ class Recorder:
         self.chain.append("attempt-started", values, f"attempt {self.attempt}, from step {resumed_at}")
         self._fill_from_organisation()
         write_record(self.run.path)
+        if self.private:
+            self._digest_rows(data)
         self._digesting = threading.Thread(
             target=self._digest_base, args=(resolve_model(recipe.model),), daemon=True, name="digests"
         )
@@ -317,6 +326,15 @@ class Recorder:
         values, path = organisation_values(self.recipe.record.organisation)
         if values:
             self.chain.append("filled", {f"people/{k}": v for k, v in values.items()}, f"from {path.name}")
+
+    @_never_breaks
+    def _digest_rows(self, data: Any) -> None:
+        """Salted digests of the training rows, for the question whether a text was among them."""
+        from aifactory_train.private.rows import FILE, write_digests
+
+        train = data.train
+        count = write_digests(self.run.path / FILE, (train.row(i) for i in range(len(train))))
+        self.chain.append("rows-digested", {"privacy/row_digests": {"file": FILE, "digests": count}})
 
     def _digest_base(self, folder: Path | None) -> None:
         """Beside the training: digests of the base model's files and of the container image."""

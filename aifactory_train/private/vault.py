@@ -1,0 +1,308 @@
+"""Encrypted files. Data and the token cache are never on disk in plain form: what is written is encrypted piece by piece as it
+is produced, what is read is decrypted in memory.
+
+``NAME.aft``: ``AFT1``, the length of a JSON header (4 bytes, big-endian), the header, then pieces of 1 MiB of plain text, each
+AES-256-GCM with its own 16-byte tag. The key is random for every file and stands in the header, wrapped for age (X25519)
+recipients. The nonce is the piece's number (11 bytes) and a byte that is 1 for the last piece (the STREAM construction), the header's
+digest is authenticated with every piece: pieces cannot be swapped, dropped, moved to another file or cut off at the end.
+
+``NAME.age`` (whole files encrypted by any age tool) can be read as well.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import secrets
+import stat
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.errors import UserError
+
+MAGIC = b"AFT1"
+PIECE = 1 << 20
+SUFFIXES = (".aft", ".age")
+_NEEDS = "pip install -c constraints.txt 'aifactory-train[private]'"
+
+
+class Vault:
+    """The identities that open files, and the recipients for whom new ones are written."""
+
+    def __init__(self, identities: list[Any], recipients: list[str]):
+        self.identities, self.recipients = identities, recipients
+
+    # ---- keys
+
+    @classmethod
+    def from_identity(cls, path: Path) -> Vault:
+        """From an age identity file (mode 600). New files are for its own recipient."""
+        age = _pyrage()
+        try:
+            mode = path.stat().st_mode
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"the identity cannot be read: {error.strerror}", where=f"privacy.identity: {path}"
+            ) from None
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise UserError("others can read this identity", where=str(path), fix=f"chmod 600 {path}")
+        identities = []
+        for line in text.splitlines():
+            if line.startswith("AGE-SECRET-KEY-"):
+                try:
+                    identities.append(age.x25519.Identity.from_str(line.strip()))
+                except Exception:  # pyrage raises its own kinds; all mean that this line is no key
+                    raise UserError("holds a damaged age identity", where=str(path)) from None
+        if not identities:
+            raise UserError(
+                "holds no age identity (AGE-SECRET-KEY-...)", where=str(path), fix="aifactory private key makes one"
+            )
+        return cls(identities, [str(i.to_public()) for i in identities])
+
+    # ---- whole files in memory
+
+    def read(self, path: Path) -> bytes:
+        """The plain content, in memory. A wrong key, a changed or shortened file is a :class:`UserError`."""
+        if path.suffix == ".age":
+            return self._unwrap(path.read_bytes(), path)
+        return b"".join(self._pieces(path))
+
+    def _pieces(self, path: Path) -> Iterator[bytes]:
+        from cryptography.exceptions import InvalidTag
+
+        with open(path, "rb") as file:
+            header, bound = read_header(file, path)
+            cipher = _cipher(self._unwrap(base64.b64decode(header["key"]), path))
+            number = 0
+            piece = file.read(PIECE + 16)
+            while True:
+                ahead = file.read(PIECE + 16)
+                try:
+                    yield cipher.decrypt(_nonce(number, last=not ahead), piece, bound)
+                except InvalidTag:
+                    raise UserError(
+                        f"piece {number} of the encrypted file was changed, or the file was cut off", where=str(path)
+                    ) from None
+                if not ahead:
+                    return
+                piece, number = ahead, number + 1
+
+    def _unwrap(self, data: bytes, path: Path) -> bytes:
+        age = _pyrage()
+        try:
+            return age.decrypt(data, self.identities)
+        except Exception:  # pyrage has one kind of error for a wrong key and for a damaged file
+            raise UserError(
+                "cannot be decrypted: it was encrypted for another key, or it is damaged",
+                where=str(path),
+                fix="name the right identity file with privacy.identity",
+            ) from None
+
+    def write(self, path: Path, data: bytes) -> None:
+        with self.writer(path) as file:
+            file.write(data)
+
+    def writer(self, path: Path) -> Writer:
+        """A file object that encrypts what is written to it; the file appears when it is closed."""
+        return Writer(path, self.recipients)
+
+
+class Writer(io.RawIOBase):
+    """Encrypts in pieces as they fill; holds at most one piece in memory, nothing plain on disk."""
+
+    def __init__(self, path: Path, recipients: Iterable[str]):
+        super().__init__()
+        age = _pyrage()
+        self.path, self._beside = path, path.with_name(f".{path.name}.{os.getpid()}.part")
+        key = secrets.token_bytes(32)
+        names = list(recipients)
+        try:
+            keys = [age.x25519.Recipient.from_str(r) for r in names]
+        except Exception:
+            raise UserError("is not an age recipient (age1...)", where=", ".join(names)) from None
+        header = json.dumps(
+            {
+                "scheme": "AES-256-GCM, 1 MiB pieces",
+                "wrap": "age X25519",
+                "recipients": names,
+                "key": base64.b64encode(age.encrypt(key, keys)).decode(),
+            }
+        ).encode()
+        self._bound = hashlib.sha256(MAGIC + header).digest()
+        self._cipher = _cipher(key)
+        self._held, self._number = bytearray(), 0
+        self._file = open(self._beside, "wb")  # noqa: SIM115 - closed in close()
+        self._file.write(MAGIC + struct.pack(">I", len(header)) + header)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._held += view
+        while len(self._held) > PIECE:
+            self._emit(bytes(self._held[:PIECE]), last=False)
+            del self._held[:PIECE]
+        return len(view)
+
+    def _emit(self, piece: bytes, *, last: bool) -> None:
+        self._file.write(self._cipher.encrypt(_nonce(self._number, last=last), piece, self._bound))
+        self._number += 1
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Write the last piece and show the file under its name."""
+        if self.closed:
+            return
+        try:
+            self._emit(bytes(self._held), last=True)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._beside, self.path)
+        finally:
+            self._file.close()
+            super().close()
+
+
+def read_header(file: Any, path: Path) -> tuple[dict[str, Any], bytes]:
+    """``(header, what every piece is bound to)``; refuses what is not such a file."""
+    start = file.read(8)
+    if len(start) < 8 or start[:4] != MAGIC:
+        raise UserError("is not an encrypted file of this program", where=str(path))
+    length = struct.unpack(">I", start[4:])[0]
+    raw = file.read(length) if length < 1 << 20 else b""
+    try:
+        header = json.loads(raw)
+        if not isinstance(header["key"], str) or not isinstance(header["recipients"], list):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise UserError("the header of the encrypted file is damaged", where=str(path)) from None
+    return header, hashlib.sha256(MAGIC + raw).digest()
+
+
+def _nonce(number: int, *, last: bool) -> bytes:
+    return number.to_bytes(11, "big") + (b"\1" if last else b"\0")
+
+
+def _cipher(key: bytes) -> Any:
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    except ImportError:
+        raise UserError("encrypted files need the package 'cryptography'", fix=_NEEDS) from None
+    return AESGCM(key)
+
+
+def _pyrage() -> Any:
+    try:
+        import pyrage
+    except ImportError:
+        raise UserError("encrypted files need the package 'pyrage' (age)", fix=_NEEDS) from None
+    return pyrage
+
+
+def make_identity(path: Path) -> str:
+    """A new age identity (mode 600); returns its recipient. Never overwrites one."""
+    identity = _pyrage().x25519.Identity.generate()
+    recipient = str(identity.to_public())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise UserError("there is an identity already", where=str(path), fix="choose another file") from None
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(f"# public key: {recipient}\n{identity}\n")
+    return recipient
+
+
+# ---- the vault in force
+
+_active: Vault | None = None
+_seals = False
+
+
+def activate(vault: Vault, *, seal: bool) -> None:
+    """``vault`` opens encrypted files from now on; with ``seal`` the token cache and adapters are written encrypted too."""
+    global _active, _seals
+    _active, _seals = vault, seal
+
+
+def deactivate() -> None:
+    global _active, _seals
+    _active, _seals = None, False
+
+
+def seals() -> bool:
+    """Whether what the program derives from the data must be written encrypted."""
+    return _seals
+
+
+def active() -> Vault:
+    if _active is None:
+        raise UserError(
+            "this file is encrypted and no identity was named",
+            where="privacy.identity",
+            fix="name the age identity file that opens it",
+        )
+    return _active
+
+
+def is_encrypted(path: Path) -> bool:
+    return path.suffix in SUFFIXES
+
+
+def plain_name(path: Path) -> Path:
+    """The name without the suffix of encryption."""
+    return path.with_suffix("") if is_encrypted(path) else path
+
+
+def sealed(path: Path) -> Path:
+    """Where the content of ``path`` lies when it is written encrypted."""
+    return path.with_name(path.name + ".aft")
+
+
+def create(path: Path) -> Any:
+    """Open a file for writing in order: plain, or encrypted beside its name while the vault seals."""
+    return active().writer(sealed(path)) if _seals else open(path, "wb")
+
+
+def content(path: Path) -> bytes | None:
+    """The decrypted content if ``path`` lies here encrypted, else None (read it as usual)."""
+    return active().read(sealed(path)) if sealed(path).is_file() else None
+
+
+def open_source(path: Path) -> Any:
+    """A data file for reading in binary: decrypted in memory if it is encrypted."""
+    return io.BytesIO(active().read(path)) if is_encrypted(path) else open(path, "rb")
+
+
+def holds(path: Path) -> bool:
+    """Whether ``path`` is here, plain or encrypted."""
+    return path.is_file() or sealed(path).is_file()
+
+
+def seal(path: Path) -> None:
+    """Replace a plain file by its encrypted form, while the vault seals."""
+    if _seals:
+        active().write(sealed(path), path.read_bytes())
+        path.unlink()
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Tensors of a safetensors file, decrypted in memory if it is encrypted."""
+    from safetensors.torch import load, load_file
+
+    decrypted = content(path)
+    return load_file(path) if decrypted is None else load(decrypted)
