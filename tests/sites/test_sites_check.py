@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -131,16 +134,22 @@ def _places(data: object, prefix: tuple[object, ...] = ()) -> Iterator[tuple[obj
         yield from _places(value, (*prefix, key))
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@functools.cache
+def _source(name: str) -> tuple[Any, list[tuple[object, ...]]]:
+    path = profiles.SYSTEMS / name if (profiles.SYSTEMS / name).exists() else profiles.ROOM / name
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return raw, sorted(_places(raw), key=str)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_damaged_file_gives_faults_never_a_crash(tmp_path: Path, data: st.DataObject) -> None:
     name = data.draw(
         st.sampled_from(["lumi-g.yaml", "hunter.yaml", "eidf-gpu.yaml", "factories.yaml", "gpus.yaml", "sources.yaml"])
     )
-    source = profiles.SYSTEMS / name if (profiles.SYSTEMS / name).exists() else profiles.ROOM / name
-    raw = yaml.safe_load(source.read_text(encoding="utf-8"))
-    place = data.draw(st.sampled_from(sorted(_places(raw), key=str)))
-    target = raw
+    shipped, places = _source(name)
+    place = data.draw(st.sampled_from(places))
+    raw = target = copy.deepcopy(shipped)
     for key in place[:-1]:
         target = target[key]
     if data.draw(st.booleans()):
