@@ -27,7 +27,7 @@ _COLOURS = ["red", "green", "blue", "white", "black", "yellow", "brown", "purple
 _THINGS = ["door", "boat", "lamp", "stone", "bridge", "cup", "wheel", "roof", "scarf", "train", "map", "tower"]
 
 
-def write_tokenizer(folder: Path, *, template: str | None = CHATML) -> Path:
+def write_tokenizer(folder: Path, *, template: str | None = CHATML, eos: str = "<|im_end|>") -> Path:
     """A byte-level BPE tokenizer with about 400 tokens, ChatML and ``<|im_end|>`` as end of turn, saved like any other."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -44,7 +44,7 @@ def write_tokenizer(folder: Path, *, template: str | None = CHATML) -> Path:
     )
     tokenizer.train_from_iterator(corpus, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=None, eos_token="<|im_end|>", pad_token="<|pad|>", model_max_length=512
+        tokenizer_object=tokenizer, bos_token=None, eos_token=eos, pad_token="<|pad|>", model_max_length=512
     )
     if template is not None:
         fast.chat_template = template
@@ -100,10 +100,12 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **more: Any):
     return model.eval()
 
 
-def write_model(folder: Path, family: str = "llama", *, template: str | None = CHATML, **more: Any) -> Path:
+def write_model(
+    folder: Path, family: str = "llama", *, template: str | None = CHATML, eos: str = "<|im_end|>", **more: Any
+) -> Path:
     """A model folder (config, safetensors, tokenizer) as a user would have it on disk."""
     tiny_model(family, **more).save_pretrained(folder)
-    return write_tokenizer(folder, template=template)
+    return write_tokenizer(folder, template=template, eos=eos)
 
 
 def row_text(i: int) -> str:

@@ -36,8 +36,9 @@ CASES = {
 class Trained:
     """A run whose training is over: recipe, data, and a model whose trained parameters moved."""
 
-    def __init__(self, folder, base, settings=None, **recipe_options):
-        self.recipe = load_recipe(str(helpers.write_recipe(folder, base, settings=settings, **recipe_options)))
+    def __init__(self, folder, base, settings=None, keep_rows=False):
+        path = folder / "recipe.yaml" if keep_rows else helpers.write_recipe(folder, base, settings=settings)
+        self.recipe = load_recipe(str(path))
         self.tokenizer = load_tokenizer(self.recipe)
         self.data = prepare(self.recipe, self.tokenizer)
         self.run = RunFolder(folder / "run")
@@ -80,9 +81,9 @@ def bases(tmp_path_factory, tiny_model_dir):
     }
 
 
-def trained(folder, bases, settings=None, **more) -> Trained:
+def trained(folder, bases, settings=None) -> Trained:
     settings = dict(settings or {})
-    return Trained(folder, bases[settings.pop("model.base", "tied")], settings, **more)
+    return Trained(folder, bases[settings.pop("model.base", "tied")], settings)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,26 @@ def test_adapter_config_is_that_of_peft_and_the_same_each_time(exported, tmp_pat
     before = {f.name: f.read_bytes() for f in (case.run.export / "adapter").iterdir()}
     case.export(merge=False, verify=False)
     assert {f.name: f.read_bytes() for f in (case.run.export / "adapter").iterdir()} == before
+
+
+def test_eos_is_what_was_supervised_not_what_the_tokenizer_calls_eos(tmp_path):
+    """Many base tokenizers name <|endoftext|> while chats end with another token: the export stops where training did."""
+    from transformers import GenerationConfig
+
+    base = helpers.write_model(tmp_path / "base", eos="<|endoftext|>")
+    chats = trained(tmp_path / "chat", {"tied": base})
+    chats.export(verify=False)
+    assert chats.tokenizer.eos_token == "<|endoftext|>"
+    ids = {t: chats.tokenizer.convert_tokens_to_ids(t) for t in ("<|endoftext|>", "<|im_end|>")}
+    assert GenerationConfig.from_pretrained(chats.run.export / "adapter").eos_token_id == ids["<|im_end|>"]
+
+    recipe = helpers.write_recipe(tmp_path / "text", base)
+    for name, start in (("train", 0), ("eval", 100)):
+        rows = [{"text": f"Number {i} stands here and waits."} for i in range(start, start + 12)]
+        helpers.write_jsonl(recipe.with_name(f"{name}.jsonl"), rows)
+    texts = Trained(tmp_path / "text", base, keep_rows=True)
+    texts.export(verify=False)
+    assert GenerationConfig.from_pretrained(texts.run.export / "adapter").eos_token_id == ids["<|endoftext|>"]
 
 
 def test_what_the_base_is_called_elsewhere(tmp_path, tiny_model_dir):
