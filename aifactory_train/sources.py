@@ -545,8 +545,8 @@ def _patterns(kind: str) -> dict[str, Any]:
 
 
 def _fetch_hub(spec: Spec, revision: str | None, kind: str, say: Callable[[str], None]) -> dict[str, Any]:
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     say(f"{kind} {spec.text}: asking the hub")
     key = "model.base" if kind == "model" else "data"
@@ -643,7 +643,7 @@ def convert_gguf(file: Path, target: Path) -> dict[str, Any]:
 
     reader = GGUFReader(str(file))
     template = text(reader, "tokenizer.chat_template")
-    facts = {
+    facts: dict[str, Any] = {
         "architecture": text(reader, "general.architecture"),
         "licence": text(reader, "general.license"),
         "quantisation": sorted({str(t.tensor_type.name) for t in reader.tensors}),
@@ -709,7 +709,7 @@ def _disk_full(where: str) -> UserError:
 def _finish(
     folder: Path, spec: Spec, resolved: str, licence: str | None, read_from: str | None, extra: dict[str, Any]
 ) -> None:
-    files = [
+    files: list[dict[str, Any]] = [
         {"path": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": sha256(p)}
         for p in sorted(folder.rglob("*"))
         if p.is_file()
@@ -784,12 +784,8 @@ def _copy_and_hash(source: IO[bytes], sink: IO[bytes]) -> bytes:
 
 def sha256(path: Path) -> str:
     """Hex sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
-
-
-def _digest(file: IO[bytes]) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

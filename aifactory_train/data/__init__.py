@@ -35,7 +35,19 @@ _WHERE = {
     "check_vocabulary": "tokenizer",
     "load_tokenizer": "tokenizer",
 }
-__all__ = sorted(_WHERE)
+__all__ = [
+    "Batch",
+    "Cursor",
+    "PreparedData",
+    "Sampler",
+    "TokenDataset",
+    "check_vocabulary",
+    "collate",
+    "load_tokenizer",
+    "prepare",
+    "shifted_labels",
+    "split_step",
+]
 
 
 def __getattr__(name: str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,11 +41,17 @@ class Batch:
 
     def to(self, device: Any, non_blocking: bool = True) -> Batch:
         """The same batch with its tensors on ``device``."""
-        moved = [
-            t.to(device, non_blocking=non_blocking)
-            for t in (self.input_ids, self.position_ids, self.labels, self.cu_seqlens)
-        ]
-        return Batch(*moved, self.max_seqlen, self.num_supervised, self.num_tokens)
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            labels=move(self.labels),
+            cu_seqlens=move(self.cu_seqlens),
+        )
 
 
 def shifted_labels(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:

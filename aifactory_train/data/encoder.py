@@ -16,6 +16,7 @@ border between question and answer, the two sides are tokenised apart, as they a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -231,7 +232,7 @@ class Encoder:
     def _apart(self, full: str, cuts: list[int], ids: list[int]) -> _Offsets | None:
         """Tokenise the sides of each cut apart; None when that would change the text (a tokenizer that adds a space)."""
         edges = [0, *cuts, len(full)]
-        parts = [full[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [full[a:b] for a, b in itertools.pairwise(edges)]
         encodings = self.tokenizer.encode_batch(parts, add_special_tokens=False)
         joined = [i for e in encodings for i in e.ids]
         if self.tokenizer.decode(joined, skip_special_tokens=False) != self.tokenizer.decode(
@@ -351,6 +352,9 @@ class _Offsets:
     def span(self, j: int) -> tuple[int, int]:
         """Characters ``[a, b)`` of token ``j``."""
         if self._spans is None:
+            one = self._encoding.token_to_chars(j)  # None for a token that stands for no text (an added BOS)
+            if one is not None:
+                return one
             self._spans = self._encoding.offsets
         return self._spans[j]
 
@@ -475,7 +479,7 @@ def probe(
         known = stop is not None and (
             not ended or stop in ended or tokenizer.id_to_token(stop) in (*_STOP_NAMES, specials.get("eos_token"))
         )
-        if known:
+        if known and stop is not None:
             ended.append(stop)
     if not ended:
         raise RowError(

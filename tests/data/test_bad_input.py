@@ -200,9 +200,7 @@ def test_long_documents_all_dropped(tmp_path):
 
 
 def test_truncation_that_leaves_nothing_supervised(tmp_path):
-    path = write(
-        tmp_path, "r.jsonl", "".join('{"prompt": "%s", "completion": "a%d"}\n' % ("x" * 80, i) for i in range(5))
-    )
+    path = write(tmp_path, "r.jsonl", ROWS.replace('"prompt": "q', '"prompt": "' + "x" * 80))
     assert "is empty" in refuse(tmp_path, recipe(path, sequence_length=16)).what
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from chat_families import CASES, FAMILIES, PLAIN, TEMPLATES, TOOLS, byte_tokenizer, chat, unmark
 
 from aifactory_train.config import Recipe
 from aifactory_train.data.encoder import Encoder
@@ -11,8 +12,6 @@ from aifactory_train.data.rows import RowError, canonical
 from aifactory_train.data.template import TEMPLATE_DATE, ChatTemplate
 from aifactory_train.data.tokenizer import encoder_spec, tokenizer_info
 from aifactory_train.errors import UserError
-
-from chat_families import CASES, FAMILIES, PLAIN, TEMPLATES, TOOLS, byte_tokenizer, chat, unmark
 
 
 def recipe(**data) -> Recipe:

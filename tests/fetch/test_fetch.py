@@ -103,7 +103,7 @@ def test_second_fetch_uses_no_client(index, monkeypatch):
     said: list[str] = []
     assert sources.fetch_data(source, say=said.append)["resolved"] == "tiny-rows 1.0"
     assert said == [f"data {source.source}: in the cache"]
-    with pytest.raises(UserError, match="the registry has no tiny-rows 1.0"):
+    with pytest.raises(UserError, match=r"the registry has no tiny-rows 1\.0"):
         sources.fetch_data(source, force=True)
     assert sources.resolve_data(source).read_text() == ROWS  # the failed fetch left the old copy
 
@@ -113,7 +113,7 @@ def test_damaged_cache_is_seen_and_mended(tmp_path, index):
     source = DataSource(source="pypi:tiny-rows==1.0#tiny_rows/rows.jsonl")
     sources.fetch_data(source)
     sources.resolve_data(source).write_text("short")
-    with pytest.raises(UserError, match="damaged: files/tiny_rows/rows.jsonl"):
+    with pytest.raises(UserError, match=r"damaged: files/tiny_rows/rows\.jsonl"):
         sources.resolve_data(source)
     sources.fetch_data(source)
     assert sources.resolve_data(source).read_text() == ROWS
@@ -150,14 +150,14 @@ def test_source_archives_are_not_built(tmp_path, index):
             member = tarfile.TarInfo(f"evil-1.0/{name}")
             member.size = len(text.encode())
             tar.addfile(member, io.BytesIO(text.encode()))
-    with pytest.raises(UserError, match="the registry has no evil 1.0"):
+    with pytest.raises(UserError, match=r"the registry has no evil 1\.0"):
         sources.fetch_data(DataSource(source="pypi:evil==1.0#x"))
     assert not marker.exists()
 
 
 def test_file_that_the_package_lacks(tmp_path, index):
     build_wheel(index, {"tiny_rows/rows.jsonl": ROWS.encode()})
-    with pytest.raises(UserError, match="the package holds no 'tiny_rows/nope.jsonl'"):
+    with pytest.raises(UserError, match=r"the package holds no 'tiny_rows/nope\.jsonl'"):
         sources.fetch_data(DataSource(source="pypi:tiny-rows==1.0#tiny_rows/nope.jsonl"))
     assert leftovers(tmp_path) == []
 
@@ -205,7 +205,7 @@ def test_tar_member_that_leaves_its_folder_or_is_a_link(tmp_path, name, kind):
         if kind == "link":
             member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(member, io.BytesIO(b""))
-    with pytest.raises(UserError, match="leaves its folder|a link or device"):
+    with pytest.raises(UserError, match=r"leaves its folder|a link or device"):
         sources.unpack_tar(tmp_path / "p.tgz", tmp_path / "out" / "deep")
     assert not list(tmp_path.rglob("evil"))
 
@@ -321,7 +321,7 @@ def test_npm_package_from_a_registry(tmp_path, monkeypatch):
         monkeypatch.setenv("npm_config_cache", str(tmp_path / "npm"))
         source = DataSource(source="npm:tiny-texts@2.0.0#texts")
         manifest = sources.fetch_data(source)
-        with pytest.raises(UserError, match="the registry has no tiny-texts 9.9.9"):
+        with pytest.raises(UserError, match=r"the registry has no tiny-texts 9\.9\.9"):
             sources.fetch_data(DataSource(source="npm:tiny-texts@9.9.9"))
     assert sorted(p.name for p in sources.resolve_data(source).iterdir()) == ["a.txt", "b.txt"]
     assert manifest["licence"] == "MIT" and manifest["licence_files"] == ["licences/license"]
@@ -426,7 +426,7 @@ def test_hub_model_is_fetched_once_and_found_offline(tmp_path):
 def test_hub_refusals_say_what_to_do(tmp_path, status, code, what, fix):
     headers = {"X-Error-Code": code, "X-Error-Message": "no"}
     paths = ("/api/models/org/tiny/revision/main", "/api/models/org/tiny", "/api/models/org/tiny/tree/main")
-    with serve({p: (status, headers, b"{}") for p in paths}) as (address, _):
+    with serve(dict.fromkeys(paths, (status, headers, b"{}"))) as (address, _):
         error = hub(tmp_path, "org/tiny", "fetch", address)
     assert error["code"] == 2 and what in error["error"] and fix in error["fix"] and error["where"] == "model.base"
 
