@@ -37,6 +37,7 @@ quickstart: $(VENV)/.installed-train
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/aifactory sites check
 
 types: $(VENV)/.installed-test
 	$(BIN)/mypy aifactory_train sites launchers kernels recipes

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.sites.profiles import System, gpu_catalogue, resolve
-
 from aifactory_train.errors import UserError
+from aifactory_train.sites.profiles import System, gpu_catalogue, resolve
 
 TIMEOUT_S = 20
 

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.errors import UserError, did_you_mean
 from aifactory_train.sites import probe
 from aifactory_train.sites.profiles import gpu_catalogue, resolve
 from aifactory_train.sites.schema import compact_time, parse_duration
-
-from aifactory_train.errors import UserError, did_you_mean
 
 Ask = Callable[[str], str]
 

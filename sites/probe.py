@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from aifactory_train.errors import UserError
 from aifactory_train.sites.detection import (
     NVIDIA_QUERY,
     Device,
@@ -23,8 +24,6 @@ from aifactory_train.sites.detection import (
 )
 from aifactory_train.sites.profiles import System, dig
 from aifactory_train.sites.schema import compact_time
-
-from aifactory_train.errors import UserError
 
 SINFO = ["sinfo", "-h", "-e", "-o", "%R|%D|%c|%X|%Y|%Z|%m|%l|%L|%G|%f|%s"]
 

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import PrivateAttr, ValidationError
+
+from aifactory_train.errors import UserError, did_you_mean
 from aifactory_train.sites.schema import (
     CORE_FACTS,
     FACT_SECTIONS,
@@ -30,9 +33,6 @@ from aifactory_train.sites.schema import (
     Source,
     UserValues,
 )
-from pydantic import PrivateAttr, ValidationError
-
-from aifactory_train.errors import UserError, did_you_mean
 
 ROOM = Path(__file__).resolve().parent
 SYSTEMS = ROOM / "systems"

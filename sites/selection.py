@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from aifactory_train.errors import UserError
 from aifactory_train.sites.profiles import System
 from aifactory_train.sites.schema import slurm_time
-
-from aifactory_train.errors import UserError
 
 OFFLINE_ENV = {
     "HF_HUB_OFFLINE": "1",

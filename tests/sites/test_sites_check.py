@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from aifactory_train.sites import check, profiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aifactory_train import sites
+from aifactory_train.sites import check, profiles
 
 TODAY = datetime.date(2026, 11, 22)
 

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from aifactory_train.sites import profiles
 
 from aifactory_train.cli import main
+from aifactory_train.sites import profiles
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from aifactory_train.sites import new, profiles
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from aifactory_train.sites import index, profiles, schema
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aifactory_train import sites
 from aifactory_train.errors import UserError
+from aifactory_train.sites import index, profiles, schema
 
 USABLE = sites.names(usable=True)
 

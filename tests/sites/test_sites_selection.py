@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from aifactory_train.sites import Needs, broken_limit, select
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aifactory_train import sites
 from aifactory_train.errors import UserError
+from aifactory_train.sites import Needs, broken_limit, select
 
 SYSTEMS = {name: sites.load(name, overlay=False) for name in sites.names(usable=True)}
 
