@@ -388,3 +388,19 @@ def test_padding_id_is_not_the_end_of_turn_where_there_is_a_choice(tmp_path, fam
     info = run(tmp_path, str(jsonl(tmp_path / "r.jsonl", PAIRS)), tokenizer=byte_tokenizer(family)).tokenizer_info
     assert info["end_of_turn"] == FAMILIES[family].stop
     assert info["pad_is_separate"] == (info["pad_id"] not in (info["end_of_turn_id"], info["eos_id"]))
+
+
+def test_snapshot_of_a_hub_data_set_is_read_offline_by_split(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from aifactory_train.data import readers
+
+    (tmp_path / "ds" / "data").mkdir(parents=True)
+    for split, n in (("train", 5), ("test", 2)):
+        table = pa.Table.from_pylist([{"text": f"{split} {i}"} for i in range(n)])
+        pq.write_table(table, tmp_path / "ds" / "data" / f"{split}-00000-of-00001.parquet")
+    read = {
+        s: [r for b in readers.blocks(tmp_path / "ds", split=s, hub=True) for r in b.rows or []] for s in (None, "test")
+    }
+    assert [r["text"] for r in read["test"]] == ["test 0", "test 1"] and len(read[None]) == 5
