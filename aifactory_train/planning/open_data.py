@@ -55,8 +55,16 @@ COLUMNS = [
     "confidence",
 ]
 
-#: Names of optimizers of the Adam family, and bytes of state per parameter where it is not two moments in the parameter's own type.
-ADAM = {"adam": None, "adamw": None, "decoupled_adamw": None, "fused_adamw": None, "cpu-adamw": None, "cpu_adamw": None, "pagedadamw": None, "adamw8bit": 2.0, "adam8bit": 2.0, "pagedadamw8bit": 2.0, "paged_adamw_8bit": 2.0, "adamw_8bit": 2.0, "adamw_torch": None, "adamw_torch_fused": None}  # fmt: skip
+#: Optimizers whose name contains "adam" without being Adam: their state or step differs.
+_NOT_ADAM = ("adamax", "adamini", "adammini", "ademamix", "nadam", "radam", "adafactor", "adam2sgd")
+
+
+def adam_state(name: str) -> tuple[bool, float | None]:
+    """``(of the Adam family, bytes of both moments per parameter where they are not in the parameter's own type)``."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    if "adam" not in plain or any(other in plain for other in _NOT_ADAM):
+        return False, None
+    return True, 2.0 if "8bit" in plain else 1.0 if "4bit" in plain else None
 
 
 @dataclass(frozen=True)
@@ -216,8 +224,14 @@ def _stack(row: Mapping[str, str]) -> str:
 def _attention(row: Mapping[str, str]) -> str:
     """Which attention kernel the row used, as far as its ``kernels`` column says."""
     words = re.split(r"[^a-z0-9]+", row.get("kernels", "").lower())
-    for name in ("flash4", "flash3", "te", "cudnn", "flash"):
-        if name in words:
+    for name, spellings in (
+        ("flash4", ("flash4", "fa4")),
+        ("flash3", ("flash3", "fa3")),
+        ("te", ("te",)),
+        ("cudnn", ("cudnn",)),
+        ("flash", ("flash", "flash2", "fa2")),
+    ):
+        if any(word in words for word in spellings):
             return name
     return "sdpa"
 
@@ -227,8 +241,8 @@ def _bytes(row: Mapping[str, str], layout: Layout) -> tuple[Bytes, bool]:
     notes = row.get("notes", "").lower()
     pure = any(k in notes for k in ("pure bf16", "bf16-true", "training.dtype=bfloat16"))
     pure = pure or "torchtune" in row.get("source", "").lower()  # its recipes keep every state in bf16
-    each = ADAM.get(row.get("optimizer", "").lower())
-    if row.get("method") in ("lora", "qlora") or pure:
+    _, each = adam_state(row.get("optimizer", ""))
+    if row.get("method", "").lower() in ("lora", "qlora", "rslora", "dora") or pure:
         # adapters are so few that their type hardly counts
         return Bytes(parameters=2, working=0, gradients=2, optimizer=each or 4), True
     stated = "fp32" in notes
@@ -314,10 +328,11 @@ def _job(row: Mapping[str, str]) -> tuple[Job, tuple[str, ...]]:
     ):
         raise _Outside("mixture of experts")
     optimizer = row.get("optimizer", "").lower()
-    if optimizer and optimizer not in ADAM:
+    if optimizer and not adam_state(optimizer)[0]:
         raise _Outside(f"optimizer {row['optimizer']} is not of the Adam family")
     assumed: list[str] = [] if optimizer else ["optimizer: adam"]
     method = row.get("method", "").lower()
+    method = {"sft": "full", "cpt": "full", "pretraining": "full", "rslora": "lora", "dora": "lora"}.get(method, method)
     if method not in ("full", "pretrain", "lora", "qlora"):
         raise _Outside(f"method '{row.get('method')}'")
     found = find_gpu(row.get("gpu", ""))
@@ -336,6 +351,9 @@ def _job(row: Mapping[str, str]) -> tuple[Job, tuple[str, ...]]:
     shape = _shape(row)
     layout, _keep_gathered = _layout(row, world, links.gpus_per_node)
     checkpointing = row.get("act_ckpt", "").lower()
+    checkpointing = {"yes": "full", "no": "none", "per-op": "selective", "op": "selective"}.get(
+        checkpointing, checkpointing
+    )
     if checkpointing not in ("none", "selective", "full"):
         if checkpointing:
             raise _Outside(f"activation checkpointing '{row.get('act_ckpt')}'")
@@ -344,6 +362,12 @@ def _job(row: Mapping[str, str]) -> tuple[Job, tuple[str, ...]]:
     flags = _flags(row)
     if "fused_linear_loss" in flags:
         stack = replace(stack, loss_bytes_per_logit=0.0)
+    if checkpointing == "selective" and (
+        {"te", "megatron"} & set(re.split(r"[^a-z]+", row.get("kernels", "").lower()))
+    ):
+        # Megatron's "selective" runs core attention again, which flash attention does in any case
+        checkpointing = "none"
+        assumed.append("selective as in Megatron: attention alone")
     b, stated = _bytes(row, layout)
     if b.optimizer == 2 and method not in ("lora", "qlora"):
         # bitsandbytes' rule for 8-bit moments: embeddings keep theirs in 32 bits

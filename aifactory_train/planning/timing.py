@@ -17,6 +17,9 @@ from aifactory_train.planning.job import Job
 from aifactory_train.planning.memory import NF4_BYTES, trains_head
 from aifactory_train.planning.shapes import DATA, is_target
 
+#: Between host and GPU, bytes per second of one rank: what a PCIe 4 x16 slot gives in practice (recalled; Grace and MI250X are faster).
+BUS_BYTES_PER_S = 20e9
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -273,7 +276,10 @@ def predict(job: Job, constants: Constants | None = None) -> Times:
     exposed = max(gather - hidden * compute, (1 - hidden) * gather)
     exposed_step = max(reduce - hidden * compute * 2 / 3, (1 - hidden) * reduce)
     if job.layout.offload_parameters:
-        host += 3 * (job.frozen_parameters * (NF4_BYTES if job.method == "qlora" else 2) / job.layout.shard) / 20e9
+        # a rank's shard crosses the bus for every gather, and its gradients come back once
+        frozen = job.frozen_parameters * (NF4_BYTES if job.method == "qlora" else job.bytes.frozen)
+        shard = (frozen + job.trained_parameters * job.bytes.parameters) / job.layout.shard
+        host += (2 * micro * shard + job.trained_parameters * job.bytes.gradients / job.layout.shard) / BUS_BYTES_PER_S
 
     # a launch-bound step cannot run faster than its kernels are launched
     launches = kernel_launches(job) * c.launch_us * 1e-6

@@ -157,11 +157,7 @@ def verify(job: Job, rank: int = 0) -> Sharding:
     elif layout.engine in ("single", "ddp"):
         counted = _replicated(job)
     else:
-        raise UserError(
-            f"--verify-sharding builds ddp, fsdp2, hsdp and zero3; {layout.engine} shares one flat buffer per group, whose share is "
-            "elements / ranks",
-            where="parallel.engine",
-        )
+        counted = _flat(job)
     gc.collect()
     return Sharding(layout.engine, layout.world, layout.shard, rank, *counted, seconds=time.perf_counter() - started)
 
@@ -195,6 +191,26 @@ def _replicated(job: Job) -> tuple[int, int, int, int, int]:
     gradients = sum(map(_local_bytes, trained))
     reduced = 2 * gradients * (job.layout.world - 1) // job.layout.world
     return sum(map(_local_bytes, core.parameters())), gradients, _optimizer_bytes(trained, job), 0, reduced
+
+
+def _flat(job: Job) -> tuple[int, int, int, int, int]:
+    """ZeRO-1 and 2: weights on every rank; the optimizer's groups flattened, padded to an even share per rank and split.
+
+    The padding is DeepSpeed's (stage_1_and_2.py: NCCL's 4-byte alignment, so two bf16 elements per rank).
+    """
+    from aifactory_train.optim import parameter_groups
+
+    core, world = build_core(job), job.layout.shard
+    groups = parameter_groups(core.named_parameters(), weight_decay=0.1)
+    share = sum(-(-sum(p.numel() for p in group["params"]) // (2 * world)) * 2 for group in groups)
+    trained = sum(p.numel() for p in core.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in core.parameters() if not p.requires_grad)
+    b = job.bytes
+    parameters = trained * int(b.working or b.parameters) + frozen * int(b.frozen)
+    gradients = (share if job.layout.shards_gradients else trained) * int(b.gradients)
+    optimizer = share * (int(b.optimizer) + (int(b.parameters) if b.working else 0))
+    others = share * (world - 1)
+    return parameters, gradients, optimizer, others * int(b.compute), others * int(b.reduce)
 
 
 def _fsdp(job: Job, rank: int) -> tuple[int, int, int, int, int]:
@@ -333,6 +349,12 @@ def planned(job: Job) -> dict[str, float]:
     if job.layout.engine == "zero3":
         scatter = job.trained_parameters * job.bytes.reduce * (job.layout.shard - 1) / job.layout.shard
         gathered, reduced = gathered - scatter, scatter
+    elif job.layout.engine in ("zero1", "zero2"):
+        share = (job.layout.shard - 1) / job.layout.shard
+        gathered, reduced = (
+            job.trained_parameters * job.bytes.compute * share,
+            job.trained_parameters * job.bytes.reduce * share,
+        )
     elif job.layout.engine in ("fsdp2", "hsdp"):
         # the root stays gathered from forward to backward
         share = (job.layout.shard - 1) / job.layout.shard

@@ -127,6 +127,19 @@ def test_hostile_rows_never_crash(base, changes):
     json.dumps(found, allow_nan=False)
 
 
+def test_names_of_the_adam_family():
+    for name, state in (
+        ("AdamW", None),
+        ("decoupled_adamw", None),
+        ("PagedAdamW8bit", 2.0),
+        ("adamw_torch_fused", None),
+        ("adam-8bit", 2.0),
+    ):
+        assert open_data.adam_state(name) == (True, state)
+    for name in ("adafactor", "ademamix", "Adam-mini", "muon", "sgd", "adamax", "lion"):
+        assert not open_data.adam_state(name)[0], name
+
+
 def test_unknown_values_are_out_of_scope_with_a_reason():
     base = next(r for r in ROWS if r["id"] == "tt-a100-03")
     for change, words in (

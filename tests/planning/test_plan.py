@@ -55,7 +55,7 @@ def test_sites_and_sizes(system, kind):
     site = sites.load(system, overlay=False)
     made = 0
     for base in SIZES:
-        for nodes in (1, 8, 64):
+        for nodes in (1, 32):
             try:
                 found, _ = plan.make(request(site, base, nodes, kind))
             except UserError as error:
@@ -63,7 +63,7 @@ def test_sites_and_sizes(system, kind):
                 continue
             made += 1
             check(found)
-    assert made >= 6
+    assert made >= 4
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_every_node_count(system, kind):
             check(found)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     system=st.sampled_from(SYSTEMS),
     base=st.sampled_from(SIZES[:3]),
