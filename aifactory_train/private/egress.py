@@ -99,13 +99,17 @@ def _check(host: Any) -> None:
     assert _allowed is not None
     if text in _allowed:
         return
-    try:
-        if ipaddress.ip_address(text.partition("%")[0]).is_loopback:
-            return
-    except ValueError:
-        pass  # a name, not an address: it is not in the list
+    if _is_loopback(text):
+        return
     blocked += 1
     raise EgressBlocked("the privacy profile allows connections to the job's own nodes only")
+
+
+def _is_loopback(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text.partition("%")[0]).is_loopback
+    except ValueError:
+        return False  # a name, not an address
 
 
 def self_test() -> dict[str, Any]:

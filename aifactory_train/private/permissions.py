@@ -38,8 +38,7 @@ def exposures(path: Path, *, allow_gid: int | None = None, below: bool = True) -
         real = path.resolve(strict=True)
     except OSError:
         return found
-    reach = reachable(real)
-    for one in _walk(real) if below and real.is_dir() else [real]:
+    for one, reach in _walk(real, reachable(real), below):
         found += _exposed(one, reach, allow_gid, shown=path if one == real else one)
         if len(found) >= 10:
             break
@@ -48,22 +47,30 @@ def exposures(path: Path, *, allow_gid: int | None = None, below: bool = True) -
 
 def reachable(path: Path) -> tuple[bool, bool]:
     """Whether (some group, others) can pass all the parents of ``path``."""
-    group = others = True
+    reach = (True, True)
     for parent in path.parents:
-        try:
-            mode = parent.stat().st_mode
-        except OSError:
-            continue
-        others = others and bool(mode & stat.S_IXOTH)
-        group = group and bool(mode & (stat.S_IXGRP | stat.S_IXOTH))
-    return group, others
+        reach = _through(parent, reach)
+    return reach
 
 
-def _walk(folder: Path) -> Iterable[Path]:
-    yield folder
-    for root, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            yield Path(root) / name
+def _through(folder: Path, reach: tuple[bool, bool]) -> tuple[bool, bool]:
+    """``reach`` of what lies in ``folder``."""
+    try:
+        mode = folder.stat().st_mode
+    except OSError:
+        return reach
+    return reach[0] and bool(mode & (stat.S_IXGRP | stat.S_IXOTH)), reach[1] and bool(mode & stat.S_IXOTH)
+
+
+def _walk(path: Path, reach: tuple[bool, bool], below: bool) -> Iterable[tuple[Path, tuple[bool, bool]]]:
+    """``path`` and what lies below it, as far as anybody else could get."""
+    yield path, reach
+    if not below or not path.is_dir() or path.is_symlink():
+        return
+    inner = _through(path, reach)
+    if any(inner):
+        for child in sorted(path.iterdir()):
+            yield from _walk(child, inner, below)
 
 
 def _exposed(path: Path, reach: tuple[bool, bool], allow_gid: int | None, shown: Path) -> list[Exposure]:

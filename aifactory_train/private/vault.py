@@ -186,8 +186,9 @@ def read_header(file: Any, path: Path) -> tuple[dict[str, Any], bytes]:
     raw = file.read(length) if length < 1 << 20 else b""
     try:
         header = json.loads(raw)
-        if not isinstance(header["key"], str) or not isinstance(header["recipients"], list):
+        if not isinstance(header["recipients"], list):
             raise ValueError
+        base64.b64decode(header["key"], validate=True)
     except (ValueError, KeyError, TypeError):
         raise UserError("the header of the encrypted file is damaged", where=str(path)) from None
     return header, hashlib.sha256(MAGIC + raw).digest()

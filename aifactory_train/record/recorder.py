@@ -410,6 +410,11 @@ class Recorder:
                 "provider_flag": None,
             }
         values["energy"] = self._energy(attempts)
+        if self.private:
+            from aifactory_train.private import egress
+
+            # besides the self-test's own three
+            values[f"privacy/refused_connections/{self.attempt}"] = egress.blocked - 3
         self.chain.append(kind, values, cause or "")
         write_record(self.run.path)
 
