@@ -382,9 +382,9 @@ def _plain(suffix: str | None) -> str:
 
 def _files(sub: Submission, recipe: Recipe, context: dict[str, Any]) -> None:
     """Everything that lies in ``submission/`` beside the script, for the run or for each task of its array."""
-    from aifactory_train.config import load_recipe, to_tree
-
     import yaml
+
+    from aifactory_train.config import load_recipe, to_tree
 
     shape, request = sub.shape, sub.request
     rank = _render("rank.sh.j2", context)

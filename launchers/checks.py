@@ -850,12 +850,12 @@ def _(c: Context) -> Iterator[Finding]:
         )
 
 
-@rule("plan-fits-memory")
+@rule("plan-possible")
 def _(c: Context) -> Iterator[Finding]:
-    """The planner finds room in the GPUs' memory."""
+    """The planner finds a way to train it there: memory, engine, division of a step over the ranks."""
     plan = c.sub.plan
     if plan and plan.get("fits") is False:
-        yield no("plan-fits-memory", str(plan.get("reason") or "the model does not fit"), fix=plan.get("fix") or "more nodes, or 'aifactory plan' for what would fit", where="plan")
+        yield no("plan-possible", str(plan.get("reason")), fix=plan.get("fix") or "'aifactory plan' tells what would be possible", where=plan.get("where"))
 
 
 # ---- what must be there before
@@ -917,7 +917,10 @@ def _(c: Context) -> Iterator[Finding]:
     if not os.access(folder, os.W_OK):
         yield no("scratch-space", f"{folder} cannot be written", fix="choose another --run-dir", where="--run-dir")
         return
-    needed = float((c.sub.plan or {}).get("checkpoint_gib") or 0) * (c.recipe.checkpoint.keep + 1)
+    memory = (c.sub.plan or {}).get("memory_gib") or {}
+    # What a checkpoint holds of one rank: trained parameters and optimizer state; the planner's figures are per rank.
+    state = float(memory.get("parameters") or 0) + float(memory.get("optimizer") or 0) if c.recipe.adapter.kind == "none" else float(memory.get("adapters") or 0) * 3
+    needed = state * c.shape.ranks * (c.recipe.checkpoint.keep + 1)
     free = shutil.disk_usage(folder).free / 2**30
     if free < max(1.0, needed):
         yield no("scratch-space", f"{free:.1f} GiB are free at {folder}, the run needs {max(1.0, needed):.1f}", fix="choose another --run-dir, or a smaller checkpoint.keep", where="--run-dir")

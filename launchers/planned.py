@@ -1,8 +1,9 @@
-"""The planner's word for a submission, where the planner is installed; it is never needed to launch."""
+"""The planner's word for a submission. Where it has none, launching goes on with the recipe's own settings, and that is said."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.errors import UserError
@@ -11,14 +12,36 @@ from aifactory_train.launchers.submission import Submission
 if TYPE_CHECKING:
     from aifactory_train.config import Recipe
 
-OWN = "no planner is asked: the recipe's own settings (engine, micro-batch, accumulation) are taken as they are"
+#: Where the planner says that it cannot know (a fact is not published, a format is not covered): no reason to refuse a job.
+UNKNOWN = ("--site", "precision.compute", "model.base")
 
 
-def plan_for(sub: Submission, recipe: Recipe) -> tuple[dict[str, Any] | None, str | None]:
-    """(plan as JSON data or None, a note for the user or None)."""
-    if importlib.util.find_spec("aifactory_train.planning.search") is None:
-        return None, OWN
-    return None, OWN
+def plan_for(sub: Submission, recipe: Recipe) -> tuple[dict[str, Any] | None, list[str], str | None]:
+    """(plan.json or None, overrides ``key=value`` that it wants, a note for people or None).
 
+    A plan with ``fits: False`` carries the planner's refusal; the rule ``plan-possible`` reports it.
+    """
+    request, shape = sub.request, sub.shape
+    if shape.backend in ("local", "mpi"):
+        return None, [], None
+    if importlib.util.find_spec("aifactory_train.planning") is None:
+        return None, [], "no planner is installed: the recipe's own settings are taken as they are"
+    from aifactory_train.planning import plan_for as plan
 
-__all__ = ["OWN", "UserError", "plan_for"]
+    given = {text.partition("=")[0].strip() for text in request.overrides}
+    try:
+        found, _ = plan(
+            recipe,
+            sub.system,
+            shape.nodes,
+            gpus_per_node=shape.gpus_per_node,
+            partition=shape.partition_key,
+            qos=shape.qos if shape.qos in sub.system.qos else None,
+            given=given,
+        )
+    except UserError as error:
+        if error.where in UNKNOWN:
+            return None, [], f"no plan: {error.what}; the recipe's own settings are taken as they are"
+        return {"fits": False, "reason": error.what, "where": error.where, "fix": error.fix}, [], None
+    wanted = [f"{key}={json.dumps(value)}" for key, value in found.get("overrides", {}).items() if key not in given]
+    return found, wanted, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -75,10 +76,19 @@ def run(args: argparse.Namespace) -> int:
     batch = sub.shape.backend not in ("local", "mpi")
     here = not batch or system.id in ("lab",) or sites.identify() == system.id or (not args.dry_run and not args.explain)
     submitting = not (args.dry_run or args.explain)
-    planned = plan_of(sub, recipe) if not args.dry_run or args.json or args.explain else (None, None)
-    sub.plan = planned[0]
-    if planned[1]:
-        sub.notes.append(planned[1])
+    if not args.dry_run or args.json:
+        from aifactory_train.launchers.planned import plan_for
+
+        plan, wanted, told = plan_for(sub, recipe)
+        if wanted:
+            # Built again with the planner's settings below the user's own, which win.
+            request = dataclasses.replace(request, overrides=(*wanted, *request.overrides))
+            recipe = load_recipe(args.recipe, list(request.overrides))
+            sub = build(request, system, recipe, plan=plan, files=not (args.dry_run or args.explain))
+            sub.notes.append("settings of the planner: " + " ".join(wanted))
+        sub.plan = plan
+        if told:
+            sub.notes.append(told)
     found = checks.check(sub, recipe, here=here, submitting=submitting)
     _tell(args, sub, found)
     checks.raise_refusals(found)
@@ -166,13 +176,6 @@ def load_site(args: argparse.Namespace):
 
         return this_machine()
     return sites.load(name, overlay=args.site_file) if args.site_file else sites.load(name)
-
-
-def plan_of(sub: Any, recipe: Any) -> tuple[dict[str, Any] | None, str | None]:
-    """(plan.json, note): the planner's word where it is installed, else the recipe's own settings, which is said."""
-    from aifactory_train.launchers.planned import plan_for
-
-    return plan_for(sub, recipe)
 
 
 def _tell(args: argparse.Namespace, sub: Any, found: list[Any]) -> None:

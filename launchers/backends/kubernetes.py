@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.errors import RunFailed, UserError
-from aifactory_train.launchers.backends import Job
 from aifactory_train.launchers import request as rq
+from aifactory_train.launchers.backends import Job
 from aifactory_train.launchers.request import Refusal
 from aifactory_train.launchers.submission import Submission
 

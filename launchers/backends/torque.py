@@ -5,7 +5,16 @@ No Torque server has seen these scripts: their directives are checked by :mod:`a
 
 from __future__ import annotations
 
-from aifactory_train.launchers.backends.pbspro import PROGRAMS, accounting, cancel, failed_nodes, pbs_time, query, submit, warn
+from aifactory_train.launchers.backends.pbspro import (
+    PROGRAMS,
+    accounting,
+    cancel,
+    failed_nodes,
+    pbs_time,
+    query,
+    submit,
+    warn,
+)
 from aifactory_train.launchers.submission import Line, Submission
 
 __all__ = ["PROGRAMS", "UNSEEN", "accounting", "cancel", "directives", "failed_nodes", "query", "submit", "warn"]

@@ -262,6 +262,8 @@ def _first_cause(folder, outcome, gone, alive, world, hang):
             if kind and "outofmemory" in kind.lower().replace("_", ""):
                 entry = (when, rank, node, "out-of-memory", "%s: %s" % (kind, text), step)
                 raised.append(entry)
+            elif kind == "Hang":
+                raised.append((when, rank, node, "hang", text, step))
             elif number and not kind:
                 silent.append((when, rank, node, "signal", "ended by %s" % signal_name(number), step, False))
             elif kind in SECONDARY_TYPES or SECONDARY.search(text):
