@@ -1,7 +1,8 @@
 """From a recipe and a number of GPUs to the configuration that should be run, deterministically.
 
 Every combination of engine, activation checkpointing and micro-batch that the recipe leaves open is counted (memory) and timed
-(roofline); what fits is ranked by predicted time. Configurations within two per cent count as equally fast, and the simpler one wins.
+(roofline); what fits is ranked by predicted time. Configurations within two per cent count as equally fast, and the simpler one wins; an
+engine that needs a package of its own (DeepSpeed) has to win by five per cent.
 """
 
 from __future__ import annotations
@@ -128,6 +129,12 @@ def workload(recipe: Recipe, shape: Shape, document: float | None, supervised: f
         rows = float(train.batch_rows or 16)
         tokens = rows * per_row
     adapter = recipe.adapter
+    if adapter.kind != "none" and not shape.lora_parameters(adapter.rank, adapter.targets):
+        raise UserError(
+            f"none of these names a linear layer of {shape.name}: {adapter.targets}",
+            where="adapter.targets",
+            fix="--set adapter.targets=all-linear, or names such as q_proj, v_proj, down_proj",
+        )
     method = "full" if adapter.kind == "none" else ("qlora" if adapter.quantise_base == "nf4" else "lora")
     return Workload(
         shape=shape,
@@ -312,9 +319,13 @@ def _micro_batches(work: Workload, per_rank: float, fixed: Fixed) -> Iterator[tu
 
 
 def best(found: list[Candidate]) -> Candidate:
-    """The fastest; among those within two per cent of it, the simplest."""
-    fastest = min(c.step for c in found)
-    return min((c for c in found if c.step <= fastest * 1.02), key=lambda c: (*c.key(), c.step))
+    """The fastest; among those within two per cent of it, the simplest. DeepSpeed, a package of its own, has to win by five per cent."""
+
+    def handicapped(c: Candidate) -> float:
+        return c.step * (1.05 if c.job.layout.deepspeed else 1.0)
+
+    fastest = min(map(handicapped, found))
+    return min((c for c in found if handicapped(c) <= fastest * 1.02), key=lambda c: (*c.key(), c.step))
 
 
 def check_batch(work: Workload, world: int) -> None:
