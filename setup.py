@@ -42,10 +42,20 @@ TRAIN = [
 DEEPSPEED = [*TRAIN, "deepspeed>=0.19,<0.20; sys_platform == 'linux'"]
 MPI = [*TRAIN, "mpi4py>=4.0"]
 TRITON = ["triton>=3.4; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"]
+EVIDENCE = ["cryptography>=42"]  # signs the manifest of the evidence pack
+PRIVATE = [*TRAIN, "cryptography>=42", "pyrage>=1.2"]  # AES-GCM shards, age recipients
+PLOT = ["matplotlib>=3.8"]
 QLORA = [*TRAIN, "bitsandbytes>=0.46; sys_platform == 'linux'"]
 TEST = [
-    *TRAIN,
+    *PRIVATE,
     *TRITON,
+    "setuptools>=68",
+    "wheel",
+    "jsonschema>=4.20",
+    "kubernetes-validate>=1.30",
+    "cyclonedx-python-lib[json-validation]>=9",
+    "rocrate>=0.13",
+    "securesystemslib>=1.1",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -92,6 +102,9 @@ setup(
         "deepspeed": DEEPSPEED,
         "mpi": MPI,
         "triton": TRITON,
+        "evidence": EVIDENCE,
+        "private": PRIVATE,
+        "plot": PLOT,
         "qlora": QLORA,
         "test": TEST,
     },
