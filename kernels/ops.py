@@ -1,7 +1,7 @@
 """The operators as callables. Importing this module registers them with torch (``torch.ops.aifactory``) and their sharding rules."""
 
 from aifactory_train.kernels import dtensor
-from aifactory_train.kernels.adamw8bit.op import AdamW8bit, adamw8bit
+from aifactory_train.kernels.adamw8bit.op import AdamW8bit, adamw8bit, new_state
 from aifactory_train.kernels.cross_entropy.op import cross_entropy
 from aifactory_train.kernels.geglu.op import geglu
 from aifactory_train.kernels.layer_norm.op import layer_norm
@@ -25,6 +25,7 @@ __all__ = [
     "linear_dpo",
     "linear_logps",
     "lora_linear",
+    "new_state",
     "rms_norm",
     "rms_norm_residual",
     "rope",

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+
 from aifactory_train.kernels import hardware, registry
 from aifactory_train.kernels.spec import COMPILER_OPTIONS, Config
 
@@ -87,7 +88,22 @@ def _once(text: str) -> None:
 def launch(op: str, x: torch.Tensor, **shape: int) -> dict[str, Config]:
     """Launch parameters of each kernel of ``op`` for the device and dtype of ``x``."""
     arch, sku, _ = where(x)
-    return _launch(op, arch, sku, DTYPES[x.dtype], tuple(shape.items()))
+    chosen = _launch(op, arch, sku, DTYPES[x.dtype], tuple(shape.items()))
+    return chosen | _forced if _forced else chosen
+
+
+# kernel -> configuration that tuning tries out instead of the recorded one
+_forced: dict[str, Config] = {}
+
+
+@contextlib.contextmanager
+def force(kernel: str, config: Config):
+    """Launch one kernel with a given configuration inside the block: how candidates are timed."""
+    _forced[kernel] = config
+    try:
+        yield
+    finally:
+        del _forced[kernel]
 
 
 @lru_cache(4096)

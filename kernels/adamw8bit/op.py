@@ -1,6 +1,7 @@
 """The fused 8-bit AdamW step as a registered (mutating) operator, and the optimizer built on it."""
 
 import torch
+
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.adamw8bit import reference, space
 from aifactory_train.kernels.spec import cdiv

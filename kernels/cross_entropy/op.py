@@ -1,6 +1,7 @@
 """Cross-entropy as registered operators with autograd."""
 
 import torch
+
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.cross_entropy import reference, space
 from aifactory_train.kernels.spec import cdiv

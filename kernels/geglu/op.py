@@ -1,6 +1,7 @@
 """GeGLU: the registered gated activation with the gelu kinds."""
 
 import torch
+
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.geglu import reference
 from aifactory_train.kernels.swiglu import op as _registers_glu  # noqa: F401

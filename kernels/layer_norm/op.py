@@ -1,6 +1,7 @@
 """LayerNorm as registered operators with autograd."""
 
 import torch
+
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.layer_norm import reference, space
 from aifactory_train.kernels.rms_norm.op import sum_columns

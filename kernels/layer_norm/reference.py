@@ -1,6 +1,7 @@
 """LayerNorm in plain torch: the oracle of the tests (fp64-capable) and the CPU path."""
 
 import torch
+
 from aifactory_train.kernels.runtime import wide
 
 

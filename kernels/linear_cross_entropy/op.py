@@ -8,6 +8,7 @@ import logging
 from functools import lru_cache
 
 import torch
+
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.cross_entropy.reference import shape_logits
 from aifactory_train.kernels.linear_cross_entropy import space

@@ -6,6 +6,7 @@ plain torch on the same log-probabilities.
 """
 
 import torch
+
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.cross_entropy.op import launch_backward, launch_forward
 from aifactory_train.kernels.cross_entropy.reference import shape_logits

@@ -1,6 +1,7 @@
 """Log-probabilities and DPO in plain torch with all logits at once: the oracle of the tests (fp64-capable)."""
 
 import torch
+
 from aifactory_train.kernels.cross_entropy.reference import cross_entropy
 
 

@@ -1,6 +1,7 @@
 """LoRA linear as registered operators with autograd."""
 
 import torch
+
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.lora_linear import reference, space
 from aifactory_train.kernels.spec import cdiv

@@ -1,6 +1,7 @@
 """RMSNorm as registered operators with autograd."""
 
 import torch
+
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.rms_norm import reference, space
 from aifactory_train.kernels.spec import cdiv, grid_stride

@@ -1,6 +1,7 @@
 """Residual + RMSNorm as registered operators with autograd."""
 
 import torch
+
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.rms_norm.op import launch_backward, launch_forward
 from aifactory_train.kernels.rms_norm_residual import reference

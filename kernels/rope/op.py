@@ -1,6 +1,7 @@
 """RoPE as registered operators with autograd."""
 
 import torch
+
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.rms_norm.op import sum_columns
 from aifactory_train.kernels.rope import reference, space

@@ -1,6 +1,7 @@
 """RoPE in plain torch: the oracle of the tests (fp64-capable) and the CPU path."""
 
 import torch
+
 from aifactory_train.kernels.rms_norm.reference import rms_norm
 
 

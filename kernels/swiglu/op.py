@@ -1,6 +1,7 @@
 """Gated activations as one registered pair of operators; ``kind`` chooses the activation."""
 
 import torch
+
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.geglu import reference as geglu_reference
 from aifactory_train.kernels.spec import cdiv

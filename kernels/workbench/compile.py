@@ -124,9 +124,10 @@ def compile_function(fn, signature, constants, hints, options, target: str) -> C
 def supported(target: str) -> bool:
     """Whether the installed Triton can compile anything for the target: a kernel of one store decides."""
     import triton
-    from aifactory_train.kernels.workbench.smallest import smallest
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from aifactory_train.kernels.workbench.smallest import smallest
 
     chip = TARGETS[target]
     source = ASTSource(fn=smallest, signature={"X": "*fp32"}, constexprs={}, attrs={})

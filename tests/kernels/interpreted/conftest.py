@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.workbench import interpreter
 

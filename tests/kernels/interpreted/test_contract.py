@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from aifactory_train.kernels import ops, runtime
 from aifactory_train.kernels.adamw8bit.op import new_state
 
@@ -138,8 +139,9 @@ def test_a_weight_used_twice_gets_both_gradients():
 
 def test_no_logits_outlive_a_chunk():
     """Peak of tensors with a vocabulary dimension: one chunk of logits, never all rows (counted through the dispatcher)."""
-    from aifactory_train.kernels.linear_cross_entropy.op import linear_cross_entropy_fwd
     from torch.utils._python_dispatch import TorchDispatchMode
+
+    from aifactory_train.kernels.linear_cross_entropy.op import linear_cross_entropy_fwd
 
     largest = 0
 

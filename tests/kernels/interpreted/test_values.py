@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from judge import compare, judge
+
 from aifactory_train.kernels import ops
 from aifactory_train.kernels.cross_entropy.reference import cross_entropy
 from aifactory_train.kernels.geglu.reference import geglu
@@ -13,7 +15,6 @@ from aifactory_train.kernels.rms_norm.reference import rms_norm
 from aifactory_train.kernels.rms_norm_residual.reference import rms_norm_residual
 from aifactory_train.kernels.rope.reference import rope
 from aifactory_train.kernels.swiglu.reference import swiglu
-from judge import compare, judge
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (leading shape, width, strided): one row, no rows, widths below and above a block, no power of two, a strided view
