@@ -16,7 +16,7 @@ from aifactory_train.planning.open_data import Row
 from aifactory_train.planning.timing import Constants
 
 #: Where each constant starts and what draws it there; the second number is the prior's standard deviation of the logarithm.
-#: Sources of the priors: matrix products of 60 to 75 % of the peak and flash-attention rates as published with FlashAttention-2
+#: Sources of the priors: matrix products of 60 to 75 % of the peak (more on consumer chips, whose peak is low for their clocks) and flash-attention rates as published with FlashAttention-2
 #: (arXiv:2307.08691: A100 up to 230 TFLOP/s forward, H100 up to 335) and 3 (arXiv:2407.08608: H100 up to 740 forward, less in backward);
 #: 75 % of the memory bandwidth as in torch's own pointwise kernels; 70 % of a link as in published NCCL bus bandwidths.
 PRIORS: dict[str, tuple[float, float]] = {
@@ -24,6 +24,8 @@ PRIORS: dict[str, tuple[float, float]] = {
     "gemm.sm_90": (0.60, 0.15),
     "gemm.sm_100": (0.50, 0.25),
     "gemm.gfx90a": (0.50, 0.15),
+    "gemm.sm_86": (0.70, 0.15),
+    "gemm.sm_89": (0.75, 0.15),
     "attention_own": (0.48, 0.15),
     "attention_ported": (0.28, 0.15),
     "small": (150.0, 0.4),
@@ -178,7 +180,7 @@ def predicted_memory(row: Row, constants: dict[str, float]) -> float:
     """GiB as the row's source would read it: torch's allocator, or the device with its context."""
     assert row.job is not None
     job = row.job
-    if job.stack.name == "compiled":
+    if job.stack.name.startswith("compiled"):
         job = replace(job, stack=replace(job.stack, loss_bytes_per_logit=constants["compiled_logit_bytes"]))
     reserve = constants["fragmentation"] if row.reserved_reading else 0.0
     return memory.predict(job, context=row.device_reading, fragmentation=reserve).total

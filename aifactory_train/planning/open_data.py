@@ -214,10 +214,13 @@ def _stack(row: Mapping[str, str]) -> str:
         k in kernels for k in ("fused", "liger", "megatron", "triton", "nvfuser", "unsloth")
     ):
         return "fused"
+    own_norm = (
+        "torchtitan" in (row.get("source", "") + row.get("notes", "")).lower()
+    )  # its blocks use torch's own RMS norm
     if row.get("compile", "").lower() == "yes":
-        return "compiled"
-    if "torchtitan" in (row.get("source", "") + row.get("notes", "")).lower():
-        return "native"  # its blocks use torch's own fused RMS norm
+        return "compiled_native" if own_norm else "compiled"
+    if own_norm:
+        return "native"
     return "eager" if row.get("compile", "").lower() == "no" else "native"
 
 
