@@ -21,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from aifactory_train import output
     from aifactory_train.export import export_run
+    from aifactory_train.record.pack import refresh_artefacts
     from aifactory_train.runs import open_run
 
     folder = open_run(args.run_name)
     verify = False if args.no_verify else None
     outcome = export_run(folder, merge=args.merge, dtype=args.dtype, verify=verify, step=args.step)
+    refresh_artefacts(folder, outcome)  # the record and the signed manifest speak of what lies in export/
     if args.json:
         output.print_json({"run": str(folder.path), **outcome})
         return 0

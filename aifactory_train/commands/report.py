@@ -1,4 +1,4 @@
-"""``aifactory report``: what a run did, as a table or JSON."""
+"""``aifactory report``: what a run did, as a table, a page, a live page, or its record as JSON."""
 
 from __future__ import annotations
 
@@ -10,16 +10,33 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_name", metavar="RUN", help="name of a run below runs/, or its folder")
-    parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--json", action="store_true", help="the record with a summary, one line of JSON on standard output"
+    )
+    how.add_argument("--html", action="store_true", help="write report.html again and print its path")
+    how.add_argument("--serve", action="store_true", help="follow the run in a browser (this machine only)")
+    parser.add_argument("--port", type=int, default=8765, metavar="N", help="with --serve (0: any free one)")
 
 
 def run(args: argparse.Namespace) -> int:
     from aifactory_train import output
-    from aifactory_train.runs import open_run
+    from aifactory_train.record.recorder import RECORD, load_record
+    from aifactory_train.runs import open_run, read_json
 
-    report = collect(open_run(args.run_name))
+    folder = open_run(args.run_name)
+    if args.serve:
+        return _serve(folder, args.port)
+    if args.html:
+        from aifactory_train.report import write_report
+
+        print(write_report(folder, load_record(folder.path)))
+        return 0
+    report = collect(folder)
     if args.json:
-        output.print_json(report)
+        # The record, with what is only in the run's other files beside it.
+        record = read_json(folder.path / RECORD) if (folder.path / RECORD).is_file() else {}
+        output.print_json({**report, **record})
         return 0
     training = report["training"]
     rows = [
@@ -49,6 +66,28 @@ def run(args: argparse.Namespace) -> int:
     ]
     if figures:
         output.table("held-out rows", ["", "before", "after"], figures, right=(1, 2))
+    return 0
+
+
+def _serve(folder, port: int) -> int:
+    """Serve the live page until interrupted."""
+    from aifactory_train.errors import UserError
+    from aifactory_train.output import note
+    from aifactory_train.report.serve import make_server
+
+    try:
+        server = make_server(folder, port)
+    except OSError as error:
+        raise UserError(
+            f"port {port} cannot be used: {error.strerror}", where="--port", fix="--port 0 takes a free one"
+        ) from None
+    note(f"http://127.0.0.1:{server.server_address[1]}/ follows {folder.path}; Ctrl-C ends it")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        note("stopped")
+    finally:
+        server.server_close()
     return 0
 
 

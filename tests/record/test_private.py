@@ -390,13 +390,8 @@ def canary_recipe(folder: Path, model: Path, private: dict | None) -> tuple[Path
         for row in listed:
             row["messages"][1]["content"] += f" {CANARY}"
         helpers.write_jsonl(folder / name, listed)
-    changed = {
-        "train.max_steps": 8,
-        "eval.generate_rows": 0,
-        "eval.before": False,
-        "checkpoint.every_steps": 1,
-        "logging.tensorboard": True,
-    }
+    changed: dict = {"train.max_steps": 8, "train.epochs": 9.0, "eval.generate_rows": 1, "eval.before": False}
+    changed |= {"checkpoint.every_steps": 1, "logging.tensorboard": True}
     import yaml
 
     tree = yaml.safe_load((folder / "recipe.yaml").read_text())
