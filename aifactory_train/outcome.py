@@ -39,6 +39,7 @@ class Attempt:
         self.signal: str | None = None
         self.reason: str | None = None  # why it stopped, if it did
         self.folder: Path | None = None
+        self.training = False  # this process is the one that trains in the folder: it may change the run's state
         self._written = 0.0
         self._recent: collections.deque[tuple[float, int, str]] = collections.deque(maxlen=64)
         self._watchdog = Watchdog(self, timeout_s)
@@ -108,6 +109,8 @@ class Attempt:
         if self.folder is None:
             return
         try:
+            if error is not None and self.training and self.rank == 0:
+                self.run.set_state("failed", step=self.step, message=_short(error))
             if error is None:
                 code = EXIT_DONE if self.code is None else self.code
                 status = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")

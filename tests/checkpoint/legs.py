@@ -40,6 +40,10 @@ def run_leg(leg: dict[str, Any], world) -> dict[str, Any]:
     recipe.checkpoint.asynchronous = leg.get("asynchronous", False)
     torch.manual_seed(1000 + world.rank)  # dropout
     checkpointer = Checkpointer(Path(leg["folder"]), recipe, engine, world)
+    if leg.get("file_limit") and world.rank == 1:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (leg["file_limit"], resource.RLIM_INFINITY))
     step, out = 0, {"losses": {}, "norms": {}, "resumed": None}
     try:
         checkpointer.prepare()
