@@ -164,6 +164,7 @@ def diagnose(folder, world=None, rc=None):
     record = read_json(os.path.join(folder, "attempt.json")) or {}
     world = world or record.get("world") or (max([*outcome, *gone, *alive], default=-1) + 1)
 
+    outcome = {r: o for r, o in outcome.items() if r < world}
     node_cause = _node_failure(folder, record, outcome, alive)
     if outcome and len(outcome) >= world and all(o.get("status") == "done" for o in outcome.values()):
         return "done", None
@@ -555,14 +556,15 @@ def preflight(args):
     speeds = [r["allreduce_gb_s"] for r in reports.values() if r.get("allreduce_gb_s") is not None]
     if speeds:
         verdict["allreduce_gb_s"] = min(speeds)
-    if missing and not bad:
+    primary = [r for r in bad if not all(SECONDARY.search(p) for p in reports[r].get("problems", []))]
+    if missing and not primary:
         # Nodes none of whose ranks answered are suspect; where some rank of every node answered, the ranks' places tell.
         silent = [n for n in record.get("nodes", []) if not any(r.get("node") == n for r in reports.values())]
         verdict["nodes"] = silent or sorted({places[r]["node"] for r in missing if r in places})
         verdict["rank"] = missing[0]
         verdict["message"] = "%d of %d ranks did not finish it" % (len(missing), world)
     elif bad:
-        primary = [r for r in bad if not all(SECONDARY.search(p) for p in reports[r].get("problems", []))] or bad
+        primary = primary or bad
         first = reports[primary[0]]
         verdict["nodes"] = sorted({reports[r].get("node") for r in primary if reports[r].get("node")})
         verdict["rank"] = primary[0]

@@ -1,0 +1,297 @@
+"""Judging an attempt from its files, and deciding what comes next: the logic that runs inside jobs, without a scheduler."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aifactory_train.launchers.programs import attempt
+
+PROGRAM = Path(attempt.__file__)
+POLICY = {"resubmit": "chain", "unattended": True, "links": 0, "restarts": {"time": 3, "node": 2, "crash": 1, "preempted": 2}}
+
+
+class Run:
+    """A run folder with as many attempts as asked for."""
+
+    def __init__(self, path: Path, policy: dict | None = None):
+        self.path = path
+        (path / "submission").mkdir(parents=True)
+        (path / "submission" / "policy.json").write_text(json.dumps({**POLICY, **(policy or {})}))
+
+    def begin(self, **more) -> list[str]:
+        argv = ["begin", "--run", str(self.path), "--job", str(more.pop("job", 1)), "--nodes", "a,b", "--world", "4"]
+        for key, value in more.items():
+            argv += [f"--{key.replace('_', '-')}", str(value)]
+        done = subprocess.run([sys.executable, str(PROGRAM), *argv], capture_output=True, text=True, check=True)
+        return done.stdout.split(None, 1)
+
+    def folder(self, number: int) -> Path:
+        return self.path / "attempts" / f"{number:03d}"
+
+    def put(self, number: int, name: str, **value) -> None:
+        self.folder(number).mkdir(parents=True, exist_ok=True)
+        (self.folder(number) / name).write_text(json.dumps(value))
+
+    def checkpoint(self, step: int) -> None:
+        (self.path / "checkpoints" / f"step-{step}").mkdir(parents=True)
+        (self.path / "checkpoints" / f"step-{step}" / "COMPLETE").write_text("{}")
+
+    def close(self, number: int) -> list[str]:
+        done = subprocess.run([sys.executable, str(PROGRAM), "close", "--run", str(self.path), "--attempt", str(number), "--rc", "1"], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    def all(self, number: int, status: str, **more) -> None:
+        for rank in range(4):
+            self.put(number, f"outcome-{rank}.json", rank=rank, host="x", status=status, exit_code=0, step=3, ended=time.time(), **more)
+
+    def record(self, number: int) -> dict:
+        return json.loads((self.folder(number) / "attempt.json").read_text())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "run")
+
+
+def test_it_parses_as_python_3_6():
+    """Hosts of compute nodes have old Pythons: no syntax newer than 3.6, nothing but the standard library."""
+    import ast
+
+    source = PROGRAM.read_text()
+    tree = ast.parse(source, feature_version=(3, 6))
+    names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    assert names <= set(sys.stdlib_module_names)
+    assert not any(isinstance(n, (ast.NamedExpr, ast.Match)) for n in ast.walk(tree))
+
+
+def test_done_and_stopped_and_resumed(run):
+    assert run.begin() == ["go", "001\n"]
+    run.all(1, "stopped", message="deadline")
+    run.checkpoint(3)
+    assert run.close(1)[:2] == ["chain", "stopped"]
+    assert run.begin(job=2) == ["go", "002\n"]
+    assert run.record(2)["step_from"] == 3
+    run.all(2, "done")
+    assert run.close(2)[:2] == ["end", "done"]
+    assert run.begin(job=3)[0] == "end"
+
+
+def test_a_request_to_stop_is_final_until_resumed(run):
+    run.begin()
+    (run.path / "stop").write_text("user 12:00\n")
+    run.all(1, "stopped")
+    assert run.close(1)[:2] == ["end", "stopped"]
+    assert run.begin(job=2)[0] == "end"
+    (run.path / "submission" / "again").write_text("")
+    assert run.begin(job=3)[0] == "go"
+    assert not (run.path / "stop").exists()
+
+
+def test_an_automatic_stop_file_does_not_survive_into_the_next_attempt(run):
+    run.begin()
+    (run.path / "stop").write_text("time-limit\n")
+    run.all(1, "stopped")
+    run.checkpoint(3)
+    assert run.close(1)[0] == "chain"
+    assert run.begin(job=2)[0] == "go" and not (run.path / "stop").exists()
+
+
+@pytest.mark.parametrize(("resubmit", "action"), [("requeue", "requeue"), ("chain", "chain"), ("none", "end")])
+def test_the_sites_way_is_followed(tmp_path, resubmit, action):
+    run = Run(tmp_path / "run", {"resubmit": resubmit})
+    run.begin()
+    run.all(1, "stopped")
+    run.checkpoint(3)
+    assert run.close(1)[0] == action
+
+
+def test_crash_goes_to_a_fresh_job_even_where_requeue_is_the_way(tmp_path):
+    run = Run(tmp_path / "run", {"resubmit": "requeue"})
+    run.begin()
+    run.put(1, "exit-2.json", rank=2, node="b", exit_code=137, signal=9, terminated=False, ended=time.time())
+    assert run.close(1)[0] == "chain"
+
+
+def test_no_person_no_restart(tmp_path):
+    run = Run(tmp_path / "run", {"unattended": False})
+    run.begin()
+    run.all(1, "stopped")
+    run.checkpoint(3)
+    assert run.close(1)[0] == "end"
+    assert "person" in run.record(1)["decision"]["why"]
+
+
+def test_counters_are_separate_and_limits_hold(run):
+    for number in range(1, 4):
+        assert run.begin(job=number)[0] == "go"
+        run.all(number, "stopped")
+        run.checkpoint(number)
+        assert run.close(number)[0] == "chain"
+    run.begin(job=4)
+    run.all(4, "stopped")
+    run.checkpoint(9)
+    assert run.close(4)[0] == "end"
+    assert "the limit is 3" in run.record(4)["decision"]["why"]
+    assert attempt.counters(str(run.path)) == {"time": 3, "node": 0, "crash": 0, "preempted": 0}
+
+
+def test_no_progress_twice_ends_the_run(run):
+    run.begin()
+    run.all(1, "stopped")
+    assert run.close(1)[0] == "chain", "once may be bad luck"
+    run.begin(job=2)
+    run.all(2, "stopped")
+    assert run.close(2)[0] == "end"
+    assert "no new checkpoint" in run.record(2)["decision"]["why"]
+
+
+def test_the_same_crash_at_the_same_step_ends_the_run(tmp_path):
+    run = Run(tmp_path / "run", {"restarts": {"crash": 9, "time": 9, "node": 9, "preempted": 9}})
+    for number in (1, 2):
+        run.begin(job=number)
+        run.checkpoint(number)
+        run.put(number, "alive-1.json", rank=1, host="x", step=7, time=time.time())
+        run.put(number, "exit-1.json", rank=1, node="a", exit_code=139, signal=11, terminated=False, ended=time.time())
+        action = run.close(number)[0]
+    assert action == "end" and "twice at step 7" in run.record(2)["decision"]["why"]
+
+
+def test_bad_nodes_are_excluded_from_then_on(tmp_path):
+    run = Run(tmp_path / "run", {"exclude": ["z"]})
+    for number, node in ((1, "a"), (2, "b")):
+        run.begin(job=number)
+        (run.folder(number) / "node-state.txt").write_text(f"{node} down*\n")
+        told = run.close(number)
+    assert told[0] == "chain" and set(told[2].split(",")) == {"a", "b", "z"}
+    assert run.record(2)["decision"]["counted_as"] == "node"
+
+
+def test_down_nodes_of_other_jobs_are_not_blamed(run):
+    run.begin()
+    (run.folder(1) / "node-state.txt").write_text("c down*\na idle\n")
+    run.all(1, "done")
+    assert run.close(1)[:2] == ["end", "done"]
+
+
+def test_interrupted_attempt_is_closed_by_the_next(run):
+    run.begin(job=5)
+    run.put(1, "alive-0.json", rank=0, host="x", step=4, time=time.time())
+    (run.folder(1) / "signal.txt").write_text("TERM 1\n")
+    assert run.begin(job=5, restart=1, node_state="b down*")[0] == "go"
+    record = run.record(1)
+    assert record["state"] == "failed" and record["cause"]["kind"] == "node-failure" and record["cause"]["node"] == "b"
+    assert record["decision"]["action"] == "requeued"
+
+
+FILES = {
+    "first to raise is the cause": (
+        {"outcome-0": {"status": "failed", "exception": "RuntimeError", "message": "[gloo] Connection closed by peer", "ended": 9.0}, "outcome-1": {"status": "failed", "exception": "ValueError", "message": "bad row", "ended": 10.0}},
+        (1, "exception"),
+    ),
+    "a killed rank beats those that lost it": (
+        {"outcome-0": {"status": "failed", "exception": "DistBackendError", "message": "NCCL error", "ended": 11.0}, "exit-1": {"exit_code": 137, "signal": 9, "terminated": False, "ended": 10.0}},
+        (1, "signal"),
+    ),
+    "a rank that was told to end is no cause": (
+        {"exit-0": {"exit_code": 143, "signal": 15, "terminated": True, "ended": 9.0}, "outcome-1": {"status": "failed", "exception": "KeyError", "message": "x", "ended": 10.0}},
+        (1, "exception"),
+    ),
+    "the silent rank hung": (
+        {"outcome-0": {"status": "failed", "exception": "RuntimeError", "message": "Timed out waiting 60000ms for recv", "ended": 10.0, "step": 5}, "alive-1": {"step": 4, "time": 3.0}},
+        (1, "hang"),
+    ),
+    "the trainer's own watchdog knows who hung": (
+        {"outcome-0": {"status": "failed", "exception": "TimeoutError", "message": "timed out waiting for other ranks", "ended": 9.0}, "outcome-1": {"status": "failed", "exception": "Hang", "message": "no progress for 60 s", "ended": 10.0}},
+        (1, "hang"),
+    ),
+    "memory is named": (
+        {"outcome-0": {"status": "failed", "exception": "torch.OutOfMemoryError", "message": "CUDA out of memory", "ended": 9.0}, "outcome-1": {"status": "failed", "exception": "RuntimeError", "message": "NCCL timeout", "ended": 10.0}},
+        (0, "out-of-memory"),
+    ),
+    "an exit without a word": ({"exit-0": {"exit_code": 9, "signal": None, "terminated": False, "ended": 9.0}, "outcome-1": {"status": "failed", "exception": "RuntimeError", "message": "connection reset", "ended": 9.5}}, (0, "exit")),
+    "a rank that vanished": ({"alive-0": {"step": 3, "time": 2.0}, "outcome-1": {"status": "failed", "exception": "RuntimeError", "message": "Connection reset by peer", "ended": 9.5}}, (0, "lost")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES, ids=[c.replace(" ", "-") for c in FILES])
+def test_true_cause(tmp_path, case):
+    files, (rank, kind) = FILES[case]
+    for name, value in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    state, cause = attempt.diagnose(str(tmp_path), 2)
+    assert state == "failed" and (cause["rank"], cause["kind"]) == (rank, kind), cause
+
+
+def test_nothing_at_all_is_the_launchers_fault(tmp_path):
+    (tmp_path / "launcher.log").write_text("srun: error: Unable to create step\n")
+    state, cause = attempt.diagnose(str(tmp_path), 2, rc=1)
+    assert state == "failed" and cause["kind"] == "launch" and "Unable to create step" in cause["message"]
+
+
+entry = st.fixed_dictionaries(
+    {},
+    optional={
+        "status": st.sampled_from(["done", "stopped", "failed", "odd"]),
+        "exception": st.one_of(st.none(), st.sampled_from(["ValueError", "TimeoutError", "Hang", "x.OutOfMemoryError"])),
+        "message": st.one_of(st.none(), st.text("ab: \n", max_size=20)),
+        "ended": st.one_of(st.none(), st.floats(allow_nan=False), st.text("01-T:", max_size=5), st.just("2026-01-01T00:00:00Z")),
+        "time": st.one_of(st.none(), st.floats(0, 1e10)),
+        "signal": st.one_of(st.none(), st.integers(0, 200), st.sampled_from(["SIGTERM", "9", "NONE"])),
+        "exit_code": st.one_of(st.none(), st.integers(-10, 300)),
+        "step": st.one_of(st.none(), st.integers(0, 99)),
+        "terminated": st.booleans(),
+        "node": st.sampled_from(["a", "b"]),
+    },
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.tuples(st.sampled_from(["outcome", "exit", "alive", "place"]), st.integers(0, 3)), entry, max_size=10), st.integers(1, 4))
+def test_any_files_give_a_verdict(tmp_path_factory, files, world):
+    """Whatever the ranks left: a state, and a cause that names a rank of the world or says that none is known."""
+    folder = tmp_path_factory.mktemp("any")
+    for (kind, rank), value in files.items():
+        (folder / f"{kind}-{rank}.json").write_text(json.dumps(value))
+    state, cause = attempt.diagnose(str(folder), world)
+    assert state in ("done", "stopped", "failed")
+    outcomes = [v for (k, r), v in files.items() if k == "outcome" and r < world]
+    if state == "done":
+        assert len(outcomes) >= world and all(o.get("status") == "done" for o in outcomes)
+    if cause is not None:
+        assert cause["rank"] is None or 0 <= cause["rank"] < world
+        assert cause["kind"] and isinstance(cause["message"], str)
+
+
+def test_torn_files_are_no_error(tmp_path):
+    (tmp_path / "outcome-0.json").write_text('{"status": "do')
+    (tmp_path / "attempt.json").write_text("")
+    assert attempt.diagnose(str(tmp_path), 1)[0] == "failed"
+
+
+def test_preflight_names_the_bad_node(run):
+    run.begin()
+    for rank, node in enumerate("aabb"):
+        problems = ["3 of 4 GPUs are visible"] if rank == 2 else []
+        run.put(1, f"preflight-{rank}.json", rank=rank, node=node, ok=not problems, problems=problems, allreduce_gb_s=1.5)
+    done = subprocess.run([sys.executable, str(PROGRAM), "preflight", "--run", str(run.path), "--attempt", "1"], capture_output=True, text=True)
+    assert done.returncode == 1 and "3 of 4 GPUs" in done.stderr
+    told = run.close(1)
+    assert told[0] == "chain" and told[2] == "b"
+    assert run.record(1)["cause"]["kind"] == "preflight" and run.record(1)["cause"]["node"] == "b"
+
+
+def test_preflight_names_the_silent_node(run):
+    run.begin()
+    for rank in (0, 1):
+        run.put(1, f"preflight-{rank}.json", rank=rank, node="a", ok=False, problems=["DistStoreError: Timed out after 90 s waiting for clients"])
+    subprocess.run([sys.executable, str(PROGRAM), "preflight", "--run", str(run.path), "--attempt", "1"], capture_output=True, text=True)
+    verdict = json.loads((run.folder(1) / "preflight.json").read_text())
+    assert not verdict["ok"] and verdict["missing"] == [2, 3] and verdict["nodes"] == ["b"]
