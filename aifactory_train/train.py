@@ -63,6 +63,7 @@ def train(
         run = RunFolder(from_main(world, lambda: folder or default_run_dir(recipe, None)))
         with Attempt(run, world.rank, world.local_rank, attempt, timeout_s=recipe.parallel.timeout_s) as record:
             resume_from = from_main(world, lambda: open_for_training(run, resume))
+            record.training = True
             if attempt is None:
                 record.begin(from_main(world, lambda: new_attempt(run)))
             if world.is_main:
