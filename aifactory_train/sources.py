@@ -685,7 +685,7 @@ def _building(target: Path) -> Iterator[Path]:
         raise UserError(f"the cache cannot be written: {error.strerror}", where=str(target.parent), fix=_FIX) from None
     try:
         yield folder
-        folder.chmod(0o755)
+        _readable_by_all(folder)  # a project's cache is shared; safetensors and mkdtemp make things private
         if target.exists():
             old = folder.with_name(folder.name + "-old")
             os.replace(target, old)
@@ -697,6 +697,12 @@ def _building(target: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _readable_by_all(folder: Path) -> None:
+    folder.chmod(0o755)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 _FIX = "set AIFACTORY_CACHE to a folder with enough space"

@@ -92,6 +92,9 @@ def test_pypi_file_is_fetched_with_manifest_and_licence(tmp_path, index):
     assert set(by_path) == {"files/tiny_rows/rows.jsonl", "licences/tiny_rows-1.0.dist-info/LICENSE"}
     assert by_path["files/tiny_rows/rows.jsonl"]["sha256"] == hashlib.sha256(ROWS.encode()).hexdigest()
     assert sources.manifest_of(source.source)["resolved"] == "tiny-rows 1.0"
+    assert all(
+        p.stat().st_mode & 0o044 == 0o044 for p in (tmp_path / "cache" / "packages").rglob("*")
+    )  # a shared cache
     assert leftovers(tmp_path) == []
 
 
