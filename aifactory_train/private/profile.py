@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train import config as _config
+from aifactory_train import trackers
 from aifactory_train.errors import UserError
 from aifactory_train.private import egress, redact, vault
 from aifactory_train.private.permissions import exposures, group_id
@@ -36,6 +37,7 @@ def enforce(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
     with its self-test, messages without values, nothing telling on the command line or in the job's name, nobody else can read
     data, cache and outputs. ``restricted``: that, and every data source is encrypted, as are token cache and adapter.
     """
+    trackers.check(recipe)
     profile = recipe.privacy.profile
     allow = _allowed_group(recipe)
     if profile == "open":
@@ -100,6 +102,10 @@ def _change_recipe(recipe: Recipe, profile: str) -> None:
             "row ids in metrics.jsonl tell which rows there are",
             where="logging.row_ids",
             fix="--set logging.row_ids=false",
+        )
+    if recipe.tracking.wandb:
+        raise UserError(
+            "W&B's files hold host and account names", where="tracking.wandb", fix="use TensorBoard or tracking.mlflow"
         )
     if recipe.export.merge and profile == "restricted":
         raise UserError(

@@ -86,6 +86,7 @@ class Recorder:
         self._sums = {"steps": 0, "tokens": 0, "positions": 0, "supervised_tokens": 0, "train_s": 0.0}
         self._first = self._last = 0
         self._lengths: Any = None
+        self._trackers: list[Any] = []
         self._protection: dict[str, Any] = {"profile": recipe.privacy.profile}
         self._outcome: tuple[str, str | None] = ("failed", "the training ended without saying how")
         self._began, self._started = time.monotonic(), now()
@@ -238,6 +239,7 @@ class Recorder:
             "note": "a GPU is what the scheduler and the framework count: on MI250X one GCD, half a package",
         }
         self._active = True
+        self._open_trackers()
         self._lengths = data.train.lengths
         self._count = self._counter(config)
         values["deployment/inference"] = self._inference(config)
@@ -253,6 +255,12 @@ class Recorder:
             target=self._digest_base, args=(resolve_model(recipe.model),), daemon=True, name="digests"
         )
         self._digesting.start()
+
+    @_never_breaks
+    def _open_trackers(self) -> None:
+        from aifactory_train.trackers import open_trackers
+
+        self._trackers = open_trackers(self.run, self.recipe, self.failed)
 
     def _known(self) -> dict[str, Any]:
         events, _ = read_events(self.run.path / EVENTS)
@@ -375,6 +383,9 @@ class Recorder:
                 segments += [int(self._lengths[batch].max())] * len(batch)
         record["memory_bytes"] = self._peak_memory()["bytes"]
         self._last = int(record["step"])
+        if self._last % self.recipe.logging.every_steps == 0:
+            for tracker in self._trackers:
+                tracker.log(record)
         sums = self._sums
         sums["steps"] += 1
         sums["tokens"] += int(record["tokens"])
@@ -477,6 +488,8 @@ class Recorder:
         if not self._active:
             return
         place = f"eval/{when}" if when != "during" else f"eval/during/{step:09d}"
+        for tracker in self._trackers:
+            tracker.log({**without_samples(figures), "kind": "eval", "step": step})
         self.chain.append("evaluated", {place: {"step": step, **without_samples(figures)}}, when)
 
     @_never_breaks
@@ -514,6 +527,8 @@ class Recorder:
         if self._digesting is not None:
             self._digesting.join(timeout=600)
         self._wait_for_other_nodes()
+        for tracker in self._trackers:
+            tracker.finish(state)
         self.progress(state, cause, kind="attempt-ended")
         self._active = False
         if state == "finished" and self.recipe.record.pack:
