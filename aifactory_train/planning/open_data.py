@@ -410,17 +410,29 @@ def _job(row: Mapping[str, str]) -> tuple[Job, tuple[str, ...]]:
 
 
 def _fitting(job: Job, stated: bool) -> tuple[Job, str | None]:
-    """The reading of what the columns leave open (types of the states, whether DDP keeps a distributed optimizer) with which the job
-    fits: it was published as run. The reading that is usual in mixed precision comes first; the measured values play no part."""
+    """The reading of what the columns leave open with which the job fits: it was published as run.
+
+    Open are the types of the states (unless ``stated``), whether DDP keeps a distributed optimizer, and how lean the blocks and the loss
+    are. The reading that is usual in mixed precision comes first; the measured values play no part.
+    """
     capacity = job.gpu.memory_gib
-    if stated or capacity is None or memory.predict(job).total <= capacity:
+    if capacity is None or memory.predict(job).total <= capacity:
         return job, None
-    pure = replace(job.bytes, parameters=2, working=0, gradients=2, optimizer=min(job.bytes.optimizer, 4))
-    readings = [("gradients in bf16", replace(job, bytes=replace(job.bytes, gradients=2)))]
-    if job.layout.engine == "ddp":
-        sharded = replace(job.layout, engine="zero1", shard=job.layout.world)
-        readings.append(("a distributed optimizer", replace(job, layout=sharded)))
-    readings.append(("states in bf16", replace(job, bytes=pure)))
+    readings: list[tuple[str, Job]] = []
+    if not stated:
+        pure = replace(job.bytes, parameters=2, working=0, gradients=2, optimizer=min(job.bytes.optimizer, 4))
+        readings.append(("gradients in bf16", replace(job, bytes=replace(job.bytes, gradients=2))))
+        if job.layout.engine == "ddp":
+            sharded = replace(job.layout, engine="zero1", shard=job.layout.world)
+            readings.append(("a distributed optimizer", replace(job, layout=sharded)))
+        readings.append(("states in bf16", replace(job, bytes=pure)))
+    lean = STACKS["fused"]
+    for name, reading in [("", job), *readings]:
+        leaner = replace(
+            reading,
+            stack=replace(lean, loss_bytes_per_logit=min(lean.loss_bytes_per_logit, job.stack.loss_bytes_per_logit)),
+        )
+        readings.append((f"{name}, fused blocks and loss".lstrip(", "), leaner))
     for name, reading in readings:
         if memory.predict(reading).total <= capacity:
             return reading, name

@@ -127,6 +127,16 @@ def test_hostile_rows_never_crash(base, changes):
     json.dumps(found, allow_nan=False)
 
 
+def test_a_published_out_of_memory_is_predicted():
+    """The source of jup-titan-04 says that twice its micro-batch ran out of memory; the row itself ran."""
+    from aifactory_train.planning import memory
+
+    raw = next(r for r in ROWS if r["id"] == "jup-titan-04")
+    assert "bs16 with the same layout OOM" in raw["notes"]
+    ran, failed = open_data.read_row(raw).job, open_data.read_row({**raw, "micro_batch": "16"}).job
+    assert memory.predict(ran).total <= ran.gpu.memory_gib < memory.predict(failed).total
+
+
 def test_names_of_the_adam_family():
     for name, state in (
         ("AdamW", None),

@@ -31,7 +31,7 @@ QWEN = {**TINY, "model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": Fa
 APERTUS = {**TINY, "model_type": "apertus", "tie_word_embeddings": False}
 
 
-def build(timeout: float = 300, **ask) -> dict:
+def build(timeout: float = 580, **ask) -> dict:
     """In a process of its own: a fake process group cannot be had twice, nor beside a real one."""
     started = time.monotonic()
     done = subprocess.run(
