@@ -28,12 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-config", metavar="FILE", help="config.json of a base whose dimensions are not shipped")
     parser.add_argument(
         "--set",
-        metavar="a.b=c",
+        metavar="A.B=C",
         dest="overrides",
         action="append",
-        nargs="+",
         default=[],
-        help="change a value of the recipe",
+        help="change one value of the recipe; repeatable",
     )
     parser.add_argument("--json", action="store_true", help="the plan as one line of JSON")
     parser.add_argument(
@@ -73,7 +72,7 @@ def build(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from aifactory_train import config, sites
     from aifactory_train.planning import plan_for
 
-    overrides = [text for group in args.overrides for text in group]
+    overrides = list(args.overrides)
     recipe = config.load_recipe(args.recipe, overrides)
     system = sites.load(args.site, overlay=args.site_file if args.site_file else None)
     nodes = _nodes(args.nodes)

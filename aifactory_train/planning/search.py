@@ -446,7 +446,7 @@ def changes_that_fit(
     if work.method == "full" and fits(replace(work, method="lora"), world, fixed):
         found.append("--set adapter.kind=lora")
     if work.method != "qlora" and fits(replace(work, method="qlora"), world, fixed):
-        found.append("--set adapter.kind=lora adapter.quantise_base=nf4")
+        found.append("--set adapter.kind=lora --set adapter.quantise_base=nf4")
     return found
 
 

@@ -99,8 +99,8 @@ def show(plan: dict[str, Any]) -> None:
         )
     out.print()
     out.print("To train with this plan:", style="bold")
-    settings = " ".join(f"{key}={_yaml(value)}" for key, value in plan["overrides"].items())
-    out.print(f"  --set {settings}", markup=False)
+    settings = " ".join(f"--set {key}={_yaml(value)}" for key, value in plan["overrides"].items())
+    out.print(f"  {settings}", markup=False)
 
 
 def _yaml(value: Any) -> str:

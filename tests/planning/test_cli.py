@@ -118,7 +118,7 @@ def _write(folder: Path) -> Path:
         (["--site", "lumi-g", "--nodes", "5000"], ["1024"]),
         (["--site", "lumi-g", "--set", "model.base=mistralai/Mixtral-8x7B-v0.1"], ["not known", "--model-config"]),
         (
-            ["--site", "lumi-g", "--set", "data.sequence_length=262144", "train.micro_batch_tokens=262144"],
+            ["--site", "lumi-g", "--set", "data.sequence_length=262144", "--set", "train.micro_batch_tokens=262144"],
             ["131072 positions"],
         ),
         (["--site", "lumi-g", "--nodes", "100"], ["cannot be divided"]),
