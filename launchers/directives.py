@@ -71,9 +71,13 @@ def pbspro(script: str) -> list[Directive]:
                     _select(d, value)
                 elif name == "walltime":
                     if not re.fullmatch(r"\d+(:\d{2}){0,2}", value):
-                        raise UserError(f"walltime '{value}' is not HH:MM:SS (PBS knows no days)", where=f"line {d.line}")
+                        raise UserError(
+                            f"walltime '{value}' is not HH:MM:SS (PBS knows no days)", where=f"line {d.line}"
+                        )
                 elif name == "place":
-                    if not re.fullmatch(r"(free|pack|scatter|vscatter)?(:?(excl|shared|exclhost))?(:?group=[A-Za-z0-9_]+)?", value):
+                    if not re.fullmatch(
+                        r"(free|pack|scatter|vscatter)?(:?(excl|shared|exclhost))?(:?group=[A-Za-z0-9_]+)?", value
+                    ):
                         raise UserError(f"'{value}' is no placement", where=f"line {d.line}")
                 elif not re.fullmatch(rf"{NAME}=\S+", resource):
                     raise UserError(f"'{resource}' is no resource request", where=f"line {d.line}")
@@ -103,7 +107,11 @@ def _select(d: Directive, value: str) -> None:
             seen.add(name)
 
 
-_TORQUE_OPTIONS = {**{k: v for k, v in _PBS_OPTIONS.items() if k != "-J"}, "-N": r"[A-Za-z][A-Za-z0-9_.+-]{0,14}", "-t": r"\d+(-\d+)?(,\d+(-\d+)?)*(%\d+)?"}
+_TORQUE_OPTIONS = {
+    **{k: v for k, v in _PBS_OPTIONS.items() if k != "-J"},
+    "-N": r"[A-Za-z][A-Za-z0-9_.+-]{0,14}",
+    "-t": r"\d+(-\d+)?(,\d+(-\d+)?)*(%\d+)?",
+}
 
 
 def torque(script: str) -> list[Directive]:
@@ -132,7 +140,7 @@ def torque(script: str) -> list[Directive]:
 def _nodes(d: Directive, value: str) -> None:
     for chunk in value.split("+"):
         parts = chunk.split(":")
-        if not re.fullmatch(rf"[1-9]\d*|[A-Za-z][A-Za-z0-9_.-]*", parts[0]):
+        if not re.fullmatch(r"[1-9]\d*|[A-Za-z][A-Za-z0-9_.-]*", parts[0]):
             raise UserError(f"'{parts[0]}' is neither a number of nodes nor a node's name", where=f"line {d.line}")
         for part in parts[1:]:
             if not re.fullmatch(r"(ppn|gpus|mics)=[1-9]\d*|[A-Za-z][A-Za-z0-9_.-]*(=\S+)?", part):

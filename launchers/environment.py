@@ -60,7 +60,12 @@ def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None)
     put("TORCH_FR_BUFFER_SIZE", "2000", "entries of the flight record")
     put("NCCL_DEBUG", "WARN", "warnings of the communication library, into a file per process")
     if system.gpu.vendor == "nvidia":
-        put("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "less memory lost to fragmentation, on NVIDIA GPUs", "gpu.vendor")
+        put(
+            "PYTORCH_CUDA_ALLOC_CONF",
+            "expandable_segments:True",
+            "less memory lost to fragmentation, on NVIDIA GPUs",
+            "gpu.vendor",
+        )
     put("PYTHONUNBUFFERED", "1", "lines reach the log when they are printed")
     put("PYTHONFAULTHANDLER", "1", "a crash in native code leaves a Python traceback")
     put("TOKENIZERS_PARALLELISM", "false", "tokenizer threads do not mix with forked workers")
@@ -77,20 +82,32 @@ def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None)
         put("WANDB_MODE", "offline", why, "internet.compute")
     put("HF_HUB_DISABLE_TELEMETRY", "1", "no telemetry from jobs")
     if cache:
-        put("AIFACTORY_CACHE", cache, "where `aifactory fetch` put model and data; the home folder may differ on compute nodes")
+        put(
+            "AIFACTORY_CACHE",
+            cache,
+            "where `aifactory fetch` put model and data; the home folder may differ on compute nodes",
+        )
     home = os.environ.get("HF_HOME")
     if home:
         put("HF_HOME", home, "your Hugging Face cache when you launched")
     elif remote:
         root = sub.system.user.work_dir
-        put("HF_HOME", f"{root}/hf" if root else str(Path.home() / ".cache" / "huggingface"), "an explicit Hugging Face cache: XDG_CACHE_HOME points to the node's disk")
+        put(
+            "HF_HOME",
+            f"{root}/hf" if root else str(Path.home() / ".cache" / "huggingface"),
+            "an explicit Hugging Face cache: XDG_CACHE_HOME points to the node's disk",
+        )
     threads = recipe.parallel.threads if recipe is not None else None
     if threads:
         put("OMP_NUM_THREADS", str(threads), "the recipe's parallel.threads")
     elif shape.cpus_per_rank:
         put("OMP_NUM_THREADS", str(shape.cpus_per_rank), "cores of one rank", shape.reason("cpus_per_task").fact)
     elif not remote:
-        put("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(shape.ranks_per_node, 1))), "cores of this machine, shared by the ranks")
+        put(
+            "OMP_NUM_THREADS",
+            str(max(1, (os.cpu_count() or 1) // max(shape.ranks_per_node, 1))),
+            "cores of this machine, shared by the ranks",
+        )
     for name, value in system.user.env.items():
         put(name, value, "from your site file (user.env)")
     return out
@@ -99,12 +116,27 @@ def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None)
 def _communication(system: System, shape: Shape, put) -> None:
     net = system.interconnect
     if net.socket_interfaces:
-        put("NCCL_SOCKET_IFNAME", ",".join(net.socket_interfaces), "interfaces that rendezvous traffic may use", "interconnect.socket_interfaces")
+        put(
+            "NCCL_SOCKET_IFNAME",
+            ",".join(net.socket_interfaces),
+            "interfaces that rendezvous traffic may use",
+            "interconnect.socket_interfaces",
+        )
     if system.launch.head_address.family == "inet":
         put("NCCL_SOCKET_FAMILY", "AF_INET", "addresses of this site's nodes are IPv4", "launch.head_address.family")
     if shape.nodes > 1 and shape.gpus_per_node:
         # A named transport makes a missing plug-in an error at start instead of a silent fall-back to TCP.
         if net.fabric == "infiniband":
-            put("NCCL_NET", "IB", "fail at start rather than fall back to TCP where InfiniBand is not found", "interconnect.fabric")
+            put(
+                "NCCL_NET",
+                "IB",
+                "fail at start rather than fall back to TCP where InfiniBand is not found",
+                "interconnect.fabric",
+            )
         elif net.plugin in ("aws-ofi-nccl", "aws-ofi-rccl"):
-            put("NCCL_NET", "AWS Libfabric", "fail at start rather than fall back to TCP where the OFI plug-in is not found", "interconnect.plugin")
+            put(
+                "NCCL_NET",
+                "AWS Libfabric",
+                "fail at start rather than fall back to TCP where the OFI plug-in is not found",
+                "interconnect.plugin",
+            )

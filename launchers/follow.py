@@ -26,7 +26,10 @@ def open_folder(name: str) -> Path:
     for candidate in (Path(name), Path("runs") / name):
         if any((candidate / f).exists() for f in ("submission", "attempts", "run.yaml")):
             return candidate.resolve()
-    known = sorted({p.parent.name for p in Path("runs").glob("*/submission")} | {p.parent.name for p in Path("runs").glob("*/run.yaml")})
+    known = sorted(
+        {p.parent.name for p in Path("runs").glob("*/submission")}
+        | {p.parent.name for p in Path("runs").glob("*/run.yaml")}
+    )
     raise UserError(
         f"no run '{name}'{did_you_mean(name, known)}",
         fix=f"runs here: {', '.join(known)}" if known else "runs lie in runs/ below the current folder, or give a path",
@@ -93,16 +96,26 @@ def _one_status(folder: Path, base: Path, manifest: dict[str, Any], ask: bool, j
         last = attempts[-1]
         state, cause = last["state"], last["cause"]
     newest = job_state(jobs[-1]) if jobs and ask and backend is not None else None
-    alive = [j for j in jobs if ask and backend is not None and (found := job_state(j)) is not None and found.state in LIVE]
+    alive = [
+        j for j in jobs if ask and backend is not None and (found := job_state(j)) is not None and found.state in LIVE
+    ]
     if state != "running" and alive and not (attempts and attempts[-1].get("final")):
         newest = job_state(alive[0])
-        state = newest.state if newest is not None and (not attempts or newest.state == "pending") else state if attempts and state != "new" else "running"
+        state = (
+            newest.state
+            if newest is not None and (not attempts or newest.state == "pending")
+            else state
+            if attempts and state != "new"
+            else "running"
+        )
     elif not attempts and jobs and newest is None and ask and backend is not None:
         state = "failed"
         cause = _cause("launch", "the scheduler does not know the job any more, and no attempt was begun")
     elif not attempts and newest is not None and newest.state not in LIVE:
         state = "cancelled" if newest.state == "cancelled" else "failed"
-        cause = _scheduler_cause(newest, None) or _cause("launch", f"the job ended ({newest.raw}) before the first attempt: {_log_line(base, jobs[-1])}")
+        cause = _scheduler_cause(newest, None) or _cause(
+            "launch", f"the job ended ({newest.raw}) before the first attempt: {_log_line(base, jobs[-1])}"
+        )
     marker = folder / "cancelled"
     if marker.exists() and state not in ("done", "running", "pending"):
         state = "cancelled"
@@ -142,7 +155,7 @@ def _attempt(folder: Path, number: int, newest: bool, backend: Any, job_state: A
     scheduler = book.read_json(str(where / "scheduler.json"))
     job = record.get("job")
     if state is None or (scheduler is None and newest and backend is not None and job_state is not None and job):
-        found = job_state(job if _askable(job) else job) if job_state is not None and job and backend is not None else None
+        found = job_state(job) if job_state is not None and job and backend is not None else None
         if found is not None and found.state not in LIVE:
             scheduler = _remember(where, found, backend)
         if state is None:
@@ -177,12 +190,10 @@ def _attempt(folder: Path, number: int, newest: bool, backend: Any, job_state: A
         "why": decision.get("why"),
         "final": bool(decision.get("final")),
         "gpu_hours": round((until - started) / 3600 * gpus, 5) if started and until else None,
-        "energy_j": int(account["ConsumedEnergyRaw"]) if str(account.get("ConsumedEnergyRaw", "")).isdigit() and int(account["ConsumedEnergyRaw"]) > 0 else None,
+        "energy_j": int(account["ConsumedEnergyRaw"])
+        if str(account.get("ConsumedEnergyRaw", "")).isdigit() and int(account["ConsumedEnergyRaw"]) > 0
+        else None,
     }
-
-
-def _askable(job: str) -> bool:
-    return bool(job)
 
 
 def _ours(where: Path) -> tuple[str, dict[str, Any] | None]:
@@ -194,14 +205,27 @@ def _ours(where: Path) -> tuple[str, dict[str, Any] | None]:
     return ("running", None) if fresh else book.diagnose(str(where))
 
 
-def _unclosed(where: Path, record: dict[str, Any], job: Job | None, scheduler: dict[str, Any] | None, newest: bool) -> tuple[str, dict[str, Any] | None]:
+def _unclosed(
+    where: Path, record: dict[str, Any], job: Job | None, scheduler: dict[str, Any] | None, newest: bool
+) -> tuple[str, dict[str, Any] | None]:
     """The batch shell never closed this attempt: it was killed. The scheduler says by what."""
     state, cause = book.diagnose(str(where), record.get("world"))
     if state in ("done", "stopped"):
         return state, cause
     kind = (scheduler or {}).get("state")
     if kind and kind != "running":
-        told = _scheduler_cause(Job(**{**_EMPTY, "id": str(record.get("job")), "state": kind, "raw": (scheduler or {}).get("raw", ""), "nodes": (scheduler or {}).get("nodes")}), (scheduler or {}).get("failed_nodes"))
+        told = _scheduler_cause(
+            Job(
+                **{
+                    **_EMPTY,
+                    "id": str(record.get("job")),
+                    "state": kind,
+                    "raw": (scheduler or {}).get("raw", ""),
+                    "nodes": (scheduler or {}).get("nodes"),
+                }
+            ),
+            (scheduler or {}).get("failed_nodes"),
+        )
         if told is not None:
             primary = cause is not None and cause["kind"] in ("exception", "out-of-memory", "hang")
             if told["kind"] == "cancelled":
@@ -214,14 +238,27 @@ def _unclosed(where: Path, record: dict[str, Any], job: Job | None, scheduler: d
     if job is not None and job.state == "pending":
         # The same job waits again: the scheduler took it off its nodes.
         if cause is None or cause["kind"] in ("lost", "terminated", "launch", "communication", "signal"):
-            cause = _cause("node-failure", "the scheduler took the job off its nodes and queued it again (node failure or preemption)", step=(cause or {}).get("step"))
+            cause = _cause(
+                "node-failure",
+                "the scheduler took the job off its nodes and queued it again (node failure or preemption)",
+                step=(cause or {}).get("step"),
+            )
         return "failed", cause
     if job is None and cause is not None and cause["kind"] in ("lost", "terminated", "launch"):
         cause = {**cause, "message": cause["message"] + "; the scheduler does not know the job any more"}
     return "failed", cause
 
 
-_EMPTY: dict[str, Any] = {"id": "", "state": "", "reason": None, "nodes": None, "started": None, "ended": None, "exit_code": None, "raw": ""}
+_EMPTY: dict[str, Any] = {
+    "id": "",
+    "state": "",
+    "reason": None,
+    "nodes": None,
+    "started": None,
+    "ended": None,
+    "exit_code": None,
+    "raw": "",
+}
 
 
 def _rank_on(where: Path, node: str | None) -> int | None:
@@ -229,17 +266,25 @@ def _rank_on(where: Path, node: str | None) -> int | None:
     return ranks[0] if ranks else None
 
 
-def _cause(kind: str, message: str, *, rank: int | None = None, node: str | None = None, step: int | None = None) -> dict[str, Any]:
+def _cause(
+    kind: str, message: str, *, rank: int | None = None, node: str | None = None, step: int | None = None
+) -> dict[str, Any]:
     return {"rank": rank, "node": node, "kind": kind, "message": message, "step": step}
 
 
 def _scheduler_cause(job: Job, failed: list[str] | None) -> dict[str, Any] | None:
-    node = (failed or [None])[0]
+    node = failed[0] if failed else None
     match job.state:
         case "node-fail":
-            return _cause("node-failure", f"lost node {', '.join(failed or []) or '(unnamed)'} (the scheduler says {job.raw or 'NODE_FAIL'})", node=node)
+            return _cause(
+                "node-failure",
+                f"lost node {', '.join(failed or []) or '(unnamed)'} (the scheduler says {job.raw or 'NODE_FAIL'})",
+                node=node,
+            )
         case "timeout":
-            return _cause("time-limit", "the time limit was reached before the run had saved and stopped; ask for more --grace")
+            return _cause(
+                "time-limit", "the time limit was reached before the run had saved and stopped; ask for more --grace"
+            )
         case "cancelled":
             return _cause("cancelled", "the job was cancelled")
         case "out-of-memory":
@@ -266,7 +311,10 @@ def _remember(where: Path, job: Job, backend: Any) -> dict[str, Any]:
 
 
 def _end(where: Path, scheduler: dict[str, Any] | None) -> float | None:
-    stamps = [book.seconds(o.get("ended")) for o in (*book.ranked(str(where), "outcome").values(), *book.ranked(str(where), "exit").values())]
+    stamps = [
+        book.seconds(o.get("ended"))
+        for o in (*book.ranked(str(where), "outcome").values(), *book.ranked(str(where), "exit").values())
+    ]
     known = [s for s in stamps if s]
     if known:
         return max(known)
@@ -293,10 +341,16 @@ def log_files(folder: Path, attempt: int | None, ranks: list[int] | None) -> lis
     """Logs of an attempt (the newest unless told): those of the ranks, else the launcher's, else the batch shell's."""
     numbers = book.attempt_numbers(str(folder))
     if attempt is not None and attempt not in numbers:
-        raise UserError(f"there is no attempt {attempt}", where=str(folder), fix=f"attempts: {', '.join(map(str, numbers)) or 'none yet'}")
+        raise UserError(
+            f"there is no attempt {attempt}",
+            where=str(folder),
+            fix=f"attempts: {', '.join(map(str, numbers)) or 'none yet'}",
+        )
     if numbers:
         where = Path(book.attempt_dir(str(folder), attempt if attempt is not None else numbers[-1]))
-        found = {int(m.group(1)): p for p in where.glob("rank-*.log") if (m := re.fullmatch(r"rank-(\d+)\.log", p.name))}
+        found = {
+            int(m.group(1)): p for p in where.glob("rank-*.log") if (m := re.fullmatch(r"rank-(\d+)\.log", p.name))
+        }
         if ranks is not None:
             gone = [r for r in ranks if r not in found]
             if gone and found:

@@ -20,14 +20,18 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: Signs that a path may not hold: quotes, expansions, Slurm's own patterns, and what separates binds of containers.
 PATH_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\"'`$\\%*?;&|<>(){}!#:,\[\]]")
-LONGEST_PATH = 200  # a job name, an attempt and a rank's file are added; file systems end at 255 per name, Slurm at 1024
+LONGEST_PATH = (
+    200  # a job name, an attempt and a rank's file are added; file systems end at 255 per name, Slurm at 1024
+)
 LONGEST_TOKEN = 128
 
 
 class Refusal(UserError):
     """A request that a named rule forbids, before anything was submitted (exit code 2)."""
 
-    def __init__(self, rule: str, what: str, *, fact: str | None = None, where: str | None = None, fix: str | None = None):
+    def __init__(
+        self, rule: str, what: str, *, fact: str | None = None, where: str | None = None, fix: str | None = None
+    ):
         self.rule, self.fact = rule, fact
         text = f"[{rule}] {what}" + (f" ({fact})" if fact else "")
         super().__init__(text, where=where, fix=fix)
@@ -126,7 +130,9 @@ def duration(text: str, flag: str = "--time") -> int:
             raise ValueError("a bare number is minutes to one scheduler and seconds to another")
         return parse_duration(text)
     except ValueError as error:
-        raise Refusal("time-form", f"{shown(text)}: {error}", where=flag, fix="write 24:00:00, 2-00:00:00, 90m or 24h") from None
+        raise Refusal(
+            "time-form", f"{shown(text)}: {error}", where=flag, fix="write 24:00:00, 2-00:00:00, 90m or 24h"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -206,7 +212,9 @@ class Request:
                     fix="letters, digits and _, not beginning with a digit",
                 )
             if "\0" in value or len(value) > 32768:
-                raise Refusal("env-value", f"the value of {name} holds a NUL or is over 32 KiB", where="--env", fix="shorten it")
+                raise Refusal(
+                    "env-value", f"the value of {name} holds a NUL or is over 32 KiB", where="--env", fix="shorten it"
+                )
         for flag in self.extra_flags:
             if not re.fullmatch(r"--[a-z][a-z-]*(=[A-Za-z0-9_.@+:/&|,=\[\]-]*)?", flag):
                 raise Refusal(

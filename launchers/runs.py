@@ -26,7 +26,9 @@ def write(sub: Submission) -> Path:
         for file in finish(sub):
             put(run, file)
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=str(error.filename or run), fix="choose another --run-dir") from None
+        raise UserError(
+            f"cannot be written: {error.strerror}", where=str(error.filename or run), fix="choose another --run-dir"
+        ) from None
     return run / "submission" / ("job.yaml" if sub.shape.backend == "kubernetes" else "job.sh")
 
 

@@ -293,7 +293,11 @@ def _placement(request: Request, system: System, why: dict[str, Value]) -> tuple
         why["partition"] = (
             Value(key, "you asked for it")
             if asked
-            else Value(key, "the profile's default partition", "default_partition" if system.default_partition else "partitions")
+            else Value(
+                key,
+                "the profile's default partition",
+                "default_partition" if system.default_partition else "partitions",
+            )
         )
     qos = request.qos or system.user.qos
     if qos:
@@ -317,7 +321,9 @@ def _time(request: Request, system: System, partition: str | None, qos: str | No
         limits = [v for v in (part.max_time, system.qos[qos].max_time if qos in system.qos else None) if v]
         limit = min(limits) if limits else None
     if limit is not None and limit < DEFAULT_TIME_S:
-        why["time_s"] = Value(limit, "the longest that this partition and QoS allow", f"partitions.{partition}.max_time")
+        why["time_s"] = Value(
+            limit, "the longest that this partition and QoS allow", f"partitions.{partition}.max_time"
+        )
         return limit
     why["time_s"] = Value(DEFAULT_TIME_S, "default of aifactory-train; ask for another with --time")
     return DEFAULT_TIME_S

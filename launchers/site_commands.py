@@ -14,7 +14,9 @@ def missing_modules(command: str, folders: list[str], modules: list[str]) -> lis
     gone = []
     for name in modules:
         try:
-            done = subprocess.run([command, "bash", "is-avail", name], env=env, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(
+                [command, "bash", "is-avail", name], env=env, capture_output=True, text=True, timeout=60
+            )
         except (OSError, subprocess.TimeoutExpired):
             return []
         if done.returncode != 0 or "false" in done.stdout:

@@ -57,13 +57,41 @@ def way_of(system: System, request: Request | None = None) -> Way:
     container = container_of(request, system)
     offline = system.internet.login == "none"
     if container is not None and container.image:
-        return Way("overlay", f"the site's {container.runtime} image holds a torch that knows its fabric", isa, f"image {container.image}", folder, None)
+        return Way(
+            "overlay",
+            f"the site's {container.runtime} image holds a torch that knows its fabric",
+            isa,
+            f"image {container.image}",
+            folder,
+            None,
+        )
     if system.software.provides_torch:
-        return Way("modules", "the site's modules bring torch", isa, f"modules {' '.join(system.software.modules)}", folder, None)
+        return Way(
+            "modules",
+            "the site's modules bring torch",
+            isa,
+            f"modules {' '.join(system.software.modules)}",
+            folder,
+            None,
+        )
     index = torch_index(system)
     if offline:
-        return Way("wheelhouse", f"login nodes of {system.name} have no internet: wheels come by rsync", isa, "wheelhouse", folder, index)
-    return Way("venv", "no image and no torch module are published; login nodes are not said to be offline", isa, "package index", folder, index)
+        return Way(
+            "wheelhouse",
+            f"login nodes of {system.name} have no internet: wheels come by rsync",
+            isa,
+            "wheelhouse",
+            folder,
+            index,
+        )
+    return Way(
+        "venv",
+        "no image and no torch module are published; login nodes are not said to be offline",
+        isa,
+        "package index",
+        folder,
+        index,
+    )
 
 
 def torch_index(system: System) -> str | None:
@@ -71,7 +99,11 @@ def torch_index(system: System) -> str | None:
     if system.gpu.vendor == "amd":
         return "https://download.pytorch.org/whl/rocm6.4"
     if system.gpu.vendor == "nvidia":
-        return "https://download.pytorch.org/whl/cu129" if system.node.isa == "aarch64" else "https://download.pytorch.org/whl/cu128"
+        return (
+            "https://download.pytorch.org/whl/cu129"
+            if system.node.isa == "aarch64"
+            else "https://download.pytorch.org/whl/cu128"
+        )
     return None
 
 
@@ -86,26 +118,41 @@ def script(system: System, way: Way, *, bundle: bool = False) -> str:
     container = container_of(request, system) if way.kind == "overlay" else None
     prefix = ""
     if container is not None and container.runtime in ("singularity", "apptainer"):
-        words = [container.runtime, "exec", *([container.gpu_flag] if container.gpu_flag else []), f"--bind={Path(way.folder).parent}"]
+        words = [
+            container.runtime,
+            "exec",
+            *([container.gpu_flag] if container.gpu_flag else []),
+            f"--bind={Path(way.folder).parent}",
+        ]
         prefix = " ".join(quoted(w) for w in words) + ' "$image" '
     elif container is not None:
-        prefix = "srun --nodes=1 --ntasks=1 " + (f"--container-image={quoted(container.image)} " if container.runtime == "enroot-pyxis" else f"--environment={quoted(container.image)} ")
+        prefix = "srun --nodes=1 --ntasks=1 " + (
+            f"--container-image={quoted(container.image)} "
+            if container.runtime == "enroot-pyxis"
+            else f"--environment={quoted(container.image)} "
+        )
     modules = list(system.user.modules if system.user.modules is not None else system.software.modules)
     if container is not None and container.module:
         modules.append(container.module)
-    return templates().get_template("env.sh.j2").render(
-        system=system,
-        way=way,
-        version=__version__,
-        modules=modules,
-        image=container.image if container is not None else None,
-        directory=container is not None and not str(container.image).endswith((".sif", ".sqsh", ".toml", ".img")),
-        prefix=prefix,
-        python=python_version(system),
-        imports=", ".join(IMPORTS),
-        build_on_compute=bool(system.node.isa and system.node.login_isa and system.node.isa != system.node.login_isa),
-        offline_install=way.kind == "wheelhouse" or bundle,
-        project=source_root(),
+    return (
+        templates()
+        .get_template("env.sh.j2")
+        .render(
+            system=system,
+            way=way,
+            version=__version__,
+            modules=modules,
+            image=container.image if container is not None else None,
+            directory=container is not None and not str(container.image).endswith((".sif", ".sqsh", ".toml", ".img")),
+            prefix=prefix,
+            python=python_version(system),
+            imports=", ".join(IMPORTS),
+            build_on_compute=bool(
+                system.node.isa and system.node.login_isa and system.node.isa != system.node.login_isa
+            ),
+            offline_install=way.kind == "wheelhouse" or bundle,
+            project=source_root(),
+        )
     )
 
 
@@ -135,7 +182,17 @@ def wheelhouse_command(system: System, way: Way, target: Path) -> list[str]:
     """``pip download`` for the compute nodes' instruction set: binary wheels only, for another machine than this one."""
     isa = way.isa or platform.machine()
     version = python_version(system).replace(".", "")
-    argv = [sys.executable, "-m", "pip", "download", "--dest", str(target), "--only-binary=:all:", "--implementation=cp", f"--python-version={version}"]
+    argv = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--dest",
+        str(target),
+        "--only-binary=:all:",
+        "--implementation=cp",
+        f"--python-version={version}",
+    ]
     for tag in TAGS:
         argv.append(f"--platform={tag}_{isa}")
     return [*argv, *requirements()]
@@ -176,7 +233,9 @@ def parses(text: str) -> None:
         raise RunFailed(f"the generated script does not parse: {done.stderr.strip()}")
 
 
-def bundle(system: System, way: Way, target: Path, *, recipes: list[str], wheels: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def bundle(
+    system: System, way: Way, target: Path, *, recipes: list[str], wheels: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
     """A folder for one rsync: code, build script, wheels for the site's instruction set, and the recipes' model and data.
 
     Returns its manifest (also written there): every file with its SHA-256 and size. Raises where a part cannot be had.
@@ -194,15 +253,22 @@ def bundle(system: System, way: Way, target: Path, *, recipes: list[str], wheels
     missing: list[str] = []
     if wheels:
         say(f"wheels for {way.isa or platform.machine()}, CPython {python_version(system)}")
-        done = subprocess.run(wheelhouse_command(system, way, target / "wheels"), text=True, capture_output=True, timeout=1800)
+        done = subprocess.run(
+            wheelhouse_command(system, way, target / "wheels"), text=True, capture_output=True, timeout=1800
+        )
         if done.returncode != 0:
             tail = "; ".join(done.stderr.strip().splitlines()[-2:])
-            raise RunFailed(f"the wheels could not be had: {tail}", fix="--no-wheels packs the rest; 'pip download' on a machine with internet")
+            raise RunFailed(
+                f"the wheels could not be had: {tail}",
+                fix="--no-wheels packs the rest; 'pip download' on a machine with internet",
+            )
         foreign = foreign_wheels(target / "wheels", way.isa)
         if foreign:
             raise RunFailed(f"wheels of another instruction set than {way.isa}: {', '.join(foreign)}")
         if way.index:
-            missing.append(f"torch itself: pip download --index-url {way.index} --only-binary=:all: --platform=manylinux_2_28_{way.isa or platform.machine()} --python-version={python_version(system)} --dest {target / 'wheels'} torch")
+            missing.append(
+                f"torch itself: pip download --index-url {way.index} --only-binary=:all: --platform=manylinux_2_28_{way.isa or platform.machine()} --python-version={python_version(system)} --dest {target / 'wheels'} torch"
+            )
     else:
         missing.append("wheels (--no-wheels)")
     cached = staged(recipes, target / "cache", say)
@@ -218,7 +284,10 @@ def code_archive(target: Path) -> None:
     """The project's source, without caches, runs and repositories."""
     root = source_root()
     if root is None:
-        raise UserError("the bundle needs the source tree", fix="call it from a checkout, or carry the wheel of aifactory-train yourself")
+        raise UserError(
+            "the bundle needs the source tree",
+            fix="call it from a checkout, or carry the wheel of aifactory-train yourself",
+        )
     skip = {"__pycache__", ".git", "runs", "build", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", "dist"}
 
     def wanted(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
@@ -230,7 +299,18 @@ def code_archive(target: Path) -> None:
         return info
 
     with tarfile.open(target, "w:gz") as archive:
-        for name in ("aifactory_train", "kernels", "launchers", "recipes", "sites", "setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
+        for name in (
+            "aifactory_train",
+            "kernels",
+            "launchers",
+            "recipes",
+            "sites",
+            "setup.py",
+            "pyproject.toml",
+            "README.md",
+            "LICENSE",
+            "constraints.txt",
+        ):
             if (Path(root) / name).exists():
                 archive.add(Path(root) / name, arcname=f"aifactory-train/{name}", filter=wanted)
 
@@ -250,7 +330,11 @@ def staged(recipes: list[str], target: Path, say: Callable[[str], None]) -> list
         for path in found:
             path = path.resolve()
             if not path.is_relative_to(root):
-                raise UserError(f"{path} is not in the cache", where=name, fix="carry local files yourself, or fetch the recipe first")
+                raise UserError(
+                    f"{path} is not in the cache",
+                    where=name,
+                    fix="carry local files yourself, or fetch the recipe first",
+                )
             parts = path.relative_to(root).parts
             unit = Path(*parts[:2])  # packages/KEY, models/KEY, hub/KEY
             if str(unit) not in copied:
@@ -281,7 +365,11 @@ def foreign_wheels(folder: Path, isa: str | None) -> list[str]:
                 if library:
                     with archive.open(library) as file:
                         head = file.read(20)
-                    machine = {62: "x86_64", 183: "aarch64"}.get(int.from_bytes(head[18:20], "little")) if head[:4] == b"\x7fELF" else None
+                    machine = (
+                        {62: "x86_64", 183: "aarch64"}.get(int.from_bytes(head[18:20], "little"))
+                        if head[:4] == b"\x7fELF"
+                        else None
+                    )
                     if machine and machine != isa:
                         out.append(wheel.name)
     return out

@@ -60,7 +60,11 @@ UNKNOWN_CORES, UNKNOWN_GPUS, UNKNOWN_MEMORY_GIB = 256, 8, 2048
 def config(system: System) -> str:
     """``slurm.conf`` (with placeholders) of the system's twin. Raises UserError for a system without Slurm."""
     if system.scheduler.kind != "slurm":
-        raise UserError(f"{system.name} has no Slurm, so no twin", where=f"{system.id}: scheduler.kind", fix="its script is checked against the directives' grammar")
+        raise UserError(
+            f"{system.name} has no Slurm, so no twin",
+            where=f"{system.id}: scheduler.kind",
+            fix="its script is checked against the directives' grammar",
+        )
     lines = [HEAD.format(name=system.name)]
     count = node_count(system)
     lines.append(_node_line(system, count))
@@ -68,7 +72,12 @@ def config(system: System) -> str:
     default = system.default_partition or next(iter(partitions))
     for key, part in partitions.items():
         # "default" is a keyword of slurm.conf; a partition that is never named can be called anything here.
-        words = [f"PartitionName={'unnamed' if key.lower() == 'default' else key}", f"Nodes={_names(count)}", f"Default={'YES' if key == default else 'NO'}", "State=UP"]
+        words = [
+            f"PartitionName={'unnamed' if key.lower() == 'default' else key}",
+            f"Nodes={_names(count)}",
+            f"Default={'YES' if key == default else 'NO'}",
+            "State=UP",
+        ]
         if part is not None:
             limits = [n for n in (part.max_nodes, part.nodes) if n is not None]
             if limits:
@@ -126,7 +135,12 @@ def _node_line(system: System, count: int) -> str:
     if system.request.gpus != "none":
         kind = f"{system.request.gres_type}:" if system.request.gres_type else ""
         words.append(f"Gres=gpu:{kind}{node.gpus or UNKNOWN_GPUS}")
-    features = sorted(set(node.features) | {f for p in system.partitions.values() if p.constraint for f in re.findall(r"[A-Za-z0-9_.-]+", p.constraint)} | {f for flag in system.request.flags for f in _constraint(flag)} | {f for p in system.partitions.values() for flag in p.flags for f in _constraint(flag)})
+    features = sorted(
+        set(node.features)
+        | {f for p in system.partitions.values() if p.constraint for f in re.findall(r"[A-Za-z0-9_.-]+", p.constraint)}
+        | {f for flag in system.request.flags for f in _constraint(flag)}
+        | {f for p in system.partitions.values() for flag in p.flags for f in _constraint(flag)}
+    )
     if features:
         words.append(f"Feature={','.join(features)}")
     words.append("State=CLOUD")
@@ -157,11 +171,21 @@ def corruptions(script: str, system: System) -> dict[str, str]:
         "partition that does not exist": with_option(script, "--partition", "nosuchpartition"),
         "more nodes than there are": with_option(script, "--nodes", str(over)),
         "more cores per task than a node has": with_option(script, "--cpus-per-task", str(cores + 1)),
-        "more tasks per node than it has cores": with_option(with_option(script, "--ntasks-per-node", str(cores + 1)), "--cpus-per-task", "1"),
-        "more GPUs than a node has": with_option(without(script, "--gpus-per-node", "--gpus", "--gres"), "--gres", f"gpu:{gpus + 1}"),
-        "GPU type that does not exist": with_option(without(script, "--gpus-per-node", "--gpus", "--gres"), "--gres", f"gpu:nosuch{kind}:1"),
-        "resource that does not exist": with_option(without(script, "--gres", "--gpus", "--gpus-per-node"), "--gres", "fpga:1"),
-        "more memory than a node has": with_option(without(script, "--mem-per-gpu", "--mem-per-cpu"), "--mem", f"{memory}M"),
+        "more tasks per node than it has cores": with_option(
+            with_option(script, "--ntasks-per-node", str(cores + 1)), "--cpus-per-task", "1"
+        ),
+        "more GPUs than a node has": with_option(
+            without(script, "--gpus-per-node", "--gpus", "--gres"), "--gres", f"gpu:{gpus + 1}"
+        ),
+        "GPU type that does not exist": with_option(
+            without(script, "--gpus-per-node", "--gpus", "--gres"), "--gres", f"gpu:nosuch{kind}:1"
+        ),
+        "resource that does not exist": with_option(
+            without(script, "--gres", "--gpus", "--gpus-per-node"), "--gres", "fpga:1"
+        ),
+        "more memory than a node has": with_option(
+            without(script, "--mem-per-gpu", "--mem-per-cpu"), "--mem", f"{memory}M"
+        ),
         "node feature that does not exist": with_option(script, "--constraint", "nosuchfeature"),
         "time that is no time": with_option(script, "--time", "soon"),
         "option that does not exist": with_option(script, "--nosuchoption", "1"),

@@ -8,14 +8,37 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--site", required=True, metavar="SYSTEM", help="a system of 'aifactory sites', or a profile's file")
-    parser.add_argument("--site-file", metavar="FILE", help="your own values for the site (work_dir, container_image, modules)")
-    parser.add_argument("--bundle", type=Path, metavar="DIR", help="pack code, wheels, model and data for one rsync into this new folder")
-    parser.add_argument("--recipe", action="append", default=[], metavar="RECIPE", help="with --bundle: carry its fetched model and data; repeatable")
+    parser.add_argument(
+        "--site", required=True, metavar="SYSTEM", help="a system of 'aifactory sites', or a profile's file"
+    )
+    parser.add_argument(
+        "--site-file", metavar="FILE", help="your own values for the site (work_dir, container_image, modules)"
+    )
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="pack code, wheels, model and data for one rsync into this new folder",
+    )
+    parser.add_argument(
+        "--recipe",
+        action="append",
+        default=[],
+        metavar="RECIPE",
+        help="with --bundle: carry its fetched model and data; repeatable",
+    )
     parser.add_argument("--no-wheels", action="store_true", help="with --bundle: leave the wheels out")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the build script there instead of printing it")
-    parser.add_argument("--verify", metavar="PYTHON", help="import everything in this interpreter of this machine and print what it found")
-    parser.add_argument("--json", action="store_true", help="one line of JSON: the way, requirements, what was and was not checked here")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the build script there instead of printing it"
+    )
+    parser.add_argument(
+        "--verify",
+        metavar="PYTHON",
+        help="import everything in this interpreter of this machine and print what it found",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one line of JSON: the way, requirements, what was and was not checked here"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     if args.verify:
         found = software.verify_here(args.verify)
         if system.node.isa and found["isa"] != system.node.isa:
-            note(f"not checked here: compute nodes of {system.name} are {system.node.isa}, this machine is {found['isa']}")
+            note(
+                f"not checked here: compute nodes of {system.name} are {system.node.isa}, this machine is {found['isa']}"
+            )
         if args.json:
             print_json(found)
         else:
@@ -43,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
             print_json(facts)
         else:
             size = sum(f["bytes"] for f in facts["files"].values()) / 1e6
-            note(f"{args.bundle}: {len(facts['files'])} files, {size:,.1f} MB; rsync it to the site, then: bash build-env.sh")
+            note(
+                f"{args.bundle}: {len(facts['files'])} files, {size:,.1f} MB; rsync it to the site, then: bash build-env.sh"
+            )
             for text in facts["missing"]:
                 note(f"not in it: {text}")
             for text in facts["not_checked_here"]:

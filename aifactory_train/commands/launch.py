@@ -15,20 +15,38 @@ from aifactory_train.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="recipe id (health/phenotype-terms) or path of a .yaml file")
     where = parser.add_argument_group("where")
-    where.add_argument("--site", default=None, metavar="SYSTEM", help="a system of 'aifactory sites', a profile's file, or local (default)")
-    where.add_argument("--site-file", default=None, metavar="FILE", help="your own values for the site (account, paths, container)")
+    where.add_argument(
+        "--site",
+        default=None,
+        metavar="SYSTEM",
+        help="a system of 'aifactory sites', a profile's file, or local (default)",
+    )
+    where.add_argument(
+        "--site-file", default=None, metavar="FILE", help="your own values for the site (account, paths, container)"
+    )
     where.add_argument("--partition", metavar="P")
     where.add_argument("--qos", metavar="Q")
     where.add_argument("--account", metavar="A")
     where.add_argument("--nodes", type=int, default=1, metavar="N")
-    where.add_argument("--gpus-per-node", type=int, metavar="G", help="as the scheduler counts them (on MI250X: GCDs); default: all of a node")
-    where.add_argument("--nproc", type=int, metavar="N", help="processes per node; default: one per GPU, or one on the CPU")
-    where.add_argument("--time", metavar="HH:MM:SS", help="also 90m, 24h, 2d, D-HH:MM:SS (default 4 h, or the partition's limit)")
+    where.add_argument(
+        "--gpus-per-node",
+        type=int,
+        metavar="G",
+        help="as the scheduler counts them (on MI250X: GCDs); default: all of a node",
+    )
+    where.add_argument(
+        "--nproc", type=int, metavar="N", help="processes per node; default: one per GPU, or one on the CPU"
+    )
+    where.add_argument(
+        "--time", metavar="HH:MM:SS", help="also 90m, 24h, 2d, D-HH:MM:SS (default 4 h, or the partition's limit)"
+    )
     where.add_argument("--reservation", metavar="R")
     where.add_argument("--constraint", metavar="C")
     where.add_argument("--exclude", action="append", default=[], metavar="NODE", help="never use this node")
     how = parser.add_argument_group("how")
-    how.add_argument("--backend", metavar="B", help="local, mpi, slurm, pbspro, torque, kubernetes (default: the site's)")
+    how.add_argument(
+        "--backend", metavar="B", help="local, mpi, slurm, pbspro, torque, kubernetes (default: the site's)"
+    )
     how.add_argument("--style", metavar="S", help="torchrun (one task a node) or srun (one task a GPU)")
     how.add_argument("--mpi", metavar="openmpi|mpich", help="form of mpirun's options (default: what it says it is)")
     how.add_argument("--container", metavar="FILE", help="image that holds torch")
@@ -38,21 +56,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what")
     what.add_argument("--name", help="the run folder is runs/NAME")
     what.add_argument("--run-dir", metavar="DIR")
-    what.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=C", help="change one value of the recipe")
+    what.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="A.B=C", help="change one value of the recipe"
+    )
     what.add_argument("--env", action="append", default=[], metavar="K=V", help="an environment variable of the ranks")
-    what.add_argument("--array", action="append", default=[], metavar="KEY=V1,V2", help="one task for each value (product over several)")
+    what.add_argument(
+        "--array",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="one task for each value (product over several)",
+    )
     again = parser.add_argument_group("time limits and failures")
-    again.add_argument("--resubmit", choices=["requeue", "chain", "none"], help="how a run goes on after its time limit (default: the site's way)")
-    again.add_argument("--chain", type=int, default=0, metavar="K", help="queue K further jobs at once, one running at a time")
-    again.add_argument("--restarts", action="append", default=[], metavar="KIND=N", help="most restarts: time=50, node=3, crash=1, preempted=50")
-    again.add_argument("--grace", type=int, metavar="S", help="seconds kept for the last save (default 300, or a tenth of a short job)")
-    again.add_argument("--hang", type=int, default=1800, metavar="S", help="end an attempt that makes no step for so long; 0: never")
-    again.add_argument("--resume", action="store_true", help="RECIPE is a run folder: submit it again, unchanged, to go on")
+    again.add_argument(
+        "--resubmit",
+        choices=["requeue", "chain", "none"],
+        help="how a run goes on after its time limit (default: the site's way)",
+    )
+    again.add_argument(
+        "--chain", type=int, default=0, metavar="K", help="queue K further jobs at once, one running at a time"
+    )
+    again.add_argument(
+        "--restarts",
+        action="append",
+        default=[],
+        metavar="KIND=N",
+        help="most restarts: time=50, node=3, crash=1, preempted=50",
+    )
+    again.add_argument(
+        "--grace", type=int, metavar="S", help="seconds kept for the last save (default 300, or a tenth of a short job)"
+    )
+    again.add_argument(
+        "--hang", type=int, default=1800, metavar="S", help="end an attempt that makes no step for so long; 0: never"
+    )
+    again.add_argument(
+        "--resume", action="store_true", help="RECIPE is a run folder: submit it again, unchanged, to go on"
+    )
     cost = parser.add_argument_group("cost and output")
     cost.add_argument("--budget", type=float, metavar="H", help="refuse more than H GPU-hours")
     cost.add_argument("--yes", action="store_true", help="confirm a large job")
     cost.add_argument("--dry-run", action="store_true", help="print the script alone on standard output; needs no site")
-    cost.add_argument("--test-only", action="store_true", help="write the run folder and ask the scheduler, submit nothing")
+    cost.add_argument(
+        "--test-only", action="store_true", help="write the run folder and ask the scheduler, submit nothing"
+    )
     cost.add_argument("--explain", action="store_true", help="print why every line is there and which fact it rests on")
     cost.add_argument("--json", action="store_true", help="print the decision as one line of JSON")
 
@@ -74,7 +120,9 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     sub = build(request, system, recipe, files=not (args.dry_run or args.explain))
     batch = sub.shape.backend not in ("local", "mpi")
-    here = not batch or system.id in ("lab",) or sites.identify() == system.id or (not args.dry_run and not args.explain)
+    here = (
+        not batch or system.id in ("lab",) or sites.identify() == system.id or (not args.dry_run and not args.explain)
+    )
     submitting = not (args.dry_run or args.explain)
     if not args.dry_run or args.json:
         from aifactory_train.launchers.planned import plan_for
@@ -114,13 +162,23 @@ def request_of(args: argparse.Namespace):
     for text in args.array:
         key, values = rq.pair(text, "--array")
         if not all(part.isidentifier() or part.isdigit() for part in key.split(".")):
-            raise rq.Refusal("array-key", f"{rq.shown(key)} is no key of a recipe", where="--array", fix="--array train.learning_rate=1e-4,2e-4")
+            raise rq.Refusal(
+                "array-key",
+                f"{rq.shown(key)} is no key of a recipe",
+                where="--array",
+                fix="--array train.learning_rate=1e-4,2e-4",
+            )
         array.append((key, tuple(v for v in values.split(",") if v != "")))
     limits = dict(vars(rq.Restarts()))
     for text in args.restarts:
         kind, number = rq.pair(text, "--restarts")
         if kind not in limits or not number.isdigit():
-            raise rq.Refusal("restarts-form", f"{rq.shown(text)} is not KIND=N", where="--restarts", fix=f"KIND is one of {', '.join(limits)}, N a number")
+            raise rq.Refusal(
+                "restarts-form",
+                f"{rq.shown(text)} is not KIND=N",
+                where="--restarts",
+                fix=f"KIND is one of {', '.join(limits)}, N a number",
+            )
         limits[kind] = int(number)
     for flag, value in (("--chain", args.chain), ("--hang", args.hang), ("--grace", args.grace or 0)):
         if value < 0:
@@ -262,7 +320,9 @@ def _submit(args: argparse.Namespace, sub: Any, found: list[Any]) -> int:
         _print_json(sub, found, {"jobs": jobs})
     else:
         note(f"submitted {', '.join(jobs)}; run folder: {sub.run_dir}")
-        note(f"follow it: aifactory status {sub.run_dir}; aifactory logs -f {sub.run_dir}; stop it: aifactory stop {sub.run_dir}")
+        note(
+            f"follow it: aifactory status {sub.run_dir}; aifactory logs -f {sub.run_dir}; stop it: aifactory stop {sub.run_dir}"
+        )
     return 0
 
 
@@ -275,7 +335,9 @@ def _resume(args: argparse.Namespace) -> int:
     folder = open_folder(args.recipe)
     state = status_of(folder)
     if state["state"] in ("running", "pending"):
-        raise UserError(f"the run is {state['state']}", where=str(folder), fix="wait for it, or 'aifactory stop' it first")
+        raise UserError(
+            f"the run is {state['state']}", where=str(folder), fix="wait for it, or 'aifactory stop' it first"
+        )
     if state["state"] == "done":
         raise UserError("the run is finished", where=str(folder), fix="start a new run under another --name")
     (folder / "submission" / "again").write_text("")

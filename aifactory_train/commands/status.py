@@ -9,7 +9,9 @@ import time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="run folder, or its name below runs/")
     parser.add_argument("--offline", action="store_true", help="look at the files only, do not ask the scheduler")
-    parser.add_argument("--json", action="store_true", help="one line of JSON: state, attempts[], cause{rank,node,kind,message}")
+    parser.add_argument(
+        "--json", action="store_true", help="one line of JSON: state, attempts[], cause{rank,node,kind,message}"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,14 +27,24 @@ def run(args: argparse.Namespace) -> int:
         print(f"waits: {found['pending_reason']}")
     cause = found["cause"]
     if cause:
-        where = ("" if cause["rank"] is None else f" rank {cause['rank']}") + (f" on {cause['node']}" if cause["node"] else "")
+        where = ("" if cause["rank"] is None else f" rank {cause['rank']}") + (
+            f" on {cause['node']}" if cause["node"] else ""
+        )
         print(f"cause: {cause['kind']}{where}: {cause['message']}")
     rows = []
     for a in found["attempts"]:
         steps = "" if a["step_from"] is None else f"{a['step_from']} → {'' if a['step_to'] is None else a['step_to']}"
         began = time.strftime("%m-%d %H:%M:%S", time.localtime(a["started"])) if a["started"] else ""
         rows.append(
-            [f"{a['task']}/{a['number']}" if "task" in a else a["number"], a["state"], a["job"], " ".join(a["nodes"][:4]) + (" …" if len(a["nodes"]) > 4 else ""), began, steps, a["why"] or (a["cause"] or {}).get("message", "")]
+            [
+                f"{a['task']}/{a['number']}" if "task" in a else a["number"],
+                a["state"],
+                a["job"],
+                " ".join(a["nodes"][:4]) + (" …" if len(a["nodes"]) > 4 else ""),
+                began,
+                steps,
+                a["why"] or (a["cause"] or {}).get("message", ""),
+            ]
         )
     if rows:
         table(None, ["attempt", "state", "job", "nodes", "began", "checkpoints", "then"], rows)

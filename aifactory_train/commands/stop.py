@@ -29,7 +29,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(told)
     else:
-        note("cancelled" if args.cancel else "asked to save and stop at the next step" + (f"; the run is {state}" if args.wait else ""))
+        note(
+            "cancelled"
+            if args.cancel
+            else "asked to save and stop at the next step" + (f"; the run is {state}" if args.wait else "")
+        )
     if args.wait and state in LIVE:
-        raise RunFailed(f"the run is still {state} after {args.wait:g} s", where=str(folder), fix="--cancel ends it without a last save")
+        raise RunFailed(
+            f"the run is still {state} after {args.wait:g} s",
+            where=str(folder),
+            fix="--cancel ends it without a last save",
+        )
     return 0

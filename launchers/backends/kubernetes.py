@@ -53,7 +53,9 @@ def manifest(sub: Submission) -> str:
     namespace = shape.account
     claim = system.user.project or "aifactory"
     mount = system.user.work_dir or str(sub.run_dir.parent)
-    sub.notes.append(f"the run folder {sub.run_dir} must lie on the volume of claim '{claim}', mounted at {mount} (user.project and user.work_dir)")
+    sub.notes.append(
+        f"the run folder {sub.run_dir} must lie on the volume of claim '{claim}', mounted at {mount} (user.project and user.work_dir)"
+    )
     labels = {"app.kubernetes.io/name": "aifactory-train", "app.kubernetes.io/instance": name}
     queue = shape.partition_key
     if queue:
@@ -63,7 +65,11 @@ def manifest(sub: Submission) -> str:
     cpus = shape.cpus_per_task or 8 * shape.gpus_per_node
     memory = f"{shape.memory[1] if shape.memory else 64 * shape.gpus_per_node}Gi"
     asked = {resource: shape.gpus_per_node, "cpu": str(cpus), "memory": memory}
-    data = {f.path.removeprefix("submission/"): f.content for f in sub.files if re.fullmatch(r"submission/[^/]+", f.path) and (f.content or f.path.endswith("/environment"))}
+    data = {
+        f.path.removeprefix("submission/"): f.content
+        for f in sub.files
+        if re.fullmatch(r"submission/[^/]+", f.path) and (f.content or f.path.endswith("/environment"))
+    }
     meta: dict[str, Any] = {"name": f"{name}-submission", "labels": labels}
     if namespace:
         meta["namespace"] = namespace
@@ -129,16 +135,29 @@ def _run(*argv: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(argv, text=True, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
-        raise UserError(f"there is no {argv[0]} on this machine", where="PATH", fix="submit from a machine with kubectl; --dry-run prints the manifest anywhere") from None
+        raise UserError(
+            f"there is no {argv[0]} on this machine",
+            where="PATH",
+            fix="submit from a machine with kubectl; --dry-run prints the manifest anywhere",
+        ) from None
     except subprocess.TimeoutExpired:
         raise RunFailed(f"{argv[0]} did not answer within {timeout} s", fix="try again later") from None
 
 
 def submit(run_dir: Path, *, test_only: bool = False) -> str:
-    argv = ["kubectl", "create", f"--filename={run_dir / 'submission' / 'job.yaml'}", "--output=name", *(["--dry-run=server"] if test_only else [])]
+    argv = [
+        "kubectl",
+        "create",
+        f"--filename={run_dir / 'submission' / 'job.yaml'}",
+        "--output=name",
+        *(["--dry-run=server"] if test_only else []),
+    ]
     done = _run(*argv)
     if done.returncode != 0:
-        raise RunFailed("kubectl refused the manifest: " + " ".join(done.stderr.split()), where=str(run_dir / "submission" / "job.yaml"))
+        raise RunFailed(
+            "kubectl refused the manifest: " + " ".join(done.stderr.split()),
+            where=str(run_dir / "submission" / "job.yaml"),
+        )
     return next((line for line in done.stdout.split() if line.startswith("job")), done.stdout.strip())
 
 
@@ -154,8 +173,17 @@ def query(job: str) -> Job | None:
         reason = kinds["Failed"].get("reason")
         state = "timeout" if reason == "DeadlineExceeded" else "failed"
     else:
-        state, reason = ("running", None) if status.get("active") else ("pending", "Suspended" if "Suspended" in kinds else None)
-    return Job(id=job, state=state, reason=reason, started=status.get("startTime"), ended=status.get("completionTime"), raw=",".join(kinds))
+        state, reason = (
+            ("running", None) if status.get("active") else ("pending", "Suspended" if "Suspended" in kinds else None)
+        )
+    return Job(
+        id=job,
+        state=state,
+        reason=reason,
+        started=status.get("startTime"),
+        ended=status.get("completionTime"),
+        raw=",".join(kinds),
+    )
 
 
 def failed_nodes(nodes: str | None) -> list[str]:

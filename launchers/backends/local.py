@@ -45,7 +45,11 @@ def run(run_dir: Path) -> int:
     begin = log_path.stat().st_size if log_path.exists() else 0
     with open(log_path, "ab") as log:
         process = subprocess.Popen(
-            ["bash", str(run_dir / "submission" / "job.sh")], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            ["bash", str(run_dir / "submission" / "job.sh")],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     (run_dir / "submission" / "jobs").write_text(f"local:{process.pid}\n")
     interrupted = 0

@@ -17,7 +17,9 @@ PROGRAMS = ("mpirun",)
 def flavour(program: str) -> str | None:
     """``openmpi`` or ``mpich``, as ``mpirun --version`` says; None where it says neither or is not there."""
     try:
-        done = subprocess.run([program, "--version"], text=True, capture_output=True, timeout=30, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            [program, "--version"], text=True, capture_output=True, timeout=30, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     text = (done.stdout + done.stderr).lower()
@@ -64,5 +66,8 @@ def starter(sub: Submission) -> list[Line]:
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             options.append(("--allow-run-as-root", "you are root (a container): Open MPI wants to be told"))
     else:
-        options += [("-bind-to", "threads of a rank are not tied to one core"), ("none", "threads of a rank are not tied to one core")]
+        options += [
+            ("-bind-to", "threads of a rank are not tied to one core"),
+            ("none", "threads of a rank are not tied to one core"),
+        ]
     return [*lines, *[sub.line(quoted(text), why) for text, why in options]]

@@ -15,7 +15,19 @@ from aifactory_train.launchers.submission import Line, Submission, quoted
 
 PROGRAMS = ("qsub", "qstat", "qdel")
 UNSEEN = "no PBS server has seen this script: its directives were checked against PBS Pro's grammar only"
-STATES = {"Q": "pending", "H": "pending", "W": "pending", "T": "pending", "R": "running", "E": "running", "S": "running", "F": "done", "X": "done", "C": "done", "B": "running"}
+STATES = {
+    "Q": "pending",
+    "H": "pending",
+    "W": "pending",
+    "T": "pending",
+    "R": "running",
+    "E": "running",
+    "S": "running",
+    "F": "done",
+    "X": "done",
+    "C": "done",
+    "B": "running",
+}
 
 
 def pbs_time(seconds: int) -> str:
@@ -44,7 +56,11 @@ def directives(sub: Submission) -> list[Line]:
     put(f"-l walltime={pbs_time(shape.time_s)}", shape.reason("time_s").why, shape.reason("time_s").fact)
     put("-j oe", "one log for both streams")
     put(f"-o {sub.run_dir}/logs/", "log of the batch shell; the folder is made before submission")
-    put(f"-r {'n' if system.policy.requeue == 'forbidden' else 'y'}", "whether the scheduler may run the job again after a lost node", "policy.requeue" if system.policy.requeue else None)
+    put(
+        f"-r {'n' if system.policy.requeue == 'forbidden' else 'y'}",
+        "whether the scheduler may run the job again after a lost node",
+        "policy.requeue" if system.policy.requeue else None,
+    )
     if request.array:
         count = 1
         for _, values in request.array:
@@ -58,7 +74,7 @@ def directives(sub: Submission) -> list[Line]:
 def starter(sub: Submission) -> list[Line]:
     """``mpiexec`` with the site's own options, before ``rank.sh``."""
     shape, system = sub.shape, sub.system
-    words = [("mpiexec", "the site's process starter", "scheduler.launchers")]
+    words: list[tuple[str, str, str | None]] = [("mpiexec", "the site's process starter", "scheduler.launchers")]
     own = system.launch.mpiexec
     if not any(w in ("-n", "-np") for w in own):
         words += [("-n", "number of ranks", None), (str(shape.ranks), "number of ranks", None)]
@@ -72,7 +88,11 @@ def _run(*argv: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(argv, text=True, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
-        raise UserError(f"there is no {argv[0]} on this machine", where="PATH", fix="submit from a login node of the site; --dry-run prints the script anywhere") from None
+        raise UserError(
+            f"there is no {argv[0]} on this machine",
+            where="PATH",
+            fix="submit from a login node of the site; --dry-run prints the script anywhere",
+        ) from None
     except subprocess.TimeoutExpired:
         raise RunFailed(f"{argv[0]} did not answer within {timeout} s", fix="try again later") from None
 
@@ -82,7 +102,9 @@ def submit(run_dir: Path, *, test_only: bool = False) -> str:
         raise UserError("PBS has no test of a script without submitting it", where="--test-only")
     done = _run("qsub", str(run_dir / "submission" / "job.sh"))
     if done.returncode != 0:
-        raise RunFailed("qsub refused the script: " + " ".join(done.stderr.split()), where=str(run_dir / "submission" / "job.sh"))
+        raise RunFailed(
+            "qsub refused the script: " + " ".join(done.stderr.split()), where=str(run_dir / "submission" / "job.sh")
+        )
     return done.stdout.strip()
 
 
@@ -98,7 +120,14 @@ def query(job: str) -> Job | None:
     code = (fields.get("Exit_status") or fields.get("exit_status") or "").strip()
     if state == "done" and code not in ("", "0"):
         state = "cancelled" if code == "271" else "failed"
-    return Job(id=job, state=state, reason=fields.get("comment"), nodes=fields.get("exec_host"), exit_code=code or None, raw=fields.get("job_state", ""))
+    return Job(
+        id=job,
+        state=state,
+        reason=fields.get("comment"),
+        nodes=fields.get("exec_host"),
+        exit_code=code or None,
+        raw=fields.get("job_state", ""),
+    )
 
 
 def failed_nodes(nodes: str | None) -> list[str]:

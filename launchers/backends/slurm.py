@@ -57,13 +57,25 @@ def directives(sub: Submission) -> list[Line]:
     typed = f"{system.request.gres_type}:" if system.request.gres_type else ""
     if shape.gpus_per_node:
         if kind == "gres":
-            put(f"--gres={system.request.gres_name or 'gpu'}:{typed}{shape.gpus_per_node}", shape.reason("gpus_per_node").why, "request.gpus")
+            put(
+                f"--gres={system.request.gres_name or 'gpu'}:{typed}{shape.gpus_per_node}",
+                shape.reason("gpus_per_node").why,
+                "request.gpus",
+            )
         elif kind == "gpus":
-            put(f"--gpus={typed}{shape.gpus_per_node * shape.nodes}", "GPUs of the whole job, as this site asks for them", "request.gpus")
+            put(
+                f"--gpus={typed}{shape.gpus_per_node * shape.nodes}",
+                "GPUs of the whole job, as this site asks for them",
+                "request.gpus",
+            )
             if shape.nodes > 1:
                 put(f"--gpus-per-node={typed}{shape.gpus_per_node}", "spread evenly over the nodes", "request.gpus")
         elif kind != "none":
-            put(f"--gpus-per-node={typed}{shape.gpus_per_node}", shape.reason("gpus_per_node").why, "request.gpus" if kind else None)
+            put(
+                f"--gpus-per-node={typed}{shape.gpus_per_node}",
+                shape.reason("gpus_per_node").why,
+                "request.gpus" if kind else None,
+            )
     if shape.cpus_per_task:
         given("cpus_per_task", f"--cpus-per-task={shape.cpus_per_task}")
     if shape.memory:
@@ -73,17 +85,34 @@ def directives(sub: Submission) -> list[Line]:
     given("time_s", f"--time={_time(shape.time_s)}")
     from aifactory_train.launchers.build import lead
 
-    put(f"--signal=B:{system.policy.signal}@{lead(shape)}", "a warning to the batch shell in time for the last save; Slurm may send it up to 60 s early", "policy.signal")
+    put(
+        f"--signal=B:{system.policy.signal}@{lead(shape)}",
+        "a warning to the batch shell in time for the last save; Slurm may send it up to 60 s early",
+        "policy.signal",
+    )
     how = request.resubmit or system.policy.resubmit
     if system.policy.requeue == "forbidden":
         put("--no-requeue", "the site forbids requeueing", "policy.requeue")
     elif how in ("requeue", "chain", "resubmit"):
-        put("--requeue", "a job that lost a node is queued again by the scheduler", "policy.requeue" if system.policy.requeue else None)
+        put(
+            "--requeue",
+            "a job that lost a node is queued again by the scheduler",
+            "policy.requeue" if system.policy.requeue else None,
+        )
     else:
         put("--no-requeue", "you asked for no automatic restart")
     put("--open-mode=append", "a requeued job keeps the log of its earlier runs")
-    put(f"--output={directive_path(sub.run_dir / 'logs' / ('job-%A_%a.out' if request.array else 'job-%j.out'))}", "log of the batch shell; the folder is made before submission, or the job would die without a word")
-    put(f"--export={system.policy.export}", "the job's environment comes from this script alone" if system.policy.export == "NONE" else "the site wants the submitting environment", "policy.export")
+    put(
+        f"--output={directive_path(sub.run_dir / 'logs' / ('job-%A_%a.out' if request.array else 'job-%j.out'))}",
+        "log of the batch shell; the folder is made before submission, or the job would die without a word",
+    )
+    put(
+        f"--export={system.policy.export}",
+        "the job's environment comes from this script alone"
+        if system.policy.export == "NONE"
+        else "the site wants the submitting environment",
+        "policy.export",
+    )
     excluded = [*system.user.exclude_nodes, *request.exclude]
     if excluded:
         put(f"--exclude={','.join(excluded)}", "nodes that you excluded")
@@ -138,16 +167,27 @@ def srun_options(sub: Submission, container: Container | None) -> list[Line]:
     put(f"--ntasks={shape.nodes * shape.tasks_per_node}", "all tasks of the job")
     put(f"--ntasks-per-node={shape.tasks_per_node}", _tasks_why(shape.style))
     if shape.cpus_per_task and system.launch.repeat_cpus_per_task:
-        put(f"--cpus-per-task={shape.cpus_per_task}", "srun does not inherit it since Slurm 22.05", "launch.repeat_cpus_per_task")
+        put(
+            f"--cpus-per-task={shape.cpus_per_task}",
+            "srun does not inherit it since Slurm 22.05",
+            "launch.repeat_cpus_per_task",
+        )
     put("--kill-on-bad-exit=1", "one failed task ends the step at once")
-    put("--wait=60", "a task that ends early without an error ends the step after a minute; the site's own WaitTime never applies")
+    put(
+        "--wait=60",
+        "a task that ends early without an error ends the step after a minute; the site's own WaitTime never applies",
+    )
     bind = system.launch.cpu_bind if shape.style == "srun" else system.launch.cpu_bind_node
     fact = "launch.cpu_bind" if shape.style == "srun" else "launch.cpu_bind_node"
     if bind and _whole(sub):
         put(f"--cpu-bind={bind}", "cores next to each GPU", fact)
     gpu_bind = system.launch.gpu_bind or "none"
     if shape.gpus_per_node and system.request.gpus != "none":
-        put(f"--gpu-bind={gpu_bind}", "every task sees all GPUs of its node: peer-to-peer needs that, LOCAL_RANK chooses", "launch.gpu_bind" if system.launch.gpu_bind else None)
+        put(
+            f"--gpu-bind={gpu_bind}",
+            "every task sees all GPUs of its node: peer-to-peer needs that, LOCAL_RANK chooses",
+            "launch.gpu_bind" if system.launch.gpu_bind else None,
+        )
     if system.launch.mpi_type:
         put(f"--mpi={system.launch.mpi_type}", "process-management interface of the site", "launch.mpi_type")
     for flag in system.launch.srun_flags:
@@ -175,7 +215,12 @@ def clean_environment() -> tuple[dict[str, str], list[str]]:
     """(environment for Slurm's commands, names that were dropped): inherited SBATCH_* would override the script."""
     env, dropped = {}, []
     for name, value in os.environ.items():
-        if name.startswith(("SBATCH_", "SLURM_", "SRUN_", "SALLOC_", "PMI_", "PMIX_", "SQUEUE_", "SINFO_", "SCONTROL_")) and name not in KEPT:
+        if (
+            name.startswith(
+                ("SBATCH_", "SLURM_", "SRUN_", "SALLOC_", "PMI_", "PMIX_", "SQUEUE_", "SINFO_", "SCONTROL_")
+            )
+            and name not in KEPT
+        ):
             dropped.append(name)
         else:
             env[name] = value
@@ -193,7 +238,9 @@ def _run(*argv: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
             fix="submit from a login node of the site; --dry-run prints the script anywhere",
         ) from None
     except subprocess.TimeoutExpired:
-        raise RunFailed(f"{argv[0]} did not answer within {timeout} s", fix="try again later: the controller is busy") from None
+        raise RunFailed(
+            f"{argv[0]} did not answer within {timeout} s", fix="try again later: the controller is busy"
+        ) from None
 
 
 def submit(run_dir: Path, *, test_only: bool = False) -> str:
@@ -257,7 +304,9 @@ def accounting(job: str) -> dict[str, str] | None:
     """The job's line of ``sacct``, or None where there is no accounting or no such job."""
     names = "JobIDRaw,State,ExitCode,ElapsedRaw,AllocTRES,ConsumedEnergyRaw,NodeList,Start,End"
     try:
-        done = _run("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", f"--format={names}", timeout=20)
+        done = _run(
+            "sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", f"--format={names}", timeout=20
+        )
     except UserError:
         return None
     if done.returncode != 0 or not done.stdout.strip():
@@ -270,7 +319,11 @@ def failed_nodes(nodes: str | None) -> list[str]:
     if not nodes:
         return []
     done = _run("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T")
-    bad = {line.split()[0] for line in done.stdout.splitlines() if re.search(r" (down|fail|unknown)", line) or line.endswith("*")}
+    bad = {
+        line.split()[0]
+        for line in done.stdout.splitlines()
+        if re.search(r" (down|fail|unknown)", line) or line.endswith("*")
+    }
     return sorted(bad)
 
 

@@ -46,7 +46,11 @@ def directives(sub: Submission) -> list[Line]:
     put(f"-l walltime={pbs_time(shape.time_s)}", shape.reason("time_s").why, shape.reason("time_s").fact)
     put("-j oe", "one log for both streams")
     put(f"-o {sub.run_dir}/logs/", "log of the batch shell; the folder is made before submission")
-    put(f"-r {'n' if system.policy.requeue == 'forbidden' else 'y'}", "whether the scheduler may run the job again after a lost node", "policy.requeue" if system.policy.requeue else None)
+    put(
+        f"-r {'n' if system.policy.requeue == 'forbidden' else 'y'}",
+        "whether the scheduler may run the job again after a lost node",
+        "policy.requeue" if system.policy.requeue else None,
+    )
     if request.array:
         count = 1
         for _, values in request.array:

@@ -30,7 +30,14 @@ SECONDARY = re.compile(
     r"|recvvalue|sendbytes|recvbytes|store (is|was) |remote process exited|peer|unhandled system error",
     re.I,
 )
-SECONDARY_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError", "DistError", "TimeoutError", "SignalException"}
+SECONDARY_TYPES = {
+    "DistBackendError",
+    "DistNetworkError",
+    "DistStoreError",
+    "DistError",
+    "TimeoutError",
+    "SignalException",
+}
 DOWN = re.compile(r"\b(DOWN|NOT_RESPONDING|down|fail|FAIL)")
 AUTOMATIC_STOPS = ("time-limit", "deadline", "preempted", "terminated")
 
@@ -65,7 +72,7 @@ def read_text(path):
 
 def ranked(folder, kind):
     """{rank: content} of the files ``KIND-RANK.json`` in a folder."""
-    found = {}
+    found = {}  # type: dict
     try:
         names = os.listdir(folder)
     except OSError:
@@ -168,11 +175,7 @@ def diagnose(folder, world=None, rc=None):
     node_cause = _node_failure(folder, record, outcome, alive)
     if outcome and len(outcome) >= world and all(o.get("status") == "done" for o in outcome.values()):
         return "done", None
-    if (
-        outcome
-        and len(outcome) >= world
-        and all(o.get("status") in ("done", "stopped") for o in outcome.values())
-    ):
+    if outcome and len(outcome) >= world and all(o.get("status") in ("done", "stopped") for o in outcome.values()):
         # Every rank could still save: the run is whole, but a lost node stays the reason why it stopped.
         return "stopped", node_cause or _stop_cause(folder, outcome, record)
     if node_cause:
@@ -184,8 +187,16 @@ def diagnose(folder, world=None, rc=None):
     cause = _first_cause(folder, outcome, gone, alive, world, hang)
     if cause is None and not (outcome or gone or alive):
         tail = _log_tail(folder)
-        text = "no rank left a file: the launcher ended%s before any rank began" % ("" if rc is None else " with status %s" % rc)
-        cause = {"rank": None, "node": None, "kind": "launch", "message": text + (": " + tail if tail else ""), "step": None}
+        text = "no rank left a file: the launcher ended%s before any rank began" % (
+            "" if rc is None else " with status %s" % rc
+        )
+        cause = {
+            "rank": None,
+            "node": None,
+            "kind": "launch",
+            "message": text + (": " + tail if tail else ""),
+            "step": None,
+        }
     return "failed", cause
 
 
@@ -218,7 +229,9 @@ def _node_failure(folder, record, outcome, alive):
         return None
     name, state = down[0]
     ranks = sorted(
-        rank for rank, beat in alive.items() if rank not in outcome and name and beat.get("node", beat.get("host")) == name
+        rank
+        for rank, beat in alive.items()
+        if rank not in outcome and name and beat.get("node", beat.get("host")) == name
     )
     steps = [b.get("step") for b in alive.values() if isinstance(b.get("step"), int)]
     who = ", ".join(n for n, _ in down if n) or "a node of the job"
@@ -284,7 +297,16 @@ def _first_cause(folder, outcome, gone, alive, world, hang):
                     text += " (by the operator, the node's out-of-memory killer or a limit)"
                 killed.append((when, rank, node, "signal", text, step))
             elif e.get("exit_code"):
-                raised.append((when, rank, node, "exit", "exit code %s without an outcome; see rank-%s.log" % (e["exit_code"], rank), step))
+                raised.append(
+                    (
+                        when,
+                        rank,
+                        node,
+                        "exit",
+                        "exit code %s without an outcome; see rank-%s.log" % (e["exit_code"], rank),
+                        step,
+                    )
+                )
             continue
         when = seconds((a or {}).get("time")) or 1e18
         text = "no outcome and no exit status: the process vanished"
@@ -308,9 +330,9 @@ def _first_cause(folder, outcome, gone, alive, world, hang):
     if waiting:
         mute = sorted((s[5] if isinstance(s[5], int) else -1, s[0], s) for s in silent)
         if mute:
-            found = mute[0][2]
-            found = (found[0], found[1], found[2], "hang", "hung at step %s; the others gave up waiting: %s" % (found[5], _short(waiting[0][4])), found[5])
-            return _cause(found)
+            who = mute[0][2]
+            text = "hung at step %s; the others gave up waiting: %s" % (who[5], _short(waiting[0][4]))
+            return _cause((who[0], who[1], who[2], "hang", text, who[5]))
     vanished = sorted(s for s in silent if s[3] == "lost" and s[5] is not None)
     if vanished and secondary:
         return _cause(vanished[0][:6])
@@ -359,7 +381,9 @@ def counters(run):
 def decide(run, number, state, cause, stop_reason, policy):
     """{action, why, counted_as, exclude, final}: end | requeue | chain | next-link, by the kind of end and the counters."""
     record = read_json(os.path.join(attempt_dir(run, number), "attempt.json")) or {}
-    earlier = [read_json(os.path.join(attempt_dir(run, n), "attempt.json")) or {} for n in attempt_numbers(run) if n < number]
+    earlier = [
+        read_json(os.path.join(attempt_dir(run, n), "attempt.json")) or {} for n in attempt_numbers(run) if n < number
+    ]
     after = latest_checkpoint(run)
     moved = after > (record.get("step_from") or 0)
 
@@ -412,7 +436,13 @@ def decide(run, number, state, cause, stop_reason, policy):
         action = "requeue"
     else:
         action = "chain"
-    return {"action": action, "why": "restart %d for '%s'" % (used + 1, counted), "counted_as": counted, "exclude": exclude, "final": False}
+    return {
+        "action": action,
+        "why": "restart %d for '%s'" % (used + 1, counted),
+        "counted_as": counted,
+        "exclude": exclude,
+        "final": False,
+    }
 
 
 # ---- commands
@@ -480,7 +510,11 @@ def _close_interrupted(run, number, folder, record, args, policy):
     state, cause = diagnose(folder, world)
     same_job = record.get("job") == args.job
     noted = read_text(os.path.join(folder, "signal.txt"))
-    if state == "failed" and same_job and (cause is None or cause["kind"] in ("lost", "terminated", "launch", "signal", "communication")):
+    if (
+        state == "failed"
+        and same_job
+        and (cause is None or cause["kind"] in ("lost", "terminated", "launch", "signal", "communication"))
+    ):
         # The scheduler itself put the job back: a node was lost, or the job was preempted or requeued by hand.
         kind = "preempted" if noted.startswith("TERM") and not args.node_state else "requeued-by-scheduler"
         cause = {
@@ -552,7 +586,7 @@ def preflight(args):
     reports, places = ranked(folder, "preflight"), ranked(folder, "place")
     bad = sorted(r for r, report in reports.items() if not report.get("ok", False))
     missing = [r for r in range(world) if r not in reports]
-    verdict = {"ok": not bad and not missing, "ranks": len(reports), "missing": missing[:64]}
+    verdict = {"ok": not bad and not missing, "ranks": len(reports), "missing": missing[:64]}  # type: dict
     speeds = [r["allreduce_gb_s"] for r in reports.values() if r.get("allreduce_gb_s") is not None]
     if speeds:
         verdict["allreduce_gb_s"] = min(speeds)
@@ -571,9 +605,15 @@ def preflight(args):
         verdict["message"] = "; ".join(first.get("problems", []))
     write_json(os.path.join(folder, "preflight.json"), verdict)
     if verdict["ok"]:
-        print("pre-flight: %d ranks met%s" % (world, ", all-reduce %.2f GB/s" % min(speeds) if speeds else ""), file=sys.stderr)
+        print(
+            "pre-flight: %d ranks met%s" % (world, ", all-reduce %.2f GB/s" % min(speeds) if speeds else ""),
+            file=sys.stderr,
+        )
         return 0
-    print("pre-flight failed: %s (nodes: %s)" % (verdict["message"], ", ".join(verdict["nodes"]) or "unknown"), file=sys.stderr)
+    print(
+        "pre-flight failed: %s (nodes: %s)" % (verdict["message"], ", ".join(verdict["nodes"]) or "unknown"),
+        file=sys.stderr,
+    )
     return 1
 
 
@@ -595,7 +635,9 @@ def watch(args):
         if not beats or time.time() - since < args.hang:
             continue
         done = ranked(folder, "outcome")
-        waiting = sorted((b.get("step") or 0, seconds(b.get("time")) or 0, rank) for rank, b in beats.items() if rank not in done)
+        waiting = sorted(
+            (b.get("step") or 0, seconds(b.get("time")) or 0, rank) for rank, b in beats.items() if rank not in done
+        )
         if not waiting:
             continue
         step, _, rank = waiting[0]
@@ -605,7 +647,8 @@ def watch(args):
                 "rank": rank,
                 "node": beats[rank].get("node") or beats[rank].get("host"),
                 "step": step,
-                "message": "no rank made a step for %d s; rank %d is the furthest behind, at step %s" % (args.hang, rank, step),
+                "message": "no rank made a step for %d s; rank %d is the furthest behind, at step %s"
+                % (args.hang, rank, step),
                 "time": time.time(),
             },
         )

@@ -4,6 +4,8 @@ Copied beside every submission and started like the training itself. Each rank w
 judges them together. Needs torch; nothing of aifactory-train.
 """
 
+# ruff: noqa: UP031 - runs on whatever Python has torch at a site; the same style as attempt.py
+
 import argparse
 import glob
 import json
@@ -36,9 +38,9 @@ def main():
         "host": socket.gethostname(),
         "isa": platform.machine(),
         "python": platform.python_version(),
-        "problems": [],
-    }
-    problems = report["problems"]
+    }  # type: dict
+    problems = []  # type: list
+    report["problems"] = problems  # check() adds to it
     try:
         check(args, rank, world, local_rank, report)
     except Exception as error:  # the report must be written whatever breaks; the error is its content
@@ -83,7 +85,9 @@ def check(args, rank, world, local_rank, report):
         report["gpu"] = torch.cuda.get_device_name()
         report["gpu_free_gib"], report["gpu_total_gib"] = round(free / 2**30, 2), round(total / 2**30, 2)
         if free < 0.9 * total:
-            problems.append("only %.1f of %.1f GiB GPU memory are free: something else runs there" % (free / 2**30, total / 2**30))
+            problems.append(
+                "only %.1f of %.1f GiB GPU memory are free: something else runs there" % (free / 2**30, total / 2**30)
+            )
     import datetime
 
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=90))
@@ -140,7 +144,9 @@ def transport(args, rank, report):
         with open(path, errors="replace") as file:
             text += file.read()
     if not re.search(args.transport, text):
-        report["problems"].append("the communication library does not use the fabric (no '%s' in its log)" % args.transport)
+        report["problems"].append(
+            "the communication library does not use the fabric (no '%s' in its log)" % args.transport
+        )
     report["transport_checked"] = True
 
 

@@ -41,7 +41,9 @@ def lab_system():
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+def cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
     """``cli("launch", …)`` → (exit code, standard output, standard error), in an empty folder and without a user's overlays."""
     from aifactory_train.cli import main
 
@@ -134,6 +136,9 @@ def wait_for(run: Path, *states: str, seconds: float = 90, attempts: int = 0) ->
         if found["state"] in states and len(found["attempts"]) >= attempts:
             return found
         if time.time() > end:
-            logs = "\n".join(f"## {p}\n{p.read_text(errors='replace')[-1500:]}" for p in [*run.glob("logs/*"), *run.glob("attempts/*/*.log")])
+            logs = "\n".join(
+                f"## {p}\n{p.read_text(errors='replace')[-1500:]}"
+                for p in [*run.glob("logs/*"), *run.glob("attempts/*/*.log")]
+            )
             raise AssertionError(f"still {found['state']} after {seconds} s: {found}\n{logs}")
         time.sleep(0.3)

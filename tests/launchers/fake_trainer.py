@@ -120,10 +120,16 @@ def train(args, folder, rank, world, write, outcome, state):
 
     while step < steps:
         state["step"] = step
-        write("alive", {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "step": step, "time": time.time()})
+        write(
+            "alive", {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "step": step, "time": time.time()}
+        )
         time.sleep(pace)
         for who, when, how in fail:
-            if int(who) == rank and int(when) == step and args.attempt == int(os.environ.get("FAKE_ATTEMPT", args.attempt)):
+            if (
+                int(who) == rank
+                and int(when) == step
+                and args.attempt == int(os.environ.get("FAKE_ATTEMPT", args.attempt))
+            ):
                 if how == "raise":
                     raise ValueError(f"deliberate failure at step {step}")
                 if how == "kill":
@@ -137,8 +143,10 @@ def train(args, folder, rank, world, write, outcome, state):
                     time.sleep(3600)
         step += 1
         state["step"] = step
-        reason = caught or ((args.run_dir / "stop").exists() and "stop file") or (
-            args.stop_at and time.time() > args.stop_at - float(os.environ.get("FAKE_LEAD", "3")) and "deadline"
+        reason = (
+            caught
+            or ((args.run_dir / "stop").exists() and "stop file")
+            or (args.stop_at and time.time() > args.stop_at - float(os.environ.get("FAKE_LEAD", "3")) and "deadline")
         )
         if peers.max(int(bool(reason))):
             save(step)

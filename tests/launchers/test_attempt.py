@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 from aifactory_train.launchers.programs import attempt
 
 PROGRAM = Path(attempt.__file__)
-POLICY = {"resubmit": "chain", "unattended": True, "links": 0, "restarts": {"time": 3, "node": 2, "crash": 1, "preempted": 2}}
+POLICY = {
+    "resubmit": "chain",
+    "unattended": True,
+    "links": 0,
+    "restarts": {"time": 3, "node": 2, "crash": 1, "preempted": 2},
+}
 
 
 class Run:
@@ -45,12 +50,27 @@ class Run:
         (self.path / "checkpoints" / f"step-{step}" / "COMPLETE").write_text("{}")
 
     def close(self, number: int) -> list[str]:
-        done = subprocess.run([sys.executable, str(PROGRAM), "close", "--run", str(self.path), "--attempt", str(number), "--rc", "1"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, str(PROGRAM), "close", "--run", str(self.path), "--attempt", str(number), "--rc", "1"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return done.stdout.split()
 
     def all(self, number: int, status: str, **more) -> None:
         for rank in range(4):
-            self.put(number, f"outcome-{rank}.json", rank=rank, host="x", status=status, exit_code=0, step=3, ended=time.time(), **more)
+            self.put(
+                number,
+                f"outcome-{rank}.json",
+                rank=rank,
+                host="x",
+                status=status,
+                exit_code=0,
+                step=3,
+                ended=time.time(),
+                **more,
+            )
 
     def record(self, number: int) -> dict:
         return json.loads((self.folder(number) / "attempt.json").read_text())
@@ -240,9 +260,13 @@ entry = st.fixed_dictionaries(
     {},
     optional={
         "status": st.sampled_from(["done", "stopped", "failed", "odd"]),
-        "exception": st.one_of(st.none(), st.sampled_from(["ValueError", "TimeoutError", "Hang", "x.OutOfMemoryError"])),
+        "exception": st.one_of(
+            st.none(), st.sampled_from(["ValueError", "TimeoutError", "Hang", "x.OutOfMemoryError"])
+        ),
         "message": st.one_of(st.none(), st.text("ab: \n", max_size=20)),
-        "ended": st.one_of(st.none(), st.floats(allow_nan=False), st.text("01-T:", max_size=5), st.just("2026-01-01T00:00:00Z")),
+        "ended": st.one_of(
+            st.none(), st.floats(allow_nan=False), st.text("01-T:", max_size=5), st.just("2026-01-01T00:00:00Z")
+        ),
         "time": st.one_of(st.none(), st.floats(0, 1e10)),
         "signal": st.one_of(st.none(), st.integers(0, 200), st.sampled_from(["SIGTERM", "9", "NONE"])),
         "exit_code": st.one_of(st.none(), st.integers(-10, 300)),
@@ -254,7 +278,12 @@ entry = st.fixed_dictionaries(
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(st.tuples(st.sampled_from(["outcome", "exit", "alive", "place"]), st.integers(0, 3)), entry, max_size=10), st.integers(1, 4))
+@given(
+    st.dictionaries(
+        st.tuples(st.sampled_from(["outcome", "exit", "alive", "place"]), st.integers(0, 3)), entry, max_size=10
+    ),
+    st.integers(1, 4),
+)
 def test_any_files_give_a_verdict(tmp_path_factory, files, world):
     """Whatever the ranks left: a state, and a cause that names a rank of the world or says that none is known."""
     folder = tmp_path_factory.mktemp("any")
@@ -280,8 +309,14 @@ def test_preflight_names_the_bad_node(run):
     run.begin()
     for rank, node in enumerate("aabb"):
         problems = ["3 of 4 GPUs are visible"] if rank == 2 else []
-        run.put(1, f"preflight-{rank}.json", rank=rank, node=node, ok=not problems, problems=problems, allreduce_gb_s=1.5)
-    done = subprocess.run([sys.executable, str(PROGRAM), "preflight", "--run", str(run.path), "--attempt", "1"], capture_output=True, text=True)
+        run.put(
+            1, f"preflight-{rank}.json", rank=rank, node=node, ok=not problems, problems=problems, allreduce_gb_s=1.5
+        )
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "preflight", "--run", str(run.path), "--attempt", "1"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "3 of 4 GPUs" in done.stderr
     told = run.close(1)
     assert told[0] == "chain" and told[2] == "b"
@@ -291,7 +326,18 @@ def test_preflight_names_the_bad_node(run):
 def test_preflight_names_the_silent_node(run):
     run.begin()
     for rank in (0, 1):
-        run.put(1, f"preflight-{rank}.json", rank=rank, node="a", ok=False, problems=["DistStoreError: Timed out after 90 s waiting for clients"])
-    subprocess.run([sys.executable, str(PROGRAM), "preflight", "--run", str(run.path), "--attempt", "1"], capture_output=True, text=True)
+        run.put(
+            1,
+            f"preflight-{rank}.json",
+            rank=rank,
+            node="a",
+            ok=False,
+            problems=["DistStoreError: Timed out after 90 s waiting for clients"],
+        )
+    subprocess.run(
+        [sys.executable, str(PROGRAM), "preflight", "--run", str(run.path), "--attempt", "1"],
+        capture_output=True,
+        text=True,
+    )
     verdict = json.loads((run.folder(1) / "preflight.json").read_text())
     assert not verdict["ok"] and verdict["missing"] == [2, 3] and verdict["nodes"] == ["b"]

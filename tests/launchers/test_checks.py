@@ -98,7 +98,9 @@ def test_facts_carry_their_source(cli, plain_recipe):
 
 
 def test_all_broken_rules_are_told_at_once(cli, plain_recipe):
-    _, _, err = cli("launch", plain_recipe, *LUMI, "--nodes", "1025", "--time", "9-00:00:00", "--gpus-per-node", "9", "--dry-run")
+    _, _, err = cli(
+        "launch", plain_recipe, *LUMI, "--nodes", "1025", "--time", "9-00:00:00", "--gpus-per-node", "9", "--dry-run"
+    )
     assert all(f"[{r}]" in err for r in ("nodes-over-partition", "time-over-partition", "gpus-per-node"))
 
 
@@ -121,7 +123,11 @@ def test_a_large_job_wants_confirmation(plain_recipe, lab_system):
     recipe = load_recipe(str(plain_recipe))
 
     def rules(**more):
-        sub = build(Request(recipe=str(plain_recipe), site="lumi-g", nodes=16, account="project_465000001", **more), system, recipe)
+        sub = build(
+            Request(recipe=str(plain_recipe), site="lumi-g", nodes=16, account="project_465000001", **more),
+            system,
+            recipe,
+        )
         return {f.rule for f in checks.check(sub, recipe, here=False, submitting=True) if f.level == "refuse"}
 
     assert "confirm-cost" in rules()
@@ -131,7 +137,13 @@ def test_a_large_job_wants_confirmation(plain_recipe, lab_system):
 def test_budget_counts_every_task_and_link(plain_recipe):
     system = sites.load("leonardo-booster", overlay=False)
     recipe = load_recipe(str(plain_recipe))
-    base = {"recipe": str(plain_recipe), "site": "leonardo-booster", "account": "a", "time_s": 3600, "budget_gpu_hours": 4.0}
+    base = {
+        "recipe": str(plain_recipe),
+        "site": "leonardo-booster",
+        "account": "a",
+        "time_s": 3600,
+        "budget_gpu_hours": 4.0,
+    }
     for more, refused in (({}, False), ({"array": (("train.seed", ("1", "2")),)}, True), ({"chain": 1}, True)):
         sub = build(Request(**base, **more), system, recipe)
         found = {f.rule for f in checks.check(sub, recipe, here=False) if f.level == "refuse"}
@@ -143,14 +155,18 @@ def test_environment_for_another_instruction_set_is_refused(tmp_path, plain_reci
     recipe = load_recipe(str(plain_recipe))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_bytes(b"\x7fELF" + bytes(14) + (62).to_bytes(2, "little"))
-    sub = build(Request(recipe=str(plain_recipe), site=system.id, account="jureap1", venv=str(tmp_path)), system, recipe)
+    sub = build(
+        Request(recipe=str(plain_recipe), site=system.id, account="jureap1", venv=str(tmp_path)), system, recipe
+    )
     found = {f.rule: f for f in checks.check(sub, recipe, here=False)}
     assert found["environment-isa"].level == "refuse" and "aarch64" in found["environment-isa"].what
 
 
 def test_overlay_supplies_account_and_paths(cli, plain_recipe, tmp_path):
     overlay = tmp_path / "mine.yaml"
-    overlay.write_text("overlay_for: lumi-g\nuser: {account: project_465000009, work_dir: /scratch/project_465000009/me, venv: /scratch/project_465000009/me/env}\n")
+    overlay.write_text(
+        "overlay_for: lumi-g\nuser: {account: project_465000009, work_dir: /scratch/project_465000009/me, venv: /scratch/project_465000009/me/env}\n"
+    )
     code, out, _ = cli("launch", plain_recipe, "--site", "lumi-g", "--site-file", overlay, "--dry-run")
     assert code == 0
     assert "#SBATCH --account=project_465000009" in out

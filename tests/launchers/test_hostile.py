@@ -24,7 +24,7 @@ VALUES = [
     "'", '"', "''", '""', "'; touch {c}; '", '"; touch {c}; "', "$(touch {c})", "`touch {c}`", "${{IFS}}touch${{IFS}}{c}", "; touch {c}",
     "&& touch {c}", "|| touch {c}", "| touch {c}", "& touch {c} &", "> {c}", "< /etc/passwd > {c}", "\ntouch {c}\n", "a\n#SBATCH --wrap=touch",
     "a\r\ntouch {c}", "\ttouch {c}", "*", "?", "[a-z]*", "{{a,b}}", "~", "~root", "..", "../../etc/passwd", "-rf", "--wrap=touch {c}", "--", "-",
-    "%j", "%x%A%a", "$HOME", "$PATH", "\\", "\\n", "!!", "#", "é ü ñ 漢字", "‮evil", "x" * 300, "a'b\"c$(touch {c})`d`;e|f&g\nh",
+    "%j", "%x%A%a", "$HOME", "$PATH", "\\", "\\n", "!!", "#", "é ü ñ 漢字", "\u202eevil", "x" * 300, "a'b\"c$(touch {c})`d`;e|f&g\nh",
 ]  # fmt: skip
 
 
@@ -112,7 +112,9 @@ def test_values_overrides_and_folders_are_carried_literally(tmp_path, canary, pl
     script = Path(run / "submission" / "job.sh")
     text = script.read_text()
     begin, end = text.index("start=("), text.index(")\n", text.index("start=(")) + 2
-    script.write_text(text[:begin] + "start=(env RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 OMPI_COMM_WORLD_RANK=0)\n" + text[end:])
+    script.write_text(
+        text[:begin] + "start=(env RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 OMPI_COMM_WORLD_RANK=0)\n" + text[end:]
+    )
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr + (run / "attempts/001/rank-0.log").read_text()
     seen = json.loads((run / "seen.json").read_text())
@@ -130,7 +132,10 @@ def test_hostile_overrides_never_reach_a_script(tmp_path, canary, plain_recipe, 
     for i, value in enumerate(filled(canary)):
         if any(ord(c) < 32 and c not in "\n\t\r" for c in value):
             continue
-        sub = prepared(fake_request(plain_recipe, tmp_path / f"run{i}", overrides=(f"about.summary={json.dumps(value)}",)), lab_system)
+        sub = prepared(
+            fake_request(plain_recipe, tmp_path / f"run{i}", overrides=(f"about.summary={json.dumps(value)}",)),
+            lab_system,
+        )
         stored = yaml.safe_load((sub.run_dir / "submission" / "recipe.yaml").read_text())
         assert stored["about"]["summary"] == value
         if len(value) > 3 and ("touch" in value or "漢" in value or len(value) == 300):
@@ -141,11 +146,25 @@ def test_hostile_overrides_never_reach_a_script(tmp_path, canary, plain_recipe, 
 def test_hostile_inherited_variables_are_dropped(monkeypatch):
     from aifactory_train.launchers.backends.slurm import clean_environment
 
-    for name in ("SBATCH_PARTITION", "SBATCH_TIMELIMIT", "SLURM_CPU_BIND", "PMI_RANK", "SRUN_CPUS_PER_TASK", "SLURM_EXPORT_ENV"):
+    for name in (
+        "SBATCH_PARTITION",
+        "SBATCH_TIMELIMIT",
+        "SLURM_CPU_BIND",
+        "PMI_RANK",
+        "SRUN_CPUS_PER_TASK",
+        "SLURM_EXPORT_ENV",
+    ):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm/slurm.conf")
     env, dropped = clean_environment()
-    assert set(dropped) >= {"SBATCH_PARTITION", "SBATCH_TIMELIMIT", "SLURM_CPU_BIND", "PMI_RANK", "SRUN_CPUS_PER_TASK", "SLURM_EXPORT_ENV"}
+    assert set(dropped) >= {
+        "SBATCH_PARTITION",
+        "SBATCH_TIMELIMIT",
+        "SLURM_CPU_BIND",
+        "PMI_RANK",
+        "SRUN_CPUS_PER_TASK",
+        "SLURM_EXPORT_ENV",
+    }
     assert env["SLURM_CONF"] and "SBATCH_PARTITION" not in env
 
 

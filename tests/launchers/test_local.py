@@ -20,7 +20,17 @@ from aifactory_train.launchers.request import Refusal, Request
 
 
 def local(recipe, run, ranks: int = 2, **more) -> Request:
-    return Request(**{"recipe": str(recipe), "run_dir": str(run), "backend": "mpi", "nproc": ranks, "program": (str(FAKE),), "hang_s": 0, **more})
+    return Request(
+        **{
+            "recipe": str(recipe),
+            "run_dir": str(run),
+            "backend": "mpi",
+            "nproc": ranks,
+            "program": (str(FAKE),),
+            "hang_s": 0,
+            **more,
+        }
+    )
 
 
 @pytest.fixture
@@ -34,7 +44,11 @@ def started(tmp_path, plain_recipe, monkeypatch):
         text = script.read_text()
         begin, end = text.index("start=("), text.index(")\n", text.index("start=(")) + 2
         loop = run / "submission" / "start-ranks.sh"
-        loop.write_text('#!/bin/bash\npids=()\nfor i in $(seq 0 $((%d - 1))); do OMPI_COMM_WORLD_RANK=$i OMPI_COMM_WORLD_SIZE=%d OMPI_COMM_WORLD_LOCAL_RANK=$i "$@" & pids+=($!); done\nrc=0\nfor p in "${pids[@]}"; do wait "$p" || rc=1; done\nexit $rc\n' % (ranks, ranks))
+        loop.write_text(
+            f"#!/bin/bash\npids=()\nfor i in $(seq 0 {ranks - 1}); do\n"
+            f'OMPI_COMM_WORLD_RANK=$i OMPI_COMM_WORLD_SIZE={ranks} OMPI_COMM_WORLD_LOCAL_RANK=$i "$@" &\npids+=($!)\ndone\n'
+            'rc=0\nfor p in "${pids[@]}"; do wait "$p" || rc=1; done\nexit $rc\n'
+        )
         loop.chmod(0o755)
         script.write_text(text[:begin] + f"start=({loop})\n" + text[end:])
         backend = backends.get("local")
@@ -82,7 +96,9 @@ def test_stop_command_ends_with_75_and_resume_goes_on(started, cli, tmp_path):
     code, out, _ = cli("launch", "--resume", run)
     assert code == 0
     again = follow.status_of(run)
-    assert again["state"] == "done" and len(again["attempts"]) == 2 and again["attempts"][1]["step_from"] == found["step"]
+    assert (
+        again["state"] == "done" and len(again["attempts"]) == 2 and again["attempts"][1]["step_from"] == found["step"]
+    )
 
 
 def test_cancel_is_not_mistaken_for_a_crash(started, cli):
@@ -159,8 +175,27 @@ def test_preflight_meets_and_measures(tmp_path):
     began = time.time()
     processes = [
         subprocess.Popen(
-            [sys.executable, program, "--dir", str(tmp_path), "--nodes", "2", "--gpus", "0", "--scratch", str(tmp_path)],
-            env={**os.environ, "RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "AIFACTORY_NODE": f"n{r}"},
+            [
+                sys.executable,
+                program,
+                "--dir",
+                str(tmp_path),
+                "--nodes",
+                "2",
+                "--gpus",
+                "0",
+                "--scratch",
+                str(tmp_path),
+            ],
+            env={
+                **os.environ,
+                "RANK": str(r),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": str(r),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "AIFACTORY_NODE": f"n{r}",
+            },
         )
         for r in range(2)
     ]
@@ -175,7 +210,10 @@ def test_preflight_meets_and_measures(tmp_path):
 
 def test_dry_run_prints_the_script_alone(cli, plain_recipe):
     code, out, err = cli("launch", plain_recipe, "--dry-run", "--nproc", "2")
-    assert code in (0, 2)  # the model of this recipe is nowhere: refused by name, or printed where only a site could tell
+    assert code in (
+        0,
+        2,
+    )  # the model of this recipe is nowhere: refused by name, or printed where only a site could tell
     if code == 2:
         assert "[model-staged]" in err and out == ""
 

@@ -52,7 +52,12 @@ def shell_files(sub) -> dict[str, bytes]:
 
 def kind_of(sub, text: str) -> str:
     """A script with what shellcheck cannot judge differently made equal: comments' values, single exports, modules, options."""
-    same = text.replace(str(sub.run_dir), "RUN").replace(sub.system.id, "SITE").replace(sub.system.name, "SITE").replace(sub.name, "NAME")
+    same = (
+        text.replace(str(sub.run_dir), "RUN")
+        .replace(sub.system.id, "SITE")
+        .replace(sub.system.name, "SITE")
+        .replace(sub.name, "NAME")
+    )
     same = re.sub(r"(?m)^(#SBATCH|#PBS|#!).*\n", "", same)
     same = re.sub(r"(?m)^(export [A-Z_0-9]+=[A-Za-z0-9_,.:/'\" -]*\n)+", "EXPORTS\n", same)
     same = re.sub(r"(?m)^(module (load|use) .*\n)+", "MODULES\n", same)
@@ -68,7 +73,9 @@ def shellcheck(folder: Path) -> int:
     return len(files)
 
 
-needs_shellcheck = pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed; apt-get install shellcheck")
+needs_shellcheck = pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="shellcheck is not installed; apt-get install shellcheck"
+)
 
 
 @needs_shellcheck
@@ -111,7 +118,16 @@ def test_directives_are_literal_and_first(system_id, plain_recipe):
     names = [d.option for d in found]
     once = [n for n in names if names.count(n) > 1 and n not in ("--gres",)]
     assert not once, once
-    for wanted in ("--job-name", "--nodes", "--ntasks-per-node", "--time", "--signal", "--output", "--open-mode", "--export"):
+    for wanted in (
+        "--job-name",
+        "--nodes",
+        "--ntasks-per-node",
+        "--time",
+        "--signal",
+        "--output",
+        "--open-mode",
+        "--export",
+    ):
         assert wanted in names
     assert sub.script.splitlines()[1].startswith("#SBATCH")
 
@@ -166,7 +182,13 @@ def test_reserved_cores_and_masks_only_on_whole_nodes(plain_recipe):
 def test_head_address_follows_the_profile(system_id, plain_recipe):
     sub = submission(system_id, plain_recipe, nodes=2)
     head = sub.system.launch.head_address
-    expected = {"nodeaddr": "NodeAddr", "hostname": "hostname -s", "fqdn": "hostname -f", "suffix": f"){head.suffix}", "interface": f"dev {head.interface}"}
+    expected = {
+        "nodeaddr": "NodeAddr",
+        "hostname": "hostname -s",
+        "fqdn": "hostname -f",
+        "suffix": f"){head.suffix}",
+        "interface": f"dev {head.interface}",
+    }
     assert expected[head.strategy] in sub.script
     assert "getent" in sub.script, "a name that does not resolve must end the job"
 
@@ -185,7 +207,14 @@ def test_pbs_script_follows_the_grammar(plain_recipe):
     assert any(r and r.startswith("select=2:node_type=mi300a") for r in resources) and "walltime=04:00:00" in resources
     assert len(found["-N"]) <= 15
     assert "mpiexec" in sub.script and "--cpu-bind" in sub.script
-    for bad in ("#PBS -l select=0:x=1", "#PBS -l select=two", "#PBS -l walltime=2-00:00:00", "#PBS --nodes=1", "#PBS -N a b", "#PBS -l select=1:ncpus=0"):
+    for bad in (
+        "#PBS -l select=0:x=1",
+        "#PBS -l select=two",
+        "#PBS -l walltime=2-00:00:00",
+        "#PBS --nodes=1",
+        "#PBS -N a b",
+        "#PBS -l select=1:ncpus=0",
+    ):
         with pytest.raises(Exception, match="line"):
             directives.pbspro(sub.script.replace("#PBS -j oe", bad, 1))
 
@@ -229,7 +258,10 @@ def test_dry_run_is_fast_and_without_torch(system_id, plain_recipe, tmp_path):
         "print(rc, heavy, used.ru_utime + used.ru_stime, file=sys.stderr)\n"
     )
     # What the interpreter and the two libraries cost by themselves on this machine, now.
-    bare = min(cpu_of("import pydantic, yaml, jinja2; from pydantic import BaseModel\nclass A(BaseModel): a: int", tmp_path) for _ in range(3))
+    bare = min(
+        cpu_of("import pydantic, yaml, jinja2; from pydantic import BaseModel\nclass A(BaseModel): a: int", tmp_path)
+        for _ in range(3)
+    )
     best = 9.0
     for _ in range(4):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
@@ -243,4 +275,6 @@ def test_dry_run_is_fast_and_without_torch(system_id, plain_recipe, tmp_path):
 
 def cpu_of(code: str, cwd: Path) -> float:
     tail = "\nimport resource, sys; u = resource.getrusage(resource.RUSAGE_SELF); print(u.ru_utime + u.ru_stime)"
-    return float(subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True, cwd=cwd, check=True).stdout)
+    return float(
+        subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True, cwd=cwd, check=True).stdout
+    )

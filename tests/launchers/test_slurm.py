@@ -30,6 +30,7 @@ def release(run: Path, seconds: float = 60) -> None:
         job = runs.jobs_of(run)[-1]
         shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
         if "JobState=PENDING" in shown:
+            time.sleep(3)  # started again in the same second, its credential counts as revoked: what the hold is for
             subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], check=True, capture_output=True)
             return
         time.sleep(0.3)
@@ -43,7 +44,12 @@ def env(**values: object) -> tuple[tuple[str, str], ...]:
 @pytest.mark.parametrize("style", ["srun", "torchrun"])
 def test_success(cluster, lab_system, plain_recipe, tmp_path, style):
     run = tmp_path / "run"
-    sub = submitted(fake_request(plain_recipe, run, style=style, env=env(FAKE_PRINT="MASTER_ADDR,OMP_NUM_THREADS,MINE", MINE="a b'c")), lab_system)
+    sub = submitted(
+        fake_request(
+            plain_recipe, run, style=style, env=env(FAKE_PRINT="MASTER_ADDR,OMP_NUM_THREADS,MINE", MINE="a b'c")
+        ),
+        lab_system,
+    )
     found = wait_for(run, *END, seconds=180)
     assert found["state"] == "done", found
     assert found["cause"] is None and found["attempts"][0]["outcomes"] == {"done": 4}
@@ -80,9 +86,13 @@ def test_failure_names_its_cause(cluster, lab_system, plain_recipe, tmp_path, na
 
 def test_crash_under_torchrun_names_its_cause(cluster, lab_system, plain_recipe, tmp_path):
     run = tmp_path / "run"
-    submitted(fake_request(plain_recipe, run, style="torchrun", restarts=NEVER, env=env(FAKE_FAIL="3:2:raise")), lab_system)
+    submitted(
+        fake_request(plain_recipe, run, style="torchrun", restarts=NEVER, env=env(FAKE_FAIL="3:2:raise")), lab_system
+    )
     found = wait_for(run, *END, seconds=180)
-    assert (found["cause"]["kind"], found["cause"]["rank"], found["cause"]["node"]) == ("exception", 3, "g2"), found["cause"]
+    assert (found["cause"]["kind"], found["cause"]["rank"], found["cause"]["node"]) == ("exception", 3, "g2"), found[
+        "cause"
+    ]
 
 
 def test_silent_job_is_ended_by_the_watch(cluster, lab_system, plain_recipe, tmp_path):
@@ -120,7 +130,9 @@ def test_exception_is_not_repeated(cluster, lab_system, plain_recipe, tmp_path):
 def test_time_limit_saves_and_goes_on(cluster, lab_system, plain_recipe, tmp_path, how):
     """The deadline stops the ranks; the job goes on by requeue (same id) or by a new job, from the saved step."""
     run = tmp_path / "run"
-    request = fake_request(plain_recipe, run, resubmit=how, time_s=120, grace_s=15, env=env(FAKE_STEPS=60, FAKE_PACE=0.25, FAKE_LEAD=108))
+    request = fake_request(
+        plain_recipe, run, resubmit=how, time_s=120, grace_s=15, env=env(FAKE_STEPS=60, FAKE_PACE=0.25, FAKE_LEAD=108)
+    )
     submitted(request, lab_system)
     if how == "requeue":
         wait_for(run, "stopped", "pending", "done", seconds=60, attempts=1)
@@ -137,7 +149,14 @@ def test_time_limit_saves_and_goes_on(cluster, lab_system, plain_recipe, tmp_pat
 def test_warning_signal_alone_stops_in_time(cluster, lab_system, plain_recipe, tmp_path):
     """A trainer that never looks at the clock: Slurm's warning reaches the batch shell, its stop file all ranks."""
     run = tmp_path / "run"
-    request = fake_request(plain_recipe, run, resubmit="none", time_s=120, grace_s=50, env=env(FAKE_STEPS=2000, FAKE_PACE=0.25, FAKE_LEAD=-9999))
+    request = fake_request(
+        plain_recipe,
+        run,
+        resubmit="none",
+        time_s=120,
+        grace_s=50,
+        env=env(FAKE_STEPS=2000, FAKE_PACE=0.25, FAKE_LEAD=-9999),
+    )
     submitted(request, lab_system)
     found = wait_for(run, *END, seconds=150)
     assert found["state"] == "stopped", found
@@ -169,7 +188,13 @@ def test_lost_node(cluster, lab_system, plain_recipe, tmp_path):
     finally:
         subprocess.run(["slurmd", "-N", victim], check=True)
         end = time.time() + 60
-        while time.time() < end and "idle" not in subprocess.run(["sinfo", "-h", "-N", "-n", victim, "-o", "%T"], capture_output=True, text=True).stdout:
+        while (
+            time.time() < end
+            and "idle"
+            not in subprocess.run(
+                ["sinfo", "-h", "-N", "-n", victim, "-o", "%T"], capture_output=True, text=True
+            ).stdout
+        ):
             time.sleep(0.5)
 
 
@@ -208,7 +233,9 @@ def test_stop_saves_and_does_not_come_back_until_resumed(cluster, lab_system, pl
 
 def test_array_runs_each_setting(cluster, lab_system, plain_recipe, tmp_path):
     run = tmp_path / "sweep"
-    request = fake_request(plain_recipe, run, nodes=1, gpus_per_node=1, array=(("train.seed", ("1", "2", "3")),), env=env(FAKE_FAIL=""))
+    request = fake_request(
+        plain_recipe, run, nodes=1, gpus_per_node=1, array=(("train.seed", ("1", "2", "3")),), env=env(FAKE_FAIL="")
+    )
     submitted(request, lab_system)
     found = wait_for(run, "done", "failed", seconds=90)
     assert found["state"] == "done" and len(found["tasks"]) == 3
@@ -233,10 +260,19 @@ def test_links_queued_at_once_stop_when_the_run_is_done(cluster, lab_system, pla
 
 
 def test_inherited_variables_do_not_change_the_job(cluster, lab_system, plain_recipe, tmp_path, monkeypatch):
-    for name, value in {"SBATCH_PARTITION": "dev", "SBATCH_TIMELIMIT": "1", "SLURM_CPU_BIND": "verbose,mask_cpu:0x1", "SLURM_EXPORT_ENV": "NONE", "SLURM_WAIT": "1"}.items():
+    for name, value in {
+        "SBATCH_PARTITION": "dev",
+        "SBATCH_TIMELIMIT": "1",
+        "SLURM_CPU_BIND": "verbose,mask_cpu:0x1",
+        "SLURM_EXPORT_ENV": "NONE",
+        "SLURM_WAIT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     run = tmp_path / "run"
-    submitted(fake_request(plain_recipe, run, nodes=1, env=env(FAKE_PRINT="SLURM_CPU_BIND,SLURM_WAIT,SLURM_JOB_PARTITION")), lab_system)
+    submitted(
+        fake_request(plain_recipe, run, nodes=1, env=env(FAKE_PRINT="SLURM_CPU_BIND,SLURM_WAIT,SLURM_JOB_PARTITION")),
+        lab_system,
+    )
     assert wait_for(run, *END, seconds=60)["state"] == "done"
     text = (run / "attempts" / "001" / "rank-0.log").read_text()
     assert "SLURM_JOB_PARTITION='main'" in text and "mask_cpu:0x1" not in text
@@ -248,3 +284,24 @@ def test_wrong_directive_is_refused_by_the_real_scheduler(cluster, lab_system, p
     sub = prepared(fake_request(plain_recipe, tmp_path / "run", partition="dev", nodes=3), lab_system)
     with pytest.raises(RunFailed, match="sbatch refused"):
         backends.get("slurm").submit(sub.run_dir)
+
+
+def test_the_command_line_from_launch_to_status(cluster, plain_recipe, tmp_path, cli, make_recipe):
+    """``aifactory launch --site`` with all checks, on a site where everything can be looked at."""
+    from conftest import LAB
+
+    recipe = make_recipe(settings={"train.max_steps": 2, "train.batch_rows": 4})
+    run = tmp_path / "by-hand"
+    common = [recipe, "--site", LAB, "--run-dir", run, "--nodes", "2", "--gpus-per-node", "1", "--time", "00:10:00", "--preflight", "off"]
+    code, out, err = cli("launch", *common, "--test-only")
+    assert code == 0 and "accepts" in err, err
+    run2 = tmp_path / "by-hand-2"
+    common[4] = run2
+    code, out, err = cli("launch", *common, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["jobs"] and told["ranks"] == 2 and not [f for f in told["findings"] if f["level"] != "warn"]
+    found = wait_for(run2, *END, seconds=240)
+    assert found["state"] == "done", found
+    code, out, _ = cli("status", run2)
+    assert "done" in out and "GPU-hours" in out

@@ -37,19 +37,27 @@ def test_every_usable_site_gets_a_script_that_parses(system_id):
 
 
 def test_ways_follow_the_profiles():
-    ways = {s: software.way_of(sites.load(s, overlay=False)) for s in ("lumi-g", "marenostrum5-acc", "jupiter-booster", "perun")}
+    ways = {
+        s: software.way_of(sites.load(s, overlay=False))
+        for s in ("lumi-g", "marenostrum5-acc", "jupiter-booster", "perun")
+    }
     assert ways["lumi-g"].kind == "overlay" and "rocm" not in (ways["lumi-g"].index or "")
     assert ways["marenostrum5-acc"].kind == "wheelhouse" and ways["marenostrum5-acc"].isa == "x86_64"
     assert ways["jupiter-booster"].isa == "aarch64" and ways["perun"].index and "cu129" in ways["perun"].index
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed; apt-get install shellcheck")
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="shellcheck is not installed; apt-get install shellcheck"
+)
 def test_scripts_are_clean(tmp_path):
     seen: dict[str, Path] = {}
     for system_id in SYSTEMS:
         system = sites.load(system_id, overlay=False)
         way = software.way_of(system)
-        seen.setdefault(f"{way.kind}-{system.launch.login_shell}-{bool(system.software.modules)}-{way.isa}", tmp_path / f"{system_id}.sh").write_text(software.script(system, way))
+        seen.setdefault(
+            f"{way.kind}-{system.launch.login_shell}-{bool(system.software.modules)}-{way.isa}",
+            tmp_path / f"{system_id}.sh",
+        ).write_text(software.script(system, way))
     done = subprocess.run(["shellcheck", "--format=gcc", *map(str, set(seen.values()))], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[:3000]
 
@@ -60,7 +68,9 @@ def test_script_refuses_the_wrong_instruction_set(tmp_path):
     path.write_text(software.script(system, software.way_of(system)))
     if subprocess.run(["uname", "-m"], capture_output=True, text=True).stdout.strip() == "aarch64":
         pytest.skip("this machine has the instruction set of the site")
-    done = subprocess.run(["bash", str(path)], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})
+    done = subprocess.run(
+        ["bash", str(path)], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    )
     assert done.returncode == 1 and "run it there" in done.stderr
 
 
@@ -81,7 +91,16 @@ def test_bundle_holds_code_script_and_cache(tmp_path, cli):
 
 
 def test_bundle_refuses_a_recipe_that_was_not_fetched(tmp_path, cli):
-    code, _, err = cli("env", "--site", "leonardo-booster", "--bundle", tmp_path / "b", "--no-wheels", "--recipe", "health/phenotype-terms")
+    code, _, err = cli(
+        "env",
+        "--site",
+        "leonardo-booster",
+        "--bundle",
+        tmp_path / "b",
+        "--no-wheels",
+        "--recipe",
+        "health/phenotype-terms",
+    )
     assert code == 2 and "fetch" in err
 
 
@@ -95,7 +114,10 @@ def test_foreign_wheels_are_found(tmp_path):
     wheel("pure-1-py3-none-any.whl", None)
     wheel("tag-1-cp311-cp311-manylinux_2_28_x86_64.whl", 62)
     wheel("lies-1-cp311-cp311-manylinux_2_28_aarch64.whl", 62)
-    assert software.foreign_wheels(tmp_path, "aarch64") == ["lies-1-cp311-cp311-manylinux_2_28_aarch64.whl", "tag-1-cp311-cp311-manylinux_2_28_x86_64.whl"]
+    assert software.foreign_wheels(tmp_path, "aarch64") == [
+        "lies-1-cp311-cp311-manylinux_2_28_aarch64.whl",
+        "tag-1-cp311-cp311-manylinux_2_28_x86_64.whl",
+    ]
 
 
 def test_verify_tells_what_is_missing(tmp_path):

@@ -13,8 +13,24 @@ from aifactory_train.launchers import backends, follow, runs
 from aifactory_train.launchers.here import this_machine
 from aifactory_train.launchers.request import Request
 
-SETTINGS = ("train.max_steps=6", "train.batch_rows=8", "checkpoint.every_steps=2", "eval.before=false", "eval.after=false", "export.automatic=false", "logging.tensorboard=false")
-LONG = ("train.max_steps=40", "train.epochs=40", "train.batch_rows=4", "eval.before=false", "eval.after=false", "export.automatic=false", "logging.tensorboard=false")
+SETTINGS = (
+    "train.max_steps=6",
+    "train.batch_rows=8",
+    "checkpoint.every_steps=2",
+    "eval.before=false",
+    "eval.after=false",
+    "export.automatic=false",
+    "logging.tensorboard=false",
+)
+LONG = (
+    "train.max_steps=40",
+    "train.epochs=40",
+    "train.batch_rows=4",
+    "eval.before=false",
+    "eval.after=false",
+    "export.automatic=false",
+    "logging.tensorboard=false",
+)
 
 
 def curve(run: Path) -> list[float]:
@@ -32,7 +48,17 @@ def local_request(recipe: Path, run: Path, **more) -> Request:
 
 
 def lab_request(recipe: Path, run: Path, overrides=SETTINGS, **more) -> Request:
-    base = {"recipe": str(recipe), "site": str(LAB), "nodes": 2, "gpus_per_node": 2, "time_s": 900, "preflight": "off", "hang_s": 0, "run_dir": str(run), "overrides": overrides}
+    base = {
+        "recipe": str(recipe),
+        "site": str(LAB),
+        "nodes": 2,
+        "gpus_per_node": 2,
+        "time_s": 900,
+        "preflight": "off",
+        "hang_s": 0,
+        "run_dir": str(run),
+        "overrides": overrides,
+    }
     return Request(**{**base, **more})
 
 
@@ -91,7 +117,9 @@ def test_slurm_gives_the_same_curve(cluster, lab_system, reference, tmp_path, st
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("how", ["requeue", "chain"])
-def test_time_limit_ends_with_the_weights_of_an_uninterrupted_run(cluster, lab_system, reference, tmp_path, uninterrupted, how):
+def test_time_limit_ends_with_the_weights_of_an_uninterrupted_run(
+    cluster, lab_system, reference, tmp_path, uninterrupted, how
+):
     """Stopped by the deadline in the middle, resumed by the scheduler: the checkpoint of the last step is equal bit by bit."""
     recipe, _ = reference
     run = tmp_path / how
@@ -134,7 +162,9 @@ def wait_step(run: Path, step: int, seconds: float = 120) -> None:
     end = time.time() + seconds
     while time.time() < end:
         path = run / "metrics.jsonl"
-        if path.exists() and any(json.loads(line).get("step", 0) >= step for line in path.read_text().splitlines() if line.endswith("}")):
+        if path.exists() and any(
+            json.loads(line).get("step", 0) >= step for line in path.read_text().splitlines() if line.endswith("}")
+        ):
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} was not reached")

@@ -64,7 +64,9 @@ class Judge:
             return list(pool.map(self.one, paths))
 
     def one(self, path: Path) -> tuple[bool, str]:
-        done = subprocess.run(["sbatch", "--test-only", str(path)], env=self.env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["sbatch", "--test-only", str(path)], env=self.env, capture_output=True, text=True, timeout=60
+        )
         return done.returncode == 0, " ".join(done.stderr.split())
 
 
@@ -97,7 +99,12 @@ def test_twin_accepts_what_we_allow_and_nothing_more(system_id: str, tmp_path: P
         for style in ("torchrun", "srun"):
             for nodes in sorted({low, high or UNKNOWN_NODES}):
                 if system.partitions[key].purpose != "data":
-                    add(f"{key} {style} on {nodes}", request_for(system, recipes[0], nodes, key, style=style), recipe, True)
+                    add(
+                        f"{key} {style} on {nodes}",
+                        request_for(system, recipes[0], nodes, key, style=style),
+                        recipe,
+                        True,
+                    )
         if high:
             add(f"{key} on {high + 1}", request_for(system, recipes[0], high + 1, key), recipe, False)
         time = system.limits(key)["max_time"]
@@ -115,7 +122,9 @@ def test_twin_accepts_what_we_allow_and_nothing_more(system_id: str, tmp_path: P
         verdicts = dict(zip(asked, judge.many([cases[i][1] for i in asked]), strict=True))
         for i, (label, _, rule) in enumerate(cases):
             accepted = rule is None and verdicts[i][0]
-            assert accepted is expected[i], f"{system_id}, {label}: expected {'yes' if expected[i] else 'no'}, our rule {rule}, twin {verdicts.get(i)}"
+            assert accepted is expected[i], (
+                f"{system_id}, {label}: expected {'yes' if expected[i] else 'no'}, our rule {rule}, twin {verdicts.get(i)}"
+            )
         for name, (accepted, said) in zip(broken, judge.many(list(broken.values())), strict=True):
             assert not accepted, f"{system_id}: the twin accepted a script with {name}: {said}"
     record_property("judged", len(asked) + len(broken))
@@ -132,7 +141,9 @@ def test_twin_refuses_what_only_its_reserved_cores_forbid(tmp_path):
     system = sites.load("lumi-g", overlay=False)
     recipe_id = recipe_ids()[0]
     script = build(request_for(system, recipe_id, 1), system, load_recipe(recipe_id), files=False).script
-    full = script.replace("--cpus-per-task=7", "--cpus-per-task=8").replace("#SBATCH --nodes=1", "#SBATCH --nodes=1\n#SBATCH --threads-per-core=1")
+    full = script.replace("--cpus-per-task=7", "--cpus-per-task=8").replace(
+        "#SBATCH --nodes=1", "#SBATCH --nodes=1\n#SBATCH --threads-per-core=1"
+    )
     with twin(config(system)) as env:
         ok, wrong = Judge(env, tmp_path).many([script, full])
     assert ok[0] and not wrong[0], (ok, wrong)
