@@ -50,6 +50,8 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.loss_rows = loss_rows
+        #: folder whose weights an engine has yet to read shard by shard; None where they are in the parameters
+        self.unread: Path | None = None
         self.logit_scale = _logit_scale(self.language_model.config)
         _check_output_layer(self.language_model.get_output_embeddings())
 
@@ -426,9 +428,18 @@ def apply_operators(core: CausalLM, recipe: Recipe, *, device: str, engine: str,
 
 
 def build_model(
-    recipe: Recipe, path: Path, tokenizer, *, device: str, precision: Precision, report: ModelReport
+    recipe: Recipe,
+    path: Path,
+    tokenizer,
+    *,
+    device: str,
+    precision: Precision,
+    report: ModelReport,
+    sharded: bool = False,
 ) -> CausalLM:
     """Load, check, adapt, cast and wrap, in this order.
+
+    ``sharded``: build without weights where the files allow it; the engine reads each rank's rows (``CausalLM.unread``).
 
     ``path`` is the recipe's base (:func:`aifactory_train.sources.resolve_model`); with ``model.start_from`` the weights come
     from :func:`base_folder` instead.
@@ -439,11 +450,50 @@ def build_model(
         report.add("base weights", str(path), "model.start_from")
     # Weights that will be trained are read in their own type: going through bf16 would round an fp32 base for good.
     dtype = precision.parameters if whole else precision.frozen
-    model = load_language_model(path, recipe, device=device, dtype=dtype, report=report)
+    unread = path if sharded and _loads_by_shard(path, recipe, device=device, dtype=dtype, report=report) else None
+    if unread is not None:
+        model = empty_language_model(path, recipe, device=device, dtype=dtype, report=report)
+    else:
+        model = load_language_model(path, recipe, device=device, dtype=dtype, report=report)
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
     model = apply_adapter(model, recipe, report)
     if recipe.model.start_from:
         start_from_adapter(model, recipe, report)
     apply_precision(model, precision)
-    return CausalLM(model, recipe.train.loss_chunk_tokens)
+    core = CausalLM(model, recipe.train.loss_chunk_tokens)
+    core.unread = unread
+    return core
+
+
+def _loads_by_shard(path: Path, recipe: Recipe, *, device: str, dtype: torch.dtype, report: ModelReport) -> bool:
+    """Whether every rank may read its own rows of the weights alone; the reason if not goes into the report."""
+    from aifactory_train.parallel.materialise import why_not
+
+    attention.register()
+    if recipe.adapter.kind == "dora":
+        reason: str | None = "DoRA starts from the norms of the base weights"
+    elif recipe.model.trust_remote_code:
+        reason = "the model's own code decides how it is loaded"
+    else:
+        reason = why_not(load_config(path, recipe), path, attention.choose(recipe.model.attention, device)[0], dtype)
+    report.add(
+        "loading",
+        "each rank its rows" if reason is None else "the whole model on each rank",
+        reason or "sharded engine",
+    )
+    return reason is None
+
+
+def empty_language_model(
+    path: Path, recipe: Recipe, *, device: str, dtype: torch.dtype, report: ModelReport
+) -> nn.Module:
+    """The same model as :func:`load_language_model` without memory for its weights (stride-0 zeros on the host)."""
+    from aifactory_train.parallel.materialise import skeleton
+
+    name, why = attention.choose(recipe.model.attention, device)
+    report.add("attention", name.removeprefix("aifactory_"), why)
+    model = skeleton(load_config(path, recipe), name, dtype)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model

@@ -99,6 +99,7 @@ class Trainer:
         self.precision, why = choose_precision(recipe, world.device)
         self.report = ModelReport()
         self.report.add("precision", self.precision.describe(), why)
+        name, why = choose_engine(recipe, world)
         core = build_model(
             recipe,
             resolve_model(recipe.model),
@@ -106,8 +107,8 @@ class Trainer:
             device=world.device,
             precision=self.precision,
             report=self.report,
+            sharded=name in ("fsdp2", "hsdp"),
         )
-        name, why = choose_engine(recipe, world)
         apply_operators(core, recipe, device=world.device, engine=name, report=self.report)
         self.engine = build_engine(name, core, recipe, self.precision, world)
         for line in self.engine.describe():

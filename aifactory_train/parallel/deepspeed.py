@@ -115,10 +115,6 @@ class DeepSpeedEngine:
         settings = recipe.train
         optimizer = build_optimizer(parameter_groups(self.named, settings.weight_decay), settings)
         buffers = {name: buffer.clone() for name, buffer in core.named_buffers()}
-        if stage == 3 and any(p.is_meta for p in core.parameters()):
-            from aifactory_train.parallel.materialise import materialise_zero3
-
-            materialise_zero3(deepspeed, core, recipe, world, precision, self.config)
         if stage == 3:
             # CausalLM reads the output weight itself, outside the forward of the layer that owns it.
             deepspeed.zero.register_external_parameter(core, core.output_weight)

@@ -78,14 +78,16 @@ class FSDPEngine(TorchEngine):
         self.mesh = build_mesh(torch.device(world.device).type, world.size, shard_size)
         # On CPU ranks the state already lies in host memory.
         self.offload = recipe.parallel.offload_optimizer and world.device != "cpu"
-        on_meta = any(p.is_meta for p in core.parameters())
-        if not on_meta:
-            agree_on_trained(core)
-        apply_fsdp(core, self.mesh, compute=precision.compute, reduce=precision.reduce, offload=self.offload)
-        if on_meta:
-            from aifactory_train.parallel.materialise import materialise
+        from aifactory_train.parallel import materialise
 
-            materialise(core, recipe, world, precision, host=self.offload)
+        if core.unread is not None:
+            materialise.to_meta(core)
+        agree_on_trained(core)
+        apply_fsdp(core, self.mesh, compute=precision.compute, reduce=precision.reduce, offload=self.offload)
+        if core.unread is not None:
+            materialise.to_memory(core, "cpu" if self.offload else world.device)
+            materialise.load_rows(core, core.unread)
+            core.unread = None
         self.module: nn.Module = core
         self._build_optimizer()
 
@@ -160,7 +162,7 @@ def first_row(rows: int, mesh: DeviceMesh) -> int:
 def agree_on_trained(core: nn.Module) -> None:
     """Every rank starts from rank 0's trained parameters (frozen ones are read from the same files)."""
     for parameter in core.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not parameter.is_meta:  # meta: read from the same files
             dist.broadcast(parameter.data, 0)
 
 
