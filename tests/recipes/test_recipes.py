@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from aifactory_train.recipes.health import phenotype
-from aifactory_train.recipes.language import udhr
 
 from aifactory_train.config import RECIPES_DIR, load_recipe, recipe_ids
 from aifactory_train.errors import UserError
+from aifactory_train.recipes.health import phenotype
+from aifactory_train.recipes.language import udhr
 
 OBO = """format-version: 1.2
 
@@ -151,6 +151,20 @@ def test_own_rows_are_one_override_away(name, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"prompt": "q", "completion": "a"}\n' * 2)
     recipe = load_recipe(name, [f"data.train={tmp_path / 'mine.jsonl'}"])
     assert [s.converter for s in recipe.data.train] == [None] and recipe.data.eval is None
+
+
+def test_every_package_of_a_recipe_has_its_expected_digest():
+    """A registry that serves other content than the recipe was written for is refused."""
+    from aifactory_train.sources import known_digests
+
+    digests = known_digests()
+    assert all(len(d) == 64 and int(d, 16) >= 0 for d in digests.values())
+    for name in recipe_ids():
+        recipe = load_recipe(name)
+        used = [recipe.model.base, *(s.source for s in [*recipe.data.train, *(recipe.data.eval or [])])]
+        for source in used:
+            if source.startswith(("pypi:", "npm:")):
+                assert source.partition("#")[0] in digests, f"{name}: {source}"
 
 
 def aifactory(*args: str) -> subprocess.CompletedProcess[str]:
