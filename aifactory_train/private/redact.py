@@ -90,6 +90,6 @@ def _excepthook(kind: type[BaseException], error: BaseException | None, trace: t
 
 
 def _showwarning(
-    text: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     print(f"{filename}:{lineno}: {category.__name__} [message withheld by the privacy profile]", file=sys.stderr)

@@ -90,7 +90,7 @@ def verdict(base: Base, this_run: float, earlier: float = 0.0) -> dict[str, Any]
             else f"(a third of {SYSTEMIC_FLOP if base.systemic else GPAI_FLOP:.0e}, point 61, because the base's is unknown)."
         )
     )
-    if base_is_gpai is False:
+    if base.flop is not None and not base_is_gpai:
         lines.append(
             f"The base is below {GPAI_FLOP:.0e} FLOP, the indicator for a general-purpose model (point 17), so the one-third "
             f"rule does not apply to it; what counts is whether base and modifications together cross the indicator: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -133,7 +134,21 @@ def container() -> dict[str, Any]:
     return {"image": None, "sha256": None}
 
 
-def run_section(recipe: Recipe, run_id: str, *, private: bool) -> dict[str, Any]:
+def site_name(recipe: Recipe, folder: Path) -> str | None:
+    """The site that the recipe, the launcher or the plan of this run names."""
+    named = recipe.record.site or os.environ.get("AIFACTORY_SITE")
+    if named:
+        return named
+    try:
+        plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    site = plan.get("site") if isinstance(plan, dict) else None
+    return site if isinstance(site, str) else None
+
+
+def run_section(recipe: Recipe, folder: Path, *, private: bool) -> dict[str, Any]:
+    run_id = folder.resolve().name
     who = hashlib.sha256(f"{run_id}|{os.getuid()}|{platform.node()}".encode()).hexdigest()[:16]
     return {
         "id": run_id,
@@ -141,7 +156,7 @@ def run_section(recipe: Recipe, run_id: str, *, private: bool) -> dict[str, Any]
         "recipe": recipe.id,
         "title": recipe.about.title,
         "created": now(),
-        "host_site": recipe.record.site or os.environ.get("AIFACTORY_SITE") or missing("user: record.site"),
+        "host_site": site_name(recipe, folder) or missing("user: record.site"),
         "scheduler": scheduler(),
         "user_hash": who,  # not the name: records are passed on
         "code": code(),

@@ -193,7 +193,7 @@ class Recorder:
         before = self._known()
         values: dict[str, Any] = {}
         if "run" not in before:
-            values["run"] = collect.run_section(recipe, self.run.path.resolve().name, private=self.private)
+            values["run"] = collect.run_section(recipe, self.run.path, private=self.private)
             values["people"] = collect.people_section()
             values["eval"] = {}
             values["artefact"] = {"files": missing("not exported yet")}
@@ -305,7 +305,7 @@ class Recorder:
     def _load_site(self) -> None:
         from aifactory_train.energy import site_factors
 
-        self._site = site_factors(self.recipe.record.site or os.environ.get("AIFACTORY_SITE"))
+        self._site = site_factors(collect.site_name(self.recipe, self.run.path))
 
     def _lineage(self) -> tuple[float, dict[str, Any]]:
         """Model FLOP of the runs that this one started from, by their records."""

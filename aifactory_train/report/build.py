@@ -185,7 +185,8 @@ def _cards(record: dict[str, Any], results: dict[str, Any]) -> str:
             if law["share_of_threshold"] < 0.1
             else "below"
         )
-        cards.append(("one-third test", f"{law['share_of_threshold']:.2g} of it", flag))
+        share = law["share_of_threshold"]
+        cards.append(("one-third test", f"{share:.2g} of it" if share >= 1e-4 else "below 0.0001 of it", flag))
     items = "".join(
         f'<li><span class="label">{html.escape(a)}</span><span class="figure">{html.escape(b)}</span><span class="more">{html.escape(c)}</span></li>'
         for a, b, c in cards
@@ -232,14 +233,10 @@ def _curves(metrics: list[dict[str, Any]], record: dict[str, Any], plan: dict[st
 
 
 def _planned_bytes(plan: dict[str, Any]) -> float | None:
-    """What the plan expected per device, where a plan was made."""
-    memory = plan.get("memory") if isinstance(plan.get("memory"), dict) else {}
-    for key in ("total_bytes", "peak_bytes", "bytes"):
-        if isinstance(memory.get(key), (int, float)):
-            return float(memory[key])
-    for key in ("total_gib", "peak_gib", "gib"):
-        if isinstance(memory.get(key), (int, float)):
-            return float(memory[key]) * 2**30
+    """What the plan expected on a device, where a plan was made (GiB by purpose, with their total)."""
+    parts = plan.get("memory_gib")
+    if isinstance(parts, dict) and isinstance(parts.get("total"), (int, float)):
+        return float(parts["total"]) * 2**30
     return None
 
 

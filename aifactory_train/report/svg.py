@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 BUCKETS = 400
 WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 34
+LEFT, RIGHT, TOP, BOTTOM = 70, 12, 14, 34
 
 
 @dataclass
@@ -72,8 +72,9 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 def short(value: float) -> str:
     """A number as an axis shows it."""
     size = abs(value)
-    if size >= 1e15 or (0 < size < 1e-3):
-        return f"{value:.3g}"
+    if size >= 1e15 or 0 < size < 0.01:
+        digits, _, power = f"{value:.2e}".partition("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
     for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= limit:
             return f"{value / limit:.3g}{suffix}"

@@ -124,7 +124,7 @@ def test_ticks_are_few_and_inside(low, width):
 
 
 def test_short_numbers():
-    assert [short(x) for x in (0, 0.5, 1234, 2.5e6, 3e-7)] == ["0", "0.5", "1.23k", "2.5M", "3e-07"]
+    assert [short(x) for x in (0, 0.5, 1234, 2.5e6, 3e-7)] == ["0", "0.5", "1.23k", "2.5M", "3e-7"]
     assert [duration(x) for x in (12, 120, 7200, 200_000)] == ["12 s", "2 min", "2 h", "2.31 d"]
 
 

@@ -55,7 +55,7 @@ def _curation(record: dict[str, Any]) -> str:
     parts = []
     for entry in record.get("data", []):
         rows = entry.get("rows")
-        counts = next((s.get("counts") for s in entry.get("pipeline", []) if s.get("counts")), {})
+        counts: Any = next((s.get("counts") for s in entry.get("pipeline", []) if s.get("counts")), {})
         parts.append(
             f"{entry['name']}: {rows} rows read and validated, {entry.get('documents')} documents after rendering"
             + (f" ({text_of(counts)})" if counts else "")
