@@ -128,19 +128,6 @@ def rows2d(x: torch.Tensor) -> torch.Tensor:
     return flat
 
 
-def vjp(function, inputs, grads, wanted):
-    """Gradients of ``function(*inputs)`` for the tensors marked in ``wanted``: the torch path of a backward operator."""
-    with torch.enable_grad():
-        leaves = [
-            t.detach().requires_grad_(w) if isinstance(t, torch.Tensor) else t
-            for t, w in zip(inputs, wanted, strict=True)
-        ]
-        out = function(*leaves)
-        out = out if isinstance(out, tuple) else (out,)
-        targets = [t for t, w in zip(leaves, wanted, strict=True) if w]
-        return torch.autograd.grad(out, targets, grads)
-
-
 def wide(x: torch.Tensor) -> torch.Tensor:
     """At least fp32: half types are widened, fp32 and fp64 stay."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

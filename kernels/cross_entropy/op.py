@@ -81,8 +81,7 @@ def _(logits, labels, scale, softcap):
 )
 def cross_entropy_bwd(grad, logits, labels, lse, scale, softcap):
     if not runtime.use_triton("cross_entropy", logits):
-        inputs = (logits, labels, scale, softcap or None)
-        return runtime.vjp(reference.cross_entropy, inputs, grad, (True, False, False, False))[0].contiguous()
+        return reference.cross_entropy_backward(grad, logits, labels, scale, softcap or None).to(logits.dtype)
     return launch_backward(grad, runtime.rows2d(logits), labels, lse, logits.new_empty(logits.shape), scale, softcap)
 
 

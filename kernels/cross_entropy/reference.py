@@ -18,3 +18,15 @@ def cross_entropy(
     """Loss of every row, [N] in at least fp32; 0 where the label is -100."""
     f = shape_logits(logits, scale, softcap)
     return torch.nn.functional.cross_entropy(f, labels, ignore_index=IGNORE, reduction="none")
+
+
+def cross_entropy_backward(
+    grad: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, scale: float = 1.0, softcap: float | None = None
+) -> torch.Tensor:
+    """``grad[row] * d loss[row] / d logits`` in closed form, in at least fp32; 0 where the label is -100."""
+    shaped = shape_logits(logits, scale, softcap)
+    slope = torch.softmax(shaped, -1)
+    slope.scatter_add_(1, labels.clamp(min=0).unsqueeze(1), slope.new_full((labels.shape[0], 1), -1.0))
+    if softcap:
+        slope *= 1 - (shaped / softcap).square()
+    return slope * (grad * scale * (labels != IGNORE)).unsqueeze(1)

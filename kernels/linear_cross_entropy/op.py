@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 
 from aifactory_train.kernels import runtime
-from aifactory_train.kernels.cross_entropy.reference import shape_logits
+from aifactory_train.kernels.cross_entropy.reference import cross_entropy_backward, shape_logits
 from aifactory_train.kernels.linear_cross_entropy import space
 
 log = logging.getLogger(__name__)
@@ -167,13 +167,8 @@ def _loss_and_gradient(logits, labels, scale, softcap, gradient):
     losses = torch.nn.functional.cross_entropy(shaped, labels, ignore_index=runtime.IGNORE, reduction="none")
     if not gradient:
         return losses, None
-    valid = labels != runtime.IGNORE
-    grad = torch.softmax(shaped, -1)
-    grad.scatter_add_(1, labels.clamp(min=0).unsqueeze(1), grad.new_full((labels.shape[0], 1), -1.0))
-    if softcap:
-        grad *= 1 - (shaped / softcap).square()
-    grad *= (valid.to(grad.dtype) * scale).unsqueeze(1)
-    return losses, logits.copy_(grad)
+    one = torch.ones_like(losses)
+    return losses, logits.copy_(cross_entropy_backward(one, logits, labels, scale, softcap or None))
 
 
 def _launch(logits, labels, scale, softcap):

@@ -9,7 +9,7 @@ import torch
 
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.cross_entropy.op import launch_backward, launch_forward
-from aifactory_train.kernels.cross_entropy.reference import shape_logits
+from aifactory_train.kernels.cross_entropy.reference import cross_entropy_backward, shape_logits
 from aifactory_train.kernels.linear_cross_entropy.op import accumulate, pick, prepare, project
 from aifactory_train.kernels.linear_cross_entropy.space import chunk_rows
 from aifactory_train.kernels.linear_dpo import reference
@@ -118,13 +118,7 @@ def linear_logps_bwd(grad, hidden, weight, labels, bias, lse, scale, softcap, ch
         if runtime.use_triton(NAME, logits):
             dlogits = launch_backward(minus, logits, label, lse[here], logits, scale, softcap)
         else:
-            shaped = shape_logits(logits, scale, softcap or None)
-            slope = torch.softmax(shaped, -1)
-            slope.scatter_add_(1, label.clamp(min=0).unsqueeze(1), slope.new_full((label.shape[0], 1), -1.0))
-            if softcap:
-                slope *= 1 - (shaped / softcap).square()
-            slope *= (minus * scale * (label != runtime.IGNORE)).unsqueeze(1)
-            dlogits = logits.copy_(slope)
+            dlogits = logits.copy_(cross_entropy_backward(minus, logits, label, scale, softcap or None))
         dh[here] = dlogits @ weight
         accumulate(dw, dlogits, h)
         db += dlogits.sum(0, dtype=dtype)

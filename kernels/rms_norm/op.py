@@ -44,8 +44,8 @@ def _(x, weight, eps, offset):
 )
 def rms_norm_bwd(dy, x, weight, rstd, eps, offset):
     if not runtime.use_triton("rms_norm", x):
-        grads = runtime.vjp(reference.rms_norm, (x, weight, eps, offset), dy, (True, weight is not None, False, False))
-        return grads[0], grads[1] if weight is not None else x.new_empty(0)
+        dx, dw = reference.rms_norm_backward(dy, x, weight, eps, offset)
+        return dx, dw if dw is not None else x.new_empty(0)
     return launch_backward("rms_norm", dy, None, x, weight, rstd, offset)
 
 

@@ -4,6 +4,7 @@ import torch
 
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.rms_norm.op import launch_backward, launch_forward
+from aifactory_train.kernels.rms_norm.reference import rms_norm_backward
 from aifactory_train.kernels.rms_norm_residual import reference
 
 NAME = "rms_norm_residual"
@@ -48,10 +49,8 @@ def _(x, residual, weight, eps, offset):
 )
 def rms_norm_residual_bwd(dy, ds, s, weight, rstd, eps, offset):
     if not runtime.use_triton(NAME, s):
-        from aifactory_train.kernels.rms_norm.reference import rms_norm
-
-        grads = runtime.vjp(rms_norm, (s, weight, eps, offset), dy, (True, weight is not None, False, False))
-        return grads[0] + ds, grads[1] if weight is not None else s.new_empty(0)
+        dx, dw = rms_norm_backward(dy, s, weight, eps, offset)
+        return dx + ds, dw if dw is not None else s.new_empty(0)
     return launch_backward(NAME, dy, ds, s, weight, rstd, offset)
 
 

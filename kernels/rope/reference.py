@@ -2,7 +2,7 @@
 
 import torch
 
-from aifactory_train.kernels.rms_norm.reference import rms_norm
+from aifactory_train.kernels.rms_norm.reference import rms_norm, rms_norm_backward
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -26,3 +26,10 @@ def rope(
     if q_weight is not None and k_weight is not None:
         q, k = rms_norm(q, q_weight, eps, offset), rms_norm(k, k_weight, eps, offset)
     return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def rope_norm_backward(dq, dk, q, k, cos, sin, q_weight, k_weight, eps, offset):
+    """(dq, dk, dq_weight, dk_weight) in closed form: turn back, then through each head's normalisation."""
+    gq, wq = rms_norm_backward(rotate(dq, cos, -sin), q, q_weight, eps, offset)
+    gk, wk = rms_norm_backward(rotate(dk, cos, -sin), k, k_weight, eps, offset)
+    return gq, gk, wq, wk

@@ -127,10 +127,8 @@ def quick() -> None:
     kinds: dict[object, object] = {}
 
     def np_dtype(kind):
-        if (
-            isinstance(kind, tl.pointer_type)
-            or isinstance(kind, tl.block_type)
-            and isinstance(kind.element_ty, tl.pointer_type)
+        if isinstance(kind, tl.pointer_type) or (
+            isinstance(kind, tl.block_type) and isinstance(kind.element_ty, tl.pointer_type)
         ):
             return of_type(kind)
         name = kind.scalar.name

@@ -96,7 +96,10 @@ def count(
             if run is None:
                 continue
             with interpreter.counting(dry=True) as launches:
-                out = run() if direction == "forward" else run(out)  # noqa: F821 - set by the forward run
+                if direction == "forward":
+                    made = run()
+                else:
+                    run(made)
             floor = operator.floor(direction, dtype, shape)
             moved, requested = sum(x.bytes for x in launches), sum(x.requested for x in launches)
             yield {

@@ -9,10 +9,11 @@ import transformers
 
 from aifactory_train.kernels_apply import apply_kernels
 
-SMALL = dict(
-    vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="eager",
-)  # fmt: skip
+SMALL = {
+    "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "attn_implementation": "eager",
+}  # fmt: skip
 #: family -> (configuration class, extra settings, operators that must be in the model)
 NORM, MLP, ROPE, ADD = "rms_norm", "swiglu", "rope", "rms_norm_residual"
 FAMILIES = {

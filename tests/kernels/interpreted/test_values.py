@@ -49,8 +49,8 @@ def test_rms_norm(dtype, lead, width, strided, weighted):
     for offset in (0.0, 1.0):
         compare(
             "rms_norm",
-            lambda a, b: ops.rms_norm(a, b, 1e-5, offset),
-            lambda a, b: rms_norm(a, b, 1e-5, offset),
+            lambda a, b, o=offset: ops.rms_norm(a, b, 1e-5, o),
+            lambda a, b, o=offset: rms_norm(a, b, 1e-5, o),
             (x, w),
             (True, weighted),
         )
@@ -210,7 +210,15 @@ def test_adamw8bit(dtype, shape):
     from aifactory_train.kernels.adamw8bit import reference
     from aifactory_train.kernels.adamw8bit.op import new_state
 
-    arguments = dict(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, bias1=1 - 0.9**3, bias2=1 - 0.999**3)
+    arguments = {
+        "lr": 0.01,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "bias1": 1 - 0.9**3,
+        "bias2": 1 - 0.999**3,
+    }
     start = torch.randn(shape).to(dtype)
     state = new_state(start)
     with torch.no_grad():  # a state that two steps have filled
