@@ -118,7 +118,8 @@ def family_of(model: nn.Module) -> str | None:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = getattr(model, "get_base_model", None)
+    return base() if base else model
 
 
 def _hidden_size(model: nn.Module) -> int:
@@ -206,7 +207,8 @@ def _layer_norm():
 
 
 def _eps(norm: nn.Module) -> float:
-    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    value: Any = getattr(norm, "variance_epsilon", None)
+    return float(norm.eps if value is None else value)  # type: ignore[arg-type]
 
 
 def _mlp(module: nn.Module, skip: Collection[str]) -> tuple[str | None, str]:
@@ -229,7 +231,7 @@ def _gated(kind: str):
 
 
 def _attention(module: nn.Module, skip: Collection[str]) -> tuple[str | None, str]:
-    forward = _original_class(module).forward
+    forward: Any = _original_class(module).forward  # type: ignore[attr-defined]
     if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
         return None, "its forward is wrapped by a decorator"
     if "apply_rotary_pos_emb" not in forward.__code__.co_names:
@@ -260,7 +262,8 @@ def _with_rope(forward: types.FunctionType) -> types.FunctionType:
 
 def _layer(module: nn.Module, family: str, skip: Collection[str]) -> tuple[str | None, str] | None:
     """Fuse the residual addition after attention into the norm that follows, where the layer is of the plain pre-norm form."""
-    forward = inspect.unwrap(_original_class(module).forward)  # transformers wraps it for activation checkpointing
+    # Unwrapped, because transformers wraps every layer's forward for activation checkpointing (our subclass's too).
+    forward: Any = inspect.unwrap(_original_class(module).forward)  # type: ignore[attr-defined]
     pairs = [("input_layernorm", "post_attention_layernorm"), ("attention_layernorm", "feedforward_layernorm")]
     norms = next((p for p in pairs if all(hasattr(module, n) for n in p)), None)
     if norms is None or not _original_class(getattr(module, norms[1])).__name__.endswith("RMSNorm"):

@@ -7,18 +7,20 @@ are summed over rows come out as partial sums. The normalised, gated or vocabula
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 
-def gathered(weight: torch.Tensor) -> torch.Tensor:
+def gathered(weight: Any) -> torch.Tensor:
     """A plain tensor: a DTensor weight is gathered, and its gradient goes back as a partial sum (reduce-scattered to its shards)."""
     if _DTENSOR is None or not isinstance(weight, _DTENSOR):
         return weight
     from torch.distributed.tensor import Partial, Replicate
 
-    mesh = weight.device_mesh
-    return weight.redistribute(mesh, [Replicate()] * mesh.ndim).to_local(grad_placements=[Partial()] * mesh.ndim)
+    sharded: Any = weight
+    mesh = sharded.device_mesh
+    return sharded.redistribute(mesh, [Replicate()] * mesh.ndim).to_local(grad_placements=[Partial()] * mesh.ndim)
 
 
 # The DTensor class once the rules are registered; a plain variable, because torch.compile traces the test in `gathered`.

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     check.add_argument("--dtype", action="append", choices=("bf16", "fp16", "fp32"), help="default: bf16 and fp32")
     check.add_argument(
+        "--subset",
         "--quick",
+        dest="quick",
         action="store_true",
         help="two shapes an operator; without --target the three targets of the PR tests",
     )
@@ -122,10 +124,10 @@ def _targets(args: argparse.Namespace, default: list[str] | None = None) -> list
 
 def _chip(site: str) -> tuple[str, str | None]:
     """Architecture and SKU of a system's GPU."""
-    from aifactory_train import sites
     from aifactory_train.kernels import hardware
+    from aifactory_train.sites import load
 
-    gpu = sites.load(site).gpu
+    gpu = load(site).gpu
     arch = gpu.arch
     if arch not in hardware.TARGETS:
         raise UserError(f"the GPU of {site} is {arch or 'unknown'}: the kernels are proven for {', '.join(hardware.TARGETS)}",

@@ -82,15 +82,12 @@ def _chunk(hidden, rows, vocab):
 def linear_cross_entropy_fwd(hidden, weight, labels, bias, scale, softcap, chunk, supervised, need_hidden, need_weight):
     rows, picked, overflow = pick(labels, supervised)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    dh = (
-        hidden.new_zeros(hidden.shape if picked is None else (hidden.shape[0] + 1, hidden.shape[1]))
-        if need_hidden
-        else None
-    )
+    extra = 0 if picked is None else 1  # one row more takes the gradient of padding indices
+    dh = hidden.new_zeros((hidden.shape[0] + extra, hidden.shape[1]) if need_hidden else 0)
     dw = weight.new_zeros(weight.shape, dtype=dtype) if need_weight else None
     db = weight.new_zeros(weight.shape[0], dtype=dtype) if need_weight and bias is not None else None
     loss = hidden.new_zeros((), dtype=dtype)
-    buffer = weight.new_empty(min(chunk, rows), weight.shape[0]) if rows else None
+    buffer = weight.new_empty(min(chunk, rows), weight.shape[0])
     for first in range(0, rows, chunk):
         here = slice(first, min(first + chunk, rows))
         if picked is None:
@@ -107,20 +104,19 @@ def linear_cross_entropy_fwd(hidden, weight, labels, bias, scale, softcap, chunk
             if picked is None:
                 dh[here] = part
             else:
-                dh.index_copy_(0, picked[here], part)  # row N takes the padding and is cut off below
+                dh.index_copy_(0, picked[here], part)
         if need_weight:
             accumulate(dw, dlogits, h)
             if db is not None:
                 db += dlogits.sum(0, dtype=dtype)
     if overflow is not None:
         loss = torch.where(overflow, float("nan"), loss)
-    empty = hidden.new_empty(0)
-    if need_hidden and picked is not None:
-        dh = dh[:-1].clone() if dh.shape[0] == 1 else dh.resize_(hidden.shape)
+    if need_hidden and extra:
+        dh = dh.resize_(hidden.shape)
     return (
         loss.float() if dtype == torch.float32 else loss,
-        dh if need_hidden else empty,
-        dw if need_weight else empty.clone(),
+        dh,
+        dw if dw is not None else hidden.new_empty(0),
         db if db is not None else hidden.new_empty(0),
     )
 
@@ -201,7 +197,7 @@ def _mixed_gemm(kind: str, index: int | None, dtype: torch.dtype) -> bool:
     """Whether this device's ``addmm`` takes half inputs with an fp32 accumulator; tried once on a small matrix, and logged."""
     if kind != "cuda":
         return False
-    device = torch.device(kind, index)
+    device = torch.device(kind, index or 0)
     total, a = torch.zeros(16, 16, device=device), torch.eye(16, device=device, dtype=dtype)
     try:
         torch.addmm(total, a, a, out_dtype=torch.float32, out=total)

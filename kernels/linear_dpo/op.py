@@ -76,7 +76,7 @@ def linear_logps_fwd(hidden, weight, labels, bias, scale, softcap, chunk):
     rows, picked, _ = pick(labels, -1)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logps, lse = (hidden.new_zeros(labels.shape[0], dtype=dtype) for _ in range(2))
-    buffer = weight.new_empty(min(chunk, rows), weight.shape[0]) if rows else None
+    buffer = weight.new_empty(min(chunk, rows), weight.shape[0])
     for first in range(0, rows, chunk):
         here = _rows(labels, first, min(first + chunk, rows), picked)
         h, label = hidden[here], labels[here]
@@ -109,7 +109,7 @@ def linear_logps_bwd(grad, hidden, weight, labels, bias, lse, scale, softcap, ch
     dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     dw = weight.new_zeros(weight.shape, dtype=dtype)
     db = weight.new_zeros(weight.shape[0], dtype=dtype)
-    buffer = weight.new_empty(min(chunk, rows), weight.shape[0]) if rows else None
+    buffer = weight.new_empty(min(chunk, rows), weight.shape[0])
     for first in range(0, rows, chunk):
         here = _rows(labels, first, min(first + chunk, rows), picked)
         h, label = hidden[here], labels[here]

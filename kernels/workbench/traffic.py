@@ -92,14 +92,12 @@ def count(
     operator = registry.operator(op)
     with runtime.interpret(arch, sku):
         forward, backward = programs(op, shape, DTYPES[dtype])
-        for direction, run in (("forward", forward), ("backward", backward)):
-            if run is None:
-                continue
+        for direction in ("forward", "backward") if backward else ("forward",):
             with interpreter.counting(dry=True) as launches:
                 if direction == "forward":
-                    made = run()
-                else:
-                    run(made)
+                    made = forward()
+                elif backward:
+                    backward(made)
             floor = operator.floor(direction, dtype, shape)
             moved, requested = sum(x.bytes for x in launches), sum(x.requested for x in launches)
             yield {
