@@ -222,8 +222,8 @@ def main() -> None:
         curves.append({"losses": [p[0] for p in points], "norms": [p[1] for p in points]})
         del engine
         dist.barrier()
-    if world.is_main:
-        Path(sys.argv[2]).write_text(json.dumps(curves))
+        if world.is_main:  # after each case: where ranks hang, the file says how far they came
+            Path(sys.argv[2]).write_text(json.dumps(curves))
     leave_world()
 
 
