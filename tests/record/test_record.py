@@ -358,3 +358,27 @@ def test_template_asks_everything_and_answers_nothing():
 
     text = fill.template()
     assert yaml.safe_load(text) is None and all(f"#{key}:" in text for key in PEOPLE)
+
+
+def test_one_meter_a_node(tell):
+    """Of two ranks on each of two nodes the first of each node measures; every rank comes to the same attempt."""
+
+    def story(run, recipe):
+        started = {}
+        for rank in range(4):
+            where = world(rank=rank, local_rank=rank % 2, host=f"n{rank // 2}", is_main=rank == 0)
+            recorder = Recorder(run, where, recipe, attempt=1)
+            recorder._start_meter(
+                [("n0", {"kind": "cpu"}), ("n0", {"kind": "cpu"}), ("n1", {"kind": "cpu"}), ("n1", {})]
+            )
+            started[rank] = recorder
+        files = {p.name for p in (run.path / "attempts" / "001").glob("energy-*.json")}
+        assert files == {"energy-n0.json", "energy-n1.json"}
+        assert [r for r, recorder in started.items() if recorder._meter is not None] == [0, 2]
+        for recorder in started.values():
+            recorder.ended(0)
+            recorder.__exit__(None, None, None)
+        final = [json.loads(p.read_text())["final"] for p in (run.path / "attempts" / "001").glob("energy-*.json")]
+        assert final == [True, True]
+
+    tell(story=story)
