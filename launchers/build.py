@@ -370,6 +370,7 @@ def address_function(system: System, shape: Shape) -> str:
     head = system.launch.head_address
     if shape.backend in ("local", "mpi"):
         return "address_of_this_node() { echo 127.0.0.1; }"
+    assignment = body = ""
     if shape.backend != "slurm" and head.strategy == "nodeaddr":
         body = "hostname -f 2>/dev/null || hostname"
     elif head.strategy == "nodeaddr":
@@ -379,7 +380,7 @@ def address_function(system: System, shape: Shape) -> str:
     elif head.strategy == "fqdn":
         body = "hostname -f"
     elif head.strategy == "suffix":
-        body = f'echo "$({"hostname -s" if head.strip_domain else "hostname"}){_plain(head.suffix)}"'
+        assignment = f"$({'hostname -s' if head.strip_domain else 'hostname'}){_plain(head.suffix)}"
     elif head.strategy == "interface":
         body = f"ip -o -4 addr show dev {quoted(head.interface)} | awk '{{ split($4, a, \"/\"); print a[1]; exit }}'"
     else:
@@ -388,13 +389,14 @@ def address_function(system: System, shape: Shape) -> str:
             where=f"{system.id}: launch.head_address.strategy",
             fix="use hostname, fqdn, nodeaddr, suffix or interface",
         )
+    assignment = assignment or f"$({body})"
     lookup = "ahostsv4" if head.family == "inet" else "ahostsv6" if head.family == "inet6" else "ahosts"
     last = (
         f"getent {lookup} \"$name\" | awk 'NR == 1 {{ print $1 }}'"
         if head.resolve or head.family
         else 'getent ahosts "$name" > /dev/null && echo "$name"'
     )
-    return f'address_of_this_node() {{\n  local name\n  name=$({body}) || return 1\n  [ -n "$name" ] || return 1\n  {last}\n}}'
+    return f'address_of_this_node() {{\n  local name\n  name={assignment} || return 1\n  [ -n "$name" ] || return 1\n  {last}\n}}'
 
 
 def _plain(suffix: str | None) -> str:

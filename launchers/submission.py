@@ -57,7 +57,9 @@ class Submission:
 
 def quoted(value: Any) -> str:
     """A value as one literal shell word. Everything that enters a template from outside passes through here."""
-    return shlex.quote(str(value))
+    text = shlex.quote(str(value))
+    # A bare comma is literal to bash, but in an array it looks like a mistake to people and to shellcheck.
+    return f"'{text}'" if "," in text and not text.startswith("'") and "'" not in text else text
 
 
 def nul_joined(words: list[str]) -> bytes:

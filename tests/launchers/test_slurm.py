@@ -292,7 +292,21 @@ def test_the_command_line_from_launch_to_status(cluster, plain_recipe, tmp_path,
 
     recipe = make_recipe(settings={"train.max_steps": 2, "train.batch_rows": 4})
     run = tmp_path / "by-hand"
-    common = [recipe, "--site", LAB, "--run-dir", run, "--nodes", "2", "--gpus-per-node", "1", "--time", "00:10:00", "--preflight", "off"]
+    common = [
+        recipe,
+        "--site",
+        LAB,
+        "--run-dir",
+        run,
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "1",
+        "--time",
+        "00:10:00",
+        "--preflight",
+        "off",
+    ]
     code, out, err = cli("launch", *common, "--test-only")
     assert code == 0 and "accepts" in err, err
     run2 = tmp_path / "by-hand-2"
