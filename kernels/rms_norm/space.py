@@ -2,7 +2,7 @@
 
 from aifactory_train.kernels.spec import ITEMSIZE, Config, Kernel, Operator, Shape, row_space, split_row
 
-HIDDEN = (2048, 4096, 5120, 8192, 16384)
+HIDDEN = (128, 2048, 4096, 5120, 8192, 16384)
 
 
 def sum_arguments(dtype: str, shape: Shape) -> dict:

@@ -28,7 +28,8 @@ def is_aligned(kernel: Kernel, dtype: str, shape: Shape) -> bool:
 def subset(operator: Operator, shapes: Iterable[Shape]) -> list[Shape]:
     """The commonest and the widest shape of an operator."""
     shapes = list(shapes)
-    return [shapes[min(1, len(shapes) - 1)], shapes[-1]] if len(shapes) > 1 else shapes
+    usual = next((s for s in shapes if s.get(operator.kernels[0].key) == 4096), shapes[min(1, len(shapes) - 1)])
+    return [usual, shapes[-1]] if len(shapes) > 1 else shapes
 
 
 def rows(

@@ -24,7 +24,7 @@ HALF = ["bf16", "fp16"]
 
 #: upper ends of the size ranges that configurations are chosen for; the last range is open
 BUCKETS = {
-    "hidden": (1024, 2048, 4096, 8192, 16384),
+    "hidden": (256, 1024, 2048, 4096, 8192, 16384),
     "width": (28672,),
     "vocab": (151936,),
     "numel": (4096 * 4096,),
@@ -32,6 +32,10 @@ BUCKETS = {
     "in": (4096,),
     "out": (4096,),
 }
+
+
+#: size that a range is tuned at, where that is not its upper end: rows up to 256 wide are mostly heads of 128 (QK-norm)
+REPRESENTATIVE = {("hidden", 256): 128}
 
 
 @dataclasses.dataclass
@@ -51,7 +55,7 @@ def typical(kernel: Kernel, size: int) -> dict[str, int]:
     """A shape in which ``kernel.key`` has the given size: 8192 rows (prime neighbours would only change masks), common heads."""
     shape = {"rows": 8192, "hidden": 4096, "width": 14336, "vocab": 128256, "numel": 1 << 24, "heads": 32, "kv_heads": 8,
              "head_dim": 128, "in": 4096, "out": 4096, "rank": 16}  # fmt: skip
-    return shape | {kernel.key: size, "rows": 8191}
+    return shape | {kernel.key: REPRESENTATIVE.get((kernel.key, size), size), "rows": 8191}
 
 
 def gate(kernel: Kernel, dtype: str, shape: Shape, target: Target, configs: Iterable[Config]) -> list[Candidate]:
