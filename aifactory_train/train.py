@@ -257,6 +257,7 @@ class Trainer:
             )
         if self.world.is_main:
             note(f"{verdict.action}: {at}")
+            self.recorder.incident(verdict.action, self.step + 1, verdict.why, documents)
         self.cursor, self.step = next_cursor, self.step + 1
         record = {"kind": verdict.action, "step": self.step, "why": at, "rows": len(documents)}
         if self.recipe.logging.row_ids:

@@ -86,6 +86,7 @@ class Recorder:
         self._sums = {"steps": 0, "tokens": 0, "positions": 0, "supervised_tokens": 0, "train_s": 0.0}
         self._first = self._last = 0
         self._lengths: Any = None
+        self._supervised: Any = None
         self._trackers: list[Any] = []
         self._protection: dict[str, Any] = {"profile": recipe.privacy.profile}
         self._outcome: tuple[str, str | None] = ("failed", "the training ended without saying how")
@@ -240,7 +241,7 @@ class Recorder:
         }
         self._active = True
         self._open_trackers()
-        self._lengths = data.train.lengths
+        self._lengths, self._supervised = data.train.lengths, data.train.supervised
         self._count = self._counter(config)
         values["deployment/inference"] = self._inference(config)
         self._load_site()
@@ -493,15 +494,14 @@ class Recorder:
         self.chain.append("evaluated", {place: {"step": step, **without_samples(figures)}}, when)
 
     @_never_breaks
-    def checkpointed(self, step: int) -> None:
+    def incident(self, action: str, step: int, why: str, documents: Any) -> None:
+        """The guard left a batch out or rolled back: what was computed for it counts all the same."""
         if self._active:
-            self.chain.append("checkpoint", {"checkpoints/last": step})
-
-    @_never_breaks
-    def note(self, kind: str, values: dict[str, Any] | None = None, text: str = "") -> None:
-        """Any other event: a stop request, a skipped batch, a roll-back, the egress self-test."""
-        if self._active:
-            self.chain.append(kind, values or {}, text)
+            if self._count is not None:
+                supervised = int(self._supervised[documents].sum())
+                self._work = self._work + self._count(self._lengths[documents].tolist(), supervised)
+            values = {"attempt": self.attempt, "action": action, "why": why, "at": now()}
+            self.chain.append("incident", {f"incidents/{step:09d}": values}, action)
 
     @_never_breaks
     def exported(self, result: dict[str, Any] | None) -> None:

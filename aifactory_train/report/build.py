@@ -389,8 +389,15 @@ def _attempts(record: dict[str, Any]) -> str:
                 html.escape(cause) or "none",
             ]
         )
-    return timeline(bars) + _table(
-        "Attempts and why they ended", ["attempt", "state", "started (UTC)", "time", "steps", "cause"], rows
+    incidents = [
+        [f"{int(step):,}", html.escape(i["action"]), html.escape(i["why"])]
+        for step, i in sorted(record.get("incidents", {}).items())
+    ]
+    guarded = _table("Batches that the guard left out", ["step", "action", "why"], incidents) if incidents else ""
+    return (
+        timeline(bars)
+        + guarded
+        + _table("Attempts and why they ended", ["attempt", "state", "started (UTC)", "time", "steps", "cause"], rows)
     )
 
 

@@ -87,7 +87,9 @@ class Pretend:
         }
         self.step, self.total_steps = step, total_steps
         self.data = SimpleNamespace(
-            report=report, tokenizer_info={"vocabulary": 400}, train=SimpleNamespace(lengths=lengths)
+            report=report,
+            tokenizer_info={"vocabulary": 400},
+            train=SimpleNamespace(lengths=lengths, supervised=lengths // 3),
         )
         self.report = SimpleNamespace(parameters=107_840, trainable=8_192, lines=[("attention", "per_document", "CPU")])
         self.precision = SimpleNamespace(describe=lambda: "compute fp32")

@@ -382,3 +382,18 @@ def test_one_meter_a_node(tell):
         assert final == [True, True]
 
     tell(story=story)
+
+
+def test_what_the_guard_left_out_is_told_and_counted(tell):
+    def story(run, recipe):
+        recorder = Recorder(run, world(), recipe, attempt=1)
+        recorder.start(Pretend(recipe))
+        recorder.incident("skip", 3, "the loss is nan", [0, 1])
+        recorder.ended(0)
+        recorder.__exit__(None, None, None)
+
+    run = tell(story=story)
+    record = load_record(run.path)
+    assert record["incidents"]["000000003"]["why"] == "the loss is nan"
+    assert record["compute"]["totals"]["flop_model"] > 0 and record["compute"]["totals"]["steps"] == 0
+    assert "the loss is nan" in (run.path / "report.html").read_text()
