@@ -26,7 +26,7 @@ from aifactory_train.data import Cursor, PreparedData, Sampler, collate, load_to
 from aifactory_train.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
 from aifactory_train.evaluate import evaluate
 from aifactory_train.guard import Guard, Verdict
-from aifactory_train.metrics_log import MetricsLog, Progress, print_comparison, print_start
+from aifactory_train.metrics_log import MetricsLog, Progress, compare_with_plan, print_comparison, print_start
 from aifactory_train.model import ModelReport, apply_operators, build_model, choose_precision
 from aifactory_train.optim import learning_rate
 from aifactory_train.outcome import Attempt, new_attempt
@@ -151,6 +151,8 @@ class Trainer:
             print_start(recipe, self.run, world, self.report, self.data, self.total_steps)
         if world.is_main:
             self.run.save_config(recipe)
+            for name, tree in self.engine.files.items():
+                write_json(self.run.path / name, tree)
             self.run.set_state("running", step=self.step, version=__version__)
         self.recorder.start(self)
         if recipe.eval.before and "before" not in self.results:
@@ -405,6 +407,7 @@ class Trainer:
             self.recorder.evaluated("after", self.results["after"], self.step)
         if world.is_main:
             write_json(self.run.eval_file, self.results)
+            compare_with_plan(self.run, world)
         self.attempt.beat(self.step, "export")
         exported = (
             export_run(

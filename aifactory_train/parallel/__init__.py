@@ -74,6 +74,8 @@ class Engine(Protocol):
     def discard(self) -> None:
         """Clear the gradients without a step."""
 
+    #: files to store with the run, by name (DeepSpeed's JSON); values are JSON
+    files: dict[str, Any]
     #: optimizer steps done; stored beside the tensors, so that no engine keeps a count per parameter
     updates: int
 

@@ -31,8 +31,8 @@ def block_modules(core: nn.Module) -> list[nn.Module]:
     blocks = [m for m in core.modules() if type(m).__name__ in named and isinstance_of_list(core, m)]
     if blocks:
         return blocks
-    lists = [m for m in core.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    return list(max(lists, key=len)) if lists else []
+    lists = [list(m) for m in core.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def isinstance_of_list(core: nn.Module, module: nn.Module) -> bool:
@@ -123,7 +123,7 @@ def apply_activation_checkpointing(core: nn.Module, mode: str) -> None:
     """``full``: a block keeps its input alone; ``selective``: also its matrix products; ``none``."""
     if mode == "none":
         return
-    extra = {"context_fn": _keep_products} if mode == "selective" else {}
+    extra: dict[str, Any] = {"context_fn": _keep_products} if mode == "selective" else {}
     for block in block_modules(core):
         inner = block.forward
 

@@ -55,7 +55,7 @@ class DDPEngine(TorchEngine):
                 core,
                 device_ids=[torch.device(world.device).index] if world.device != "cpu" else None,
                 gradient_as_bucket_view=True,
-                **compat.ddp_without_buffer_sync(),
+                **compat.ddp_without_buffer_sync(),  # type: ignore[arg-type]
             )
             ddp.register_comm_hook(precision.reduce, _sum_hook)
             self.module = ddp

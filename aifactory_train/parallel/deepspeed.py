@@ -109,6 +109,7 @@ class DeepSpeedEngine:
         self.updates = 0
         hidden = core.language_model.config.get_text_config().hidden_size
         self.config = deepspeed_json(recipe, precision, world.size, stage, hidden)
+        self.files: dict[str, Any] = {"deepspeed.json": self.config}
         #: full shapes by name: ZeRO-3 empties the parameters themselves
         self.shapes = {n: tuple(p.shape) for n, p in core.named_parameters()}
         self.named = [(n, p) for n, p in core.named_parameters() if p.requires_grad]
@@ -201,7 +202,7 @@ class DeepSpeedEngine:
             yield name, parameter, flat, here.start, there.start, here.numel
 
     def state(self) -> dict[str, dict[str, Sharded]]:
-        found = {name: rest for name, _, *rest in self._fragments()}
+        found = {name: (flat, at, start, count) for name, _, flat, at, start, count in self._fragments()}
         state: dict[str, dict[str, Sharded]] = {"model": {}, "optimizer": {}}
         keys = state_keys(self.recipe) if self.updates else ()
         for name, _ in self.named:

@@ -170,7 +170,7 @@ def gather_rows(parameter: nn.Parameter, mesh: DeviceMesh, world: World) -> torc
     """The whole of a row-sharded parameter in rank 0's host memory; the others send their rows and get None."""
     if not isinstance(parameter, DTensor):
         return parameter.detach().cpu() if world.is_main else None
-    local = parameter.detach().to_local().contiguous()
+    local = parameter.to_local().detach().contiguous()
     group, shards = mesh.get_group("shard"), mesh.size(-1)
     if shards == 1:
         return local.cpu() if world.is_main else None

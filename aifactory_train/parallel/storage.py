@@ -65,7 +65,7 @@ def put(file: BinaryIO, chunk: memoryview | bytes) -> None:
 
 def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
     flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    view = memoryview(flat)
+    view = memoryview(flat.data)
     for start in range(0, len(view), CHUNK):
         yield view[start : start + CHUNK]
 
@@ -153,6 +153,7 @@ class PieceLoadPlanner(DefaultLoadPlanner):
         requests, self.tensors = [], {}
         for name, entry in self.state.items():
             saved = self.metadata.state_dict_metadata[name]
+            assert isinstance(saved, TensorStorageMetadata)  # the only kind that these files hold
             chunks = []
             for piece in entry.pieces:
                 self.tensors[MetadataIndex(name, torch.Size(piece.offsets))] = piece.tensor
@@ -188,7 +189,7 @@ class SafetensorsWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: Any) -> torch.futures.Future[list[WriteResult]]:
         name, tensors, results = plan.storage_data, {}, []
         for item in plan.items:
-            key = f"{item.index.fqn}@{','.join(map(str, item.index.offset))}"
+            key = f"{item.index.fqn}@{','.join(map(str, item.index.offset or ()))}"
             tensors[key] = planner.resolve_data(item)
             results.append(WriteResult(item.index, tensors[key].nbytes, (name, key)))
         self.written[name] = write_file(self.folder / name, _safetensors(tensors))
@@ -200,6 +201,7 @@ class SafetensorsWriter(StorageWriter):
         places = {result.index: result.storage_data for part in results for result in part}
         tree = {}
         for name, entry in metadata.state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata)
             boxes = []
             for chunk in entry.chunks:
                 file, key = places[MetadataIndex(name, chunk.offsets)]
@@ -232,7 +234,7 @@ class SafetensorsReader(StorageReader):
                 chunks.append(chunk)
             properties = TensorProperties(dtype=_DTYPES[entry["dtype"]])
             entries[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
-        return Metadata(entries)
+        return Metadata(entries)  # type: ignore[arg-type]
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass

@@ -49,6 +49,7 @@ class TorchEngine:
     def __init__(self, core: CausalLM, recipe: Recipe, precision: Precision, world: World):
         self.core, self.recipe, self.precision, self.world = core, recipe, precision, world
         self.updates = 0
+        self.files: dict[str, Any] = {}
         self.named: list[tuple[str, nn.Parameter]] = []
         self.optimizer: torch.optim.Optimizer
 

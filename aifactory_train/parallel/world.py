@@ -57,8 +57,8 @@ def discover(environment: dict[str, str] | None = None) -> tuple[int, int, int, 
         return rank, size, local, int(env.get("LOCAL_WORLD_SIZE", 1)), "torchrun"
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and env.get("MASTER_ADDR"):
         rank, size, local = numbers("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-        per_node = env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]
-        return rank, size, local, int(per_node) if per_node.isdigit() else 1, "srun"
+        tasks = env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]
+        return rank, size, local, int(tasks) if tasks.isdigit() else 1, "srun"
     if "OMPI_COMM_WORLD_RANK" in env:
         rank, size, local, per_node = numbers(
             "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"

@@ -24,7 +24,7 @@ CAUSES = {
     "raises": ("exception", "ValueError: row 17 cannot be computed"),
     "exits": ("exception", "asked to end with 7"),
     "killed": ("lost", "the process vanished"),
-    "hangs": ("exception", "Hang: no progress for"),
+    "hangs": ("hang", "no progress for"),
 }
 
 
