@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from aifactory_train import output
-from aifactory_train.runs import RunFolder, write_atomic
+from aifactory_train.runs import RunFolder, read_json, write_atomic, write_json
 
 
 class MetricsLog:
@@ -170,6 +170,38 @@ def print_comparison(results: dict[str, Any], run: RunFolder, exported: dict[str
     for label, path in (exported or {}).get("paths", {}).items():
         print(f"{label}: {path}")
     print(f"run folder: {run.path}")
+
+
+def compare_with_plan(run: RunFolder, world) -> dict[str, Any] | None:
+    """Write ``reality.json``: what the run measured over what its plan predicted. Nothing where there is no plan.
+
+    Speed is the median step after the first three (compilation, caches); peak memory is torch's on a GPU, the process's on a CPU.
+    """
+    import resource
+    import statistics
+
+    from aifactory_train.planning.reality import compare
+
+    if not (run.path / "plan.json").is_file():
+        return None
+    plan = read_json(run.path / "plan.json")
+    if not isinstance(plan, dict) or "tokens_per_s_per_gpu" not in plan:
+        return None  # the planner refused, and the job was sent all the same
+    steps = []
+    for line in run.metrics_file.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record.get("kind") == "train":
+            steps.append(record["tokens"] / record["seconds"] / world.size)
+    speed = statistics.median(steps[3:]) if len(steps) > 3 else None
+    if world.device == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    else:
+        import torch
+
+        peak = torch.cuda.max_memory_reserved(world.device) / 2**30
+    found = compare(plan, speed, peak)
+    write_json(run.path / "reality.json", found)
+    return found
 
 
 def _figure(value: Any) -> str:

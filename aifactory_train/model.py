@@ -400,28 +400,47 @@ def apply_precision(model: nn.Module, precision: Precision) -> None:
 
 
 def apply_operators(core: CausalLM, recipe: Recipe, *, device: str, engine: str, report: ModelReport) -> None:
-    """Our operators in place of the model's own: on a CPU the torch path that keeps less (:mod:`aifactory_train.lean`)."""
+    """Our operators in place of the model's own, with a report of what was replaced and what was not.
+
+    On a GPU the Triton kernels that the registry selects for this chip; on a CPU the torch path that keeps less for the
+    backward pass (:mod:`aifactory_train.lean`).
+    """
     if recipe.kernels.enabled == "off":
         report.add("operators", "the model's own", "kernels.enabled off")
-        return
-    if device != "cpu":
-        return
-    blocked = None
-    if engine == "zero3":
-        blocked = "zero3 gathers weights when a layer is called, and these operators read them directly"
+    elif device != "cpu":
+        _apply_triton(core, engine=engine, report=report)
+    elif engine == "zero3":
+        why = "zero3 gathers weights when a layer is called, and these operators read them directly"
+        report.add("operators", "the model's own", why)
     elif recipe.parallel.compile:
-        blocked = "parallel.compile fuses by itself"
-    if blocked:
-        report.add("operators", "the model's own", blocked)
-        return
-    from aifactory_train.lean import apply_lean
+        report.add("operators", "the model's own", "parallel.compile fuses by itself")
+    else:
+        from aifactory_train.lean import apply_lean
 
-    replaced, left = apply_lean(core.model)
-    shown = ", ".join(f"{count} {name}" for name, count in sorted(replaced.items())) or "none replaced"
-    why = "CPU: the torch path that keeps less for the backward pass"
-    if left:
-        why += "; left as they are: " + ", ".join(f"{count} {name}" for name, count in sorted(left.items()))
-    report.add("operators", shown, why)
+        replaced, left = apply_lean(core.model)
+        shown = ", ".join(f"{count} {name}" for name, count in sorted(replaced.items())) or "none replaced"
+        why = "CPU: the torch path that keeps less for the backward pass"
+        if left:
+            why += "; left as they are: " + ", ".join(f"{count} {name}" for name, count in sorted(left.items()))
+        report.add("operators", shown, why)
+
+
+def _apply_triton(core: CausalLM, *, engine: str, report: ModelReport) -> None:
+    from aifactory_train.kernels.runtime import device_of
+    from aifactory_train.kernels_apply import apply_kernels
+
+    arch, sku, _ = device_of(torch.cuda.current_device())
+    # ZeRO-3 gathers a weight when its own module is called; these two read their children's weights directly.
+    skip = ("rms_norm_residual", "lora_linear") if engine == "zero3" else ()
+    dtype = next((p.dtype for p in core.parameters() if not p.requires_grad), torch.bfloat16)
+    outcome = apply_kernels(core.model, arch=arch, sku=sku, dtype=dtype, skip=skip)
+    shown = ", ".join(f"{count} {op} in {name}" for (op, name), count in sorted(outcome.replaced.items()))
+    kept = "; ".join(f"{count} {name} kept: {why}" for (name, why), count in sorted(outcome.kept.items()))
+    report.add(
+        "kernels", shown or "the model's own", "; ".join(filter(None, (outcome.note, kept))) or f"{arch} {sku or ''}"
+    )
+    for line in outcome.selections:
+        report.add("", line, "")
 
 
 # ---- all of it

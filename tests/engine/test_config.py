@@ -271,3 +271,11 @@ def test_any_override_is_taken_or_refused_never_a_crash(tmp_path_factory, text):
         load(folder, GOOD, [text])
     except UserError as error:
         assert "--set" in str(error) or "recipe.yaml" in str(error)
+
+
+def test_on_and_off_are_words(tiny_recipe) -> None:
+    from aifactory_train.config import load_recipe
+
+    for word in ("on", "off", "auto"):
+        assert load_recipe(str(tiny_recipe), [f"kernels.enabled={word}"]).kernels.enabled == word
+    assert load_recipe(str(tiny_recipe), ["model.trust_remote_code=true"]).model.trust_remote_code is True

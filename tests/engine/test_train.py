@@ -119,3 +119,18 @@ def test_two_ranks_by_torchrun(tiny_recipe: Path, tmp_path: Path) -> None:
     curves = [[r["loss"] for r in metrics(tmp_path / f"runs/{n}")] for n in ("one", "two")]
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     assert "before" in two.stdout and "export/adapter" in two.stdout
+
+
+def test_prediction_and_reality_are_both_in_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
+    plan = {
+        "tokens_per_s_per_gpu": {"low": 1.0, "mid": 10.0, "high": 1e9},
+        "memory_gib": {"framework": 0.5, "total": 1.0},
+    }
+    (tmp_path / "planned").mkdir()
+    (tmp_path / "planned/plan.json").write_text(json.dumps(plan))
+    result = helpers.cli("train", tiny_recipe, "--run-dir", "planned", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads((tmp_path / "planned/reality.json").read_text())
+    speed = found["tokens_per_s_per_gpu"]
+    assert speed["inside_interval"] and speed["ratio"] == pytest.approx(speed["measured"] / 10.0, rel=1e-3)
+    assert found["peak_gib"]["predicted"] == 0.5 and found["peak_gib"]["measured"] > 0.1
