@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--json", action="store_true", help="one line of JSON")
 
     fill = actions.add_parser("fill", help="ask once per organisation for what only people know")
-    fill.add_argument("name", metavar="RUN", nargs="?", help="also take the answers into this run's record and render its pack again")
+    fill.add_argument(
+        "name", metavar="RUN", nargs="?", help="also take the answers into this run's record and render its pack again"
+    )
     fill.add_argument(
         "--file", type=Path, metavar="YAML", help="the organisation's answers (default: user configuration)"
     )
