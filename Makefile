@@ -8,7 +8,7 @@ RANKS ?= 2
 PYTEST := $(BIN)/python -m pytest -q
 EVERY_CHANGE := not slow and not network and not slurm
 
-.PHONY: help install quickstart test test-all lint types slurm-tests kernels-targets
+.PHONY: help install validators quickstart test test-all lint types slurm-tests kernels-targets
 
 help:
 	@echo "make quickstart       install, fetch, fine-tune SmolLM2-135M on medical terms with two ranks, show before/after"
@@ -41,6 +41,13 @@ lint: $(VENV)/.installed-test
 
 types: $(VENV)/.installed-test
 	$(BIN)/mypy aifactory_train sites launchers kernels recipes
+
+# The official validators of two formats of the evidence pack want older libraries than ours: an environment of their own.
+.validators/bin/python:
+	$(PYTHON) -m venv .validators
+	.validators/bin/python -m pip --disable-pip-version-check install -q mlcroissant==1.1.1 roc-validator==0.13.0 rocrate==0.16.0
+
+validators: .validators/bin/python
 
 test: lint types
 	$(PYTEST) -m "$(EVERY_CHANGE)"

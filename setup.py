@@ -44,18 +44,19 @@ MPI = [*TRAIN, "mpi4py>=4.0"]
 TRITON = ["triton>=3.4; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"]
 EVIDENCE = ["cryptography>=42"]  # signs the manifest of the evidence pack
 PRIVATE = [*TRAIN, "cryptography>=42", "pyrage>=1.2"]  # AES-GCM shards, age recipients
+TRACKING = ["mlflow-skinny>=3", "wandb>=0.20"]  # both write to local stores only
 PLOT = ["matplotlib>=3.8"]
 QLORA = [*TRAIN, "bitsandbytes>=0.46; sys_platform == 'linux'"]
 TEST = [
     *PRIVATE,
+    *TRACKING,
     *TRITON,
     "setuptools>=68",
     "wheel",
     "jsonschema>=4.20",
     "kubernetes-validate>=1.30",
-    "cyclonedx-python-lib[json-validation]>=9",
-    "rocrate>=0.13",
-    "securesystemslib>=1.1",
+    "cyclonedx-python-lib[json-validation]>=11",
+    "securesystemslib>=1.2",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -104,6 +105,7 @@ setup(
         "triton": TRITON,
         "evidence": EVIDENCE,
         "private": PRIVATE,
+        "tracking": TRACKING,
         "plot": PLOT,
         "qlora": QLORA,
         "test": TEST,
