@@ -114,15 +114,20 @@ def compile_function(fn, signature, constants, hints, options, target: str) -> C
             built = triton.compile(source, target=GPUTarget(chip.backend, chip.capability, chip.wave), options=options)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        if not supported(target):
-            raise Unsupported(f"Triton {triton.__version__} has no {target}") from error
+        if reason := lacking(target):
+            raise Unsupported(f"Triton {triton.__version__} cannot compile for {target} here: {reason}") from error
         raise RuntimeError(text[:2000]) from error
     return read(built, chip)
 
 
-@lru_cache(None)
 def supported(target: str) -> bool:
-    """Whether the installed Triton can compile anything for the target: a kernel of one store decides."""
+    """Whether the installed Triton can compile anything for the target."""
+    return not lacking(target)
+
+
+@lru_cache(None)
+def lacking(target: str) -> str:
+    """Why the installed Triton cannot compile a kernel of one store for the target (its first line), or nothing."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -134,9 +139,9 @@ def supported(target: str) -> bool:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             triton.compile(source, target=GPUTarget(chip.backend, chip.capability, chip.wave), options={"num_warps": 1})
-    except Exception:
-        return False
-    return True
+    except Exception as error:
+        return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return ""
 
 
 def read(built, chip: Target) -> Compiled:
