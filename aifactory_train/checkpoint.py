@@ -288,9 +288,11 @@ class Checkpointer:
             os.rename(self.path / f"step-{step}", doomed)
             shutil.rmtree(doomed)
 
-    def busy(self) -> bool:
-        """Whether a save is being written in the background."""
-        return self._thread is not None and self._thread.is_alive()
+    def drain(self) -> None:
+        """Until the background save has ended, well or not (see :meth:`failed`)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def failed(self) -> bool:
         """Whether the background save failed (on this rank; agree before acting on it)."""
@@ -298,9 +300,7 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Until the background save has ended; raises its error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.drain()
         self._raise()
 
     def _raise(self) -> None:

@@ -84,13 +84,14 @@ class StopChannels:
     def look(self, save_seconds: float) -> str:
         """Look at the channels; returns the reason, or an empty string. Cheap: call it in every micro-batch.
 
-        The deadline counts as reached when another step (1.5 times the longest of the last five) and a save (twice the
-        estimate, plus a second) would no longer fit.
+        The deadline counts as reached when another step (1.5 times the longest of the last five) and two saves (1.2 times
+        the estimate each, plus a second) would no longer fit.
         """
         if self.reason:
             return self.reason
         now = time.time()
-        needed = 1.5 * max(self._steps, default=0.0) + 2.0 * save_seconds + 1.0
+        # Two saves: one may be in the background when the time comes, and is finished before the last one begins.
+        needed = 1.5 * max(self._steps, default=0.0) + 2.4 * save_seconds + 1.0
         if self.signal is not None:
             self.reason = self.signal
         elif self.deadline is not None and now + needed >= self.deadline:

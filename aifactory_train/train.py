@@ -170,13 +170,18 @@ class Trainer:
                     self.run.set_state("running", step=self.step, version=__version__)
                 if recipe.eval.every_steps and self.step % recipe.eval.every_steps == 0 and self._should_stop_early():
                     break
+                save_now = every and self.step % every == 0 and self.step < self.total_steps
+                if save_now:
+                    self.attempt.beat(self.step, "save")
+                    self.checkpoints.drain()  # before the clock is read: an earlier save may have taken long
+                self.stop.look(self.checkpoints.save_estimate())
                 agreed = self.stop.agree(self.checkpoints.failed())
                 if agreed.save_failed:
                     self.checkpoints.wait()  # raises on the rank that knows why
                     raise RunFailed("another rank could not write its part of a checkpoint", where=str(self.run.path))
                 if agreed.reason and self.step < self.total_steps:
                     return self._stop_here(agreed.reason)
-                if every and self.step % every == 0 and self.step < self.total_steps:
+                if save_now:
                     self._save(wait=False)
         return self._finish()
 

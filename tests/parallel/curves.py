@@ -15,6 +15,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,11 @@ def start_ranks(script: Path, ranks: int, *args: str, timeout: float = 540, env:
     """Run ``script`` once per rank on a free port; raises with the errors of the ranks that failed."""
     port = str(free_port())
     base = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(env or {})}
+    # Files, not pipes: a rank whose pipe is full stops in the middle of a collective.
+    logs = [tempfile.TemporaryFile("w+") for _ in range(ranks)]  # noqa: SIM115 - closed below
     children = [
         subprocess.Popen(
-            [sys.executable, str(script), *args],
+            [sys.executable, "-W", "ignore", str(script), *args],
             env={
                 **base,
                 "RANK": str(rank),
@@ -44,23 +48,25 @@ def start_ranks(script: Path, ranks: int, *args: str, timeout: float = 540, env:
                 "LOCAL_RANK": str(rank),
                 "LOCAL_WORLD_SIZE": str(ranks),
             },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            stdout=logs[rank],
+            stderr=subprocess.STDOUT,
         )
         for rank in range(ranks)
     ]
-    failures = []
+    failures, end = [], time.monotonic() + timeout
     try:
         for rank, child in enumerate(children):
-            out, err = child.communicate(timeout=timeout)
-            if child.returncode:
-                failures.append(f"rank {rank} ended with {child.returncode}\n{out[-1000:]}\n{err[-3000:]}")
+            code = child.wait(timeout=max(0.1, end - time.monotonic()))
+            if code:
+                logs[rank].seek(0)
+                failures.append(f"rank {rank} ended with {code}\n{logs[rank].read()[-4000:]}")
     finally:
         for child in children:
             if child.poll() is None:
                 child.kill()
                 child.wait()
+        for log in logs:
+            log.close()
     assert not failures, "\n".join(failures)
 
 
