@@ -8,6 +8,7 @@ length of the pack. transformers is asked for no mask at all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +129,7 @@ def varlen_attention(
     if heads != k.shape[1] and not compat.varlen_supports_gqa():
         k, v = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (k, v))
     attend = compat.varlen_attention()
+    assert attend is not None  # choose() lets this backend be taken only where torch has it
     extra = {"enable_gqa": True} if heads != k.shape[1] else {}
     out = attend(
         q,
@@ -137,17 +139,17 @@ def varlen_attention(
         documents.cu_seqlens,
         documents.max_length,
         documents.max_length,
-        **_causal(),
+        **_causal(attend),
         **extra,
     )
     return out.reshape(batch, length, heads, -1), None
 
 
-def _causal() -> dict:
+def _causal(attend: Any) -> dict:
     """``varlen_attn``'s way to ask for causal attention changed from ``is_causal`` to a window."""
     import inspect
 
-    parameters = inspect.signature(compat.varlen_attention()).parameters
+    parameters = inspect.signature(attend).parameters
     return {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
 
 

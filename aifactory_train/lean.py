@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import types
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weight, *rest = ctx.saved_tensors
-        a, b = (rest.pop(0), rest.pop(0)) if ctx.has_lora else (None, None)
+        if ctx.has_lora:
+            a, b, *rest = rest
         grad = grad.reshape(-1, grad.shape[-1])
         needs = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = grad_a = grad_b = None
@@ -104,7 +105,7 @@ class _Linear(torch.autograd.Function):
             grad_weight = torch.mm(grad.t(), x)
         if needs[2]:
             grad_bias = grad.sum(0)
-        if a is not None:
+        if ctx.has_lora:
             through_b = torch.mm(grad, b).mul_(ctx.scale)  # [rows, r]
             if needs[3]:
                 grad_a = torch.mm(through_b.t(), x)
@@ -163,7 +164,7 @@ def _plain(*tensors: torch.Tensor) -> bool:
 
 
 def _eps(module: nn.Module) -> float:
-    return float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
+    return float(cast(Any, module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps))
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -187,7 +188,7 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     return isinstance(module.act_fn, nn.SiLU) or type(module.act_fn).__name__ == "SiLUActivation"
 
 
-def _is_plain_lora(module: nn.Module) -> bool:
+def _is_plain_lora(module: Any) -> bool:
     """A peft LoRA layer over ``nn.Linear`` without dropout, DoRA, bias or other variants."""
     names = list(getattr(module, "lora_A", {}))
     if len(names) != 1 or type(getattr(module, "base_layer", None)) is not nn.Linear:

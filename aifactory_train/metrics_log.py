@@ -17,8 +17,8 @@ class MetricsLog:
 
     def __init__(self, run: RunFolder, *, enabled: bool, tensorboard: bool):
         self.run, self.enabled, self.tensorboard = run, enabled, tensorboard
-        self._file = None
-        self._board = None
+        self._file: Any = None
+        self._board: Any = None
 
     def open(self, step: int) -> None:
         """Start, or go on after ``step``: records of later steps belong to work that will be repeated and are dropped."""

@@ -35,9 +35,7 @@ def build_optimizer(groups: list[dict[str, Any]], settings: TrainConfig) -> torc
     groups = [{k: v for k, v in group.items() if k != "names"} for group in groups]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
-    return torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=tuple(settings.betas), eps=settings.eps, fused=True
-    )
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def learning_rate(step: int, total: int, settings: TrainConfig) -> float:
