@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import FAKE, LAB, submitted, wait_for
+from launcher_bench import FAKE, LAB, submitted, wait_for
 from slurm_lab import lab
 
 from aifactory_train import sites

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import fake_request, prepared
+from launcher_bench import fake_request, prepared
 
 from aifactory_train.launchers.here import this_machine
 from aifactory_train.launchers.request import Refusal, Request

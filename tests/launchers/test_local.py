@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import FAKE, prepared
+from launcher_bench import FAKE, prepared
 
 from aifactory_train.launchers import backends, follow, runs
 from aifactory_train.launchers.here import this_machine

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import fake_request, prepared, submitted, wait_for
+from launcher_bench import fake_request, prepared, submitted, wait_for
 
 from aifactory_train.launchers import backends, follow, runs
 from aifactory_train.launchers.request import Restarts
@@ -288,7 +288,7 @@ def test_wrong_directive_is_refused_by_the_real_scheduler(cluster, lab_system, p
 
 def test_the_command_line_from_launch_to_status(cluster, plain_recipe, tmp_path, cli, make_recipe):
     """``aifactory launch --site`` with all checks, on a site where everything can be looked at."""
-    from conftest import LAB
+    from launcher_bench import LAB
 
     recipe = make_recipe(settings={"train.max_steps": 2, "train.batch_rows": 4})
     run = tmp_path / "by-hand"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import LAB, prepared, submitted, wait_for
+from launcher_bench import LAB, prepared, submitted, wait_for
 from test_slurm import release
 
 from aifactory_train.launchers import backends, follow, runs

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import twin
+from launcher_bench import twin
 from slurm_lab import lab
 
 from aifactory_train import sites
