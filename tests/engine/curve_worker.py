@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.config import load_recipe
+from aifactory_train.outcome import Attempt
 from aifactory_train.parallel.world import join_world, leave_world
 from aifactory_train.runs import RunFolder
+from aifactory_train.stopping import StopChannels
 from aifactory_train.train import Trainer
 
 
@@ -37,10 +39,13 @@ def plant(trainer: Trainer, bug: str) -> None:
 def curve(case: dict[str, Any], folder: Path) -> list[dict[str, float]]:
     world = join_world(120, 1)
     recipe = load_recipe(case["recipe"], case["overrides"])
-    trainer = Trainer(recipe, RunFolder(folder / case["name"]), world, resume=None, quiet=True)
-    if case.get("bug"):
-        plant(trainer, case["bug"])
-    records = [trainer.train_step() for _ in range(case["steps"])]
+    run = RunFolder(folder / case["name"])
+    run.path.mkdir(parents=True, exist_ok=True)
+    with Attempt(run, world.rank, world.local_rank, 1, timeout_s=120) as attempt:
+        trainer = Trainer(recipe, run, world, StopChannels(None), attempt, None, None, True)
+        if case.get("bug"):
+            plant(trainer, case["bug"])
+        records = [trainer.train_step() for _ in range(case["steps"])]
     return [{k: record[k] for k in ("loss", "grad_norm", "micro_batches", "rows", "tokens")} for record in records]
 
 
