@@ -30,6 +30,7 @@ $(VENV)/.installed-test: setup.py constraints.txt | $(BIN)/python
 
 install: $(VENV)/.installed-train
 
+quickstart: export OMP_NUM_THREADS ?= 1
 quickstart: $(VENV)/.installed-train
 	$(BIN)/aifactory fetch health/phenotype-terms
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m aifactory_train train health/phenotype-terms --name $(RUN)
@@ -53,7 +54,7 @@ test: lint types
 	$(PYTEST) -m "$(EVERY_CHANGE)"
 
 slurm-tests: $(VENV)/.installed-test
-	AIFACTORY_REQUIRE_SLURM=1 $(PYTEST) -m slurm
+	AIFACTORY_REQUIRE_SLURM=1 $(PYTEST) -m "slurm and not slow"
 
 kernels-targets: $(VENV)/.installed-test
 	$(BIN)/aifactory kernels check --subset

@@ -116,6 +116,7 @@ def test_slurm_gives_the_same_curve(cluster, lab_system, reference, tmp_path, st
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["requeue", "chain"])
 def test_time_limit_ends_with_the_weights_of_an_uninterrupted_run(
     cluster, lab_system, reference, tmp_path, uninterrupted, how
