@@ -173,6 +173,7 @@ def tune_kernel(
     candidates = gate(kernel, dtype, shape, target, configs if default in configs else [*configs, default])
     if sku:
         model(kernel, candidates, dtype, shape, sku, floor_of(kernel, op, dtype, shape))
+    _gate_elsewhere(op, kernel, dtype, size, target, candidates)
     legal = [c for c in candidates if not c.problems]
     if not legal:
         worst = "; ".join(sorted({p for c in candidates for p in c.problems}))
@@ -195,6 +196,22 @@ def tune_kernel(
         status = "measured"
     return Result(op, kernel, dtype, size, shape, len(candidates), len(candidates) - len(legal), len(legal) - len(front), kept,
                   status, correlation)  # fmt: skip
+
+
+def _gate_elsewhere(
+    op: str, kernel: Kernel, dtype: str, size: int, target: Target, candidates: list[Candidate]
+) -> None:
+    """Hold legal candidates against the other shapes that ``kernels check`` compiles in the same size range (other head counts)."""
+    sizes = BUCKETS[kernel.key]
+    at = sizes.index(size)
+    above, upto = (sizes[at - 1] if at else 0), (size if at < len(sizes) - 1 else 1 << 62)
+    for shape in registry.operator(op).checks:
+        if kernel.key in shape and above < shape[kernel.key] <= upto:
+            legal = [c for c in candidates if not c.problems]
+            for candidate, other in zip(
+                legal, gate(kernel, dtype, shape, target, [c.config for c in legal]), strict=True
+            ):
+                candidate.problems = other.problems
 
 
 def spearman(a: list[float], b: list[float]) -> float | None:
