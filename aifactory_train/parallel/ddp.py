@@ -55,6 +55,9 @@ class DDPEngine(TorchEngine):
                 core,
                 device_ids=[torch.device(world.device).index] if world.device != "cpu" else None,
                 gradient_as_bucket_view=True,
+                # With this on, DDP keeps its first buckets. Otherwise it sorts them anew after one step, and from three ranks
+                # on the order of summation would differ between a run and its resumption.
+                find_unused_parameters=True,
                 **compat.ddp_without_buffer_sync(),  # type: ignore[arg-type]
             )
             ddp.register_comm_hook(precision.reduce, _sum_hook)
