@@ -16,9 +16,7 @@ def metrics(run: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    settings = {"train.max_steps": 12, "eval.every_steps": 2, "eval.early_stopping": 2, "logging.row_ids": True}
-    # so high a rate that the held-out loss rises again: early stopping has something to do
-    settings |= {"train.learning_rate": 0.3, "logging.tensorboard": True, "train.schedule": "constant"}
+    settings = {"logging.row_ids": True, "logging.tensorboard": True}
     recipe = helpers.write_recipe(folder, tiny_model_dir, settings=settings)
     result = helpers.cli("train", recipe, "--name", "done", cwd=folder)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -46,14 +44,21 @@ def test_run_folder_holds_what_tools_rely_on(finished: Path) -> None:
     assert all(len(r["row_ids"]) == r["rows"] for r in steps)
 
 
-def test_early_stopping_exports_the_best_checkpoint(finished: Path) -> None:
-    run = finished / "runs/done"
-    evaluations = [r for r in metrics(run) if r["kind"] == "eval"]
+def test_early_stopping_exports_the_best_checkpoint(tmp_path: Path, tiny_model_dir: Path) -> None:
+    # a rate that grows by 0.02 a step: the held-out loss falls first and then rises
+    settings = {"adapter.kind": "none", "train.learning_rate": 20.0, "train.warmup_steps": 1000, "train.epochs": 10}
+    settings |= {"train.max_steps": 24, "eval.every_steps": 2, "eval.early_stopping": 2, "eval.before": False}
+    recipe = helpers.write_recipe(tmp_path, tiny_model_dir, settings=settings)
+    result = helpers.cli("train", recipe, "--name", "best", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    evaluations = [r for r in metrics(tmp_path / "runs/best") if r["kind"] == "eval"]
     best = min(evaluations, key=lambda r: r["loss"])
-    assert best is not evaluations[-1], "the held-out loss never rose: nothing was tested"
-    assert evaluations.index(best) == len(evaluations) - 3  # patience 2
-    after = json.loads((run / "eval.json").read_text())["after"]
+    assert (
+        evaluations.index(best) == len(evaluations) - 3
+    )  # patience 2: two evaluations without a new best, then the end
+    after = json.loads((tmp_path / "runs/best/eval.json").read_text())["after"]
     assert after["loss"] == pytest.approx(best["loss"], rel=1e-6)
+    assert (tmp_path / "runs/best/export/model/model.safetensors").is_file()
 
 
 def test_run_yaml_repeats_the_run(finished: Path) -> None:
