@@ -12,7 +12,7 @@ EVERY_CHANGE := not slow and not network and not slurm
 
 help:
 	@echo "make quickstart       install, fetch, fine-tune SmolLM2-135M on medical terms with two ranks, show before/after"
-	@echo "make test             lint, types and the tests of every change (under 15 minutes on two cores)"
+	@echo "make test             lint, types and the tests of every change"
 	@echo "make slurm-tests      generated scripts on a real Slurm on this host (Debian packages: see docs/launching.md)"
 	@echo "make kernels-targets  compile a subset of the kernels for every GPU target, without a GPU"
 	@echo "make test-all         everything, also what takes long or asks a package registry"
