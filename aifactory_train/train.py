@@ -59,21 +59,35 @@ def train(
     stop = StopChannels(stop_at)  # first: a signal that comes while things are loaded must not be lost
     world = join_world(recipe.parallel.timeout_s, recipe.parallel.threads)
     try:
-        # The default name holds the time: one rank decides.
-        run = RunFolder(from_main(world, lambda: folder or default_run_dir(recipe, None)))
-        with Attempt(run, world.rank, world.local_rank, attempt, timeout_s=recipe.parallel.timeout_s) as record:
-            resume_from = from_main(world, lambda: open_for_training(run, resume))
-            record.training = True
-            if attempt is None:
-                record.begin(from_main(world, lambda: new_attempt(run)))
-            if world.is_main:
-                stop.watch_file(run.stop_file)
-            trainer = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet)
-            with trainer.recorder.under(protected) as story:
-                record.code = story.ended(trainer.fit(), record.reason)
-        return record.code
+        return _train_as(world, recipe, folder, stop, protected, resume, quiet, attempt)
     finally:
         leave_world()
+
+
+def _train_as(
+    world: World,
+    recipe: Recipe,
+    folder: Path | None,
+    stop: StopChannels,
+    protected: Any,
+    resume: str | None,
+    quiet: bool,
+    attempt: int | None,
+) -> int:
+    """One rank's attempt. A function of its own: on return nothing holds the process groups any more (`leave_world`)."""
+    # The default name holds the time: one rank decides.
+    run = RunFolder(from_main(world, lambda: folder or default_run_dir(recipe, None)))
+    with Attempt(run, world.rank, world.local_rank, attempt, timeout_s=recipe.parallel.timeout_s) as record:
+        resume_from = from_main(world, lambda: open_for_training(run, resume))
+        record.training = True
+        if attempt is None:
+            record.begin(from_main(world, lambda: new_attempt(run)))
+        if world.is_main:
+            stop.watch_file(run.stop_file)
+        trainer = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet)
+        with trainer.recorder.under(protected) as story:
+            record.code = story.ended(trainer.fit(), record.reason)
+    return record.code
 
 
 class Trainer:

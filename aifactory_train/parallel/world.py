@@ -7,6 +7,7 @@ through torch.distributed.
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -152,6 +153,13 @@ def from_main(world: World, function: Callable[[], Any], *, patience_h: float = 
 
 
 def leave_world() -> None:
-    """Tear the process group down, in the order that lets no rank wait for another."""
+    """Tear the process group down, in the order that lets no rank wait for another.
+
+    Gloo's threads are joined when the last reference to their group goes, and one that still releases a finished
+    collective's tensors while the interpreter ends takes the process down ("terminate called without an active
+    exception", seen on busy cores). So everything that holds a group is collected here, where the interpreter is whole.
+    """
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()

@@ -72,9 +72,9 @@ def test_the_deadline_leaves_room_for_a_step_and_a_save(channels: Any) -> None:
     stop = channels(time.time() + 100)
     assert stop.look(save_seconds=1.0) == ""
     stop.step_took(10.0)
-    assert stop.look(save_seconds=10.0) == ""  # 15 + 24 + 1 < 100
+    assert stop.look(save_seconds=10.0) == ""  # 15 + 24 + 5 < 100
     stop.step_took(60.0)
-    assert stop.look(save_seconds=10.0) == "deadline"  # 90 + 24 + 1 > 100
+    assert stop.look(save_seconds=10.0) == "deadline"  # 90 + 24 + 5 > 100
     assert stop.look(save_seconds=0.0) == "deadline"  # once said, it stays
 
 
