@@ -224,6 +224,24 @@ class GuardConfig(Strict):
     max_incidents: int = Field(3, ge=1, description="The run stops when there were more than this many.")
 
 
+MetricName = Literal[
+    "bits_per_byte",
+    "perplexity",
+    "exact_match",
+    "token_f1",
+    "accuracy",
+    "micro_f1",
+    "macro_f1",
+    "chrf",
+    "chrf_pp",
+    "rouge_l",
+    "numeric_match",
+    "valid_json",
+    "valid_xml",
+    "memorisation",
+]
+
+
 class EvalConfig(Strict):
     """Held-out evaluation, before, during and after the training."""
 
@@ -232,10 +250,23 @@ class EvalConfig(Strict):
     )
     before: bool = True
     after: bool = True
-    metrics: list[Literal["bits_per_byte", "perplexity", "exact_match", "token_f1"]] = ["bits_per_byte", "perplexity"]
-    generate_rows: int = Field(32, ge=0, description="Rows answered by generation for exact_match and token_f1.")
+    metrics: list[MetricName] = Field(
+        default_factory=lambda: ["bits_per_byte", "perplexity"],
+        description="docs/metrics.md says what each one counts; those of answers need generate_rows.",
+    )
+    label_separator: str | None = Field(
+        None, description="accuracy, micro_f1, macro_f1: what separates several labels in one answer; null: one label."
+    )
+    generate_rows: int = Field(32, ge=0, description="Rows answered by generation for the metrics of answers.")
     max_new_tokens: int = Field(64, ge=1)
     samples: int = Field(3, ge=0, description="Answers kept in eval.json as examples.")
+    slices: bool = Field(True, description="Figures by language, length and label beside those of all rows.")
+    forgetting: bool = Field(
+        True, description="Bits per byte of a small general text before and after, with a warning where they rise."
+    )
+    forgetting_limit: float = Field(
+        0.05, gt=0, description="Warn where bits per byte of the general text rise by more than this share."
+    )
     early_stopping: int | None = Field(
         None, ge=1, description="Stop after so many evaluations without a new best loss."
     )
