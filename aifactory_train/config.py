@@ -157,6 +157,19 @@ def _as_sources(value: Any) -> Any:
 Sources = Annotated[list[DataSource], BeforeValidator(_as_sources)]
 
 
+class SplitBy(Strict):
+    """One column of the rows that decides what is held out."""
+
+    group: str | None = Field(None, description="Rows of one value (customer, patient, case) are never divided.")
+    time: str | None = Field(None, description="The newest rows are held out, as in use: dates, ISO 8601, or numbers.")
+
+    @model_validator(mode="after")
+    def _one(self) -> SplitBy:
+        if (self.group is None) == (self.time is None):
+            raise ValueError("give one of group and time")
+        return self
+
+
 class DataConfig(Strict):
     """Rows, their split, and how they become token sequences."""
 
@@ -165,8 +178,20 @@ class DataConfig(Strict):
     eval_fraction: float = Field(0.1, gt=0, lt=1, description="Share of groups held out when no eval source is given.")
     eval_rows: int = Field(200, ge=1, description="At most this many held-out rows are scored.")
     sequence_length: int = Field(1024, ge=8, description="Tokens; no document is longer than this.")
-    long_documents: Literal["truncate", "split", "drop"] = Field(
-        "truncate", description="What happens to longer documents; counted and reported."
+    long_documents: Literal["truncate", "split", "paragraphs", "drop"] = Field(
+        "truncate",
+        description="What happens to longer documents; counted and reported. paragraphs: split between paragraphs, lines or sentences.",
+    )
+    unreadable: Literal["skip", "refuse"] = Field(
+        "skip",
+        description="Folders of documents: scanned or encrypted PDFs, empty files, unknown encodings. Named and counted.",
+    )
+    split_by: SplitBy | None = Field(
+        None,
+        description="How held-out rows are chosen: {group: COLUMN} or {time: COLUMN}; default: by question or text.",
+    )
+    labels: list[str] | None = Field(
+        None, min_length=1, description="The only answers that rows may have (classification); any other is refused."
     )
     batching: Literal["packed", "padded"] = Field(
         "packed",

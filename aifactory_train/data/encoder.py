@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -317,6 +318,10 @@ class Encoder:
         start = 0
         while True:
             stop = min(start + length, len(ids))
+            if self.spec.long_documents == "paragraphs" and stop < len(ids):
+                stop, inside = _break_before(full, tokens, start, stop)
+                if inside:
+                    flags.add("cut inside a sentence")
             # Characters of the tokens that this piece predicts: from its second token to the next piece's second token.
             c0 = tokens.begin(start + 1) if start else 0
             c1 = tokens.begin(stop) if stop < len(ids) else len(full)
@@ -328,7 +333,7 @@ class Encoder:
             if stop == len(ids) or self.spec.long_documents == "truncate":
                 break
             start = stop - 1  # the last token again, as context: each token is predicted exactly once
-        return Encoded(pieces, None if pieces else "masked", found)
+        return Encoded(pieces, None if pieces else "masked", tuple(sorted(flags)))
 
 
 class _Offsets:
@@ -383,6 +388,21 @@ class _Offsets:
         while first > 0 and self.span(first - 1)[1] > a:
             first -= 1
         return first, max(first, last)
+
+
+#: Where a long document may be cut, best first: between paragraphs, between lines, behind a sentence.
+_BREAKS = (re.compile(r"\n[ \t]*\n\s*"), re.compile(r"\n\s*"), re.compile(r"[.!?…。！？][\"'»”)]*\s+|[。！？]"))
+
+
+def _break_before(full: str, tokens: _Offsets, start: int, stop: int) -> tuple[int, bool]:
+    """The last good place to cut ``[start, stop)``, at least half of it kept; ``(stop, True)`` when there is none."""
+    c0, c1 = tokens.begin(start + (stop - start) // 2), tokens.begin(stop)
+    for pattern in _BREAKS:
+        for end in reversed([m.end() for m in pattern.finditer(full, c0, c1)]):
+            at = tokens.first_from(end)
+            if start + 1 < at <= stop:
+                return at, False
+    return stop, True
 
 
 def _straddles(encoding: Any, char: int) -> bool:
