@@ -7,11 +7,7 @@ therefore the same for any number of ranks, any accumulation, packed or padded, 
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +15,24 @@ import torch
 import torch.distributed as dist
 
 from aifactory_train import __version__
-from aifactory_train.attention import Documents
 from aifactory_train.checkpoint import Checkpointer
-from aifactory_train.config import Recipe, TrainConfig
-from aifactory_train.data import Cursor, PreparedData, Sampler, collate, load_tokenizer, prepare, split_step
-from aifactory_train.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
+from aifactory_train.config import Recipe
+from aifactory_train.data import Cursor, PreparedData, Sampler, load_tokenizer, prepare, split_step
+from aifactory_train.errors import EXIT_DONE, EXIT_STOPPED, RunFailed
 from aifactory_train.evaluate import evaluate
-from aifactory_train.guard import Guard, Verdict
+from aifactory_train.guard import Guard, leave_out
 from aifactory_train.metrics_log import MetricsLog, Progress, compare_with_plan, print_comparison, print_start
 from aifactory_train.model import ModelReport, apply_operators, build_model, choose_precision
 from aifactory_train.optim import learning_rate
 from aifactory_train.outcome import Attempt, new_attempt
 from aifactory_train.output import note
 from aifactory_train.parallel import DeviceBatch, build_engine, choose_engine
-from aifactory_train.parallel.memory_advice import is_out_of_memory, measure, out_of_memory
+from aifactory_train.parallel.batches import micro_batch
+from aifactory_train.parallel.memory_advice import explain_memory, probe_largest_batch
 from aifactory_train.parallel.world import World, from_main, join_world, leave_world
 from aifactory_train.private.profile import enforce
 from aifactory_train.record.recorder import Recorder
+from aifactory_train.resume import restore, trainer_values
 from aifactory_train.runs import RunFolder, default_run_dir, open_for_training, write_json
 from aifactory_train.sources import resolve_model
 from aifactory_train.stopping import StopChannels
@@ -147,9 +144,9 @@ class Trainer:
         self.checkpoints = Checkpointer(run.checkpoints, recipe, self.engine, world)
         self.checkpoints.prepare()
         torch.manual_seed(settings.seed * 1_000_003 + world.rank)  # from here on: dropout, different on every rank
-        self._probe_largest_batch()
+        probe_largest_batch(self)
         if resume_from is not None:
-            self._resume(self.checkpoints.choose(None if resume == "auto" else resume_from))
+            restore(self, self.checkpoints.choose(None if resume == "auto" else resume_from))
 
     # ---- before the first step
 
@@ -214,7 +211,7 @@ class Trainer:
             settings.micro_batch_tokens,
             self.recipe.data.batching,
         )
-        batches = [self._device_batch(share) for share in shares[self.world.rank]]
+        batches = [self.micro_batch(share) for share in shares[self.world.rank]]
         supervised = int(train_set.supervised[documents].sum())  # over all ranks: the split is known to every rank
         rate = learning_rate(self.step, self.total_steps, settings)
 
@@ -222,7 +219,7 @@ class Trainer:
         for number, batch in enumerate(batches):
             self.attempt.beat(self.step, "forward")
             self.stop.look(self.checkpoints.save_estimate())
-            with self._explain_memory():
+            with explain_memory(self.engine, self.recipe, self.world):
                 loss += self.engine.forward_backward(batch, 1.0 / supervised, last=number == len(batches) - 1)
         self.attempt.beat(self.step, "reduce")
         norm = self.engine.clip(settings.max_grad_norm)
@@ -230,9 +227,9 @@ class Trainer:
         mean_loss = loss.item() / supervised  # the step's one synchronisation with the device
         verdict = self.guard.judge(mean_loss, float(norm))
         if verdict.action != "go":
-            return self._incident(verdict, next_cursor, documents)
+            return leave_out(self, verdict, next_cursor, documents)
         self.attempt.beat(self.step, "update")
-        with self._explain_memory():
+        with explain_memory(self.engine, self.recipe, self.world):
             self.engine.step(rate)
         self.cursor, self.step = next_cursor, self.step + 1
 
@@ -258,115 +255,16 @@ class Trainer:
         self.recorder.step(record, documents, shares)
         return record
 
-    def _incident(self, verdict: Verdict, next_cursor: Cursor, documents) -> dict[str, Any]:
-        """The guard objects: leave this batch out, after going back to the last good checkpoint if it says so."""
-        self.engine.discard()
-        at = f"step {self.step + 1}: {verdict.why}"
-        if verdict.action == "rollback":
-            self.checkpoints.wait()
-            good = self.checkpoints.choose()
-            if good is None:
-                verdict = Verdict("stop", f"{verdict.why}; there is no checkpoint to roll back to")
-            else:
-                at += f"; weights of step {good}"
-                self.checkpoints.load(good)
-        if verdict.action == "stop":
-            raise RunFailed(
-                f"step {self.step + 1}: {verdict.why}",
-                where=str(self.run.path),
-                fix="lower train.learning_rate, look at the rows with logging.row_ids, or set guard.on_nonfinite / on_spike",
-            )
-        if self.world.is_main:
-            note(f"{verdict.action}: {at}")
-            self.recorder.incident(verdict.action, self.step + 1, verdict.why, documents)
-        self.cursor, self.step = next_cursor, self.step + 1
-        record = {"kind": verdict.action, "step": self.step, "why": at, "rows": len(documents)}
-        if self.recipe.logging.row_ids:
-            record["row_ids"] = [self.data.train.row_id(int(i)) for i in documents]
-        return record
-
-    def _device_batch(self, share) -> DeviceBatch:
-        """The documents of one micro-batch as tensors; a rank without documents computes one token without a loss."""
-        device = self.world.device
-        if len(share) == 0:
-            one = torch.full((1, 1), self.pad_id, dtype=torch.int64, device=device)
-            none = torch.zeros(0, dtype=torch.int64, device=device)
-            lone = Documents.of(torch.tensor([0, 1], dtype=torch.int32), device)
-            return DeviceBatch(one, torch.zeros_like(one), lone, none, none)
-        return device_batch(collate(self.data.train, share, self.recipe.data.batching, self.pad_id), device)
-
-    def _probe_largest_batch(self) -> None:
-        """On a GPU, run the largest micro-batch once before the first step, so that running out of memory shows at once."""
-        if self.world.device == "cpu":
-            return
-        train_set, settings = self.data.train, self.recipe.train
-        order = train_set.lengths.argsort()[::-1]
-        budget, chosen = settings.micro_batch_tokens, []
-        for index in order:
-            if int(train_set.lengths[index]) > budget:
-                break
-            chosen.append(int(index))
-            budget -= int(train_set.lengths[index])
-        with self._explain_memory():
-            self.engine.forward_backward(self._device_batch(chosen or [int(order[0])]), 0.0, last=True)
-        self.engine.discard()
-
-    @contextlib.contextmanager
-    def _explain_memory(self) -> Iterator[None]:
-        """Running out of memory says which setting to change by how much."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            pieces = [entry.nbytes() for kind in self.engine.state().values() for entry in kind.values()]
-            resident = sum(p.numel() * p.element_size() for p in self.engine.core.parameters()) + sum(pieces)
-            use = measure(self.world.device, resident)
-            raise out_of_memory(error, self.recipe, use, self.world.size, 2 * sum(pieces)) from error
+    def micro_batch(self, share) -> DeviceBatch:
+        """The documents of one micro-batch as tensors on this rank's device."""
+        return micro_batch(self.data.train, share, self.recipe.data.batching, self.pad_id, self.world.device)
 
     # ---- checkpoints
-
-    def _data_digest(self) -> str:
-        """Of what the cursor counts: the documents' lengths and supervised tokens, in order."""
-        train_set = self.data.train
-        return hashlib.sha256(train_set.lengths.tobytes() + train_set.supervised.tobytes()).hexdigest()
 
     def _save(self, *, wait: bool) -> None:
         """Everything that is needed to go on from this step boundary."""
         self.attempt.beat(self.step, "save")
-        values = {
-            "cursor": dataclasses.asdict(self.cursor),
-            "data": self._data_digest(),
-            "total_steps": self.total_steps,
-            "best": self.best,
-            "guard": self.guard.state(),
-            "results": self.results,
-        }
-        self.checkpoints.save(self.step, values, wait=wait, best=self.best["step"])
-
-    def _resume(self, step: int | None) -> None:
-        """Go on from the checkpoint of ``step``; its learning rates so far must be those of this configuration."""
-        if step is None:
-            return
-
-        def same_rates(before: dict[str, Any]) -> bool:
-            old, length = TrainConfig.model_validate(before["train"]), saved["total_steps"]
-            now, total = self.recipe.train, self.total_steps
-            return all(learning_rate(s, length, old) == learning_rate(s, total, now) for s in range(step))
-
-        saved = self.checkpoints.values(step)
-        if saved["data"] != self._data_digest():
-            raise UserError(
-                "the training rows are not those that the checkpoint counted",
-                where="data.train",
-                fix="restore the data, or start a new run (--run-dir NEW)",
-            )
-        self.checkpoints.load(step, same_rates=same_rates)
-        self.step, self.cursor = step, Cursor(**saved["cursor"])
-        self.best, self.results = saved["best"], saved["results"]
-        self.guard.load(saved["guard"])
-        if self.world.is_main:
-            note(f"going on after step {step} of {self.total_steps}")
+        self.checkpoints.save(self.step, trainer_values(self), wait=wait, best=self.best["step"])
 
     def _stop_here(self, reason: str) -> int:
         """Asked to stop: a complete checkpoint of this step, then the exit code "stopped, resumable"."""
@@ -447,16 +345,3 @@ class Trainer:
         if not self.quiet:
             print_comparison(self.results, self.run, exported)
         return EXIT_DONE
-
-
-def device_batch(batch, device: str) -> DeviceBatch:
-    """A collated :class:`aifactory_train.data.Batch` on the device; supervised positions are found on the host."""
-    labels = batch.labels.flatten()
-    positions = torch.nonzero(labels != -100).squeeze(1)
-    return DeviceBatch(
-        input_ids=batch.input_ids.to(device, non_blocking=True),
-        position_ids=batch.position_ids.to(device, non_blocking=True),
-        documents=Documents.of(batch.cu_seqlens, device),
-        positions=positions.to(device, non_blocking=True),
-        targets=labels[positions].to(device, non_blocking=True),
-    )

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from aifactory_train.config import Recipe
 from aifactory_train.errors import RunFailed
+
+if TYPE_CHECKING:
+    from aifactory_train.parallel import Engine
+    from aifactory_train.parallel.world import World
+    from aifactory_train.train import Trainer
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -73,3 +81,34 @@ def out_of_memory(error: BaseException, recipe: Recipe, use: MemoryUse | None, r
     if use is not None:
         figures = f" ({use.capacity / 2**30:.1f} GiB in all, {use.resident / 2**30:.1f} GiB held between steps)"
     return RunFailed(f"out of memory{figures}: {text}", fix="\n    or ".join(advise(recipe, use, ranks, trained)))
+
+
+@contextlib.contextmanager
+def explain_memory(engine: Engine, recipe: Recipe, world: World) -> Iterator[None]:
+    """Running out of memory within it becomes a :class:`RunFailed` that says which setting to change by how much."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        pieces = [entry.nbytes() for kind in engine.state().values() for entry in kind.values()]
+        resident = sum(p.numel() * p.element_size() for p in engine.core.parameters()) + sum(pieces)
+        use = measure(world.device, resident)
+        raise out_of_memory(error, recipe, use, world.size, 2 * sum(pieces)) from error
+
+
+def probe_largest_batch(trainer: Trainer) -> None:
+    """On a GPU, run the largest micro-batch once before the first step, so that running out of memory shows at once."""
+    if trainer.world.device == "cpu":
+        return
+    lengths = trainer.data.train.lengths
+    order = lengths.argsort()[::-1]
+    budget, chosen = trainer.recipe.train.micro_batch_tokens, []
+    for index in order:
+        if int(lengths[index]) > budget:
+            break
+        chosen.append(int(index))
+        budget -= int(lengths[index])
+    with explain_memory(trainer.engine, trainer.recipe, trainer.world):
+        trainer.engine.forward_backward(trainer.micro_batch(chosen or [int(order[0])]), 0.0, last=True)
+    trainer.engine.discard()

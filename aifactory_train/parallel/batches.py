@@ -1,0 +1,45 @@
+"""From documents to the tensors of one micro-batch on a rank's device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aifactory_train.attention import Documents
+from aifactory_train.data import collate
+from aifactory_train.parallel import DeviceBatch
+
+if TYPE_CHECKING:
+    from aifactory_train.data import TokenDataset
+
+
+def micro_batch(dataset: TokenDataset, share: Any, batching: str, pad_id: int, device: str) -> DeviceBatch:
+    """The documents ``share`` (int ``[K]``, indices into ``dataset``) packed or padded, on ``device``.
+
+    A rank without documents computes one token without a loss, so that it takes part in the collectives.
+    """
+    if len(share) == 0:
+        return empty_batch(pad_id, device)
+    return device_batch(collate(dataset, share, batching, pad_id), device)
+
+
+def empty_batch(pad_id: int, device: str) -> DeviceBatch:
+    """One token (``[1, 1]``) and no supervised position."""
+    one = torch.full((1, 1), pad_id, dtype=torch.int64, device=device)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    lone = Documents.of(torch.tensor([0, 1], dtype=torch.int32), device)
+    return DeviceBatch(one, torch.zeros_like(one), lone, none, none)
+
+
+def device_batch(batch: Any, device: str) -> DeviceBatch:
+    """A collated :class:`aifactory_train.data.Batch` on the device; supervised positions are found on the host."""
+    labels = batch.labels.flatten()
+    positions = torch.nonzero(labels != -100).squeeze(1)
+    return DeviceBatch(
+        input_ids=batch.input_ids.to(device, non_blocking=True),
+        position_ids=batch.position_ids.to(device, non_blocking=True),
+        documents=Documents.of(batch.cu_seqlens, device),
+        positions=positions.to(device, non_blocking=True),
+        targets=labels[positions].to(device, non_blocking=True),
+    )

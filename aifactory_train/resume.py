@@ -1,0 +1,63 @@
+"""What the loop itself keeps in a checkpoint (beside engine and random numbers), and how it goes on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from aifactory_train.config import TrainConfig
+from aifactory_train.data import Cursor
+from aifactory_train.errors import UserError
+from aifactory_train.optim import learning_rate
+from aifactory_train.output import note
+
+if TYPE_CHECKING:
+    from aifactory_train.data import TokenDataset
+    from aifactory_train.train import Trainer
+
+
+def data_digest(rows: TokenDataset) -> str:
+    """Of what the cursor counts: the documents' lengths and supervised tokens, in order."""
+    return hashlib.sha256(rows.lengths.tobytes() + rows.supervised.tobytes()).hexdigest()
+
+
+def trainer_values(trainer: Trainer) -> dict[str, Any]:
+    """Everything of the loop's own that is needed to go on from this step boundary, as JSON values."""
+    return {
+        "cursor": dataclasses.asdict(trainer.cursor),
+        "data": data_digest(trainer.data.train),
+        "total_steps": trainer.total_steps,
+        "best": trainer.best,
+        "guard": trainer.guard.state(),
+        "results": trainer.results,
+    }
+
+
+def restore(trainer: Trainer, step: int | None) -> None:
+    """Go on from the checkpoint of ``step`` (None: from the start).
+
+    Raises :class:`UserError` if the rows are others than the cursor counted, or if the learning rates of the steps already
+    made would be others under this configuration.
+    """
+    if step is None:
+        return
+
+    def same_rates(before: dict[str, Any]) -> bool:
+        old, length = TrainConfig.model_validate(before["train"]), saved["total_steps"]
+        now, total = trainer.recipe.train, trainer.total_steps
+        return all(learning_rate(s, length, old) == learning_rate(s, total, now) for s in range(step))
+
+    saved = trainer.checkpoints.values(step)
+    if saved["data"] != data_digest(trainer.data.train):
+        raise UserError(
+            "the training rows are not those that the checkpoint counted",
+            where="data.train",
+            fix="restore the data, or start a new run (--run-dir NEW)",
+        )
+    trainer.checkpoints.load(step, same_rates=same_rates)
+    trainer.step, trainer.cursor = step, Cursor(**saved["cursor"])
+    trainer.best, trainer.results = saved["best"], saved["results"]
+    trainer.guard.load(saved["guard"])
+    if trainer.world.is_main:
+        note(f"going on after step {step} of {trainer.total_steps}")
