@@ -31,6 +31,15 @@ class Strict(BaseModel):
 # ---- what it is
 
 
+class PublicData(Strict):
+    """A public data set that this recipe was thought for; brought in with ``--set data.train=ID``."""
+
+    source: str = Field(description="Hugging Face id of the data set.")
+    revision: str = "main"
+    licence: str
+    why: str = ""
+
+
 class About(Strict):
     """What a person and the licence gate need to know; nothing here changes the training."""
 
@@ -40,6 +49,10 @@ class About(Strict):
     metric: str = Field("bits_per_byte", description="The figure that the sector's users judge by.")
     languages: list[str] = Field(default_factory=list, description="BCP 47 codes of the data.")
     summary: str = ""
+    use: Literal["commercial", "research"] = Field(
+        "commercial", description="commercial: the licence gate refuses what does not allow it (docs/recipes.md)."
+    )
+    public_data: list[PublicData] = Field(default_factory=list, description="Public data sets for the run at a factory.")
     risks: list[str] = Field(default_factory=list, description="Duties and risks to think of before use.")
     notes: list[str] = Field(default_factory=list)
 
