@@ -48,7 +48,10 @@ _PACKAGE = re.compile(
     r"(?:#(?P<file>.+))?$"
 )
 _HUB = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_FILE_SUFFIXES = {".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gguf", ".gz", ".arrow"}
+_FILE_SUFFIXES = {
+    *(".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".gguf"),
+    *(".txt", ".text", ".md", ".markdown", ".html", ".htm", ".xhtml", ".pdf"),
+}
 _LICENCE_NAME = re.compile(r"(^|/)(licen[cs]e|copying|notice)([.-][^/]*)?$", re.IGNORECASE)
 
 

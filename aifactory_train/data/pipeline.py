@@ -29,7 +29,7 @@ import numpy as np
 
 from aifactory_train import config as _config
 from aifactory_train.config import DataSource, Recipe
-from aifactory_train.data import readers
+from aifactory_train.data import documents, readers, split
 from aifactory_train.data.encoder import Encoder, EncoderSpec
 from aifactory_train.data.overlap import LENGTH, SHARE, near_duplicates
 from aifactory_train.data.readers import Block
@@ -185,7 +185,7 @@ def _inputs(recipe: Recipe) -> list[_Input]:
 
 def _default_name(text: str) -> str:
     return re.sub(
-        r"(\.(jsonl|ndjson|json|csv|tsv|parquet|txt|md|gz|obo))+$",
+        r"(\.(jsonl|ndjson|json|csv|tsv|parquet|txt|md|html?|pdf|gz|obo))+$",
         "",
         text.rstrip("/").replace("#", "/").rpartition("/")[2],
     )
@@ -277,7 +277,8 @@ def _key(recipe: Recipe, spec: EncoderSpec, inputs: list[_Input]) -> str:
             ]
             for i in inputs
         ],
-        "rules": [data.eval_fraction, data.eval_rows, data.deduplicate, data.overlap, data.split_seed],
+        "rules": [data.eval_fraction, data.eval_rows, data.deduplicate, data.overlap, data.split_seed, data.unreadable],
+        "row_rules": [data.split_by.model_dump() if data.split_by else None, data.labels],
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', recipe.id)}-{digest[:16]}"
@@ -293,6 +294,7 @@ class _Task:
     columns: dict[str, str]
     source: int
     file: int
+    rules: split.RowRules | None = None
 
 
 @dataclass
@@ -335,6 +337,7 @@ def process(task: _Task, encoder: Encoder) -> _Done:
     block, done = task.block, _Done()
     rows: list[dict[str, Any]] = []
     numbers: list[int] = []
+    moments: list[int | None] = []
     try:
         raw = (
             readers.parse_lines(block)
@@ -345,14 +348,15 @@ def process(task: _Task, encoder: Encoder) -> _Done:
             numbers.append(number)
             try:
                 rows.append(canonical(value, task.format, task.columns))
+                moments.append(task.rules.apply(value, rows[-1]) if task.rules is not None else None)
             except RowError as error:
                 raise to_user_error(error, f"{block.file}:{number}") from None
     except UserError as error:
         done.error = error
         return done
     lines, digests, norms, groups, ids = [], [], [], [], []
-    for row in rows:
-        content = {k: v for k, v in row.items() if k not in ("id", "group")}
+    for row, moment in zip(rows, moments, strict=True):
+        content = {k: v for k, v in row.items() if k not in ("id", "group", "language", "label")}
         line = json.dumps(row, ensure_ascii=False, separators=(",", ":"))
         lines.append(line.encode("utf-8", "surrogatepass") + b"\n")
         if "text" in row:
@@ -366,7 +370,10 @@ def process(task: _Task, encoder: Encoder) -> _Done:
             _hash(json.dumps(content, ensure_ascii=False, separators=(",", ":")) if len(content) != len(row) else line)
         )
         norms.append(_hash(whole))
-        groups.append(_hash(f"group:{row['group']}") if "group" in row else _hash(question or whole))
+        if moment is not None:
+            groups.append(moment)
+        else:
+            groups.append(_hash(f"group:{row['group']}") if "group" in row else _hash(question or whole))
         ids.append(_hash(row["id"]) | 1 if "id" in row else 0)
     results = encoder.encode(rows)
     documents, docrow = [], []
@@ -472,16 +479,18 @@ def _pass(
     """Read one source into the store; returns its facts for the report."""
     source = item.source
     label = f"{item.name}:row"
+    notes = documents.Notes(recipe.data.unreadable)
     if item.converter is not None:
         rows = _guarded(item.converter, item.path, source, label)
         stream = readers.from_converter(rows, label)
     else:
-        stream = readers.blocks(item.path, split=source.split, hub=item.hub)
+        stream = readers.blocks(item.path, split=source.split, hub=item.hub, notes=notes)
     stream = readers.limit(stream, source.max_rows)
     head = next(stream, None)
     if head is None:
         raise UserError("no rows", where=str(item.path), fix="the source is empty")
     fmt, why = _format(head, source)
+    rules = split.RowRules.of(recipe.data)
     counts: collections.Counter = collections.Counter()
     rows_before, docs_before, tokens_before = writer.rows, writer.docs, writer.tokens
     numbers: dict[str, int] = {name: i for i, name in enumerate(files)}
@@ -492,7 +501,7 @@ def _pass(
             if block.file not in numbers:
                 numbers[block.file] = len(files)
                 files.append(block.file)
-            yield _Task(block, fmt, source.columns, number, numbers[block.file])
+            yield _Task(block, fmt, source.columns, number, numbers[block.file], rules)
             block = next(stream, None)
 
     for done in _run(tasks(), encoder, _workers(recipe, item)):
@@ -507,6 +516,7 @@ def _pass(
             progress(writer.rows, writer.tokens)
     if writer.rows == rows_before:
         raise UserError("no rows: every line is blank", where=str(item.path))
+    counts.update(notes.counts())
     return {
         "name": item.name,
         "role": item.role,
@@ -520,6 +530,7 @@ def _pass(
         "documents": writer.docs - docs_before,
         "tokens": writer.tokens - tokens_before,
         "counts": dict(sorted(counts.items())),
+        **({"files": notes.as_dict()} if notes.read or notes.left_out or notes.not_read else {}),
     }
 
 
@@ -624,14 +635,17 @@ def _select(recipe: Recipe, store: Store, inputs: list[_Input]) -> _Selection:
         for n, item in enumerate(inputs):
             if item.role == "eval":
                 rows = np.flatnonzero(keep & (source == n))
+                if data.split_by is None or data.split_by.time is None:
+                    split.refuse_leaks(store, np.flatnonzero(train), rows, "data.eval")
                 evals.append((item.name, _sample(rows, data.eval_rows, data.split_seed)))
     else:
         how = {"by": "group", "fraction": data.eval_fraction, "seed": data.split_seed, "groups": {}}
         for n, item in enumerate(inputs):
-            held, facts = _hold_out(store, np.flatnonzero(train & (source == n)), recipe, item)
+            held, left_out, facts = _hold_out(store, np.flatnonzero(train & (source == n)), recipe, item)
             how["groups"][item.name] = facts
-            train[held] = False
+            train[held] = train[left_out] = False
             evals.append((item.name, held))
+        how["rows_of_held_out_groups_in_other_sources"] = _other_sources(store, train, evals)
     train_rows = np.flatnonzero(train)
     train_rows, evals, overlap = _overlap(recipe, store, train_rows, evals)
     sets = [_as_set("train", store, train_rows)]
@@ -674,37 +688,59 @@ def _sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
     return np.sort(rows[hash_order(len(rows), seed, 0)[:most]])
 
 
-def _hold_out(store: Store, rows: np.ndarray, recipe: Recipe, item: _Input) -> tuple[np.ndarray, dict[str, Any]]:
-    """Rows of some groups: as many as ``eval_fraction`` says, but no more than ``eval_rows`` need."""
+def _hold_out(
+    store: Store, rows: np.ndarray, recipe: Recipe, item: _Input
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Rows of some groups: as many as ``eval_fraction`` says, but no more than ``eval_rows`` need. Returns the held-out rows,
+    rows that belong to a held-out group and are not needed (no part of the training either), and what was done."""
     data = recipe.data
+    by_time = data.split_by is not None and data.split_by.time is not None
     groups, member = np.unique(np.asarray(store.column("rowgroup"))[rows], return_inverse=True)
-    by = "group"
-    if len(groups) < 2 and len(rows) >= 2:
+    note = {}
+    if len(groups) < 2 and len(rows) >= 2 and data.split_by is None and not _named(store, rows[0]):
         # All rows ask the same: then each row is a group of its own.
-        groups, member, by = rows.astype(np.uint64), np.arange(len(rows)), "row (all rows are of one group)"
+        groups, member, note = rows.astype(np.uint64), np.arange(len(rows)), {"by": "row (all rows are of one group)"}
         groups = splitmix64(groups)
     if len(groups) < 2:
+        what = "moment" if by_time else "group"
         raise UserError(
-            f"{len(rows)} row(s) cannot be split into training and held-out rows",
+            f"{len(rows)} row(s) of one {what} cannot be split into training and held-out rows"
+            if len(rows) > 1
+            else f"{len(rows)} row(s) cannot be split into training and held-out rows",
             where=str(item.path),
-            fix="give at least two different rows, or held-out rows with data.eval",
+            fix="give at least two different rows (or groups), or held-out rows with data.eval",
         )
-    order = np.argsort(
-        splitmix64(groups ^ splitmix64(np.asarray([data.split_seed], dtype=np.uint64))[0]), kind="stable"
-    )
     sizes = np.bincount(member, minlength=len(groups))
-    wanted = max(1, min(round(data.eval_fraction * len(groups)), len(groups) - 1))
-    reach = np.cumsum(sizes[order[:wanted]])
-    count = max(1, int(np.searchsorted(reach, data.eval_rows, side="right")))
-    chosen = np.zeros(len(groups), dtype=bool)
-    chosen[order[:count]] = True
-    held = rows[chosen[member]]
-    return _sample(held, data.eval_rows, data.split_seed) if len(held) > data.eval_rows and count == 1 else held, {
-        "groups": len(groups),
-        "held_out_groups": count,
-        "held_out_rows": len(held),
-        "by": by,
-    }
+    chosen, facts = split.choose(
+        groups, sizes, fraction=data.eval_fraction, most=data.eval_rows, seed=data.split_seed, by_time=by_time
+    )
+    all_held = rows[chosen[member]]
+    held = _sample(all_held, data.eval_rows, data.split_seed)
+    left_out = np.setdiff1d(all_held, held)
+    facts |= {"groups": len(groups), "held_out_groups": int(chosen.sum()), "held_out_rows": len(held), **note}
+    if len(left_out):
+        facts["rows_not_needed"] = len(left_out)
+    return held, left_out, facts
+
+
+def _named(store: Store, row: int) -> bool:
+    """Whether the row's group was given by a column (or is its file), not derived from its question."""
+    return "group" in json.loads(store.row_line(int(row)))
+
+
+def _other_sources(store: Store, train: np.ndarray, evals: list[tuple[str, np.ndarray]]) -> int:
+    """Take rows out of ``train`` whose named group is held out in another source; returns how many. Changes ``train``."""
+    if len(evals) < 2:
+        return 0
+    groups = np.asarray(store.column("rowgroup"))
+    rows = np.flatnonzero(train)
+    both, first, _ = np.intersect1d(
+        groups[rows], groups[np.concatenate([held for _, held in evals])], return_indices=True
+    )
+    named = [g for g, at in zip(both, first, strict=True) if _named(store, rows[at])]
+    out = rows[np.isin(groups[rows], named)]
+    train[out] = False
+    return len(out)
 
 
 def _overlap(

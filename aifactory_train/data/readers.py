@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from aifactory_train.data import documents
 from aifactory_train.errors import UserError
 from aifactory_train.private import vault
 
 BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 1000
-TEXT_SUFFIXES = {".txt", ".md"}
+_KINDS = ".jsonl, .parquet, .csv, .txt, .md, .html, .pdf, ..."
 TABLE_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"}
 
 
@@ -39,24 +40,33 @@ class Block:
         return self.numbers[i] if self.numbers is not None else self.first + i
 
 
-def blocks(path: Path, *, split: str | None = None, hub: bool = False) -> Iterator[Block]:
-    """Rows of a file, of the files in a folder, or of a Hugging Face data set folder, in a stable order."""
+def blocks(
+    path: Path, *, split: str | None = None, hub: bool = False, notes: documents.Notes | None = None
+) -> Iterator[Block]:
+    """Rows of a file, of the files in a folder, or of a Hugging Face data set folder, in a stable order.
+
+    ``notes`` gathers what became of documents (text, Markdown, HTML, PDF) that could not be read.
+    """
+    notes = notes if notes is not None else documents.Notes()
     if hub or (path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file())):
         yield from _hugging_face(path, split)
         return
     if path.is_dir():
-        yield from _folder(path, split)
+        yield from _folder(path, split, notes)
         return
     if not path.exists():
         raise UserError("no such file", where=str(path))
-    yield from _file(path)
+    yield from _file(path, notes)
 
 
-def _file(path: Path) -> Iterator[Block]:
+def _file(path: Path, notes: documents.Notes) -> Iterator[Block]:
     suffixes = [s.lower() for s in vault.plain_name(path).suffixes]
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else (suffixes[-1] if suffixes else "")
     if path.stat().st_size == 0:
         raise UserError("the file is empty", where=str(path))
+    if documents.kind_of(path) is not None:
+        yield from from_converter(documents.rows_of_file(path, notes), f"{path}:part")
+        return
     readers: dict[str, Callable[[Path], Iterator[Block]]] = {
         ".jsonl": _json_lines,
         ".ndjson": _json_lines,
@@ -65,14 +75,12 @@ def _file(path: Path) -> Iterator[Block]:
         ".tsv": _csv,
         ".parquet": _parquet,
         ".arrow": _arrow,
-        ".txt": _text,
-        ".md": _text,
     }
     if kind not in readers:
         raise UserError(
             f"files of kind '{kind or 'no suffix'}' are not read",
             where=str(path),
-            fix="use .jsonl, .json, .csv, .tsv, .parquet, .txt or .md (also .gz), or a converter",
+            fix="use .jsonl, .json, .csv, .tsv, .parquet, .txt, .md, .html or .pdf (also .gz), or a converter",
         )
     try:
         yield from readers[kind](path)
@@ -88,27 +96,42 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(file, "rb") if vault.plain_name(path).suffix.lower() == ".gz" else file  # type: ignore[return-value]
 
 
-def _folder(path: Path, split: str | None) -> Iterator[Block]:
+def _folder(path: Path, split: str | None, notes: documents.Notes) -> Iterator[Block]:
     files = sorted(
         p for p in path.rglob("*") if p.is_file() and not any(s.startswith(".") for s in p.parts[len(path.parts) :])
     )
+    if split is not None:
+        files = [p for p in files if split in p.relative_to(path).as_posix()]
+    texts = [p for p in files if documents.kind_of(p) is not None]
     tables = [
         p
         for p in files
-        if vault.plain_name(p).suffix.lower() in TABLE_SUFFIXES
-        or (vault.plain_name(p).suffix.lower() == ".gz" and len(p.suffixes) > 1)
-    ]
-    texts = [p for p in files if vault.plain_name(p).suffix.lower() in TEXT_SUFFIXES]
-    chosen = tables or texts
-    if split is not None:
-        chosen = [p for p in chosen if split in p.relative_to(path).as_posix()]
-    if not chosen:
-        what = (
-            f"no data file with '{split}' in its name" if split else "no data file (.jsonl, .parquet, .csv, .txt, ...)"
+        if p not in texts
+        and (
+            vault.plain_name(p).suffix.lower() in TABLE_SUFFIXES
+            or (vault.plain_name(p).suffix.lower() == ".gz" and len(p.suffixes) > 1)
         )
+    ]
+    for p in files:
+        if p not in texts and p not in tables:
+            notes.not_read[p.suffix.lower() or "(none)"] += 1
+    if not tables and not texts:
+        what = f"no data file with '{split}' in its name" if split else f"no data file ({_KINDS})"
         raise UserError(f"the folder holds {what}", where=str(path))
-    for file in chosen:
-        yield from _file(file)
+    if not tables:
+        for file, row in documents.rows_of_folder(path, texts, notes):
+            yield Block(str(file), 1, rows=[row])
+        return
+    beside = [p for p in texts if not documents.is_about(p)]
+    if beside:
+        raise UserError(
+            f"the folder holds tables ({len(tables)}, the first one is {tables[0].name}) and documents ({len(beside)}, the first "
+            f"one is {beside[0].name}); which of them are the rows?",
+            where=str(path),
+            fix="give each kind a folder of its own",
+        )
+    for file in tables:
+        yield from _file(file, notes)
 
 
 def _json_lines(path: Path) -> Iterator[Block]:
@@ -270,11 +293,6 @@ def _arrow(path: Path) -> Iterator[Block]:
                     first += len(rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"not a readable Arrow file: {str(error).splitlines()[0][:200]}", where=str(path)) from None
-
-
-def _text(path: Path) -> Iterator[Block]:
-    text = _read_text(path)
-    yield Block(str(path), 1, rows=[{"text": text}])
 
 
 def _hugging_face(path: Path, split: str | None) -> Iterator[Block]:
