@@ -52,7 +52,9 @@ class About(Strict):
     use: Literal["commercial", "research"] = Field(
         "commercial", description="commercial: the licence gate refuses what does not allow it (docs/recipes.md)."
     )
-    public_data: list[PublicData] = Field(default_factory=list, description="Public data sets for the run at a factory.")
+    public_data: list[PublicData] = Field(
+        default_factory=list, description="Public data sets for the run at a factory."
+    )
     risks: list[str] = Field(default_factory=list, description="Duties and risks to think of before use.")
     notes: list[str] = Field(default_factory=list)
 
