@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,10 @@ from aifactory_train.attention import Documents
 from aifactory_train.data import collate
 from aifactory_train.errors import UserError
 from aifactory_train.generate import generate
+from aifactory_train.metrics.bootstrap import packed, ratio
+from aifactory_train.metrics.general import forgetting, general_documents
+from aifactory_train.metrics.registry import without_replicates
+from aifactory_train.metrics.slices import groups, tags
 
 if TYPE_CHECKING:
     from aifactory_train.config import Recipe
@@ -58,23 +62,39 @@ class HeldOut:
     def bits_per_byte(self) -> float | None:
         return metrics.bits_per_byte(float(self.text_nll.sum()), int(self.text_bytes.sum()))
 
-    def figures(self) -> dict[str, Any]:
-        """Figures with bootstrap intervals over rows (95 %), ready for JSON."""
-        bits = metrics.bootstrap_ratio(self.text_nll / math.log(2), self.text_bytes)
-        loss = metrics.bootstrap_ratio(self.nll, self.tokens)
-        return {
-            "bits_per_byte": self.bits_per_byte,
-            "perplexity": self.perplexity,
-            "loss": self.loss,
-            "rows": self.rows,
-            "tokens": int(self.tokens.sum()),
-            "text_bytes": int(self.text_bytes.sum()),
-            "ci": {
-                "bits_per_byte": bits,
-                "loss": loss,
-                "perplexity": None if loss is None else tuple(metrics.perplexity(x) for x in loss),
-            },
-        }
+    def statistics(self, name: str, rows: np.ndarray | None = None) -> tuple[np.ndarray, Any]:
+        """(``[rows, 2]``, value of their sums) of ``bits_per_byte``, ``loss`` or ``perplexity``."""
+        top, below = (
+            (self.text_nll / math.log(2), self.text_bytes) if name == "bits_per_byte" else (self.nll, self.tokens)
+        )
+        both = np.stack([top, below], axis=1)
+        return (both if rows is None else both[rows]), _exp_ratio if name == "perplexity" else ratio
+
+    def figures(self, rows: np.ndarray | None = None, *, replicates: bool = False) -> dict[str, Any]:
+        """Figures of some rows (default: all) with bootstrap intervals over rows (95 %), ready for JSON."""
+        chosen = np.arange(self.rows) if rows is None else rows
+        out: dict[str, Any] = {}
+        ci: dict[str, Any] = {}
+        drawn: dict[str, str] = {}
+        for name in metrics.LIKELIHOOD_METRICS:
+            found = metrics.figure(*self.statistics(name, chosen))
+            finite = found.replicates is not None and np.isfinite(found.replicates).all()
+            out[name] = found.value if found.value is not None and math.isfinite(found.value) else None
+            ci[name] = found.ci if finite else None
+            if replicates and finite:
+                drawn[name] = packed(found.replicates)
+        out.update(
+            rows=len(chosen),
+            tokens=int(self.tokens[chosen].sum()),
+            text_bytes=int(self.text_bytes[chosen].sum()),
+            ci=ci,
+        )
+        return {**out, "replicates": drawn} if replicates else out
+
+
+def _exp_ratio(sums: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.exp(ratio(sums))
 
 
 def choose_rows(total: int, most: int) -> np.ndarray:
@@ -234,27 +254,43 @@ def answers(
     autocast: torch.dtype | None = None,
 ) -> list[str]:
     """Greedy answers to all questions, on every rank. Ranks share the work unless the parameters are sharded."""
+    ids = continuations(
+        module,
+        [q.prompt_ids for q in questions],
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        autocast=autocast,
+    )
+    return [tokenizer.decode(found, skip_special_tokens=True).strip() for found in ids]
+
+
+def continuations(
+    module: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str,
+    autocast: torch.dtype | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """Greedy token ids after each prompt (:func:`aifactory_train.generate.generate` with ``options``), on every rank."""
     context = torch.autocast(device.split(":")[0], dtype=autocast) if autocast is not None else contextlib.nullcontext()
     together = world_size == 1 or is_sharded(module)
-    mine = list(range(len(questions))) if together else list(range(rank, len(questions), world_size))
-    target = (
-        module if together else getattr(module, "module", module)
-    )  # DDP adds nothing to a forward without gradients
+    mine = list(range(len(prompts))) if together else list(range(rank, len(prompts), world_size))
+    # DDP adds nothing to a forward without gradients
+    target = module if together else getattr(module, "module", module)
     with context:
-        ids = generate(
-            target,
-            [questions[i].prompt_ids for i in mine],
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-            pad_id=pad_id,
-            device=device,
-        )
-    texts = {i: tokenizer.decode(found, skip_special_tokens=True).strip() for i, found in zip(mine, ids, strict=True)}
+        ids = dict(zip(mine, generate(target, [prompts[i] for i in mine], device=device, **options), strict=True))
     if not together:
         boxes: list[Any] = [None] * world_size
-        dist.all_gather_object(boxes, texts)
-        texts = {i: text for box in boxes for i, text in box.items()}
-    return [texts[i] for i in range(len(questions))]
+        dist.all_gather_object(boxes, ids)
+        ids = {i: found for box in boxes for i, found in box.items()}
+    return [ids[i] for i in range(len(prompts))]
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -278,103 +314,201 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures over all held-out rows at the top level, and of each evaluation set under ``sets``; the same on all ranks.
 
-    ``bits_per_byte``, ``perplexity``, ``loss``, ``rows``, ``ci`` (95 % bootstrap over rows) always; ``exact_match`` and
-    ``token_f1`` where ``eval.metrics`` asks for them and ``generate`` is set, with ``samples`` of prompt, expectation and
-    answer. Text rows (continued pre-training) have samples but no exact match.
+    ``bits_per_byte``, ``perplexity``, ``loss``, ``rows``, ``ci`` (95 % bootstrap over rows) always. With ``generate`` also the
+    metrics of answers that ``eval.metrics`` asks for, with ``samples`` of prompt, expectation and answer, the ``slices``, the
+    ``general`` text of the forgetting check, and ``replicates`` (:func:`aifactory_train.metrics.changes` pairs them; they do not
+    belong into eval.json). Text rows (continued pre-training) have samples but no metrics of answers.
     """
     from aifactory_train.model import choose_precision
 
     precision, _ = choose_precision(recipe, device)
     mixed = precision.compute != precision.parameters or precision.compute != precision.frozen
-    autocast = precision.compute if mixed else None
-    info = prepared.tokenizer_info
-    scored: dict[str, HeldOut] = {}
+    how: dict[str, Any] = {
+        "device": device,
+        "rank": rank,
+        "world_size": world_size,
+        "autocast": precision.compute if mixed else None,
+        "pad_id": prepared.tokenizer_info["pad_id"],
+    }
+    scoring = {"batching": recipe.data.batching, "micro_batch_tokens": recipe.train.micro_batch_tokens, **how}
+    found: list[SetResult] = []
     sets: dict[str, Any] = {}
-    by_row: dict[str, list[float]] = {"exact_match": [], "token_f1": []}
-    samples: list[dict[str, str]] = []
     for name, dataset in prepared.evals.items():
-        scored[name] = held_out(
-            module,
-            dataset,
-            max_rows=recipe.data.eval_rows,
-            batching=recipe.data.batching,
-            pad_id=info["pad_id"],
-            device=device,
-            micro_batch_tokens=recipe.train.micro_batch_tokens,
-            rank=rank,
-            world_size=world_size,
-            autocast=autocast,
-        )
-        sets[name] = scored[name].figures()
+        result = SetResult(dataset, held_out(module, dataset, max_rows=recipe.data.eval_rows, **scoring))
         if generate:
-            answered = _answered(
-                module, tokenizer, dataset, scored[name].documents, recipe, info, device, rank, world_size, autocast
-            )
-            sets[name].update(_agreement(answered["scores"], recipe))
-            sets[name]["samples"] = answered["samples"]
-            samples += answered["samples"]
-            for key, values in answered["scores"].items():
-                by_row[key] += values
-    merged = HeldOut(*(np.concatenate([getattr(s, f) for s in scored.values()]) for f in HeldOut.__dataclass_fields__))
-    figures = merged.figures()
-    if generate:
-        figures.update(_agreement(by_row, recipe))
-        figures["samples"] = samples[: recipe.eval.samples]
-    for block in (figures, *sets.values()):
-        if "ci_answers" in block:
-            block["ci"].update(block.pop("ci_answers"))
+            result.asked, result.answers = _answered(module, tokenizer, result, recipe, prepared.tokenizer_info, how)
+        found.append(result)
+        sets[name] = _figures([result], recipe, generate=generate, pooled=False)
+    figures = _figures(found, recipe, generate=generate, pooled=True)
+    if generate and "memorisation" in recipe.eval.metrics:
+        figures.update(_memorised(module, prepared, recipe, figures, how))
+    if generate and recipe.eval.forgetting:
+        general = general_documents(recipe, tokenizer)
+        scored = held_out(module, general, max_rows=len(general), **scoring)  # type: ignore[arg-type]
+        figures["general"] = scored.figures()
     return {**figures, "sets": sets}
 
 
-def _answered(
-    module, tokenizer, dataset, documents, recipe, info, device, rank, world_size, autocast
-) -> dict[str, Any]:
-    """Generated answers of one set: scores of each chat row, and a few samples."""
-    wanted = {"exact_match", "token_f1"} & set(recipe.eval.metrics)
-    count = recipe.eval.generate_rows if wanted else min(recipe.eval.generate_rows, recipe.eval.samples)
-    template = chat_template(tokenizer)
-    asked: list[Question] = []
-    for index in documents[choose_rows(len(documents), count)].tolist() if count else []:
-        found = question(dataset, index, tokenizer, template)
-        if found is not None:
-            asked.append(found)
-    texts = (
-        answers(
-            module,
-            tokenizer,
-            asked,
-            max_new_tokens=recipe.eval.max_new_tokens,
-            stop_ids=stop_ids(info),
-            pad_id=info["pad_id"],
-            device=device,
-            rank=rank,
-            world_size=world_size,
-            autocast=autocast,
-        )
-        if asked
-        else []
-    )
-    scores: dict[str, list[float]] = {name: [] for name in ("exact_match", "token_f1")}
-    for q, answer in zip(asked, texts, strict=True):
-        if "text" not in dataset.row(q.row):
-            scores["exact_match"].append(metrics.exact_match(answer, q.expected))
-            scores["token_f1"].append(metrics.token_f1(answer, q.expected))
+@dataclass
+class SetResult:
+    """What is known of one evaluation set: likelihood of its rows, the questions asked of some of them, and their answers."""
+
+    dataset: TokenDataset
+    scored: HeldOut
+    asked: list[Question] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+
+    def rated(self) -> list[int]:
+        """Questions (indices into ``asked``) whose answer can be compared with an expectation: those of chat rows."""
+        return [i for i, q in enumerate(self.asked) if "text" not in self.dataset.row(q.row)]
+
+
+def _figures(results: list[SetResult], recipe: Recipe, *, generate: bool, pooled: bool) -> dict[str, Any]:
+    """Figures of one set, or of all sets together (``pooled``: with replicates and slices)."""
+    scored = HeldOut(*(np.concatenate([getattr(r.scored, f) for r in results]) for f in HeldOut.__dataclass_fields__))
+    figures = scored.figures(replicates=generate and pooled)
+    if not generate:
+        return figures
+    rated = [(r, i) for r in results for i in r.rated()]
+    given, expected = [r.answers[i] for r, i in rated], [r.asked[i].expected for r, i in rated]
+    statistics = answer_statistics(given, expected, recipe)
+    add_answers(figures, statistics, None)
     samples = [
         {"prompt": q.prompt, "expected": q.expected, "answer": answer}
-        for q, answer in list(zip(asked, texts, strict=True))[: recipe.eval.samples]
+        for r in results
+        for q, answer in list(zip(r.asked, r.answers, strict=True))[: recipe.eval.samples]
     ]
-    return {"scores": scores, "samples": samples}
+    figures["samples"] = samples[: recipe.eval.samples]
+    if pooled and recipe.eval.slices:
+        figures["slices"] = _slices(results, scored, rated, statistics, recipe)
+    return figures
 
 
-def _agreement(scores: dict[str, list[float]], recipe: Recipe) -> dict[str, Any]:
-    """Means of the wanted answer metrics with their intervals; None where no row could be asked."""
-    out: dict[str, Any] = {"ci_answers": {}}
-    for name in ("exact_match", "token_f1"):
-        if name in recipe.eval.metrics:
-            values = scores[name]
-            out[name] = float(np.mean(values)) if values else None
-            out["ci_answers"][name] = metrics.bootstrap_mean(values) if values else None
-            out["answered_rows"] = len(values)
+def answer_statistics(given: Sequence[str], expected: Sequence[str], recipe: Recipe) -> dict[str, np.ndarray]:
+    """``{metric: [rows, K]}`` of the metrics of answers that ``eval.metrics`` names."""
+    return {
+        name: metric.statistics(given, expected, recipe.eval.label_separator)
+        for name, metric in metrics.ANSWER_METRICS.items()
+        if name in recipe.eval.metrics
+    }
+
+
+def add_answers(figures: dict[str, Any], statistics: dict[str, np.ndarray], rows: np.ndarray | None) -> None:
+    """Put the metrics of answers of ``rows`` (default: all) into ``figures`` beside those of likelihood."""
+    for name, values in statistics.items():
+        found = metrics.figure(values if rows is None else values[rows], metrics.ANSWER_METRICS[name].value)
+        figures[name], figures["ci"][name] = found.value, found.ci
+        figures["answered_rows"] = len(values) if rows is None else len(rows)
+        if "replicates" in figures and found.replicates is not None:
+            figures["replicates"][name] = packed(found.replicates)
+
+
+def _slices(
+    results: list[SetResult],
+    scored: HeldOut,
+    rated: list[tuple[SetResult, int]],
+    statistics: dict[str, np.ndarray],
+    recipe: Recipe,
+) -> dict[str, Any]:
+    """``{dimension: {value: figures}}`` of all rows, in the dimensions in which they differ."""
+    rows: list[dict[str, Any]] = []
+    lengths: list[int] = []
+    labels: list[str | None] = []
+    place: dict[tuple[int, int], int] = {}  # (set, document) -> row
+    classified = {"accuracy", "micro_f1", "macro_f1"} & set(recipe.eval.metrics)
+    for number, result in enumerate(results):
+        for index in result.scored.documents.tolist():
+            row = result.dataset.row(index)
+            place[number, index] = len(rows)
+            rows.append(row)
+            lengths.append(int(result.dataset.lengths[index]))
+            last = (row.get("messages") or [{}])[-1]
+            labels.append(last.get("content") if classified and last.get("role") == "assistant" else None)
+    numbers = {id(result): number for number, result in enumerate(results)}
+    answered = np.asarray([place[numbers[id(r)], r.asked[i].row] for r, i in rated], dtype=np.int64)
+    out: dict[str, Any] = {}
+    for dimension, values in tags(rows, lengths, labels).items():
+        out[dimension] = {}
+        for value, chosen in groups(values).items():
+            block = scored.figures(chosen)
+            add_answers(block, statistics, np.flatnonzero(np.isin(answered, chosen)))
+            out[dimension][value] = block
+    return out
+
+
+def _answered(
+    module: nn.Module, tokenizer, result: SetResult, recipe: Recipe, info: dict[str, Any], how: dict[str, Any]
+) -> tuple[list[Question], list[str]]:
+    """The questions of one set and their generated answers."""
+    wanted = set(metrics.ANSWER_METRICS) & set(recipe.eval.metrics)
+    count = recipe.eval.generate_rows if wanted else min(recipe.eval.generate_rows, recipe.eval.samples)
+    documents, template = result.scored.documents, chat_template(tokenizer)
+    asked: list[Question] = []
+    for index in documents[choose_rows(len(documents), count)].tolist() if count else []:
+        found = question(result.dataset, index, tokenizer, template)
+        if found is not None:
+            asked.append(found)
+    if not asked:
+        return [], []
+    given = answers(module, tokenizer, asked, max_new_tokens=recipe.eval.max_new_tokens, stop_ids=stop_ids(info), **how)
+    return asked, given
+
+
+# ---- memorisation
+
+#: Tokens that must be reproduced, and the fewest that make a probe worthwhile.
+MEMORY_TOKENS, MEMORY_LEAST = 32, 8
+
+
+def memory_probe(dataset: TokenDataset, index: int) -> tuple[list[int], list[int]] | None:
+    """(prompt, continuation) of a document, cut in the middle of what carries loss; None where that is too short."""
+    tokens, mask = dataset.tokens(index), dataset.mask(index)
+    places = np.flatnonzero(mask)
+    if len(places) < 2 * MEMORY_LEAST:
+        return None
+    cut = int(places[len(places) // 2])
+    return tokens[:cut].tolist(), tokens[cut : cut + MEMORY_TOKENS].tolist()
+
+
+def _memorised(
+    module: nn.Module, prepared: PreparedData, recipe: Recipe, figures: dict[str, Any], how: dict[str, Any]
+) -> dict[str, Any]:
+    """Share of training documents whose continuation the model gives word for word, and the same of held-out ones.
+
+    Carlini et al. 2023 (arXiv 2202.07646): a text is extractable if its beginning makes the model continue it exactly. The held-out
+    share is what can be guessed without having seen the text.
+    """
+    out: dict[str, Any] = {}
+    for name, sets in (("memorisation", [prepared.train]), ("memorisation_held_out", list(prepared.evals.values()))):
+        probes: list[tuple[list[int], list[int]]] = []
+        for dataset in sets:
+            for index in choose_rows(len(dataset), recipe.eval.generate_rows).tolist():
+                probe = memory_probe(dataset, index)
+                if probe is not None:
+                    probes.append(probe)
+        given = (
+            continuations(module, [p for p, _ in probes], max_new_tokens=MEMORY_TOKENS, stop_ids=[], **how)
+            if probes
+            else []
+        )
+        hits = [[float(ids[: len(wanted)] == wanted), 1.0] for ids, (_, wanted) in zip(given, probes, strict=True)]
+        found = metrics.figure(np.asarray(hits).reshape(-1, 2), ratio)
+        out[name], out[f"{name}_rows"] = found.value, len(hits)
+        figures["ci"][name] = found.ci
+        if found.replicates is not None:
+            figures["replicates"][name] = packed(found.replicates)
+    return out
+
+
+def results_file(results: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """``eval.json`` of the figures ``before`` and ``after``: with paired ``change`` of every metric and the ``forgetting`` check."""
+    before, after = results.get("before"), results.get("after")
+    out = without_replicates(results)
+    if before and after:
+        out["change"] = metrics.changes(before, after)
+        found = forgetting(before.get("general"), after.get("general"), recipe.eval.forgetting_limit)
+        if found is not None:
+            out["forgetting"] = found
     return out
 
 

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from aifactory_train import output
+from aifactory_train.metrics import ANSWER_METRICS, LIKELIHOOD_METRICS
 from aifactory_train.runs import RunFolder, read_json, write_atomic, write_json
 
 
@@ -157,16 +158,27 @@ def print_start(recipe, run: RunFolder, world, report, data, total_steps: int) -
 def print_comparison(results: dict[str, Any], run: RunFolder, exported: dict[str, Any] | None) -> None:
     """Held-out figures before and after, with the change, and where things lie."""
     before, after = results.get("before") or {}, results.get("after") or {}
-    names = [k for k in ("bits_per_byte", "perplexity", "loss", "exact_match", "token_f1") if k in before or k in after]
+    names = [k for k in (*LIKELIHOOD_METRICS, *ANSWER_METRICS, "memorisation") if k in before or k in after]
+    names += [k for k in ("preference_accuracy", "preference_margin") if k in before or k in after]
     rows = []
+    paired = results.get("change") or {}
     for name in names:
         old, new = before.get(name), after.get(name)
         change = ""
         if isinstance(old, float) and isinstance(new, float) and old and math.isfinite(old) and math.isfinite(new):
             change = f"{100 * (new - old) / abs(old):+.1f} %"
-        rows.append([name.replace("_", " "), _figure(old), _figure(new), change])
+        ci = (paired.get(name) or {}).get("ci")
+        shown = f"{ci[0]:+.3g} to {ci[1]:+.3g}" if ci else ""
+        rows.append([name.replace("_", " "), _figure(old), _figure(new), change, shown])
     if rows:
-        output.table("held-out rows", ["", "before", "after", "change"], rows, right=(1, 2, 3))
+        head = ["", "before", "after", "change", "95 % of the difference"]
+        output.table("held-out rows", head, rows, right=(1, 2, 3, 4))
+    forgotten = results.get("forgetting")
+    if forgotten:
+        if forgotten["warning"]:
+            output.note(f"warning: {forgotten['warning']}")
+        else:
+            print(f"general text: {forgotten['before']:.3f} to {forgotten['after']:.3f} bits per byte ({forgotten['change']:+.1%})")
     for label, path in (exported or {}).get("paths", {}).items():
         print(f"{label}: {path}")
     print(f"run folder: {run.path}")

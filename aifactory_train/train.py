@@ -19,7 +19,7 @@ from aifactory_train.checkpoint import Checkpointer
 from aifactory_train.config import Recipe
 from aifactory_train.data import Cursor, PreparedData, Sampler, load_tokenizer, prepare, split_step
 from aifactory_train.errors import EXIT_DONE, EXIT_STOPPED, RunFailed
-from aifactory_train.evaluate import evaluate
+from aifactory_train.evaluate import evaluate, results_file
 from aifactory_train.guard import Guard, leave_out
 from aifactory_train.metrics_log import MetricsLog, Progress, compare_with_plan, print_comparison, print_start
 from aifactory_train.model import ModelReport, apply_operators, build_model, choose_precision
@@ -323,7 +323,7 @@ class Trainer:
             self.results["after"] = self._evaluate(generate=True)
             self.recorder.evaluated("after", self.results["after"], self.step)
         if world.is_main:
-            write_json(self.run.eval_file, self.results)
+            write_json(self.run.eval_file, results_file(self.results, recipe))
             compare_with_plan(self.run, world)
         self.attempt.beat(self.step, "export")
         exported = (
@@ -343,5 +343,5 @@ class Trainer:
             self.run.set_state("finished", step=self.step, version=__version__)
             self.log.close()
         if not self.quiet:
-            print_comparison(self.results, self.run, exported)
+            print_comparison(results_file(self.results, recipe), self.run, exported)
         return EXIT_DONE

@@ -32,7 +32,9 @@ def run(args: argparse.Namespace) -> int:
         output.print_json({"run": str(folder.path), "data": args.data, **summary, "predictions": str(target)})
         return 0
     rows = []
-    for name in ("bits_per_byte", "perplexity", "exact_match", "token_f1"):
+    from aifactory_train.metrics import ANSWER_METRICS
+
+    for name in ("bits_per_byte", "perplexity", *ANSWER_METRICS):
         if summary.get(name) is not None:
             low_high = summary["ci"].get(name)
             shown = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if low_high else ""
@@ -57,6 +59,7 @@ def scoring_recipe(recipe, args: argparse.Namespace):
     scored.data.eval = [DataSource(source=args.data, licence="unknown", **own)]
     scored.data.overlap, scored.data.deduplicate = "allow", False
     scored.data.eval_rows = args.rows or 2**31 - 1
+    scored.eval.metrics = list(dict.fromkeys([*scored.eval.metrics, "exact_match", "token_f1"]))
     scored.eval.max_new_tokens = args.max_new_tokens or recipe.eval.max_new_tokens
     return scored
 
@@ -65,7 +68,15 @@ def score(folder, recipe, *, generate: bool) -> tuple[dict[str, Any], list[dict[
     """(figures over all rows, one prediction per document) of the run's model on the recipe's evaluation rows."""
     from aifactory_train import compat, metrics
     from aifactory_train.data import prepare
-    from aifactory_train.evaluate import answers, chat_template, held_out, question, stop_ids
+    from aifactory_train.evaluate import (
+        add_answers,
+        answer_statistics,
+        answers,
+        chat_template,
+        held_out,
+        question,
+        stop_ids,
+    )
     from aifactory_train.export import load_trained
 
     device = compat.device_type()
@@ -99,7 +110,8 @@ def score(folder, recipe, *, generate: bool) -> tuple[dict[str, Any], list[dict[
     )
     replies = dict(zip(asked, texts, strict=True))
     predictions = []
-    exact, overlap = [], []
+    given: list[str] = []
+    expected: list[str] = []
     for k, index in enumerate(scored.documents.tolist()):
         row = dataset.row(index)
         bits = metrics.bits_per_byte(float(scored.text_nll[k]), int(scored.text_bytes[k]))
@@ -115,12 +127,10 @@ def score(folder, recipe, *, generate: bool) -> tuple[dict[str, Any], list[dict[
             if "text" not in row:
                 prediction["exact_match"] = metrics.exact_match(answer, q.expected)
                 prediction["token_f1"] = metrics.token_f1(answer, q.expected)
-                exact.append(prediction["exact_match"])
-                overlap.append(prediction["token_f1"])
+                given.append(answer)
+                expected.append(q.expected)
         predictions.append(prediction)
     summary = scored.figures()
-    for name, values in (("exact_match", exact), ("token_f1", overlap)):
-        summary[name] = sum(values) / len(values) if values else None
-        summary["ci"][name] = metrics.bootstrap_mean(values) if values else None
-    summary["answered_rows"] = len(exact)
+    summary["answered_rows"] = 0
+    add_answers(summary, answer_statistics(given, expected, recipe), None)
     return summary, predictions

@@ -7,7 +7,8 @@ Accepted forms (``DataSource.format``; ``auto`` decides by the columns of the fi
   ``instruction``/``input``/``output`` and ``question``/``answer`` are read the same way;
 * ``text``: ``{"text"}``, continued pre-training.
 
-Every form may carry ``id`` (unique within its source) and ``group`` (rows of one group are never split over train and eval).
+Every form may carry ``id`` (unique within its source) and ``group`` (rows of one group are never split over train and eval), and for
+the slices of an evaluation ``language`` and ``label``.
 
 The canonical row is ``{"messages": [...], "tools"?: [...]}`` or ``{"text": ...}`` plus ``id`` and ``group`` where given.
 """
@@ -40,7 +41,7 @@ _PROMPT_COLUMNS = [
     ("input", "output"),
 ]
 KNOWN_COLUMNS = sorted(
-    {"messages", "conversations", "text", "id", "group", "tools", "system"} | {c for p in _PROMPT_COLUMNS for c in p}
+    {"messages", "conversations", "text", "id", "group", "language", "label", "tools", "system"} | {c for p in _PROMPT_COLUMNS for c in p}
 )
 
 
@@ -95,10 +96,12 @@ def canonical(row: Any, fmt: str, columns: dict[str, str]) -> dict[str, Any]:
             raise RowError("no assistant turn: nothing to learn from this row", "add the answer, or leave the row out")
         if all(m.get("weight", 1) == 0 for m in messages if m["role"] == "assistant"):
             raise RowError("every assistant turn has weight 0: all tokens would be masked")
-    for key in ("id", "group"):
+    for key in ("id", "group", "language", "label"):
         value = row.get(key)
         if value is not None and value != "":
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                if key in ("language", "label"):
+                    continue  # some other column of that name
                 raise RowError(f"'{key}' is {_kind(value)}, not text or a number")
             out[key] = str(value)
     return out

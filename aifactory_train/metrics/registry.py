@@ -35,15 +35,15 @@ def _mean(name: str, score: Callable[[str, str], float]) -> Metric:
 
 
 def _accuracy(given: Sequence[str], expected: Sequence[str], separator: str | None) -> np.ndarray:
-    return np.asarray(
-        [[labels.accuracy(a, e, separator), 1.0] for a, e in zip(given, expected, strict=True)]
-    ).reshape(-1, 2)
+    return np.asarray([[labels.accuracy(a, e, separator), 1.0] for a, e in zip(given, expected, strict=True)]).reshape(
+        -1, 2
+    )
 
 
 def _chrf(words: int) -> Statistics:
     def statistics(given: Sequence[str], expected: Sequence[str], separator: str | None) -> np.ndarray:
         rows = [overlap.chrf_statistics(a, e, words) for a, e in zip(given, expected, strict=True)]
-        return np.asarray(rows).reshape(len(rows), -1)
+        return np.asarray(rows, dtype=np.float64).reshape(len(rows), 3 * (overlap.CHAR_ORDER + words))
 
     return statistics
 

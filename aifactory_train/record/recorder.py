@@ -577,9 +577,9 @@ def exported_values(folder: Path, recipe: Recipe, result: dict[str, Any]) -> dic
 
 
 def without_samples(figures: Any) -> Any:
-    """Figures without prompts and answers."""
+    """Figures without prompts and answers, and without the bootstrap's replicates."""
     if isinstance(figures, dict):
-        return {k: without_samples(v) for k, v in figures.items() if k != "samples"}
+        return {k: without_samples(v) for k, v in figures.items() if k not in ("samples", "replicates")}
     return figures
 
 

@@ -19,6 +19,18 @@ _METRICS = {
     "perplexity": ("perplexity", "less is better"),
     "exact_match": ("exact match", "more is better"),
     "token_f1": ("token F1", "more is better"),
+    "accuracy": ("accuracy", "more is better"),
+    "micro_f1": ("micro-F1", "more is better"),
+    "macro_f1": ("macro-F1", "more is better"),
+    "chrf": ("chrF", "more is better"),
+    "chrf_pp": ("chrF++", "more is better"),
+    "rouge_l": ("ROUGE-L", "more is better"),
+    "numeric_match": ("numeric match", "more is better"),
+    "valid_json": ("valid JSON", "more is better"),
+    "valid_xml": ("valid XML", "more is better"),
+    "memorisation": ("training rows continued word for word", "less is better"),
+    "preference_accuracy": ("chosen answer preferred", "more is better"),
+    "preference_margin": ("preference margin in nats", "more is better"),
 }
 
 

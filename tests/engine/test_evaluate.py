@@ -197,26 +197,195 @@ def oracle(prepared, wrong: int = 0) -> _Oracle:
     return _Oracle(helpers.tiny_config("llama"), replies, tokenizer.convert_tokens_to_ids("<|im_end|>"))
 
 
-def test_answers_are_matched_with_expectations(prepared):
-    recipe, tokenizer, data = prepared
-    info = data.tokenizer_info
-    out = ev._answered(
-        oracle(prepared, wrong=3),
-        tokenizer,
-        data.evals["eval"],
-        np.arange(10),
-        _all_rows(recipe),
-        info,
-        "cpu",
-        0,
-        1,
-        None,
+def how(**more):
+    return {"device": "cpu", "rank": 0, "world_size": 1, "autocast": None, "pad_id": 3, **more}
+
+
+def answered(prepared, recipe, wrong: int = 0) -> ev.SetResult:
+    """All held-out rows, scored by nothing and answered by the oracle."""
+    _, tokenizer, data = prepared
+    rows = len(data.evals["eval"])
+    result = ev.SetResult(data.evals["eval"], ev.HeldOut(np.arange(rows), *np.ones((4, rows))))
+    result.asked, result.answers = ev._answered(
+        oracle(prepared, wrong), tokenizer, result, recipe, data.tokenizer_info, how()
     )
-    assert out["scores"]["exact_match"] == [0.0] * 3 + [1.0] * 7
-    assert out["scores"]["token_f1"] == [0.0] * 3 + [1.0] * 7
+    return result
+
+
+def test_answers_are_matched_with_expectations(prepared):
+    recipe = _all_rows(prepared[0])
+    out = ev._figures([answered(prepared, recipe, wrong=3)], recipe, generate=True, pooled=True)
+    assert out["answered_rows"] == 10
+    assert out["exact_match"] == out["token_f1"] == pytest.approx(0.7)
+    low, high = out["ci"]["exact_match"]
+    assert low < 0.7 < high
     assert len(out["samples"]) == recipe.eval.samples
     assert out["samples"][0]["answer"] == "nothing"
     assert out["samples"][0]["prompt"] == "What colour is the scarf number 500?"
+
+
+def test_every_metric_of_the_configuration_is_computed(prepared):
+    import typing
+
+    from aifactory_train.config import MetricName
+
+    recipe = _all_rows(prepared[0])
+    recipe.eval.metrics = list(typing.get_args(MetricName))
+    out = ev._figures([answered(prepared, recipe, wrong=5)], recipe, generate=True, pooled=True)
+    missing = set(recipe.eval.metrics) - set(out)
+    assert missing == {"memorisation"}  # that one asks about training rows: tested below
+    for name in set(recipe.eval.metrics) - missing:
+        assert out[name] is not None and out["ci"][name] is not None, name
+    assert out["accuracy"] == out["exact_match"] == 0.5
+    json.dumps(out, allow_nan=False)
+
+
+def test_slices_add_up_to_the_whole(tmp_path, tiny_model_dir, wrapped):
+    path = helpers.write_recipe(tmp_path, tiny_model_dir, settings=ANSWERS)
+    rows = helpers.chat_rows(12, start=500)
+    for number, row in enumerate(rows):
+        row["language"] = "fi" if number % 3 else "is"
+        row["label"] = "warm" if number % 2 else "cold"
+    helpers.write_jsonl(tmp_path / "eval.jsonl", rows)
+    recipe = load_recipe(str(path), ["eval.generate_rows=100", "eval.max_new_tokens=2"])
+    tokenizer = load_tokenizer(recipe)
+    data = prepare(recipe, tokenizer)
+    out = ev.evaluate(wrapped, tokenizer, data, recipe, device="cpu", rank=0, world_size=1, generate=True)
+    slices = out["slices"]
+    assert {
+        name: {v: block["rows"] for v, block in values.items()} for name, values in slices.items() if name != "length"
+    } == {
+        "language": {"fi": 8, "is": 4},
+        "label": {"cold": 6, "warm": 6},
+    }
+    assert len(slices["length"]) == 3
+    for values in slices.values():
+        blocks = values.values()
+        assert sum(b["rows"] for b in blocks) == sum(b["answered_rows"] for b in blocks) == 12
+        weighted = sum(b["bits_per_byte"] * b["text_bytes"] for b in blocks) / sum(b["text_bytes"] for b in blocks)
+        assert out["bits_per_byte"] == pytest.approx(weighted, rel=1e-9)
+        assert out["token_f1"] == pytest.approx(sum(b["token_f1"] * b["rows"] for b in blocks) / 12)
+    recipe.eval.slices = False
+    assert "slices" not in ev.evaluate(
+        wrapped, tokenizer, data, recipe, device="cpu", rank=0, world_size=1, generate=True
+    )
+
+
+def test_rows_alike_are_not_sliced():
+    from aifactory_train.metrics.slices import by_length, tags
+
+    assert by_length([5, 5, 5, 5, 5, 5]) is None
+    assert by_length([1, 2, 3]) is None
+    assert tags([{}, {}], [3, 4], [None, None]) == {}
+    assert tags([{}] * 4, [3] * 4, ["a", "b", "c", "d"]) == {}  # every row its own label: no classes
+    assert tags([{}] * 4, [3] * 4, ["a", "b", "b", "a"]) == {"label": ["a", "b", "b", "a"]}
+
+
+# ---- memorisation and forgetting
+
+
+def test_memorisation_is_found_where_it_is_and_not_on_held_out_rows(prepared):
+    """A model that continues every training document exactly, and knows no other."""
+    recipe, tokenizer, data = prepared
+    recipe = recipe.model_copy(deep=True)
+    recipe.eval.generate_rows = 16
+    known = {}
+    for index in range(len(data.train)):
+        probe = ev.memory_probe(data.train, index)
+        if probe is not None:
+            known[tuple(probe[0])] = probe[1]
+    assert len(known) > 20
+
+    class Recaller(_Oracle):
+        def forward(self, tokens, position_ids, *, attention_mask, cache):
+            if tokens.shape[1] > 1:
+                prompts = [tuple(row[mask.bool()].tolist()) for row, mask in zip(tokens, attention_mask, strict=True)]
+                self.replies = {p: known.get(p, [5, 6, 7]) for p in prompts}
+            return super().forward(tokens, position_ids, attention_mask=attention_mask, cache=cache)
+
+    module = Recaller(helpers.tiny_config("llama"), {}, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    figures = {"ci": {}, "replicates": {}}
+    out = ev._memorised(module, data, recipe, figures, how())
+    assert out["memorisation"] == 1.0 and out["memorisation_held_out"] == 0.0
+    assert out["memorisation_rows"] >= 8
+    assert figures["ci"]["memorisation"] == (1.0, 1.0)
+    assert "memorisation" in figures["replicates"]
+
+
+def test_a_probe_cuts_what_carries_loss(prepared):
+    _, _, data = prepared
+    for index in range(len(data.train)):
+        probe = ev.memory_probe(data.train, index)
+        places = np.flatnonzero(data.train.mask(index))
+        if probe is None:
+            assert len(places) < 2 * ev.MEMORY_LEAST
+            continue
+        prompt, wanted = probe
+        assert places[0] < len(prompt) < places[-1]
+        whole = data.train.tokens(index).tolist()
+        assert whole[: len(prompt) + len(wanted)] == [*prompt, *wanted]
+        assert ev.MEMORY_LEAST <= len(wanted) <= ev.MEMORY_TOKENS
+
+
+def test_general_text_is_scored_completely_whatever_the_sequence_length(prepared, wrapped):
+    from aifactory_train.metrics.general import general_documents, passages
+
+    recipe, tokenizer, _ = prepared
+    whole = sum(len(row["text"].encode()) for row in passages())
+    assert 2000 < whole < 6000  # small enough to be on by default
+    for length in (64, 256, 512):
+        recipe = recipe.model_copy(deep=True)
+        recipe.data.sequence_length = length
+        general = general_documents(recipe, tokenizer)
+        assert max(general.lengths) <= length
+        scored = sum(general.text_bytes(i) for i in range(len(general)))
+        assert (
+            whole - 8 * len(passages()) < scored <= whole
+        )  # but for each passage's first token, which nothing predicts
+        assert sum(int(general.mask(i).sum()) for i in range(len(general))) >= scored / 6
+
+
+def block(bits: float) -> dict:
+    return {"general": {"bits_per_byte": bits}, "loss": 1.0}
+
+
+def test_forgetting_is_warned_of_and_eval_json_holds_no_replicates(prepared):
+    recipe = prepared[0]
+    assert recipe.eval.forgetting  # on by default
+    out = ev.results_file({"before": {**block(1.0), "replicates": {"loss": "AAA="}}, "after": block(1.2)}, recipe)
+    assert out["forgetting"]["change"] == pytest.approx(0.2)
+    assert "20.0 % harder" in out["forgetting"]["warning"] or "20.0% harder" in out["forgetting"]["warning"]
+    assert "replicates" not in out["before"]
+    calm = ev.results_file({"before": block(1.0), "after": block(1.04)}, recipe)["forgetting"]
+    assert calm["warning"] is None
+    assert "forgetting" not in ev.results_file({"after": block(1.0)}, recipe)
+    assert "forgetting" not in ev.results_file({"before": {"loss": 1.0}, "after": {"loss": 1.0}}, recipe)
+
+
+def test_evaluate_measures_the_general_text_before_and_after_only(prepared, wrapped):
+    recipe, tokenizer, data = prepared
+    options = {"device": "cpu", "rank": 0, "world_size": 1}
+    assert "general" not in ev.evaluate(wrapped, tokenizer, data, recipe, generate=False, **options)
+    figures = ev.evaluate(wrapped, tokenizer, data, recipe, generate=True, **options)["general"]
+    assert figures["ci"]["bits_per_byte"][0] < figures["bits_per_byte"] < figures["ci"]["bits_per_byte"][1]
+    off = recipe.model_copy(deep=True)
+    off.eval.forgetting = False
+    assert "general" not in ev.evaluate(wrapped, tokenizer, data, off, generate=True, **options)
+
+
+def test_changes_are_paired_between_two_evaluations(prepared, wrapped):
+    recipe, tokenizer, data = prepared
+    options = {"device": "cpu", "rank": 0, "world_size": 1, "generate": True}
+    before = ev.evaluate(wrapped, tokenizer, data, recipe, **options)
+    better = helpers.tiny_model("llama", seed=1)
+    better.set_attn_implementation(PER_DOCUMENT)
+    after = ev.evaluate(CausalLM(better), tokenizer, data, recipe, **options)
+    out = json.loads(json.dumps(ev.results_file({"before": before, "after": after}, recipe)))
+    for name in ("bits_per_byte", "loss", "perplexity", "exact_match", "token_f1"):
+        low, high = out["change"][name]["ci"]
+        assert low <= out["change"][name]["difference"] <= high, name
+    same = ev.results_file({"before": before, "after": before}, recipe)["change"]["loss"]
+    assert same["ci"] == (0.0, 0.0) and same["better"] is None
 
 
 def _all_rows(recipe):
