@@ -12,7 +12,7 @@ import json
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 
 from aifactory_train.errors import UserError
 from aifactory_train.parallel.state import Piece, Sharded
+from aifactory_train.private import vault
 
 FORMAT = 1
 MARKER = "COMPLETE"
@@ -39,7 +40,7 @@ MARKER = "COMPLETE"
 CHUNK = 8 * 2**20
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 # ---- files
@@ -58,12 +59,24 @@ def write_file(path: Path, chunks: Iterator[memoryview | bytes]) -> dict[str, An
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def write_tensors(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """A safetensors file, encrypted as it is written (``NAME.aft``) under the privacy profile ``restricted``.
+
+    Returns its entry in ``files`` of the marker; size and digest are those of the bytes on disk, so faults are found without a key.
+    """
+    chunks: Iterator[memoryview | bytes] = _safetensors(tensors)
+    if vault.seals():
+        name, chunks = name + ".aft", vault.seal_chunks(chunks)
+    return {name: write_file(folder / name, chunks)}
+
+
 def put(file: BinaryIO, chunk: memoryview | bytes) -> None:
     """All bytes of a checkpoint pass through here (the kill benchmark slows it down to die inside a save)."""
     file.write(chunk)
 
 
-def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+def bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes of a host tensor, in chunks of at most :data:`CHUNK`."""
     flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     view = memoryview(flat.data)
     for start in range(0, len(view), CHUNK):
@@ -76,13 +89,13 @@ def _safetensors(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | byte
     offset = 0
     for key, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for tensor in tensors.values():
-        yield from _bytes_of(tensor)
+        yield from bytes_of(tensor)
 
 
 def file_digest(path: Path) -> str:
@@ -192,7 +205,7 @@ class SafetensorsWriter(StorageWriter):
             key = f"{item.index.fqn}@{','.join(map(str, item.index.offset or ()))}"
             tensors[key] = planner.resolve_data(item)
             results.append(WriteResult(item.index, tensors[key].nbytes, (name, key)))
-        self.written[name] = write_file(self.folder / name, _safetensors(tensors))
+        self.written |= write_tensors(self.folder, name, tensors)
         future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         future.set_result(results)
         return future
@@ -206,7 +219,7 @@ class SafetensorsWriter(StorageWriter):
             for chunk in entry.chunks:
                 file, key = places[MetadataIndex(name, chunk.offsets)]
                 boxes.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), "file": file, "key": key})
-            tree[name] = {"shape": list(entry.size), "dtype": _NAMES[entry.properties.dtype], "boxes": boxes}
+            tree[name] = {"shape": list(entry.size), "dtype": DTYPE_NAMES[entry.properties.dtype], "boxes": boxes}
         self.written["metadata.json"] = write_file(self.folder / "metadata.json", iter([json_bytes(tree)]))
 
     @classmethod
@@ -215,7 +228,7 @@ class SafetensorsWriter(StorageWriter):
 
 
 class SafetensorsReader(StorageReader):
-    """Reads what :class:`SafetensorsWriter` wrote, slice by slice (files are mapped, not read whole)."""
+    """Reads what :class:`SafetensorsWriter` wrote, slice by slice (files are mapped, not read whole; encrypted ones tensor by tensor)."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -246,14 +259,12 @@ class SafetensorsReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: Any) -> torch.futures.Future[None]:
-        from safetensors import safe_open
-
         by_file = defaultdict(list)
         for item in plan.items:
             file, key = self.places[item.storage_index]
             by_file[file].append((key, item))
         for file, items in sorted(by_file.items()):
-            with safe_open(self.folder / file, framework="pt") as shard:
+            with vault.open_tensors(self.folder / file) as shard:
                 for key, item in items:
                     box = tuple(
                         slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True)
@@ -328,22 +339,39 @@ def steps_in(checkpoints: Path) -> list[int]:
     return sorted(found, reverse=True)
 
 
-def read_parameters(folder: Path, prefix: str = "model/") -> Iterator[tuple[str, torch.Tensor]]:
-    """``(parameter name, full tensor)`` one at a time, without a process group: for export and comparison.
+class StoredParameters(Mapping[str, torch.Tensor]):
+    """The tensors of a checkpoint by name (without ``prefix``), each read when it is asked for, without a process group.
 
-    Memory: one tensor. Names come without ``prefix``.
+    Memory: the tensor, and one of the boxes that ranks wrote of it.
     """
-    from safetensors import safe_open
 
-    for name, entry in sorted(read_tree(folder, "metadata.json").items()):
-        if not name.startswith(prefix):
-            continue
+    def __init__(self, folder: Path, prefix: str = "model/"):
+        self.folder = folder
+        self.entries = {
+            name.removeprefix(prefix): entry
+            for name, entry in sorted(read_tree(folder, "metadata.json").items())
+            if name.startswith(prefix)
+        }
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        entry = self.entries[name]
         whole = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
         for box in entry["boxes"]:
-            with safe_open(folder / box["file"], framework="pt") as shard:
+            with vault.open_tensors(self.folder / box["file"]) as shard:
                 where = tuple(slice(at, at + n) for at, n in zip(box["offsets"], box["sizes"], strict=True))
                 whole[where] = shard.get_tensor(box["key"])
-        yield name.removeprefix(prefix), whole
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def read_parameters(folder: Path, prefix: str = "model/") -> Iterator[tuple[str, torch.Tensor]]:
+    """``(parameter name, full tensor)`` one at a time: for export and comparison. Names come without ``prefix``."""
+    yield from StoredParameters(folder, prefix).items()
 
 
 def same_tensors(one: Path, other: Path) -> list[str]:

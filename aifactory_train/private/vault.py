@@ -113,13 +113,11 @@ class Vault:
         return Writer(path, self.recipients)
 
 
-class Writer(io.RawIOBase):
-    """Encrypts in pieces as they fill; holds at most one piece in memory, nothing plain on disk."""
+class Sealer:
+    """Plain bytes in, the bytes of a ``.aft`` file out; holds at most one piece of plain text."""
 
-    def __init__(self, path: Path, recipients: Iterable[str]):
-        super().__init__()
+    def __init__(self, recipients: Iterable[str]):
         age = _pyrage()
-        self.path, self._beside = path, path.with_name(f".{path.name}.{os.getpid()}.part")
         key = secrets.token_bytes(32)
         names = list(recipients)
         try:
@@ -134,26 +132,45 @@ class Writer(io.RawIOBase):
                 "key": base64.b64encode(age.encrypt(key, keys)).decode(),
             }
         ).encode()
+        self.start = MAGIC + struct.pack(">I", len(header)) + header
         self._bound = hashlib.sha256(MAGIC + header).digest()
         self._cipher = _cipher(key)
         self._held, self._number = bytearray(), 0
+
+    def add(self, data: memoryview | bytes) -> Iterator[bytes]:
+        """Encrypted pieces that ``data`` completes."""
+        view = memoryview(data).cast("B")
+        for at in range(0, len(view), PIECE):
+            self._held += view[at : at + PIECE]
+            while len(self._held) > PIECE:
+                yield self._piece(bytes(self._held[:PIECE]), last=False)
+                del self._held[:PIECE]
+
+    def end(self) -> bytes:
+        return self._piece(bytes(self._held), last=True)
+
+    def _piece(self, piece: bytes, *, last: bool) -> bytes:
+        number, self._number = self._number, self._number + 1
+        return self._cipher.encrypt(_nonce(number, last=last), piece, self._bound)
+
+
+class Writer(io.RawIOBase):
+    """A file that is encrypted as it is written; nothing plain reaches the disk."""
+
+    def __init__(self, path: Path, recipients: Iterable[str]):
+        super().__init__()
+        self.path, self._beside = path, path.with_name(f".{path.name}.{os.getpid()}.part")
+        self._sealer = Sealer(recipients)
         self._file = open(self._beside, "wb")  # noqa: SIM115 - closed in close()
-        self._file.write(MAGIC + struct.pack(">I", len(header)) + header)
+        self._file.write(self._sealer.start)
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._held += view
-        while len(self._held) > PIECE:
-            self._emit(bytes(self._held[:PIECE]), last=False)
-            del self._held[:PIECE]
-        return len(view)
-
-    def _emit(self, piece: bytes, *, last: bool) -> None:
-        self._file.write(self._cipher.encrypt(_nonce(self._number, last=last), piece, self._bound))
-        self._number += 1
+        for piece in self._sealer.add(data):
+            self._file.write(piece)
+        return memoryview(data).nbytes
 
     def flush(self) -> None:
         if not self._file.closed:
@@ -167,7 +184,7 @@ class Writer(io.RawIOBase):
         if self.closed:
             return
         try:
-            self._emit(bytes(self._held), last=True)
+            self._file.write(self._sealer.end())
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -175,6 +192,60 @@ class Writer(io.RawIOBase):
         finally:
             self._file.close()
             super().close()
+
+
+class Window:
+    """Any part of an encrypted file, decrypted in memory: only the pieces that hold it are read.
+
+    Raises :class:`UserError` for a wrong key and for a piece that was changed; a file cut off at a piece's end is noticed when its last
+    piece is read.
+    """
+
+    def __init__(self, vault: Vault, path: Path):
+        self.path = path
+        self._file = open(path, "rb")  # noqa: SIM115 - closed in close()
+        try:
+            header, self._bound = read_header(self._file, path)
+            self._cipher = _cipher(vault._unwrap(base64.b64decode(header["key"]), path))
+        except BaseException:
+            self._file.close()
+            raise
+        self._begin = self._file.tell()
+        self._count = max(1, -(-(path.stat().st_size - self._begin) // (PIECE + 16)))
+        self._at, self._piece = -1, b""  # the piece read last: neighbouring reads often share one
+
+    def read(self, start: int, size: int) -> bytearray:
+        """``size`` bytes of plain text from ``start``."""
+        out = bytearray()
+        while len(out) < size:
+            number, offset = divmod(start + len(out), PIECE)
+            part = self._plain(number)[offset : offset + size - len(out)]
+            if not part:
+                raise UserError("the encrypted file is shorter than it says", where=str(self.path))
+            out += part
+        return out
+
+    def _plain(self, number: int) -> bytes:
+        from cryptography.exceptions import InvalidTag
+
+        if number != self._at:
+            if number >= self._count:
+                return b""
+            self._file.seek(self._begin + number * (PIECE + 16))
+            try:
+                self._piece = self._cipher.decrypt(
+                    _nonce(number, last=number == self._count - 1), self._file.read(PIECE + 16), self._bound
+                )
+            except InvalidTag:
+                raise UserError(
+                    f"piece {number} of the encrypted file was changed, or the file was cut off", where=str(self.path)
+                ) from None
+            self._at = number
+        return self._piece
+
+    def close(self) -> None:
+        self._file.close()
+        self._at, self._piece = -1, b""
 
 
 def read_header(file: Any, path: Path) -> tuple[dict[str, Any], bytes]:
@@ -277,6 +348,78 @@ def sealed(path: Path) -> Path:
 def create(path: Path) -> Any:
     """Open a file for writing in order: plain, or encrypted beside its name while the vault seals."""
     return active().writer(sealed(path)) if _seals else open(path, "wb")
+
+
+def seal_chunks(chunks: Iterable[memoryview | bytes]) -> Iterator[bytes]:
+    """The encrypted form of a file that comes in chunks."""
+    sealer = Sealer(active().recipients)
+    yield sealer.start
+    for chunk in chunks:
+        yield from sealer.add(chunk)
+    yield sealer.end()
+
+
+class SealedTensors:
+    """An encrypted safetensors file, one tensor at a time in memory; used like ``safetensors.safe_open``."""
+
+    _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+
+    def __init__(self, path: Path):
+        self._window = Window(active(), path)
+        self._read: tuple[str, Any] = ("", None)
+        try:
+            size = struct.unpack("<Q", self._window.read(0, 8))[0]
+            self._header = json.loads(bytes(self._window.read(8, size))) if size < 1 << 30 else None
+            if not isinstance(self._header, dict):
+                raise ValueError
+        except ValueError:
+            self._window.close()
+            raise UserError("does not hold tensors", where=str(path)) from None
+        self._data = 8 + size
+
+    def __enter__(self) -> SealedTensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._read = ("", None)
+        self._window.close()
+
+    def keys(self) -> list[str]:
+        return [k for k in self._header if k != "__metadata__"]
+
+    def get_tensor(self, key: str) -> Any:
+        """The tensor ``key`` in memory of its own, in the type and shape that the file says."""
+        import torch
+
+        if self._read[0] != key:
+            types = dict(
+                zip(
+                    self._DTYPES,
+                    (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+                     torch.uint8, torch.bool),
+                    strict=True,
+                )
+            )  # fmt: skip
+            entry = self._header[key]
+            start, end = entry["data_offsets"]
+            if start == end:
+                tensor = torch.empty(entry["shape"], dtype=types[entry["dtype"]])
+            else:
+                raw = self._window.read(self._data + start, end - start)
+                tensor = torch.frombuffer(raw, dtype=types[entry["dtype"]]).reshape(entry["shape"])
+            self._read = (key, tensor)
+        return self._read[1]
+
+    get_slice = get_tensor  # indexed like a slice of safetensors: several boxes of one tensor are decrypted once
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file for reading tensor by tensor: as it is, or decrypted in memory if it lies here encrypted."""
+    if sealed(path).is_file():
+        return SealedTensors(sealed(path))
+    from safetensors import safe_open
+
+    return safe_open(path, framework="pt")
 
 
 def content(path: Path) -> bytes | None:

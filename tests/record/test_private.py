@@ -144,6 +144,68 @@ def test_nothing_shows_before_it_is_whole(keys, tmp_path):
     assert (tmp_path / "d.aft").is_file() and not list(tmp_path.glob(".d.aft.*"))
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_part_can_be_read_alone(lock, data):
+    box, folder = lock
+    size = data.draw(st.integers(0, 2 * vault.PIECE + 9))
+    plain = np.random.default_rng(size).bytes(size)
+    box.write(folder / "w.aft", plain)
+    window = vault.Window(box, folder / "w.aft")
+    for _ in range(4):
+        start = data.draw(st.integers(0, size))
+        length = data.draw(st.integers(0, size - start))
+        assert bytes(window.read(start, length)) == plain[start : start + length]
+    with pytest.raises(UserError, match="shorter"):
+        window.read(size, 1)
+    window.close()
+
+
+def test_a_window_notices_changes_and_a_cut_at_a_piece(lock):
+    box, folder = lock
+    path = folder / "v.aft"
+    box.write(path, b"zebra" * 600_000)
+    raw = path.read_bytes()
+    begin = 8 + int.from_bytes(raw[4:8], "big")
+    path.write_bytes(raw[: begin + 2 * (vault.PIECE + 16)])  # two whole pieces of three
+    window = vault.Window(box, path)
+    assert window.read(0, 5) == b"zebra"
+    with pytest.raises(UserError, match="cut off"):
+        window.read(vault.PIECE, 5)
+    path.write_bytes(raw[: begin + 9] + bytes([raw[begin + 9] ^ 1]) + raw[begin + 10 :])
+    with pytest.raises(UserError, match="piece 0"):
+        vault.Window(box, path).read(0, 5)
+
+
+def test_checkpoint_files_are_encrypted_and_read_back_bit_by_bit(keys, tmp_path):
+    import torch
+
+    from aifactory_train.parallel.storage import write_tensors
+
+    tensors = {
+        "model/a@0,0": torch.randn(700, 900),
+        "optimizer/exp_avg/a@0": torch.randn(33).bfloat16(),
+        "empty@0": torch.empty(0, 4),
+        "scalar@": torch.tensor(3.5, dtype=torch.float64),
+    }
+    vault.activate(keys[0], seal=True)
+    entry = write_tensors(tmp_path, "state-00000.safetensors", tensors)
+    assert list(entry) == ["state-00000.safetensors.aft"]
+    content = (tmp_path / "state-00000.safetensors.aft").read_bytes()
+    assert entry["state-00000.safetensors.aft"]["bytes"] == len(content)
+    assert tensors["model/a@0,0"].numpy().tobytes()[4000:4032] not in content and b"exp_avg" not in content
+    with vault.open_tensors(tmp_path / "state-00000.safetensors") as shard:
+        assert set(shard.keys()) == set(tensors)
+        for name, tensor in tensors.items():
+            found = shard.get_tensor(name)
+            assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+        assert torch.equal(shard.get_slice("model/a@0,0")[3:9, 5:6], tensors["model/a@0,0"][3:9, 5:6])
+    vault.deactivate()
+    with pytest.raises(UserError, match="no identity"):
+        vault.open_tensors(tmp_path / "state-00000.safetensors")
+    assert list(write_tensors(tmp_path, "plain.safetensors", tensors)) == ["plain.safetensors"]
+
+
 # ---- permissions
 
 
@@ -467,6 +529,14 @@ def test_restricted_run_leaves_nothing_plain_connects_nowhere_and_resumes(tmp_pa
     )
     assert (run / "export" / "adapter" / "adapter_model.safetensors.aft").is_file()
     assert not (run / "export" / "adapter" / "adapter_model.safetensors").exists()
+    # Neither checkpoints nor export hold the trained weights in plain form: the adapter's own bytes are searched.
+    assert list(run.rglob("state-*.safetensors.aft")) and not list(run.rglob("*.safetensors"))
+    from safetensors.torch import load
+
+    sealed_adapter = run / "export" / "adapter" / "adapter_model.safetensors.aft"
+    weights = load(vault.Vault.from_identity(tmp_path / "id.txt").read(sealed_adapter))
+    pieces = {name: t.numpy().tobytes()[:64] for name, t in weights.items() if t.any()}
+    assert pieces and search(pieces, tmp_path) == []
     for path in [run, *run.rglob("*")]:
         assert not path.stat().st_mode & 0o077, path
     assert rows.was_in(run / rows.FILE, helpers.chat_rows(1)[0]["messages"][0]["content"])
