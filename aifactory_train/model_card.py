@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aifactory_train import __version__
+from aifactory_train import __version__, licences
 from aifactory_train.config import Recipe
 from aifactory_train.runs import RunFolder
 
@@ -29,7 +29,8 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
 
     base, _ = public_base(recipe)
     results = _results(run)
-    licence, licence_name = _licence(recipe)
+    result = licences.result_licence(recipe)
+    licence, licence_name = _licence(result)
     sources = [*recipe.data.train, *(recipe.data.eval or [])]
     metadata = ModelCardData(
         base_model=_public(base),
@@ -68,6 +69,10 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
         "|---|---|---|",
         f"| base model | `{_public(base)}` | {recipe.model.licence} |",
         *[f"| data | `{_public(s.source)}` | {s.licence} |" for s in sources],
+        "",
+        f"Licence of this model, from its parents: {result['name'] or result['licence']} ({result['because']})."
+        + ("" if result["commercial"] else " Not for commercial use."),
+        *(f"{text}" for text in result["attribution"]),
         "",
         "## Held-out rows",
         "",
@@ -170,12 +175,11 @@ def _training(recipe: Recipe, data: PreparedData) -> str:
     )
 
 
-def _licence(recipe: Recipe) -> tuple[str, str | None]:
-    """The hub's licence field: the parents' licence where all of them share one, else 'other' (the table lists them)."""
-    parents = {recipe.model.licence.lower(), *(s.licence.lower() for s in recipe.data.train)}
-    if len(parents) == 1 and "unknown" not in parents:
-        return parents.pop(), None
-    return "other", "see-parents"
+def _licence(result: dict[str, Any]) -> tuple[str, str | None]:
+    """The hub's licence field, from what the parents' licences come to (licences.py); 'other' has a name beside it."""
+    if result["licence"] == "other" or result["licence"].startswith("LicenseRef-"):
+        return "other", result["name"] or result["licence"]
+    return result["licence"].lower(), None
 
 
 def _is_hub(source: str) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from aifactory_train import licences
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="recipe id (health/phenotype-terms) or path of a .yaml file")
@@ -13,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="fetch again what the cache already holds")
     parser.add_argument("--only", choices=["model", "data"], help="fetch one of the two")
     parser.add_argument("--json", action="store_true", help="print the manifest as one line of JSON")
+    licences.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,7 +23,8 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.output import note, print_json, table
     from aifactory_train.sources import fetch
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, licences.overrides(args))
+    licences.gate(recipe)
     manifest = fetch(recipe, force=args.force, say=note, model=args.only != "data", data=args.only != "model")
     if args.json:
         print_json(manifest)

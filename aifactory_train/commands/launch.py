@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aifactory_train import licences
 from aifactory_train.errors import UserError
 
 
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=V1,V2",
         help="one task for each value (product over several)",
     )
+    licences.add_arguments(what)
     again = parser.add_argument_group("time limits and failures")
     again.add_argument(
         "--resubmit",
@@ -108,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("no recipe is named", where="RECIPE", fix="'aifactory recipes' lists them")
     if args.resume:
         return _resume(args)
+    args.overrides = licences.overrides(args)
     # Scanning all installed distributions for pydantic plug-ins costs a tenth of a dry run; none is used.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     from aifactory_train import sites
@@ -118,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
     request = request_of(args)
     system = load_site(args)
     recipe = load_recipe(args.recipe, args.overrides)
+    licences.gate(recipe)
     sub = build(request, system, recipe, files=not (args.dry_run or args.explain))
     batch = sub.shape.backend not in ("local", "mpi")
     here = (

@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from aifactory_train import licences
 from aifactory_train.errors import UserError
 
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--attempt", type=int, metavar="N", help="number of this attempt (launchers set it)")
     parser.add_argument("--quiet", action="store_true", help="no progress and no tables")
+    licences.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.runs import default_run_dir
 
     try:
-        recipe = load_recipe(args.recipe, args.overrides)
+        recipe = load_recipe(args.recipe, licences.overrides(args))
+        licences.gate(recipe)
         folder = args.run_dir or (default_run_dir(recipe, args.name) if args.name else None)
         from aifactory_train.train import train
 

@@ -1,0 +1,257 @@
+"""Train every recipe with embedded data for a few minutes on CPU, and write what it changed into docs/recipes.md.
+
+    python benchmarks/recipes.py --only energy/grid-model --only media/drama-dialogue --json
+    python benchmarks/recipes.py --write            # all of them, then the document
+
+Each recipe is fetched and trained by the real command line with its own settings (``--steps`` shortens those that take more
+steps). The figure before and after is on held-out rows, with its 95 % bootstrap interval; *improved* says that the two
+intervals do not meet. Results are kept in benchmarks/recipes.json, one entry a recipe, so that a run of some recipes leaves
+the others as they were; the document says of every recipe that has no entry that it was not run. Exit code 1 if a recipe
+that ran failed or did not improve. With --json one line of rows ``{id, metric, before, after, ci, seconds}`` goes to standard
+output and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "recipes.json"
+DOCUMENT = ROOT / "docs" / "recipes.md"
+
+#: Most steps of a run, and what a run of figures leaves out: no checkpoint, no export, no evidence pack.
+STEPS = 40
+LEAVE_OUT = ("checkpoint.at_end=false", "export.automatic=false", "record.pack=false", "logging.tensorboard=false")
+#: Metrics that are better when they are smaller.
+SMALLER = {"bits_per_byte", "perplexity", "loss"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", action="append", default=[], metavar="ID", help="this recipe; repeatable")
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"at most N steps (default {STEPS})")
+    parser.add_argument("--note", default="", help="about the machine, e.g. 'shared with other jobs'")
+    parser.add_argument("--keep", action="store_true", help="keep the results for the document")
+    parser.add_argument("--write", action="store_true", help="keep the results and write docs/recipes.md")
+    parser.add_argument("--document", action="store_true", help="run nothing, write docs/recipes.md from kept results")
+    parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
+    args = parser.parse_args()
+    from aifactory_train.config import load_recipe, recipe_ids
+
+    embedded = [name for name in recipe_ids() if is_embedded(load_recipe(name))]
+    if args.document:
+        DOCUMENT.write_text(document(kept()), encoding="utf-8")
+        return 0
+    unknown = sorted(set(args.only) - set(embedded))
+    if unknown:
+        parser.error(f"not a recipe with embedded data: {', '.join(unknown)}")
+    results = []
+    for name in args.only or embedded:
+        result = measure(name, args.steps, args.note)
+        results.append(result)
+        print(told(result), file=sys.stderr, flush=True)
+        if args.keep or args.write:
+            keep(result)
+    if args.write:
+        DOCUMENT.write_text(document(kept()), encoding="utf-8")
+    if args.json:
+        print(
+            json.dumps([{k: r.get(k) for k in ("id", "metric", "before", "after", "ci", "seconds")} for r in results])
+        )
+    return 0 if all(r["improved"] for r in results) else 1
+
+
+def is_embedded(recipe: Any) -> bool:
+    """Whether model and rows come from packages, so that the recipe runs as it stands."""
+    sources = [*recipe.data.train, *(recipe.data.eval or [])]
+    return all(s.source.startswith(("pypi:", "npm:")) for s in sources)
+
+
+def measure(name: str, steps: int, note: str) -> dict[str, Any]:
+    """Fetch and train one recipe in a folder of its own; figures before and after on its held-out rows."""
+    from aifactory_train.config import load_recipe
+
+    recipe = load_recipe(name)
+    settings = [f"train.max_steps={steps}"] if (recipe.train.max_steps or steps + 1) > steps else []
+    command = ["aifactory", "train", name, *(word for s in settings for word in ("--set", s))]
+    result: dict[str, Any] = {"id": name, "metric": recipe.about.metric, "command": " ".join(command)}
+    result |= {"before": None, "after": None, "ci": None, "seconds": None, "improved": False}
+    result["machine"] = {"cores": os.cpu_count(), "python": platform.python_version(), "note": note}
+    with tempfile.TemporaryDirectory(prefix="recipe-") as scratch:
+        run_dir = Path(scratch) / "run"
+        done = aifactory("fetch", name)
+        if done.returncode == 0:
+            quiet = [word for s in LEAVE_OUT for word in ("--set", s)]
+            start = time.monotonic()
+            done = aifactory(*command[1:], *quiet, "--run-dir", str(run_dir), "--quiet")
+            result["seconds"] = round(time.monotonic() - start, 1)
+        if done.returncode != 0:
+            result["failed"] = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return result
+        figures = json.loads((run_dir / "eval.json").read_text(encoding="utf-8"))
+        result |= judge(recipe.about.metric, figures)
+        result |= throughput(run_dir / "metrics.jsonl")
+        result["repeated"] = repeated(recipe)
+    return result
+
+
+def aifactory(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "aifactory_train", *words], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+
+def judge(metric: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Before, after and their intervals, of the recipe's metric where it was measured and of bits per byte otherwise."""
+    before, after = figures["before"], figures["after"]
+    if before.get(metric) is None or after.get(metric) is None or after["ci"].get(metric) is None:
+        metric = "bits_per_byte"
+    ci = {"before": before["ci"][metric], "after": after["ci"][metric]}
+    if metric in SMALLER:
+        improved = ci["after"][1] < ci["before"][0]
+    else:
+        improved = ci["after"][0] > ci["before"][1]
+    also = {m: [before[m], after[m]] for m in ("bits_per_byte", "exact_match", "token_f1") if before.get(m) is not None}
+    return {
+        "metric": metric,
+        "before": before[metric],
+        "after": after[metric],
+        "ci": ci,
+        "improved": improved,
+        "rows": after["rows"],
+        "also": {m: pair for m, pair in also.items() if m != metric},
+    }
+
+
+def throughput(metrics: Path) -> dict[str, Any]:
+    """Steps and tokens of the run, from its log."""
+    steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    steps = [s for s in steps if "tokens" in s and "step" in s]
+    return {"steps": max((s["step"] for s in steps), default=0), "tokens": sum(s["tokens"] for s in steps)}
+
+
+def repeated(recipe: Any) -> dict[str, int] | None:
+    """Held-out rows that a training row repeats (data/overlap.py), as the preparation counted them before leaving such
+    training rows out."""
+    from aifactory_train.data import prepare
+
+    prepared = prepare(recipe)
+    overlap = prepared.report.get("overlap") or {}
+    found = overlap.get("held_out_rows_repeated")
+    return None if found is None else {"rows": int(found), "of": sum(len(e) for e in prepared.evals.values())}
+
+
+def told(result: dict[str, Any]) -> str:
+    if result.get("failed"):
+        return f"{result['id']}: failed: {result['failed']}"
+    change = f"{result['metric']} {result['before']:.3f} -> {result['after']:.3f}"
+    return f"{result['id']}: {change} {'improved' if result['improved'] else 'NOT IMPROVED'}, {result['seconds']:.0f} s"
+
+
+# ---- the document
+
+
+def kept() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+
+
+def keep(result: dict[str, Any]) -> None:
+    RESULTS.write_text(
+        json.dumps(dict(sorted({**kept(), result["id"]: result}.items())), indent=1, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
+
+
+def document(results: dict[str, Any]) -> str:
+    """docs/recipes.md: what is measured first, then every recipe by sector with what it is made of."""
+    from aifactory_train.commands.recipes import summary
+    from aifactory_train.config import load_recipe, recipe_ids
+
+    recipes = {name: load_recipe(name) for name in recipe_ids()}
+    measured = [n for n in recipes if n in results and not results[n].get("failed")]
+    waiting = [n for n in recipes if is_embedded(recipes[n]) and n not in measured]
+    lines = [(ROOT / "benchmarks" / "recipes-head.md").read_text(encoding="utf-8").rstrip(), ""]
+    lines += ["## Measured on CPU", ""]
+    lines += [
+        "SmolLM2-135M on held-out rows, before and after a run of a few minutes; 95 % bootstrap intervals over rows in brackets.",
+        "*Improved* means that the two intervals do not meet. Seconds are of the whole command with loading and both evaluations.",
+        "*Repeated*: held-out rows that a training row repeats to four fifths, before such training rows are left out.",
+        "",
+        "| recipe | metric | before | after | improved | rows | repeated | tokens | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in measured:
+        r = results[name]
+        again = r.get("repeated")
+        shown = f"{again['rows']} of {again['of']}" if again else "not counted"
+        lines.append(
+            f"| `{name}` | {r['metric'].replace('_', ' ')} | {figure(r['before'], r['ci']['before'])} "
+            f"| {figure(r['after'], r['ci']['after'])} | {'yes' if r['improved'] else 'no'} | {r['rows']} | {shown} "
+            f"| {r['tokens']:,} | {r['seconds']:.0f} |"
+        )
+    lines += ["", "| recipe | command | machine |", "|---|---|---|"]
+    for name in measured:
+        machine = results[name]["machine"]
+        about = f"{machine['cores']} cores, Python {machine['python']}" + (
+            f"; {machine['note']}" if machine["note"] else ""
+        )
+        lines.append(f"| `{name}` | `{results[name]['command']}` | {about} |")
+    lines += [
+        "",
+        "Not run yet: " + (", ".join(f"`{n}`" for n in waiting) if waiting else "none of the embedded ones") + ".",
+    ]
+    brought = [n for n in recipes if not is_embedded(recipes[n])]
+    lines += [
+        "",
+        "Not run, because they wait for your data (their ten example rows only show the form): "
+        + ", ".join(f"`{n}`" for n in brought)
+        + ".",
+        "",
+        "## All recipes",
+    ]
+    for name, recipe in recipes.items():
+        row = summary(recipe)
+        lines += [
+            "",
+            f"### {name}",
+            "",
+            f"{recipe.about.title}: {recipe.about.task}. {recipe.about.summary.strip()}",
+            "",
+        ]
+        lines.append(
+            f"- rows: {'embedded, ' if is_embedded(recipe) else 'bring your data, '}"
+            + "; ".join(
+                sorted(
+                    {
+                        f"`{s.source if is_embedded(recipe) else Path(s.source).name}` ({s.licence})"
+                        for s in recipe.data.train
+                    }
+                )
+            )
+        )
+        lines.append(f"- metric: {recipe.about.metric.replace('_', ' ')}")
+        lines.append("- bases: " + "; ".join(f"`{b['base'].partition('#')[0]}` ({b['licence']})" for b in row["bases"]))
+        if recipe.about.public_data:
+            lines.append(
+                "- public data: "
+                + "; ".join(f"`{p.source}` @ {p.revision} ({p.licence})" for p in recipe.about.public_data)
+            )
+        lines.append(f"- sites with this focus: {', '.join(row['sites']) or 'none'}")
+    return "\n".join(lines) + "\n"
+
+
+def figure(value: float, ci: list[float]) -> str:
+    return f"{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

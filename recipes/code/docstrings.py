@@ -1,0 +1,63 @@
+"""Python source (any package) to rows: signature of a public function to the first paragraph of its docstring.
+
+The source is parsed, never imported or run. A module is held out as a whole: functions of one module share their words.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.recipes.common import chat, choose, no_rows, parted, plain
+
+DIRECTIONS = ("signature-to-docstring", "docstring-to-signature")
+SYSTEM = "Python documentation."
+
+
+def rows(
+    path: Path, *, part: str = "train", direction: str = "signature-to-docstring", held_out: float = 0.15
+) -> Iterator[dict[str, Any]]:
+    """Rows of all ``*.py`` files in a folder, tests left out.
+
+    Args:
+        path: folder of Python source.
+        part: ``train`` or ``held_out``.
+        direction: one of :data:`DIRECTIONS`.
+        held_out: share of the modules that is held out.
+    """
+    choose(direction, DIRECTIONS, "direction")
+    for entry in parted(functions(path), part, held_out):
+        if direction == "signature-to-docstring":
+            prompt, completion = f"Document: {entry['signature']}", entry["wording"]
+        else:
+            prompt, completion = f"Which signature? {entry['wording']}", entry["signature"]
+        yield chat(entry, f"{entry['id']}/{direction}", prompt, completion, SYSTEM)
+
+
+def functions(path: Path) -> Iterator[dict[str, Any]]:
+    """``{"id", "signature", "wording", "group"}`` of public functions and methods with a docstring of four words or more."""
+    seen: set[str] = set()
+    for file in sorted(path.rglob("*.py")):
+        module = file.relative_to(path).with_suffix("").as_posix()
+        if "tests/" in f"/{module}/":
+            continue
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # templates and Python 2 stand among the files of many packages; they are no Python source
+        for node in ast.walk(tree):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or node.name.startswith("_"):
+                continue
+            told = inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0]
+            wording = plain(told)
+            if len(wording.split()) < 4 or wording in seen:
+                continue
+            seen.add(wording)
+            signature = f"def {node.name}({ast.unparse(node.args)})"
+            key = f"{module}:{node.name}:{node.lineno}"
+            yield {"id": key, "signature": signature, "wording": wording, "group": module}
+    if not seen:
+        raise no_rows(path, "documented function")

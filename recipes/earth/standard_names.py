@@ -1,0 +1,63 @@
+"""The CF standard-name table (XML, package ``compliance-checker``) to rows: what a variable is called, and what it means."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.errors import UserError
+from aifactory_train.recipes.common import chat, choose, no_rows, parted, plain
+
+DIRECTIONS = ("definition-to-name", "name-to-definition")
+SYSTEM = "CF standard names."
+
+
+def rows(
+    path: Path,
+    *,
+    part: str = "train",
+    direction: str = "definition-to-name",
+    topics: list[str] | None = None,
+    held_out: float = 0.3,
+    max_words: int = 70,
+) -> Iterator[dict[str, Any]]:
+    """Rows of ``cf-standard-name-table.xml``.
+
+    Args:
+        path: the XML file.
+        part: ``train`` or ``held_out``.
+        direction: one of :data:`DIRECTIONS`.
+        topics: only names that hold one of these words, e.g. ``[carbon, methane]``.
+        held_out: share of the wordings that is held out; most of them are then left out because a sister name has the same
+            sentences, which is why the share is large.
+        max_words: longer definitions are left out.
+    """
+    choose(direction, DIRECTIONS, "direction")
+    for entry in parted(names(path, topics, max_words), part, held_out):
+        unit = f" [{entry['unit']}]" if entry["unit"] else ""
+        if direction == "definition-to-name":
+            prompt, completion = f"Which name? {entry['wording']}{unit}", entry["id"]
+        else:
+            prompt, completion = f"Define: {entry['id']}{unit}", entry["wording"]
+        yield chat(entry, f"{entry['id']}/{direction}", prompt, completion, SYSTEM)
+
+
+def names(path: Path, topics: list[str] | None, max_words: int) -> Iterator[dict[str, Any]]:
+    """``{"id", "unit", "wording"}`` of each entry with a definition."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise UserError(f"not XML: {error}", where=str(path)) from None
+    entries = root.findall("entry")
+    if not entries:
+        raise no_rows(path, "entry")
+    for entry in entries:
+        name, text = entry.get("id", ""), plain(entry.findtext("description") or "")
+        if not text or len(text.split()) > max_words:
+            continue
+        if topics and not set(topics) & set(re.split("_", name)):
+            continue
+        yield {"id": name, "unit": plain(entry.findtext("canonical_units") or ""), "wording": text}

@@ -1,0 +1,56 @@
+"""A chart of accounts (XML of a Tryton module) to rows: name of an account to its position in the financial statement."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.errors import UserError
+from aifactory_train.recipes.common import chat, no_rows, parted, plain
+
+SYSTEM = "Position im Jahresabschluss."
+
+
+def rows(path: Path, *, part: str = "train", held_out: float = 0.2) -> Iterator[dict[str, Any]]:
+    """Rows "<number> <name>" to the position, e.g. "Immaterielle Vermögensgegenstände".
+
+    Args:
+        path: the module's ``account_*.xml``.
+        part: ``train`` or ``held_out``.
+        held_out: share of the account names that is held out.
+    """
+    for entry in parted(accounts(path), part, held_out):
+        yield chat(entry, entry["id"], entry["wording"], entry["position"], SYSTEM)
+
+
+def accounts(path: Path) -> Iterator[dict[str, Any]]:
+    """``{"id", "wording", "position"}`` of every account with a type; the group is the name without the number."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise UserError(f"not XML: {error}", where=str(path)) from None
+    records = list(root.iter("record"))
+    types = {
+        r.get("id"): plain(_field(r, "name").text or "")
+        for r in records
+        if r.get("model") == "account.account.type.template" and _field(r, "name") is not None
+    }
+    count = 0
+    for record in records:
+        if record.get("model") != "account.account.template":
+            continue
+        name, kind, code = _field(record, "name"), _field(record, "type"), _field(record, "code")
+        position = types.get(kind.get("ref")) if kind is not None else None
+        if name is None or not plain(name.text or "") or not position:
+            continue
+        count += 1
+        number = plain(code.text or "") if code is not None else ""
+        yield {"id": str(record.get("id")), "wording": f"{number} {plain(name.text or '')}".strip(), "position": position}
+    if not count:
+        raise no_rows(path, "account with a type")
+
+
+def _field(record: ElementTree.Element, name: str) -> Any:
+    return next((f for f in record.findall("field") if f.get("name") == name), None)
