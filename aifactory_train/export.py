@@ -3,6 +3,10 @@
 Every folder is written beside its place, reloaded by plain transformers and peft in a fresh process, compared with the trained
 model on held-out rows, and only then made visible. The comparison is between fp32 computations, whatever the training's
 precision was, so that it tests the exported files and nothing else.
+
+Weights pass through one tensor at a time (:mod:`aifactory_train.streaming`): from the ranks or a checkpoint into the files,
+from base and adapter into merged weights, and block by block through the reference model. Whole is only what the gate's fresh
+process loads, as any user of the export would.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +38,16 @@ from aifactory_train.output import note
 from aifactory_train.private import profile, redact, vault
 from aifactory_train.private.permissions import folder_mode
 from aifactory_train.runs import RunFolder, open_run, write_json
+from aifactory_train.streaming import (
+    Merged,
+    Scratch,
+    ShardFiles,
+    Source,
+    Streamed,
+    TensorFiles,
+    adapter_names,
+    all_to_meta,
+)
 
 if TYPE_CHECKING:
     from aifactory_train.data import PreparedData, TokenDataset
@@ -47,8 +62,12 @@ ADAPTER_LIMIT, FP32_LIMIT = 1e-6, 1e-5
 #: second by more than that movement), and at most this mean KL in nats. A wrong merge is found before, in fp32.
 BF16_TOP1, BF16_KL, BF16_TIE = 0.98, 0.02, 2.0**-5
 
+#: Largest safetensors file of an export; models above it are never whole in the exporting process.
+MAX_SHARD_BYTES = 5_000_000_000
+
 _FP32 = Precision(torch.float32, torch.float32, torch.float32, torch.float32)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_TIED_DIFFER = "the merged input and output embeddings differ although the model ties them"
 
 
 @dataclass(frozen=True)
@@ -93,22 +112,71 @@ def export_run(
     verify = recipe.export.verify if verify is None else verify
     dtype = dtype or recipe.export.dtype
     if engine is None:
-        trained, core = _trained_before(run, merge, step), None
-    else:
-        trained = {name: t for name, t in engine.full_parameters(trained_only=True) if t is not None}
-        core = engine.core
-
-    def work() -> dict[str, Any]:
-        return _Export(run, recipe, trained, core, tokenizer, data, dtype, verify).run_all(merge)
-
-    if engine is None:
-        return work()
+        trained = _trained_before(run, merge, step)
+        return _Export(run, recipe, trained, None, tokenizer, data, dtype, verify).run_all(merge)
     from aifactory_train.parallel.world import from_main
 
-    return from_main(engine.world, work)  # type: ignore[attr-defined]
+    with _trained_by(engine, run) as (source, core):
+        return from_main(
+            engine.world,  # type: ignore[attr-defined]
+            lambda: _Export(run, recipe, source, core, tokenizer, data, dtype, verify).run_all(merge),
+        )
 
 
-def _trained_before(run: RunFolder, merge: bool, step: int | None) -> dict[str, torch.Tensor] | None:
+@contextlib.contextmanager
+def _trained_by(engine: Engine, run: RunFolder) -> Iterator[tuple[Source | None, CausalLM | None]]:
+    """``(trained tensors, the model)`` of a live engine, on rank 0. Collective.
+
+    Where every rank has whole fp32 parameters on the CPU they are read in place. Otherwise they are sent to rank 0 one by one,
+    which puts them into a file beside the exports; the model is None then.
+    """
+    from aifactory_train.parallel.world import from_main
+
+    if _is_plain_fp32(engine.core):
+        names = {n: p.detach() for n, p in engine.core.named_parameters() if p.requires_grad}
+        yield names, engine.core
+        return
+    world = engine.world  # type: ignore[attr-defined]
+    kept: dict[str, torch.Tensor] = {}  # instead of the file where nothing plain may reach the disk
+    made: list[Scratch] = []
+    trouble: list[RunFailed] = []
+
+    def make() -> None:
+        with _named(run.export, "the trained weights cannot be collected"):
+            run.export.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=run.export, prefix=".trained-")
+            os.close(handle)
+            made.append(Scratch(Path(name)))
+
+    def take(name: str, tensor: torch.Tensor) -> None:
+        if not made:
+            kept[name] = tensor
+            return
+        with _named(run.export, "the trained weights cannot be collected"):
+            made[0].put(name, tensor)
+
+    def check() -> None:
+        if trouble:
+            raise trouble[0]
+
+    try:
+        if not vault.seals():
+            from_main(world, make)
+        for name, tensor in engine.full_parameters(trained_only=True):
+            if tensor is not None and not trouble:  # after a failure the others must still be able to send
+                try:
+                    take(name, tensor)
+                except RunFailed as error:
+                    trouble.append(error)
+            del tensor
+        from_main(world, check)
+        yield (made[0] if made else kept), None
+    finally:
+        for scratch in made:
+            scratch.close()
+
+
+def _trained_before(run: RunFolder, merge: bool, step: int | None) -> Source | None:
     """Trained tensors of a checkpoint (``step``, or the newest good one of a run without an export); None: use the exported
     adapter. Raises when there is nothing to export or nothing to do."""
     if step is None and vault.holds(run.export / "adapter" / "adapter_model.safetensors"):
@@ -125,7 +193,7 @@ def _trained_before(run: RunFolder, merge: bool, step: int | None) -> dict[str, 
             where=str(run.export / "model"),
             fix="use that folder with any tool that reads transformers models, or --step N for another checkpoint",
         )
-    from aifactory_train.parallel.storage import faults, read_parameters
+    from aifactory_train.parallel.storage import StoredParameters, faults
 
     known = run.complete_checkpoints()
     if step is not None and step not in known:
@@ -140,7 +208,7 @@ def _trained_before(run: RunFolder, merge: bool, step: int | None) -> dict[str, 
         trouble = faults(folder)
         if not trouble:
             note(f"exporting the checkpoint of step {number}")
-            return dict(read_parameters(folder))
+            return StoredParameters(folder)
         found += trouble
     if found:
         raise UserError("damaged: " + "; ".join(found), where=str(run.checkpoints))
@@ -158,7 +226,7 @@ class _Export:
         self,
         run: RunFolder,
         recipe: Recipe,
-        trained: dict[str, torch.Tensor] | None,
+        trained: Source | None,
         core: CausalLM | None,
         tokenizer: Any,
         data: PreparedData | None,
@@ -172,7 +240,10 @@ class _Export:
         self.data = data if data is not None else prepare(recipe, self.tokenizer)
         self.base = base_folder(recipe)
         self.rows = gate_rows(self.data) if verify else []
-        self.core = core if core is not None and _is_plain_fp32(core) else None
+        self.core = core
+        self.whole = self._why_whole()
+        if self.whole is not None and core is None:
+            note(f"the export holds the whole model in memory: {self.whole}")
         self._expected: list[torch.Tensor] | None = None
         self.paths: dict[str, str] = {}
         self.verdicts: dict[str, Verdict] = {}
@@ -195,21 +266,64 @@ class _Export:
 
     # ---- the trained model in fp32, computed by our own code
 
+    def _why_whole(self) -> str | None:
+        """Why the weights cannot pass one tensor at a time; None: they can."""
+        from aifactory_train.model import load_config
+        from aifactory_train.parallel.materialise import why_not
+
+        if self.recipe.model.trust_remote_code:
+            return "the model's own code decides how it is loaded"
+        return why_not(load_config(self.base, self.recipe), self.base, "sdpa", torch.float32)
+
     def reference(self) -> CausalLM:
         """The trained model: the one in memory if it is unsharded fp32 on the CPU, else rebuilt from base and tensors."""
-        if self.core is None:
-            plain = self.recipe.model_copy(deep=True)
-            plain.adapter.quantise_base = "none"
-            plain.model.attention = "per_document"
-            plain.kernels.enabled = "off"
-            plain.model.start_from = None
-            core = build_model(plain, self.base, None, device="cpu", precision=_FP32, report=ModelReport())
-            if self.trained is None:
-                _load_adapter(core, self.run.export / "adapter")
-            else:
-                _load_tensors(core, self.trained)
-            self.core = core
-        return self.core
+        if self.core is not None:
+            return self.core
+        plain = self.recipe.model_copy(deep=True)
+        plain.adapter.quantise_base = "none"
+        plain.model.attention = "per_document"
+        plain.kernels.enabled = "off"
+        plain.model.start_from = None
+        if self.whole is None:
+            self.core = self._streamed_reference(plain)
+            return self.core
+        core = build_model(plain, self.base, None, device="cpu", precision=_FP32, report=ModelReport())
+        if self.trained is None:
+            _load_adapter(core, self.run.export / "adapter")
+        else:
+            _load_tensors(core, self.trained)
+        self.core = core
+        return core
+
+    def _streamed_reference(self, plain: Recipe) -> CausalLM:
+        """The same model without weights: it reads them when they are needed."""
+        from aifactory_train.model import apply_adapter, empty_language_model
+        from aifactory_train.parallel.materialise import file_name_of
+
+        bare = empty_language_model(self.base, plain, device="cpu", dtype=torch.float32, report=ModelReport())
+        all_to_meta(bare)
+        with torch.device("meta"):
+            model = apply_adapter(bare, plain, ModelReport())
+        all_to_meta(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        core = CausalLM(model)
+        base, trained = TensorFiles.of(self.base), self.trained
+        adapter = _adapter_tensors(self.run.export / "adapter") if trained is None else {}
+        keys = {f"model.{p}": key for key, p in adapter_names(model).items()} if trained is None else {}
+
+        def read(name: str) -> torch.Tensor:
+            if trained is not None and name in trained:
+                return trained[name]
+            if name in keys:
+                return adapter[keys[name]]
+            stored = file_name_of(name)
+            if stored is None:
+                raise RunFailed(f"{name} is neither trained nor in the base model", where=str(self.base))
+            return base[stored]
+
+        Streamed(core, core.language_model, read, MAX_SHARD_BYTES)
+        return core
 
     def expected(self) -> list[torch.Tensor]:
         """fp32 ``[places, V]`` for each gate row, from our own attention and the weights in memory."""
@@ -220,21 +334,26 @@ class _Export:
     # ---- what is written
 
     def _write_adapter(self, folder: Path) -> None:
-        from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
-
         core = self.reference()
-        # True/False rather than "auto": peft would ask the hub about the base model.
-        state = get_peft_model_state_dict(core.model, save_embedding_layers=False)
-        if self.trained is not None:
-            dtypes = {t.dtype for t in self.trained.values()}
-            state = {k: v.to(next(iter(dtypes)) if len(dtypes) == 1 else v.dtype) for k, v in state.items()}
-        # Tied embeddings appear under both names: each gets its own memory, as peft does it.
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in state.items()},
-            folder / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
+        assert self.trained is not None
+        trained = self.trained
+        dtypes = {trained[name].dtype for name in trained}
+        common = next(iter(dtypes)) if len(dtypes) == 1 else None
+        # A tied embedding has two names in the model and one among the trained tensors.
+        one_name = {id(p): n for n, p in core.named_parameters()}
+        own = {n: one_name[id(p)] for n, p in core.named_parameters(remove_duplicate=False)}
+        names = {key: own[f"model.{name}"] for key, name in adapter_names(core.model).items()}
+        shapes = {n: tuple(p.shape) for n, p in core.named_parameters()}
+
+        def tensor_of(name: str) -> torch.Tensor:
+            return trained[name] if name in trained else core.get_parameter(name).detach()
+
+        plan = {key: (shapes[name], common or tensor_of(name).dtype) for key, name in names.items()}
+        total = sum(prod(shape) * dtype.itemsize for shape, dtype in plan.values())
+        files = ShardFiles(folder, plan, max_bytes=total, stem="adapter_model")  # peft reads one file
+        for key, name in names.items():
+            files.put(key, tensor_of(name))
+        files.finish()
         config: Any = core.model.peft_config["default"]  # type: ignore[index]
         before = (config.base_model_name_or_path, config.revision, config.inference_mode)
         config.base_model_name_or_path, config.revision = public_base(self.recipe)
@@ -248,67 +367,122 @@ class _Export:
 
     def _write_weights(self, folder: Path) -> None:
         """All weights of a full fine-tuning."""
+        assert self.trained is not None
+        trained = self.trained
+        if self.whole is not None:
+            self.expected()
+            model = self._load_plain()
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            with torch.no_grad():
+                for name in trained:
+                    parameters[name.removeprefix("model.")].copy_(trained[name])
+            self._save_whole(model, folder, "model")
+            return
+        weights = {name.removeprefix("model."): name for name in trained}
+        base = TensorFiles.of(self.base)
+        self._save(lambda name: trained[weights[name]] if name in weights else base[name], folder, "model")
+
+    def _write_merged(self, adapter: Path) -> None:
+        """Adapter added to the base weights in fp32, then rounded once to the wanted type."""
+        with self._visible_when_good("merged") as folder:
+            if self.whole is not None:
+                self._merge_whole(adapter, folder)
+            else:
+                source = Merged(self._bare(), TensorFiles.of(self.base), adapter, _adapter_tensors(adapter))
+                tied = self._tied()
+                for alias, name in tied.items():
+                    if (alias in source.layers or alias in source.whole) and not torch.equal(
+                        source[alias], source[name]
+                    ):
+                        raise RunFailed(_TIED_DIFFER, where=str(folder))
+                self._save(source.__getitem__, folder, "merged")
+            self._check("merged", folder, self.dtype)
+
+    def _bare(self) -> Any:
+        """The plain transformers model as meta tensors."""
+        from aifactory_train.model import load_config
+        from aifactory_train.parallel.materialise import skeleton
+
+        model = skeleton(load_config(self.base, self.recipe), "sdpa", torch.float32)
+        all_to_meta(model)
+        return model
+
+    def _tied(self) -> dict[str, str]:
+        """Second name of a tied weight -> the name that files have."""
+        model = self._bare()
+        first = {id(p): n for n, p in model.named_parameters()}
+        return {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != n}
+
+    def _save(self, read: Callable[[str], torch.Tensor], folder: Path, kind: str) -> None:
+        """Write the plain model whose weights ``read`` gives; judged in fp32 first: rounding must not hide a wrong merge."""
+        expected, wanted = self.expected(), _DTYPES[self.dtype]
+        self.core = None  # no longer needed: what it holds can go
+        model = self._bare()
+        names = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        plan = {n: (shape, wanted) for n, shape in names.items()}
+        aliases = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+        kept = {n: t for n, t in model.state_dict().items() if n not in aliases}  # buffers that files carry
+        base = TensorFiles.of(self.base)
+        kept = {n: base.get(n, t) for n, t in kept.items()}
+        plan.update({n: (tuple(t.shape), wanted if t.is_floating_point() else t.dtype) for n, t in kept.items()})
+        files = ShardFiles(folder, plan, max_bytes=MAX_SHARD_BYTES)
+        for name in names:
+            files.put(name, read(name))
+        for name, tensor in kept.items():
+            files.put(name, tensor)
+        files.finish()
+        config = model.config
+        config.architectures, config.dtype = [type(model).__name__], wanted
+        config.save_pretrained(str(folder))
+        self._generation_config().save_pretrained(str(folder))
+        self._write_companions(folder, kind)
+        if self.verify and wanted != torch.float32:
+            Streamed(model, model, read, MAX_SHARD_BYTES)
+            self._before_rounding(expected, plain_logits(model, self.rows), kind)
+
+    def _before_rounding(self, expected: list[torch.Tensor], found: list[torch.Tensor], kind: str) -> None:
+        difference = _relative(expected, found)
+        if not difference <= FP32_LIMIT:
+            raise RunFailed(
+                f"the {kind} weights give other logits before rounding: relative difference {difference:.2e}, limit {FP32_LIMIT:.0e}",
+                where=str(self.run.export / kind),
+            )
+
+    # ---- models that only transformers can load: whole in memory
+
+    def _load_plain(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        assert self.trained is not None
-        self.expected()
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             self.base,
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=self.recipe.model.trust_remote_code,
         )
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            for name, tensor in self.trained.items():
-                parameters[name.removeprefix("model.")].copy_(tensor)
-        self._save_weights(model, folder, "model")
 
-    def _write_merged(self, adapter: Path) -> None:
-        """Adapter added to the base weights in fp32, then rounded once to the wanted type."""
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
-
+    def _merge_whole(self, adapter: Path, folder: Path) -> None:
         self.expected()
-        with self._visible_when_good("merged") as folder:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.base,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=self.recipe.model.trust_remote_code,
-            )
-            with compat.quiet_peft():
-                merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-            for parameter in merged.parameters():
-                parameter.requires_grad_(False)
-            if getattr(merged.config, "tie_word_embeddings", False):
-                ours, theirs = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
-                if ours is not theirs and not torch.equal(ours, theirs):
-                    raise RunFailed(
-                        "the merged input and output embeddings differ although the model ties them", where=str(folder)
-                    )
-                merged.tie_weights()
-            self._save_weights(merged, folder, "merged")
-            self._check("merged", folder, self.dtype)
+        with compat.quiet_peft():
+            merged = _with_adapter(self._load_plain(), adapter).merge_and_unload(safe_merge=True)
+        for parameter in merged.parameters():
+            parameter.requires_grad_(False)
+        if getattr(merged.config, "tie_word_embeddings", False):
+            ours, theirs = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
+            if ours is not theirs and not torch.equal(ours, theirs):
+                raise RunFailed(_TIED_DIFFER, where=str(folder))
+            merged.tie_weights()
+        self._save_whole(merged, folder, "merged")
 
-    def _save_weights(self, model, folder: Path, kind: str) -> None:
+    def _save_whole(self, model: Any, folder: Path, kind: str) -> None:
         wanted = _DTYPES[self.dtype]
         if self.verify and wanted != torch.float32:
-            # Judged in fp32 first: rounding must not hide a wrong merge.
             model.eval()
-            ours = plain_logits(model, self.rows)
-            difference = _relative(self.expected(), ours)
-            if not difference <= FP32_LIMIT:
-                raise RunFailed(
-                    f"the {kind} weights give other logits before rounding: relative difference {difference:.2e}, limit {FP32_LIMIT:.0e}",
-                    where=str(self.run.export / kind),
-                )
+            self._before_rounding(self.expected(), plain_logits(model, self.rows), kind)
         model.to(wanted)
         model.config.dtype = wanted
         model.generation_config = self._generation_config()
-        model.save_pretrained(str(folder), max_shard_size="5GB")
+        model.save_pretrained(str(folder), max_shard_size=MAX_SHARD_BYTES)
         self._write_companions(folder, kind)
         del model
         gc.collect()
@@ -378,26 +552,31 @@ class _Export:
         target = self.run.export / kind
         folder = old = None
         try:
-            self.run.export.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(dir=self.run.export, prefix=f".{kind}-"))
-            yield folder
-            folder.chmod(folder_mode())
-            if target.exists():
-                old = folder.with_name(folder.name + "-old")
-                os.replace(target, old)
-            os.replace(folder, target)
-            self.paths[kind] = str(target)
-        except OSError as error:
-            reason = (
-                "no space left on the disk (or quota)"
-                if error.errno in (errno.ENOSPC, errno.EDQUOT)
-                else error.strerror or str(error)
-            )
-            raise RunFailed(f"the export cannot be written: {reason}", where=str(target)) from None
+            with _named(target, "the export cannot be written"):
+                self.run.export.mkdir(parents=True, exist_ok=True)
+                folder = Path(tempfile.mkdtemp(dir=self.run.export, prefix=f".{kind}-"))
+                yield folder
+                folder.chmod(folder_mode())
+                if target.exists():
+                    old = folder.with_name(folder.name + "-old")
+                    os.replace(target, old)
+                os.replace(folder, target)
+                self.paths[kind] = str(target)
         finally:
             for left in (folder, old):
                 if left is not None:
                     shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _named(place: Path, what: str) -> Iterator[None]:
+    """A full disk or a missing permission becomes a :class:`RunFailed` that says what could not be done, and where."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "no space left on the disk (or quota)" if full else error.strerror or str(error)
+        raise RunFailed(f"{what}: {reason}", where=str(place)) from None
 
 
 def _sort_sets(config: Path) -> None:
@@ -548,11 +727,16 @@ def _is_plain_fp32(core: CausalLM) -> bool:
     )
 
 
-def _load_tensors(core: CausalLM, tensors: dict[str, torch.Tensor]) -> None:
+def _load_tensors(core: CausalLM, tensors: Source) -> None:
     parameters = dict(core.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+
+
+def _adapter_tensors(folder: Path) -> Source:
+    """Tensors of an exported adapter by their keys; an encrypted one is decrypted in memory."""
+    return TensorFiles.single(folder / "adapter_model.safetensors")
 
 
 def _load_adapter(core: CausalLM, folder: Path) -> None:

@@ -98,7 +98,7 @@ def why_not(config: Any, folder: Path, attention: str, dtype: torch.dtype) -> st
     return f"the files have no tensor '{missing[0]}'; transformers converts them" if missing else None
 
 
-def _slots(core: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def slots(core: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Where each parameter is used, by its identity: a tied weight has several places."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in core.modules():
@@ -110,7 +110,7 @@ def _slots(core: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 def to_meta(core: nn.Module) -> None:
     """Stride-0 zeros become meta tensors, which FSDP2 shards without memory; adapters stay as they are."""
-    for places in _slots(core).values():
+    for places in slots(core).values():
         module, name = places[0]
         parameter = module._parameters[name]
         assert parameter is not None
@@ -122,7 +122,7 @@ def to_meta(core: nn.Module) -> None:
 
 def to_memory(core: nn.Module, device: str) -> None:
     """Memory on ``device`` for the shards that are still meta; their content is undefined until :func:`load_rows`."""
-    places = list(_slots(core).values())
+    places = list(slots(core).values())
     core._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)  # what to_empty does, for these alone
     for (first, name), *others in places:
         for owner, slot in others:
