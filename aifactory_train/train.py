@@ -27,7 +27,7 @@ from aifactory_train.optim import learning_rate
 from aifactory_train.outcome import Attempt, new_attempt
 from aifactory_train.output import note
 from aifactory_train.parallel import DeviceBatch, build_engine, choose_engine
-from aifactory_train.parallel.batches import micro_batch
+from aifactory_train.parallel.batches import micro_batch, micro_limit
 from aifactory_train.parallel.memory_advice import explain_memory, probe_largest_batch
 from aifactory_train.parallel.world import World, from_main, join_world, leave_world
 from aifactory_train.private.profile import enforce
@@ -208,7 +208,7 @@ class Trainer:
             train_set.lengths,
             self.world.size,
             settings.grad_accum,
-            settings.micro_batch_tokens,
+            micro_limit(settings.micro_batch_tokens, train_set.lengths[documents], self.world.device),
             self.recipe.data.batching,
         )
         batches = [self.micro_batch(share) for share in shares[self.world.rank]]
