@@ -153,6 +153,8 @@ def print_start(recipe, run: RunFolder, world, report, data, total_steps: int) -
         ["run folder", str(run.path), ""],
     ]
     output.table(None, ["", "chosen", "why"], rows)
+    for warning in data.report.get("warnings", []):
+        output.note(f"warning: {warning}")
 
 
 def print_comparison(results: dict[str, Any], run: RunFolder, exported: dict[str, Any] | None) -> None:
@@ -178,7 +180,9 @@ def print_comparison(results: dict[str, Any], run: RunFolder, exported: dict[str
         if forgotten["warning"]:
             output.note(f"warning: {forgotten['warning']}")
         else:
-            print(f"general text: {forgotten['before']:.3f} to {forgotten['after']:.3f} bits per byte ({forgotten['change']:+.1%})")
+            print(
+                f"general text: {forgotten['before']:.3f} to {forgotten['after']:.3f} bits per byte ({forgotten['change']:+.1%})"
+            )
     for label, path in (exported or {}).get("paths", {}).items():
         print(f"{label}: {path}")
     print(f"run folder: {run.path}")

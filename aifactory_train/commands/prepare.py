@@ -14,6 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", dest="which", default="train", metavar="SET", help="set to inspect: train, or the name of an eval set"
     )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="the whole report on the rows (languages, repetition, leakage, personal data), however many there are",
+    )
     parser.add_argument("--cache-dir", help="where the token cache goes (default: $AIFACTORY_CACHE/prepared)")
     parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
 
@@ -22,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.config import load_recipe
     from aifactory_train.data import load_tokenizer, prepare
     from aifactory_train.data.inspect import inspect_document, report_tables
+    from aifactory_train.data.pipeline import look_at
+    from aifactory_train.data.report import print_own
     from aifactory_train.errors import UserError, did_you_mean
     from aifactory_train.output import note, print_json
 
@@ -30,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     tokenizer = load_tokenizer(recipe)
     prepared = prepare(recipe, tokenizer, cache_dir=args.cache_dir, progress=_progress())
+    if args.report:
+        look_at(recipe, tokenizer, prepared)
     sets = {"train": prepared.train, **prepared.evals}
     if args.which not in sets:
         raise UserError(
@@ -50,6 +59,10 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     report_tables(prepared)
+    if args.report:
+        print_own(prepared.report["own"])
+    for warning in prepared.report["warnings"]:
+        note(f"warning: {warning}")
     for i in range(min(args.inspect, len(sets[args.which]))):
         inspect_document(sets[args.which], i, tokenizer, prepared.tokenizer_info)
     note(f"cache: {prepared.folder}" + (" (was there already)" if prepared.reused else ""))

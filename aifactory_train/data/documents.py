@@ -238,12 +238,42 @@ _CHARSET = re.compile(
 )
 _BLOCKS = [
     *("address", "article", "aside", "blockquote", "body", "caption", "dd", "details", "dialog", "div", "dl", "dt"),
-    *("figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p"),
+    *(
+        "figcaption",
+        "figure",
+        "footer",
+        "form",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "header",
+        "hr",
+        "li",
+        "main",
+        "ol",
+        "p",
+    ),
     *("pre", "section", "summary", "table", "tbody", "tfoot", "thead", "title", "tr", "ul"),
 ]
 #: No part of the text: code, styling, menus, what is only there for the program that shows the page.
 _NOT_TEXT = [
-    *("script", "style", "noscript", "template", "nav", "svg", "math", "iframe", "object", "button", "select", "textarea"),
+    *(
+        "script",
+        "style",
+        "noscript",
+        "template",
+        "nav",
+        "svg",
+        "math",
+        "iframe",
+        "object",
+        "button",
+        "select",
+        "textarea",
+    ),
     "head",
 ]
 
@@ -268,11 +298,11 @@ def _html(raw: bytes, path: Path) -> str:
         raise Unusable("HTML that cannot be parsed") from None
     for tag in soup.find_all(_NOT_TEXT):
         tag.decompose()
-    for text in soup.find_all(string=True):
-        if isinstance(text, bs4.element.PreformattedString):  # comments, doctype, processing instructions
-            text.extract()
-        elif text.find_parent("pre") is None:
-            text.replace_with(re.sub(r"\s+", " ", str(text)))
+    for string in soup.find_all(string=True):
+        if isinstance(string, bs4.element.PreformattedString):  # comments, doctype, processing instructions
+            string.extract()
+        elif string.find_parent("pre") is None:
+            string.replace_with(re.sub(r"\s+", " ", str(string)))
     for tag in soup.find_all("br"):
         tag.replace_with("\n")
     for tag in soup.find_all(["td", "th"]):

@@ -29,7 +29,8 @@ import numpy as np
 
 from aifactory_train import config as _config
 from aifactory_train.config import DataSource, Recipe
-from aifactory_train.data import documents, readers, split
+from aifactory_train.data import documents, near, readers, split
+from aifactory_train.data import report as own_report
 from aifactory_train.data.encoder import Encoder, EncoderSpec
 from aifactory_train.data.overlap import LENGTH, SHARE, near_duplicates
 from aifactory_train.data.readers import Block
@@ -49,7 +50,7 @@ from aifactory_train.private import profile, vault
 from aifactory_train.private.permissions import folder_mode
 
 #: Raised when the same input would give other files; older caches are then built again.
-PREPARED_FORMAT = 2
+PREPARED_FORMAT = 3
 #: Below this many bytes of input, starting processes takes longer than the work.
 _PARALLEL_FROM = 8 << 20
 
@@ -124,6 +125,8 @@ def prepare(
 def _open(folder: Path, info: dict[str, Any], *, reused: bool) -> PreparedData:
     facts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     store = Store(folder / "store")
+    if (folder / "own.json").is_file():
+        facts["report"] |= json.loads((folder / "own.json").read_text(encoding="utf-8"))
 
     def view(entry: dict[str, Any]) -> TokenDataset:
         path = folder / entry["file"]
@@ -271,6 +274,7 @@ def _key(recipe: Recipe, spec: EncoderSpec, inputs: list[_Input]) -> str:
                 i.source.options,
                 i.source.max_rows,
                 i.source.weight,
+                *([{"share": i.source.share}] if i.source.share is not None else []),
                 i.source.licence,
                 i.source.converter,
                 i.converter_digest,
@@ -394,7 +398,7 @@ def process(task: _Task, encoder: Encoder) -> _Done:
             return done
         if result.dropped:
             counts[f"dropped: {result.dropped}"] += 1
-        if len(result.documents) > 1:
+        if len(result.documents) > 1 and "rejected" not in rows[i]:
             counts["split"] += 1
         elif result.documents and result.documents[0].cut:
             counts["truncated"] += 1
@@ -460,11 +464,59 @@ def _build(
         "digests": {("train" if i == 0 else e["name"]): e["digest"] for i, e in enumerate(entries)},
         "seconds": round(time.monotonic() - started, 2),
     }
+    report |= _own(recipe, store, selection, encoder, at_once=True)
+    report["warnings"] = own_report.warnings_of(report)
     prepared = {"format": PREPARED_FORMAT, "train": entries[0], "evals": entries[1:], "report": report}
     with (scratch / "prepared.json").open("w", encoding="utf-8") as file_:
         json.dump(prepared, file_, ensure_ascii=False, indent=1)
         file_.flush()
         os.fsync(file_.fileno())
+
+
+def _own(recipe: Recipe, store: Store, selection: _Selection, encoder: Encoder, *, at_once: bool) -> dict[str, Any]:
+    """Languages and their cost in tokens (from a sample), and with little data, or when asked, the whole report on the rows."""
+    rows = {name: np.unique(np.asarray(store.column("docrow"))[docs]) for name, docs, _ in selection.sets}
+    train = rows.pop("train")
+    sample = _texts(store, train[:: max(1, len(train) // own_report.LANGUAGE_TEXTS)][: own_report.LANGUAGE_TEXTS])
+    out: dict[str, Any] = {"fertility": own_report.fertility(encoder.tokenizer, sample)}
+    if at_once and int(np.asarray(store.column("rowlength")).sum(dtype=np.int64)) > own_report.AT_ONCE:
+        return {**out, "languages": own_report.languages(sample), "own": None}
+    held = np.unique(np.concatenate(list(rows.values())))
+    licences = list(dict.fromkeys((s.source, s.licence) for s in [*recipe.data.train, *(recipe.data.eval or [])]))
+    own = own_report.describe(_texts(store, train), _texts(store, held), licences=licences)
+    return {**out, "languages": own["languages"], "own": own}
+
+
+def _texts(store: Store, rows: np.ndarray) -> list[str]:
+    """The texts of some rows, from one opened file."""
+    path = store.folder / "rows.jsonl"
+    if not path.is_file() or path.stat().st_size == 0:
+        return [own_report.text_of(json.loads(store.row_line(int(row)))) for row in rows]
+    raw, starts = np.memmap(path, dtype=np.uint8, mode="r"), store.row_starts
+    return [own_report.text_of(json.loads(raw[starts[row] : starts[row + 1]].tobytes())) for row in rows]
+
+
+def look_at(recipe: Recipe, tokenizer: Any, prepared: PreparedData) -> dict[str, Any]:
+    """The whole report on the rows of a preparation, however many; kept beside the cache for the record of later runs.
+
+    Where :func:`prepare` has looked already (little data), that is returned at once.
+    """
+    from aifactory_train.data.tokenizer import encoder_spec
+
+    if prepared.report.get("own") is not None:
+        return prepared.report
+    sets = {"train": prepared.train, **prepared.evals}
+    selection = _Selection([(name, view._docs, {}) for name, view in sets.items()], {}, {}, {})
+    encoder = Encoder(encoder_spec(tokenizer, recipe))
+    prepared.report |= _own(recipe, prepared.train.store, selection, encoder, at_once=False)
+    prepared.report["warnings"] = own_report.warnings_of(prepared.report)
+    handle, name = tempfile.mkstemp(dir=prepared.folder, prefix=".own-")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(
+            {k: prepared.report[k] for k in ("own", "languages", "fertility", "warnings")}, file, ensure_ascii=False
+        )
+    os.replace(name, prepared.folder / "own.json")
+    return prepared.report
 
 
 def _pass(
@@ -522,6 +574,7 @@ def _pass(
         "role": item.role,
         "source": source.source,
         "weight": source.weight,
+        **({"share": source.share} if source.share is not None else {}),
         "licence": source.licence,
         "format": fmt,
         "format_because": why,
@@ -641,6 +694,8 @@ def _select(recipe: Recipe, store: Store, inputs: list[_Input]) -> _Selection:
     else:
         how = {"by": "group", "fraction": data.eval_fraction, "seed": data.split_seed, "groups": {}}
         for n, item in enumerate(inputs):
+            if item.source.share is not None:
+                continue  # replayed against forgetting: the run is not judged by it
             held, left_out, facts = _hold_out(store, np.flatnonzero(train & (source == n)), recipe, item)
             how["groups"][item.name] = facts
             train[held] = train[left_out] = False
@@ -751,24 +806,31 @@ def _overlap(
     held = np.concatenate([rows for _, rows in evals])
     same = np.isin(norm[train], norm[held])
     train_docs, held_docs = _documents(store, train), _documents(store, held)
-    near, partner = near_duplicates(store, train_docs, held_docs)
+    repeats, partner = near_duplicates(store, train_docs, held_docs)
     docrow = np.asarray(store.column("docrow"))
-    near_rows = np.isin(train, docrow[train_docs[near]])
+    near_rows = np.isin(train, docrow[train_docs[repeats]])
+    touched = np.isin(norm[held], norm[train]) | np.isin(held, docrow[held_docs[partner[repeats]]])
+    worded, worded_held = _alike(store, train, held)
+    near_rows |= worded
+    touched |= worded_held
     found = same | near_rows
-    touched = np.isin(norm[held], norm[train]) | np.isin(held, docrow[held_docs[partner[near]]])
     facts: dict[str, Any] = {
         "policy": recipe.data.overlap,
         "same_text": int(same.sum()),
         "nearly_same": int((near_rows & ~same).sum()),
         "held_out_rows_repeated": int(touched.sum()),
-        "rule": f"one training document holds {SHARE:.0%} of a held-out document's telling {LENGTH}-token sequences",
+        "share": round(int(touched.sum()) / max(1, len(held)), 4),
+        "share_left": 0.0 if recipe.data.overlap == "drop" else round(int(touched.sum()) / max(1, len(held)), 4),
+        "rule": f"one training document holds {SHARE:.0%} of a held-out document's telling {LENGTH}-token sequences"
+        + (f"; or {near.RULE}" if _small(store) else ""),
     }
     if recipe.data.overlap == "refuse" and found.any():
         first = int(train[np.flatnonzero(found)[0]])
         if norm[first] in norm[held]:
             other = int(held[np.flatnonzero(norm[held] == norm[first])[0]])
         else:
-            other = int(docrow[held_docs[partner[np.flatnonzero(near & (docrow[train_docs] == first))[0]]]])
+            at = np.flatnonzero(repeats & (docrow[train_docs] == first))
+            other = int(docrow[held_docs[partner[at[0]]]]) if len(at) else _twin(store, first, held)
         raise UserError(
             f"{int(found.sum())} training row(s) repeat held-out rows; the first one repeats {store.place(other)}",
             where=store.place(first),
@@ -778,6 +840,25 @@ def _overlap(
         train = train[~found]
         facts["dropped_from_train"] = int(found.sum())
     return train, evals, facts
+
+
+def _small(store: Store) -> bool:
+    """Whether rows are compared word by word as well (:mod:`near`); with more data the token sequences alone decide."""
+    return int(np.asarray(store.column("rowlength")).sum(dtype=np.int64)) <= own_report.AT_ONCE
+
+
+def _alike(store: Store, train: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``(bool [train], bool [held])``: rows of nearly the same words on both sides."""
+    if not _small(store):
+        return np.zeros(len(train), dtype=bool), np.zeros(len(held), dtype=bool)
+    _, close, _, close_held = near.across(_texts(store, train), _texts(store, held))
+    return close, close_held
+
+
+def _twin(store: Store, row: int, held: np.ndarray) -> int:
+    """The held-out row whose words are nearest to those of ``row``."""
+    sets = near.shingle([*_texts(store, np.asarray([row])), *_texts(store, held)])
+    return int(held[int(np.argmax([near.similarity(sets.of(0), sets.of(i + 1)) for i in range(len(held))]))])
 
 
 def _documents(store: Store, rows: np.ndarray) -> np.ndarray:

@@ -310,7 +310,7 @@ def sets_section(report: dict[str, Any]) -> dict[str, Any]:
     """What became of all sources together: duplicates, split, overlap, the sets and their digests."""
     return {
         key: report[key]
-        for key in ("split", "duplicates", "overlap", "near_duplicates", "sets", "digests")
+        for key in ("split", "duplicates", "overlap", "languages", "fertility", "own", "sets", "digests")
         if key in report
     }
 

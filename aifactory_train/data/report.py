@@ -1,0 +1,222 @@
+"""What there is in a user's own rows: counts, lengths, languages, repetition, leakage, licence, personal data. Figures only,
+never a piece of a row.
+
+:func:`describe` works on texts and needs no tokenizer; ``prepare`` adds tokens, and :func:`fertility` how dearly the base
+model's tokenizer writes each language.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from aifactory_train.data import language, near, personal
+
+#: Canonical rows (bytes) up to which ``prepare`` looks at everything by itself; beyond, ``prepare --report`` does when asked.
+AT_ONCE = 8 << 20
+#: Texts whose language is looked at.
+LANGUAGE_TEXTS = 1_000
+#: Held-out rows that a training row may repeat, in exact or nearly the same words.
+LEAK_LIMIT = 0.01
+#: Text of a language that costs this many times the tokens of English (per byte; per word) is one that the tokenizer hardly knows.
+DEAR_PER_BYTE, DEAR_PER_WORD = 1.5, 2.5
+
+#: English prose that every tokenizer is measured on, for comparison.
+_ENGLISH = (
+    "The bridge over the river was closed for most of the winter because the old bearings had to be replaced. While the work "
+    "was going on, traffic was sent through the next village, where people soon complained about noise and dust. The council "
+    "met in January and decided to pay for better windows in the houses along the road. Nobody knew at that time how long it "
+    "would take, and the engineers gave no date. In spring the first cars crossed again, slowly and one after another, and a "
+    "small crowd had come to watch. What had looked like a simple repair turned out to be the largest public work in the "
+    "region since the station was built, and its costs were still being counted two years later."
+)
+
+
+def text_of(row: dict[str, Any]) -> str:
+    """The text of a canonical row: its ``text``, or its messages one under the other."""
+    if "text" in row:
+        return row["text"]
+    return "\n".join(m["content"] for m in row["messages"])
+
+
+def describe(
+    train: Sequence[str], held: Sequence[str] | None = None, *, licences: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """Figures of training texts, and of what held-out texts they repeat.
+
+    Args:
+        held: held-out texts; None when the split is not made yet.
+        licences: ``(source, licence)``; ``unknown`` is written down as MISSING.
+    """
+    looked = train[: near.MOST_TEXTS]
+    exact, nearly = near.within(looked)
+    found = personal.scan([*train, *(held or [])])
+    lengths = np.asarray([len(t) for t in train], dtype=np.int64)
+    out: dict[str, Any] = {
+        "rows": len(train) + len(held or []),
+        "characters": {"total": int(lengths.sum())}
+        | {f"p{q}": int(np.percentile(lengths, q)) for q in (0, 50, 90, 99, 100) if len(lengths)},
+        "languages": languages(train),
+        "duplicates": {
+            "exact": int(exact.sum()),
+            "near": int(nearly.sum()),
+            "share": _share(int((exact | nearly).sum()), len(looked)),
+            "rows_looked_at": len(looked),
+            "rule": near.RULE,
+        },
+        "leakage": leakage(train, held) if held is not None else None,
+        "licences": [
+            {"source": s, "licence": licence if licence != "unknown" else "MISSING"} for s, licence in licences
+        ],
+        "personal_data": {"counts": found.counts, "rows": found.rows, "possible": found.possible, "bytes": found.bytes},
+    }
+    return out
+
+
+def languages(texts: Sequence[str]) -> dict[str, Any]:
+    """Shares by language over a sample of evenly spaced texts."""
+    sample = _sample(texts, LANGUAGE_TEXTS)
+    return {"shares": language.shares(sample), "rows_looked_at": len(sample), "limits": language.LIMITS}
+
+
+def leakage(train: Sequence[str], held: Sequence[str]) -> dict[str, Any]:
+    """Held-out texts that a training text repeats."""
+    _, _, exact, nearly = near.across(train, held)
+    return {
+        "held_out_rows": len(held),
+        "exact": int(exact.sum()),
+        "near": int(nearly.sum()),
+        "share": _share(int((exact | nearly).sum()), len(held)),
+        "limit": LEAK_LIMIT,
+        "rule": near.RULE,
+    }
+
+
+def _share(part: int, whole: int) -> float:
+    return round(part / whole, 4) if whole else 0.0
+
+
+def _sample(values: Sequence[str], most: int) -> list[str]:
+    if len(values) <= most:
+        return list(values)
+    return [values[i * len(values) // most] for i in range(most)]
+
+
+# ---- the tokenizer
+
+
+def fertility(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """Tokens per word and per UTF-8 byte for each language with at least a tenth of the texts, against English prose.
+
+    ``tokenizer``: a ``tokenizers.Tokenizer``. A language is *dear* when it takes 1.5 times the tokens of English per byte, or 2.5
+    times per word: the model sees it in small pieces, trains slower on it and knows it little (Rust et al. 2021, "How good is your
+    tokenizer?", take tokens per word as the sign of a language that a model serves badly).
+    """
+    english = _cost(tokenizer, [_ENGLISH])
+    by_language: dict[str, list[str]] = {}
+    sample = [t[: language.MOST] for t in _sample(texts, 200)]
+    for text in sample:
+        by_language.setdefault(language.detect(text), []).append(text)
+    out: dict[str, Any] = {"english": english, "languages": {}}
+    for name, own in sorted(by_language.items(), key=lambda item: -len(item[1])):
+        if name == "und" or len(own) < 0.1 * len(sample):
+            continue
+        cost = _cost(tokenizer, own)
+        per_byte = cost["tokens_per_byte"] / english["tokens_per_byte"]
+        per_word = cost["tokens_per_word"] / english["tokens_per_word"] if name not in language.UNSPACED else None
+        out["languages"][name] = {
+            **cost,
+            "against_english_per_byte": round(per_byte, 2),
+            "against_english_per_word": round(per_word, 2) if per_word is not None else None,
+            "dear": per_byte >= DEAR_PER_BYTE or (per_word is not None and per_word >= DEAR_PER_WORD),
+        }
+    return out
+
+
+def _cost(tokenizer: Any, texts: Sequence[str]) -> dict[str, float]:
+    tokens = sum(len(e.ids) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False))
+    return {
+        "tokens_per_word": round(tokens / max(1, sum(len(re.findall(r"\w+", t)) for t in texts)), 3),
+        "tokens_per_byte": round(tokens / max(1, sum(len(t.encode("utf-8", "surrogatepass")) for t in texts)), 4),
+    }
+
+
+def warnings_of(report: dict[str, Any]) -> list[str]:
+    """What a person should know before training, from the report of a preparation."""
+    out = []
+    for name, f in report.get("fertility", {}).get("languages", {}).items():
+        if f["dear"]:
+            ratio = f["against_english_per_word"] or f["against_english_per_byte"]
+            out.append(
+                f"the base model's tokenizer hardly knows the language '{name}': {f['tokens_per_word']:g} tokens a word, "
+                f"{f['tokens_per_byte']:g} a byte ({ratio:g} and {f['against_english_per_byte']:g} times English); "
+                "choose a base for this language, or expect slow and shallow learning"
+                if f["against_english_per_word"] is not None
+                else f"the base model's tokenizer hardly knows the language '{name}': {f['tokens_per_byte']:g} tokens a byte "
+                f"({f['against_english_per_byte']:g} times English); choose a base for this language"
+            )
+    for source in report.get("sources", []):
+        left_out = source.get("files", {}).get("left_out", [])
+        if left_out:
+            shown = ", ".join(f"{entry['file']}: {entry['why']}" for entry in left_out[:3])
+            more = f", and {len(left_out) - 3} more (prepare --json names all)" if len(left_out) > 3 else ""
+            out.append(f"{source['name']}: {len(left_out)} document(s) left out ({shown}{more})")
+        cut = source["counts"].get("truncated", 0)
+        if source["format"] == "text" and cut:
+            out.append(
+                f"{source['name']}: {cut} text(s) lose what is beyond data.sequence_length; "
+                "data.long_documents=paragraphs keeps all of them"
+            )
+        if source["licence"] == "unknown":
+            out.append(f"{source['name']}: the licence of the data is MISSING (data.{source['role']}.N.licence)")
+    leak = (report.get("own") or {}).get("leakage")
+    if leak and leak["share"] > LEAK_LIMIT:
+        out.append(
+            f"{leak['exact'] + leak['near']} of {leak['held_out_rows']} held-out rows are repeated in the training rows, exactly or nearly "
+            f"({leak['share']:.1%}, the limit is {LEAK_LIMIT:.0%}): the held-out figures will look better than they are"
+        )
+    kinds = (report.get("own") or {}).get("personal_data", {}).get("counts", {})
+    if kinds:
+        out.append(
+            f"personal data found: {', '.join(f'{n} x {kind}' for kind, n in kinds.items())} (counts only); "
+            "see privacy.profile and data.train.N.facts.personal_data"
+        )
+    return out
+
+
+# ---- for people
+
+
+def lines_of(own: dict[str, Any]) -> list[tuple[str, str]]:
+    """``(what, figures)`` of :func:`describe`, for a table."""
+    lengths, repeats, leak, found = own["characters"], own["duplicates"], own["leakage"], own["personal_data"]
+    spread = " / ".join(f"{lengths.get(q, 0):,}" for q in ("p50", "p90", "p100"))
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in list(own["languages"]["shares"].items())[:6])
+    out = [
+        ("rows", f"{own['rows']:,}"),
+        ("characters", f"{lengths['total']:,}; a row (median / 90 % / longest): {spread}"),
+        ("languages", f"{shares or 'none found'} (of {own['languages']['rows_looked_at']:,} rows)"),
+        ("repeated rows", f"{repeats['exact']:,} exactly, {repeats['near']:,} nearly ({repeats['share']:.1%})"),
+    ]
+    if leak is not None:
+        figures = f"{leak['exact']:,} exactly, {leak['near']:,} nearly, of {leak['held_out_rows']:,} ({leak['share']:.1%}; limit {leak['limit']:.0%})"
+        out.append(("held-out rows that training rows repeat", figures))
+    for entry in own["licences"]:
+        out.append((f"licence of {entry['source']}", entry["licence"]))
+    kinds = ", ".join(f"{n:,} x {kind} in {found['rows'].get(kind, 0):,} rows" for kind, n in found["counts"].items())
+    weak = sum(found["possible"].values())
+    out.append(
+        ("personal data", (kinds or "none found") + (f"; {weak:,} more numbers that may be such" if weak else ""))
+    )
+    return out
+
+
+def print_own(own: dict[str, Any]) -> None:
+    from aifactory_train.output import note, table
+
+    table("the rows", ["", "found"], [list(line) for line in lines_of(own)])
+    note(f"  nearly: {own['duplicates']['rule']}")
+    note(f"  languages: {own['languages']['limits']}")
