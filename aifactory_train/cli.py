@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import sys
 
@@ -58,6 +59,22 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+#: Commands of two words, each a module of its own.
+TWO_WORDS = {("recipes", "new"): "recipes_new"}
+
+
+def two_words(argv: list[str]) -> argparse.Namespace | None:
+    """The parsed arguments of a command of two words, or None."""
+    name = TWO_WORDS.get(tuple(argv[:2])) if len(argv) > 1 else None
+    if name is None or importlib.util.find_spec(f"aifactory_train.commands.{name}") is None:
+        return None
+    module = importlib.import_module(f"aifactory_train.commands.{name}")
+    parser = argparse.ArgumentParser(prog=f"aifactory {' '.join(argv[:2])}", allow_abbrev=False)
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run, command=argv[0])
+    return parser.parse_args(argv[2:])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -67,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         print("  fix: 'aifactory --help' lists the commands", file=sys.stderr)
         return 2
     try:
-        args = build_parser(command).parse_args(argv)
+        args = two_words(argv) or build_parser(command).parse_args(argv)
         if args.command is None:
             build_parser(None).print_help()
             return 0

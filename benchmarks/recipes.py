@@ -28,9 +28,17 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "recipes.json"
 DOCUMENT = ROOT / "docs" / "recipes.md"
 
-#: Most steps of a run, and what a run of figures leaves out: no checkpoint, no export, no evidence pack.
-STEPS = 40
-LEAVE_OUT = ("checkpoint.at_end=false", "export.automatic=false", "record.pack=false", "logging.tensorboard=false")
+#: Most steps of a run and most held-out rows, and what a run of figures leaves out: answers and general text are not scored,
+#: nothing is saved or exported, no evidence pack is written.
+STEPS, ROWS = 40, 60
+LEAVE_OUT = (
+    "eval.generate_rows=0",
+    "eval.forgetting=false",
+    "checkpoint.at_end=false",
+    "export.automatic=false",
+    "record.pack=false",
+    "logging.tensorboard=false",
+)
 #: Metrics that are better when they are smaller.
 SMALLER = {"bits_per_byte", "perplexity", "loss"}
 
@@ -39,6 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", action="append", default=[], metavar="ID", help="this recipe; repeatable")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"at most N steps (default {STEPS})")
+    parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"at most N held-out rows (default {ROWS})")
     parser.add_argument("--note", default="", help="about the machine, e.g. 'shared with other jobs'")
     parser.add_argument("--keep", action="store_true", help="keep the results for the document")
     parser.add_argument("--write", action="store_true", help="keep the results and write docs/recipes.md")
@@ -56,7 +65,7 @@ def main() -> int:
         parser.error(f"not a recipe with embedded data: {', '.join(unknown)}")
     results = []
     for name in args.only or embedded:
-        result = measure(name, args.steps, args.note)
+        result = measure(name, args.steps, args.rows, args.note)
         results.append(result)
         print(told(result), file=sys.stderr, flush=True)
         if args.keep or args.write:
@@ -76,12 +85,13 @@ def is_embedded(recipe: Any) -> bool:
     return all(s.source.startswith(("pypi:", "npm:")) for s in sources)
 
 
-def measure(name: str, steps: int, note: str) -> dict[str, Any]:
+def measure(name: str, steps: int, rows: int, note: str) -> dict[str, Any]:
     """Fetch and train one recipe in a folder of its own; figures before and after on its held-out rows."""
     from aifactory_train.config import load_recipe
 
     recipe = load_recipe(name)
-    settings = [f"train.max_steps={steps}"] if (recipe.train.max_steps or steps + 1) > steps else []
+    settings = [f"train.max_steps={steps}"] if recipe.train.max_steps is None or recipe.train.max_steps > steps else []
+    settings += [f"data.eval_rows={rows}"] if recipe.data.eval_rows > rows else []
     command = ["aifactory", "train", name, *(word for s in settings for word in ("--set", s))]
     result: dict[str, Any] = {"id": name, "metric": recipe.about.metric, "command": " ".join(command)}
     result |= {"before": None, "after": None, "ci": None, "seconds": None, "improved": False}
@@ -100,7 +110,7 @@ def measure(name: str, steps: int, note: str) -> dict[str, Any]:
         figures = json.loads((run_dir / "eval.json").read_text(encoding="utf-8"))
         result |= judge(recipe.about.metric, figures)
         result |= throughput(run_dir / "metrics.jsonl")
-        result["repeated"] = repeated(recipe)
+        result["repeated"] = repeated(load_recipe(name, settings))
     return result
 
 

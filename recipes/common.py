@@ -106,7 +106,9 @@ def chat(entry: dict[str, Any], key: str, prompt: str, completion: str, system: 
 def choose(value: str, known: Sequence[str], option: str) -> str:
     """``value`` if it is one of ``known``; a :class:`UserError` that lists them otherwise."""
     if value not in known:
-        raise UserError(f"unknown {option} '{value}'", where=f"data: options.{option}", fix=f"one of {', '.join(known)}")
+        raise UserError(
+            f"unknown {option} '{value}'", where=f"data: options.{option}", fix=f"one of {', '.join(known)}"
+        )
     return value
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", help="show this recipe (id or path of a .yaml file)")
+    parser.add_argument("recipe", nargs="?", help="show this recipe (id or path of a .yaml file); 'new' makes one")
     parser.add_argument("--sector", help="only recipes of this sector")
+    parser.add_argument("--site", help="only recipes of the sectors that this factory, antenna or system focuses on")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="with RECIPE: change one value"
     )
@@ -16,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train.config import load_recipe, recipe_ids, to_tree
-    from aifactory_train.errors import UserError, did_you_mean
+    from aifactory_train.config import load_recipe, to_tree
+    from aifactory_train.errors import UserError
     from aifactory_train.output import note, print_json, table
 
     if args.recipe:
@@ -31,36 +33,50 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.overrides:
         raise UserError("--set needs a recipe to change", where="--set")
-    rows = [summary(load_recipe(name)) for name in recipe_ids()]
-    if args.sector:
-        sectors = sorted({row["sector"] for row in rows})
-        if args.sector not in sectors:
-            raise UserError(
-                f"no recipe of sector '{args.sector}'{did_you_mean(args.sector, sectors)}",
-                where="--sector",
-                fix=f"sectors: {', '.join(sectors)}",
-            )
-        rows = [row for row in rows if row["sector"] == args.sector]
+    rows = chosen(listed(), args.sector, args.site)
     if args.json:
         print_json(rows)
         return 0
     table(
         None,
-        ["recipe", "sector", "task", "metric", "runs here", "base models"],
+        ["recipe", "task", "metric", "runs here", "data licence"],
         [
             [
                 r["id"],
-                r["sector"],
                 r["task"],
-                r["metric"],
+                r["metric"].replace("_", " "),
                 "yes" if r["embedded"] else "bring data",
-                ", ".join(b["base"].partition("#")[0] for b in r["bases"]),
+                ", ".join(r["licences"]["data"]),
             ]
             for r in rows
         ],
     )
-    note("aifactory fetch RECIPE, then aifactory train RECIPE")
+    note("aifactory recipes RECIPE shows one; aifactory fetch RECIPE, then aifactory train RECIPE")
     return 0
+
+
+def listed() -> list[dict[str, Any]]:
+    """One row a recipe, see :func:`summary`. The files are read without validation, which the tests and every other command do."""
+    import yaml
+
+    from aifactory_train.config import RECIPES_DIR, recipe_ids
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    rows = []
+    for name in recipe_ids():
+        tree = yaml.load((RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8"), Loader=loader)
+        about, model, data = tree["about"], tree["model"], tree["data"]
+        sources = [*_list(data["train"]), *_list(data.get("eval") or [])]
+        rows.append(
+            _row(
+                tree.get("id", name),
+                (about["sector"], about["task"], about["metric"]),
+                [(s["source"], s.get("licence", "unknown")) for s in sources],
+                (model["base"], model.get("licence", "unknown")),
+                [(o["base"], o["parameters"], o["licence"]) for o in model.get("options") or []],
+            )
+        )
+    return rows
 
 
 def summary(recipe: Any) -> dict[str, Any]:
@@ -69,27 +85,94 @@ def summary(recipe: Any) -> dict[str, Any]:
     ``embedded``: model and data come from packages, so the recipe runs without a hub account. ``sites``: ids of the factories
     and antennas that name the sector as a focus.
     """
-    sources = [*recipe.data.train, *(recipe.data.eval or [])]
+    return _row(
+        recipe.id,
+        (recipe.about.sector, recipe.about.task, recipe.about.metric),
+        [(s.source, s.licence) for s in [*recipe.data.train, *(recipe.data.eval or [])]],
+        (recipe.model.base, recipe.model.licence),
+        [(o.base, o.parameters, o.licence) for o in recipe.model.options],
+    )
+
+
+def _row(
+    name: str,
+    about: tuple[str, str, str],
+    sources: list[tuple[str, str]],
+    base: tuple[str, str],
+    options: list[tuple[str, str, str]],
+) -> dict[str, Any]:
+    sector, task, metric = about
+    packages = ("pypi:", "npm:")
     return {
-        "id": recipe.id,
-        "sector": recipe.about.sector,
-        "task": recipe.about.task,
-        "metric": recipe.about.metric,
-        "embedded": all(s.source.startswith(("pypi:", "npm:")) for s in sources)
-        and recipe.model.base.startswith(("pypi:", "npm:")),
-        "licences": {"model": recipe.model.licence, "data": sorted({s.licence for s in sources})},
+        "id": name,
+        "sector": sector,
+        "task": task,
+        "metric": metric,
+        "embedded": all(s.startswith(packages) for s, _ in sources) and base[0].startswith(packages),
+        "licences": {"model": base[1], "data": sorted({licence for _, licence in sources})},
         "bases": [
-            {"base": recipe.model.base, "licence": recipe.model.licence},
-            *({"base": o.base, "parameters": o.parameters, "licence": o.licence} for o in recipe.model.options),
+            {"base": base[0], "licence": base[1]},
+            *({"base": b, "parameters": p, "licence": li} for b, p, li in options),
         ],
-        "sites": focus_sites(recipe.about.sector),
+        "sites": focus_sites(sector),
     }
 
 
-def focus_sites(sector: str) -> list[str]:
-    """Ids of the factories and antennas whose focus sectors hold ``sector``."""
+def _list(value: Any) -> list[dict[str, Any]]:
+    """Sources as a list of mappings, whatever form the file has."""
+    values = value if isinstance(value, list) else [value]
+    return [{"source": v} if isinstance(v, str) else v for v in values]
+
+
+def chosen(rows: list[dict[str, Any]], sector: str | None, site: str | None) -> list[dict[str, Any]]:
+    """The rows of one sector, and of the sectors that a site focuses on. An unknown name is a :class:`UserError`."""
+    from aifactory_train.errors import UserError, did_you_mean
+
+    if sector:
+        sectors = sorted({row["sector"] for row in rows})
+        if sector not in sectors:
+            raise UserError(
+                f"no recipe of sector '{sector}'{did_you_mean(sector, sectors)}",
+                where="--sector",
+                fix=f"sectors: {', '.join(sectors)}",
+            )
+        rows = [row for row in rows if row["sector"] == sector]
+    if site:
+        focus = _focus_of(site)
+        rows = [row for row in rows if row["sector"] in focus] if focus else rows
+    return rows
+
+
+def _focus_of(site: str) -> set[str]:
+    """Sectors of a member, or of the members that offer a system. Empty where the programme names no sectors (all fit)."""
+    from aifactory_train.errors import UserError, did_you_mean
+    from aifactory_train.output import note
+    from aifactory_train.sites import members
+
+    every = members()
+    named = [m for m in every if m["id"] == site] or [m for m in every if site in m["systems"]]
+    if not named:
+        known = sorted({m["id"] for m in every} | {s for m in every for s in m["systems"]})
+        raise UserError(
+            f"no factory, antenna or system '{site}'{did_you_mean(site, known)}",
+            where="--site",
+            fix="'aifactory sites' lists them",
+        )
+    focus = {s for m in named for s in m["sectors"]}
+    if not focus:
+        note(f"{site}: the programme names no sectors, so every recipe is shown")
+    return focus
+
+
+@functools.lru_cache(maxsize=1)
+def _members() -> list[tuple[str, frozenset[str]]]:
     try:
         from aifactory_train.sites import members
     except ImportError:
         return []  # a reduced installation without the table of sites
-    return [str(m["id"]) for m in members() if sector in m["sectors"]]
+    return [(str(m["id"]), frozenset(m["sectors"])) for m in members()]
+
+
+def focus_sites(sector: str) -> list[str]:
+    """Ids of the factories and antennas whose focus sectors hold ``sector``."""
+    return [name for name, sectors in _members() if sector in sectors]

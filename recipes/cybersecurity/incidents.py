@@ -18,9 +18,7 @@ LABELS = ("Low", "Medium", "High", "Critical")
 SYSTEM = "Severity: Low, Medium, High or Critical."
 
 
-def rows(
-    path: Path, *, part: str = "train", held_out: float = 0.1, max_words: int = 45
-) -> Iterator[dict[str, Any]]:
+def rows(path: Path, *, part: str = "train", held_out: float = 0.1, max_words: int = 45) -> Iterator[dict[str, Any]]:
     """Rows "<title>. <description>" to one of :data:`LABELS`.
 
     Args:

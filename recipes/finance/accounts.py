@@ -47,7 +47,11 @@ def accounts(path: Path) -> Iterator[dict[str, Any]]:
             continue
         count += 1
         number = plain(code.text or "") if code is not None else ""
-        yield {"id": str(record.get("id")), "wording": f"{number} {plain(name.text or '')}".strip(), "position": position}
+        yield {
+            "id": str(record.get("id")),
+            "wording": f"{number} {plain(name.text or '')}".strip(),
+            "position": position,
+        }
     if not count:
         raise no_rows(path, "account with a type")
 

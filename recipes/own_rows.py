@@ -1,0 +1,125 @@
+"""Rows of your own (JSON Lines or CSV) with a small schema: which fields a row has, which values are allowed, what is asked.
+
+A schema is a JSON Schema file beside the recipe (``recipes/SECTOR/NAME.schema.json``), of which this module reads
+``properties`` (``type``: string or number; ``enum``; ``minLength``), ``required``, and three keys of our own: ``x-prompt`` and
+``x-completion`` (text with ``{field}`` in it) and ``x-system``. ``x-group`` names the field whose equal values are never split
+over training and held-out rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.errors import UserError, did_you_mean
+from aifactory_train.recipes.common import no_rows
+
+HERE = Path(__file__).resolve().parent
+_NAME = re.compile(r"^[a-z][a-z-]*/[a-z][a-z0-9-]*$")
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+def rows(path: Path, *, schema: str) -> Iterator[dict[str, Any]]:
+    """Rows in the ``prompt`` form, each checked against the schema.
+
+    Args:
+        path: ``.jsonl`` (one object a line) or ``.csv`` (first line: names of the fields).
+        schema: id of a recipe, e.g. ``education/word-problems``; its ``.schema.json`` is read.
+
+    Raises :class:`UserError` with ``file:line`` and the field: a value that is missing or has the wrong type, a label that is
+    not in the schema, a file of neither form.
+    """
+    rules = load_schema(schema)
+    count = 0
+    for line, row in _read(path):
+        where = f"{path}:{line}"
+        check(row, rules, where)
+        values = {name: "" if row.get(name) is None else str(row[name]).strip() for name in rules["properties"]}
+        count += 1
+        yield {
+            "id": str(row.get("id") or f"{path.name}:{line}"),
+            "group": values.get(rules.get("x-group", ""), "") or f"{path.name}:{line}",
+            "prompt": _fill(rules["x-prompt"], values),
+            "completion": _fill(rules["x-completion"], values),
+            "system": rules["x-system"],
+        }
+    if not count:
+        raise no_rows(path, "row")
+
+
+def load_schema(name: str) -> dict[str, Any]:
+    """The schema of a recipe, by the recipe's id."""
+    file = HERE / f"{name}.schema.json"
+    if not _NAME.match(name) or not file.is_file():
+        known = sorted(str(p.relative_to(HERE)).removesuffix(".schema.json") for p in HERE.glob("*/*.schema.json"))
+        raise UserError(
+            f"no schema '{name}'{did_you_mean(name, known)}", where="data: options.schema", fix=f"one of {known}"
+        )
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def check(row: dict[str, Any], rules: dict[str, Any], where: str) -> None:
+    """Refuse a row that does not meet the schema; ``where`` is ``file:line``."""
+    for name in rules.get("required", []):
+        if row.get(name) in (None, ""):
+            given = sorted(k for k in row if k not in rules["properties"])
+            raise UserError(f"the field '{name}' is missing{did_you_mean(name, given)}", where=where, fix=_form(rules))
+    for name, rule in rules["properties"].items():
+        value = row.get(name)
+        if value in (None, ""):
+            continue
+        if rule.get("type") == "number":
+            try:
+                float(value)
+            except (TypeError, ValueError):
+                raise UserError(f"{name}: '{value}' is not a number", where=where) from None
+        elif not isinstance(value, str):
+            raise UserError(f"{name}: {value!r} is not text", where=where)
+        if "enum" in rule and value not in rule["enum"]:
+            raise UserError(
+                f"{name}: the label '{value}' is not in the schema{did_you_mean(str(value), rule['enum'])}",
+                where=where,
+                fix=f"labels: {', '.join(rule['enum'])}; your own labels go into the enum of the schema",
+            )
+        if len(str(value)) < rule.get("minLength", 0):
+            raise UserError(f"{name} is shorter than {rule['minLength']} characters", where=where)
+
+
+def _form(rules: dict[str, Any]) -> str:
+    return "fields: " + ", ".join(rules["properties"])
+
+
+def _fill(template: str, values: dict[str, str]) -> str:
+    return _FIELD.sub(lambda m: values[m[1]], template).strip()
+
+
+def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """``(line, row)`` of a JSON Lines or CSV file."""
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".csv"):
+        raise UserError(
+            "is neither .jsonl nor .csv", where=str(path), fix="one JSON object a line, or a table with a head"
+        )
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if suffix == ".csv":
+                table = csv.DictReader(file)
+                for row in table:
+                    yield table.line_num, dict(row)
+                return
+            for number, text in enumerate(file, 1):
+                if not text.strip():
+                    continue
+                try:
+                    row = json.loads(text)
+                except ValueError as error:
+                    raise UserError(f"not JSON: {error}", where=f"{path}:{number}") from None
+                if not isinstance(row, dict):
+                    raise UserError("a row is an object with named fields", where=f"{path}:{number}")
+                yield number, row
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8 text", where=str(path), fix="save the file as UTF-8") from None
