@@ -1,0 +1,512 @@
+"""This engine and TRL's SFTTrainer (or transformers' Trainer) on the same work: tokens/s, peak memory, loss curves, GEMM ceiling.
+
+    python benchmarks/vs_trl.py --json [--case packed-lora] [--pairs 5] [--data FILE.jsonl] [--peer trl|transformers]
+
+Both sides train the same rows in the same order with the same tokens and masks, model, optimizer (fused AdamW), learning rate,
+clipping and type (fp32), and start from the same adapter. In the packed cases TRL's own packing (best fit decreasing, 4 packs of
+512 tokens a step, padding-free) decides which rows a step holds; in the padded cases a step is 8 rows, one each. Each side runs in
+a fresh process, alternating, so that the peak is the process's own (``ru_maxrss``). The first step of a run warms up and is not
+timed; after it, the time between the ends of two steps counts, with everything that happens in between. Tokens are real ones.
+
+TRL runs with its fastest settings, not its defaults, which are slower here: fp32 as asked and no gradient checkpointing. Ours runs
+with the recipe's defaults (which on a CPU means micro-batches of 512 tokens); ``--whole-steps`` measures it with one micro-batch.
+
+The ceiling: every matrix product of one of our steps is recorded with its shapes and layout, timed alone on warm memory in the same
+process afterwards (median of repetitions), and added up. The share is that time over the step's.
+
+Exit code 1 if the loss of any step differs by more than 1e-3 (relative) in a padded case: speed is never bought with other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import common
+
+CASES = ("packed-lora", "padded-lora", "packed-full", "padded-full")
+PACK, PACKS, ROWS = 512, 4, 8  # tokens of a pack, packs of a packed step, rows of a padded step
+SEED, RATE, BETAS, EPS, CLIP = 17, {"lora": 2e-4, "full": 2e-5}, (0.9, 0.95), 1e-8, 1.0
+TOLERANCE = 1e-3
+PEERS = {"trl": "TRL SFTTrainer", "transformers": "transformers Trainer"}
+
+
+# ---- the work: which documents each step holds
+
+
+def plan(spec: dict[str, Any]) -> dict[str, Any]:
+    """Tokenise the rows with our pipeline, choose the documents of every step, and write them for the peer."""
+    from aifactory_train.data import load_tokenizer, prepare
+
+    recipe = _recipe(spec)
+    train = prepare(recipe, load_tokenizer(recipe)).train
+    documents = [(train.tokens(i).tolist(), train.mask(i).tolist()) for i in range(len(train))]
+    labels = [[t if m else -100 for t, m in zip(*d, strict=True)] for d in documents]
+    if spec["packed"]:
+        packs = _packs(documents, labels)
+        steps = [packs[i : i + PACKS] for i in range(0, len(packs) - PACKS + 1, PACKS)]
+    else:
+        steps = [[[j] for j in range(i, i + ROWS)] for i in range(0, len(documents) - ROWS + 1, ROWS)]
+    if len(steps) < spec["steps"]:
+        raise SystemExit(f"the data gives {len(steps)} steps, {spec['steps']} are wanted: fewer --steps or more rows")
+    steps = steps[: spec["steps"]]
+    rows = [
+        {
+            "input_ids": [t for j in pack for t in documents[j][0]],
+            "labels": [t for j in pack for t in labels[j]],
+            **({"seq_lengths": [len(documents[j][0]) for j in pack]} if spec["packed"] else {}),
+        }
+        for step in steps
+        for pack in step
+    ]
+    with open(spec["rows"], "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return {
+        "documents": [[j for pack in step for j in pack] for step in steps],
+        "tokens": [sum(len(documents[j][0]) for pack in step for j in pack) for step in steps],
+        # the first label of a sequence has no position that predicts it
+        "supervised": [sum(v != -100 for pack in step for j in pack for v in labels[j][1:]) for step in steps],
+    }
+
+
+def _packs(documents: list, labels: list) -> list[list[int]]:
+    """Documents of each pack as TRL packs them, the packs in an order drawn once (TRL's own is by falling length)."""
+    import random
+
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    # TRL packs batches of 1,000 rows; what is packed carries no row numbers, so they travel as a second sequence.
+    numbered = {
+        "input_ids": [d[0] for d in documents],
+        "number": [[i] * len(d[0]) for i, d in enumerate(documents)],
+    }
+    packed = pack_dataset(Dataset.from_dict(numbered), PACK, "bfd")
+    packs = [list(dict.fromkeys(numbers)) for numbers in packed["number"]]
+    full = [
+        p for p in packs if sum(len(documents[j][0]) for j in p) > 0.9 * PACK
+    ]  # the last pack of a batch is a remainder
+    random.Random(SEED).shuffle(full)
+    return full
+
+
+def _recipe(spec: dict[str, Any]):
+    from aifactory_train.config import Recipe
+
+    lora = spec["kind"] == "lora"
+    return Recipe.model_validate(
+        {
+            "id": "benchmark/vs-trl",
+            "model": {"base": spec["model"]},
+            "adapter": {"kind": "lora" if lora else "none", "rank": 16, "alpha": 32},
+            "data": {
+                "train": spec["data"],
+                "eval": spec["eval"],
+                "overlap": "allow",
+                "sequence_length": PACK,
+                "batching": "packed" if spec["packed"] else "padded",
+                "workers": 1,
+            },
+            "train": {
+                "seed": SEED,
+                "max_steps": spec["steps"],
+                "batch_rows": ROWS,
+                "learning_rate": RATE[spec["kind"]],
+                "schedule": "constant",
+                "warmup_steps": 0,
+                "betas": list(BETAS),
+                "eps": EPS,
+                "max_grad_norm": CLIP,
+                "weight_decay": 0.0,
+                **({"grad_accum": 1} if spec["whole_steps"] else {}),
+            },
+            "eval": {"before": False, "after": False},
+            "checkpoint": {"at_end": False},
+            "export": {"automatic": False},
+            "record": {"pack": False, "energy": False},
+            "logging": {"tensorboard": False},
+        }
+    )
+
+
+# ---- one side, in a process of its own
+
+
+def ours(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train with :func:`aifactory_train.train.train`, documents given; then time the matrix products of a step."""
+    import resource
+
+    import aifactory_train.train as loop
+    from aifactory_train.data import Cursor
+
+    class Given(loop.Sampler):
+        """The documents of every step as planned."""
+
+        def steps(self, epochs: float) -> int:
+            return len(spec["documents"])
+
+        def step(self, cursor):
+            import numpy as np
+
+            return np.asarray(spec["documents"][cursor.position]), Cursor(0, cursor.position + 1)
+
+    products = Products()
+    ends: list[float] = []
+    plain = loop.Trainer.train_step
+
+    def timed(self):
+        if not ends:
+            with products.recording():  # in the step that is not timed
+                record = plain(self)
+        else:
+            record = plain(self)
+        ends.append(time.perf_counter())
+        return record
+
+    loop.Sampler = Given
+    loop.Trainer.train_step = timed
+    folder = Path(spec["scratch"]) / f"run-{time.time_ns()}"
+    loop.train(_recipe(spec), folder, quiet=True)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    seconds, flop = products.time() if spec["ceiling"] else (0.0, 0.0)
+    return {
+        "ends": ends,
+        "loss": [r["loss"] for r in records],
+        "tokens": [r["tokens"] for r in records],
+        "supervised": [r["supervised_tokens"] for r in records],
+        "peak_gb": peak,
+        "ceiling_s": seconds,
+        "ceiling_tokens": records[0]["tokens"],
+        "gemm_gflops": flop / seconds / 1e9 if seconds else 0.0,
+    }
+
+
+class Products:
+    """The matrix products that ran while recording, by operator, shapes and strides."""
+
+    def __init__(self) -> None:
+        self.seen: Counter = Counter()
+
+    def recording(self):
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        aten, seen = torch.ops.aten, self.seen
+        #: position of the two factors among the arguments
+        factors = {aten.mm.default: 0, aten.mm.out: 0, aten.addmm.default: 1, aten.addmm_.default: 1, aten.addmm.out: 1}
+        factors |= {aten.bmm.default: 0, aten.bmm.out: 0, aten.baddbmm.default: 1}
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                at = factors.get(function)
+                if at is not None:
+                    a, b = args[at], args[at + 1]
+                    adds = at == 1
+                    seen[(adds, tuple(a.shape), a.stride(), tuple(b.shape), b.stride())] += 1
+                return function(*args, **(kwargs or {}))
+
+        return Recorder()
+
+    def time(self) -> tuple[float, float]:
+        """(seconds, FLOP) of all recorded products, each timed alone on memory that was touched before."""
+        import torch
+
+        total = flop = 0.0
+        for (adds, left, left_strides, right, right_strides), count in self.seen.items():
+            a, b = _laid_out(left, left_strides), _laid_out(right, right_strides)
+            product = torch.matmul(a, b)
+            accumulate = torch.addmm if adds and a.dim() == 2 else None
+
+            def run(a=a, b=b, product=product, accumulate=accumulate):
+                if accumulate is not None:
+                    accumulate(product, a, b, out=product)
+                else:
+                    torch.matmul(a, b, out=product)
+
+            work = 2.0 * math.prod(left) * right[-1]
+            run()
+            times = []
+            repetitions = max(3, min(15, int(2e10 / work)))
+            for _ in range(repetitions):
+                started = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - started)
+            total += count * statistics.median(times)
+            flop += count * work
+        return total, flop
+
+
+def _laid_out(shape: tuple[int, ...], strides: tuple[int, ...]):
+    """A tensor with this shape and these strides."""
+    import torch
+
+    size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    return torch.randn(size).mul_(0.01).as_strided(shape, strides)
+
+
+def peer(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train the planned rows with TRL's or transformers' trainer."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    rows = [json.loads(line) for line in Path(spec["rows"]).read_text().splitlines()]
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32, local_files_only=True)
+    model.config.use_cache = False
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"], local_files_only=True)
+    if spec["kind"] == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(SEED)  # the same adapter as ours
+        config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+    settings = {
+        "output_dir": str(Path(spec["scratch"]) / f"peer-{time.time_ns()}"),
+        "per_device_train_batch_size": PACKS if spec["packed"] else ROWS,
+        "max_steps": spec["steps"],
+        "learning_rate": RATE[spec["kind"]],
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "adam_beta1": BETAS[0],
+        "adam_beta2": BETAS[1],
+        "adam_epsilon": EPS,
+        "weight_decay": 0.0,
+        "max_grad_norm": CLIP,
+        "optim": "adamw_torch_fused",
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": spec["peer"] == "trl",
+        "seed": SEED,
+    }
+    ends: list[float] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            ends.append(time.perf_counter())
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                losses.append(float(logs["loss"]))
+
+    if spec["peer"] == "trl":
+        from trl import SFTConfig, SFTTrainer
+
+        config = SFTConfig(**settings, max_length=None, padding_free=spec["packed"], shuffle_dataset=False)
+        trainer = SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
+    else:
+        from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
+
+        if spec["packed"]:
+            # its collator knows rows, not packs: one row per document, and as many as the step has
+            collate = _flattening_of_packs(DataCollatorWithFlattening(return_flash_attn_kwargs=False))
+        else:
+            collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**settings),
+            train_dataset=Dataset.from_list(rows),
+            data_collator=collate,
+            callbacks=[Clock()],
+        )
+    trainer.train()
+    return {"ends": ends, "loss": losses[: spec["steps"]]}
+
+
+def _flattening_of_packs(collator):
+    def collate(features):
+        parts = []
+        for pack in features:
+            at = 0
+            for n in pack["seq_lengths"]:
+                parts.append({"input_ids": pack["input_ids"][at : at + n], "labels": pack["labels"][at : at + n]})
+                at += n
+        return collator(parts)
+
+    return collate
+
+
+# ---- pairs
+
+
+def measure(case: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Alternating pairs of one case."""
+    batching, kind = case.split("-")
+    spec: dict[str, Any] = {
+        "packed": batching == "packed",
+        "kind": kind,
+        "peer": options.peer,
+        "model": str(common.model_folder(options.model)),
+        "data": str(options.data or scratch / "rows.jsonl"),
+        "eval": str(scratch / "eval.jsonl"),
+        "rows": str(scratch / f"{case}.jsonl"),
+        "scratch": str(scratch),
+        "steps": 1 + options.steps,
+        "whole_steps": options.whole_steps,
+        "ceiling": True,
+    }
+    env = common.quiet_env(scratch)
+    work, _, _ = common.child([__file__, "--child", "plan", json.dumps(spec)], env=env)
+    spec["documents"] = work["documents"]
+    pairs = []
+    for number in range(options.pairs):
+        theirs, their_peak, _ = common.child([__file__, "--child", "peer", json.dumps(spec)], env=env)
+        own, _, _ = common.child([__file__, "--child", "ours", json.dumps(spec)], env=env)
+        if own["tokens"] != work["tokens"] or own["supervised"] != work["supervised"]:
+            raise SystemExit(f"{case}: our run trained other tokens than planned")
+        timed = sum(work["tokens"][1:])
+        speed = [timed / (side["ends"][-1] - side["ends"][0]) for side in (own, theirs)]
+        step = (own["ends"][-1] - own["ends"][0]) / options.steps
+        tokens = timed / options.steps
+        pair = {
+            "ours_tokens_per_s": round(speed[0], 2),
+            "peer_tokens_per_s": round(speed[1], 2),
+            "speed_ratio": round(speed[0] / speed[1], 3),
+            "ours_peak_gb": round(own["peak_gb"], 3),
+            "peer_peak_gb": round(their_peak, 3),
+            "memory_ratio": round(own["peak_gb"] / their_peak, 3),
+            "loss_ours": own["loss"],
+            "loss_peer": theirs["loss"],
+            "loss_max_rel_diff": max(abs(a - b) / abs(b) for a, b in zip(own["loss"], theirs["loss"], strict=True)),
+            "gemm_gflops": round(own["gemm_gflops"], 1),
+            # the products of the first step, at the tokens of an average timed one
+            "ceiling_share": round(own["ceiling_s"] * tokens / own["ceiling_tokens"] / step, 3),
+        }
+        pairs.append(pair)
+        note(f"{case} {number + 1}/{options.pairs}: " + ", ".join(f"{k} {pair[k]}" for k in _SHOWN))
+    middle = statistics.median
+    return {
+        "name": case,
+        "peer": options.peer,
+        "pairs": pairs,
+        "tokens_per_step": round(sum(work["tokens"][1:]) / options.steps, 1),
+        "ours_tokens_per_s": middle(p["ours_tokens_per_s"] for p in pairs),
+        "peer_tokens_per_s": middle(p["peer_tokens_per_s"] for p in pairs),
+        "speed_ratio": min(p["speed_ratio"] for p in pairs),  # the worst pair
+        "ours_peak_gb": max(p["ours_peak_gb"] for p in pairs),
+        "peer_peak_gb": middle(p["peer_peak_gb"] for p in pairs),
+        "memory_ratio": max(p["memory_ratio"] for p in pairs),  # the worst pair
+        "loss_max_rel_diff": max(p["loss_max_rel_diff"] for p in pairs),
+        "gemm_gflops": middle(p["gemm_gflops"] for p in pairs),
+        "ceiling_share": middle(p["ceiling_share"] for p in pairs),
+    }
+
+
+_SHOWN = (
+    "ours_tokens_per_s",
+    "peer_tokens_per_s",
+    "speed_ratio",
+    "ours_peak_gb",
+    "peer_peak_gb",
+    "memory_ratio",
+    "loss_max_rel_diff",
+    "ceiling_share",
+)
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    header = [
+        "case",
+        "ours, tokens/s",
+        "peer, tokens/s",
+        "worst pair",
+        "ours, peak GB",
+        "peer, peak GB",
+        "worst pair",
+        "loss differs by",
+        "share of the GEMM ceiling",
+    ]
+    rows = [
+        [
+            f"{c['name']} ({len(c['pairs'])} pairs, {c['tokens_per_step']:.0f} tokens a step)",
+            f"{c['ours_tokens_per_s']:.0f}",
+            f"{c['peer_tokens_per_s']:.0f}",
+            f"{c['speed_ratio']:.2f} x",
+            f"{c['ours_peak_gb']:.2f}",
+            f"{c['peer_peak_gb']:.2f}",
+            f"{c['memory_ratio']:.2f} x",
+            f"{c['loss_max_rel_diff']:.1e}",
+            f"{100 * c['ceiling_share']:.0f} %",
+        ]
+        for c in result["cases"]
+    ]
+    name = PEERS[result["peer"]]
+    return f"Peer: {name}.\n\n" + common.table(header, rows) + "\n" + common.facts_text(result["facts"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
+    parser.add_argument("--case", action="append", choices=CASES, help="repeatable; default: all")
+    parser.add_argument("--pairs", type=int, help="default: 5 for packed-lora, 3 for the others")
+    parser.add_argument("--steps", type=int, default=1, help="timed steps per run, after one that warms up (default 1)")
+    parser.add_argument("--data", type=Path, help="JSONL of chat rows (default: synthetic rows of real lengths)")
+    parser.add_argument("--peer", choices=sorted(PEERS), default="trl")
+    parser.add_argument("--model", default=common.MODEL)
+    parser.add_argument("--whole-steps", action="store_true", help="ours with one micro-batch a step, as the peer")
+    parser.add_argument("--update-readme", action="store_true", help="write the table into benchmarks/README.md")
+    parser.add_argument("--child", nargs=2, metavar=("SIDE", "SPEC"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        side, spec = options.child
+        print(json.dumps({"plan": plan, "ours": ours, "peer": peer}[side](json.loads(spec))))
+        return 0
+    if options.data is not None and not options.data.is_file():
+        parser.error(f"--data: no such file: {options.data}")
+    found = common.facts("trl", "accelerate", "datasets")
+    note(common.facts_text(found))
+    with tempfile.TemporaryDirectory(prefix="aifactory-bench-") as name:
+        scratch = Path(name)
+        common.write_rows(scratch / "rows.jsonl", 200 * (1 + options.steps), longest=PACK)
+        common.write_rows(scratch / "eval.jsonl", 2, seed=SEED + 1000)
+        cases = []
+        for case in options.case or CASES:
+            pairs = options.pairs or (5 if case == "packed-lora" else 3)
+            cases.append(measure(case, argparse.Namespace(**{**vars(options), "pairs": pairs}), scratch))
+    lead = next((c for c in cases if c["name"] == "packed-lora"), cases[0])
+    result = {
+        "peer": options.peer,
+        "cases": cases,
+        "gemm_gflops": lead["gemm_gflops"],
+        "ceiling_share": lead["ceiling_share"],
+        "facts": found,
+    }
+    if options.update_readme:
+        section = "vs-" + options.peer + ("-whole-steps" if options.whole_steps else "")
+        common.update_readme(section, as_markdown(result))
+    print(json.dumps(result) if options.json else as_markdown(result))
+    apart = [c["name"] for c in cases if c["name"].startswith("padded") and c["loss_max_rel_diff"] > TOLERANCE]
+    if apart:
+        note(f"the loss curves differ by more than {TOLERANCE:g}: {', '.join(apart)}")
+    return 1 if apart else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
