@@ -510,6 +510,7 @@ def empty_language_model(
     """The same model as :func:`load_language_model` without memory for its weights (stride-0 zeros on the host)."""
     from aifactory_train.parallel.materialise import skeleton
 
+    attention.register()
     name, why = attention.choose(recipe.model.attention, device)
     report.add("attention", name.removeprefix("aifactory_"), why)
     model = skeleton(load_config(path, recipe), name, dtype)
