@@ -145,7 +145,10 @@ class DataSource(Strict):
         description="RECIPES-MODULE:FUNCTION below aifactory_train.recipes that turns the source into rows.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the converter.")
-    format: Literal["auto", "messages", "prompt", "text"] = "auto"
+    format: Literal["auto", "messages", "prompt", "text", "preference", "feedback"] = Field(
+        "auto",
+        description="preference: chosen and rejected answers; feedback: answers labelled good or bad (methods.preference).",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Rename columns: {question: prompt, answer: completion}."
     )
@@ -154,6 +157,12 @@ class DataSource(Strict):
     licence: str = Field("unknown", description="SPDX id or name of the data's licence.")
     weight: float = Field(
         1.0, gt=0, description="Share in a mixture: rows seen per epoch = weight x rows of this source."
+    )
+    share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Replay: this source's share of an epoch's tokens, in place of weight. Nothing of it is held out.",
     )
     max_rows: int | None = Field(None, ge=1)
     facts: DataFacts = Field(default_factory=DataFacts)
@@ -251,6 +260,43 @@ class TrainConfig(Strict):
     loss_chunk_tokens: int | None = Field(
         None, ge=1, description="Rows of logits that exist at once; null: from the vocabulary."
     )
+
+
+class PreferenceConfig(Strict):
+    """Learning from preferences in place of imitation (docs/methods.md)."""
+
+    kind: Literal["dpo", "orpo", "kto"] = Field(
+        description="dpo, orpo: rows with prompt, chosen, rejected; kto: rows with prompt, completion, label (true or false)."
+    )
+    beta: float = Field(
+        0.1, gt=0, description="dpo, kto: how strongly the reference holds; orpo: weight of the odds ratio."
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="dpo only: share of pairs that are thought to be the wrong way round."
+    )
+    desirable_weight: float = Field(1.0, gt=0, description="kto only.")
+    undesirable_weight: float = Field(1.0, gt=0, description="kto only.")
+
+
+class GoldfishConfig(Strict):
+    """Tokens that never carry loss, so that no text can be recited word for word."""
+
+    k: int = Field(4, ge=2, description="One token in k is withheld.")
+    context: int = Field(13, ge=1, description="Tokens before it whose hash decides.")
+
+
+class NeftuneConfig(Strict):
+    """Noise on the embeddings while training."""
+
+    alpha: float = Field(5.0, gt=0, description="Scale; the paper uses 5, 10 and 15.")
+
+
+class MethodsConfig(Strict):
+    """Methods beside plain fine-tuning; a block that is not given does nothing."""
+
+    preference: PreferenceConfig | None = None
+    goldfish: GoldfishConfig | None = None
+    neftune: NeftuneConfig | None = None
 
 
 class GuardConfig(Strict):
@@ -429,6 +475,7 @@ class Recipe(Strict):
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
+    methods: MethodsConfig = Field(default_factory=MethodsConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
@@ -467,6 +514,7 @@ def _cross_checks(recipe: Recipe) -> Recipe:
         )
     if recipe.adapter.quantise_base != "none" and recipe.adapter.kind == "none":
         raise ValueError("adapter.quantise_base: a 4-bit base cannot be trained itself; choose adapter.kind lora")
+    _check_methods(recipe)
     if recipe.eval.early_stopping and not recipe.eval.every_steps:
         raise ValueError("eval.early_stopping: needs eval.every_steps")
     if recipe.parallel.shard_size and recipe.parallel.engine not in ("hsdp", "auto"):
@@ -474,6 +522,39 @@ def _cross_checks(recipe: Recipe) -> Recipe:
     if train.momentum and train.optimizer != "sgd":
         raise ValueError("train.momentum: belongs to optimizer sgd")
     return recipe
+
+
+def _check_methods(recipe: Recipe) -> None:
+    """Rules of ``methods`` and replay; sources of a preference method get its form of rows."""
+    methods, data = recipe.methods, recipe.data
+    if all(source.share is not None for source in data.train):
+        raise ValueError("data.train: every source has a share; the rows that are to be learnt need none")
+    if sum(source.share or 0 for source in data.train) >= 1:
+        raise ValueError("data.train: the shares of replayed sources add up to 1 or more")
+    preference = methods.preference
+    wanted = None if preference is None else ("feedback" if preference.kind == "kto" else "preference")
+    for source in [*data.train, *(data.eval or [])]:
+        if wanted and source.format == "auto":
+            source.__dict__["format"] = wanted  # object-level write, as above
+        if source.format in ("preference", "feedback") and source.format != wanted:
+            needed = "dpo or orpo" if source.format == "preference" else "kto"
+            raise ValueError(f"methods.preference: rows of format {source.format} need kind {needed}")
+        if wanted and source.format != wanted:
+            raise ValueError(
+                f"methods.preference: {preference.kind} needs rows of format {wanted}, not {source.format}"
+            )  # type: ignore[union-attr]
+    if preference is None:
+        return
+    if methods.goldfish is not None:
+        raise ValueError("methods.goldfish: withholds tokens from next-token loss and has no meaning for preferences")
+    if preference.kind != "dpo" and preference.label_smoothing:
+        raise ValueError("methods.preference.label_smoothing: belongs to kind dpo")
+    if preference.kind != "kto" and (preference.desirable_weight, preference.undesirable_weight) != (1.0, 1.0):
+        raise ValueError("methods.preference.desirable_weight: belongs to kind kto")
+    if recipe.parallel.engine.startswith("zero"):
+        raise ValueError("parallel.engine: preference methods run under ddp, fsdp2 and hsdp")
+    if any(source.share is not None for source in data.train):
+        raise ValueError("data.train: replay mixes texts or answers into next-token loss; preference rows have none")
 
 
 # ---- reading a recipe

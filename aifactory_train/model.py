@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +18,12 @@ from aifactory_train import attention, compat
 from aifactory_train.config import Recipe
 from aifactory_train.errors import UserError
 from aifactory_train.loss import linear_cross_entropy, token_nll
+from aifactory_train.methods.preference import token_logps
 from aifactory_train.runs import open_run
+
+if TYPE_CHECKING:
+    from aifactory_train.methods.neftune import Noise
+    from aifactory_train.methods.preference import Judged
 
 #: Arguments of the configuration that change the logits in ways the chunked loss must know.
 _LOGIT_SOFTCAPS = ("final_logit_softcapping",)
@@ -72,11 +77,18 @@ class CausalLM(nn.Module):
         return head.weight
 
     def hidden_states(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: attention.Documents
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        documents: attention.Documents,
+        noise: Noise | None = None,
     ) -> torch.Tensor:
-        """Last hidden states ``[B * T, D]`` after the final norm."""
+        """Last hidden states ``[B * T, D]`` after the final norm; ``noise`` goes onto the embeddings (NEFTune)."""
+        start: dict[str, torch.Tensor] = {"input_ids": input_ids}
+        if noise is not None:
+            start = {"inputs_embeds": noise.add_to(self.language_model.get_input_embeddings()(input_ids))}
         out = self.backbone(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, documents=documents
+            **start, position_ids=position_ids, attention_mask=None, use_cache=False, documents=documents
         )
         return out.last_hidden_state.flatten(0, 1)
 
@@ -91,6 +103,8 @@ class CausalLM(nn.Module):
         *,
         attention_mask: torch.Tensor | None = None,
         cache=None,
+        noise: Noise | None = None,
+        judged: Judged | None = None,
     ) -> torch.Tensor:
         """Loss over the supervised ``positions`` (int64 ``[N]`` into the flattened batch) with ``targets`` ``[N]``.
 
@@ -103,12 +117,15 @@ class CausalLM(nn.Module):
         if cache is not None:
             return self._decode(input_ids, position_ids, attention_mask, cache)
         assert documents is not None and positions is not None
-        hidden = self.hidden_states(input_ids, position_ids, documents).index_select(0, positions)
+        hidden = self.hidden_states(input_ids, position_ids, documents, noise).index_select(0, positions)
         if targets is None:
             return self._logits(hidden.detach())
         weight = self.output_weight
         if weight.dtype != hidden.dtype:
             weight = weight.to(hidden.dtype)
+        if judged is not None:  # a preference method: the loss is one of whole answers
+            options: dict[str, Any] = {"scale": self.logit_scale, "rows": self.loss_rows, "kernels": judged.kernels}
+            return judged.loss(token_logps(hidden, weight, targets, **options))
         function = linear_cross_entropy if reduce else token_nll
         return function(hidden, weight, targets, scale=self.logit_scale, rows=self.loss_rows)
 

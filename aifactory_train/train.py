@@ -21,13 +21,14 @@ from aifactory_train.data import Cursor, PreparedData, Sampler, load_tokenizer, 
 from aifactory_train.errors import EXIT_DONE, EXIT_STOPPED, RunFailed
 from aifactory_train.evaluate import evaluate, results_file
 from aifactory_train.guard import Guard, leave_out
+from aifactory_train.methods import Methods
 from aifactory_train.metrics_log import MetricsLog, Progress, compare_with_plan, print_comparison, print_start
 from aifactory_train.model import ModelReport, apply_operators, build_model, choose_precision
 from aifactory_train.optim import learning_rate
 from aifactory_train.outcome import Attempt, new_attempt
 from aifactory_train.output import note
 from aifactory_train.parallel import DeviceBatch, build_engine, choose_engine
-from aifactory_train.parallel.batches import micro_batch, micro_limit
+from aifactory_train.parallel.batches import micro_limit
 from aifactory_train.parallel.memory_advice import explain_memory, probe_largest_batch
 from aifactory_train.parallel.world import World, from_main, join_world, leave_world
 from aifactory_train.private.profile import enforce
@@ -106,7 +107,8 @@ class Trainer:
         torch.manual_seed(recipe.train.seed)  # the same adapters on every rank
 
         self.tokenizer = load_tokenizer(recipe)
-        self.data = self._prepare()
+        self.methods = Methods(recipe)
+        self.data = self.methods.view(self._prepare())
         self.precision, why = choose_precision(recipe, world.device)
         self.report = ModelReport()
         self.report.add("precision", self.precision.describe(), why)
@@ -147,6 +149,7 @@ class Trainer:
         probe_largest_batch(self)
         if resume_from is not None:
             restore(self, self.checkpoints.choose(None if resume == "auto" else resume_from))
+        self.methods.begin(self, resumed=self.step > 0)
 
     # ---- before the first step
 
@@ -211,8 +214,10 @@ class Trainer:
             micro_limit(settings.micro_batch_tokens, train_set.lengths[documents], self.world.device),
             self.recipe.data.batching,
         )
+        self.methods.before_step(self, documents, shares)
         batches = [self.micro_batch(share) for share in shares[self.world.rank]]
         supervised = int(train_set.supervised[documents].sum())  # over all ranks: the split is known to every rank
+        units = self.methods.units(documents, supervised)  # what the loss is a mean over
         rate = learning_rate(self.step, self.total_steps, settings)
 
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
@@ -220,11 +225,11 @@ class Trainer:
             self.attempt.beat(self.step, "forward")
             self.stop.look(self.checkpoints.save_estimate())
             with explain_memory(self.engine, self.recipe, self.world):
-                loss += self.engine.forward_backward(batch, 1.0 / supervised, last=number == len(batches) - 1)
+                loss += self.engine.forward_backward(batch, 1.0 / units, last=number == len(batches) - 1)
         self.attempt.beat(self.step, "reduce")
         norm = self.engine.clip(settings.max_grad_norm)
         dist.all_reduce(loss)
-        mean_loss = loss.item() / supervised  # the step's one synchronisation with the device
+        mean_loss = loss.item() / units  # the step's one synchronisation with the device
         verdict = self.guard.judge(mean_loss, float(norm))
         if verdict.action != "go":
             return leave_out(self, verdict, next_cursor, documents)
@@ -249,6 +254,7 @@ class Trainer:
             "micro_batches": len(batches),
             "seconds": round(seconds, 4),
             "tokens_per_s": round(tokens / seconds, 1),
+            **self.methods.figures(self, documents),
         }
         if self.recipe.logging.row_ids:
             record["row_ids"] = [train_set.row_id(int(i)) for i in documents]
@@ -257,7 +263,7 @@ class Trainer:
 
     def micro_batch(self, share) -> DeviceBatch:
         """The documents of one micro-batch as tensors on this rank's device."""
-        return micro_batch(self.data.train, share, self.recipe.data.batching, self.pad_id, self.world.device)
+        return self.methods.micro_batch(self, share)
 
     # ---- checkpoints
 

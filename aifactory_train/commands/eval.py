@@ -57,6 +57,7 @@ def scoring_recipe(recipe, args: argparse.Namespace):
     own = {} if trained.converter else {"columns": trained.columns}
     scored.data.train = [DataSource(source=args.data, licence="unknown", **own)]
     scored.data.eval = [DataSource(source=args.data, licence="unknown", **own)]
+    scored.methods.preference = None  # any rows are scored as they are
     scored.data.overlap, scored.data.deduplicate = "allow", False
     scored.data.eval_rows = args.rows or 2**31 - 1
     scored.eval.metrics = list(dict.fromkeys([*scored.eval.metrics, "exact_match", "token_f1"]))

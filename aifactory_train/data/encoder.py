@@ -122,6 +122,8 @@ class Encoder:
 
     def encode(self, rows: list[dict[str, Any]]) -> list[Encoded | RowError]:
         """Encode rows; a faulty one gives its :class:`RowError` in its place."""
+        if any("rejected" in row for row in rows):
+            return self._encode_pairs(rows)
         results: list[Encoded | RowError | None] = [None] * len(rows)
         chats: list[tuple[int, _Rendered]] = []
         texts: list[int] = []
@@ -145,6 +147,20 @@ class Encoder:
             for i, encoding in zip(texts, encodings, strict=True):
                 results[i] = self._text(rows[i]["text"], encoding)
         return results  # type: ignore[return-value]
+
+    def _encode_pairs(self, rows: list[dict[str, Any]]) -> list[Encoded | RowError]:
+        """Two documents of each row, the chosen answer's first; a row of which one is dropped or split is dropped."""
+        sides = [{**row, "messages": row[key]} for row in rows for key in ("messages", "rejected")]
+        found = self.encode([{k: v for k, v in side.items() if k != "rejected"} for side in sides])
+        results: list[Encoded | RowError] = []
+        for one, other in zip(found[0::2], found[1::2], strict=True):
+            if isinstance(one, RowError) or isinstance(other, RowError):
+                results.append(one if isinstance(one, RowError) else other)
+                continue
+            documents, flags = one.documents + other.documents, tuple(sorted({*one.flags, *other.flags}))
+            whole = len(one.documents) == len(other.documents) == 1
+            results.append(Encoded(documents, None, flags) if whole else Encoded([], "pair", flags))
+        return results
 
     # -- rendering
 

@@ -5,12 +5,15 @@ Accepted forms (``DataSource.format``; ``auto`` decides by the columns of the fi
 * ``messages``: ``{"messages": [{"role", "content"}, ...], "tools"?: [...]}``; also ShareGPT's ``conversations``;
 * ``prompt``: ``{"prompt", "completion", "system"?}``; prompt and completion may themselves be lists of messages; Alpaca's
   ``instruction``/``input``/``output`` and ``question``/``answer`` are read the same way;
-* ``text``: ``{"text"}``, continued pre-training.
+* ``text``: ``{"text"}``, continued pre-training;
+* ``preference``: ``{"prompt", "chosen", "rejected", "system"?}`` (DPO, ORPO); chosen and rejected may be lists of messages, with
+  the prompt as their common beginning where there is no ``prompt``;
+* ``feedback``: the ``prompt`` form with ``label``, true or false (KTO).
 
 Every form may carry ``id`` (unique within its source) and ``group`` (rows of one group are never split over train and eval), and for
 the slices of an evaluation ``language`` and ``label``.
 
-The canonical row is ``{"messages": [...], "tools"?: [...]}`` or ``{"text": ...}`` plus ``id`` and ``group`` where given.
+The canonical row is ``{"messages": [...], "tools"?: [...]}``, with ``rejected: [...]`` or ``desirable: bool`` for preferences, or ``{"text": ...}`` plus ``id`` and ``group`` where given.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ _PROMPT_COLUMNS = [
     ("input", "output"),
 ]
 KNOWN_COLUMNS = sorted(
-    {"messages", "conversations", "text", "id", "group", "language", "label", "tools", "system"} | {c for p in _PROMPT_COLUMNS for c in p}
+    {"messages", "conversations", "text", "id", "group", "language", "label", "tools", "system"}
+    | {c for p in _PROMPT_COLUMNS for c in p}
 )
 
 
@@ -56,6 +60,11 @@ class RowError(ValueError):
 def detect_format(columns: list[str]) -> tuple[str, str]:
     """``(format, reason)`` for rows with these columns. Raises :class:`RowError` when none fits."""
     names = set(columns)
+    if "chosen" in names and "rejected" in names:
+        raise RowError(
+            "there are columns 'chosen' and 'rejected': preferences",
+            "set methods.preference.kind to dpo or orpo, or rename the answer to learn with columns={chosen: completion}",
+        )
     if "messages" in names:
         return "messages", "there is a column 'messages'"
     if "conversations" in names:
@@ -87,8 +96,16 @@ def canonical(row: Any, fmt: str, columns: dict[str, str]) -> dict[str, Any]:
             raise RowError("'text' is empty")
         out: dict[str, Any] = {"text": text}
     else:
-        messages = _from_messages(row) if fmt == "messages" else _from_prompt(row)
-        out = {"messages": messages}
+        out = {}
+        if fmt == "preference":
+            messages, out["rejected"] = _pair(row)
+        elif fmt == "feedback":
+            messages = _from_prompt(row)
+            out["desirable"] = _desirable(row)
+            row = {k: v for k, v in row.items() if k != "label"}
+        else:
+            messages = _from_messages(row) if fmt == "messages" else _from_prompt(row)
+        out = {"messages": messages, **out}
         tools = row.get("tools")
         if tools:
             out["tools"] = _tools(tools)
@@ -119,6 +136,47 @@ def _from_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     if raw is None:
         raise _column_error("messages", row)
     return _messages(raw, "messages")
+
+
+def _pair(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The conversations that end with the chosen and with the rejected answer; only what differs carries loss."""
+    sides = []
+    for name in ("chosen", "rejected"):
+        if name not in row:
+            raise _column_error(name, row)
+        if "prompt" in row:
+            sides.append(_from_prompt({"prompt": row["prompt"], "completion": row[name], "system": row.get("system")}))
+        else:
+            sides.append(_messages(row[name], name))
+    chosen, rejected = sides
+    if chosen == rejected:
+        raise RowError("'chosen' and 'rejected' are the same", "leave the row out: there is nothing to prefer")
+    if "prompt" not in row:
+        common = next(
+            (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+            min(len(chosen), len(rejected)),
+        )
+        for side in sides:
+            for message in side[:common]:
+                if message["role"] == "assistant":
+                    message["weight"] = 0
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        if not supervised_turns(side):
+            raise RowError(f"'{name}' has no answer of the assistant of its own")
+    return chosen, rejected
+
+
+def _desirable(row: dict[str, Any]) -> bool:
+    label = row.get("label")
+    if isinstance(label, bool) or (isinstance(label, int) and label in (0, 1)):
+        return bool(label)
+    if isinstance(label, str) and label.strip().lower() in ("true", "false"):
+        return label.strip().lower() == "true"
+    if label is None:
+        raise RowError("the column 'label' is missing", "KTO needs label: true (desirable) or false in every row")
+    raise RowError(
+        f"'label' is {label!r}, not true or false", "KTO needs label: true (desirable) or false in every row"
+    )
 
 
 def _messages(raw: Any, where: str) -> list[dict[str, Any]]:

@@ -233,8 +233,17 @@ class TokenDataset:
 
     @property
     def weights(self) -> np.ndarray:
-        table = np.asarray([s["weight"] for s in self.store.facts["sources"]], dtype=np.float64)
-        return table[self.store.column("rowsource")[self.store.column("docrow")[self._docs]]]
+        source = self.store.column("rowsource")[self.store.column("docrow")[self._docs]]
+        facts = self.store.facts["sources"]
+        table = np.asarray([s["weight"] for s in facts], dtype=np.float64)
+        shares = np.asarray([s.get("share") or 0.0 for s in facts])
+        if shares.any():
+            # A replayed source gets the weight that makes its tokens the wanted share of an epoch's.
+            tokens = np.bincount(source, weights=self.lengths, minlength=len(facts))
+            total = float((tokens * table)[shares == 0].sum()) / (1.0 - float(shares.sum()))
+            there = (shares > 0) & (tokens > 0)
+            table[there] = (shares * total)[there] / tokens[there]
+        return table[source]
 
     @property
     def digest(self) -> str:

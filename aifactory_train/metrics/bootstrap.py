@@ -84,7 +84,12 @@ def packed(found: np.ndarray) -> str:
     return base64.b64encode(found.astype("<f8").tobytes()).decode()
 
 
+def unpacked(text: str) -> np.ndarray:
+    """The float64 array behind :func:`packed`."""
+    return np.frombuffer(base64.b64decode(text), dtype="<f8")
+
+
 def paired(before: str, after: str, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
     """Interval of ``after - before`` from :func:`packed` replicates of the same rows; None if their numbers differ."""
-    old, new = (np.frombuffer(base64.b64decode(text), dtype="<f8") for text in (before, after))
+    old, new = (unpacked(text) for text in (before, after))
     return interval(new - old, confidence) if len(old) == len(new) else None

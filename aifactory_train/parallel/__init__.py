@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aifactory_train.errors import UserError
@@ -39,6 +39,8 @@ class DeviceBatch:
     documents: Documents
     positions: torch.Tensor
     targets: torch.Tensor
+    #: what a training method adds (:mod:`aifactory_train.methods`): ``noise``, ``judged``
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def kwargs(self) -> dict[str, Any]:
         return {
@@ -47,6 +49,7 @@ class DeviceBatch:
             "documents": self.documents,
             "positions": self.positions,
             "targets": self.targets,
+            **self.extra,
         }
 
 
