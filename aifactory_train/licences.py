@@ -215,9 +215,7 @@ def result_licence(recipe: Recipe) -> dict[str, Any]:
     if len(shared) > 1:
         return other("conflicting-share-alike", f"{' and '.join(shared)} cannot both be met: choose one of the sources")
     if shared:
-        (which,) = dict.fromkeys(
-            p.licence for p in judged if p.kind == "share-alike" and _family(p.licence) == shared[0]
-        )
+        which = _stricter([p.licence for p in judged if p.kind == "share-alike"])
         return {"licence": which, "name": None, "because": f"share-alike of {which}", **answer}
     base = judged[0]
     if any(p.licence.startswith("LicenseRef-") or p.kind == "attribution" for p in judged if p is not base):
@@ -231,5 +229,12 @@ def result_licence(recipe: Recipe) -> dict[str, Any]:
 
 
 def _family(licence: str) -> str:
-    """Licences of one family can be met together by the stricter one: LGPL text inside a GPL result."""
+    """Licences of one family can be met together: LGPL text inside a GPL result."""
     return "GPL-3.0" if licence.lower().startswith(("gpl-3.0", "lgpl-3.0")) else licence
+
+
+def _stricter(licences: list[str]) -> str:
+    """The one that meets all of one family: the GPL before the LGPL, 'only' before 'or later'."""
+    if len(set(licences)) == 1:
+        return licences[0]
+    return "GPL-3.0-only" if any(x.endswith("-only") for x in licences) else "GPL-3.0-or-later"
