@@ -76,7 +76,8 @@ class Scratch(Mapping[str, torch.Tensor]):
         tensor = torch.empty(shape, dtype=dtype)
         self._file.seek(start)
         if tensor.numel():
-            self._file.readinto(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[attr-defined]
+            into: Any = tensor.view(-1).view(torch.uint8).numpy()
+            self._file.readinto(into)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -255,7 +256,7 @@ class Merged(Mapping[str, torch.Tensor]):
         from peft.utils import ModulesToSaveWrapper
 
         self.base = base
-        self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+        self.named = [name for name, _ in model.named_parameters()]
         with compat.quiet_peft(), torch.device("meta"):
             config = PeftConfig.from_pretrained(str(folder))
             self.model: Any = get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
@@ -318,7 +319,7 @@ class Merged(Mapping[str, torch.Tensor]):
             owner._parameters[slot] = parameter
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
+        return iter(self.named)
 
     def __len__(self) -> int:
-        return len(self.shapes)
+        return len(self.named)
