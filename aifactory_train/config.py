@@ -754,6 +754,10 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
         if path == ("data", "train") and "data.eval" not in given:
             # The recipe's held-out rows say nothing about somebody else's data: hold out a part of the new rows.
             tree["data"].pop("eval", None)
+        if path[:2] in (("data", "train"), ("data", "eval")) and path[2:] and path[-1] == "source":
+            for stale in ("licence", "revision", "facts"):  # they were said of the source that this one replaces
+                if not any(key.startswith(f"{'.'.join(map(str, path[:-1]))}.{stale}") for key in given):
+                    node.pop(stale, None)
         for this, other in (("batch_rows", "batch_tokens"), ("batch_tokens", "batch_rows")):
             if path == ("train", this) and f"train.{other}" not in given:
                 tree["train"].pop(other, None)  # the two exclude each other: the override wins over the recipe

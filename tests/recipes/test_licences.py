@@ -207,3 +207,12 @@ def test_packages_are_told_from_their_versions():
     )
     assert licences._other_version("pypi:unheard-of==1.0") is None
     assert Path(licences.FILE).suffix == ".yaml"
+
+
+def test_another_source_does_not_keep_the_licence_of_the_one_it_replaces():
+    changed = ["data.train.0.source=somebody/something"]
+    assert load_recipe(HEALTH, changed).data.train[0].licence == "unknown"
+    with pytest.raises(UserError, match="'somebody/something': its licence is not known"):
+        licences.check(load_recipe(HEALTH, changed))
+    stated = load_recipe(HEALTH, [*changed, "data.train.0.licence=MIT"]).data.train[0]
+    assert stated.licence == "MIT" and stated.converter == "health.phenotype:rows"
