@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,8 @@ PROGRAMS = ROOM / "programs"
 #: Seconds after torchrun's SIGTERM at which it sends SIGKILL to the rank program; the trainer goes before that.
 TERM_GRACE_S = 25
 PREFLIGHT_S = 180
+#: A node-local path of a profile as it may stand between double quotes: plain characters and names of variables, ``$SLURM_JOB_ID``.
+LOCAL_PATH = re.compile(r"/(?:[A-Za-z0-9._/-]|\$[A-Z][A-Z0-9_]*)*")
 DONE_BY_HAND = ("pbspro", "torque", "kubernetes")
 
 
@@ -221,15 +224,15 @@ def _unset(system: System) -> list[str]:
 
 
 def _node_local(system: System) -> str:
-    """Shell text of the node-local folder: the site's variable, else its path, else /tmp."""
+    """Shell text of the node-local folder: the site's variable, else its path (in which the node's variables stay), else /tmp."""
     for fs in system.filesystems:
         if fs.role == "node-local" and fs.on_compute:
             if fs.variable and rq.ENV_NAME.fullmatch(fs.variable.lstrip("$")):
                 return f'"${{{fs.variable.lstrip("$")}:-/tmp}}"'
             if fs.path and "$" not in fs.path and "{" not in fs.path:
                 return quoted(fs.path)
-            if fs.path in ("/work/$SLURM_JOB_ID",):
-                return '"/work/$SLURM_JOB_ID"'
+            if fs.path and LOCAL_PATH.fullmatch(fs.path):
+                return f'"{fs.path}"'
     return "/tmp"
 
 

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aifactory_train.launchers import request as rq
 from aifactory_train.launchers.shape import Shape
 from aifactory_train.launchers.submission import Line, Submission, quoted
 from aifactory_train.sites.profiles import System
@@ -81,6 +82,8 @@ def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None)
             put(name, "1", why, "internet.compute")
         put("WANDB_MODE", "offline", why, "internet.compute")
     put("HF_HUB_DISABLE_TELEMETRY", "1", "no telemetry from jobs")
+    if remote and rq.NAME.fullmatch(system.id):
+        put("AIFACTORY_SITE", system.id, "the run's record takes PUE and grid intensity from this profile")
     if cache:
         put(
             "AIFACTORY_CACHE",

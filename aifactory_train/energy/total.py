@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.errors import UserError
+from aifactory_train.output import note
 from aifactory_train.record.aiact import significant
 from aifactory_train.record.missing import is_missing, missing
 
@@ -164,12 +165,19 @@ def _factor(value: tuple[float, str] | None, site: str | None, key: str = "value
 
 
 def site_factors(name: str | None) -> dict[str, Any]:
-    """``pue``, ``grid`` and ``tdp_w`` of a site profile with their sources (None where the site publishes nothing)."""
+    """``pue``, ``grid`` and ``tdp_w`` of a site profile with their sources (None where the site publishes nothing).
+
+    A name that is no profile is said; nothing is known of it then.
+    """
     if not name:
         return {"site": None}
     from aifactory_train import sites
 
-    system = sites.load(name)
+    try:
+        system = sites.load(name)
+    except UserError as error:
+        note(f"site '{name}': {error.what}; PUE and grid intensity stay MISSING in the record")
+        return {"site": name, "pue": None, "grid": None, "tdp_w": None}
 
     def stated(path: str, value: float | None) -> tuple[float, str] | None:
         if value is None:

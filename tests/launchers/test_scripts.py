@@ -278,3 +278,19 @@ def cpu_of(code: str, cwd: Path) -> float:
     return float(
         subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True, cwd=cwd, check=True).stdout
     )
+
+
+@pytest.mark.parametrize("system_id", SLURM)
+def test_the_record_of_a_run_knows_its_site(system_id, plain_recipe):
+    assert f"\nexport AIFACTORY_SITE={system_id}\n" in submission(system_id, plain_recipe).script
+
+
+def test_node_local_folder_comes_from_the_profile(plain_recipe):
+    from aifactory_train.launchers.build import LOCAL_PATH
+
+    said = [f.path for f in sites.load("perun", overlay=False).filesystems if f.role == "node-local"]
+    assert said == ["/work/$SLURM_JOB_ID"]
+    assert '\nlocal_base="/work/$SLURM_JOB_ID"/aifactory-' in submission("perun", plain_recipe).script
+    assert "\nlocal_base=/mnt/local/aifactory-" in submission("proxima", plain_recipe).script
+    for text in ("/a$(id)", "/a`id`", '/a"b', "/a b", "/${x}", "/a;b", "rel", "/a\nb", "/$lower"):
+        assert not LOCAL_PATH.fullmatch(text), text

@@ -286,3 +286,12 @@ def test_sacct():
         total.parse_sacct("", "9")
     broken = total.summarise([], node_seconds=10.0, sacct={"joules": 1e12, "node_seconds": 10.0, "job": "1"})
     assert broken["node_kwh"] is None and any("not believed" in n for n in broken["notes"])
+
+
+def test_a_site_that_is_no_profile_is_said_and_nothing_is_known_of_it(capsys):
+    from aifactory_train.energy import site_factors
+
+    found = site_factors("no-such-machine")
+    assert found["site"] == "no-such-machine" and found["pue"] is None and found["grid"] is None
+    assert "no-such-machine" in capsys.readouterr().err
+    assert site_factors("lumi-g")["site"] == "lumi-g" and site_factors(None) == {"site": None}
