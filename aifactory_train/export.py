@@ -112,6 +112,7 @@ def export_run(
     verify = recipe.export.verify if verify is None else verify
     dtype = dtype or recipe.export.dtype
     if engine is None:
+        profile.enforce(recipe, run.path)
         trained = _trained_before(run, merge, step)
         return _Export(run, recipe, trained, None, tokenizer, data, dtype, verify).run_all(merge)
     from aifactory_train.parallel.world import from_main
@@ -257,9 +258,11 @@ class _Export:
             self._write_merged(self.run.export / "adapter")
         else:
             with self._visible_when_good("adapter") as folder:
-                self._write_adapter(folder)
-                self._check("adapter", folder, "fp32")
-                vault.seal(folder / "adapter_model.safetensors")  # under the privacy profile "restricted" only
+                weights = folder / "adapter_model.safetensors"
+                with vault.in_memory(weights):  # under the privacy profile "restricted" only
+                    self._write_adapter(folder)
+                    self._check("adapter", folder, "fp32")
+                    vault.seal(weights)
             if merge:
                 self._write_merged(Path(self.paths["adapter"]))
         return {"paths": self.paths, "gate": {kind: asdict(v) for kind, v in self.verdicts.items()}}
@@ -550,6 +553,13 @@ class _Export:
     def _visible_when_good(self, kind: str) -> Iterator[Path]:
         """A folder beside ``export/KIND`` that takes its place when the block ends well and vanishes otherwise."""
         target = self.run.export / kind
+        if vault.seals() and kind != "adapter":
+            raise UserError(
+                f"{kind} weights would be written unencrypted, and the profile restricted refuses that",
+                where="privacy.profile",
+                fix=f"where they may be plain: set privacy.profile to sensitive in {self.run.path / 'run.yaml'} "
+                "(privacy.identity stays, it opens the adapter) and export again",
+            )
         folder = old = None
         try:
             with _named(target, "the export cannot be written"):
@@ -675,6 +685,7 @@ def reload_logits(checks: list[dict[str, Any]], rows: list[list[int]]) -> dict[s
             capture_output=True,
             text=True,
             check=False,
+            pass_fds=vault.held(),
         )
         if done.returncode:
             last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]

@@ -35,7 +35,7 @@ def enforce(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
 
     ``open``: permissions are looked at and said, nothing is refused. ``sensitive``: umask 077, no core dumps, offline, egress guard
     with its self-test, messages without values, nothing telling on the command line or in the job's name, nobody else can read
-    data, cache and outputs. ``restricted``: that, and every data source is encrypted, as are token cache and adapter.
+    data, cache and outputs. ``restricted``: that, and every data source is encrypted, as are token cache, checkpoints and adapter.
     """
     trackers.check(recipe)
     profile = recipe.privacy.profile
@@ -76,9 +76,10 @@ def enforce(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
         core_dumps="off",
         egress={**test, "allowed_nodes": nodes},
         redaction="messages, warnings and other libraries' logs without values",
-        encrypted="data, token cache and adapter" if profile == "restricted" else "no",
+        encrypted="data, token cache, checkpoints and adapter" if profile == "restricted" else "no",
         node=_exclusive(),
-        checkpoints="weights and optimizer state, not encrypted, readable by the user alone",
+        checkpoints="weights and optimizer state, "
+        + ("encrypted" if profile == "restricted" else "not encrypted, readable by the user alone"),
     )
     return in_force
 
@@ -109,9 +110,15 @@ def _change_recipe(recipe: Recipe, profile: str) -> None:
         )
     if recipe.export.merge and profile == "restricted":
         raise UserError(
-            "merged weights are written plain and peft merges plain adapters only",
+            "merged weights are written unencrypted",
             where="export.merge",
-            fix="--set export.merge=false; decrypt the adapter where that is allowed and merge it there",
+            fix="--set export.merge=false; where they may be plain, aifactory export RUN --merge under the profile sensitive",
+        )
+    if recipe.adapter.kind == "none" and profile == "restricted":
+        raise UserError(
+            "all weights are trained and would be exported unencrypted",
+            where="adapter.kind",
+            fix="--set adapter.kind=lora: adapters and checkpoints are written encrypted",
         )
     if recipe.model.trust_remote_code:
         raise UserError(

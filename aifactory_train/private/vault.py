@@ -12,6 +12,7 @@ digest is authenticated with every piece: pieces cannot be swapped, dropped, mov
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -303,6 +304,7 @@ def make_identity(path: Path) -> str:
 
 _active: Vault | None = None
 _seals = False
+_held: list[int] = []  # files in anonymous memory, see in_memory()
 
 
 def activate(vault: Vault, *, seal: bool) -> None:
@@ -442,6 +444,33 @@ def seal(path: Path) -> None:
     if _seals:
         active().write(sealed(path), path.read_bytes())
         path.unlink()
+
+
+@contextlib.contextmanager
+def in_memory(path: Path) -> Iterator[None]:
+    """While the vault seals, what is written to ``path`` within the block goes to anonymous memory instead of the disk.
+
+    ``path`` is then a link to a file without a name (``memfd_create``), which even SIGKILL leaves nowhere. This process sees it under
+    ``path``; a child does if it gets :func:`held` as ``pass_fds``. :func:`seal` before the end writes the encrypted file; the link
+    goes with the block. Does nothing while the vault does not seal.
+    """
+    if not _seals:
+        yield
+        return
+    handle = os.memfd_create("sealed")
+    _held.append(handle)
+    try:
+        path.symlink_to(f"/proc/self/fd/{handle}")
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        _held.remove(handle)
+        os.close(handle)
+
+
+def held() -> tuple[int, ...]:
+    """File descriptors that a child process needs to read the files of :func:`in_memory`."""
+    return tuple(_held)
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

@@ -206,6 +206,45 @@ def test_checkpoint_files_are_encrypted_and_read_back_bit_by_bit(keys, tmp_path)
     assert list(write_tensors(tmp_path, "plain.safetensors", tensors)) == ["plain.safetensors"]
 
 
+def test_files_in_memory_are_seen_by_a_child_and_leave_nothing(keys, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    with vault.in_memory(path):  # nothing seals: an ordinary file
+        path.write_bytes(b"plain")
+    assert path.read_bytes() == b"plain"
+    path.unlink()
+    vault.activate(keys[0], seal=True)
+    with vault.in_memory(path):
+        path.write_bytes(b"zebra" * 1000)
+        with open(path, "r+b") as file:
+            file.seek(5)
+            file.write(b"ZEBRA")
+        assert path.is_symlink() and path.read_bytes().startswith(b"zebraZEBRA")
+        read = f"print(open({str(path)!r}).read(10))"
+        done = subprocess.run(
+            [sys.executable, "-c", read], pass_fds=vault.held(), capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == "zebraZEBRA"
+        vault.seal(path)
+    assert [p.name for p in tmp_path.iterdir() if p.name != "keys"] == ["adapter.safetensors.aft"]
+    assert vault.content(path).startswith(b"zebraZEBRA") and vault.held() == ()
+    with pytest.raises(ValueError, match="half way"), vault.in_memory(path):
+        path.write_bytes(b"zebra")
+        raise ValueError("half way")
+    assert not path.is_symlink() and vault.held() == ()
+
+
+def test_what_would_be_exported_plain_is_refused_at_the_start(tmp_path, tiny_model_dir, keys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["aifactory"])
+    recipe = recipe_for(tmp_path / "r", tiny_model_dir, profile="restricted", identity=str(keys[2]))
+    recipe.adapter.kind = "none"
+    with pytest.raises(UserError, match="all weights are trained"):
+        profile.enforce(recipe)
+    recipe.adapter.kind = "lora"
+    recipe.export.merge = True
+    with pytest.raises(UserError, match="merged weights are written unencrypted"):
+        profile.enforce(recipe)
+
+
 # ---- permissions
 
 
@@ -489,7 +528,9 @@ def isolated() -> list[str]:
     return []
 
 
-def test_restricted_run_leaves_nothing_plain_connects_nowhere_and_resumes(tmp_path, tiny_model_dir, tiny_tokenizer):
+def test_restricted_run_leaves_nothing_plain_connects_nowhere_and_resumes(
+    tmp_path, tiny_model_dir, tiny_tokenizer, monkeypatch
+):
     recipe, run = canary_recipe(tmp_path / "work", tiny_model_dir, {"profile": "restricted"})
     scratch = tmp_path / "tmp"
     scratch.mkdir()
@@ -540,6 +581,46 @@ def test_restricted_run_leaves_nothing_plain_connects_nowhere_and_resumes(tmp_pa
     for path in [run, *run.rglob("*")]:
         assert not path.stat().st_mode & 0o077, path
     assert rows.was_in(run / rows.FILE, helpers.chat_rows(1)[0]["messages"][0]["content"])
+    monkeypatch.setenv("AIFACTORY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["aifactory"])
+    export_again(run, pieces, monkeypatch)
+
+
+def export_again(run: Path, weights: dict[str, bytes], monkeypatch) -> None:
+    """Another export of an encrypted checkpoint, a merge that is refused, and one where merged weights may be plain."""
+    import yaml
+
+    from aifactory_train import export
+    from aifactory_train.runs import RunFolder
+
+    looked = []
+    reload = export.reload_logits
+
+    def spy(*args, **named):
+        links = [p for p in (run / "export").rglob("*.safetensors") if p.is_symlink()]
+        looked.append([os.readlink(p).startswith("/proc/self/fd/") for p in links])
+        assert search(weights, run / "checkpoints") == []
+        assert search(weights, *[p for p in (run / "export").iterdir() if not any(p.glob("*.safetensors"))]) == []
+        return reload(*args, **named)
+
+    monkeypatch.setattr(export, "reload_logits", spy)
+    before = (run / "export" / "adapter" / "adapter_model.safetensors.aft").read_bytes()
+    outcome = export.export_run(RunFolder(run), step=8)
+    assert looked == [[True]] and outcome["gate"]["adapter"]["passed"]
+    assert (
+        run / "export" / "adapter" / "adapter_model.safetensors.aft"
+    ).read_bytes() != before  # a new file, a new key
+    assert not list(run.rglob("*.safetensors")) and vault.held() == ()
+    with pytest.raises(UserError, match="would be written unencrypted"):
+        export.export_run(RunFolder(run), merge=True)
+    assert sorted(p.name for p in (run / "export").iterdir()) == ["adapter"]
+
+    profile.in_force.clear()
+    tree = yaml.safe_load((run / "run.yaml").read_text())
+    tree["privacy"]["profile"] = "sensitive"
+    (run / "run.yaml").write_text(yaml.safe_dump(tree))
+    outcome = export.export_run(RunFolder(run), merge=True)
+    assert outcome["gate"]["merged"]["passed"] and (run / "export" / "merged" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
