@@ -27,18 +27,26 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        # One buffer for the logits of every chunk, worked on in place: memory that was touched before costs no page faults.
+        exact = hidden.dtype == torch.float32
+        shape = (min(rows, hidden.shape[0]), weight.shape[0])
+        buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device) if exact else None
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], labels[start : start + rows].unsqueeze(1)
-            logits = (chunk @ weight.t()).float()
+            if buffer is not None:
+                logits = torch.mm(chunk, weight.t(), out=buffer[: chunk.shape[0]])
+            else:
+                logits = (chunk @ weight.t()).float()
             if scale != 1.0:
                 logits.mul_(scale)
-            log_norm = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += (log_norm - logits.gather(1, target)).sum()
+            picked = logits.gather(1, target)
+            highest = logits.amax(1, keepdim=True)
+            grad = logits.sub_(highest).exp_()
+            norm = grad.sum(1, keepdim=True)
+            total += (norm.log() + (highest - picked)).sum()
             if need_hidden or need_weight:
-                grad = logits.sub_(log_norm).exp_()  # in place: the chunk's only large tensor
-                grad.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=grad.dtype))
-                if scale != 1.0:
-                    grad.mul_(scale)
+                grad.mul_(scale / norm)
+                grad.scatter_add_(1, target, torch.full_like(target, -scale, dtype=grad.dtype))
                 grad = grad.to(hidden.dtype)
                 if grad_hidden is not None:
                     torch.mm(grad, weight, out=grad_hidden[start : start + rows])
@@ -57,7 +65,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_output.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
+            # In place, as it is as large as the embedding; a second backward pass is refused by autograd's version count.
+            grad_weight = grad_weight.mul_(grad_output).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
 
 

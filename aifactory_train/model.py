@@ -432,8 +432,9 @@ def apply_operators(core: CausalLM, recipe: Recipe, *, device: str, engine: str,
     elif recipe.parallel.compile:
         report.add("operators", "the model's own", "parallel.compile fuses by itself")
     else:
-        from aifactory_train.lean import apply_lean
+        from aifactory_train.lean import apply_lean, keep_freed_memory
 
+        keep_freed_memory()
         replaced, left = apply_lean(core.model)
         shown = ", ".join(f"{count} {name}" for name, count in sorted(replaced.items())) or "none replaced"
         why = "CPU: the torch path that keeps less for the backward pass"

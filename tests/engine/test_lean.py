@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import helpers
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from aifactory_train import attention
 from aifactory_train.lean import apply_lean
 from aifactory_train.model import CausalLM
+from aifactory_train.parallel.batches import CPU_MICRO_BATCH, micro_limit
 
 LENGTHS = [20, 7, 13]
 
@@ -85,3 +91,28 @@ def test_merged_and_disabled_adapters_still_work() -> None:
             assert torch.equal(plain.model(input_ids=ids).logits, lean.model(input_ids=ids).logits)
         plain.model.merge_adapter(), lean.model.merge_adapter()
         assert torch.equal(plain.model(input_ids=ids).logits, lean.model(input_ids=ids).logits)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """In a process of its own: after one large tensor was freed, the next one of that size costs no page faults."""
+    script = (
+        "import resource, torch\n"
+        "from aifactory_train.lean import keep_freed_memory\n"
+        "assert keep_freed_memory()\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.empty(64 * 2**20 // 4).fill_(1.0)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "first, second = faults(), faults()\n"
+        "assert second < first / 10, (first, second)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_micro_batches_on_a_cpu_stay_small_and_hold_the_longest_document() -> None:
+    lengths = np.asarray([40, 900, 7])
+    assert micro_limit(4096, lengths, "cpu") == 900
+    assert micro_limit(4096, lengths[[0, 2]], "cpu") == CPU_MICRO_BATCH
+    assert micro_limit(64, lengths, "cpu") == 64  # what was asked for is the upper limit
+    assert micro_limit(4096, lengths, "cuda:0") == 4096
