@@ -46,9 +46,11 @@ EVIDENCE = ["cryptography>=42"]  # signs the manifest of the evidence pack
 PRIVATE = [*TRAIN, "cryptography>=42", "pyrage>=1.2"]  # AES-GCM shards, age recipients
 TRACKING = ["mlflow-skinny>=3", "wandb>=0.20"]  # both write to local stores only
 PLOT = ["matplotlib>=3.8"]
+DOCUMENTS = ["pypdf>=5", "beautifulsoup4>=4.13"]  # folders of PDF and HTML as rows; both pure Python
 QLORA = [*TRAIN, "bitsandbytes>=0.46; sys_platform == 'linux'"]
 TEST = [
     *PRIVATE,
+    *DOCUMENTS,
     *TRACKING,
     *TRITON,
     "setuptools>=68",
@@ -110,6 +112,7 @@ setup(
         "private": PRIVATE,
         "tracking": TRACKING,
         "plot": PLOT,
+        "documents": DOCUMENTS,
         "qlora": QLORA,
         "test": TEST,
     },

@@ -738,8 +738,9 @@ def _power(value: int) -> int:
 
 def _length(draft: Draft, total: dict[str, int], base: str) -> int:
     """A power of two that holds 99 of 100 rows at three characters a token; text is cut anyway, so the median decides."""
-    wanted = total.get("p50", 0) if draft.form == "text" else total.get("p99", 0)
-    return min(max(128, _power(wanted // 3 + 32)), 1024 if draft.form == "text" else 2048, _context(base))
+    text = draft.form == "text"
+    wanted = total.get("p50" if text else "p99", 0) // 3 + 32
+    return min(max(256 if text else 128, _power(wanted)), 1024 if text else 2048, _context(base))
 
 
 def _rate(draft: Draft, small: bool) -> tuple[str, str]:
