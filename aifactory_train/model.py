@@ -510,13 +510,15 @@ def _loads_by_shard(path: Path, recipe: Recipe, *, device: str, dtype: torch.dty
     attention.register()
     if recipe.adapter.kind == "dora":
         reason: str | None = "DoRA starts from the norms of the base weights"
+    elif recipe.model.start_from and recipe.adapter.train_embeddings:
+        reason = "the embeddings come from an earlier run"
     elif recipe.model.trust_remote_code:
         reason = "the model's own code decides how it is loaded"
     else:
         reason = why_not(load_config(path, recipe), path, attention.choose(recipe.model.attention, device)[0], dtype)
     report.add(
         "loading",
-        "each rank its rows" if reason is None else "the whole model on each rank",
+        "each rank its shard" if reason is None else "the whole model on each rank",
         reason or "sharded engine",
     )
     return reason is None

@@ -120,7 +120,7 @@ class Trainer:
             device=world.device,
             precision=self.precision,
             report=self.report,
-            sharded=name in ("fsdp2", "hsdp"),
+            sharded=name in ("fsdp2", "hsdp", "zero3"),
         )
         apply_operators(core, recipe, device=world.device, engine=name, report=self.report)
         self.engine = build_engine(name, core, recipe, self.precision, world)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 
 from aifactory_train.errors import UserError
 from aifactory_train.optim import build_optimizer, parameter_groups
+from aifactory_train.parallel import materialise
 from aifactory_train.parallel.apply import block_modules
 from aifactory_train.parallel.state import Piece, Sharded, run_of
 from aifactory_train.parallel.torch_engine import clip_factor, state_keys, sum_of_squares
@@ -99,6 +101,35 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def partition_while_reading(
+    core: CausalLM, folder: Path, config: dict[str, Any], precision: Precision, world: World
+) -> None:
+    """Make ZeRO-3 partitions of a model without weights, one parameter after the other; collective.
+
+    Rank 0 reads a tensor of ``folder``, DeepSpeed broadcasts it and every rank keeps its share: no rank ever holds more than
+    its partitions and one tensor. (``deepspeed.zero.Init`` on a loaded model, which DeepSpeed would do by itself, starts
+    from the whole model on every rank.)
+    """
+    deepspeed = import_deepspeed()
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)  # takes up torch's process group
+    half = precision.compute == torch.bfloat16
+    init = deepspeed.zero.Init(
+        module=nn.Module(), config_dict_or_path=config, dtype=torch.bfloat16 if half else torch.float32
+    )
+    places = materialise.tensors_in(folder)
+    for name, parameter in core.named_parameters():
+        stored = materialise.file_name_of(name)
+        if stored is None:  # an adapter: small, and already here
+            whole = parameter.data
+        elif world.is_main:
+            whole = materialise.read_tensor(places[stored], stored, tuple(parameter.shape))
+        else:
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+        parameter.data = whole.to(world.device, torch.bfloat16 if half else parameter.dtype)
+        del whole
+        init._convert_to_zero_parameters([parameter])
+
+
 class DeepSpeedEngine:
     """See :class:`aifactory_train.parallel.Engine`."""
 
@@ -116,6 +147,9 @@ class DeepSpeedEngine:
         settings = recipe.train
         optimizer = build_optimizer(parameter_groups(self.named, settings.weight_decay), settings)
         buffers = {name: buffer.clone() for name, buffer in core.named_buffers()}
+        if core.unread is not None:
+            partition_while_reading(core, core.unread, self.config, precision, world)
+            core.unread = None
         if stage == 3:
             # CausalLM reads the output weight itself, outside the forward of the layer that owns it.
             deepspeed.zero.register_external_parameter(core, core.output_weight)

@@ -129,6 +129,21 @@ def to_memory(core: nn.Module, device: str) -> None:
             owner._parameters[slot] = first._parameters[name]
 
 
+def read_tensor(file: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """One whole tensor of a safetensors file. Raises :class:`UserError` if its shape is another."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as shard:
+        tensor = shard.get_tensor(name)
+    _same_shape(name, list(tensor.shape), shape, file)
+    return tensor
+
+
+def _same_shape(name: str, stored: list[int], wanted: tuple[int, ...], file: Path) -> None:
+    if tuple(stored) != wanted:
+        raise UserError(f"{name} is {stored} in the file and {list(wanted)} in the model", where=str(file))
+
+
 def load_rows(core: CausalLM, folder: Path) -> None:
     """Fill the row-sharded base parameters of ``core`` from ``folder``: each rank reads its own rows only."""
     from safetensors import safe_open
@@ -143,11 +158,7 @@ def load_rows(core: CausalLM, folder: Path) -> None:
         with safe_open(file, framework="pt") as shard:
             for wanted, parameter in parameters:
                 part = shard.get_slice(wanted)
-                if tuple(part.get_shape()) != tuple(parameter.shape):
-                    raise UserError(
-                        f"{wanted} is {part.get_shape()} in the file and {list(parameter.shape)} in the model",
-                        where=str(file),
-                    )
+                _same_shape(wanted, part.get_shape(), tuple(parameter.shape), file)
                 with torch.no_grad():
                     if not isinstance(parameter, DTensor):
                         parameter.copy_(part[:])

@@ -1,0 +1,75 @@
+"""Builds engines of a model folder on two ranks and counts what each rank allocates while the weights are read.
+
+python loading.py CASES.json OUT.json      with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS / "checkpoint"), str(TESTS / "parallel")]
+
+
+def run_case(case: dict[str, Any], world) -> dict[str, Any]:
+    import torch.distributed as dist
+    from exporting import counted
+
+    from aifactory_train.config import load_recipe
+    from aifactory_train.outcome import Attempt
+    from aifactory_train.parallel import deepspeed, materialise
+    from aifactory_train.runs import RunFolder
+    from aifactory_train.stopping import StopChannels
+    from aifactory_train.train import Trainer
+
+    held: dict[str, int] = {}
+
+    def count(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def counting(*args: Any) -> Any:
+            with counted(held, name, [Path(case["base"])]):
+                return real(*args)
+
+        setattr(module, name, counting)
+        undo.append((module, name, real))
+
+    undo: list[tuple[Any, str, Any]] = []
+    count(materialise, "to_memory")
+    count(materialise, "load_rows")
+    count(deepspeed, "partition_while_reading")
+    recipe = load_recipe(case["recipe"], case["overrides"])
+    run = RunFolder(Path(case["run"]))
+    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        with Attempt(run, world.rank, world.local_rank, 1, timeout_s=120) as attempt:
+            trainer = Trainer(recipe, run, world, StopChannels(None), attempt, None, None, True)
+            losses = [trainer.train_step()["loss"] for _ in range(3)]
+    finally:
+        for module, name, real in undo:
+            setattr(module, name, real)
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, held)
+    return {"losses": losses, "held": everyone, "loading": [line for line in trainer.report.lines if "loading" in line]}
+
+
+def main() -> None:
+    import torch.distributed as dist
+
+    from aifactory_train.parallel.world import join_world, leave_world
+
+    world = join_world(300, threads=1)
+    found = []
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        found.append(run_case(case, world))
+        dist.barrier()
+    if world.is_main:
+        Path(sys.argv[2]).write_text(json.dumps(found))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()
