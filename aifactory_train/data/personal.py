@@ -73,19 +73,18 @@ def scan(rows: Iterable[str], hint: str = "") -> Report:
             raise TypeError(f"row {position}: text is expected, not {type(row).__name__}")
         report.texts += 1
         report.bytes += len(row) if row.isascii() else len(row.encode("utf-8", "surrogatepass"))
-        found: Counter[str] = Counter()
-        unsure: Counter[str] = Counter()
+        tally = Tally(tried)
         if "@" in row:
-            found["email"] += _emails(row)
+            tally.found["email"] += _emails(row)
         if "::" in row or row.count(":") >= 7:
-            found["ipv6"] += _ipv6(row)
+            tally.found["ipv6"] += _ipv6(row)
         if _ANY_DIGIT.search(row):
-            _numbers(row, hint, found, unsure, tried)
-        for kind, n in found.items():
+            _numbers(row, hint, tally)
+        for kind, n in tally.found.items():
             if n:
                 counts[kind] += n
                 in_rows[kind] += 1
-        for kind, n in unsure.items():
+        for kind, n in tally.unsure.items():
             weak[kind] += n
             weak_rows[kind] += 1
     for kind, n in weak.items():
@@ -96,6 +95,34 @@ def scan(rows: Iterable[str], hint: str = "") -> Report:
             report.possible[kind] = n
     report.counts, report.rows = dict(sorted(counts.items())), dict(sorted(in_rows.items()))
     return report
+
+
+class Tally:
+    """Counts of one text: ``found``, and ``unsure``: weak kinds whose check passed without context. ``tried`` (of the whole scan) counts the
+    numbers that had the layout of a weak kind, passed or not."""
+
+    def __init__(self, tried: Counter[str]):
+        self.found: Counter[str] = Counter()
+        self.unsure: Counter[str] = Counter()
+        self.tried = tried
+
+    def certain(self, passed: list[Number], text: str, start: int, end: int, hint: str) -> bool:
+        """Count a number as the kind that the context names, else as the first that needs no context; False if there is neither."""
+        if not passed:
+            return False
+        context = f"{hint} {text[max(0, start - CONTEXT_BEFORE) : start]} {text[end : end + CONTEXT_AFTER]}".casefold()
+        named = (n for n in passed if any(word in context for word in n.context))
+        number = next(named, None) or next((n for n in passed if n.alone), None)
+        if number is not None:
+            self.found[number.kind] += 1
+        return number is not None
+
+    def possible(self, candidates: list[Number], passed: list[Number]) -> None:
+        for number in candidates:
+            if not number.alone:
+                self.tried[number.kind] += 1
+                if number in passed:
+                    self.unsure[number.kind] += 1
 
 
 # --------------------------------------------------------------------------- addresses
@@ -111,7 +138,7 @@ def _emails(text: str) -> int:
     while at >= 0:
         if _DOMAIN.match(text, at + 1):
             local = _LOCAL_END.search(text[max(0, at - 64) : at])
-            n += bool(local) and not local.group().startswith(".") and not local.group().endswith(".")
+            n += local is not None and local.group().strip(".") == local.group()
         at = text.find("@", at + 1)
     return n
 
@@ -134,10 +161,12 @@ def _ipv6(text: str) -> int:
 # --------------------------------------------------------------------------- numbers
 
 _ANY_DIGIT = re.compile(r"[0-9]")
-# From a first digit: letters and digits, and up to three separators if a digit follows. Seven characters at least.
+# From a first digit: letters and digits, and up to three separators if a digit follows, seven characters at least; then a last letter.
 _BLANK = " \u00a0\u2009\u202f"
 _HYPHEN = "-\u2010\u2011\u2012\u2013"
-_CLUSTER = re.compile(rf"[0-9](?:[0-9A-Za-z]|[-{_BLANK}{_HYPHEN[1:]}./+()]{{1,3}}(?=[0-9])){{6,}}")
+_CLUSTER = re.compile(
+    rf"[0-9](?:[0-9A-Za-z]|[-{_BLANK}{_HYPHEN[1:]}./+()]{{1,3}}(?=[0-9])){{6,}}(?:-[A-Za-z](?![0-9A-Za-z]))?"
+)
 _SAME = str.maketrans(dict.fromkeys(_BLANK, " ") | dict.fromkeys(_HYPHEN, "-"))
 _IBAN = re.compile(r"[0-9][0-9](?<=[A-Za-z]{2}[0-9]{2})(?<![0-9A-Za-z][A-Za-z]{2}[0-9]{2})")
 _GROUPS = re.compile(r"[0-9]+|[^0-9]+")
@@ -148,12 +177,16 @@ _LETTERED = re.compile(
     r"|(?P<gb_nino>[A-Z]{2} ?[0-9]{2} ?[0-9]{2} ?[0-9]{2} ?[A-D])"
     r"|(?P<de_rvnr>[0-9]{2} ?[0-9]{6} ?[A-Z] ?[0-9]{3})"
     r"|(?P<es_dni>[0-9]{8}-?[A-Z])"
-    r"|(?P<ie_pps>[0-9]{7}[A-W][A-IWTX]?)"
+    r"|(?P<ie_pps>[0-9]{7}[A-Z][A-IWTX]?)"
     r"|(?P<fi_hetu>[0-9]{6}[-+A-FU-Y][0-9]{3}[0-9A-FHJ-NPR-Y])"
     r")(?![0-9A-Za-z])",
     re.IGNORECASE,
 )
-_ALNUM = re.compile(r"[^0-9A-Za-z]+")
+_DIGIT_PART = re.compile(r"(?<![0-9A-Za-z])[0-9][^A-Za-z]{5,}[0-9](?![0-9A-Za-z])")
+_SEPARATORS = re.compile(r"[^0-9A-Za-z]+")
+_FIVE_DIGITS = re.compile(r"(?:[0-9][^0-9]*){5}")
+_PHONE_DIGITS = 15  # at most (E.164)
+_FEWEST = 9  # digits of the shortest number beside addresses and telephone numbers after a word
 _LETTER = re.compile(r"[A-Za-z]")
 _BY_KIND = {n.kind: n for n in NUMBERS + LETTERED}
 # Several kinds share a shape: all are asked, in this order.
@@ -165,58 +198,32 @@ for _number in NUMBERS:
 _BEGINNINGS = {
     layout[: group.start()] for layout in _BY_LAYOUT for group in re.finditer(r"[^0-9]", layout)
 }  # "2.2" of "2.2.2-3.2"
-_PHONE_WORDS = (
-    "tel",
-    "phone",
-    "mobil",
-    "handy",
-    "fax",
-    "tél",
-    "teléf",
-    "telef",
-    "puh.",
-    "tlf",
-    "gsm",
-    "τηλ",
-    "тел",
-    "whatsapp",
-    "call ",
+_PHONE_WORDS = re.compile(
+    r"(?<!\w)(?:tel|tél|phone|mobil|móvil|handy|cell|fax|puh|tlf|gsm|τηλ|κιν|тел|моб|whatsapp)", re.IGNORECASE
 )
 
 
-def _context(text: str, start: int, end: int, hint: str) -> str:
-    """Lower-case text around a number, with the hint."""
-    return f"{hint} {text[max(0, start - CONTEXT_BEFORE) : start]} {text[end : end + CONTEXT_AFTER]}".casefold()
-
-
-def _choose(candidates: list[Number], context: str) -> Number | None:
-    """Of the kinds whose check a number passes: the one that the context names, else the first that needs none."""
-    for number in candidates:
-        if any(word in context for word in number.context):
-            return number
-    return next((n for n in candidates if n.alone), None)
-
-
-def _numbers(text: str, hint: str, found: Counter[str], unsure: Counter[str], tried: Counter[str]) -> None:
-    """Adds what the numbers of one text are to ``found``; ``unsure`` gets weak kinds without context, ``tried`` how many had such a layout."""
+def _numbers(text: str, hint: str, tally: Tally) -> None:
+    """Adds to ``tally`` what the numbers of one text are."""
     taken: list[tuple[int, int]] = []
     for match in _IBAN.finditer(text):
         end = _iban_end(text, match.start() - 2)
         if end:
-            found["iban"] += 1
+            tally.found["iban"] += 1
             taken.append((match.start() - 2, end))
     for cluster in _CLUSTER.finditer(text):
         start, end = cluster.span()
-        if any(start < b and a < end for a, b in taken):
+        if taken and any(start < b and a < end for a, b in taken):
             continue
         raw = cluster.group()
         if (start and text[start - 1].isalpha()) or text[max(0, start - 3) : start].isupper() or _LETTER.search(raw):
-            _lettered(text, start, end, hint, found, unsure, tried)
-            if not _french(text, start, raw, hint, found):
-                for part in _digit_parts(raw, start, text):
-                    _groups(text, *part, hint, found, unsure, tried)
+            if _FIVE_DIGITS.search(raw):
+                _lettered(text, start, end, hint, tally)
+                if not _french(raw, tally):
+                    for part, place in _digit_parts(raw, start, text):
+                        _groups(text, part, place, hint, tally)
         else:
-            _groups(text, raw, start, hint, found, unsure, tried)
+            _groups(text, raw, start, hint, tally)
 
 
 def _iban_end(text: str, start: int) -> int:
@@ -232,14 +239,12 @@ def _iban_end(text: str, start: int) -> int:
             if len(kept) == length:
                 after = text[place + 1 : place + 2]
                 return place + 1 if not after.isalnum() and iban("".join(kept).upper()) else 0
-        elif char not in " \u00a0\u202f-" or not text[place - 1].isalnum():
+        elif char not in _BLANK or not text[place - 1].isalnum():
             return 0
     return 0
 
 
-def _lettered(
-    text: str, start: int, end: int, hint: str, found: Counter[str], unsure: Counter[str], tried: Counter[str]
-) -> None:
+def _lettered(text: str, start: int, end: int, hint: str, tally: Tally) -> None:
     """Numbers with letters in and around one cluster."""
     low, high = max(0, start - 9), min(len(text), end + 3)
     while high < len(text) and text[high].isalnum() and high < end + 12:
@@ -248,107 +253,100 @@ def _lettered(
         low -= 1
     for match in _LETTERED.finditer(text, low, high):
         shape = match.lastgroup or ""
-        clean = _ALNUM.sub("", match.group()).upper() if shape != "fi_hetu" else match.group().upper()
-        passed = [_BY_KIND[k] for k in _SAME_SHAPE.get(shape, (shape,)) if _fits(k, clean) and _BY_KIND[k].check(clean)]
-        weak = [_BY_KIND[k] for k in _SAME_SHAPE.get(shape, ()) if not _BY_KIND[k].alone and _fits(k, clean)]
-        _count(passed, weak, text, *match.span(), hint, found, unsure, tried)
+        clean = match.group().upper() if shape == "fi_hetu" else _SEPARATORS.sub("", match.group()).upper()
+        candidates = [_BY_KIND[k] for k in _SAME_SHAPE.get(shape, (shape,)) if _fits(k, clean)]
+        passed = [n for n in candidates if n.check(clean)]
+        if not tally.certain(passed, text, *match.span(), hint):
+            tally.possible(candidates, passed)
 
 
 def _fits(kind: str, clean: str) -> bool:
-    return len(clean) in {len(layout) for layout in _BY_KIND[kind].layouts}
+    return any(len(clean) == len(layout) for layout in _BY_KIND[kind].layouts)
 
 
-def _french(text: str, start: int, raw: str, hint: str, found: Counter[str]) -> bool:
+def _french(raw: str, tally: Tally) -> bool:
     """A French NIR of Corsica, with 2A or 2B as its department."""
-    clean = _ALNUM.sub("", raw).upper()
+    clean = _SEPARATORS.sub("", raw).upper()
     if len(clean) != 15 or clean[5:7] not in ("2A", "2B"):
         return False
     digits = clean[:5] + ("19" if clean[6] == "A" else "18") + clean[7:]
     if not digits.isdigit() or not _BY_KIND["fr_nir"].check(digits):
         return False
-    found["fr_nir"] += 1
+    tally.found["fr_nir"] += 1
     return True
 
 
 def _digit_parts(raw: str, start: int, text: str) -> Iterator[tuple[str, int]]:
     """Parts of a cluster with letters that hold digits and separators alone and touch no letter."""
-    for match in re.finditer(r"(?<![0-9A-Za-z])[0-9](?:[^A-Za-z]{5,}[0-9])(?![0-9A-Za-z])", raw):
+    for match in _DIGIT_PART.finditer(raw):
         if match.start() or not (start and text[start - 1].isalpha()):
             yield match.group(), start + match.start()
 
 
-def _groups(
-    text: str, raw: str, start: int, hint: str, found: Counter[str], unsure: Counter[str], tried: Counter[str]
-) -> None:
-    """Digits and separators: every run of neighbouring groups whose layout some kind has, the longest first; what is left may be a phone."""
-    if _after_digit_text(text, start):
-        return
+def _groups(text: str, raw: str, start: int, hint: str, tally: Tally) -> None:
+    """Digits and separators: at every group a telephone number with a plus sign, else the longest run of groups whose layout and check
+    some kind has, else another telephone number, else numbers that may be something."""
     pieces = _GROUPS.findall(raw.translate(_SAME))
+    n, length = len(pieces), sum(map(len, pieces[::2]))
+    if length < _FEWEST and (length < 4 or n != 7) and not (length >= 7 and _phone_word(text, start, hint)):
+        return
+    if _continues(text, start):
+        return
+    if n == 7 and pieces[1] == pieces[3] == pieces[5] == "." and _ipv4(pieces[0::2], text, start + len(raw)):
+        tally.found["ipv4"] += 1
+        return
     places, at = [], start
     for piece in pieces:
         places.append(at)
         at += len(piece)
-    n = len(pieces)
-    if n == 7 and pieces[1] == pieces[3] == pieces[5] == "." and _ipv4(pieces[0::2], text, start, at):
-        found["ipv4"] += 1
-        return
-    like_phone = pieces[0].startswith("0" if n > 1 else "00") or (start and text[start - 1] in "+(")
-    if like_phone and _phone(pieces, text, start, at):
-        found["phone"] += 1
-        return
     first = 0
     while first < n:
-        layout, sizes = "", []  # the layouts that begin here, as long as some kind's layout begins like this
-        for i in range(first, n, 2):
-            layout += str(len(pieces[i])) if i == first else pieces[i - 1] + str(len(pieces[i]))
+        before = pieces[first - 1] if first else text[max(0, start - 2) : start]
+        ahead = pieces[first : first + 2 * _PHONE_DIGITS + 1]  # a telephone number has no more groups than digits
+        after = text[at : at + 1] if first + len(ahead) >= n else ""
+        used = _phone(ahead, before, after) if "+" in before else 0
+        if used:
+            tally.found["phone"] += 1
+            first += used + 1
+            continue
+        layout, here = "", []  # the layouts that begin at this group, as long as some kind's layout begins like this
+        for last in range(first, n, 2):
+            layout += (pieces[last - 1] if last > first else "") + str(len(pieces[last]))
             if layout in _BY_LAYOUT:
-                sizes.append((i, layout))
+                here.append((last, _BY_LAYOUT[layout]))
             if layout not in _BEGINNINGS:
                 break
-        for last, layout in reversed(sizes):
-            kinds_here = _BY_LAYOUT[layout]
+        unsure = []
+        for last, candidates in reversed(here):
             digits = pieces[first] if last == first else "".join(pieces[first : last + 1 : 2])
-            passed = [k for k in kinds_here if k.check(digits)]
-            weak = [k for k in kinds_here if not k.alone]
-            if _count(passed, weak, text, places[first], places[last] + len(pieces[last]), hint, found, unsure, tried):
+            passed = [k for k in candidates if k.check(digits)]
+            if tally.certain(passed, text, places[first], places[last] + len(pieces[last]), hint):
                 first = last
                 break
+            unsure.append((candidates, passed))
         else:
-            if _phone_word(text, places[first], hint):
-                length = sum(len(p) for p in pieces[first::2])
-                if 7 <= length <= 15 and not _dated(pieces[first:]):
-                    found["phone"] += 1
-                    return
+            dialled = pieces[first].startswith("00") or (first == 0 and n > 1 and pieces[0][0] == "0")
+            used = _phone(ahead, before, after) if dialled else 0
+            if not used and _phone_word(text, places[first], hint) and not _dated(ahead):
+                used = _fill(ahead, 7, _PHONE_DIGITS)
+            if used:
+                tally.found["phone"] += 1
+                first += used - 1
+            else:
+                for candidates, passed in unsure:
+                    tally.possible(candidates, passed)
         first += 2
 
 
-def _after_digit_text(text: str, start: int) -> bool:
-    """Whether the digits continue something: ``1.234`` after a comma, an amount, a word."""
+def _continues(text: str, start: int) -> bool:
+    """Whether the digits continue something: an amount (``1,234``), a word, a decimal number."""
     if not start:
         return False
     before = text[start - 1]
     return before.isalnum() or before == "_" or (before in ",." and start > 1 and text[start - 2].isdigit())
 
 
-def _count(passed: list[Number], weak: list[Number], text: str, start: int, end: int, hint: str, found: Counter[str],
-           unsure: Counter[str], tried: Counter[str]) -> bool:  # fmt: skip
-    """Counts one number; True if it was one for certain."""
-    if not passed:
-        for number in weak:
-            tried[number.kind] += 1
-        return False
-    number = _choose(passed, _context(text, start, end, hint))
-    if number is not None:
-        found[number.kind] += 1
-        return True
-    for number in weak:
-        tried[number.kind] += 1
-    for number in passed:
-        unsure[number.kind] += 1
-    return False
-
-
-def _ipv4(groups: list[str], text: str, start: int, end: int) -> bool:
+def _ipv4(groups: list[str], text: str, end: int) -> bool:
     if any(len(g) > 3 or int(g) > 255 or (len(g) > 1 and g[0] == "0") for g in groups) or text[end : end + 1].isalnum():
         return False
     return 0 < int(groups[0]) < 224 and groups[0] != "127"
@@ -396,25 +394,42 @@ def _dated(pieces: list[str]) -> bool:
     return False
 
 
-def _phone(pieces: list[str], text: str, start: int, end: int) -> bool:
-    """A whole cluster as a telephone number; at most the first 15 digits in groups are taken."""
-    plus = text[max(0, start - 2) : start].endswith(("+", "+("))
-    if (
-        any(len(p) > 1 and not set(p) <= set(" ()-") for p in pieces[1::2])
-        or text[end : end + 1].isalnum()
-        or _dated(pieces)
-    ):
-        return False
+def _fill(pieces: list[str], least: int, most: int) -> int:
+    """How many pieces, groups and separators, make ``least`` to ``most`` digits; as many as possible, 0 if none do."""
+    total = used = 0
+    for i in range(0, len(pieces), 2):
+        total += len(pieces[i])
+        if total > most:
+            break
+        used = i + 1 if total >= least else used
+    return used
+
+
+def _phone(pieces: list[str], before: str, after: str) -> int:
+    """How many of the pieces from here on are a telephone number; 0 for none."""
+    used = _fill(pieces, 8, _PHONE_DIGITS + 1)
+    if not used or (used == len(pieces) and after.isalnum()):
+        return 0
+    pieces = pieces[:used]
+    if any(len(p) > 1 and not set(p) <= set(" ()-") for p in pieces[1::2]) or _dated(pieces):
+        return 0
     digits = "".join(pieces[0::2])
-    if plus:
-        return _international(digits.replace("0", "", 1) if "(0)" in "".join(pieces) else digits)
-    if digits.startswith("00") and not digits.startswith("000") and _international(digits[2:]):
-        return len(pieces) > 1 or len(digits) >= 11
-    if len(pieces) < 3 or (pieces[0] == "0" and pieces[1] == "."):
-        return False
-    return digits[0] == "0" and digits[1] != "0" and 9 <= len(digits) <= 12 and all(len(p) <= 8 for p in pieces[::2])
+    if "+" in before:
+        if pieces[2:3] == ["0"] and "(" in pieces[1]:  # +49 (0)30: this 0 is not dialled
+            digits = pieces[0] + "".join(pieces[4::2])
+        return used if _international(digits) else 0
+    if before.endswith(
+        (":", ".")
+    ):  # an identifier such as HP:0012345, a decimal; behind a word such as tel: it is found all the same
+        return 0
+    if pieces[0].startswith("00"):
+        return used if digits[2] != "0" and _international(digits[2:]) and (used > 1 or len(digits) >= 11) else 0
+    if used < 3 or pieces[0] == "0" or len(pieces[0]) > 6:
+        return 0
+    good = digits[0] == "0" and 9 <= len(digits) <= 12 and all(len(p) <= 8 for p in pieces[::2])
+    dots = "." in pieces[1::2]
+    return used if good and (not dots or [len(p) for p in pieces[::2]] == [2] * 5) else 0
 
 
 def _phone_word(text: str, start: int, hint: str) -> bool:
-    before = f"{hint} {text[max(0, start - 16) : start]}".casefold()
-    return any(word in before for word in _PHONE_WORDS)
+    return bool(_PHONE_WORDS.search(text, max(0, start - 16), start) or (hint and _PHONE_WORDS.search(hint)))
