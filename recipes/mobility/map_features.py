@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.errors import UserError
-from aifactory_train.recipes.common import check_part, check_share, no_rows, read_text, share_of
+from aifactory_train.recipes.common import chat, no_rows, parted, read_text
 
 #: First parts of tags that have to do with moving people and goods.
 MODES = ("aerialway", "aeroway", "amenity", "barrier", "cycleway", "footway", "highway", "parking", "public_transport")
@@ -33,38 +33,40 @@ def rows(
         held_out: share of the features that is held out.
         modes: first parts of the tags that are read; default :data:`MODES`.
     """
-    check_part(part)
-    check_share(held_out)
+    found = features(path, languages, tuple(modes or MODES))
+    for entry in parted(found, part, held_out):
+        yield chat(entry, entry["id"], f"{entry['id'].split('/')[0]}: {entry['name']}", entry["answer"], SYSTEM)
+
+
+def features(path: Path, languages: list[str], modes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """``{"id", "group", "wording", "name", "answer"}`` of each feature in each language.
+
+    The group is the first two parts of the feature's key (``highway/path`` with all that differs only in a detail of it), so
+    that it falls into one part in every language. The wording is the name: one that also stands for a training feature, as
+    words of transport do across languages, is not held out.
+    """
     presets = json.loads(read_text(path / "presets.json"))
-    wanted = tuple(modes or MODES)
     count = 0
     for language in languages:
         file = path / "translations" / f"{language}.json"
         if not re.fullmatch(r"[A-Za-z-]{2,10}", language) or not file.is_file():
             known = sorted(p.stem for p in (path / "translations").glob("*.json") if ".min" not in p.name)
             raise UserError(f"no translation '{language}'", where=str(path), fix=f"one of {', '.join(known)}")
-        names = json.loads(read_text(file))[language]["presets"]["presets"]
-        for key, text in names.items():
+        for key, text in json.loads(read_text(file))[language]["presets"]["presets"].items():
             tags = {k: v for k, v in (presets.get(key, {}).get("tags") or {}).items() if v != "*"}
-            if key.split("/")[0] not in wanted or not tags or not text.get("name"):
-                continue
-            # one name for a feature and all that differs only in a detail of it
-            group = "/".join(key.split("/")[:2])
-            if (share_of(group) < held_out) != (part == "held_out"):
+            if key.split("/")[0] not in modes or not tags or not text.get("name"):
                 continue
             other = _list(text.get("terms")) or _list(text.get("aliases"))
-            shown = f" ({', '.join(other[:3])})" if other else ""
-            answer = "; ".join(f"{k}={v}" for k, v in tags.items())
             count += 1
             yield {
                 "id": f"{language}/{key}",
-                "group": group,
-                "prompt": f"{language}: {text['name']}{shown}",
-                "completion": answer,
-                "system": SYSTEM,
+                "group": "/".join(key.split("/")[:2]),
+                "wording": text["name"],
+                "name": text["name"] + (f" ({', '.join(other[:3])})" if other else ""),
+                "answer": "; ".join(f"{k}={v}" for k, v in tags.items()),
             }
     if not count:
-        raise no_rows(path, f"feature of {', '.join(wanted)}")
+        raise no_rows(path, f"feature of {', '.join(modes)}")
 
 
 def _list(value: Any) -> list[str]:
