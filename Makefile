@@ -6,6 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 RANKS ?= 2
 PYTEST := $(BIN)/python -m pytest -q
+# A file's tests stay on one worker: their fixtures are shared. Scheduler tests are not split, they share one Slurm.
+WORKERS ?= 2
 EVERY_CHANGE := not slow and not network and not slurm
 
 .PHONY: help install validators quickstart test test-all lint types slurm-tests kernels-targets
@@ -51,7 +53,7 @@ types: $(VENV)/.installed-test
 validators: .validators/bin/python
 
 test: lint types
-	$(PYTEST) -m "$(EVERY_CHANGE)"
+	$(PYTEST) -n $(WORKERS) --dist loadfile --durations 15 -m "$(EVERY_CHANGE)"
 
 slurm-tests: $(VENV)/.installed-test
 	AIFACTORY_REQUIRE_SLURM=1 $(PYTEST) -m "slurm and not slow"

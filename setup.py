@@ -61,6 +61,7 @@ TEST = [
     "securesystemslib>=1.2",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",  # the default tests on two workers
     "hypothesis>=6.100",
     "ruff>=0.6",
     "mypy>=1.11",
