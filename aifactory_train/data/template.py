@@ -32,15 +32,17 @@ class ChatTemplate:
         self.source = source
         self.specials = dict(specials)
         self._template = _compile(source)
+        # What every rendering sees, as one plain dictionary: Jinja would merge its layers of globals anew for each row.
+        self._always = {**self._template.globals, **self.specials, "documents": None}
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
         """The text of ``messages``; with ``prompt`` the header of the assistant's next turn follows."""
         from jinja2.exceptions import TemplateError
 
         try:
-            return self._template.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self.specials
-            )
+            values = {**self._always, "messages": messages, "tools": tools, "add_generation_prompt": prompt}
+            context = self._template.new_context(values, shared=True)
+            return "".join(self._template.root_render_func(context))
         except TemplateError as error:
             raise TemplateRefused(f"the chat template refuses this row: {error}") from None
         except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
