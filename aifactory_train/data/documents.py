@@ -310,9 +310,11 @@ def _html(raw: bytes, path: Path) -> str:
     for tag in soup.find_all("li"):
         tag.insert(0, "- ")
     for tag in soup.find_all(_BLOCKS):
-        around = "\n" if tag.name in ("li", "tr", "dt", "dd") else "\n\n"
-        tag.insert_before(around)
-        tag.insert_after(around)
+        if tag.name in ("li", "tr", "dt", "dd"):
+            tag.insert_before("\n")
+        else:
+            tag.insert_before("\n\n")
+            tag.insert_after("\n\n")
     text = "\n".join(
         line.rstrip() if line.startswith(" " * 4) else line.strip() for line in soup.get_text().split("\n")
     )
