@@ -47,7 +47,7 @@ PRIVATE = [*TRAIN, "cryptography>=42", "pyrage>=1.2"]  # AES-GCM shards, age rec
 TRACKING = ["mlflow-skinny>=3", "wandb>=0.20"]  # both write to local stores only
 PLOT = ["matplotlib>=3.8"]
 DOCUMENTS = ["pypdf>=5", "beautifulsoup4>=4.13"]  # folders of PDF and HTML as rows; both pure Python
-QLORA = [*TRAIN, "bitsandbytes>=0.46; sys_platform == 'linux'"]
+QLORA = [*TRAIN, "accelerate>=1.1", "bitsandbytes>=0.46; sys_platform == 'linux'"]
 TEST = [
     *PRIVATE,
     *DOCUMENTS,

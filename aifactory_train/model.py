@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from aifactory_train import attention, compat
+from aifactory_train import attention, compat, quantise
 from aifactory_train.config import Recipe
 from aifactory_train.errors import UserError
 from aifactory_train.loss import linear_cross_entropy, token_nll
@@ -202,9 +202,15 @@ def load_config(path: Path, recipe: Recipe):
 
 
 def load_language_model(
-    path: Path, recipe: Recipe, *, device: str, dtype: torch.dtype, report: ModelReport
+    path: Path,
+    recipe: Recipe,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    report: ModelReport,
+    more: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """The transformers model with our attention, weights in ``dtype``, on ``device``."""
+    """The transformers model with our attention, weights in ``dtype``, on ``device``; ``more`` goes to ``from_pretrained``."""
     if device == "cpu":
         # transformers imports DeepSpeed where it is installed, and that prints to standard output unless told the device.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -226,6 +232,7 @@ def load_language_model(
             local_files_only=True,
             trust_remote_code=recipe.model.trust_remote_code,
             use_safetensors=True,  # never unpickle weights
+            **(more or {}),
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
@@ -233,7 +240,7 @@ def load_language_model(
         ) from None
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
-    return model.to(device)
+    return model if more else model.to(device)  # quantised weights are where they were made
 
 
 def check_vocabulary(model: Any, tokenizer) -> None:
@@ -491,7 +498,10 @@ def build_model(
     if unread is not None:
         model = empty_language_model(path, recipe, device=device, dtype=dtype, report=report)
     else:
-        model = load_language_model(path, recipe, device=device, dtype=dtype, report=report)
+        more = quantise.loading(recipe, device, precision.compute)
+        if more:
+            report.add("base weights", "NF4, 4 bits, through bitsandbytes", "adapter.quantise_base")
+        model = load_language_model(path, recipe, device=device, dtype=dtype, report=report, more=more)
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
     model = apply_adapter(model, recipe, report)
