@@ -198,7 +198,7 @@ def _cards(record: dict[str, Any], results: dict[str, Any]) -> str:
             else "below"
         )
         share = law["share_of_threshold"]
-        cards.append(("one-third test", f"{share:.2g} of it" if share >= 1e-4 else "below 0.0001 of it", flag))
+        cards.append(("one-third test", f"{share:.2g}" if share >= 1e-4 else "< 0.0001", f"of the threshold: {flag}"))
     items = "".join(
         f'<li><span class="label">{html.escape(a)}</span><span class="figure">{html.escape(b)}</span><span class="more">{html.escape(c)}</span></li>'
         for a, b, c in cards
@@ -350,7 +350,7 @@ def _compute(record: dict[str, Any]) -> str:
         rows.append(
             [
                 "cross-check",
-                f"{html.escape(check['formula'])} gives {check['flop']:.4g}: {check['difference_pct']:+.1f} %{flag}. {html.escape(check['why_it_may_differ'])}",
+                f"{html.escape(check['formula'])} gives {check['flop']:.4g}: {check['difference_pct']:+.1f} %{flag}; {html.escape(check['why_it_may_differ'])}",
             ]
         )
     for key, label in (
@@ -368,11 +368,25 @@ def _compute(record: dict[str, Any]) -> str:
         ("missing_readers", "counters that could not be read"),
         ("notes", "notes"),
     ):
+        if key == "missing_readers" and str(energy.get("method", "")).startswith("no counter could be read"):
+            continue  # the method says why, counter by counter
         if key in energy and energy[key] not in (None, {}, []):
-            rows.append([label, _show(energy[key])])
+            rows.append([label, _sourced(energy[key]) if key in ("pue", "carbon") else _show(energy[key])])
     law = record.get("aiact", {}).get("reasoning")
     verdict = f"<h3>One-third test</h3><p>{_show(law)}</p>" if law else ""
     return _table("Compute and energy of all attempts", ["quantity", "value"], rows) + verdict
+
+
+def _sourced(factor: Any) -> str:
+    """A site's factor with its unit and source: ``{"value" or "g_per_kwh", "source"}``."""
+    if not isinstance(factor, dict) or "source" not in factor:
+        return _show(factor)
+    value, unit = factor.get("value"), ""
+    if "g_per_kwh" in factor:
+        value, unit = factor["g_per_kwh"], " g CO2e per kWh"
+    if is_missing(value):
+        return f"{_show(value)} ({html.escape(str(factor['source']))})"
+    return f"{html.escape(str(value))}{unit} ({html.escape(str(factor['source']))})"
 
 
 def _attempts(record: dict[str, Any]) -> str:

@@ -113,7 +113,7 @@ def compare_page(runs: list[RunFolder], rows: list[dict[str, Any]]) -> str:
             )
         )
     body = (
-        f'<header class="top"><h1>{len(runs)} runs compared</h1></header><main id="main"><section aria-labelledby="h-t"><h2 id="h-t">Figures</h2>'
+        f'<header class="top"><h1>{"One run" if len(runs) == 1 else f"{len(runs)} runs compared"}</h1></header><main id="main"><section aria-labelledby="h-t"><h2 id="h-t">Figures</h2>'
         '<div class="scroll" tabindex="0" role="region" aria-label="Figures of the runs"><table class="stack"><caption>One row a run; what a run '
         f"did not record is said</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></section>"
         f'<section aria-labelledby="h-c"><h2 id="h-c">Curves</h2><div class="charts">{"".join(charts)}</div></section></main>'

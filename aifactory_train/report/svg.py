@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BUCKETS = 400
-WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 70, 12, 14, 34
+WIDTH, HEIGHT = 640, 272
+LEFT, RIGHT, TOP, BOTTOM = 78, 12, 14, 46
 
 
 @dataclass
@@ -124,7 +124,7 @@ def chart(
     for tick in ticks(x0, x1, 6):
         if x0 <= tick <= x1 and tick == int(tick):
             parts.append(
-                f'<text class="tick" x="{px(tick)}" y="{HEIGHT - 14}" text-anchor="middle">{short(tick)}</text>'
+                f'<text class="tick" x="{px(tick)}" y="{HEIGHT - BOTTOM + 19}" text-anchor="middle">{short(tick)}</text>'
             )
     if reference is not None:
         y = py(reference[1])
@@ -162,7 +162,7 @@ def chart(
         f'<figcaption><h3>{html.escape(title)}</h3><span class="unit">{html.escape(unit)}</span>{legend if len(reduced) > 1 else ""}</figcaption>\n'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="t-{name} d-{name}" data-points="{data}">'
         f'<title id="t-{name}">{html.escape(title)}</title><desc id="d-{name}">{html.escape(". ".join(spoken))}.</desc>'
-        f'{"".join(parts)}<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 1}" text-anchor="end">step</text>'
+        f'{"".join(parts)}<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">step</text>'
         f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>\n'
         f'<div class="reader"><label for="r-{name}">Read {html.escape(title.lower())} at a step</label>'
         f'<input type="range" id="r-{name}" min="0" max="{last_index}" value="{last_index}">'
