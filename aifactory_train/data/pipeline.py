@@ -490,13 +490,13 @@ def _build(
 
 def _own(recipe: Recipe, store: Store, selection: _Selection, encoder: Encoder, *, at_once: bool) -> dict[str, Any]:
     """Languages and their cost in tokens (from a sample), and with little data, or when asked, the whole report on the rows."""
-    rows = {name: np.unique(np.asarray(store.column("docrow"))[docs]) for name, docs, _ in selection.sets}
-    train = rows.pop("train")
+    # By place, not by name: rows held out of train.jsonl are called "train" as well.
+    train, *others = (np.unique(np.asarray(store.column("docrow"))[docs]) for _, docs, _ in selection.sets)
     sample = _texts(store, train[:: max(1, len(train) // own_report.LANGUAGE_TEXTS)][: own_report.LANGUAGE_TEXTS])
     out: dict[str, Any] = {"fertility": own_report.fertility(encoder.tokenizer, sample)}
     if at_once and int(np.asarray(store.column("rowlength")).sum(dtype=np.int64)) > own_report.AT_ONCE:
         return {**out, "languages": own_report.languages(sample), "own": None}
-    held = np.unique(np.concatenate(list(rows.values())))
+    held = np.unique(np.concatenate(others))
     licences = list(dict.fromkeys((s.source, s.licence) for s in [*recipe.data.train, *(recipe.data.eval or [])]))
     own = own_report.describe(_texts(store, train), _texts(store, held), licences=licences)
     return {**out, "languages": own["languages"], "own": own}
