@@ -1,0 +1,73 @@
+"""Training methods give one curve for any ranks, accumulation, packing and engine, as plain fine-tuning does (test_curve.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import helpers
+import pytest
+from test_curve import run
+from test_methods import labelled_rows, pair_rows
+
+METHODS = {
+    "dpo": ["methods.preference.kind=dpo"],
+    "orpo": ["methods.preference.kind=orpo"],
+    "kto": ["methods.preference.kind=kto", "methods.preference.beta=0.5"],
+    "neftune": ["methods.neftune.alpha=10"],
+    "goldfish": ["methods.goldfish={k: 3, context: 5}"],
+}
+STEPS = 4
+#: (name, overrides) of the splits that must agree; the first one is the reference.
+ONE_RANK = [("packed", []), ("padded, accumulated", ["data.batching=padded", "train.grad_accum=3"])]
+TWO_RANKS = [
+    ("ddp", ["data.batching=padded", "train.grad_accum=2"]),
+    ("fsdp2", ["parallel.engine=fsdp2"]),
+]
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dict[str, dict[str, list[dict]]]:
+    """``{method: {split: curve}}``: every method under every split, in two process groups altogether."""
+    folder = tmp_path_factory.mktemp("methods")
+    cases: dict[int, list[dict]] = {1: [], 2: []}
+    for method, overrides in METHODS.items():
+        settings = {"train.batch_rows": 9, "eval.before": False, "adapter.kind": "none", "train.learning_rate": 3.0e-3}
+        recipe = helpers.write_recipe(folder / method, tiny_model_dir, settings=settings)
+        rows = {"kto": labelled_rows, "dpo": pair_rows, "orpo": pair_rows}.get(method, helpers.chat_rows)
+        helpers.write_jsonl(folder / method / "train.jsonl", rows(24))
+        helpers.write_jsonl(folder / method / "eval.jsonl", rows(4, start=500))
+        for ranks, splits in ((1, ONE_RANK), (2, TWO_RANKS)):
+            for name, more in splits:
+                cases[ranks].append(
+                    {
+                        "name": f"{method}: {name}",
+                        "recipe": str(recipe),
+                        "steps": STEPS,
+                        "overrides": [*overrides, "train.schedule=constant", "train.grad_accum=1", *more],
+                    }
+                )
+    found = {**run(folder, "one", 1, cases[1]), **run(folder, "two", 2, cases[2])}
+    out: dict[str, dict[str, list[dict]]] = {}
+    for name, curve in found.items():
+        method, _, split = name.partition(": ")
+        out.setdefault(method, {})[split] = curve
+    return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_curve_does_not_depend_on_the_split(method: str, curves: dict) -> None:
+    """Losses to 1e-5, gradient norms to 1e-4: log-ratios are small differences of large sums, so fp32 gives less than 1e-6."""
+    reference = curves[method]["packed"]
+    assert len(reference) == STEPS
+    for name, curve in curves[method].items():
+        for step, (mine, theirs) in enumerate(zip(curve, reference, strict=True), start=1):
+            assert mine["rows"] == theirs["rows"], (name, step)
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5), (name, step)
+            assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), (name, step)
+
+
+def test_splits_really_differ_and_something_is_learnt(curves: dict) -> None:
+    for splits in curves.values():
+        assert {len(splits)} == {len(ONE_RANK) + len(TWO_RANKS)}
+        assert [splits[name][0]["micro_batches"] for name in ("packed", "padded, accumulated", "ddp")] == [1, 3, 2]
+        assert splits["packed"][-1]["loss"] < splits["packed"][0]["loss"]
