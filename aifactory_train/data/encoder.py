@@ -234,11 +234,10 @@ class Encoder:
 
     def _chat(self, rendered: _Rendered, encoding: Any) -> Encoded:
         full, flags = rendered.full, set(rendered.flags)
-        ids = encoding.ids
         starts = [t.start for t in rendered.turns]
         straddling = [s for s in starts if 0 < s < len(full) and _straddles(encoding, s)]
         if straddling:
-            pieces = self._apart(full, straddling, ids)
+            pieces = self._apart(full, straddling, encoding.ids)
             if pieces is None:
                 flags.add("answer shares a token with the question")
             else:

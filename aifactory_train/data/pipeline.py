@@ -333,6 +333,10 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
+#: JSON without spaces; one encoder for all rows, because ``json.dumps`` would build one for each.
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _normal(text: str) -> str:
     return " ".join(text.casefold().split())
 
@@ -376,17 +380,18 @@ def _process(task: _Task, encoder: Encoder) -> _Done:
     lines, digests, norms, groups, ids = [], [], [], [], []
     for row, moment in zip(rows, moments, strict=True):
         content = {k: v for k, v in row.items() if k not in ("id", "group", "language", "label")}
-        line = json.dumps(row, ensure_ascii=False, separators=(",", ":"))
+        line = _compact(row)
         lines.append(line.encode("utf-8", "surrogatepass") + b"\n")
         if "text" in row:
             whole = question = _normal(row["text"])
         else:
-            whole = _normal("\x1f".join(m["content"] for m in row["messages"]))
-            question = _normal("\x1f".join(m["content"] for m in row["messages"] if m["role"] != "assistant"))
+            normal = [(m["role"] != "assistant", _normal(m["content"])) for m in row["messages"]]
+            whole = " ".join(text for _, text in normal if text)
+            question = " ".join(text for asked, text in normal if asked and text)
             if any("tool_calls" in m for m in row["messages"]):
                 whole += json.dumps([m.get("tool_calls") for m in row["messages"]])
         digests.append(
-            _hash(json.dumps(content, ensure_ascii=False, separators=(",", ":")) if len(content) != len(row) else line)
+            _hash(_compact(content) if len(content) != len(row) else line)
         )
         norms.append(_hash(whole))
         if moment is not None:
