@@ -544,7 +544,9 @@ def test_fetch_of_a_recipe_writes_one_manifest_and_the_command_prints_it(tmp_pat
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"x")
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("model: {base: ./model}\ndata: {train: 'pypi:tiny-rows==1.0#tiny_rows/rows.jsonl'}\n")
+    recipe.write_text(
+        "model: {base: ./model}\ndata: {train: {source: 'pypi:tiny-rows==1.0#tiny_rows/rows.jsonl', licence: MIT}}\n"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "aifactory_train", "fetch", str(recipe), "--json"],
         capture_output=True,

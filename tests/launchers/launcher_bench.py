@@ -31,7 +31,9 @@ LAB = HERE / "lab.yaml"
 def plain_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A valid recipe whose model and data need not exist: enough for everything but training."""
     path = tmp_path_factory.mktemp("recipe") / "plain.yaml"
-    path.write_text("model: {base: some/model}\ndata: {train: some/data}\ntrain: {max_steps: 4, batch_rows: 4096}\n")
+    path.write_text(
+        "model: {base: some/model, licence: MIT}\ndata: {train: {source: some/data, licence: MIT}}\ntrain: {max_steps: 4, batch_rows: 4096}\n"
+    )
     return path
 
 
