@@ -141,6 +141,17 @@ def test_a_language_that_the_tokenizer_does_not_know_is_dear(tiny_tokenizer):
     assert "'el'" in warning and f"{greek['tokens_per_word']:g} tokens a word" in warning
 
 
+def test_numbers_make_no_language_dear(tiny_tokenizer):
+    """Digits are single tokens for many tokenizers; a table of figures says nothing about the language around it."""
+    prose = "The door is red and the boat is green. "
+    facts = [
+        report.fertility(tiny_tokenizer.backend_tokenizer, [t] * 9) for t in (prose, prose + "90210 48151 62342 " * 9)
+    ]
+    costs = [f["languages"]["en"] for f in facts]
+    assert costs[0]["tokens_per_word"] == pytest.approx(costs[1]["tokens_per_word"], rel=0.35)
+    assert not costs[1]["dear"]
+
+
 # ---- the whole
 
 
