@@ -118,20 +118,35 @@ def test_the_document_is_what_the_results_and_recipes_say():
     )
 
 
-def test_improved_means_that_the_intervals_do_not_meet():
+def figures(before, after, metric="bits_per_byte", change=None):
+    """eval.json with ``(value, low, high)`` before and after, and the paired change."""
+
+    def one(value, low, high):
+        ci = [low, high]
+        return {metric: value, "bits_per_byte": value, "rows": 9, "ci": {metric: ci, "bits_per_byte": ci}}
+
+    return {"before": one(*before), "after": one(*after), "change": {metric: change} if change else {}}
+
+
+def test_improved_means_that_the_change_leaves_out_zero():
     judge = bench().judge
+    wide = ((2.0, 1.5, 2.5), (1.8, 1.4, 2.2))
+    assert not judge("bits_per_byte", figures(*wide))["improved"], "not paired, and the intervals meet"
+    better = {"difference": -0.2, "ci": [-0.3, -0.1], "better": True}
+    assert judge("bits_per_byte", figures(*wide, change=better))["improved"]
+    for ci, verdict in (([-0.3, 0.1], None), ([0.1, 0.3], False)):
+        change = {"difference": 0.1, "ci": ci, "better": verdict}
+        assert not judge("bits_per_byte", figures((2.0, 1.9, 2.1), (1.0, 0.9, 1.1), change=change))["improved"]
 
-    def figures(before, low, high, after, low2, high2, metric="bits_per_byte"):
-        def one(value, ci):
-            return {metric: value, "bits_per_byte": value, "rows": 9, "ci": {metric: ci, "bits_per_byte": ci}}
 
-        return {"before": one(before, [low, high]), "after": one(after, [low2, high2])}
-
-    assert judge("bits_per_byte", figures(2.0, 1.9, 2.1, 1.0, 0.9, 1.1))["improved"]
-    assert not judge("bits_per_byte", figures(2.0, 1.5, 2.5, 1.8, 1.4, 2.2))["improved"]
-    assert not judge("bits_per_byte", figures(1.0, 0.9, 1.1, 2.0, 1.9, 2.1))["improved"]
-    assert judge("exact_match", figures(0.1, 0.0, 0.2, 0.9, 0.8, 1.0, "exact_match"))["improved"]
-    assert judge("chrf", figures(2.0, 1.9, 2.1, 1.0, 0.9, 1.1))["metric"] == "bits_per_byte", "what was not measured"
+def test_without_a_pair_the_intervals_must_not_meet():
+    judge = bench().judge
+    assert judge("bits_per_byte", figures((2.0, 1.9, 2.1), (1.0, 0.9, 1.1)))["improved"]
+    assert not judge("bits_per_byte", figures((1.0, 0.9, 1.1), (2.0, 1.9, 2.1)))["improved"]
+    assert judge("exact_match", figures((0.1, 0.0, 0.2), (0.9, 0.8, 1.0), "exact_match"))["improved"]
+    assert judge("chrf", figures((2.0, 1.9, 2.1), (1.0, 0.9, 1.1)))["metric"] == "bits_per_byte", (
+        "what was not measured"
+    )
 
 
 def test_a_result_that_was_not_kept_is_said_to_be_missing(monkeypatch):
