@@ -37,8 +37,8 @@ def trainer_values(trainer: Trainer) -> dict[str, Any]:
 def restore(trainer: Trainer, step: int | None) -> None:
     """Go on from the checkpoint of ``step`` (None: from the start).
 
-    Raises :class:`UserError` if the rows are others than the cursor counted, or if the learning rates of the steps already
-    made would be others under this configuration.
+    Raises :class:`UserError` if the rows are others than the cursor counted, if the learning rates of the steps already made
+    would be others under this configuration, or if a finished run is not to be prolonged.
     """
     if step is None:
         return
@@ -48,6 +48,12 @@ def restore(trainer: Trainer, step: int | None) -> None:
         now, total = trainer.recipe.train, trainer.total_steps
         return all(learning_rate(s, length, old) == learning_rate(s, total, now) for s in range(step))
 
+    if trainer.run.state()["state"] == "finished" and step >= trainer.total_steps:
+        raise UserError(
+            f"the run is finished after {step} steps, and {trainer.total_steps} are asked for",
+            where="train.max_steps",
+            fix=f"more than {step} steps (train.max_steps, train.epochs) prolong it",
+        )
     saved = trainer.checkpoints.values(step)
     if saved["data"] != data_digest(trainer.data.train):
         raise UserError(

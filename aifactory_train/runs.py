@@ -172,11 +172,12 @@ def default_run_dir(recipe: Recipe, name: str | None) -> Path:
     return Path("runs") / name
 
 
-def open_for_training(run: RunFolder, resume: str | None) -> int | None:
+def open_for_training(run: RunFolder, resume: str | None, recipe: Recipe | None = None) -> int | None:
     """Decide whether training may start in this folder; returns the checkpoint's step to go on from, or None.
 
     ``resume`` is ``auto`` (go on if there is something to go on from), a step, ``never`` (start over; what was there is
-    moved to ``replaced/``), or None (an unfinished run is not touched without being asked).
+    moved to ``replaced/``), or None (an unfinished run is not touched without being asked). A finished run is opened only for
+    a ``recipe`` of another length; whether it can be prolonged is seen when the checkpoint is read.
     """
     if resume not in (None, "auto", "never") and not str(resume).isdigit():
         raise UserError(f"'{resume}' is neither auto, never nor a step", where="--resume")
@@ -211,11 +212,12 @@ def open_for_training(run: RunFolder, resume: str | None) -> int | None:
     if resume == "never":
         _set_aside(run)
         return None
-    if state["state"] == "finished":
+    if state["state"] == "finished" and not (resume is not None and steps and _other_length(run, recipe)):
         raise UserError(
             "holds a finished run",
             where=str(run.path),
-            fix="choose another --run-dir or --name; --resume never starts over and keeps the old files in replaced/",
+            fix="choose another --run-dir or --name; --resume auto with a larger train.max_steps or train.epochs prolongs it; "
+            "--resume never starts over and keeps the old files in replaced/",
         )
     if resume is None:
         newest = f"its newest checkpoint is step {steps[-1]}" if steps else "it has no checkpoint"
@@ -230,6 +232,14 @@ def open_for_training(run: RunFolder, resume: str | None) -> int | None:
         known = ", ".join(map(str, steps)) or "none"
         raise UserError(f"there is no checkpoint of step {resume}", where=str(run.path), fix=f"complete steps: {known}")
     return int(resume)
+
+
+def _other_length(run: RunFolder, recipe: Recipe | None) -> bool:
+    """Whether ``recipe`` asks for another number of steps than the run was started with."""
+    if recipe is None:
+        return False
+    before, now = run.load_config().train, recipe.train
+    return (before.max_steps, before.epochs) != (now.max_steps, now.epochs)
 
 
 #: What launchers and tools may have put into a folder before the training starts in it.

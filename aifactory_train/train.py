@@ -76,7 +76,7 @@ def _train_as(
     # The default name holds the time: one rank decides.
     run = RunFolder(from_main(world, lambda: folder or default_run_dir(recipe, None)))
     with Attempt(run, world.rank, world.local_rank, attempt, timeout_s=recipe.parallel.timeout_s) as record:
-        resume_from = from_main(world, lambda: open_for_training(run, resume))
+        resume_from = from_main(world, lambda: open_for_training(run, resume, recipe))
         record.training = True
         if attempt is None:
             record.begin(from_main(world, lambda: new_attempt(run)))

@@ -72,7 +72,7 @@ def check_changes(before: dict[str, Any], now: dict[str, Any], *, same_rates: bo
     if refused:
         fix = "undo the change, or start a new run (--run-dir NEW)"
         if set(refused) <= set(PROLONG):
-            fix += "; schedules whose length decides the rate cannot be prolonged, 'constant' can"
+            fix += "; schedules whose length decides the rate cannot be prolonged, 'constant' can (with train.warmup_steps)"
         raise UserError(
             "the configuration changed in ways that change what the run computes:\n    " + "\n    ".join(lines),
             where=", ".join(refused),

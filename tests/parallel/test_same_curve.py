@@ -102,14 +102,24 @@ def test_the_comparison_sees_the_classic_mistakes(alone: dict[str, Curve], tmp_p
 
 
 def test_bf16_deviates_as_little_as_in_one_process(alone: dict[str, Curve], tmp_path: Path) -> None:
+    check_half(2, ["ddp", "fsdp2", "zero1", "zero2", "zero3"], alone, tmp_path)
+
+
+@pytest.mark.slow
+def test_bf16_deviates_as_little_on_four_ranks(alone: dict[str, Curve], tmp_path: Path) -> None:
+    check_half(4, ENGINES, alone, tmp_path)
+
+
+def check_half(ranks: int, engines: list[str], alone: dict[str, Curve], folder: Path) -> None:
     """Compute in bf16 from fp32 masters: over 20 steps, at most twice the deviation from fp32 that one process has."""
     half = {**METHODS["adamw full"], "precision": {"compute": "bf16", "frozen": "bf16"}}
-    single = run_cases(1, [{**half, "engine": "ddp"}], tmp_path)[0]
+    single = run_cases(1, [{**half, "engine": "ddp"}], folder)[0]
     exact = alone["adamw full"]["losses"]
     allowed = 2 * max(relative(single["losses"], exact))
     assert allowed > 1e-6  # it does compute in bf16
-    cases = [{**half, "engine": e, "accumulation": 2} for e in ("ddp", "fsdp2", "zero2", "zero3")]
-    for case, curve in zip(cases, run_cases(2, cases, tmp_path), strict=True):
+    split = {"hsdp": {"shard_size": ranks // 2}}
+    cases = [{**half, "engine": e, "accumulation": 2, **split.get(e, {})} for e in engines]
+    for case, curve in zip(cases, run_cases(ranks, cases, folder), strict=True):
         deviation = max(relative(curve["losses"], exact))
         print(f"{case['engine']}: {deviation:.2e}, one process {allowed / 2:.2e}")
         assert deviation <= allowed, case["engine"]
