@@ -16,8 +16,10 @@ from aifactory_train.errors import UserError
 from aifactory_train.recipes.common import chat, no_rows, parted, read_text
 
 #: First parts of tags that have to do with moving people and goods.
-MODES = ("aerialway", "aeroway", "amenity", "barrier", "cycleway", "footway", "highway", "parking", "public_transport")
-MODES += ("railway", "route", "traffic_calming", "traffic_sign", "type", "waterway")
+MODES = (
+    *("aerialway", "aeroway", "amenity", "barrier", "cycleway", "footway", "highway", "parking", "public_transport"),
+    *("railway", "route", "traffic_calming", "traffic_sign", "type", "waterway"),
+)
 SYSTEM = "OpenStreetMap tag for this feature."
 
 
