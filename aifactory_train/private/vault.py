@@ -371,12 +371,13 @@ class SealedTensors:
         self._read: tuple[str, Any] = ("", None)
         try:
             size = struct.unpack("<Q", self._window.read(0, 8))[0]
-            self._header = json.loads(bytes(self._window.read(8, size))) if size < 1 << 30 else None
-            if not isinstance(self._header, dict):
+            header = json.loads(bytes(self._window.read(8, size))) if size < 1 << 30 else None
+            if not isinstance(header, dict):
                 raise ValueError
         except ValueError:
             self._window.close()
             raise UserError("does not hold tensors", where=str(path)) from None
+        self._header: dict[str, Any] = header
         self._data = 8 + size
 
     def __enter__(self) -> SealedTensors:
