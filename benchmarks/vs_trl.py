@@ -4,7 +4,7 @@
 
 Both sides train the same rows in the same order with the same tokens and masks, model, optimizer (fused AdamW), learning rate,
 clipping and type (fp32), and start from the same adapter. In the packed cases TRL's own packing (best fit decreasing, 4 packs of
-512 tokens a step, padding-free) decides which rows a step holds; in the padded cases a step is 8 rows, one each. Each side runs in
+512 tokens a step, padding-free) decides which rows a step holds; in the padded cases a step is 4 rows, one each. Each side runs in
 a fresh process, alternating, so that the peak is the process's own (``ru_maxrss``). The first step of a run warms up and is not
 timed; after it, the time between the ends of two steps counts, with everything that happens in between. Tokens are real ones.
 
@@ -33,7 +33,7 @@ from typing import Any
 import common
 
 CASES = ("packed-lora", "padded-lora", "packed-full", "padded-full")
-PACK, PACKS, ROWS = 512, 4, 8  # tokens of a pack, packs of a packed step, rows of a padded step
+PACK, PACKS, ROWS = 512, 4, 4  # tokens of a pack, packs of a packed step, rows of a padded step
 SEED, RATE, BETAS, EPS, CLIP = 17, {"lora": 2e-4, "full": 2e-5}, (0.9, 0.95), 1e-8, 1.0
 TOLERANCE = 1e-3
 PEERS = {"trl": "TRL SFTTrainer", "transformers": "transformers Trainer"}

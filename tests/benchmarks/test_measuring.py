@@ -71,8 +71,8 @@ def test_startup_times_commands() -> None:
 
 def test_synthetic_rows_have_the_lengths_that_they_claim(tmp_path: Path) -> None:
     drawn = list(common.lengths(4000))
-    assert statistics.median(drawn) == pytest.approx(common.LENGTHS["median"], rel=0.05)
-    assert sorted(drawn)[3600] == pytest.approx(common.LENGTHS["p90"], rel=0.08)
+    assert statistics.median(drawn) == pytest.approx(common.LENGTHS["chat"]["median"], rel=0.05)
+    assert sorted(drawn)[3600] == pytest.approx(common.LENGTHS["chat"]["p90"], rel=0.08)
     first, again = (common.write_rows(tmp_path / name, 50).read_text() for name in ("a", "b"))
     assert first == again and len(set(first.splitlines())) == 50
 
