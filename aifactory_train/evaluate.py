@@ -78,11 +78,12 @@ class HeldOut:
         drawn: dict[str, str] = {}
         for name in metrics.LIKELIHOOD_METRICS:
             found = metrics.figure(*self.statistics(name, chosen))
-            finite = found.replicates is not None and np.isfinite(found.replicates).all()
+            samples = found.replicates
+            finite = samples is not None and bool(np.isfinite(samples).all())
             out[name] = found.value if found.value is not None and math.isfinite(found.value) else None
             ci[name] = found.ci if finite else None
-            if replicates and finite:
-                drawn[name] = packed(found.replicates)
+            if replicates and finite and samples is not None:
+                drawn[name] = packed(samples)
         out.update(
             rows=len(chosen),
             tokens=int(self.tokens[chosen].sum()),
