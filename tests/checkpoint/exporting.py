@@ -40,6 +40,34 @@ def counted(out: dict[str, int], key: str, folders: list[Path]):
     out[key] = most
 
 
+@contextlib.contextmanager
+def loading_counted(out: dict[str, int], base: Path):
+    """What a rank allocates while a sharded engine reads the weights below ``base``, by function."""
+    from aifactory_train.parallel import deepspeed, materialise
+
+    places: list[tuple[Any, str]] = [
+        (materialise, "to_memory"),
+        (materialise, "load_rows"),
+        (deepspeed, "partition_while_reading"),
+    ]
+    real = [getattr(module, name) for module, name in places]
+
+    def counting(function: Any, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            with counted(out, name, [base]):
+                return function(*args)
+
+        return call
+
+    for (module, name), function in zip(places, real, strict=True):
+        setattr(module, name, counting(function, name))
+    try:
+        yield
+    finally:
+        for (module, name), function in zip(places, real, strict=True):
+            setattr(module, name, function)
+
+
 def run_case(case: dict[str, Any], world) -> dict[str, Any]:
     import torch.distributed as dist
 
@@ -59,7 +87,11 @@ def run_case(case: dict[str, Any], world) -> dict[str, Any]:
     held: dict[str, int] = {}
     out: dict[str, Any] = {}
     with Attempt(run, world.rank, world.local_rank, 1, timeout_s=120) as attempt:
-        trainer = Trainer(recipe, run, world, StopChannels(None), attempt, None, None, True)
+        read_in: dict[str, int] = {}
+        with loading_counted(read_in, Path(recipe.model.base)):
+            trainer = Trainer(recipe, run, world, StopChannels(None), attempt, None, None, True)
+        if read_in:
+            held["loading"] = sum(read_in.values())
         for _ in range(2):
             trainer.train_step()
         trainer._save(wait=True)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import helpers
+import pytest
 
 from aifactory_train.parallel.storage import same_tensors
 
@@ -38,6 +39,7 @@ def several(folder: Path, *commands: list[str]) -> tuple[list[int], list[str]]:
     return json.loads(done.stdout.rpartition("codes ")[2]), messages
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path: Path, tiny_model_dir: Path) -> None:
     settings = {
         "train.max_steps": 3,

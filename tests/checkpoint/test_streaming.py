@@ -48,6 +48,12 @@ def check(folder: Path, cases: list[tuple[str, str]]) -> None:
         assert found["whole"] > 3 * SHARD, "the model must be much larger than a shard file for this to mean anything"
         for place, held in most.items():
             assert 0 < held <= SHARD, (engine, adapter, place, found["held"])
+        if (
+            engine in ("fsdp2", "zero3") and adapter != "dora"
+        ):  # its rank's half, adapters, and a tensor or two on the way
+            loaded = max(rank["loading"] for rank in found["held"])
+            print(f"{engine} {adapter}: held at most {loaded:,} bytes while reading")
+            assert 0.4 * found["whole"] < loaded < 0.75 * found["whole"], (engine, found["held"])
         kind = "model" if adapter == "none" else "merged"
         assert all(verdict["passed"] for verdict in found["gate"].values()) and kind in found["gate"]
         live, stored = Path(found["live"]), Path(found["live"]).with_name("stored")

@@ -16,41 +16,22 @@ sys.path[:0] = [str(TESTS), str(TESTS / "checkpoint"), str(TESTS / "parallel")]
 
 def run_case(case: dict[str, Any], world) -> dict[str, Any]:
     import torch.distributed as dist
-    from exporting import counted
+    from exporting import loading_counted
 
     from aifactory_train.config import load_recipe
     from aifactory_train.outcome import Attempt
-    from aifactory_train.parallel import deepspeed, materialise
     from aifactory_train.runs import RunFolder
     from aifactory_train.stopping import StopChannels
     from aifactory_train.train import Trainer
 
     held: dict[str, int] = {}
-
-    def count(module: Any, name: str) -> None:
-        real = getattr(module, name)
-
-        def counting(*args: Any) -> Any:
-            with counted(held, name, [Path(case["base"])]):
-                return real(*args)
-
-        setattr(module, name, counting)
-        undo.append((module, name, real))
-
-    undo: list[tuple[Any, str, Any]] = []
-    count(materialise, "to_memory")
-    count(materialise, "load_rows")
-    count(deepspeed, "partition_while_reading")
     recipe = load_recipe(case["recipe"], case["overrides"])
     run = RunFolder(Path(case["run"]))
     run.path.mkdir(parents=True, exist_ok=True)
-    try:
-        with Attempt(run, world.rank, world.local_rank, 1, timeout_s=120) as attempt:
+    with Attempt(run, world.rank, world.local_rank, 1, timeout_s=120) as attempt:
+        with loading_counted(held, Path(case["base"])):
             trainer = Trainer(recipe, run, world, StopChannels(None), attempt, None, None, True)
-            losses = [trainer.train_step()["loss"] for _ in range(3)]
-    finally:
-        for module, name, real in undo:
-            setattr(module, name, real)
+        losses = [trainer.train_step()["loss"] for _ in range(3)]
     everyone: list[Any] = [None] * world.size
     dist.all_gather_object(everyone, held)
     return {"losses": losses, "held": everyone, "loading": [line for line in trainer.report.lines if "loading" in line]}

@@ -12,7 +12,8 @@ import pytest
 LARGEST = 400 * 64 * 4  # bytes of the embedding, the largest tensor of the model below
 
 
-@pytest.mark.parametrize("adapter", [pytest.param("none", marks=pytest.mark.slow), "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_ranks_read_their_shares_and_train_the_same_curve(tmp_path: Path, adapter: str) -> None:
     base = helpers.write_model(tmp_path / "base", layers=8)
     whole = (base / "model.safetensors").stat().st_size
