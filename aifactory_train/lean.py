@@ -81,7 +81,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, a, b, scale, kind, *parts):
         flat = x.reshape(-1, x.shape[-1])
         out = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
-        inner = ()
+        inner: tuple[torch.Tensor, ...] = ()
         if a is not None:
             inner = (flat @ a.t(),)  # [rows, r]: kept, because it is small and the backward pass needs it
             out.addmm_(inner[0], b.t(), alpha=scale)
