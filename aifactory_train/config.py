@@ -72,6 +72,13 @@ class BaseOption(Strict):
     revision: str | None = None
 
 
+class VocabularyConfig(Strict):
+    """Tokens for a new language, learnt from its text (docs/methods.md)."""
+
+    text: str = Field(description="UTF-8 text, or JSONL with 'text' or 'messages', of the new language.")
+    size: int = Field(1000, ge=1, description="At most so many new tokens.")
+
+
 class ModelConfig(Strict):
     """The base model and how it is loaded."""
 
@@ -87,6 +94,10 @@ class ModelConfig(Strict):
     attention: Literal["auto", "per_document", "varlen", "flash"] = Field(
         "auto",
         description="per_document: SDPA on each document (any device); varlen: torch's variable-length kernel (GPU, torch >= 2.10); flash: flash-attn.",
+    )
+    vocabulary: VocabularyConfig | None = Field(
+        None,
+        description="Extend the tokenizer; needs trained embeddings (adapter.kind none, or train_embeddings and export.merge).",
     )
     start_from: str | None = Field(
         None, description="An earlier run folder: its adapter or weights are the starting point."
@@ -527,6 +538,14 @@ def _cross_checks(recipe: Recipe) -> Recipe:
 def _check_methods(recipe: Recipe) -> None:
     """Rules of ``methods`` and replay; sources of a preference method get its form of rows."""
     methods, data = recipe.methods, recipe.data
+    if recipe.model.vocabulary is not None:
+        if recipe.adapter.kind != "none" and not (recipe.adapter.train_embeddings and recipe.export.merge):
+            raise ValueError(
+                "model.vocabulary: new tokens need trained embeddings, and an adapter does not fit the original base: set "
+                "adapter.kind none, or adapter.train_embeddings and export.merge"
+            )
+        if recipe.model.start_from:
+            raise ValueError("model.vocabulary: the earlier run of model.start_from has its own vocabulary")
     if all(source.share is not None for source in data.train):
         raise ValueError("data.train: every source has a share; the rows that are to be learnt need none")
     if sum(source.share or 0 for source in data.train) >= 1:
@@ -701,6 +720,8 @@ def _resolve_paths(tree: dict, folder: Path) -> None:
         for key in ("base", "chat_template"):
             if key in model:
                 model[key] = fixed(model[key])
+        if isinstance(model.get("vocabulary"), dict) and "text" in model["vocabulary"]:
+            model["vocabulary"]["text"] = fixed(model["vocabulary"]["text"])
 
 
 def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:

@@ -812,6 +812,8 @@ def public_base(recipe: Recipe) -> tuple[str, str | None]:
     """
     from aifactory_train.sources import parse
 
+    if recipe.model.vocabulary is not None:
+        return str(base_folder(recipe)), None  # the original base has too few embeddings for what was trained
     if recipe.model.start_from and not (open_run(recipe.model.start_from).export / "adapter").is_dir():
         return str(base_folder(recipe)), None
     spec = parse(recipe.model.base)

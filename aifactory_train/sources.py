@@ -98,8 +98,18 @@ def parse(text: str) -> Spec:
 def resolve_model(model: ModelConfig) -> Path:
     """Folder of a fetched base model (``config.json``, safetensors, tokenizer). Never uses the network.
 
-    Raises :class:`UserError` when the model was not fetched or a local folder is not a model.
+    With ``model.vocabulary`` it is the folder with the larger vocabulary. Raises :class:`UserError` when the model was not fetched or
+    a local folder is not a model.
     """
+    folder = _resolve_base(model)
+    if model.vocabulary is None:
+        return folder
+    from aifactory_train.methods.vocabulary import extended
+
+    return extended(folder, model.vocabulary)
+
+
+def _resolve_base(model: ModelConfig) -> Path:
     spec = parse(model.base)
     if spec.kind == "hub":
         return _hub_cached(spec, model.revision, "model", "model.base")
