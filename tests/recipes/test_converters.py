@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aifactory_train.errors import UserError
@@ -43,6 +43,7 @@ WORDING = st.lists(
 )
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(WORDING, min_size=2, max_size=40))
 def test_parts_share_no_wording(many):
     entries = [{"id": i, "wording": " ".join(w)} for i, w in enumerate(many)]
