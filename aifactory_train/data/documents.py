@@ -146,7 +146,8 @@ def paragraphs(text: str, most: int) -> Iterator[str]:
     part = ""
     for piece in _pieces(text, most, (r"\n[ \t]*\n\s*", r"\n", r"\s+")):
         if part and len(part) + len(piece) > most:
-            yield part.rstrip()
+            if part.strip():
+                yield part.rstrip()
             part = ""
         part += piece
     if part.strip():

@@ -390,9 +390,7 @@ def _process(task: _Task, encoder: Encoder) -> _Done:
             question = " ".join(text for asked, text in normal if asked and text)
             if any("tool_calls" in m for m in row["messages"]):
                 whole += json.dumps([m.get("tool_calls") for m in row["messages"]])
-        digests.append(
-            _hash(_compact(content) if len(content) != len(row) else line)
-        )
+        digests.append(_hash(_compact(content) if len(content) != len(row) else line))
         norms.append(_hash(whole))
         if moment is not None:
             groups.append(moment)

@@ -9,7 +9,7 @@ from pathlib import Path
 import own_files
 import pytest
 from chat_families import byte_tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aifactory_train.config import Recipe
@@ -179,6 +179,7 @@ def test_missing_parser_names_the_extra(tmp_path, monkeypatch):
 
 
 @settings(max_examples=60, deadline=None)
+@example(text=" aaaaa", most=5)  # a part of blanks alone is no row
 @given(text=st.text("ab .\n\t—é", max_size=400), most=st.integers(5, 80))
 def test_parts_of_a_document_hold_every_word_once(text, most):
     parts = list(documents.paragraphs(text, most))
