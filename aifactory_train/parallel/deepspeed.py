@@ -135,7 +135,10 @@ class DeepSpeedEngine:
 
     def __init__(self, core: CausalLM, recipe: Recipe, precision: Precision, world: World, *, stage: int):
         deepspeed = import_deepspeed()
-        self.name, self.stage = f"zero{stage}", stage
+        self.name = f"zero{stage}"
+        #: In bf16, DeepSpeed hands its stage 1 to another optimizer, without the partitions that are read here: stage 2 is used.
+        self.instead = stage == 1 and precision.compute == torch.bfloat16 and not recipe.parallel.offload_optimizer
+        self.stage = stage = 2 if self.instead else stage
         self.core, self.recipe, self.precision, self.world = core, recipe, precision, world
         self.updates = 0
         hidden = core.language_model.config.get_text_config().hidden_size
@@ -316,6 +319,10 @@ class DeepSpeedEngine:
         import json
 
         lines = [("engine", self.name, f"DeepSpeed; {what[self.stage]} in {self.world.size} shards, gradients summed")]
+        if self.instead:
+            lines.append(
+                ("ZeRO stage", "2 instead of 1", "DeepSpeed's stage 1 cannot be checkpointed per parameter in bf16")
+            )
         if self.stage > 1:
             lines.append(("accumulation", "reduced per micro-batch", f"ZeRO-{self.stage} keeps no whole gradient"))
         lines.append(("DeepSpeed JSON", json.dumps(self.config, separators=(",", ":")), "generated from this recipe"))

@@ -46,6 +46,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_engine_resumes_bitwise_on_four_ranks(tmp_path: Path) -> None:
     engines = ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
     check_bitwise(4, [case(e, a) for e in engines for a in ("none", "lora")], tmp_path)
@@ -87,6 +88,7 @@ def test_ranks_and_engines_may_change_between_attempts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_four_two_one_four_ranks_under_four_engines(tmp_path: Path, adapter: str) -> None:
     follow([(4, "hsdp"), (2, "zero2"), (1, "ddp"), (4, "zero3"), (4, "zero1"), (2, "fsdp2")], adapter, tmp_path)
