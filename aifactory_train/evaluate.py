@@ -460,6 +460,8 @@ def _slices(
     answered = np.asarray([place[numbers[id(r)], r.asked[i].row] for r, i in rated], dtype=np.int64)
     out: dict[str, Any] = {}
     for dimension, values in tags(rows, lengths, labels).items():
+        if dimension == "label" and recipe.privacy.profile != "open":
+            continue  # a label is text of the rows, and figures go into the record
         out[dimension] = {}
         for value, chosen in groups(values).items():
             block = scored.figures(chosen)

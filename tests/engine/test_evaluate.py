@@ -265,6 +265,10 @@ def test_slices_add_up_to_the_whole(tmp_path, tiny_model_dir, wrapped):
         weighted = sum(b["bits_per_byte"] * b["text_bytes"] for b in blocks) / sum(b["text_bytes"] for b in blocks)
         assert out["bits_per_byte"] == pytest.approx(weighted, rel=1e-9)
         assert out["token_f1"] == pytest.approx(sum(b["token_f1"] * b["rows"] for b in blocks) / 12)
+    private = recipe.model_copy(deep=True)
+    private.privacy.profile = "sensitive"
+    again = ev.evaluate(wrapped, tokenizer, data, private, device="cpu", rank=0, world_size=1, generate=True)
+    assert set(again["slices"]) == {"language", "length"}  # labels are text
     recipe.eval.slices = False
     assert "slices" not in ev.evaluate(
         wrapped, tokenizer, data, recipe, device="cpu", rank=0, world_size=1, generate=True

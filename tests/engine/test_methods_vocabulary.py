@@ -110,7 +110,9 @@ def test_new_tokens_need_trained_embeddings(tiny_recipe, tmp_path):
         load_recipe(str(tiny_recipe), [f"model.vocabulary.text={tmp_path}/t.txt"])
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize(
+    "adapter", ["none", pytest.param("lora", marks=pytest.mark.slow)]
+)  # two gates each in a process
 def test_a_run_trains_and_exports_the_larger_model(tmp_path, tiny_model_dir, adapter):
     (tmp_path / "is.txt").write_text("\n".join(LINES), encoding="utf-8")
     settings = {
