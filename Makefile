@@ -10,12 +10,13 @@ PYTEST := $(BIN)/python -m pytest -q
 WORKERS ?= 2
 EVERY_CHANGE := not slow and not network and not slurm
 
-.PHONY: help install validators quickstart test test-all lint types slurm-tests kernels-targets
+.PHONY: help install validators quickstart test test-all lint types slurm-tests browser-tests kernels-targets
 
 help:
 	@echo "make quickstart       install, fetch, fine-tune SmolLM2-135M on medical terms with two ranks, show before/after"
 	@echo "make test             lint, types and the tests of every change"
 	@echo "make slurm-tests      generated scripts on a real Slurm on this host (Debian packages: see docs/launching.md)"
+	@echo "make browser-tests    the report in headless Chromium (Debian: chromium, nodejs, npm), axe-core included"
 	@echo "make kernels-targets  compile a subset of the kernels for every GPU target, without a GPU"
 	@echo "make test-all         everything, also what takes long or asks a package registry"
 
@@ -57,6 +58,10 @@ test: lint types
 
 slurm-tests: $(VENV)/.installed-test
 	AIFACTORY_REQUIRE_SLURM=1 $(PYTEST) -m "slurm and not slow"
+
+browser-tests: $(VENV)/.installed-test
+	npm install --ignore-scripts --no-audit --no-fund --silent --prefix tests/record
+	AIFACTORY_REQUIRE_BROWSER=1 $(PYTEST) -m "" tests/record/test_report.py -k chromium
 
 kernels-targets: $(VENV)/.installed-test
 	$(BIN)/aifactory kernels check --subset

@@ -59,6 +59,7 @@ TEST = [
     "kubernetes-validate>=1.30",
     "cyclonedx-python-lib[json-validation]>=11",
     "securesystemslib>=1.2",
+    "python-stdnum>=2.1",  # peer of the personal-data scanner
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",  # the default tests on two workers

@@ -216,6 +216,7 @@ def test_in_chromium(tell, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     modules = Path(os.environ.get("AIFACTORY_NODE_MODULES", Path(__file__).parent / "node_modules"))
     if not (chromium and shutil.which("node") and (modules / "axe-core").is_dir()):
+        assert not os.environ.get("AIFACTORY_REQUIRE_BROWSER"), "chromium, node or axe-core is missing"
         pytest.skip("needs chromium, node and: npm install --ignore-scripts --prefix tests/record")
     out = Path(os.environ.get("AIFACTORY_SCREENSHOTS", tmp_path / "shots"))
     out.mkdir(parents=True, exist_ok=True)
