@@ -348,7 +348,7 @@ class EvalConfig(Strict):
     before: bool = True
     after: bool = True
     metrics: list[MetricName] = Field(
-        default_factory=lambda: ["bits_per_byte", "perplexity"],
+        ["bits_per_byte", "perplexity"],
         description="docs/metrics.md says what each one counts; those of answers need generate_rows.",
     )
     label_separator: str | None = Field(
@@ -558,10 +558,10 @@ def _check_methods(recipe: Recipe) -> None:
         if source.format in ("preference", "feedback") and source.format != wanted:
             needed = "dpo or orpo" if source.format == "preference" else "kto"
             raise ValueError(f"methods.preference: rows of format {source.format} need kind {needed}")
-        if wanted and source.format != wanted:
+        if preference is not None and source.format != wanted:
             raise ValueError(
                 f"methods.preference: {preference.kind} needs rows of format {wanted}, not {source.format}"
-            )  # type: ignore[union-attr]
+            )
     if preference is None:
         return
     if methods.goldfish is not None:
