@@ -466,7 +466,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
     parser.add_argument("--case", action="append", choices=CASES, help="repeatable; default: all")
     parser.add_argument("--pairs", type=int, help="default: 5 for packed-lora, 3 for the others")
-    parser.add_argument("--steps", type=int, default=1, help="timed steps per run, after one that warms up (default 1)")
+    parser.add_argument(
+        "--steps", type=int, help="timed steps per run, after one that warms up (default: 1 packed, 2 padded)"
+    )
     parser.add_argument("--data", type=Path, help="JSONL of chat rows (default: synthetic rows of real lengths)")
     parser.add_argument("--peer", choices=sorted(PEERS), default="trl")
     parser.add_argument("--model", default=common.MODEL)
@@ -484,12 +486,14 @@ def main() -> int:
     note(common.facts_text(found))
     with tempfile.TemporaryDirectory(prefix="aifactory-bench-") as name:
         scratch = Path(name)
-        common.write_rows(scratch / "rows.jsonl", 200 * (1 + options.steps), longest=PACK)
+        common.write_rows(scratch / "rows.jsonl", 200 * (1 + (options.steps or 2)), longest=PACK)
         common.write_rows(scratch / "eval.jsonl", 2, seed=SEED + 1000)
         cases = []
         for case in options.case or CASES:
             pairs = options.pairs or (5 if case == "packed-lora" else 3)
-            cases.append(measure(case, argparse.Namespace(**{**vars(options), "pairs": pairs}), scratch))
+            steps = options.steps or (2 if case.startswith("padded") else 1)
+            given = argparse.Namespace(**{**vars(options), "pairs": pairs, "steps": steps})
+            cases.append(measure(case, given, scratch))
     lead = next((c for c in cases if c["name"] == "packed-lora"), cases[0])
     result = {
         "peer": options.peer,
