@@ -117,16 +117,21 @@ def partition_while_reading(
         module=nn.Module(), config_dict_or_path=config, dtype=torch.bfloat16 if half else torch.float32
     )
     places = materialise.tensors_in(folder)
+    stored = {n: materialise.file_name_of(n) for n, _ in core.named_parameters()}
+    # One buffer for all tensors of the files: Gloo's threads let go of what they sent some time after the broadcast, and
+    # on busy cores a tensor of its own for each parameter added up to most of a small model.
+    largest = max(p.numel() for n, p in core.named_parameters() if stored[n] is not None)
+    dtypes = {n: torch.bfloat16 if half else p.dtype for n, p in core.named_parameters()}
+    buffers = {d: torch.empty(largest, dtype=d, device=world.device) for d in {dtypes[n] for n in stored if stored[n]}}
     for name, parameter in core.named_parameters():
-        stored = materialise.file_name_of(name)
-        if stored is None:  # an adapter: small, and already here
-            whole = parameter.data
-        elif world.is_main:
-            whole = materialise.read_tensor(places[stored], stored, tuple(parameter.shape))
+        file_name = stored[name]
+        if file_name is None:  # an adapter: small, and already here
+            parameter.data = parameter.data.to(world.device, dtypes[name])
         else:
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype)
-        parameter.data = whole.to(world.device, torch.bfloat16 if half else parameter.dtype)
-        del whole
+            whole = buffers[dtypes[name]][: parameter.numel()].view(parameter.shape)
+            if world.is_main:
+                whole.copy_(materialise.read_tensor(places[file_name], file_name, tuple(parameter.shape)))
+            parameter.data = whole
         init._convert_to_zero_parameters([parameter])
 
 
