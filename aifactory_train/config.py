@@ -121,7 +121,7 @@ class AdapterConfig(Strict):
         False, description="Also train the (tied) embeddings in full, e.g. for a new language."
     )
     quantise_base: Literal["none", "nf4"] = Field(
-        "none", description="nf4: QLoRA through bitsandbytes (CUDA or ROCm only)."
+        "none", description="nf4: QLoRA through bitsandbytes (extra qlora), where it can quantise on the device."
     )
 
 
@@ -254,7 +254,9 @@ class TrainConfig(Strict):
     )
     grad_accum: int | Literal["auto"] = Field("auto", description="Micro-batches per rank and step.")
     micro_batch_tokens: int = Field(
-        4096, ge=8, description="With grad_accum auto: most tokens in one micro-batch of one rank."
+        4096,
+        ge=8,
+        description="With grad_accum auto: most tokens in one micro-batch of one rank; on a CPU at most max(512, the step's longest document).",
     )
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(2e-4, gt=0)
