@@ -3,7 +3,7 @@
     python benchmarks/data_prep.py --json [--rows 10000] [--pairs 3] [--data FILE.jsonl]
     python benchmarks/data_prep.py --json --million          # 1,000,000 rows, ours alone: is memory flat?
 
-Synthetic chat rows of real lengths (``common.LENGTHS``; the short ones with ``--million``) and one chat template for both sides. TRL: what ``SFTTrainer`` does with a
+Synthetic chat rows of real lengths (``measuring.LENGTHS``; the short ones with ``--million``) and one chat template for both sides. TRL: what ``SFTTrainer`` does with a
 data set when it is constructed (chat template with assistant masks, labels, best-fit-decreasing packing to 512 tokens; it splits,
 compares and reports nothing). Ours: ``prepare`` as ``aifactory prepare`` calls it, from the first row read to the last one that lies
 tokenised and masked in the cache (validation and digests of every row included; rows are packed when a step needs them). What
@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import common
+import measuring
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
@@ -192,7 +192,7 @@ def watched(side: str, spec: dict[str, Any], env: dict[str, str]) -> tuple[dict[
     readings: list[tuple[float, float]] = []
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         command = [sys.executable, __file__, "--child", side, json.dumps(spec)]
-        process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **env})
+        process = subprocess.Popen(command, stdout=out, stderr=err, env={**measuring.alone(), **env})
         while process.poll() is None:
             readings.append((time.time(), _anonymous(process.pid)))
             time.sleep(0.1)
@@ -209,7 +209,7 @@ def watched(side: str, spec: dict[str, Any], env: dict[str, str]) -> tuple[dict[
 def compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Alternating pairs at 1 and 2 processes, and the bare tokenizer."""
     spec = _spec(options, scratch)
-    env = common.quiet_env(scratch)
+    env = measuring.quiet_env(scratch)
     cases = []
     for processes in options.processes:
         pairs = []
@@ -246,7 +246,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def million(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Ours alone on very many rows: rows/s, and whether memory is flat."""
     spec = {**_spec(options, scratch), "processes": options.processes[-1], "cache": str(scratch / "prepared")}
-    result, readings = watched("ours", spec, common.quiet_env(scratch))
+    result, readings = watched("ours", spec, measuring.quiet_env(scratch))
     marks = result.pop("marks")
     tenth = next(at for at, rows in marks if rows >= result["rows"] / 10)
     last = marks[-1][0]
@@ -271,12 +271,12 @@ def _spec(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     template = scratch / "chatml.jinja"
     template.write_text(TEMPLATE, encoding="utf-8")
     kind, longest = ("short", None) if options.million else ("chat", PACK - 60)
-    data = options.data or common.write_rows(scratch / "rows.jsonl", options.rows, longest=longest, kind=kind)
+    data = options.data or measuring.write_rows(scratch / "rows.jsonl", options.rows, longest=longest, kind=kind)
     return {
-        "model": str(common.model_folder(options.model)),
+        "model": str(measuring.model_folder(options.model)),
         "template": str(template),
         "data": str(data),
-        "eval": str(common.write_rows(scratch / "eval.jsonl", 2, seed=99)),
+        "eval": str(measuring.write_rows(scratch / "eval.jsonl", 2, seed=99)),
     }
 
 
@@ -333,7 +333,7 @@ def as_markdown(result: dict[str, Any]) -> str:
             "peak_gb_selection",
         )
         rows = [[str(result[key]) for key in keys]]
-    return common.table(header, rows) + "\n" + common.facts_text(result["facts"])
+    return measuring.table(header, rows) + "\n" + measuring.facts_text(result["facts"])
 
 
 def main() -> int:
@@ -344,7 +344,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, action="append", help="repeatable; default: 1 and 2")
     parser.add_argument("--million", action="store_true", help="ours alone on 1,000,000 rows: memory over time")
     parser.add_argument("--data", type=Path, help="JSONL of chat rows instead of synthetic ones")
-    parser.add_argument("--model", default=common.MODEL)
+    parser.add_argument("--model", default=measuring.MODEL)
     parser.add_argument("--update-readme", action="store_true")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -354,12 +354,12 @@ def main() -> int:
         return 0
     options.rows = options.rows or (1_000_000 if options.million else 10_000)
     options.processes = options.processes or [1, 2]
-    found = common.facts("trl", "datasets")
+    found = measuring.facts("trl", "datasets")
     with tempfile.TemporaryDirectory(prefix="aifactory-bench-") as name:
         result = (million if options.million else compare)(options, Path(name))
     result["facts"] = found
     if options.update_readme:
-        common.update_readme("data-prep-million" if options.million else "data-prep", as_markdown(result))
+        measuring.update_readme("data-prep-million" if options.million else "data-prep", as_markdown(result))
     print(json.dumps(result) if options.json else as_markdown(result))
     return 0
 

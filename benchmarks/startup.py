@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import common
+import measuring
 
 #: What the commands that answer on a login node should take at most on an idle machine, in seconds.
 GOALS = {"--help": 0.4, "launch --dry-run": 0.5}
@@ -47,7 +46,7 @@ def timed(command: list[str], repeat: int, env: dict[str, str]) -> dict[str, Any
     seconds, code, said = [], 0, ""
     for _ in range(repeat + 1):
         started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, env={**measuring.alone(), **env}, timeout=120)
         seconds.append(time.perf_counter() - started)
         code, said = done.returncode, done.stderr
     kept = seconds[1:]
@@ -57,7 +56,7 @@ def timed(command: list[str], repeat: int, env: dict[str, str]) -> dict[str, Any
 
 def first_step(scratch: Path, env: dict[str, str]) -> float:
     """Seconds from starting ``aifactory train`` to the first line of metrics.jsonl."""
-    sys.path.insert(0, str(common.ROOT / "tests"))
+    sys.path.insert(0, str(measuring.ROOT / "tests"))
     import helpers  # the tests' tiny model
 
     model = helpers.write_model(scratch / "model")
@@ -66,7 +65,7 @@ def first_step(scratch: Path, env: dict[str, str]) -> float:
     started = time.perf_counter()
     command = [sys.executable, "-m", "aifactory_train", "train", str(recipe), "--run-dir", str(run), "--quiet"]
     with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **env}
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**measuring.alone(), **env}
     ) as process:
         metrics = run / "metrics.jsonl"
         while not (metrics.is_file() and metrics.stat().st_size):
@@ -94,9 +93,9 @@ def as_markdown(result: dict[str, Any]) -> str:
     if result["first_step_s"] is not None:
         rows.append(["first step of `aifactory train`", f"{result['first_step_s']:.2f}", "–", "–"])
     return (
-        common.table(["what", "best, s", "median, s", "goal on an idle machine, s"], rows)
+        measuring.table(["what", "best, s", "median, s", "goal on an idle machine, s"], rows)
         + "\n"
-        + common.facts_text(result["facts"])
+        + measuring.facts_text(result["facts"])
     )
 
 
@@ -109,7 +108,7 @@ def main() -> int:
     parser.add_argument("--no-step", action="store_true", help="leave the first training step out")
     parser.add_argument("--update-readme", action="store_true")
     options = parser.parse_args()
-    found = common.facts()
+    found = measuring.facts()
     program = [sys.executable, "-m", "aifactory_train"]
     chosen = {n: c for n, c in commands(options.recipe).items() if not options.only or n in options.only}
     with tempfile.TemporaryDirectory(prefix="aifactory-bench-") as name:
@@ -123,11 +122,11 @@ def main() -> int:
             },
             "first_step_s": None
             if options.no_step or options.only
-            else round(first_step(scratch, common.quiet_env(scratch)), 2),
+            else round(first_step(scratch, measuring.quiet_env(scratch)), 2),
             "facts": found,
         }
     if options.update_readme:
-        common.update_readme("startup", as_markdown(result))
+        measuring.update_readme("startup", as_markdown(result))
     print(json.dumps(result) if options.json else as_markdown(result))
     failed = {n: c for n, c in result["commands"].items() if c["exit_code"] != 0}
     for name, c in failed.items():

@@ -30,7 +30,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import common
+import measuring
 
 CASES = ("packed-lora", "padded-lora", "packed-full", "padded-full")
 PACK, PACKS, ROWS = 512, 4, 4  # tokens of a pack, packs of a packed step, rows of a padded step
@@ -359,7 +359,7 @@ def measure(case: str, options: argparse.Namespace, scratch: Path) -> dict[str, 
         "packed": batching == "packed",
         "kind": kind,
         "peer": options.peer,
-        "model": str(common.model_folder(options.model)),
+        "model": str(measuring.model_folder(options.model)),
         "data": str(options.data or scratch / "rows.jsonl"),
         "eval": str(scratch / "eval.jsonl"),
         "rows": str(scratch / f"{case}.jsonl"),
@@ -368,13 +368,13 @@ def measure(case: str, options: argparse.Namespace, scratch: Path) -> dict[str, 
         "whole_steps": options.whole_steps,
         "ceiling": True,
     }
-    env = common.quiet_env(scratch)
-    work, _, _ = common.child([__file__, "--child", "plan", json.dumps(spec)], env=env)
+    env = measuring.quiet_env(scratch)
+    work, _, _ = measuring.child([__file__, "--child", "plan", json.dumps(spec)], env=env)
     spec["documents"] = work["documents"]
     pairs = []
     for number in range(options.pairs):
-        theirs, their_peak, _ = common.child([__file__, "--child", "peer", json.dumps(spec)], env=env)
-        own, _, _ = common.child([__file__, "--child", "ours", json.dumps(spec)], env=env)
+        theirs, their_peak, _ = measuring.child([__file__, "--child", "peer", json.dumps(spec)], env=env)
+        own, _, _ = measuring.child([__file__, "--child", "ours", json.dumps(spec)], env=env)
         if own["tokens"] != work["tokens"] or own["supervised"] != work["supervised"]:
             raise SystemExit(f"{case}: our run trained other tokens than planned")
         timed = sum(work["tokens"][1:])
@@ -458,7 +458,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         for c in result["cases"]
     ]
     name = PEERS[result["peer"]]
-    return f"Peer: {name}.\n\n" + common.table(header, rows) + "\n" + common.facts_text(result["facts"])
+    return f"Peer: {name}.\n\n" + measuring.table(header, rows) + "\n" + measuring.facts_text(result["facts"])
 
 
 def main() -> int:
@@ -471,7 +471,7 @@ def main() -> int:
     )
     parser.add_argument("--data", type=Path, help="JSONL of chat rows (default: synthetic rows of real lengths)")
     parser.add_argument("--peer", choices=sorted(PEERS), default="trl")
-    parser.add_argument("--model", default=common.MODEL)
+    parser.add_argument("--model", default=measuring.MODEL)
     parser.add_argument("--whole-steps", action="store_true", help="ours with one micro-batch a step, as the peer")
     parser.add_argument("--update-readme", action="store_true", help="write the table into benchmarks/README.md")
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "SPEC"), help=argparse.SUPPRESS)
@@ -482,12 +482,12 @@ def main() -> int:
         return 0
     if options.data is not None and not options.data.is_file():
         parser.error(f"--data: no such file: {options.data}")
-    found = common.facts("trl", "accelerate", "datasets")
-    note(common.facts_text(found))
+    found = measuring.facts("trl", "accelerate", "datasets")
+    note(measuring.facts_text(found))
     with tempfile.TemporaryDirectory(prefix="aifactory-bench-") as name:
         scratch = Path(name)
-        common.write_rows(scratch / "rows.jsonl", 200 * (1 + (options.steps or 2)), longest=PACK)
-        common.write_rows(scratch / "eval.jsonl", 2, seed=SEED + 1000)
+        measuring.write_rows(scratch / "rows.jsonl", 200 * (1 + (options.steps or 2)), longest=PACK)
+        measuring.write_rows(scratch / "eval.jsonl", 2, seed=SEED + 1000)
         cases = []
         for case in options.case or CASES:
             pairs = options.pairs or (5 if case == "packed-lora" else 3)
@@ -504,7 +504,7 @@ def main() -> int:
     }
     if options.update_readme:
         section = "vs-" + options.peer + ("-whole-steps" if options.whole_steps else "")
-        common.update_readme(section, as_markdown(result))
+        measuring.update_readme(section, as_markdown(result))
     print(json.dumps(result) if options.json else as_markdown(result))
     apart = [c["name"] for c in cases if c["name"].startswith("padded") and c["loss_max_rel_diff"] > TOLERANCE]
     if apart:

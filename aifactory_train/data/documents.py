@@ -288,8 +288,11 @@ def _html(raw: bytes, path: Path) -> str:
     stated = (found[1] or found[2]).decode("ascii") if found else None
     if stated is not None:
         try:
-            # Browsers read "iso-8859-1" as Windows-1252, and pages are written for browsers (WHATWG Encoding Standard).
-            stated = {"iso8859-1": "cp1252", "ascii": "utf-8"}.get(codecs.lookup(stated).name, stated)
+            # Browsers read "iso-8859-1" as Windows-1252, and pages are written for browsers (WHATWG Encoding Standard). A
+            # statement that could be read byte by byte was not written in UTF-16: the standard takes UTF-8 then.
+            known = codecs.lookup(stated).name
+            stated = {"iso8859-1": "cp1252", "ascii": "utf-8"}.get(known, stated)
+            stated = "utf-8" if known.startswith(("utf-16", "utf-32")) else stated
         except LookupError:
             raise Unusable("unknown encoding", stated) from None
     markup = _decode(raw, stated)

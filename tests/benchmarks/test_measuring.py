@@ -14,7 +14,7 @@ import pytest
 BENCHMARKS = helpers.ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import common  # noqa: E402
+import measuring  # noqa: E402
 
 
 def run(script: str, *arguments: str) -> dict:
@@ -70,19 +70,19 @@ def test_startup_times_commands() -> None:
 
 
 def test_synthetic_rows_have_the_lengths_that_they_claim(tmp_path: Path) -> None:
-    drawn = list(common.lengths(4000))
-    assert statistics.median(drawn) == pytest.approx(common.LENGTHS["chat"]["median"], rel=0.05)
-    assert sorted(drawn)[3600] == pytest.approx(common.LENGTHS["chat"]["p90"], rel=0.08)
-    first, again = (common.write_rows(tmp_path / name, 50).read_text() for name in ("a", "b"))
+    drawn = list(measuring.lengths(4000))
+    assert statistics.median(drawn) == pytest.approx(measuring.LENGTHS["chat"]["median"], rel=0.05)
+    assert sorted(drawn)[3600] == pytest.approx(measuring.LENGTHS["chat"]["p90"], rel=0.08)
+    first, again = (measuring.write_rows(tmp_path / name, 50).read_text() for name in ("a", "b"))
     assert first == again and len(set(first.splitlines())) == 50
 
 
 def test_the_readme_is_changed_between_its_markers_alone(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("prose\n<!-- begin: a -->\nold\n<!-- end: a -->\n<!-- begin: b -->\nkept\n<!-- end: b -->\n")
-    common.update_readme("a", "new figures", readme)
+    measuring.update_readme("a", "new figures", readme)
     assert readme.read_text() == (
         "prose\n<!-- begin: a -->\nnew figures\n<!-- end: a -->\n<!-- begin: b -->\nkept\n<!-- end: b -->\n"
     )
     with pytest.raises(SystemExit, match="no markers for 'c'"):
-        common.update_readme("c", "x", readme)
+        measuring.update_readme("c", "x", readme)

@@ -92,7 +92,7 @@ UNUSABLE = {
     "script.html": (lambda: b"<html><script>x()</script></html>", "HTML without text"),
     "strange.html": (lambda: b"<meta charset=klingon><p>x", "unknown encoding"),
     "liar.html": (lambda: b"<meta charset=ascii><p>caf\xe9", "not UTF-8"),
-    "koi.html": (lambda: b"<meta charset=utf-16><p>caf\xe9", "not utf-16, as it says"),
+    "utf16.html": (lambda: b"<meta charset=utf-16><p>caf\xe9", "not UTF-8"),
     "torn.txt.gz": (lambda: gzip.compress(b"hello" * 99)[:-9], "damaged gzip file"),
 }
 

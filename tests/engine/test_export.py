@@ -192,7 +192,9 @@ def test_eos_is_what_was_supervised_not_what_the_tokenizer_calls_eos(tmp_path):
 def test_what_the_base_is_called_elsewhere(tmp_path, tiny_model_dir):
     def name_of(base, **more):
         return ex.public_base(
-            SimpleNamespace(model=SimpleNamespace(base=str(base), revision=None, start_from=None, **more))
+            SimpleNamespace(
+                model=SimpleNamespace(base=str(base), revision=None, start_from=None, vocabulary=None, **more)
+            )
         )
 
     assert name_of("org/some-model") == ("org/some-model", None)
@@ -345,7 +347,7 @@ def test_the_card_shows_figures_and_parents(tmp_path, bases):
     write_json(case.run.eval_file, {"before": {**figures, "bits_per_byte": 2.0}, "after": figures})
     card = model_card(case.run, case.recipe, case.data, "adapter", "fp32")
     metadata = yaml.safe_load(card.split("---")[1])
-    assert metadata["language"] == ["en"] and metadata["license"] == "other"
+    assert metadata["language"] == ["en"] and metadata["license"] == "apache-2.0"  # the base's: the rows are CC0
     results = metadata["model-index"][0]["results"][0]["metrics"]
     assert {r["type"]: r["value"] for r in results} == {"bits_per_byte": 1.5, "perplexity": 9.0}
     for words in (

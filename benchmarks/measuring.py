@@ -78,9 +78,7 @@ def child(arguments: list[str], *, env: dict[str, str] | None = None) -> tuple[d
 
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, *arguments], stdout=out, stderr=err, env={**os.environ, **(env or {})}
-        )
+        process = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=err, env={**alone(), **(env or {})})
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - started
@@ -92,6 +90,12 @@ def child(arguments: list[str], *, env: dict[str, str] | None = None) -> tuple[d
         )
     lines = [line for line in text.splitlines() if line.startswith("{")]
     return (json.loads(lines[-1]) if lines else {}), usage.ru_maxrss * 1024 / 1e9, seconds
+
+
+def alone() -> dict[str, str]:
+    """This environment without a launcher's ranks: what is measured is one process."""
+    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in os.environ.items() if name not in ranks}
 
 
 def quiet_env(scratch: Path) -> dict[str, str]:
