@@ -72,4 +72,4 @@ kernels-targets: $(VENV)/.installed-test
 	$(BIN)/aifactory kernels check --subset
 
 test-all: lint types
-	$(PYTEST)
+	AIFACTORY_FUZZ=1 $(PYTEST)

@@ -15,6 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # "import helpers" fro
 
 import helpers
 import pytest
+from hypothesis import settings
+
+# A change is judged by the same examples every time; AIFACTORY_FUZZ=1 (`make test-all`) draws new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("new", deadline=None)
+settings.load_profile("new" if os.environ.get("AIFACTORY_FUZZ") else "same")
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def _bucket(points: list[tuple[float, float]]) -> tuple[float, float, float, flo
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers that cover ``[low, high]``."""
-    if high <= low:
+    if high - low <= 1e-12 * max(abs(low), abs(high)):  # nothing, or less than steps of floating point resolve
         high = low + (abs(low) or 1.0)
     raw = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
