@@ -8,9 +8,8 @@ clipping and type (fp32), and start from the same adapter. In the packed cases T
 a fresh process, alternating, so that the peak is the process's own (``ru_maxrss``). The first step of a run warms up and is not
 timed; after it, the time between the ends of two steps counts, with everything that happens in between. Tokens are real ones.
 
-TRL runs in fp32 and without gradient checkpointing, as ours does; both are on by its defaults (bf16, recomputation), which
-need less memory and were not measured. Ours runs
-with the recipe's defaults (which on a CPU means micro-batches of 512 tokens); ``--whole-steps`` measures it with one micro-batch.
+TRL runs in fp32 and without gradient checkpointing, as ours does; its defaults (bf16, recomputation) would need less memory
+and were not measured. Ours runs with the recipe's defaults (which on a CPU means micro-batches of 512 tokens); ``--whole-steps`` measures it with one micro-batch.
 
 The ceiling: every matrix product of one of our steps is recorded with its shapes and layout, timed alone on warm memory in the same
 process afterwards (median of repetitions), and added up. The share is that time over the step's.
