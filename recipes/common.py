@@ -1,4 +1,4 @@
-"""What the converters share: how rows are held out, and how wording that repeats across the two parts is kept apart.
+"""What the converters share: reading a source, asking in one of several directions, and how rows are held out.
 
 Sources of a trade (ontologies, standards, catalogues) repeat themselves: the same sentence describes a left and a right hand,
 a direct and an alternating current. A plain random split would test what was trained. Here an entry goes to training or to
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,63 @@ def _shingles(text: str) -> set[tuple[str, ...]]:
     return {tuple(found[i : i + width]) for i in range(len(found) - width + 1)} if found else set()
 
 
+def some(entries: Iterable[dict[str, Any]], path: Path, what: str) -> Iterator[dict[str, Any]]:
+    """The entries as they come; a :class:`UserError` that names the file if there are none."""
+    found = False
+    for entry in entries:
+        found = True
+        yield entry
+    if not found:
+        raise no_rows(path, what)
+
+
+def distinct(
+    entries: Iterable[dict[str, Any]], path: Path, what: str, min_words: int = 1, max_words: float = float("inf")
+) -> Iterator[dict[str, Any]]:
+    """Entries whose ``wording`` has that many words and has not come before; a :class:`UserError` if none has."""
+
+    def kept() -> Iterator[dict[str, Any]]:
+        seen: set[str] = set()
+        for entry in entries:
+            wording = entry["wording"]
+            if wording not in seen and min_words <= len(wording.split()) <= max_words:
+                seen.add(wording)
+                yield entry
+
+    return some(kept(), path, what)
+
+
 def chat(entry: dict[str, Any], key: str, prompt: str, completion: str, system: str) -> dict[str, Any]:
     """One row in the ``prompt`` form, with its identity and its group."""
     return {"id": key, "group": entry["group"], "prompt": prompt, "completion": completion, "system": system}
 
 
-def choose(value: str, known: Sequence[str], option: str) -> str:
+def asked(
+    entries: Iterable[dict[str, Any]],
+    directions: Mapping[str, tuple[str, str]],
+    direction: str,
+    *,
+    part: str,
+    held_out: float,
+    system: str,
+) -> Iterator[dict[str, Any]]:
+    """Rows that ask about the entries of one part in one direction, e.g. name to definition or definition to name.
+
+    Args:
+        entries: as for :func:`parted`, each with an ``id``.
+        directions: the converter's directions, each with the templates of prompt and completion; ``{name}`` is the
+            entry's value of that name.
+        direction: the one that is asked.
+        part, held_out: as for :func:`parted`.
+        system: the system message of every row.
+    """
+    prompt, completion = directions[choose(direction, directions, "direction")]
+    for entry in parted(entries, part, held_out):
+        key = f"{entry['id']}/{direction}"
+        yield chat(entry, key, prompt.format_map(entry), completion.format_map(entry), system)
+
+
+def choose(value: str, known: Collection[str], option: str) -> str:
     """``value`` if it is one of ``known``; a :class:`UserError` that lists them otherwise."""
     if value not in known:
         raise UserError(
@@ -125,6 +177,34 @@ def read_text(path: Path, encoding: str = "utf-8", errors: str = "strict") -> st
         raise UserError(f"not {encoding} text: {error.reason}", where=str(path)) from None
     except IsADirectoryError:
         raise UserError("is a folder, not a file", where=str(path)) from None
+
+
+def unescaped(text: str) -> str:
+    """What stands between the quotes of an OBO or Turtle string, on one line: backslashes resolved."""
+    return plain(re.sub(r"\\(.)", lambda m: " " if m[1] == "n" else m[1], text))
+
+
+def read_xml(path: Path) -> ElementTree.Element:
+    """Root of an XML file; what is not XML is a :class:`UserError` that names the file."""
+    try:
+        return ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise not_xml(path, error) from None
+
+
+def not_xml(path: Path, error: ElementTree.ParseError) -> UserError:
+    """The error for a file that cannot be parsed."""
+    return UserError(f"not XML: {error}", where=str(path))
+
+
+def tag(node: ElementTree.Element) -> str:
+    """Name of an XML element without its namespace."""
+    return node.tag.rpartition("}")[2]
+
+
+def child(node: ElementTree.Element, name: str) -> ElementTree.Element | None:
+    """First child of that name, in whatever namespace."""
+    return next((c for c in node if tag(c) == name), None)
 
 
 def no_rows(path: Path, what: str) -> UserError:

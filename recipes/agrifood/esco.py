@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.recipes.common import chat, choose, no_rows, parted, plain, words
+from aifactory_train.recipes.common import asked, plain, some, words
 
-DIRECTIONS = ("names-to-description", "description-to-names")
+DIRECTIONS = {
+    "names-to-description": ("Describe: {names}", "{wording}"),
+    "description-to-names": ("Which skill or job? {wording}", "{names}"),
+}
 SYSTEM = "ESCO."
 
 _BEGIN = re.compile(r"(?<=[a-z)]) (?=[A-Z][a-z]+ )")
@@ -40,32 +43,22 @@ def rows(
         max_names: words of the names that are shown.
         max_words: longer descriptions are left out.
     """
-    choose(direction, DIRECTIONS, "direction")
-    for entry in parted(concepts(path, topics, max_words), part, held_out):
-        names = " ".join(entry["names"].split()[:max_names])
-        if direction == "names-to-description":
-            prompt, completion = f"Describe: {names}", entry["wording"]
-        else:
-            prompt, completion = f"Which skill or job? {entry['wording']}", names
-        yield chat(entry, f"{entry['id']}/{direction}", prompt, completion, SYSTEM)
+    found = some(concepts(path, topics, max_names, max_words), path, "concept with names and a description")
+    return asked(found, DIRECTIONS, direction, part=part, held_out=held_out, system=SYSTEM)
 
 
-def concepts(path: Path, topics: list[str] | None, max_words: int) -> Iterator[dict[str, Any]]:
+def concepts(path: Path, topics: list[str] | None, max_names: int, max_words: int) -> Iterator[dict[str, Any]]:
     """``{"id", "names", "wording"}`` of every concept whose names and description can be told apart."""
     begins = tuple(t.lower() for t in topics or [])
-    count = 0
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             text = plain(row.get("description") or "")
             cut = _BEGIN.search(text)
             if cut is None:
                 continue
-            names, wording = text[: cut.start()], text[cut.end() :]
+            names, wording = text[: cut.start()].split()[:max_names], text[cut.end() :]
             if not 4 <= len(wording.split()) <= max_words:
                 continue
             if begins and not any(word.startswith(begins) for word in words(text)):
                 continue
-            count += 1
-            yield {"id": "/".join((row.get("id") or "").split("/")[-2:]), "names": names, "wording": wording}
-    if not count:
-        raise no_rows(path, "concept with names and a description")
+            yield {"id": "/".join((row.get("id") or "").split("/")[-2:]), "names": " ".join(names), "wording": wording}

@@ -11,16 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.recipes.common import chat, choose, no_rows, parted, plain
+from aifactory_train.recipes.common import asked, distinct, plain
 
-DIRECTIONS = ("signature-to-docstring", "docstring-to-signature")
+DIRECTIONS = {
+    "signature-to-docstring": ("Document: {signature}", "{wording}"),
+    "docstring-to-signature": ("Which signature? {wording}", "{signature}"),
+}
 SYSTEM = "Python documentation."
 
 
 def rows(
     path: Path, *, part: str = "train", direction: str = "signature-to-docstring", held_out: float = 0.15
 ) -> Iterator[dict[str, Any]]:
-    """Rows of all ``*.py`` files in a folder, tests left out.
+    """Rows of all ``*.py`` files in a folder, tests and docstrings of less than four words left out.
 
     Args:
         path: folder of Python source.
@@ -28,18 +31,12 @@ def rows(
         direction: one of :data:`DIRECTIONS`.
         held_out: share of the modules that is held out.
     """
-    choose(direction, DIRECTIONS, "direction")
-    for entry in parted(functions(path), part, held_out):
-        if direction == "signature-to-docstring":
-            prompt, completion = f"Document: {entry['signature']}", entry["wording"]
-        else:
-            prompt, completion = f"Which signature? {entry['wording']}", entry["signature"]
-        yield chat(entry, f"{entry['id']}/{direction}", prompt, completion, SYSTEM)
+    found = distinct(functions(path), path, "documented function", min_words=4)
+    return asked(found, DIRECTIONS, direction, part=part, held_out=held_out, system=SYSTEM)
 
 
 def functions(path: Path) -> Iterator[dict[str, Any]]:
-    """``{"id", "signature", "wording", "group"}`` of public functions and methods with a docstring of four words or more."""
-    seen: set[str] = set()
+    """``{"id", "signature", "wording", "group"}`` of public functions and methods; the wording of some is empty."""
     for file in sorted(path.rglob("*.py")):
         module = file.relative_to(path).with_suffix("").as_posix()
         if "tests/" in f"/{module}/":
@@ -52,12 +49,6 @@ def functions(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or node.name.startswith("_"):
                 continue
             told = inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0]
-            wording = plain(told)
-            if len(wording.split()) < 4 or wording in seen:
-                continue
-            seen.add(wording)
             signature = f"def {node.name}({ast.unparse(node.args)})"
             key = f"{module}:{node.name}:{node.lineno}"
-            yield {"id": key, "signature": signature, "wording": wording, "group": module}
-    if not seen:
-        raise no_rows(path, "documented function")
+            yield {"id": key, "signature": signature, "wording": plain(told), "group": module}

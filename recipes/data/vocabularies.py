@@ -7,13 +7,16 @@ comment beside its name; the files are read as text, never imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.recipes.common import chat, choose, no_rows, parted, plain, read_text
+from aifactory_train.recipes.common import asked, choose, distinct, plain, read_text
 
-DIRECTIONS = ("definition-to-term", "term-to-definition")
+DIRECTIONS = {
+    "definition-to-term": ("Which term? {wording}", "{id}"),
+    "term-to-definition": ("Define: {id}", "{wording}"),
+}
 VOCABULARIES = ("CSVW", "DCAT", "DCTERMS", "ODRL2", "ORG", "PROV", "QB", "SH", "SKOS", "SOSA", "SSN", "TIME", "VOID")
 SYSTEM = "Vocabularies for data catalogues, provenance and permissions."
 
@@ -39,26 +42,14 @@ def rows(
         held_out: share of the definitions that is held out.
         max_words: longer definitions are left out.
     """
-    choose(direction, DIRECTIONS, "direction")
-    for entry in parted(terms(path, vocabularies or list(VOCABULARIES), max_words), part, held_out):
-        if direction == "definition-to-term":
-            prompt, completion = f"Which term? {entry['wording']}", entry["id"]
-        else:
-            prompt, completion = f"Define: {entry['id']}", entry["wording"]
-        yield chat(entry, f"{entry['id']}/{direction}", prompt, completion, SYSTEM)
+    found = distinct(terms(path, vocabularies or VOCABULARIES), path, "vocabulary with definitions", 3, max_words)
+    return asked(found, DIRECTIONS, direction, part=part, held_out=held_out, system=SYSTEM)
 
 
-def terms(path: Path, vocabularies: list[str], max_words: int) -> Iterator[dict[str, Any]]:
-    """``{"id": "dcat:Dataset", "wording"}``; the same definition is yielded once."""
-    seen: set[str] = set()
+def terms(path: Path, vocabularies: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """``{"id": "dcat:Dataset", "wording"}`` of each term with a definition."""
     for name in vocabularies:
         file = path / f"_{choose(name, VOCABULARIES, 'vocabularies')}.py"
         prefix = name.lower().removesuffix("2")
         for term, comment in _TERM.findall(read_text(file)) if file.is_file() else []:
-            wording = plain(comment.replace("\\n", " "))
-            if wording in seen or not 3 <= len(wording.split()) <= max_words:
-                continue
-            seen.add(wording)
-            yield {"id": f"{prefix}:{term}", "wording": wording}
-    if not seen:
-        raise no_rows(path, "vocabulary with definitions")
+            yield {"id": f"{prefix}:{term}", "wording": plain(comment.replace("\\n", " "))}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
-from aifactory_train.recipes.common import chat, choose, no_rows, parted, plain
+from aifactory_train.recipes.common import asked, no_rows, plain, read_xml
 
-DIRECTIONS = ("definition-to-name", "name-to-definition")
+DIRECTIONS = {
+    "definition-to-name": ("Which name? {wording}{unit}", "{id}"),
+    "name-to-definition": ("Define: {id}{unit}", "{wording}"),
+}
 SYSTEM = "CF standard names."
 
 
@@ -35,23 +36,13 @@ def rows(
             sentences, which is why the share is large.
         max_words: longer definitions are left out.
     """
-    choose(direction, DIRECTIONS, "direction")
-    for entry in parted(names(path, topics, max_words), part, held_out):
-        unit = f" [{entry['unit']}]" if entry["unit"] else ""
-        if direction == "definition-to-name":
-            prompt, completion = f"Which name? {entry['wording']}{unit}", entry["id"]
-        else:
-            prompt, completion = f"Define: {entry['id']}{unit}", entry["wording"]
-        yield chat(entry, f"{entry['id']}/{direction}", prompt, completion, SYSTEM)
+    found = names(path, topics, max_words)
+    return asked(found, DIRECTIONS, direction, part=part, held_out=held_out, system=SYSTEM)
 
 
 def names(path: Path, topics: list[str] | None, max_words: int) -> Iterator[dict[str, Any]]:
-    """``{"id", "unit", "wording"}`` of each entry with a definition."""
-    try:
-        root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        raise UserError(f"not XML: {error}", where=str(path)) from None
-    entries = root.findall("entry")
+    """``{"id", "unit", "wording"}`` of each entry with a definition; the unit as it follows the text, `` [K]`` or empty."""
+    entries = read_xml(path).findall("entry")
     if not entries:
         raise no_rows(path, "entry")
     for entry in entries:
@@ -60,4 +51,5 @@ def names(path: Path, topics: list[str] | None, max_words: int) -> Iterator[dict
             continue
         if topics and not set(topics) & set(re.split("_", name)):
             continue
-        yield {"id": name, "unit": plain(entry.findtext("canonical_units") or ""), "wording": text}
+        unit = plain(entry.findtext("canonical_units") or "")
+        yield {"id": name, "unit": f" [{unit}]" if unit else "", "wording": text}

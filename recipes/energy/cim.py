@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.recipes.common import chat, choose, no_rows, parted, plain, read_text
+from aifactory_train.recipes.common import asked, distinct, plain, read_text
 
-DIRECTIONS = ("definition-to-name", "name-to-definition")
+DIRECTIONS = {
+    "definition-to-name": ("Which element? {wording}", "{id}"),
+    "name-to-definition": ("Define: {id}", "{wording}"),
+}
 SYSTEM = "Common Information Model."
 
 _MEMBER = re.compile(r"^\| `?([A-Za-z]\w*) \[[^\]]*\]`?[^|]*\| [^|]*\| (.+?) \| [^|]*\|$")
@@ -37,20 +40,13 @@ def rows(
         held_out: share of the definitions that is held out.
         min_words, max_words: shorter and longer definitions are left out.
     """
-    choose(direction, DIRECTIONS, "direction")
-    for entry in parted(definitions(path, min_words, max_words), part, held_out):
-        if direction == "definition-to-name":
-            prompt, completion = f"Which element? {entry['wording']}", entry["id"]
-        else:
-            prompt, completion = f"Define: {entry['id']}", entry["wording"]
-        yield chat(entry, f"{entry['id']}/{direction}", prompt, completion, SYSTEM)
+    found = distinct(definitions(path), path, "class or member definitions", min_words, max_words)
+    return asked(found, DIRECTIONS, direction, part=part, held_out=held_out, system=SYSTEM)
 
 
-def definitions(path: Path, min_words: int, max_words: int) -> Iterator[dict[str, Any]]:
-    """``{"id": "Class" or "Class.member", "wording"}``; a definition that stands twice is yielded once."""
+def definitions(path: Path) -> Iterator[dict[str, Any]]:
+    """``{"id": "Class" or "Class.member", "wording"}`` of each class and of each member that it does not inherit."""
     text = read_text(path, errors="replace")  # a few Latin-1 apostrophes stand in the UTF-8 file
-    seen: set[str] = set()
-    found = False
     for section in re.split(r"^### ", text, flags=re.MULTILINE)[1:]:
         name, _, body = section.partition("\n")
         name = name.strip()
@@ -61,10 +57,5 @@ def definitions(path: Path, min_words: int, max_words: int) -> Iterator[dict[str
         pairs += [(f"{name}.{m[1]}", m[2]) for line in own.splitlines() if (m := _MEMBER.match(line))]
         for key, definition in pairs:
             wording = plain(definition.replace("\ufffd", "'"))
-            if wording in seen or wording.startswith("see [") or not min_words <= len(wording.split()) <= max_words:
-                continue
-            seen.add(wording)
-            found = True
-            yield {"id": key, "wording": wording}
-    if not found:
-        raise no_rows(path, "class or member definitions")
+            if not wording.startswith("see ["):
+                yield {"id": key, "wording": wording}

@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.recipes.common import chat, choose, no_rows, parted, plain, read_text
+from aifactory_train.recipes.common import asked, distinct, read_text, unescaped
 
-DIRECTIONS = ("definition-to-class", "class-to-definition")
+DIRECTIONS = {
+    "definition-to-class": ("Which class? {wording}", "{name}"),
+    "class-to-definition": ("Define: {name}", "{wording}"),
+}
 SYSTEM = "Brick classes of building equipment, points and locations."
 
 _BLOCK = re.compile(r"^brick:(\w+)\s(.*?)\s\.\s*$", re.DOTALL | re.MULTILINE)
@@ -30,25 +33,13 @@ def rows(
         direction: one of :data:`DIRECTIONS`.
         held_out: share of the definitions that is held out.
     """
-    choose(direction, DIRECTIONS, "direction")
-    for entry in parted(classes(path), part, held_out):
-        name = entry["id"].replace("_", " ")
-        if direction == "definition-to-class":
-            prompt, completion = f"Which class? {entry['wording']}", name
-        else:
-            prompt, completion = f"Define: {name}", entry["wording"]
-        yield chat(entry, f"{entry['id']}/{direction}", prompt, completion, SYSTEM)
+    found = distinct(classes(path), path, "brick: class with skos:definition", min_words=3)
+    return asked(found, DIRECTIONS, direction, part=part, held_out=held_out, system=SYSTEM)
 
 
 def classes(path: Path) -> Iterator[dict[str, Any]]:
-    """``{"id", "wording"}`` of every class with a definition of its own."""
-    seen: set[str] = set()
+    """``{"id", "name", "wording"}`` of every class with a definition of its own."""
     for name, block in _BLOCK.findall(read_text(path)):
         told = _DEFINITION.search(block)
-        wording = plain(re.sub(r"\\(.)", lambda m: " " if m[1] == "n" else m[1], told[1])) if told else ""
-        if len(wording.split()) < 3 or wording in seen:
-            continue
-        seen.add(wording)
-        yield {"id": name, "wording": wording}
-    if not seen:
-        raise no_rows(path, "brick: class with skos:definition")
+        if told:
+            yield {"id": name, "name": name.replace("_", " "), "wording": unescaped(told[1])}

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
-from aifactory_train.recipes.common import chat, no_rows, parted, plain
+from aifactory_train.recipes.common import chat, parted, plain, read_xml, some
 
 SYSTEM = "Position im Jahresabschluss."
 
@@ -21,23 +20,18 @@ def rows(path: Path, *, part: str = "train", held_out: float = 0.2) -> Iterator[
         part: ``train`` or ``held_out``.
         held_out: share of the account names that is held out.
     """
-    for entry in parted(accounts(path), part, held_out):
+    for entry in parted(some(accounts(path), path, "account with a type"), part, held_out):
         yield chat(entry, entry["id"], entry["wording"], entry["position"], SYSTEM)
 
 
 def accounts(path: Path) -> Iterator[dict[str, Any]]:
     """``{"id", "wording", "position"}`` of every account with a type; the group is the name without the number."""
-    try:
-        root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        raise UserError(f"not XML: {error}", where=str(path)) from None
-    records = list(root.iter("record"))
+    records = list(read_xml(path).iter("record"))
     types = {
         r.get("id"): plain(_field(r, "name").text or "")
         for r in records
         if r.get("model") == "account.account.type.template" and _field(r, "name") is not None
     }
-    count = 0
     for record in records:
         if record.get("model") != "account.account.template":
             continue
@@ -45,15 +39,12 @@ def accounts(path: Path) -> Iterator[dict[str, Any]]:
         position = types.get(kind.get("ref")) if kind is not None else None
         if name is None or not plain(name.text or "") or not position:
             continue
-        count += 1
         number = plain(code.text or "") if code is not None else ""
         yield {
             "id": str(record.get("id")),
             "wording": f"{number} {plain(name.text or '')}".strip(),
             "position": position,
         }
-    if not count:
-        raise no_rows(path, "account with a type")
 
 
 def _field(record: ElementTree.Element, name: str) -> Any:

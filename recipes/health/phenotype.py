@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.errors import UserError
+from aifactory_train.recipes.common import check_part, choose, read_text, share_of, unescaped
 
 DIRECTIONS = ("term-to-definition", "definition-to-term", "term-to-synonyms")
 
@@ -40,17 +41,14 @@ def rows(
     """
     wanted = tuple(directions or DIRECTIONS)
     for name in wanted:
-        if name not in DIRECTIONS:
-            raise UserError(f"unknown direction '{name}'", where="data: options.directions", fix=f"one of {DIRECTIONS}")
-    if part not in ("train", "held_out"):
-        raise UserError(f"unknown part '{part}'", where="data: options.part", fix="train or held_out")
+        choose(name, DIRECTIONS, "directions")
+    check_part(part)
     for term in terms(path):
         definition = term["definition"]
         if not definition or len(definition.split()) > max_words:
             continue
         group = group_of(definition)
-        share = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
-        if (share < held_out) != (part == "held_out"):
+        if (share_of(group) < held_out) != (part == "held_out"):
             continue
         for direction in wanted:
             pair = _ask(direction, term)
@@ -77,11 +75,7 @@ def group_of(definition: str) -> str:
 
 def terms(path: Path) -> Iterator[dict[str, Any]]:
     """Live terms of an OBO file: ``{"id", "name", "definition", "synonyms"}`` (exact synonyms only)."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8: {error.reason}", where=str(path)) from None
-    stanzas = text.split("\n[Term]\n")
+    stanzas = read_text(path).split("\n[Term]\n")
     if len(stanzas) == 1:
         raise UserError("holds no [Term] stanza: not an OBO file", where=str(path))
     for stanza in stanzas[1:]:
@@ -94,16 +88,12 @@ def terms(path: Path) -> Iterator[dict[str, Any]]:
             elif key == "name":
                 term["name"] = value.strip()
             elif key == "def" and (found := _QUOTED.match(value)):
-                term["definition"] = _plain(found[1])
+                term["definition"] = unescaped(found[1])
             elif key == "synonym" and (found := _QUOTED.match(value)) and value[found.end() :].startswith(" EXACT"):
-                synonym = _plain(found[1])
+                synonym = unescaped(found[1])
                 if synonym.lower() != term["name"].lower() and synonym not in term["synonyms"]:
                     term["synonyms"].append(synonym)
             elif key == "is_obsolete" and value.strip() == "true":
                 live = False
         if live and term["name"]:
             yield term
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"\s+", " ", re.sub(r"\\(.)", lambda m: " " if m[1] == "n" else m[1], text)).strip()

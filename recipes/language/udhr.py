@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.errors import UserError
+from aifactory_train.recipes.common import check_part, plain, read_text
 
 _SECTION = re.compile(r'<(header|article)(?: data-number="(\d+)")?[^>]*>(.*?)</\1>', re.DOTALL)
 _BLOCK = re.compile(r"<(?:h\d|p|li)[^>]*>(.*?)</(?:h\d|p|li)>", re.DOTALL)
@@ -29,8 +30,7 @@ def rows(
         part: ``train`` or ``held_out``; every ``held_out_every``-th article is held out.
         with_heading: put the article's heading ("12. grein.") before its text.
     """
-    if part not in ("train", "held_out"):
-        raise UserError(f"unknown part '{part}'", where="data: options.part", fix="train or held_out")
+    check_part(part)
     if held_out_every < 2:
         raise UserError("held_out_every must be at least 2", where="data: options.held_out_every")
     for language in languages:
@@ -49,8 +49,7 @@ def rows(
 
 def articles(file: Path, *, with_heading: bool = False) -> Iterator[tuple[int, str]]:
     """``(number, text)`` of each article of one translation; the preamble is number 0."""
-    source = file.read_text(encoding="utf-8")
-    for kind, number, body in _SECTION.findall(source):
+    for kind, number, body in _SECTION.findall(read_text(file)):
         blocks = _BLOCK.findall(body)
         headings = len(re.findall(r"<h\d", body))
         if not with_heading:
@@ -61,4 +60,4 @@ def articles(file: Path, *, with_heading: bool = False) -> Iterator[tuple[int, s
 
 
 def _plain(block: str) -> str:
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", "", block))).strip()
+    return plain(html.unescape(re.sub(r"<[^>]+>", "", block)))

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
-from aifactory_train.recipes.common import chat, choose, no_rows, parted, plain
+from aifactory_train.recipes.common import asked, child, distinct, plain, read_xml, tag
 
-DIRECTIONS = ("description-to-field", "field-to-description")
+DIRECTIONS = {
+    "description-to-field": ("Which field? {wording}", "{name}"),
+    "field-to-description": ("Describe: {name}", "{wording}"),
+}
 SYSTEM = "NeXus."
 
 
@@ -35,42 +37,27 @@ def rows(
         held_out: share of the descriptions that is held out.
         min_words, max_words: shorter and longer descriptions are left out.
     """
-    choose(direction, DIRECTIONS, "direction")
-    for entry in parted(fields(path, min_words, max_words), part, held_out):
-        if direction == "description-to-field":
-            prompt, completion = f"Which field? {entry['wording']}", entry["name"]
-        else:
-            prompt, completion = f"Describe: {entry['name']}", entry["wording"]
-        yield chat(entry, f"{entry['id']}/{direction}", prompt, completion, SYSTEM)
+    found = distinct(fields(path), path, "documented NeXus field (*.nxdl.xml)", min_words, max_words)
+    return asked(found, DIRECTIONS, direction, part=part, held_out=held_out, system=SYSTEM)
 
 
-def fields(path: Path, min_words: int, max_words: int) -> Iterator[dict[str, Any]]:
-    """``{"id": "file/NXclass/group/field", "name": "NXclass/group/field", "wording"}``; the same wording is yielded once."""
-    seen: set[str] = set()
+def fields(path: Path) -> Iterator[dict[str, Any]]:
+    """``{"id": "file/number", "name": "NXclass/group/field", "wording"}`` of each documented field and attribute."""
     for file in sorted(path.glob("*.nxdl.xml")):
-        try:
-            root = ElementTree.parse(file).getroot()
-        except ElementTree.ParseError as error:
-            raise UserError(f"not XML: {error}", where=str(file)) from None
+        root = read_xml(file)
         for number, (name, told) in enumerate(_documented(root, root.get("name", file.stem))):
-            wording = plain(told)
-            if wording in seen or not min_words <= len(wording.split()) <= max_words:
-                continue
-            seen.add(wording)
-            yield {"id": f"{file.stem}/{number}", "name": name, "wording": wording}
-    if not seen:
-        raise no_rows(path, "documented NeXus field (*.nxdl.xml)")
+            yield {"id": f"{file.stem}/{number}", "name": name, "wording": plain(told)}
 
 
 def _documented(node: ElementTree.Element, name: str) -> Iterator[tuple[str, str]]:
     """(path of names, documentation) of the fields and attributes below a definition or group."""
-    for child in node:
-        kind = child.tag.rpartition("}")[2]
-        label = child.get("name") or child.get("type", "")
+    for below in node:
+        kind = tag(below)
+        label = below.get("name") or below.get("type", "")
         if kind not in ("field", "attribute", "group") or not label:
             continue
-        below = f"{name}/{label}" if kind != "attribute" else f"{name}@{label}"
-        told = next((c.text for c in child if c.tag.rpartition("}")[2] == "doc"), None)
-        if told:
-            yield below, told
-        yield from _documented(child, below)
+        full = f"{name}/{label}" if kind != "attribute" else f"{name}@{label}"
+        told = child(below, "doc")
+        if told is not None and told.text:
+            yield full, told.text
+        yield from _documented(below, full)

@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.recipes.common import chat, choose, no_rows, parted, plain, read_text
+from aifactory_train.recipes.common import asked, distinct, plain, read_text
 
-DIRECTIONS = ("description-to-name", "name-to-description")
+DIRECTIONS = {
+    "description-to-name": ("Which element? {wording}", "{id}"),
+    "name-to-description": ("Describe: {id}", "{wording}"),
+}
 SYSTEM = "MAVLink."
 
 _COMMENT = re.compile(r"/\*\*(.*?)\*/\s*(?:export (?:class|enum) (\w+)|'?(\w+)'?\s*(?::|=))", re.DOTALL)
@@ -37,25 +40,15 @@ def rows(
         held_out: share of the descriptions that is held out.
         min_words, max_words: shorter and longer descriptions are left out.
     """
-    choose(direction, DIRECTIONS, "direction")
-    for entry in parted(elements(path, min_words, max_words), part, held_out):
-        if direction == "description-to-name":
-            prompt, completion = f"Which element? {entry['wording']}", entry["id"]
-        else:
-            prompt, completion = f"Describe: {entry['id']}", entry["wording"]
-        yield chat(entry, f"{entry['id']}/{direction}", prompt, completion, SYSTEM)
+    found = distinct(elements(path), path, "documented message", min_words, max_words)
+    return asked(found, DIRECTIONS, direction, part=part, held_out=held_out, system=SYSTEM)
 
 
-def elements(path: Path, min_words: int, max_words: int) -> Iterator[dict[str, Any]]:
-    """``{"id": "Message" or "Message.field", "wording"}``; the same wording is yielded once."""
-    seen: set[str] = set()
+def elements(path: Path) -> Iterator[dict[str, Any]]:
+    """``{"id": "Message" or "Message.field", "wording"}`` of everything with a comment."""
     owner = ""
     for comment, block, member in _COMMENT.findall(read_text(path)):
         owner = block or owner
-        wording = plain(re.sub(r"^\s*\*", " ", comment, flags=re.MULTILINE))
-        if not owner or wording in seen or not min_words <= len(wording.split()) <= max_words:
-            continue
-        seen.add(wording)
-        yield {"id": block or f"{owner}.{member}", "wording": wording}
-    if not seen:
-        raise no_rows(path, "documented message")
+        if owner:
+            wording = plain(re.sub(r"^\s*\*", " ", comment, flags=re.MULTILINE))
+            yield {"id": block or f"{owner}.{member}", "wording": wording}
