@@ -4,6 +4,9 @@ Small words (articles, prepositions, auxiliaries) make up a third to a half of r
 tell European languages apart from about a line of text on (Grefenstette 1995, "Comparing two language identification
 schemes", finds small words as good as trigrams from fifteen words on).
 
+What is no language is left out first (:func:`prose`): markup, identifiers, tags, paths and addresses hold ``i``, ``an`` and ``de``
+that no Swede, Irishman or Frenchman wrote.
+
 Limits, which reports repeat: text shorter than a dozen words is often ``und`` (undetermined), as are tables, lists of names and
 code; a row gets one language, so mixed rows count for the larger part; Danish and Norwegian, Croatian, Bosnian and Serbian in
 Latin script, and Galician and Portuguese are close enough to be taken for one another in short texts; languages that are not
@@ -16,7 +19,7 @@ import collections
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 #: Small words by language (BCP 47). Kept to forms that are frequent in any kind of prose.
 _WORDS = {
@@ -122,12 +125,25 @@ _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)?")
 #: Characters that are looked at; more changes nothing.
 MOST = 2_000
 _LEAST_SHARE = 0.12  # of the words are small words, in prose of every language above
-_LEAST_HITS = 2
+_LEAST_HITS = 2  # different ones, and not symbols alone: a formula repeats its ``i``
+
+_MARKUP = re.compile(r"<[^<>\n]{0,200}>|&(?:[A-Za-z]{2,8}|#\d{1,7});")
+#: What stands between blanks; scripts without blanks (Thai, Chinese, Japanese) end it, lest one identifier take the sentence along.
+_RUN = re.compile(r"[^\s\u0e00-\u0eff\u2e80-\uffff]+")
+#: Marks of an identifier, a tag (``highway=bus_stop``), a path, an address, a call, a unit or a part number.
+_CODE = re.compile(
+    r"[_=<>{}\\|@#$^~]|::|^/|/.*/|[^\W\d_][.:][a-zß-öø-ÿ]|[a-zß-öø-ÿ][A-Z]|[A-Za-z]\d|\d[A-Za-z]|[A-Za-z]\("
+)
+
+
+def prose(text: str) -> str:
+    """``text`` without what belongs to no language: markup, entities, identifiers, tags, paths, addresses and part numbers."""
+    return _RUN.sub(lambda found: "" if _CODE.search(found[0]) else found[0], _MARKUP.sub(" ", text))
 
 
 def detect(text: str) -> str:
-    """BCP 47 code of the language of ``text``, or ``und``."""
-    text = text[:MOST].casefold()
+    """BCP 47 code of the language of the prose in ``text``, or ``und``."""
+    text = prose(text[:MOST]).casefold()
     script = _script(text)
     if script == "":
         return "und"
@@ -136,15 +152,22 @@ def detect(text: str) -> str:
     words = _WORD.findall(text)
     score: dict[str, float] = collections.defaultdict(float)
     hits: collections.Counter[str] = collections.Counter()
-    for word in words:
+    different: collections.Counter[str] = collections.Counter()
+    longer: set[str] = set()
+    for word, count in collections.Counter(words).items():
         for name, weight in _TABLE.get(word, ()):
-            score[name] += weight
-            hits[name] += 1
+            score[name] += weight * count
+            hits[name] += count
+            different[name] += 1
+            if len(word) > 1:
+                longer.add(name)
     for letter, count in collections.Counter(text).items():
         for name in _BY_LETTER.get(letter, ()):
             score[name] += min(count, 10) * 0.7
     allowed = [name for name in score if (name in _CYRILLIC) == (script == "CYRILLIC")]
-    enough = [n for n in allowed if hits[n] >= _LEAST_HITS and hits[n] >= _LEAST_SHARE * len(words)]
+    enough = [
+        n for n in allowed if n in longer and different[n] >= _LEAST_HITS and hits[n] >= _LEAST_SHARE * len(words)
+    ]
     return max(enough, key=lambda n: (score[n], n)) if enough else "und"
 
 
@@ -161,8 +184,9 @@ def _script(text: str) -> str:
     return found.most_common(1)[0][0]
 
 
-def shares(texts: Iterable[str]) -> dict[str, float]:
-    """Share of the texts by language, largest first; empty without texts."""
-    found = collections.Counter(map(detect, texts))
+def shares(texts: Sequence[str], stated: Sequence[str | None] | None = None) -> dict[str, float]:
+    """Share of the texts by language (the one that is ``stated``, else detected), largest first; empty without texts."""
+    said = stated or [None] * len(texts)
+    found = collections.Counter(name or detect(text) for text, name in zip(texts, said, strict=True))
     total = sum(found.values())
     return {name: round(count / total, 4) for name, count in found.most_common()}

@@ -495,23 +495,32 @@ def _own(recipe: Recipe, store: Store, selection: _Selection, encoder: Encoder, 
     """Languages and their cost in tokens (from a sample), and with little data, or when asked, the whole report on the rows."""
     # By place, not by name: rows held out of train.jsonl are called "train" as well.
     train, *others = (np.unique(np.asarray(store.column("docrow"))[docs]) for _, docs, _ in selection.sets)
-    sample = _texts(store, train[:: max(1, len(train) // own_report.LANGUAGE_TEXTS)][: own_report.LANGUAGE_TEXTS])
-    out: dict[str, Any] = {"fertility": own_report.fertility(encoder.tokenizer, sample)}
+    sample = train[:: max(1, len(train) // own_report.LANGUAGE_TEXTS)][: own_report.LANGUAGE_TEXTS]
+    said = [own_report.spoken(row) for row in _rows(store, sample)]
+    texts, stated = [text for _, text in said], [name for name, _ in said]
+    out: dict[str, Any] = {"fertility": own_report.fertility(encoder.tokenizer, texts, stated)}
+    out["languages"] = own_report.languages(texts, stated)
     if at_once and int(np.asarray(store.column("rowlength")).sum(dtype=np.int64)) > own_report.AT_ONCE:
-        return {**out, "languages": own_report.languages(sample), "own": None}
+        return {**out, "own": None}
     held = np.unique(np.concatenate(others))
     licences = list(dict.fromkeys((s.source, s.licence) for s in [*recipe.data.train, *(recipe.data.eval or [])]))
     own = own_report.describe(_texts(store, train), _texts(store, held), licences=licences)
-    return {**out, "languages": own["languages"], "own": own}
+    own["languages"] = out["languages"]
+    return {**out, "own": own}
+
+
+def _rows(store: Store, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Some rows, from one opened file."""
+    path = store.folder / "rows.jsonl"
+    if not path.is_file() or path.stat().st_size == 0:
+        yield from (json.loads(store.row_line(int(row))) for row in rows)
+        return
+    raw, starts = np.memmap(path, dtype=np.uint8, mode="r"), store.row_starts
+    yield from (json.loads(raw[starts[row] : starts[row + 1]].tobytes()) for row in rows)
 
 
 def _texts(store: Store, rows: np.ndarray) -> list[str]:
-    """The texts of some rows, from one opened file."""
-    path = store.folder / "rows.jsonl"
-    if not path.is_file() or path.stat().st_size == 0:
-        return [own_report.text_of(json.loads(store.row_line(int(row)))) for row in rows]
-    raw, starts = np.memmap(path, dtype=np.uint8, mode="r"), store.row_starts
-    return [own_report.text_of(json.loads(raw[starts[row] : starts[row + 1]].tobytes())) for row in rows]
+    return [own_report.text_of(row) for row in _rows(store, rows)]
 
 
 def look_at(recipe: Recipe, tokenizer: Any, prepared: PreparedData) -> dict[str, Any]:

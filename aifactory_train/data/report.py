@@ -42,6 +42,14 @@ def text_of(row: dict[str, Any]) -> str:
     return "\n".join(m["content"] for m in row["messages"])
 
 
+def spoken(row: dict[str, Any]) -> tuple[str | None, str]:
+    """The language code that a canonical row states in its column ``language`` (None without), and its text without system turns:
+    an instruction in English before every row does not make the rows English."""
+    stated = re.match(r"[A-Za-z]{2,3}(?![A-Za-z])", str(row.get("language") or ""))
+    text = row["text"] if "text" in row else "\n".join(m["content"] for m in row["messages"] if m["role"] != "system")
+    return (stated[0].lower() if stated else None), text
+
+
 def describe(
     train: Sequence[str], held: Sequence[str] | None = None, *, licences: Sequence[tuple[str, str]] = ()
 ) -> dict[str, Any]:
@@ -76,10 +84,10 @@ def describe(
     return out
 
 
-def languages(texts: Sequence[str]) -> dict[str, Any]:
-    """Shares by language over a sample of evenly spaced texts."""
-    sample = _sample(texts, LANGUAGE_TEXTS)
-    return {"shares": language.shares(sample), "rows_looked_at": len(sample), "limits": language.LIMITS}
+def languages(texts: Sequence[str], stated: Sequence[str | None] | None = None) -> dict[str, Any]:
+    """Shares by language over a sample of evenly spaced texts; ``stated`` is what their rows say of it (:func:`spoken`)."""
+    sample = _sample(list(zip(texts, stated or [None] * len(texts), strict=True)), LANGUAGE_TEXTS)
+    return {"shares": language.shares(*_unzip(sample)), "rows_looked_at": len(sample), "limits": language.LIMITS}
 
 
 def leakage(train: Sequence[str], held: Sequence[str]) -> dict[str, Any]:
@@ -99,27 +107,35 @@ def _share(part: int, whole: int) -> float:
     return round(part / whole, 4) if whole else 0.0
 
 
-def _sample(values: Sequence[str], most: int) -> list[str]:
+def _sample(values: Sequence[Any], most: int) -> list[Any]:
     if len(values) <= most:
         return list(values)
     return [values[i * len(values) // most] for i in range(most)]
 
 
+def _unzip(pairs: Sequence[tuple[str, str | None]]) -> tuple[list[str], list[str | None]]:
+    return [text for text, _ in pairs], [stated for _, stated in pairs]
+
+
 # ---- the tokenizer
 
 
-def fertility(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
+def fertility(tokenizer: Any, texts: Sequence[str], stated: Sequence[str | None] | None = None) -> dict[str, Any]:
     """Tokens per word and per UTF-8 byte for each language with at least a tenth of the texts, against English prose.
 
-    ``tokenizer``: a ``tokenizers.Tokenizer``. Digits are left out: they cost the same in every language. A language is *dear* when it takes 1.5 times the tokens of English per byte, or 2.5
-    times per word: the model sees it in small pieces, trains slower on it and knows it little (Rust et al. 2021, "How good is your
-    tokenizer?", take tokens per word as the sign of a language that a model serves badly).
+    ``tokenizer``: a ``tokenizers.Tokenizer``. ``stated``: the language codes that rows state, None where detection decides. Only
+    prose is measured: digits, identifiers, tags and markup (:func:`aifactory_train.data.language.prose`) cost the same in every
+    language. A language is *dear* when it takes 1.5 times the tokens of English per byte, or 2.5 times per word: the model sees
+    it in small pieces, trains slower on it and knows it little (Rust et al. 2021, "How good is your tokenizer?", take tokens per
+    word as the sign of a language that a model serves badly).
     """
     english = _cost(tokenizer, [_ENGLISH])
     by_language: dict[str, list[str]] = {}
-    sample = [re.sub(r"\s*\d+", "", t[: language.MOST]) for t in _sample(texts, 200)]
-    for text in sample:
-        by_language.setdefault(language.detect(text), []).append(text)
+    sample = _sample(list(zip(texts, stated or [None] * len(texts), strict=True)), 200)
+    for text, said in sample:
+        spoken_text = re.sub(r"\s*\d+", "", language.prose(text[: language.MOST]))
+        if re.search(r"[^\W\d_]", spoken_text):
+            by_language.setdefault(said or language.detect(text), []).append(spoken_text)
     out: dict[str, Any] = {"english": english, "languages": {}}
     for name, own in sorted(by_language.items(), key=lambda item: -len(item[1])):
         if name == "und" or len(own) < 0.1 * len(sample):
@@ -146,20 +162,24 @@ def _cost(tokenizer: Any, texts: Sequence[str]) -> dict[str, float]:
     }
 
 
+def _dearness(f: dict[str, Any]) -> str:
+    """Tokens of a language in words; per word only where words are written apart."""
+    per_byte = f"{f['tokens_per_byte']:g} tokens a byte ({f['against_english_per_byte']:g} times English)"
+    if f["against_english_per_word"] is None:
+        return per_byte
+    return f"{f['tokens_per_word']:g} tokens a word ({f['against_english_per_word']:g} times English), {per_byte}"
+
+
 def warnings_of(report: dict[str, Any]) -> list[str]:
     """What a person should know before training, from the report of a preparation."""
     out = []
-    for name, f in report.get("fertility", {}).get("languages", {}).items():
-        if f["dear"]:
-            ratio = f["against_english_per_word"] or f["against_english_per_byte"]
-            out.append(
-                f"the base model's tokenizer hardly knows the language '{name}': {f['tokens_per_word']:g} tokens a word, "
-                f"{f['tokens_per_byte']:g} a byte ({ratio:g} and {f['against_english_per_byte']:g} times English); "
-                "choose a base for this language, or expect slow and shallow learning"
-                if f["against_english_per_word"] is not None
-                else f"the base model's tokenizer hardly knows the language '{name}': {f['tokens_per_byte']:g} tokens a byte "
-                f"({f['against_english_per_byte']:g} times English); choose a base for this language"
-            )
+    dear = {n: f for n, f in report.get("fertility", {}).get("languages", {}).items() if f["dear"]}
+    if dear:
+        out.append(
+            f"the base model's tokenizer hardly knows {'the language' if len(dear) == 1 else 'the languages'} "
+            + ", ".join(f"'{name}': {_dearness(f)}" for name, f in dear.items())
+            + "; choose a base for this language, or expect slow and shallow learning"
+        )
     for source in report.get("sources", []):
         left_out = source.get("files", {}).get("left_out", [])
         if left_out:
