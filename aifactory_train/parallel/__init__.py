@@ -148,6 +148,15 @@ def build_engine(name: str, core: CausalLM, recipe: Recipe, precision: Precision
     raise UserError(f"unknown engine '{name}'", where="parallel.engine")
 
 
+def zero_stage(asked: int, *, bf16: bool, offload_optimizer: bool) -> int:
+    """The ZeRO stage that runs where stage ``asked`` is wanted; the engine and the planner both ask here.
+
+    In bf16, DeepSpeed hands its stage 1 to another optimizer, which keeps no partitions that norms and checkpoints could be
+    read from: stage 2 runs instead. With the optimizer state in host memory stage 1 is DeepSpeed's own.
+    """
+    return 2 if asked == 1 and bf16 and not offload_optimizer else asked
+
+
 def refuse_quantised(recipe: Recipe, name: str) -> None:
     """4-bit weights are opaque bytes: engines that split or cast parameters cannot hold them."""
     if recipe.adapter.quantise_base != "none" and name != "ddp":

@@ -21,7 +21,7 @@ from torch import nn
 
 from aifactory_train.errors import UserError
 from aifactory_train.optim import build_optimizer, parameter_groups
-from aifactory_train.parallel import materialise
+from aifactory_train.parallel import materialise, zero_stage
 from aifactory_train.parallel.apply import block_modules
 from aifactory_train.parallel.state import Piece, Sharded, run_of
 from aifactory_train.parallel.torch_engine import clip_factor, state_keys, sum_of_squares
@@ -141,9 +141,10 @@ class DeepSpeedEngine:
     def __init__(self, core: CausalLM, recipe: Recipe, precision: Precision, world: World, *, stage: int):
         deepspeed = import_deepspeed()
         self.name = f"zero{stage}"
-        #: In bf16, DeepSpeed hands its stage 1 to another optimizer, without the partitions that are read here: stage 2 is used.
-        self.instead = stage == 1 and precision.compute == torch.bfloat16 and not recipe.parallel.offload_optimizer
-        self.stage = stage = 2 if self.instead else stage
+        half = precision.compute == torch.bfloat16
+        runs = zero_stage(stage, bf16=half, offload_optimizer=recipe.parallel.offload_optimizer)
+        self.instead = runs != stage
+        self.stage = stage = runs
         self.core, self.recipe, self.precision, self.world = core, recipe, precision, world
         self.updates = 0
         hidden = core.language_model.config.get_text_config().hidden_size

@@ -243,6 +243,11 @@ def _reasons(
 
     if fixed.engine:
         lines.append(f"engine: {fixed.engine}, as the recipe asks")
+        if layout.deepspeed and layout.engine != fixed.engine:
+            lines.append(
+                f"engine: {fixed.engine} runs as {layout.engine} in bf16 and is counted so (DeepSpeed's stage 1 in bf16 keeps no "
+                "partitions that checkpoints can be read from)"
+            )
     else:
         rival = fastest(lambda c: c.job.layout.engine != layout.engine)
         name = rival.job.layout.engine if rival else ""

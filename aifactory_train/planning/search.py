@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.errors import UserError
+from aifactory_train.parallel import zero_stage
 from aifactory_train.planning import memory, timing
 from aifactory_train.planning.job import STACKS, Bytes, Gpu, Job, Layout, Links
 from aifactory_train.planning.memory import Memory
@@ -212,6 +213,13 @@ def uses_kernels(work: Workload, gpu: Gpu) -> bool:
     return work.kernels != "off" and gpu.arch in KERNEL_ARCHS
 
 
+def engine_that_runs(engine: str, work: Workload, offload: bool) -> str:
+    """``engine``, but for a ZeRO stage that DeepSpeed runs as another one (:func:`aifactory_train.parallel.zero_stage`)."""
+    if not engine.startswith("zero"):
+        return engine
+    return f"zero{zero_stage(int(engine[-1]), bf16=work.bytes.compute == 2, offload_optimizer=offload)}"
+
+
 def layouts(work: Workload, world: int, per_node: int, fixed: Fixed, offload: bool) -> Iterator[Layout]:
     """Every way of spreading the model over ``world`` ranks that the recipe leaves open."""
     wanted = fixed.engine
@@ -220,7 +228,7 @@ def layouts(work: Workload, world: int, per_node: int, fixed: Fixed, offload: bo
             if not offload:
                 yield Layout("single", 1, 1)
             return
-        yield Layout(wanted, 1, 1, offload, offload and wanted in ("fsdp2", "hsdp"))
+        yield Layout(engine_that_runs(wanted, work, offload), 1, 1, offload, offload and wanted in ("fsdp2", "hsdp"))
         return
     if wanted in (None, "ddp") and not offload:
         yield Layout("ddp", world, 1)
@@ -245,8 +253,10 @@ def layouts(work: Workload, world: int, per_node: int, fixed: Fixed, offload: bo
             if world % size == 0:
                 yield Layout("hsdp", world, size, offload, offload)
     for engine in ("zero1", "zero2", "zero3"):
-        if wanted in (None, engine) and not (work.bytes.parameters != 4 and wanted is None):
-            yield Layout(engine, world, world, offload)
+        runs = engine_that_runs(engine, work, offload)
+        # left open: ZeRO keeps trained parameters in fp32, and what runs as another stage is not tried twice
+        if wanted == engine or (wanted is None and work.bytes.parameters == 4 and runs == engine):
+            yield Layout(runs, world, world, offload)
 
 
 def candidates(

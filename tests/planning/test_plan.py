@@ -252,6 +252,7 @@ def test_settings_equal_what_the_engine_builds():
     import torch
 
     from aifactory_train.model import Precision
+    from aifactory_train.parallel import zero_stage
     from aifactory_train.parallel.deepspeed import deepspeed_json as engine_json
     from aifactory_train.planning.settings import deepspeed_json
 
@@ -260,8 +261,29 @@ def test_settings_equal_what_the_engine_builds():
     for stage in (1, 2, 3):
         asked = request(site, SIZES[1], 4, "lora", parallel__engine=f"zero{stage}")
         found, job = plan.make(asked)
-        real = engine_json(asked.recipe, precision, found["gpus"], stage, asked.shape.hidden)
+        runs = zero_stage(stage, bf16=True, offload_optimizer=False)
+        real = engine_json(asked.recipe, precision, found["gpus"], runs, asked.shape.hidden)
         assert found["settings"]["deepspeed"] == real == deepspeed_json(job)
+
+
+@pytest.mark.parametrize(("stage", "offload", "runs"), [(1, False, 2), (1, True, 1), (2, False, 2), (3, False, 3)])
+def test_the_stage_that_runs_is_the_one_that_is_counted(stage, offload, runs):
+    """ZeRO-1 in bf16 runs as stage 2: the plan counts stage 2's gradients and says so."""
+    from aifactory_train.planning import memory
+
+    site = sites.load("lumi-g", overlay=False)
+    more = {"parallel__offload_optimizer": True} if offload else {}
+    found, job = plan.make(request(site, SIZES[1], 4, "none", parallel__engine=f"zero{stage}", **more))
+    assert found["engine"] == job.layout.engine == f"zero{runs}" and job.layout.offload_optimizer is offload
+    sharded = memory.static_state(job).gradients < 4 * job.trained_parameters
+    assert offload or sharded == (runs > 1)
+    assert any("runs as zero2" in line for line in found["reasons"]) is (runs != stage)
+
+
+def test_an_open_engine_is_not_tried_under_two_names():
+    site = sites.load("lumi-g", overlay=False)
+    found, _ = plan.make(request(site, SIZES[1], 4, "none"))
+    assert "zero1" not in {found["engine"], *(a["engine"] for a in found["alternatives"])}
 
 
 def test_mean_document_length_shortens_attention_not_memory():
