@@ -284,11 +284,24 @@ class PreferenceConfig(Strict):
     beta: float = Field(
         0.1, gt=0, description="dpo, kto: how strongly the reference holds; orpo: weight of the odds ratio."
     )
+    loss: Literal["sigmoid", "ipo"] = Field(
+        "sigmoid",
+        description="dpo only. ipo: squared distance of the margin to 1 / (2 beta), for few or certain pairs (Azar et al. 2023, arXiv 2310.12036).",
+    )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="dpo only: share of pairs that are thought to be the wrong way round."
     )
-    desirable_weight: float = Field(1.0, gt=0, description="kto only.")
-    undesirable_weight: float = Field(1.0, gt=0, description="kto only.")
+    desirable_weight: float = Field(
+        1.0,
+        gt=0,
+        description="kto only: lambda_D; desirable answers x their weight over undesirable ones x theirs should be 1 to 4/3.",
+    )
+    undesirable_weight: float = Field(1.0, gt=0, description="kto only: lambda_U.")
+    replay_weight: float = Field(
+        1.0,
+        gt=0,
+        description="With a replayed source (data.train[].share): a step's loss is the preference loss + replay_weight x mean NLL per target of its replayed rows (the pretraining term of Ouyang et al. 2022, arXiv 2203.02155, equation 2).",
+    )
 
 
 class GoldfishConfig(Strict):
@@ -366,8 +379,10 @@ class EvalConfig(Strict):
     forgetting_limit: float = Field(
         0.05, gt=0, description="Warn where bits per byte of the general text rise by more than this share."
     )
-    early_stopping: int | None = Field(
-        None, ge=1, description="Stop after so many evaluations without a new best loss."
+    early_stopping: int | None = Field(None, ge=1, description="Stop after so many evaluations without a new best one.")
+    best_by: Literal["auto", "loss", "bits_per_byte", "preference_loss", "reward_accuracy"] = Field(
+        "auto",
+        description="Held-out figure that decides which evaluation is the best; auto: loss, under methods.preference preference_loss.",
     )
 
 
@@ -555,6 +570,10 @@ def _check_methods(recipe: Recipe) -> None:
     preference = methods.preference
     wanted = None if preference is None else ("feedback" if preference.kind == "kto" else "preference")
     for source in [*data.train, *(data.eval or [])]:
+        if wanted and source.share is not None and source.format not in ("preference", "feedback"):
+            continue  # replayed rows are imitated
+        if wanted and source.share is not None:
+            raise ValueError("data.train: a replayed source (share) has rows to imitate: messages, prompt or text")
         if wanted and source.format == "auto":
             source.__dict__["format"] = wanted  # object-level write, as above
         if source.format in ("preference", "feedback") and source.format != wanted:
@@ -562,20 +581,32 @@ def _check_methods(recipe: Recipe) -> None:
             raise ValueError(f"methods.preference: rows of format {source.format} need kind {needed}")
         if preference is not None and source.format != wanted:
             raise ValueError(
-                f"methods.preference: {preference.kind} needs rows of format {wanted}, not {source.format}"
+                f"methods.preference: {preference.kind} needs rows of format {wanted}, not {source.format}; "
+                "a source of data.train that is to be imitated beside them is replayed: give it a share"
             )
+    _check_best_by(recipe)
     if preference is None:
         return
     if methods.goldfish is not None:
         raise ValueError("methods.goldfish: withholds tokens from next-token loss and has no meaning for preferences")
-    if preference.kind != "dpo" and preference.label_smoothing:
-        raise ValueError("methods.preference.label_smoothing: belongs to kind dpo")
+    if preference.kind != "dpo" and (preference.label_smoothing or preference.loss != "sigmoid"):
+        key = "label_smoothing" if preference.label_smoothing else "loss"
+        raise ValueError(f"methods.preference.{key}: belongs to kind dpo")
+    if preference.loss == "ipo" and preference.label_smoothing:
+        raise ValueError("methods.preference.label_smoothing: belongs to loss sigmoid")
     if preference.kind != "kto" and (preference.desirable_weight, preference.undesirable_weight) != (1.0, 1.0):
         raise ValueError("methods.preference.desirable_weight: belongs to kind kto")
-    if recipe.parallel.engine.startswith("zero"):
-        raise ValueError("parallel.engine: preference methods run under ddp, fsdp2 and hsdp")
-    if any(source.share is not None for source in data.train):
-        raise ValueError("data.train: replay mixes texts or answers into next-token loss; preference rows have none")
+    if preference.replay_weight != 1.0 and all(source.share is None for source in data.train):
+        raise ValueError("methods.preference.replay_weight: no source of data.train has a share, nothing is replayed")
+
+
+def _check_best_by(recipe: Recipe) -> None:
+    """``eval.best_by`` names a figure that the recipe's method has."""
+    by, preference = recipe.eval.best_by, recipe.methods.preference
+    if by in ("preference_loss", "reward_accuracy") and preference is None:
+        raise ValueError(f"eval.best_by: {by} needs methods.preference")
+    if by == "reward_accuracy" and preference is not None and preference.kind == "kto":
+        raise ValueError("eval.best_by: reward_accuracy is of pairs; kto judges answers one by one")
 
 
 # ---- reading a recipe

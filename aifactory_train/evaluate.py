@@ -336,8 +336,10 @@ def evaluate(
     sets: dict[str, Any] = {}
     for name, dataset in prepared.evals.items():
         result = SetResult(dataset, held_out(module, dataset, max_rows=recipe.data.eval_rows, **scoring))
-        if hasattr(dataset, "rejected"):
-            result.rejected = held_out(module, dataset.rejected, max_rows=recipe.data.eval_rows, **scoring)
+        for side in ("rejected", "exchanged"):  # of a preference method
+            documents = getattr(dataset, side, None)
+            if documents is not None:
+                setattr(result, side, held_out(module, documents, max_rows=recipe.data.eval_rows, **scoring))
         if generate:
             result.asked, result.answers = _answered(module, tokenizer, result, recipe, prepared.tokenizer_info, how)
         found.append(result)
@@ -360,7 +362,8 @@ class SetResult:
     scored: HeldOut
     asked: list[Question] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
-    rejected: HeldOut | None = None  # of pairs: the other answers, in the same order
+    rejected: HeldOut | None = None  # of pairs the other answers in the same order, of labelled ones the undesirable ones
+    exchanged: HeldOut | None = None  # of labelled answers: each question with another one's answer
 
     def rated(self) -> list[int]:
         """Questions (indices into ``asked``) whose answer can be compared with an expectation: those of chat rows."""
@@ -391,25 +394,11 @@ def _figures(results: list[SetResult], recipe: Recipe, *, generate: bool, pooled
 
 
 def _add_preferences(figures: dict[str, Any], results: list[SetResult], recipe: Recipe) -> None:
-    """``preference_margin`` and for pairs ``preference_accuracy``, from log-probabilities (ORPO: means over tokens) in nats."""
-    from aifactory_train.methods import preference
+    """Loss, rewards and log-probabilities of the held-out answers (:mod:`aifactory_train.methods.preference_eval`)."""
+    from aifactory_train.methods.preference_eval import statistics
 
     assert recipe.methods.preference is not None
-    kind = recipe.methods.preference.kind
-    found: dict[str, tuple[np.ndarray, Any]] = {}
-    if kind == "kto":
-        labels = [bool(r.dataset.row(i)["desirable"]) for r in results for i in r.scored.documents.tolist()]
-        logps = -np.concatenate([r.scored.nll for r in results])
-        statistics = preference.margin_of_labels(logps, np.asarray(labels, dtype=bool))
-        found["preference_margin"] = (statistics, preference.difference_of_means)
-    else:
-        good, bad = (
-            -np.concatenate([h.nll / h.tokens if kind == "orpo" else h.nll for h in side])
-            for side in ([r.scored for r in results], [r.rejected for r in results if r.rejected is not None])
-        )
-        for name, values in preference.preference_statistics(good, bad).items():
-            found[name] = (values, ratio)
-    for name, (values, value) in found.items():
+    for name, (values, value) in statistics(results, recipe.methods.preference).items():
         one = metrics.figure(values, value)
         figures[name], figures["ci"][name] = one.value, one.ci
         if "replicates" in figures and one.replicates is not None:

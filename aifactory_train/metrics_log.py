@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from aifactory_train import output
-from aifactory_train.metrics import ANSWER_METRICS, LIKELIHOOD_METRICS
+from aifactory_train.metrics import ANSWER_METRICS, LIKELIHOOD_METRICS, PREFERENCE_METRICS
 from aifactory_train.runs import RunFolder, read_json, write_atomic, write_json
 
 
@@ -161,7 +161,7 @@ def print_comparison(results: dict[str, Any], run: RunFolder, exported: dict[str
     """Held-out figures before and after, with the change, and where things lie."""
     before, after = results.get("before") or {}, results.get("after") or {}
     names = [k for k in (*LIKELIHOOD_METRICS, *ANSWER_METRICS, "memorisation") if k in before or k in after]
-    names += [k for k in ("preference_accuracy", "preference_margin") if k in before or k in after]
+    names += [k for k in PREFERENCE_METRICS if k in before or k in after]
     rows = []
     paired = results.get("change") or {}
     for name in names:

@@ -18,12 +18,12 @@ from aifactory_train import attention, compat, quantise
 from aifactory_train.config import Recipe
 from aifactory_train.errors import UserError
 from aifactory_train.loss import linear_cross_entropy, token_nll
-from aifactory_train.methods.preference import token_logps
+from aifactory_train.methods.preference_loss import token_logps
 from aifactory_train.runs import open_run
 
 if TYPE_CHECKING:
     from aifactory_train.methods.neftune import Noise
-    from aifactory_train.methods.preference import Judged
+    from aifactory_train.methods.preference_loss import Judged, TokenLogps
 
 #: Arguments of the configuration that change the logits in ways the chunked loss must know.
 _LOGIT_SOFTCAPS = ("final_logit_softcapping",)
@@ -104,7 +104,7 @@ class CausalLM(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cache=None,
         noise: Noise | None = None,
-        judged: Judged | None = None,
+        judged: Judged | TokenLogps | None = None,
     ) -> torch.Tensor:
         """Loss over the supervised ``positions`` (int64 ``[N]`` into the flattened batch) with ``targets`` ``[N]``.
 

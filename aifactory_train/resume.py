@@ -28,7 +28,7 @@ def trainer_values(trainer: Trainer) -> dict[str, Any]:
         "cursor": dataclasses.asdict(trainer.cursor),
         "data": data_digest(trainer.data.train),
         "total_steps": trainer.total_steps,
-        "best": trainer.best,
+        "best": trainer.best.state(),
         "guard": trainer.guard.state(),
         "results": trainer.results,
     }
@@ -63,7 +63,8 @@ def restore(trainer: Trainer, step: int | None) -> None:
         )
     trainer.checkpoints.load(step, same_rates=same_rates)
     trainer.step, trainer.cursor = step, Cursor(**saved["cursor"])
-    trainer.best, trainer.results = saved["best"], saved["results"]
+    trainer.best.load(saved["best"])
+    trainer.results = saved["results"]
     trainer.guard.load(saved["guard"])
     if trainer.world.is_main:
         note(f"going on after step {step} of {trainer.total_steps}")

@@ -1,5 +1,7 @@
-"""When to stop: a deadline, a stop file, or a signal. Looked at in every micro-batch, agreed by all ranks, acted on at the
-step boundary: save, then end with the exit code "stopped, resumable".
+"""When to stop: a deadline, a stop file, or a signal (:class:`StopChannels`), or because held-out rows get no better (:class:`Best`).
+
+The channels are looked at in every micro-batch, agreed by all ranks, and acted on at the step boundary: save, then end with the exit
+code "stopped, resumable".
 
 Signal handlers only set a flag; saving inside a handler would corrupt what the handler interrupted.
 """
@@ -13,12 +15,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from aifactory_train.errors import UserError
+from aifactory_train.metrics import higher_is_better
 from aifactory_train.output import note
+
+if TYPE_CHECKING:
+    from aifactory_train.config import Recipe
 
 #: SIGINT is for people at a keyboard: the second one interrupts at once.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -111,3 +118,44 @@ class StopChannels:
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         code, failed = mine.tolist()
         return Agreed(_REASONS[code], bool(failed))
+
+
+class Best:
+    """The best held-out evaluation so far by one figure (``eval.best_by``), and how many evaluations followed without a better one.
+
+    ``auto`` is the held-out loss; under a preference method the held-out preference loss, because the likelihood of chosen answers
+    may fall while they are preferred more and more.
+    """
+
+    def __init__(self, recipe: Recipe):
+        wanted = recipe.eval.best_by
+        automatic = "loss" if recipe.methods.preference is None else "preference_loss"
+        self.by = automatic if wanted == "auto" else wanted
+        self.patience = recipe.eval.early_stopping
+        self.value: float | None = None
+        self.step: int | None = None
+        self.since = 0
+
+    def improves(self, figures: dict[str, Any], step: int) -> bool:
+        """Take note of an evaluation; whether it is the best one yet. A figure that could not be computed is never the best."""
+        value = figures.get(self.by)
+        sign = -1.0 if higher_is_better(self.by) else 1.0
+        if value is not None and (self.value is None or sign * value < sign * self.value):
+            self.value, self.step, self.since = value, step, 0
+            return True
+        self.since += 1
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience (``eval.early_stopping``) has run out."""
+        return self.patience is not None and self.since >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        """As JSON values, for a checkpoint."""
+        return {"by": self.by, "value": self.value, "step": self.step, "since": self.since}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`; one that followed another figure says nothing about this one and is forgotten."""
+        if state.get("by") == self.by:
+            self.value, self.step, self.since = state["value"], state["step"], state["since"]

@@ -36,7 +36,7 @@ from aifactory_train.record.recorder import Recorder
 from aifactory_train.resume import restore, trainer_values
 from aifactory_train.runs import RunFolder, default_run_dir, open_for_training, write_json
 from aifactory_train.sources import resolve_model
-from aifactory_train.stopping import StopChannels
+from aifactory_train.stopping import Best, StopChannels
 
 
 def train(
@@ -138,7 +138,7 @@ class Trainer:
         self.cursor = Cursor(0, 0)
         self.step = 0  # optimizer steps done
         self.pad_id = self.data.tokenizer_info["pad_id"]
-        self.best: dict[str, Any] = {"loss": None, "step": None, "since": 0}
+        self.best = Best(recipe)
         self.results: dict[str, Any] = {}
         self.log = MetricsLog(run, enabled=world.is_main, tensorboard=recipe.logging.tensorboard)
         self.recorder = Recorder(run, world, recipe, attempt=int(attempt.folder.name) if attempt.folder else None)
@@ -214,10 +214,10 @@ class Trainer:
             micro_limit(settings.micro_batch_tokens, train_set.lengths[documents], self.world.device),
             self.recipe.data.batching,
         )
-        self.methods.before_step(self, documents, shares)
+        self.methods.before_step(self, documents)
         batches = [self.micro_batch(share) for share in shares[self.world.rank]]
         supervised = int(train_set.supervised[documents].sum())  # over all ranks: the split is known to every rank
-        units = self.methods.units(documents, supervised)  # what the loss is a mean over
+        units = self.methods.units(supervised)  # what the loss is a mean over
         rate = learning_rate(self.step, self.total_steps, settings)
 
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
@@ -254,7 +254,7 @@ class Trainer:
             "micro_batches": len(batches),
             "seconds": round(seconds, 4),
             "tokens_per_s": round(tokens / seconds, 1),
-            **self.methods.figures(self, documents),
+            **self.methods.figures(),
         }
         if self.recipe.logging.row_ids:
             record["row_ids"] = [train_set.row_id(int(i)) for i in documents]
@@ -270,7 +270,7 @@ class Trainer:
     def _save(self, *, wait: bool) -> None:
         """Everything that is needed to go on from this step boundary."""
         self.attempt.beat(self.step, "save")
-        self.checkpoints.save(self.step, trainer_values(self), wait=wait, best=self.best["step"])
+        self.checkpoints.save(self.step, trainer_values(self), wait=wait, best=self.best.step)
 
     def _stop_here(self, reason: str) -> int:
         """Asked to stop: a complete checkpoint of this step, then the exit code "stopped, resumable"."""
@@ -301,18 +301,14 @@ class Trainer:
         )
 
     def _should_stop_early(self) -> bool:
-        """Evaluate, remember the best step, and say whether patience has run out."""
+        """Evaluate, remember the best step by ``eval.best_by``, and say whether patience has run out."""
         figures = self._evaluate(generate=False)
         self.log.write({"kind": "eval", "step": self.step, **figures})
         self.recorder.evaluated("during", figures, self.step)
-        if self.best["loss"] is None or figures["loss"] < self.best["loss"]:
-            self.best = {"loss": figures["loss"], "step": self.step, "since": 0}
-            if self.recipe.checkpoint.every_steps or self.recipe.eval.early_stopping:
-                self._save(wait=False)  # kept as the best
-        else:
-            self.best["since"] += 1
-        patience = self.recipe.eval.early_stopping
-        return patience is not None and self.best["since"] >= patience
+        kept = self.recipe.checkpoint.every_steps or self.recipe.eval.early_stopping
+        if self.best.improves(figures, self.step) and kept:
+            self._save(wait=False)  # kept as the best
+        return self.best.exhausted
 
     def _finish(self) -> int:
         from aifactory_train.export import export_run
@@ -321,10 +317,10 @@ class Trainer:
         if recipe.checkpoint.at_end:
             self._save(wait=True)
         self.checkpoints.wait()
-        if recipe.eval.early_stopping and self.best["step"] not in (None, self.step):
+        if recipe.eval.early_stopping and self.best.step not in (None, self.step):
             if not self.quiet:
-                note(f"evaluating and exporting the best checkpoint, step {self.best['step']}")
-            self.checkpoints.load(self.best["step"])
+                note(f"evaluating and exporting the best checkpoint by held-out {self.best.by}, step {self.best.step}")
+            self.checkpoints.load(self.best.step)
         if recipe.eval.after:
             self.results["after"] = self._evaluate(generate=True)
             self.recorder.evaluated("after", self.results["after"], self.step)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from aifactory_train.methods.goldfish import GoldfishTokens
 from aifactory_train.methods.neftune import noise_keys
-from aifactory_train.methods.pairs import PairedTokens
 from aifactory_train.methods.preference import Preference
 
 if TYPE_CHECKING:
@@ -33,14 +32,10 @@ class Methods:
         self.preference = Preference(recipe) if recipe.methods.preference else None
 
     def view(self, data: PreparedData) -> PreparedData:
-        """The prepared data as the loop sees it: pairs as one document each, goldfish masks."""
+        """The prepared data as the loop sees it: pairs or judged answers as units, goldfish masks."""
         settings = self.recipe.methods
-        if settings.preference and settings.preference.kind != "kto":
-            data = dataclasses.replace(
-                data,
-                train=PairedTokens(data.train, whole=True),
-                evals={name: PairedTokens(held) for name, held in data.evals.items()},
-            )
+        if self.preference is not None:
+            data = self.preference.view(data)
         if settings.goldfish:
             data = dataclasses.replace(
                 data, train=GoldfishTokens(data.train, settings.goldfish.k, settings.goldfish.context)
@@ -52,10 +47,10 @@ class Methods:
         if self.preference is not None:
             self.preference.begin(trainer, resumed=resumed)
 
-    def before_step(self, trainer: Trainer, documents: Any, shares: Any) -> None:
-        """Once per optimizer step, on all ranks: KTO's KL estimate."""
+    def before_step(self, trainer: Trainer, documents: Any) -> None:
+        """Once per optimizer step, on all ranks: what its loss is divided by, KTO's KL estimate."""
         if self.preference is not None:
-            self.preference.before_step(trainer, documents, shares[trainer.world.rank])
+            self.preference.before_step(trainer, documents)
 
     def micro_batch(self, trainer: Trainer, share: Any) -> DeviceBatch:
         """The documents of one micro-batch as tensors on this rank's device."""
@@ -73,10 +68,10 @@ class Methods:
             )
         return batch
 
-    def units(self, documents: Any, supervised: int) -> int:
-        """What the step's summed loss is divided by: supervised tokens, or for preferences documents (pairs, or judged answers)."""
-        return len(documents) if self.preference is not None else supervised
+    def units(self, supervised: int) -> int:
+        """What the summed loss of the step is divided by: supervised tokens, or for preferences its pairs (or judged answers)."""
+        return self.preference.units if self.preference is not None else supervised
 
-    def figures(self, trainer: Trainer, documents: Any) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """What a finished step adds to metrics.jsonl; summed over all ranks."""
-        return self.preference.figures(trainer, len(documents)) if self.preference is not None else {}
+        return self.preference.figures() if self.preference is not None else {}

@@ -22,13 +22,21 @@ from aifactory_train.metrics.bootstrap import (
 )
 from aifactory_train.metrics.labels import accuracy
 from aifactory_train.metrics.overlap import chrf, rouge_l
-from aifactory_train.metrics.registry import ANSWER_METRICS, LIKELIHOOD_METRICS, changes, figure, higher_is_better
+from aifactory_train.metrics.registry import (
+    ANSWER_METRICS,
+    LIKELIHOOD_METRICS,
+    PREFERENCE_METRICS,
+    changes,
+    figure,
+    higher_is_better,
+)
 
 __all__ = [
     "ANSWER_METRICS",
     "BOOTSTRAP_SAMPLES",
     "BOOTSTRAP_SEED",
     "LIKELIHOOD_METRICS",
+    "PREFERENCE_METRICS",
     "accuracy",
     "bits_per_byte",
     "bootstrap_mean",

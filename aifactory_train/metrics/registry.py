@@ -67,11 +67,22 @@ ANSWER_METRICS: dict[str, Metric] = {
 }
 #: Metrics of likelihood: lower is better. They need no answers.
 LIKELIHOOD_METRICS = ("bits_per_byte", "perplexity", "loss")
+#: Held-out figures of a preference method (methods/preference_eval.py) in the order in which they are shown, and whether a higher one
+#: is better.
+PREFERENCE_METRICS = {
+    "preference_loss": False,
+    "reward_accuracy": True,
+    "reward_margin": True,
+    "preference_accuracy": True,
+    "preference_margin": True,
+    "chosen_logp": True,
+    "rejected_logp": False,
+}
 
 
 def higher_is_better(name: str) -> bool:
     """Whether a larger figure is a better one (``memorisation``, bits and losses are better small)."""
-    return name in ANSWER_METRICS or name in ("preference_accuracy", "preference_margin")
+    return name in ANSWER_METRICS or PREFERENCE_METRICS.get(name, False)
 
 
 @dataclass

@@ -6,6 +6,7 @@ frameworks, so that the test can prove that it would notice.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -46,6 +47,8 @@ def curve(case: dict[str, Any], folder: Path) -> list[dict[str, float]]:
         if case.get("bug"):
             plant(trainer, case["bug"])
         records = [trainer.train_step() for _ in range(case["steps"])]
+    del trainer
+    gc.collect()  # DeepSpeed's engines are cycles: every rank drops this one here, not in the middle of the next case
     return [{k: record[k] for k in ("loss", "grad_norm", "micro_batches", "rows", "tokens")} for record in records]
 
 

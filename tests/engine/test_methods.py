@@ -19,10 +19,12 @@ from aifactory_train.data.rows import RowError, canonical, detect_format
 from aifactory_train.errors import UserError
 from aifactory_train.evaluate import held_out, memory_probe
 from aifactory_train.generate import generate
-from aifactory_train.methods import preference as pref
+from aifactory_train.methods import preference_loss as pref
 from aifactory_train.methods.goldfish import GoldfishTokens, withheld
 from aifactory_train.methods.neftune import mix32, noise_keys
 from aifactory_train.methods.pairs import Mismatched, PairedTokens
+from aifactory_train.methods.preference import Preference
+from aifactory_train.methods.reference import REFERENCE_FILE
 from aifactory_train.model import CausalLM
 from aifactory_train.parallel.batches import device_batch
 from aifactory_train.runs import RunFolder
@@ -156,20 +158,21 @@ def test_the_loss_of_a_batch_equals_transformers_alone(tmp_path, tiny_model_dir,
         -math.log(sigmoid(0.1 * ((logps[2 * p] - reference[2 * p]) - (logps[2 * p + 1] - reference[2 * p + 1]))))
         for p in range(3)
     )
-    method = pref.Preference(recipe)
-    method.reference = np.zeros(2 * len(pairs))
-    method.reference[documents] = reference
+    method = Preference(recipe)
+    method.reference.train = np.zeros(2 * len(pairs))
+    method.reference.train[documents] = reference
+    recipe.data.batching = batching
 
     class Stub:
         world = type("W", (), {"device": "cpu"})
         data = type("D", (), {"train": pairs})
         pad_id = 3
 
-    recipe.data.batching = batching
+    Stub.recipe = recipe
     batch, used, lengths = method.micro_batch(Stub, rows)
     assert used.tolist() == documents.tolist() and (lengths == data.train.lengths[documents]).all()
     assert wrapped(**batch.kwargs()).item() == pytest.approx(expected, rel=1e-6)
-    assert method.sums[2] == 3  # pairs counted
+    assert method.sums[pref.SUMS.index("good_answers")] == 3  # pairs counted
 
 
 # ---- rows
@@ -213,7 +216,14 @@ def test_pairs_without_a_method_are_refused_with_the_key_to_set():
     ("overrides", "word"),
     [
         (["methods.preference.kind=dpo", "methods.goldfish.k=4"], "no meaning for preferences"),
-        (["methods.preference.kind=dpo", "parallel.engine=zero2"], "ddp, fsdp2 and hsdp"),
+        (["methods.preference.kind=kto", "methods.preference.loss=ipo"], "belongs to kind dpo"),
+        (
+            ["methods.preference={kind: dpo, loss: ipo, label_smoothing: 0.1}"],
+            "belongs to loss sigmoid",
+        ),
+        (["methods.preference={kind: dpo, replay_weight: 0.5}"], "nothing is replayed"),
+        (["eval.best_by=preference_loss"], "needs methods.preference"),
+        (["methods.preference.kind=kto", "eval.best_by=reward_accuracy"], "of pairs"),
         (["methods.preference.kind=kto", "methods.preference.label_smoothing=0.1"], "belongs to kind dpo"),
         (["methods.preference.kind=dpo", "data.train.0.format=text"], "needs rows of format preference"),
         (["data.train.0.format=feedback"], "need kind kto"),
@@ -286,7 +296,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, tiny_mod
 
     assert curve("part") == curve("whole") and len(curve("whole")) == 4
     if method == "dpo":
-        (tmp_path / "part" / pref.REFERENCE_FILE).unlink()
+        (tmp_path / "part" / REFERENCE_FILE).unlink()
         _back_to_step_2(tmp_path / "part")
         with pytest.raises(UserError, match="no such file"):
             train(recipe, tmp_path / "part", resume="auto", quiet=True)
@@ -306,7 +316,7 @@ def _back_to_step_2(folder):
 def test_exchanged_answers_come_from_another_question(tmp_path, tiny_model_dir):
     _, tokenizer, data = prepared(write_preferences(tmp_path, tiny_model_dir, "kto"))
     rows, longest = len(data.train), 256
-    mixed = Mismatched(data.train, longest)
+    mixed = Mismatched(data.train, np.arange(rows), longest)
     for i in range(rows):
         other = (i + rows // 2) % rows
         text, row = tokenizer.decode(mixed.tokens(i)), data.train.row(other)
@@ -315,7 +325,7 @@ def test_exchanged_answers_come_from_another_question(tmp_path, tiny_model_dir):
         assert row["messages"][0]["content"] != own  # no neighbour with the same question
         supervised = mixed.tokens(i)[mixed.mask(i)]
         assert supervised.tolist() == data.train.tokens(other)[data.train.mask(other)].tolist()
-    assert Mismatched(data.train, 20).lengths.max() <= 20
+    assert Mismatched(data.train, np.arange(rows), 20).lengths.max() <= 20
 
 
 # ---- goldfish

@@ -11,8 +11,11 @@ from test_methods import labelled_rows, pair_rows
 
 METHODS = {
     "dpo": ["methods.preference.kind=dpo"],
+    "ipo": ["methods.preference={kind: dpo, loss: ipo}"],
     "orpo": ["methods.preference.kind=orpo"],
     "kto": ["methods.preference.kind=kto", "methods.preference.beta=0.5"],
+    "dpo with replay": ["methods.preference={kind: dpo, replay_weight: 0.5}"],
+    "kto with replay": ["methods.preference={kind: kto, beta: 0.5, replay_weight: 0.5}"],
     "neftune": ["methods.neftune.alpha=10"],
     "goldfish": ["methods.goldfish={k: 3, context: 5}"],
 }
@@ -23,6 +26,15 @@ TWO_RANKS = [
     ("ddp", ["data.batching=padded", "train.grad_accum=2"]),
     ("fsdp2", ["parallel.engine=fsdp2"]),
 ]
+#: DeepSpeed too, for what is more than a loss of tokens (plain fine-tuning under it: tests/parallel).
+DEEPSPEED = {
+    "dpo": ["zero1", "zero2", "zero3"],
+    "orpo": ["zero3"],
+    "kto": ["zero2", "zero3"],
+    "dpo with replay": ["zero3"],
+    "kto with replay": ["zero1"],
+    "neftune": ["zero3"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +45,17 @@ def curves(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> di
     for method, overrides in METHODS.items():
         settings = {"train.batch_rows": 9, "eval.before": False, "adapter.kind": "none", "train.learning_rate": 3.0e-3}
         recipe = helpers.write_recipe(folder / method, tiny_model_dir, settings=settings)
-        rows = {"kto": labelled_rows, "dpo": pair_rows, "orpo": pair_rows}.get(method, helpers.chat_rows)
+        rows = {"kto": labelled_rows, "dpo": pair_rows, "ipo": pair_rows, "orpo": pair_rows}.get(
+            method.partition(" ")[0], helpers.chat_rows
+        )
         helpers.write_jsonl(folder / method / "train.jsonl", rows(24))
         helpers.write_jsonl(folder / method / "eval.jsonl", rows(4, start=500))
-        for ranks, splits in ((1, ONE_RANK), (2, TWO_RANKS)):
+        if method.endswith("with replay"):
+            helpers.write_jsonl(folder / method / "general.jsonl", helpers.chat_rows(30, start=900))
+            own, general = (f"{folder / method}/{name}.jsonl" for name in ("train", "general"))
+            overrides = [*overrides, f"data.train=[{own}, {{source: {general}, share: 0.4}}]"]
+        engines = [(engine, [f"parallel.engine={engine}"]) for engine in DEEPSPEED.get(method, [])]
+        for ranks, splits in ((1, ONE_RANK), (2, [*TWO_RANKS, *engines])):
             for name, more in splits:
                 cases[ranks].append(
                     {
@@ -67,7 +86,7 @@ def test_the_curve_does_not_depend_on_the_split(method: str, curves: dict) -> No
 
 
 def test_splits_really_differ_and_something_is_learnt(curves: dict) -> None:
-    for splits in curves.values():
-        assert {len(splits)} == {len(ONE_RANK) + len(TWO_RANKS)}
+    for method, splits in curves.items():
+        assert len(splits) == len(ONE_RANK) + len(TWO_RANKS) + len(DEEPSPEED.get(method, []))
         assert [splits[name][0]["micro_batches"] for name in ("packed", "padded, accumulated", "ddp")] == [1, 3, 2]
         assert splits["packed"][-1]["loss"] < splits["packed"][0]["loss"]

@@ -1,0 +1,194 @@
+"""The reference of DPO and KTO: log-probabilities under the model as it is before the first step.
+
+For a fresh adapter that model is the base (the adapter adds nothing yet), for ``model.start_from`` the earlier run, for a full
+fine-tuning the weights it starts from. It does not change, so its log-probabilities are computed once for the documents that the run
+will use, and lie in the run folder; a resumed run reads them, because its model is another one by then. No second model is held in
+memory, and no step pays for one.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from aifactory_train.errors import UserError
+from aifactory_train.methods.pairs import Mismatched, Some
+from aifactory_train.methods.preference_loss import TokenLogps
+
+if TYPE_CHECKING:
+    from aifactory_train.train import Trainer
+
+REFERENCE_FILE = "reference_logps.json"
+#: The sides of a held-out set that are scored: the set itself, the worse answers, the exchanged ones.
+SIDES = ("own", "rejected", "exchanged")
+_FIX = "start a new run (--run-dir NEW): the reference is the model before its first step"
+
+
+class Reference:
+    """Log-probabilities of answers, float64, NaN where the run does not come by.
+
+    train: ``[documents]``; exchanged: ``[documents]`` of the same questions with another answer (KTO) or None; held:
+    ``{set: {side: [documents]}}``, None where nothing is evaluated.
+    """
+
+    def __init__(self) -> None:
+        self.train: np.ndarray | None = None
+        self.exchanged: np.ndarray | None = None
+        self.held: dict[str, dict[str, np.ndarray]] | None = None
+
+    # ---- computing it
+
+    def compute(self, trainer: Trainer, wanted: np.ndarray, mixed: Mismatched | None) -> tuple[str, str]:
+        """Score the ``wanted`` documents, KTO's exchanged ones (``mixed``) and the held-out ones; collective.
+
+        Returns what the start-up report says of it: what was done, and at what cost.
+        """
+        started = time.perf_counter()
+        base = trainer.data.train.base  # type: ignore[attr-defined]
+        self.train = self._score(trainer, Some(base, wanted), len(base), wanted)
+        scored, tokens = len(wanted), int(base.lengths[wanted].sum())
+        if mixed is not None:
+            self.exchanged = self._score(trainer, mixed, len(base), wanted)
+            scored, tokens = 2 * scored, tokens + int(mixed.lengths.sum())
+        if evaluates(trainer):
+            self.held = {name: self._held_out(trainer, held) for name, held in trainer.data.evals.items()}
+            scored += sum(int(np.isfinite(v).sum()) for sides in self.held.values() for v in sides.values())
+        seconds = time.perf_counter() - started
+        return (
+            f"the model before its first step: {scored:,} answers scored in {seconds:.1f} s",
+            f"{tokens:,} training tokens once, without gradients; {self.nbytes() / 2**20:.3g} MiB kept in {REFERENCE_FILE}, no second model",
+        )
+
+    def _score(self, trainer: Trainer, documents: Any, total: int, places: np.ndarray) -> np.ndarray:
+        """Log-probabilities by the operator that training uses, in ``places`` of an array of ``total``."""
+        trainer.attempt.beat(trainer.step, "reference")
+        scored = score(trainer, documents, most=len(places), module=AsInTraining(trainer))
+        out = np.full(total, np.nan)
+        out[places] = scored
+        return out
+
+    def _held_out(self, trainer: Trainer, held: Any) -> dict[str, np.ndarray]:
+        """As :func:`aifactory_train.evaluate.evaluate` will score the policy: the same rows in the same micro-batches."""
+        trainer.attempt.beat(trainer.step, "reference")
+        sides = {side: held if side == "own" else getattr(held, side, None) for side in SIDES}
+        most = trainer.recipe.data.eval_rows
+        return {side: score(trainer, rows, most=most) for side, rows in sides.items() if rows is not None}
+
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        arrays = [self.train, self.exchanged, *(v for sides in (self.held or {}).values() for v in sides.values())]
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    # ---- keeping it
+
+    def write(self, trainer: Trainer) -> None:
+        """Into the run folder; called by rank 0."""
+        from aifactory_train.metrics.bootstrap import packed
+        from aifactory_train.runs import write_json
+
+        content: dict[str, Any] = {"what": "log-probabilities, float64, base64", **self._digests(trainer)}
+        found = {"reference": self.train, "exchanged": self.exchanged}
+        content.update({name: packed(values) for name, values in found.items() if values is not None})
+        if self.held is not None:
+            content["held_out"] = {
+                name: {side: packed(values) for side, values in sides.items()} for name, sides in self.held.items()
+            }
+        write_json(trainer.run.path / REFERENCE_FILE, content)
+
+    def read(self, trainer: Trainer, wanted: np.ndarray) -> tuple[str, str]:
+        """What :meth:`write` left. Raises :class:`UserError` where it is of other rows, or does not cover this run's."""
+        from aifactory_train.metrics.bootstrap import unpacked
+        from aifactory_train.runs import read_json
+
+        path = trainer.run.path / REFERENCE_FILE
+        found, here = read_json(path), self._digests(trainer)
+        if found["data"] != here["data"]:
+            raise UserError("the reference was computed on other rows", where=str(path), fix=_FIX)
+        self.train = unpacked(found["reference"])
+        self.exchanged = unpacked(found["exchanged"]) if "exchanged" in found else None
+        missing = int(np.isnan(self.train[wanted]).sum())
+        if missing:
+            raise UserError(
+                f"the reference was not computed for {missing} of this run's documents", where=str(path), fix=_FIX
+            )
+        if evaluates(trainer):
+            self._read_held_out(found, here, path)
+        return ("the model before its first step, read", f"{path.name} of this run; not computed again")
+
+    def _read_held_out(self, found: dict[str, Any], here: dict[str, Any], path: Path) -> None:
+        from aifactory_train.metrics.bootstrap import unpacked
+
+        if "held_out" not in found or found.get("evals") != here["evals"]:
+            raise UserError("the reference was not computed for these held-out rows", where=str(path), fix=_FIX)
+        self.held = {
+            name: {side: unpacked(values) for side, values in sides.items()}
+            for name, sides in found["held_out"].items()
+        }
+
+    def _digests(self, trainer: Trainer) -> dict[str, Any]:
+        from aifactory_train.resume import data_digest
+
+        rows = trainer.recipe.data.eval_rows
+        evals = {name: f"{data_digest(held)} {rows}" for name, held in trainer.data.evals.items()}
+        return {"data": data_digest(trainer.data.train), "evals": evals}
+
+
+def evaluates(trainer: Trainer) -> bool:
+    """Whether the run looks at held-out rows at all."""
+    settings = trainer.recipe.eval
+    return settings.before or settings.after or settings.every_steps is not None
+
+
+class AsInTraining:
+    """The engine's module, scoring tokens by the operator that training uses: reference and policy then round alike."""
+
+    def __init__(self, trainer: Trainer):
+        self.module, self.how = trainer.engine.module, TokenLogps(on_kernels(trainer))
+
+    @property
+    def training(self) -> bool:
+        return self.module.training
+
+    def train(self, mode: bool = True) -> None:
+        self.module.train(mode)
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def __call__(self, *, reduce: bool, **batch: Any) -> torch.Tensor:
+        return -self.module(**batch, judged=self.how)
+
+
+def on_kernels(trainer: Trainer) -> bool:
+    """Whether log-probabilities come from the registered operator."""
+    return trainer.recipe.kernels.enabled != "off" and trainer.world.device != "cpu"
+
+
+def score(trainer: Trainer, documents: Any, *, most: int, module: Any = None) -> np.ndarray:
+    """Log-probabilities of at most ``most`` documents (evenly spaced) as the model is now, float64, the same on all ranks."""
+    from aifactory_train.evaluate import held_out
+
+    scored = held_out(
+        module or trainer.engine.module,
+        documents,
+        max_rows=most,
+        batching=trainer.recipe.data.batching,
+        pad_id=trainer.pad_id,
+        device=trainer.world.device,
+        micro_batch_tokens=trainer.recipe.train.micro_batch_tokens,
+        rank=trainer.world.rank,
+        world_size=trainer.world.size,
+        autocast=autocast_of(trainer),
+    )
+    return -scored.nll
+
+
+def autocast_of(trainer: Trainer) -> torch.dtype | None:
+    """The type that forward passes outside of the engine compute in; None where parameters have it already."""
+    policy = trainer.precision
+    mixed = policy.compute != policy.parameters or policy.compute != policy.frozen
+    return policy.compute if mixed else None
