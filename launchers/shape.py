@@ -146,7 +146,7 @@ def shape_of(request: Request, system: System) -> Shape:
     why["ranks_per_node"] = Value(ranks, "you asked for it with --nproc" if request.nproc else "one process per GPU")
     tasks = 1 if style == "torchrun" else ranks
     per_rank = _cpus_per_rank(system, gpus, ranks, why)
-    per_task = per_rank * (ranks // tasks) if per_rank else None
+    per_task = per_rank * (ranks // max(tasks, 1)) if per_rank else None  # no process: the checks refuse it
     partition_key, partition, qos = _placement(request, system, why)
     part = system.partitions.get(partition_key) if partition_key else None
     constraint = request.constraint or system.user.constraint or (part.constraint if part else None)

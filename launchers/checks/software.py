@@ -1,0 +1,216 @@
+"""Rules on what the job runs with: container, modules, Python environment, number formats, engine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from aifactory_train.errors import UserError
+from aifactory_train.launchers.build import container_of, env_folder
+from aifactory_train.launchers.checks.rules import (
+    Context,
+    Finding,
+    batch_rule,
+    lies_in,
+    not_checked,
+    refuse,
+    rule,
+    warn,
+)
+
+
+@batch_rule
+def container_runtime(c: Context) -> Iterator[Finding]:
+    """A container is asked for only where a runtime is known."""
+    if c.shape.backend != "kubernetes" and c.request.container and not c.system.software.containers:
+        yield warn(f"no container runtime is published for {c.system.name}: apptainer is assumed")
+
+
+@rule
+def container_needed(c: Context) -> Iterator[Finding]:
+    """A pod needs an image."""
+    if c.shape.backend == "kubernetes" and not (c.request.container or c.system.user.container_image):
+        what = f"{c.system.name} runs pods: an image with torch and aifactory-train must be named"
+        fix = "--container REGISTRY/IMAGE, or user.container_image in your site file"
+        yield refuse(what, fix=fix, where="--container") if c.submitting else warn(what, fix=fix)
+
+
+@rule
+def container_folder(c: Context) -> Iterator[Finding]:
+    """Images lie where the site lets them run from."""
+    own = c.request.container or c.system.user.container_image
+    for container in c.system.software.containers[:1]:
+        dirs = [d for d in container.image_dirs if "$" not in d]
+        # The folder of the site's own images is an offer, not a rule; a rule has a variable or no image of its own.
+        if own and dirs and container.image is None and not lies_in(own, dirs):
+            yield refuse(
+                f"{own}: {c.system.name} runs images from {', '.join(dirs)} only",
+                c.fact("software.containers"),
+                "copy the image there",
+                "--container",
+            )
+
+
+@batch_rule
+def container_present(c: Context) -> Iterator[Finding]:
+    """The image is there."""
+    if c.shape.backend == "kubernetes":
+        return
+    container = container_of(c.request, c.system)
+    if container is None or not container.image:
+        return
+    if not c.here:
+        yield not_checked(f"the image {container.image} at {c.system.name}")
+    elif container.runtime in ("singularity", "apptainer", "sarus") and not Path(container.image).exists():
+        yield refuse(
+            f"the image {container.image} is not there",
+            fix="--container FILE, or user.container_image in your site file",
+            where="--container",
+        )
+
+
+@batch_rule
+def modules_present(c: Context) -> Iterator[Finding]:
+    """The modules can be loaded (only the site can tell)."""
+    modules = c.system.user.modules if c.system.user.modules is not None else c.system.software.modules
+    if modules and c.shape.backend != "kubernetes":
+        command = os.environ.get("LMOD_CMD") or shutil.which("modulecmd")
+        if not (c.here and command):
+            yield not_checked(f"the modules {' '.join(modules)} at {c.system.name}")
+            return
+        from aifactory_train.launchers.site_commands import missing_modules
+
+        for name in missing_modules(command, c.system.software.use, modules):
+            yield refuse(
+                f"there is no module {name}",
+                c.fact("software.modules"),
+                "'module spider' lists what is there; user.modules in your site file replaces the list",
+                "--site",
+            )
+
+
+@batch_rule
+def environment_present(c: Context) -> Iterator[Finding]:
+    """The Python environment is there."""
+    if c.shape.backend == "kubernetes":
+        return
+    named = c.request.venv or c.system.user.venv
+    folder = named or (env_folder(c.system) if not c.system.software.provides_torch else None)
+    if folder is None:
+        return
+    if not c.here:
+        yield not_checked(f"the Python environment {folder} at {c.system.name}")
+    elif named and not (Path(folder) / "bin" / "python").exists():
+        yield refuse(
+            f"{folder} is no Python environment: it has no bin/python",
+            fix=f"'aifactory env --site {c.system.id}' writes the script that builds one",
+            where="--venv",
+        )
+
+
+@batch_rule
+def environment_isa(c: Context) -> Iterator[Finding]:
+    """The environment is built for the compute nodes' instruction set, not for the login node's."""
+    folder, isa = c.request.venv or c.system.user.venv, c.system.node.isa
+    if not (folder and isa and Path(folder).is_dir()):
+        return
+    built = isa_of(Path(folder))
+    if built is not None and built != isa:
+        yield refuse(
+            f"{folder} is built for {built}, compute nodes of {c.system.name} are {isa}",
+            c.fact("node.isa"),
+            f"'aifactory env --site {c.system.id}' builds one for {isa}",
+            "--venv",
+        )
+
+
+def isa_of(folder: Path) -> str | None:
+    """Instruction set of a virtual environment, from the ELF header of its interpreter or an extension module."""
+    candidates = [folder / "bin" / "python", *sorted(folder.glob("lib/python3*/site-packages/*.so"))[:1]]
+    for path in candidates:
+        try:
+            with open(path, "rb") as file:
+                head = file.read(20)
+        except OSError:
+            continue
+        if head[:4] == b"\x7fELF":
+            machine = int.from_bytes(head[18:20], "little")
+            return {62: "x86_64", 183: "aarch64"}.get(machine)
+    return None
+
+
+@batch_rule
+def precision_supported(c: Context) -> Iterator[Finding]:
+    """The GPU has the number format that the recipe asks for."""
+    asked = {c.recipe.precision.compute, c.recipe.precision.parameters}
+    if "bf16" in asked and c.system.gpu.peak_tflops and not c.system.gpu.has_bf16:
+        yield refuse(
+            f"the recipe asks for bf16, {c.system.gpu.model} ({c.system.gpu.arch}) has none",
+            c.fact("gpu.peak_tflops"),
+            "--set precision.compute=auto",
+            "precision",
+        )
+
+
+@rule
+def quantisation_supported(c: Context) -> Iterator[Finding]:
+    """A 4-bit base has the engine and the packages that it needs.
+
+    Whether bitsandbytes can quantise on the device, GPU or CPU, is asked by training itself before it loads anything.
+    """
+    if c.recipe.adapter.quantise_base == "none":
+        return
+    from aifactory_train.parallel import refuse_quantised
+
+    engine = c.recipe.parallel.engine
+    try:
+        refuse_quantised(c.recipe, "ddp" if engine == "auto" else engine)
+    except UserError as error:
+        yield refuse(error.what, fix=error.fix, where=error.where)
+    own_environment = c.request.venv or c.system.user.venv
+    missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
+    if missing and not c.batch and not own_environment:
+        yield refuse(
+            f"a 4-bit base needs {' and '.join(missing)}, not installed here",
+            fix="pip install 'aifactory-train[qlora]', or --set adapter.quantise_base=none",
+            where="adapter.quantise_base",
+        )
+
+
+@rule
+def engine_fits_ranks(c: Context) -> Iterator[Finding]:
+    """The shard size divides the ranks."""
+    size = c.recipe.parallel.shard_size
+    if size and c.shape.ranks % size:
+        yield refuse(
+            f"{c.shape.ranks} ranks are no multiple of parallel.shard_size {size}",
+            fix="change --nodes or the shard size",
+            where="parallel.shard_size",
+        )
+
+
+@rule
+def batch_fits_ranks(c: Context) -> Iterator[Finding]:
+    """A step has at least one document for each rank."""
+    rows = c.recipe.train.batch_rows
+    if rows is not None and rows < c.shape.ranks:
+        # Not refused: the step is defined by documents, so the curve is right; only GPU-hours are wasted.
+        yield warn(
+            f"{rows} documents per step for {c.shape.ranks} ranks: {c.shape.ranks - rows} have nothing to do and burn GPU-hours",
+            fix=f"fewer nodes, or --set train.batch_rows={c.shape.ranks}",
+        )
+
+
+@rule
+def plan_possible(c: Context) -> Iterator[Finding]:
+    """The planner finds a way to train it there: memory, engine, division of a step over the ranks."""
+    plan = c.sub.plan
+    if plan and plan.get("fits") is False:
+        yield refuse(
+            str(plan.get("reason")),
+            fix=plan.get("fix") or "'aifactory plan' tells what would be possible",
+            where=plan.get("where"),
+        )
