@@ -5,7 +5,7 @@ The pipeline, one module a step::
     request.py      what a user may ask; hygiene of every text that enters a script
     shape.py        nodes, tasks, cores, memory, time, placement, each with its origin
     build.py        the whole submission: script, programs of node and rank, data files
-    checks.py       named rules that refuse a request before anything is submitted
+    checks/         named rules that refuse a request before anything is submitted
     runs.py         the run folder
     backends/       one module a scheduler: directives, submit, query, cancel
     follow.py       status, logs, stop

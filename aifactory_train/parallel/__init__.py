@@ -157,9 +157,14 @@ def zero_stage(asked: int, *, bf16: bool, offload_optimizer: bool) -> int:
     return 2 if asked == 1 and bf16 and not offload_optimizer else asked
 
 
+def holds_quantised(name: str) -> bool:
+    """Whether an engine can hold a 4-bit base: its weights are opaque bytes, which cannot be split or cast."""
+    return name == "ddp"
+
+
 def refuse_quantised(recipe: Recipe, name: str) -> None:
-    """4-bit weights are opaque bytes: engines that split or cast parameters cannot hold them."""
-    if recipe.adapter.quantise_base != "none" and name != "ddp":
+    """Raise :class:`UserError` for a 4-bit base with an engine that cannot hold one."""
+    if recipe.adapter.quantise_base != "none" and not holds_quantised(name):
         raise UserError(
             f"engine {name} cannot hold a 4-bit base",
             where="adapter.quantise_base",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.errors import UserError
-from aifactory_train.parallel import zero_stage
+from aifactory_train.parallel import holds_quantised, zero_stage
 from aifactory_train.planning import memory, timing
 from aifactory_train.planning.job import STACKS, Bytes, Gpu, Job, Layout, Links
 from aifactory_train.planning.memory import Memory
@@ -223,6 +223,10 @@ def engine_that_runs(engine: str, work: Workload, offload: bool) -> str:
 def layouts(work: Workload, world: int, per_node: int, fixed: Fixed, offload: bool) -> Iterator[Layout]:
     """Every way of spreading the model over ``world`` ranks that the recipe leaves open."""
     wanted = fixed.engine
+    if work.method == "qlora":
+        if wanted is not None and not holds_quantised(wanted):
+            return
+        wanted = "ddp"
     if world == 1:
         if wanted in (None, "ddp"):
             if not offload:

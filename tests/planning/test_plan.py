@@ -280,6 +280,16 @@ def test_the_stage_that_runs_is_the_one_that_is_counted(stage, offload, runs):
     assert any("runs as zero2" in line for line in found["reasons"]) is (runs != stage)
 
 
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_a_four_bit_base_is_planned_with_the_engine_that_trains_it(gpus):
+    """What training refuses (parallel.refuse_quantised) is not proposed."""
+    site = sites.load("lumi-g", overlay=False)
+    found, _ = plan.make(request(site, SIZES[1], gpus, "lora", adapter__quantise_base="nf4"))
+    assert {found["engine"], *(a["engine"] for a in found["alternatives"])} == {"ddp"}
+    with pytest.raises(UserError, match="no engine can be used"):
+        plan.make(request(site, SIZES[1], 4, "lora", adapter__quantise_base="nf4", parallel__engine="fsdp2"))
+
+
 def test_an_open_engine_is_not_tried_under_two_names():
     site = sites.load("lumi-g", overlay=False)
     found, _ = plan.make(request(site, SIZES[1], 4, "none"))
