@@ -179,10 +179,13 @@ class _Oracle(torch.nn.Module):
     def forward(self, tokens, position_ids, *, attention_mask, cache):
         if tokens.shape[1] > 1:
             prompts = [tuple(row[mask.bool()].tolist()) for row, mask in zip(tokens, attention_mask, strict=True)]
-            self.state = [list(self.replies[p]) for p in prompts]
+            self.state = [[*self.replies[p], self.stop] for p in prompts]
+        if len(tokens) < len(self.state):  # rows that have ended have left, all at once
+            self.state = [left for left in self.state if left]
+        assert len(tokens) == len(self.state)
         logits = torch.zeros(len(tokens), self.vocabulary)
         for i, left in enumerate(self.state):
-            logits[i, left.pop(0) if left else self.stop] = 1.0
+            logits[i, left.pop(0) if left else 0] = 1.0  # what follows the stop is nobody's
         return logits
 
 

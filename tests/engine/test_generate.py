@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import helpers
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aifactory_train import attention
 from aifactory_train.errors import UserError
-from aifactory_train.generate import generate
+from aifactory_train.generate import BATCH_TOKENS, batches, generate
 from aifactory_train.model import CausalLM
 
 
@@ -65,6 +69,53 @@ def test_stops_at_the_given_tokens_only_and_leaves_them_out():
     assert found == expected
     assert stop not in found
     assert generate(ours, [prompt], max_new_tokens=0, stop_ids=[2], pad_id=3, device="cpu") == [[]]
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_rows_that_end_leave_the_batch_and_change_no_other_answer(window):
+    """Stop tokens that end the answers one after another; layers with a window keep transformers' own cache."""
+    ours, plain = pair("mistral", sliding_window=window)
+    asked = prompts(12, seed=3)
+    free = [reference(plain, p, 16, {2}) for p in asked]
+    stops = sorted({answer[k] for k, answer in enumerate(free[:9]) if k < len(answer)} | {2})
+    sizes: list[int] = []
+    decode = CausalLM._decode
+    ours._decode = lambda ids, *rest: sizes.append(len(ids)) or decode(ours, ids, *rest)
+    found = generate(ours, asked, max_new_tokens=16, stop_ids=stops, pad_id=3, device="cpu")
+    assert found == [reference(plain, p, 16, set(stops)) for p in asked]
+    assert len({len(answer) for answer in found}) > 2 and sizes[0] == 12 > sizes[-1], (sizes, "rows have left")
+    ours._decode = lambda *rest: decode(ours, *rest)
+    alone = [generate(ours, [p], max_new_tokens=16, stop_ids=stops, pad_id=3, device="cpu")[0] for p in asked]
+    assert found == alone
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 20_000), max_size=150), st.integers(1, 2_000), st.integers(1, 70))
+def test_batches_hold_every_prompt_once_within_their_bounds(lengths, new, most):
+    found = batches(lengths, new, most)
+    assert sorted(i for chosen in found for i in chosen) == list(range(len(lengths)))
+    for chosen in found:
+        assert 1 <= len(chosen) <= most
+        assert len(chosen) == 1 or len(chosen) * (max(lengths[i] for i in chosen) + new) <= BATCH_TOKENS
+    widths = [[lengths[i] for i in chosen] for chosen in found]
+    assert all(max(a) <= min(b) for a, b in itertools.pairwise(widths)), "like lengths together"
+
+
+def test_the_cache_equals_a_concatenation_also_beyond_its_room():
+    from transformers.cache_utils import DynamicLayer
+
+    from aifactory_train.decode_cache import ReservedLayer
+
+    ours, plain = ReservedLayer(5), DynamicLayer()
+    generator = torch.Generator().manual_seed(1)
+    for step, tokens in enumerate([3, 1, 1, 1, 4, 1]):
+        states = [torch.randn(4 if step < 3 else 2, 2, tokens, 8, generator=generator) for _ in range(2)]
+        if step == 3:
+            for layer in (ours, plain):
+                layer.batch_select_indices(torch.tensor([0, 3]))
+        for found, expected in zip(ours.update(*states), plain.update(*states), strict=True):
+            assert torch.equal(found, expected)
+        assert ours.get_seq_length() == plain.get_seq_length()
 
 
 def test_training_mode_is_restored_and_dropout_is_off_meanwhile():
