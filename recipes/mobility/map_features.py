@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.errors import UserError
-from aifactory_train.recipes.common import chat, no_rows, parted, read_text
+from aifactory_train.recipes.common import chat, parted, read_text, some
 
 #: First parts of tags that have to do with moving people and goods.
 MODES = (
@@ -35,9 +35,12 @@ def rows(
         held_out: share of the features that is held out.
         modes: first parts of the tags that are read; default :data:`MODES`.
     """
-    found = features(path, languages, tuple(modes or MODES))
+    wanted = tuple(modes or MODES)
+    found = some(features(path, languages, wanted), path, f"feature of {', '.join(wanted)}")
     for entry in parted(found, part, held_out):
-        yield chat(entry, entry["id"], f"{entry['id'].split('/')[0]}: {entry['name']}", entry["answer"], SYSTEM)
+        language = entry["id"].split("/")[0]
+        row = chat(entry, entry["id"], f"{language}: {entry['name']}", entry["answer"], SYSTEM)
+        yield {**row, "language": language}  # names are too short to tell it from
 
 
 def features(path: Path, languages: list[str], modes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -48,7 +51,6 @@ def features(path: Path, languages: list[str], modes: tuple[str, ...]) -> Iterat
     words of transport do across languages, is not held out.
     """
     presets = json.loads(read_text(path / "presets.json"))
-    count = 0
     for language in languages:
         file = path / "translations" / f"{language}.json"
         if not re.fullmatch(r"[A-Za-z-]{2,10}", language) or not file.is_file():
@@ -59,7 +61,6 @@ def features(path: Path, languages: list[str], modes: tuple[str, ...]) -> Iterat
             if key.split("/")[0] not in modes or not tags or not text.get("name"):
                 continue
             other = _list(text.get("terms")) or _list(text.get("aliases"))
-            count += 1
             yield {
                 "id": f"{language}/{key}",
                 "group": "/".join(key.split("/")[:2]),
@@ -67,8 +68,6 @@ def features(path: Path, languages: list[str], modes: tuple[str, ...]) -> Iterat
                 "name": text["name"] + (f" ({', '.join(other[:3])})" if other else ""),
                 "answer": "; ".join(f"{k}={v}" for k, v in tags.items()),
             }
-    if not count:
-        raise no_rows(path, f"feature of {', '.join(modes)}")
 
 
 def _list(value: Any) -> list[str]:
