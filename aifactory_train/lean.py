@@ -4,7 +4,8 @@ What a layer keeps for its backward pass is what costs memory. Written out in pl
 size of its input, a LoRA layer three. Here a norm keeps its input and one number per row, a gated MLP its two projections, a
 LoRA layer next to nothing: its input is *remembered by recipe* (the norm's or the MLP's own inputs, which are kept anyway) and made
 again in the backward pass for the price of one pointwise pass. The arithmetic of the forward pass is transformers' and
-peft's, in the same order, so that logits stay the same to the last bits of fp32.
+peft's, in the same order, so that logits stay the same to the last bits of fp32 (:mod:`aifactory_train.products` may sum a
+product in another order).
 
 :func:`apply_lean` replaces ``forward`` on module instances whose structure is known; everything else stays as it is and is
 named in the report.
@@ -20,6 +21,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from aifactory_train.products import by_columns, by_rows
 
 Recipe = tuple[str, tuple]  # how to make a tensor again: ("norm", (x, rstd, weight)) or ("swiglu", (gate, up))
 
@@ -80,10 +83,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale, kind, *parts):
         flat = x.reshape(-1, x.shape[-1])
-        out = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
+        out = by_rows(flat, weight)
+        if bias is not None:
+            out += bias
         inner: tuple[torch.Tensor, ...] = ()
         if a is not None:
-            inner = (flat @ a.t(),)  # [rows, r]: kept, because it is small and the backward pass needs it
+            inner = (by_rows(flat, a),)  # [rows, r]: kept, because it is small and the backward pass needs it
             out.addmm_(inner[0], b.t(), alpha=scale)
         needs_input = weight.requires_grad or a is not None
         ctx.kind, ctx.scale, ctx.shape = kind, scale, x.shape
@@ -103,13 +108,13 @@ class _Linear(torch.autograd.Function):
         if rest:
             x = (_make_again(ctx.kind, tuple(rest)) if ctx.kind is not None else rest[0]).reshape(-1, ctx.shape[-1])
         if needs[0]:
-            grad_x = torch.mm(grad, weight)
+            grad_x = by_columns(grad, weight)
         if needs[1]:
             grad_weight = torch.mm(grad.t(), x)
         if needs[2]:
             grad_bias = grad.sum(0)
         if ctx.has_lora:
-            through_b = torch.mm(grad, b).mul_(ctx.scale)  # [rows, r]
+            through_b = by_columns(grad, b).mul_(ctx.scale)  # [rows, r]
             if needs[3]:
                 grad_a = torch.mm(through_b.t(), x)
             if needs[4]:

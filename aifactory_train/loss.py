@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from aifactory_train.products import by_columns, by_rows
+
 #: Bytes of one chunk of fp32 logits. 64 MiB keeps the projection's matrix products large (455 rows of a 36k vocabulary).
 CHUNK_BYTES = 64 * 2**20
 
@@ -27,16 +29,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        # One buffer for the logits of every chunk, worked on in place: memory that was touched before costs no page faults.
-        exact = hidden.dtype == torch.float32
-        shape = (min(rows, hidden.shape[0]), weight.shape[0])
-        buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device) if exact else None
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], labels[start : start + rows].unsqueeze(1)
-            if buffer is not None:
-                logits = torch.mm(chunk, weight.t(), out=buffer[: chunk.shape[0]])
-            else:
-                logits = (chunk @ weight.t()).float()
+            logits = by_rows(chunk, weight).float()
             if scale != 1.0:
                 logits.mul_(scale)
             picked = logits.gather(1, target)
@@ -49,12 +44,13 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(1, target, torch.full_like(target, -scale, dtype=grad.dtype))
                 grad = grad.to(hidden.dtype)
                 if grad_hidden is not None:
-                    torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+                    grad_hidden[start : start + rows] = by_columns(grad, weight)
                 if grad_weight is not None:
                     if grad.dtype == torch.float32:
                         grad_weight.addmm_(grad.t(), chunk)
                     else:
                         grad_weight += (grad.t() @ chunk).float()
+            del logits, grad  # before the next chunk's are made: they take the same memory
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -96,7 +92,7 @@ def token_nll(
     parts = []
     rows = chunk_rows(weight.shape[0], rows)
     for start in range(0, hidden.shape[0], rows):
-        logits = (hidden[start : start + rows] @ weight.t()).float().mul_(scale)
+        logits = by_rows(hidden[start : start + rows], weight).float().mul_(scale)
         target = labels[start : start + rows].unsqueeze(1)
         parts.append((torch.logsumexp(logits, dim=1, keepdim=True) - logits.gather(1, target)).squeeze(1))
     return torch.cat(parts) if parts else torch.zeros(0, device=hidden.device)

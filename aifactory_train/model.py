@@ -440,6 +440,7 @@ def apply_operators(core: CausalLM, recipe: Recipe, *, device: str, engine: str,
         report.add("operators", "the model's own", "parallel.compile fuses by itself")
     else:
         from aifactory_train.lean import apply_lean, keep_freed_memory
+        from aifactory_train.products import library
 
         keep_freed_memory()
         replaced, left = apply_lean(core.model)
@@ -448,6 +449,8 @@ def apply_operators(core: CausalLM, recipe: Recipe, *, device: str, engine: str,
         if left:
             why += "; left as they are: " + ", ".join(f"{count} {name}" for name, count in sorted(left.items()))
         report.add("operators", shown, why)
+        name, why = library()
+        report.add("matrix products", "oneDNN, called directly" if name == "onednn" else "torch's own choice", why)
 
 
 def _apply_triton(core: CausalLM, *, engine: str, report: ModelReport) -> None:

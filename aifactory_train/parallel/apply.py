@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from aifactory_train import products
 from aifactory_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+if products.library()[0] == "onednn":
+    _KEPT.add(torch.ops.mkldnn._linear_pointwise.default)
 
 
 def _keep_products() -> Any:
