@@ -7,6 +7,7 @@ No user text is ever part of a command line that a shell parses.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +184,11 @@ class Request:
     #: The program of a rank and its fixed arguments, before recipe and run folder; ``None`` is ``aifactory train``.
     program: tuple[str, ...] | None = None
     extra_flags: tuple[str, ...] = ()
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of the sweep: one for each combination of ``array``; 1 without one."""
+        return math.prod(len(values) for _, values in self.array)
 
     def checked(self) -> Request:
         """Itself, after the hygiene of every text in it; raises :class:`Refusal`."""

@@ -4,6 +4,9 @@
     submit(run_dir) -> str   job id; raises RunFailed with the scheduler's own words
     query(job) -> Job | None what the scheduler knows about it now; None where it knows nothing any more
     cancel(job) -> None
+    directives(sub)          the lines that a scheduler reads (Kubernetes: ``manifest``)
+
+and, where a scheduler can, of its own instead of those below: ``accounting``, ``failed_nodes``, ``warn``.
 
 ``local`` and ``mpi`` run in the foreground of the launching process instead (``run(run_dir)``).
 """
@@ -29,6 +32,21 @@ class Job:
     exit_code: str | None = None
     raw: str = ""
     accounting: dict[str, Any] = field(default_factory=dict)
+
+
+def accounting(job: str) -> dict[str, str] | None:
+    """What the scheduler's accounting says of a job; None where there is none."""
+    return None
+
+
+def failed_nodes(nodes: str | None) -> list[str]:
+    """Nodes of a list that the scheduler sees as down; none where it cannot be asked."""
+    return []
+
+
+def warn(job: str, signal: str) -> bool:
+    """Send a signal to the batch shell; False where the scheduler cannot (the stop file decides in any case)."""
+    return False
 
 
 def get(backend: str) -> ModuleType:

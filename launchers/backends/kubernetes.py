@@ -13,12 +13,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.errors import RunFailed
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.backends import Job
+from aifactory_train.launchers.backends import Job, accounting, failed_nodes, warn
+from aifactory_train.launchers.backends.commands import ask
 from aifactory_train.launchers.request import Refusal
 from aifactory_train.launchers.submission import Submission
 
+__all__ = ["PROGRAMS", "UNSEEN", "accounting", "cancel", "failed_nodes", "manifest", "query", "submit", "warn"]
 PROGRAMS = ("kubectl",)
 UNSEEN = "no Kubernetes cluster has seen this manifest: it was validated against the published schemas only"
 
@@ -131,38 +133,20 @@ def _plain_dumper() -> Any:
     return Plain
 
 
-def _run(*argv: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(argv, text=True, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL)
-    except FileNotFoundError:
-        raise UserError(
-            f"there is no {argv[0]} on this machine",
-            where="PATH",
-            fix="submit from a machine with kubectl; --dry-run prints the manifest anywhere",
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise RunFailed(f"{argv[0]} did not answer within {timeout} s", fix="try again later") from None
+def _kubectl(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return ask("kubectl", *arguments, fix="submit from a machine with kubectl; --dry-run prints the manifest anywhere")
 
 
 def submit(run_dir: Path, *, test_only: bool = False) -> str:
-    argv = [
-        "kubectl",
-        "create",
-        f"--filename={run_dir / 'submission' / 'job.yaml'}",
-        "--output=name",
-        *(["--dry-run=server"] if test_only else []),
-    ]
-    done = _run(*argv)
+    file = run_dir / "submission" / "job.yaml"
+    done = _kubectl("create", f"--filename={file}", "--output=name", *(["--dry-run=server"] if test_only else []))
     if done.returncode != 0:
-        raise RunFailed(
-            "kubectl refused the manifest: " + " ".join(done.stderr.split()),
-            where=str(run_dir / "submission" / "job.yaml"),
-        )
+        raise RunFailed("kubectl refused the manifest: " + " ".join(done.stderr.split()), where=str(file))
     return next((line for line in done.stdout.split() if line.startswith("job")), done.stdout.strip())
 
 
 def query(job: str) -> Job | None:
-    done = _run("kubectl", "get", job, "--output=json")
+    done = _kubectl("get", job, "--output=json")
     if done.returncode != 0:
         return None
     status = json.loads(done.stdout).get("status", {})
@@ -186,19 +170,7 @@ def query(job: str) -> Job | None:
     )
 
 
-def failed_nodes(nodes: str | None) -> list[str]:
-    return []
-
-
-def accounting(job: str) -> dict[str, str] | None:
-    return None
-
-
 def cancel(job: str) -> None:
-    done = _run("kubectl", "delete", job)
+    done = _kubectl("delete", job)
     if done.returncode != 0:
         raise RunFailed(f"kubectl delete {job}: {' '.join(done.stderr.split())}")
-
-
-def warn(job: str, signal: str) -> bool:
-    return False

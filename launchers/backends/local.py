@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 from aifactory_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, UserError
-from aifactory_train.launchers.backends import Job
+from aifactory_train.launchers.backends import Job, accounting, failed_nodes, warn
 from aifactory_train.launchers.programs import attempt
 
+__all__ = ["PROGRAMS", "accounting", "cancel", "failed_nodes", "query", "run", "submit", "warn"]
 PROGRAMS = ("bash",)
 
 
@@ -22,17 +23,20 @@ def submit(run_dir: Path, *, test_only: bool = False) -> str:
     """Start the script in the background and return ``local:PID``."""
     if test_only:
         return "local"
+    return f"local:{_start(run_dir).pid}"
+
+
+def _start(run_dir: Path) -> subprocess.Popen[bytes]:
+    """The script in a process group of its own, both streams to ``logs/job.out``."""
     (run_dir / "logs").mkdir(exist_ok=True)
     with open(run_dir / "logs" / "job.out", "ab") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             ["bash", str(run_dir / "submission" / "job.sh")],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
-            cwd=os.getcwd(),
         )
-    return f"local:{process.pid}"
 
 
 def run(run_dir: Path) -> int:
@@ -40,17 +44,9 @@ def run(run_dir: Path) -> int:
     if shutil.which("bash") is None:
         raise UserError("there is no bash on this machine", where="PATH")
     before = attempt.attempt_numbers(str(run_dir))
-    (run_dir / "logs").mkdir(exist_ok=True)
     log_path = run_dir / "logs" / "job.out"
     begin = log_path.stat().st_size if log_path.exists() else 0
-    with open(log_path, "ab") as log:
-        process = subprocess.Popen(
-            ["bash", str(run_dir / "submission" / "job.sh")],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    process = _start(run_dir)
     (run_dir / "submission" / "jobs").write_text(f"local:{process.pid}\n")
     interrupted = 0
     shown = 0
@@ -112,20 +108,8 @@ def query(job: str) -> Job | None:
     return Job(id=job, state="running", raw="process lives") if alive else None
 
 
-def failed_nodes(nodes: str | None) -> list[str]:
-    return []
-
-
-def accounting(job: str) -> dict[str, str] | None:
-    return None
-
-
 def cancel(job: str) -> None:
     found = query(job)
     if found is not None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(int(job.partition(":")[2]), signal.SIGTERM)
-
-
-def warn(job: str, signal_name: str) -> bool:
-    return False

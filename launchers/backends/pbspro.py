@@ -6,12 +6,14 @@ No PBS server has seen these scripts: their directives are checked by :mod:`aifa
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 from aifactory_train.errors import RunFailed, UserError
-from aifactory_train.launchers.backends import Job
+from aifactory_train.launchers.backends import Job, accounting, failed_nodes, warn
+from aifactory_train.launchers.backends.commands import ask
 from aifactory_train.launchers.submission import Line, Submission, quoted
+
+__all__ = ["PROGRAMS", "UNSEEN", "accounting", "cancel", "directives", "failed_nodes", "query", "submit", "warn"]
 
 PROGRAMS = ("qsub", "qstat", "qdel")
 UNSEEN = "no PBS server has seen this script: its directives were checked against PBS Pro's grammar only"
@@ -36,23 +38,38 @@ def pbs_time(seconds: int) -> str:
 
 
 def directives(sub: Submission) -> list[Line]:
+    """All ``#PBS`` lines."""
+    shape, select = sub.shape, sub.system.request.pbs_select
+    chunk = [f"select={shape.nodes}"]
+    if select:
+        chunk.append(select)
+    if shape.cpus_per_rank:
+        chunk.append(f"mpiprocs={shape.ranks_per_node}")
+    nodes = (":".join(chunk), "whole nodes of this kind, with one MPI process per GPU", "request.pbs_select")
+    return pbs_lines(sub, [nodes], array="-J", short_name="older PBS allows 15 characters")
+
+
+def pbs_lines(sub: Submission, resources: list[tuple[str, str, str | None]], array: str, short_name: str) -> list[Line]:
+    """The ``#PBS`` lines of PBS Pro and Torque, which differ in what they ask nodes by.
+
+    Args:
+        resources: ``-l`` values for nodes and memory, each with why it is there and the fact it rests on.
+        array: the option for an array of jobs.
+        short_name: why the name is cut.
+    """
     shape, system, request = sub.shape, sub.system, sub.request
     out: list[Line] = []
 
     def put(text: str, why: str, fact: str | None = None) -> None:
         out.append(sub.line(f"#PBS {text}", why, fact))
 
-    put(f"-N {sub.name[:15]}", "the run's name; older PBS allows 15 characters")
+    put(f"-N {sub.name[:15]}", f"the run's name; {short_name}")
     if shape.account:
         put(f"-A {shape.account}", shape.reason("account").why)
     if shape.partition:
         put(f"-q {shape.partition}", shape.reason("partition").why, shape.reason("partition").fact)
-    chunk = [f"select={shape.nodes}"]
-    if system.request.pbs_select:
-        chunk.append(system.request.pbs_select)
-    if shape.cpus_per_rank:
-        chunk.append(f"mpiprocs={shape.ranks_per_node}")
-    put(f"-l {':'.join(chunk)}", "whole nodes of this kind, with one MPI process per GPU", "request.pbs_select")
+    for value, why, fact in resources:
+        put(f"-l {value}", why, fact)
     put(f"-l walltime={pbs_time(shape.time_s)}", shape.reason("time_s").why, shape.reason("time_s").fact)
     put("-j oe", "one log for both streams")
     put(f"-o {sub.run_dir}/logs/", "log of the batch shell; the folder is made before submission")
@@ -62,10 +79,7 @@ def directives(sub: Submission) -> list[Line]:
         "policy.requeue" if system.policy.requeue else None,
     )
     if request.array:
-        count = 1
-        for _, values in request.array:
-            count *= len(values)
-        put(f"-J 0-{count - 1}", "one task for each combination of --array")
+        put(f"{array} 0-{request.tasks - 1}", "one task for each combination of --array")
     for flag in system.request.flags:
         put(flag, "every GPU job here needs it", "request.flags")
     return out
@@ -84,23 +98,10 @@ def starter(sub: Submission) -> list[Line]:
     return [sub.line(quoted(text), why, fact) for text, why, fact in words]
 
 
-def _run(*argv: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(argv, text=True, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL)
-    except FileNotFoundError:
-        raise UserError(
-            f"there is no {argv[0]} on this machine",
-            where="PATH",
-            fix="submit from a login node of the site; --dry-run prints the script anywhere",
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise RunFailed(f"{argv[0]} did not answer within {timeout} s", fix="try again later") from None
-
-
 def submit(run_dir: Path, *, test_only: bool = False) -> str:
     if test_only:
         raise UserError("PBS has no test of a script without submitting it", where="--test-only")
-    done = _run("qsub", str(run_dir / "submission" / "job.sh"))
+    done = ask("qsub", str(run_dir / "submission" / "job.sh"))
     if done.returncode != 0:
         raise RunFailed(
             "qsub refused the script: " + " ".join(done.stderr.split()), where=str(run_dir / "submission" / "job.sh")
@@ -109,9 +110,9 @@ def submit(run_dir: Path, *, test_only: bool = False) -> str:
 
 
 def query(job: str) -> Job | None:
-    done = _run("qstat", "-x", "-f", job)
+    done = ask("qstat", "-x", "-f", job)
     if done.returncode != 0:
-        done = _run("qstat", "-f", job)
+        done = ask("qstat", "-f", job)
     if done.returncode != 0:
         return None
     text = re.sub(r"\n\t", "", done.stdout)
@@ -130,19 +131,7 @@ def query(job: str) -> Job | None:
     )
 
 
-def failed_nodes(nodes: str | None) -> list[str]:
-    return []
-
-
-def accounting(job: str) -> dict[str, str] | None:
-    return None
-
-
 def cancel(job: str) -> None:
-    done = _run("qdel", job)
+    done = ask("qdel", job)
     if done.returncode != 0:
         raise RunFailed(f"qdel {job}: {' '.join(done.stderr.split())}")
-
-
-def warn(job: str, signal: str) -> bool:
-    return False

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from aifactory_train.errors import RunFailed, UserError
 from aifactory_train.launchers.backends import Job
+from aifactory_train.launchers.backends.commands import ask
 from aifactory_train.launchers.submission import Line, Submission, quoted
+from aifactory_train.sites import slurm_time
 from aifactory_train.sites.schema import Container
 
 PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel")
@@ -82,7 +84,7 @@ def directives(sub: Submission) -> list[Line]:
         given("memory", f"--{shape.memory[0]}={shape.memory[1]}G")
     if shape.exclusive:
         given("exclusive", "--exclusive")
-    given("time_s", f"--time={_time(shape.time_s)}")
+    given("time_s", f"--time={slurm_time(shape.time_s)}")
     from aifactory_train.launchers.build import lead
 
     put(
@@ -117,10 +119,7 @@ def directives(sub: Submission) -> list[Line]:
     if excluded:
         put(f"--exclude={','.join(excluded)}", "nodes that you excluded")
     if request.array:
-        count = 1
-        for _, values in request.array:
-            count *= len(values)
-        put(f"--array=0-{count - 1}", "one task for each combination of --array")
+        put(f"--array=0-{request.tasks - 1}", "one task for each combination of --array")
     if request.chain:
         put("--dependency=singleton", "links of the chain run one at a time, whatever becomes of the one before")
     if system.user.mail:
@@ -142,12 +141,6 @@ def directives(sub: Submission) -> list[Line]:
 
 def _tasks_why(style: str) -> str:
     return "one task a node: torchrun starts the ranks" if style == "torchrun" else "one task for each rank"
-
-
-def _time(seconds: int) -> str:
-    from aifactory_train.sites import slurm_time
-
-    return slurm_time(seconds)
 
 
 def directive_path(path: Path) -> str:
@@ -229,18 +222,7 @@ def clean_environment() -> tuple[dict[str, str], list[str]]:
 
 def _run(*argv: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
     env, _ = clean_environment()
-    try:
-        return subprocess.run(argv, env=env, text=True, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL)
-    except FileNotFoundError:
-        raise UserError(
-            f"there is no {argv[0]} on this machine",
-            where="PATH",
-            fix="submit from a login node of the site; --dry-run prints the script anywhere",
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise RunFailed(
-            f"{argv[0]} did not answer within {timeout} s", fix="try again later: the controller is busy"
-        ) from None
+    return ask(*argv, timeout=timeout, env=env)
 
 
 def submit(run_dir: Path, *, test_only: bool = False) -> str:

@@ -38,7 +38,7 @@ def confirm_cost(c: Context) -> Iterator[Finding]:
 
 def gpu_hours(c: Context) -> float:
     """GPU-hours of the whole request: every task of an array and every link of a chain, each with its full time."""
-    return c.shape.gpu_hours * c.tasks * (1 + c.request.chain)
+    return c.shape.gpu_hours * c.request.tasks * (1 + c.request.chain)
 
 
 @batch_rule

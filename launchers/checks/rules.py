@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.errors import UserError
-from aifactory_train.launchers.build import array_tasks
 from aifactory_train.launchers.request import Refusal, Request
 from aifactory_train.launchers.shape import Shape
 from aifactory_train.launchers.submission import Submission
@@ -95,11 +94,6 @@ class Context:
     def batch(self) -> bool:
         """A scheduler takes the job; without one it runs on this machine."""
         return self.shape.backend not in ("local", "mpi")
-
-    @property
-    def tasks(self) -> int:
-        """Tasks of the sweep; 1 without one."""
-        return len(array_tasks(self.request)) if self.request.array else 1
 
     @property
     def variables(self) -> list[tuple[str, str]]:

@@ -54,8 +54,8 @@ def time_too_short(c: Context) -> Iterator[Finding]:
 def jobs_at_once(c: Context) -> Iterator[Finding]:
     """Array tasks against the limit of running jobs."""
     limits = [found.max_running_jobs for found, _, _ in c.limits if found.max_running_jobs is not None]
-    if limits and c.tasks > min(limits):
-        yield warn(f"{c.tasks} tasks, {min(limits)} run at a time here: the others wait")
+    if limits and c.request.tasks > min(limits):
+        yield warn(f"{c.request.tasks} tasks, {min(limits)} run at a time here: the others wait")
 
 
 @batch_rule
@@ -81,8 +81,8 @@ def array_size(c: Context) -> Iterator[Finding]:
     """A sweep is small, and a scheduler that has arrays takes it."""
     if not c.request.array:
         return
-    if not 1 <= c.tasks <= MOST_TASKS:
-        yield refuse(f"{c.tasks} tasks", fix=f"1 to {MOST_TASKS}", where="--array")
+    if not 1 <= c.request.tasks <= MOST_TASKS:
+        yield refuse(f"{c.request.tasks} tasks", fix=f"1 to {MOST_TASKS}", where="--array")
     if not c.batch:
         yield refuse(
             "an array on this machine",
