@@ -7,6 +7,9 @@ length of the pack. transformers is asked for no mask at all.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,91 +106,79 @@ def per_document_attention(
     return out.squeeze(0).transpose(0, 1).reshape(batch, length, heads, -1), None
 
 
+#: Attention of ``[B * T, H, D]`` queries to ``[B * T, H_kv, D]`` keys and values, given the documents, dropout and scaling.
+_Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, float, float | None], torch.Tensor]
+
+
+def _over_documents(kernel: _Kernel) -> Callable[..., tuple[torch.Tensor, None]]:
+    """A variable-length kernel in transformers' form; without documents it is :func:`per_document_attention`."""
+
+    @functools.wraps(kernel)
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        documents: Documents | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        if documents is None:
+            return per_document_attention(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        _reject(module, documents.max_length, kwargs)
+        batch, heads, length, _ = query.shape
+        q, k, v = (_flat(states).squeeze(0).transpose(0, 1).contiguous() for states in (query, key, value))
+        return kernel(q, k, v, documents, dropout, scaling).reshape(batch, length, heads, -1), None
+
+    return attention
+
+
+@_over_documents
 def varlen_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    documents: Documents | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """One variable-length kernel over all documents (``torch.nn.attention.varlen``); shapes as above."""
-    if documents is None:
-        return per_document_attention(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, dropout: float, scaling: float | None
+) -> torch.Tensor:
+    """One variable-length kernel over all documents (``torch.nn.attention.varlen``), which has no dropout."""
+    if dropout:
+        raise UserError(
+            f"this model drops {dropout:g} of its attention in training, torch's variable-length kernel cannot",
+            where="model.attention",
+            fix="--set model.attention=per_document",
         )
-    _reject(module, documents.max_length, kwargs)
-    batch, heads, length, dim = query.shape
-    if scaling is not None:
+    heads, dim = q.shape[1:]
+    if scaling is not None and abs(scaling * dim**0.5 - 1) > 1e-6:
         # varlen_attn scales by 1/sqrt(D) in the versions that lack a scale argument: fold the difference into q
-        query = query * (scaling * dim**0.5) if abs(scaling * dim**0.5 - 1) > 1e-6 else query
-    q, k, v = (_flat(states).squeeze(0).transpose(0, 1).contiguous() for states in (query, key, value))
+        q = q * (scaling * dim**0.5)
     if heads != k.shape[1] and not compat.varlen_supports_gqa():
         k, v = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (k, v))
     attend = compat.varlen_attention()
     assert attend is not None  # choose() lets this backend be taken only where torch has it
     extra = {"enable_gqa": True} if heads != k.shape[1] else {}
-    out = attend(
-        q,
-        k,
-        v,
-        documents.cu_seqlens,
-        documents.cu_seqlens,
-        documents.max_length,
-        documents.max_length,
-        **_causal(attend),
-        **extra,
-    )
-    return out.reshape(batch, length, heads, -1), None
+    bounds, longest = documents.cu_seqlens, documents.max_length
+    return attend(q, k, v, bounds, bounds, longest, longest, **_causal(attend), **extra)
 
 
 def _causal(attend: Any) -> dict:
     """``varlen_attn``'s way to ask for causal attention changed from ``is_causal`` to a window."""
-    import inspect
-
     parameters = inspect.signature(attend).parameters
     return {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
 
 
+@_over_documents
 def flash_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    documents: Documents | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """The flash-attn package's variable-length function; shapes as above."""
-    if documents is None:
-        return per_document_attention(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, dropout: float, scaling: float | None
+) -> torch.Tensor:
+    """The flash-attn package's variable-length function."""
     from flash_attn import flash_attn_varlen_func
 
-    _reject(module, documents.max_length, kwargs)
-    batch, heads, length, _ = query.shape
-    q, k, v = (_flat(states).squeeze(0).transpose(0, 1).contiguous() for states in (query, key, value))
-    out = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        documents.cu_seqlens,
-        documents.cu_seqlens,
-        documents.max_length,
-        documents.max_length,
-        dropout_p=dropout,
-        softmax_scale=scaling,
-        causal=True,
+    bounds, longest = documents.cu_seqlens, documents.max_length
+    return flash_attn_varlen_func(
+        q, k, v, bounds, bounds, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=True
     )
-    return out.reshape(batch, length, heads, -1), None
 
 
 def register() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import helpers
 import pytest
 import torch
@@ -241,3 +244,55 @@ def test_choice_of_backend_on_a_cpu():
     assert attention.choose("per_document", "cuda")[0] == attention.PER_DOCUMENT
     with pytest.raises(UserError, match="needs a GPU"):
         attention.choose("varlen", "cpu")
+
+
+# ---- kernels that exist on GPUs only: what we hand them, and what we make of what they return
+
+
+def plain_varlen(q, k, v, bounds, _bounds, longest, _longest, *, scale=None, **_):
+    """What variable-length kernels compute, written out; ``[N, H, D]`` and ``[N, H_kv, D]``."""
+    assert longest == int(bounds.diff().max()) and q.is_contiguous() and bounds.dtype == torch.int32
+    out = []
+    for part in zip(*(t.transpose(0, 1).split(bounds.diff().tolist(), dim=1) for t in (q, k, v)), strict=True):
+        out.append(F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True))
+    return torch.cat(out, dim=1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.1])
+@pytest.mark.parametrize("gqa", [True, False])
+@pytest.mark.parametrize("kernel", ["varlen", "flash"])
+def test_variable_length_kernels_agree_with_each_document_alone(kernel, gqa, scaling, monkeypatch):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 12, 8) for heads in (4, 2, 2))
+    cut = documents([5, 7, 12])
+    if kernel == "varlen":
+
+        def attend(q, k, v, *bounds, is_causal, enable_gqa=False):
+            assert is_causal and (enable_gqa or q.shape[1] == k.shape[1])
+            return plain_varlen(q, k, v, *bounds)
+
+        monkeypatch.setattr(attention.compat, "varlen_attention", lambda: attend)
+        monkeypatch.setattr(attention.compat, "varlen_supports_gqa", lambda: gqa)
+        function = attention.varlen_attention
+    else:
+        package = ModuleType("flash_attn")
+        package.flash_attn_varlen_func = lambda *args, dropout_p, softmax_scale, causal: plain_varlen(  # type: ignore[attr-defined]
+            *args, scale=softmax_scale
+        )
+        monkeypatch.setitem(sys.modules, "flash_attn", package)
+        function = attention.flash_attention
+    module = torch.nn.Module()
+    found, _ = function(module, query, key, value, None, scaling=scaling, documents=cut)
+    wanted, _ = attention.per_document_attention(module, query, key, value, None, scaling=scaling, documents=cut)
+    assert found.shape == (2, 12, 4, 8)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="window of 6"):
+        function(module, query, key, value, None, documents=cut, sliding_window=6)
+
+
+def test_dropout_is_not_left_out_in_silence():
+    states = torch.randn(1, 2, 4, 8)
+    with pytest.raises(UserError, match=r"drops 0\.1 of its attention"):
+        attention.varlen_attention(
+            torch.nn.Module(), states, states, states, None, dropout=0.1, documents=documents([4])
+        )
