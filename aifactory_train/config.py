@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ if not RECIPES_DIR.is_dir():
 class Strict(BaseModel):
     """A block of the tree: unknown keys are refused, values are validated again when assigned."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False)
 
 
 # ---- what it is
@@ -247,7 +248,9 @@ class TrainConfig(Strict):
 
     seed: int = 17
     epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever the epochs.")
+    max_steps: int | None = Field(
+        None, ge=1, description="At most this many optimizer steps; the epochs may end the training earlier."
+    )
     batch_rows: int | None = Field(None, ge=1, description="Documents per optimizer step, over all ranks.")
     batch_tokens: int | None = Field(
         None, ge=8, description="Or: at most this many tokens per optimizer step, over all ranks."
@@ -266,7 +269,7 @@ class TrainConfig(Strict):
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
     decay_ratio: float = Field(0.2, gt=0, le=1, description="wsd only: share of the steps in which the rate falls.")
     weight_decay: float = Field(0.0, ge=0, description="Not applied to norms, biases and embeddings.")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd only.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping (the norm is still logged).")
@@ -619,6 +622,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
     seen: dict[Any, yaml.Node] = {}
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+            what = "merge keys (<<) are not read here" if isinstance(key_node, yaml.ScalarNode) else "a key is a word"
+            raise yaml.constructor.ConstructorError(None, None, what, key_node.start_mark)
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
@@ -660,15 +666,18 @@ def read_yaml(path: Path) -> tuple[Any, dict[tuple, int]]:
         loader = _UniqueKeyLoader(text)
         try:
             node = loader.get_single_node()
+            value = loader.construct_document(node) if node else None  # first: it refuses keys that are no words
             lines: dict[tuple, int] = {}
             _collect_lines(node, (), lines)
-            return (loader.construct_document(node) if node else None), lines
+            return value, lines
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=where) from None
+    except RecursionError:
+        raise UserError("not a recipe: nested too deeply, or within itself", where=str(path)) from None
 
 
 def _collect_lines(node: yaml.Node | None, path: tuple, lines: dict[tuple, int]) -> None:
@@ -696,8 +705,9 @@ def find_recipe(name: str) -> Path:
     if ".." not in as_path.parts and not as_path.is_absolute() and candidate.is_file():
         return candidate
     known = recipe_ids()
+    beside = [f"{name}.yaml"] if name and Path(f"{name}.yaml").is_file() else []
     raise UserError(
-        f"unknown recipe '{name}'{did_you_mean(name, known)}",
+        f"unknown recipe '{name}'{did_you_mean(name, beside or known)}",
         fix="'aifactory recipes' lists them; a path must end in .yaml",
     )
 
@@ -722,13 +732,20 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         stem = (
             str(path.resolve().relative_to(RECIPES_DIR.resolve()).with_suffix("")) if inside else f"local/{path.stem}"
         )
-        tree["id"] = stem.lower()
+        tree["id"] = stem if inside else _id_of(stem)
     _resolve_paths(tree, path.parent)
     origin = _apply_overrides(tree, overrides or [])
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise _readable(error, path, lines, origin) from None
+
+
+def _id_of(name: str) -> str:
+    """An id made of a file's name, which may hold capitals, spaces and letters of any script."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    parts = [re.sub(r"[^a-z0-9._-]+", "-", part).strip("-._") for part in plain.split("/")]
+    return "/".join(part or "recipe" for part in parts)
 
 
 def _resolve_paths(tree: dict, folder: Path) -> None:
@@ -760,16 +777,18 @@ def _resolve_paths(tree: dict, folder: Path) -> None:
 def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
     """Change ``tree`` in place; returns which override set which path."""
     origin: dict[tuple, str] = {}
-    given = {o.partition("=")[0].strip() for o in overrides}
-    for text in overrides:
-        key, separator, raw = text.partition("=")
-        if not separator or not key.strip():
+    replaced = {key.strip(): raw for key, _, raw in (o.partition("=") for o in overrides)}
+    keys = [_numbered(tree, o.partition("=")[0].strip(), replaced) for o in overrides]
+    given = set(keys)
+    for text, key in zip(overrides, keys, strict=True):
+        _, separator, raw = text.partition("=")
+        if not separator or not key:
             raise UserError("an override has the form a.b=c", where=f"--set {text}")
         try:
             value = yaml.load(raw, _UniqueKeyLoader) if raw.strip() else (None if raw == "" else raw)
         except yaml.YAMLError:
             value = raw  # a path with odd characters is still a string
-        path = tuple(int(p) if p.isdigit() else p for p in key.strip().split("."))
+        path = tuple(int(p) if p.isdecimal() else p for p in key.split("."))
         if path[:2] in (("data", "train"), ("data", "eval")) and len(path) > 2 and isinstance(tree.get("data"), dict):
             tree["data"][path[1]] = _as_sources(tree["data"].get(path[1]))
         if any(p == "" for p in path):
@@ -778,9 +797,11 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
         for depth, part in enumerate(path[:-1]):
             if isinstance(node, list):
                 if not isinstance(part, int) or part >= len(node):
+                    block = ".".join(map(str, path[:depth]))
                     raise UserError(
-                        f"'{'.'.join(map(str, path[:depth]))}' is a list of {len(node)}",
+                        f"'{block}' is a list of {len(node)}",
                         where=f"--set {text}",
+                        fix=f"say which one, counted from 0: {block}.0",
                     )
                 if not isinstance(node[part], dict):
                     node[part] = {"source": node[part]}
@@ -800,7 +821,12 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
         last = path[-1]
         if isinstance(node, list):
             if not isinstance(last, int) or last >= len(node):
-                raise UserError(f"'{key.rpartition('.')[0]}' is a list of {len(node)}", where=f"--set {text}")
+                block = key.rpartition(".")[0]
+                raise UserError(
+                    f"'{block}' is a list of {len(node)}",
+                    where=f"--set {text}",
+                    fix=f"say which one, counted from 0: {block}.0",
+                )
         else:
             last = str(last)
         node[last] = value
@@ -818,6 +844,19 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
         if path == ("model", "base") and isinstance(tree.get("model"), dict):
             _carry_option(tree["model"], given)
     return origin
+
+
+def _numbered(tree: dict, key: str, replaced: dict[str, str]) -> str:
+    """``data.train.licence`` means ``data.train.0.licence`` where there is one source, in the recipe or in its place
+    (``replaced``: the overrides by key)."""
+    parts = key.split(".")
+    if parts[:2] not in (["data", "train"], ["data", "eval"]) or len(parts) < 3 or parts[2].isdecimal():
+        return key
+    whole = replaced.get(".".join(parts[:2]))
+    data = tree.get("data")
+    sources = _as_sources(data.get(parts[1])) if isinstance(data, dict) else None
+    one = isinstance(sources, list) and len(sources) == 1 if whole is None else not whole.lstrip().startswith("[")
+    return ".".join([*parts[:2], "0", *parts[2:]]) if one else key
 
 
 def _carry_option(model: dict, given: set[str]) -> None:

@@ -217,6 +217,66 @@ def test_own_rows_replace_those_of_the_recipe_with_their_held_out_part(tmp_path)
     assert (both.data.train[0].source, both.data.eval[0].source) == ("mine.jsonl", "also.jsonl")
 
 
+def test_one_source_needs_no_number(tmp_path):
+    assert load(tmp_path, GOOD, ["data.train.licence=own"]).data.train[0].licence == "own"
+    moved = load(tmp_path, GOOD, ["data.train.source=mine.jsonl", "data.train.licence=own"]).data.train[0]
+    assert (moved.source, moved.licence) == ("mine.jsonl", "own")
+    two = GOOD.replace("train: rows.jsonl", "train: [rows.jsonl, more.jsonl]")
+    with pytest.raises(UserError, match=r"a list of 2\n  fix: .*data\.train\.0"):
+        load(tmp_path, two, ["data.train.licence=own"])
+    with pytest.raises(UserError, match="a list of 2"):
+        load(tmp_path, GOOD, ["data.train=[a.jsonl, b.jsonl]", "data.train.licence=own"])
+    replaced = load(tmp_path, two, ["data.train=mine.jsonl", "data.train.licence=own"]).data.train
+    assert [(s.source, s.licence) for s in replaced] == [("mine.jsonl", "own")]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("My Orders (2).yaml", "local/my-orders-2"), ("Übung.yaml", "local/ubung"), ("日本.yaml", "local/recipe")],
+)
+def test_a_file_of_any_name_is_a_recipe(tmp_path, name, wanted):
+    (tmp_path / name).write_text(GOOD.replace("id: test/config\n", ""), encoding="utf-8")
+    assert c.load_recipe(str(tmp_path / name)).id == wanted
+
+
+def test_a_recipe_beside_is_named_with_its_ending(tmp_path, monkeypatch):
+    (tmp_path / "acme").mkdir()
+    (tmp_path / "acme" / "orders.yaml").write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"did you mean 'acme/orders\.yaml'"):
+        c.load_recipe("acme/orders")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.epochs=.inf", "finite"),
+        ("train.learning_rate=.inf", "finite"),
+        ("train.betas=[0.9, 1.5]", "less than 1"),
+        ("train.betas=[-0.1, 0.9]", "greater than or equal to 0"),
+        ("data.train.²=1", "unknown key"),
+    ],
+)
+def test_numbers_that_no_training_could_use_are_refused(tmp_path, override, told):
+    with pytest.raises(UserError, match=told):
+        load(tmp_path, GOOD, [override])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "? [a, b]\n: c\n",
+        "{[a]: b}\n",
+        "a: &a [*a]\n",
+        "x: &x {base: y}\nmodel: {<<: *x}\n",
+        "x: " + "[" * 2000 + "]" * 2000,
+    ],
+)
+def test_yaml_that_is_no_recipe_is_refused_by_name(tmp_path, text):
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        load(tmp_path, text)
+
+
 def test_files_named_with_a_dot_lie_beside_the_recipe(tmp_path):
     recipe = load(tmp_path, GOOD.replace("rows.jsonl", "./rows.jsonl"))
     assert recipe.data.train[0].source == str(tmp_path / "rows.jsonl")
