@@ -9,7 +9,6 @@ whole files are told by their size and left out, as they hold nothing; instead, 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -118,20 +117,7 @@ def run_case(case: dict[str, Any], world) -> dict[str, Any]:
     return out
 
 
-def main() -> None:
-    import torch.distributed as dist
-
-    from aifactory_train.parallel.world import join_world, leave_world
-
-    world = join_world(300, threads=1)
-    found = []
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        found.append(run_case(case, world))
-        dist.barrier()
-    if world.is_main:
-        Path(sys.argv[2]).write_text(json.dumps(found))
-    leave_world()
-
-
 if __name__ == "__main__":
-    main()
+    import ranks
+
+    ranks.main(run_case, 300)

@@ -63,20 +63,7 @@ def run_leg(leg: dict[str, Any], world) -> dict[str, Any]:
     return out
 
 
-def main() -> None:
-    import torch.distributed as dist
-
-    from aifactory_train.parallel.world import join_world, leave_world
-
-    world = join_world(120, threads=1)
-    found = []
-    for leg in json.loads(Path(sys.argv[1]).read_text()):
-        found.append(run_leg(leg, world))
-        dist.barrier()
-    if world.is_main:
-        Path(sys.argv[2]).write_text(json.dumps(found))
-    leave_world()
-
-
 if __name__ == "__main__":
-    main()
+    import ranks
+
+    ranks.main(run_leg, 120)

@@ -215,25 +215,15 @@ def build(case: dict[str, Any], world):
     return build_engine(case["engine"], make_core(case, recipe, precision), recipe, precision, world)
 
 
-def main() -> None:
-    import torch.distributed as dist
-
-    from aifactory_train.parallel.world import join_world, leave_world
-
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    world = join_world(120, threads=1)
-    curves = []
-    for case in cases:
-        engine = build(case, world)
-        points = [train_step(engine, case, world, step) for step in range(case.get("steps", 20))]
-        curves.append({"losses": [p[0] for p in points], "norms": [p[1] for p in points]})
-        del engine
-        gc.collect()  # DeepSpeed's engines are cycles: let every rank drop this one here, not in the middle of the next
-        dist.barrier()
-        if world.is_main:  # after each case: where ranks hang, the file says how far they came
-            Path(sys.argv[2]).write_text(json.dumps(curves))
-    leave_world()
+def run_case(case: dict[str, Any], world) -> dict[str, Any]:
+    engine = build(case, world)
+    points = [train_step(engine, case, world, step) for step in range(case.get("steps", 20))]
+    del engine
+    gc.collect()  # DeepSpeed's engines are cycles: let every rank drop this one here, not in the middle of the next
+    return {"losses": [p[0] for p in points], "norms": [p[1] for p in points]}
 
 
 if __name__ == "__main__":
-    main()
+    import ranks
+
+    ranks.main(run_case, 120)

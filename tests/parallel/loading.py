@@ -5,7 +5,6 @@ python loading.py CASES.json OUT.json      with RANK, WORLD_SIZE, MASTER_ADDR, M
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,20 +36,7 @@ def run_case(case: dict[str, Any], world) -> dict[str, Any]:
     return {"losses": losses, "held": everyone, "loading": [line for line in trainer.report.lines if "loading" in line]}
 
 
-def main() -> None:
-    import torch.distributed as dist
-
-    from aifactory_train.parallel.world import join_world, leave_world
-
-    world = join_world(300, threads=1)
-    found = []
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        found.append(run_case(case, world))
-        dist.barrier()
-    if world.is_main:
-        Path(sys.argv[2]).write_text(json.dumps(found))
-    leave_world()
-
-
 if __name__ == "__main__":
-    main()
+    import ranks
+
+    ranks.main(run_case, 300)
