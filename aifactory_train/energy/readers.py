@@ -17,10 +17,13 @@ The libraries are called through ``ctypes``: nothing needs to be installed, and 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 class Unavailable(Exception):
@@ -51,19 +54,49 @@ class Reader(Protocol):
         """Joules after which the counter starts again from 0, or None if it does not within any run."""
 
 
+def _joules(counters: Mapping[K, T], read: Callable[[T], float]) -> dict[K, float]:
+    """What ``read`` gives for each counter; one that raises :class:`Unavailable` is left out, if all do the last reason is raised."""
+    found: dict[K, float] = {}
+    why = "no counter"
+    for name, counter in counters.items():
+        try:
+            found[name] = read(counter)
+        except Unavailable as error:
+            why = str(error)
+    if not found:
+        raise Unavailable(why)
+    return found
+
+
+class _Library:
+    """A vendor's management library; a function that is missing or answers an error is :class:`Unavailable`."""
+
+    def __init__(self, library: str, driver: str):
+        self._driver = driver
+        try:
+            self._lib = ctypes.CDLL(library)
+        except OSError:
+            raise Unavailable(f"{library} is not here (no {driver})") from None
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        try:
+            status = getattr(self._lib, function)(*arguments)
+        except AttributeError:
+            raise Unavailable(f"this {self._driver} has no {function}") from None
+        if status != 0:
+            raise Unavailable(f"{function} answered {status}")
+
+
 # ---- NVIDIA
 
 
-class Nvml:
+class Nvml(_Library):
     """All GPUs that the ranks of this node use; all that NVML shows if that is not known."""
 
     name, boundary = "nvml", "device"
 
     def __init__(self, devices: Sequence[Device] = (), library: str = "libnvidia-ml.so.1"):
-        try:
-            self._lib = ctypes.CDLL(library)
-        except OSError:
-            raise Unavailable(f"{library} is not here (no NVIDIA driver)") from None
+        super().__init__(library, "NVIDIA driver")
         self._call("nvmlInit_v2")
         count = ctypes.c_uint()
         self._call("nvmlDeviceGetCount_v2", ctypes.byref(count))
@@ -85,27 +118,13 @@ class Nvml:
         self.expected = len(wanted) or len(self._handles)
         self.read()  # a GPU before Volta has no counter: say so now
 
-    def _call(self, function: str, *arguments: Any) -> None:
-        try:
-            status = getattr(self._lib, function)(*arguments)
-        except AttributeError:
-            raise Unavailable(f"this driver has no {function}") from None
-        if status != 0:
-            raise Unavailable(f"{function} answered {status}")
-
     def read(self) -> dict[str, float]:
-        found, why = {}, ""
-        for name, handle in self._handles.items():
-            value = ctypes.c_ulonglong()
-            try:
-                self._call("nvmlDeviceGetTotalEnergyConsumption", handle, ctypes.byref(value))
-            except Unavailable as error:
-                why = str(error)
-                continue
-            found[name] = value.value / 1e3
-        if not found:
-            raise Unavailable(why or "no counter")
-        return found
+        return _joules(self._handles, self._energy)
+
+    def _energy(self, handle: ctypes.c_void_p) -> float:
+        value = ctypes.c_ulonglong()
+        self._call("nvmlDeviceGetTotalEnergyConsumption", handle, ctypes.byref(value))
+        return value.value / 1e3
 
     def wrap(self, counter: str) -> float | None:
         return None  # 64 bits of millijoules
@@ -114,16 +133,13 @@ class Nvml:
 # ---- AMD
 
 
-class AmdSmi:
+class AmdSmi(_Library):
     """All packages whose dies the ranks of this node use; all that AMD SMI shows if that is not known."""
 
     name, boundary = "amdsmi", "device"
 
     def __init__(self, devices: Sequence[Device] = (), library: str = "libamd_smi.so"):
-        try:
-            self._lib = ctypes.CDLL(library)
-        except OSError:
-            raise Unavailable(f"{library} is not here (no ROCm)") from None
+        super().__init__(library, "ROCm")
         self._call("amdsmi_init", ctypes.c_uint64(2))  # AMDSMI_INIT_AMD_GPUS
         dies = list(self._dies())
         if not dies:
@@ -143,14 +159,6 @@ class AmdSmi:
         self.expected = len(self._packages)
         self.read()
 
-    def _call(self, function: str, *arguments: Any) -> None:
-        try:
-            status = getattr(self._lib, function)(*arguments)
-        except AttributeError:
-            raise Unavailable(f"this ROCm has no {function}") from None
-        if status != 0:
-            raise Unavailable(f"{function} answered {status}")
-
     def _handles(self, function: str, *before: Any) -> list[ctypes.c_void_p]:
         count = ctypes.c_uint32()
         self._call(function, *before, ctypes.byref(count), None)
@@ -167,30 +175,20 @@ class AmdSmi:
                 yield f"{domain:04x}:{bus:02x}:{device:02x}", die
 
     def read(self) -> dict[str, float]:
-        found, why = {}, ""
-        for name, dies in self._packages.items():
-            readings = []
-            for die in dies:
-                energy, resolution, stamp = ctypes.c_uint64(), ctypes.c_float(), ctypes.c_uint64()
-                try:
-                    self._call(
-                        "amdsmi_get_energy_count",
-                        die,
-                        ctypes.byref(energy),
-                        ctypes.byref(resolution),
-                        ctypes.byref(stamp),
-                    )
-                except Unavailable as error:
-                    why = str(error)
-                    continue
-                readings.append(energy.value * resolution.value / 1e6)
-            if readings and max(readings) > 0:
-                found[name] = max(readings)  # the package's counter; its second die reads 0 or the same
-            elif readings:
-                why = "the counter reads 0"
-        if not found:
-            raise Unavailable(why or "no counter")
-        return found
+        return _joules(self._packages, self._package_energy)
+
+    def _package_energy(self, dies: list[ctypes.c_void_p]) -> float:
+        readings = _joules(dict(enumerate(dies)), self._die_energy)
+        most = max(readings.values())  # the package's counter; its second die reads 0 or the same
+        if most <= 0:
+            raise Unavailable("the counter reads 0")
+        return most
+
+    def _die_energy(self, die: ctypes.c_void_p) -> float:
+        energy, resolution, stamp = ctypes.c_uint64(), ctypes.c_float(), ctypes.c_uint64()
+        values = [ctypes.byref(value) for value in (energy, resolution, stamp)]
+        self._call("amdsmi_get_energy_count", die, *values)
+        return energy.value * resolution.value / 1e6
 
     def wrap(self, counter: str) -> float | None:
         return None  # 64 bits of about 15 uJ
@@ -200,11 +198,14 @@ class AmdSmi:
 
 
 def _pm_value(path: Path) -> float:
-    """``12345 J 1700000000 us`` -> 12345.0"""
-    value, unit = path.read_text(encoding="ascii").split()[:2]
-    if unit != "J":
-        raise ValueError(f"{path.name} is in {unit}, not J")
-    return float(value)
+    """``12345 J 1700000000 us`` -> 12345.0; anything else is :class:`Unavailable`."""
+    try:
+        value, unit = path.read_text(encoding="ascii").split()[:2]
+        if unit != "J":
+            raise ValueError(f"{path.name} is in {unit}, not J")
+        return float(value)
+    except (OSError, ValueError) as error:
+        raise Unavailable(str(error)) from None
 
 
 class PmCounters:
@@ -219,10 +220,7 @@ class PmCounters:
         self.read()
 
     def read(self) -> dict[str, float]:
-        try:
-            return {"node": _pm_value(self._file)}
-        except (OSError, ValueError) as error:
-            raise Unavailable(str(error)) from None
+        return {"node": _pm_value(self._file)}
 
     def wrap(self, counter: str) -> float | None:
         return None
@@ -234,22 +232,14 @@ class PmAccelerators:
     name, boundary = "pm_accel", "device"
 
     def __init__(self, root: Path = Path("/sys/cray/pm_counters")):
-        self._files = sorted(root.glob("accel[0-9]*_energy"))
+        self._files = {p.name.removesuffix("_energy"): p for p in sorted(root.glob("accel[0-9]*_energy"))}
         if not self._files:
             raise Unavailable(f"{root} has no accelerator counters")
         self.expected = len(self._files)
         self.read()
 
     def read(self) -> dict[str, float]:
-        found, why = {}, ""
-        for path in self._files:
-            try:
-                found[path.name.removesuffix("_energy")] = _pm_value(path)
-            except (OSError, ValueError) as error:
-                why = str(error)
-        if not found:
-            raise Unavailable(why)
-        return found
+        return _joules(self._files, _pm_value)
 
     def wrap(self, counter: str) -> float | None:
         return None
@@ -278,17 +268,15 @@ class Rapl:
         self.read()
 
     def read(self) -> dict[str, float]:
-        found, why = {}, ""
-        for name, zone in self._zones.items():
-            try:
-                found[name] = int((zone / "energy_uj").read_text(encoding="ascii")) / 1e6
-            except PermissionError:
-                why = f"{zone / 'energy_uj'} may be read by root only (the site decides)"
-            except (OSError, ValueError) as error:
-                why = str(error)
-        if not found:
-            raise Unavailable(why)
-        return found
+        return _joules({name: zone / "energy_uj" for name, zone in self._zones.items()}, self._energy)
+
+    def _energy(self, file: Path) -> float:
+        try:
+            return int(file.read_text(encoding="ascii")) / 1e6
+        except PermissionError:
+            raise Unavailable(f"{file} may be read by root only (the site decides)") from None
+        except (OSError, ValueError) as error:
+            raise Unavailable(str(error)) from None
 
     def wrap(self, counter: str) -> float | None:
         try:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,7 @@ def _cryptography() -> tuple[Any, Any]:
 
 
 def load_private(path: Path) -> Any:
+    """An Ed25519 private key (``cryptography``'s object) from a PEM file that nobody else can read; :class:`UserError` otherwise."""
     ed25519, serialization = _cryptography()
     try:
         mode = path.stat().st_mode
@@ -128,29 +130,34 @@ def load_private(path: Path) -> Any:
         raise UserError("no such key", where=str(path), fix="aifactory record key makes one") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise UserError("others can read this private key", where=str(path), fix=f"chmod 600 {path}")
-    try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"is not an unencrypted PEM private key: {error}", where=str(path)) from None
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise UserError("is not an Ed25519 key", where=str(path))
-    return key
+    return _ed25519(
+        path,
+        lambda pem: serialization.load_pem_private_key(pem, password=None),
+        "an unencrypted PEM private key",
+        ed25519.Ed25519PrivateKey,
+    )
 
 
 def load_public(path: Path) -> Any:
+    """An Ed25519 public key from a PEM file; :class:`UserError` if it is none."""
     ed25519, serialization = _cryptography()
+    return _ed25519(path, serialization.load_pem_public_key, "a PEM public key", ed25519.Ed25519PublicKey)
+
+
+def _ed25519(path: Path, load: Callable[[bytes], Any], form: str, kind: type) -> Any:
     try:
-        key = serialization.load_pem_public_key(path.read_bytes())
+        key = load(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except (ValueError, TypeError) as error:
-        raise UserError(f"is not a PEM public key: {error}", where=str(path)) from None
-    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise UserError(f"is not {form}: {error}", where=str(path)) from None
+    if not isinstance(key, kind):
         raise UserError("is not an Ed25519 key", where=str(path))
     return key
 
 
 def key_id(public: Any) -> str:
+    """sha256 of the raw public key, hex."""
     _, serialization = _cryptography()
     raw = public.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
     return hashlib.sha256(raw).hexdigest()
