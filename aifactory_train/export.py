@@ -17,6 +17,7 @@ import gc
 import json
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -391,15 +392,16 @@ class _Export:
             if self.whole is not None:
                 self._merge_whole(adapter, folder)
             else:
-                source = Merged(self._bare(), TensorFiles.of(self.base), adapter, _adapter_tensors(adapter))
-                tied = self._tied()
-                for alias, name in tied.items():
-                    if (alias in source.layers or alias in source.whole) and not torch.equal(
-                        source[alias], source[name]
-                    ):
-                        raise RunFailed(_TIED_DIFFER, where=str(folder))
-                self._save(source.__getitem__, folder, "merged")
+                self._save(self.merged(adapter).__getitem__, folder, "merged")
             self._check("merged", folder, self.dtype)
+
+    def merged(self, adapter: Path) -> Merged:
+        """The plain model's fp32 weights with the exported ``adapter`` added, computed when they are asked for."""
+        source = Merged(self._bare(), TensorFiles.of(self.base), adapter, _adapter_tensors(adapter))
+        for alias, name in self._tied().items():
+            if (alias in source.layers or alias in source.whole) and not torch.equal(source[alias], source[name]):
+                raise RunFailed(_TIED_DIFFER, where=str(adapter))
+        return source
 
     def _bare(self) -> Any:
         """The plain transformers model as meta tensors."""
@@ -553,18 +555,15 @@ class _Export:
     def _visible_when_good(self, kind: str) -> Iterator[Path]:
         """A folder beside ``export/KIND`` that takes its place when the block ends well and vanishes otherwise."""
         target = self.run.export / kind
-        if vault.seals() and kind != "adapter":
-            raise UserError(
-                f"{kind} weights would be written unencrypted, and the profile restricted refuses that",
-                where="privacy.profile",
-                fix=f"where they may be plain: set privacy.profile to sensitive in {self.run.path / 'run.yaml'} "
-                "(privacy.identity stays, it opens the adapter) and export again",
-            )
+        if kind != "adapter":
+            refuse_plain(self.run, kind)
         folder = old = None
         try:
             with _named(target, "the export cannot be written"):
                 self.run.export.mkdir(parents=True, exist_ok=True)
-                folder = Path(tempfile.mkdtemp(dir=self.run.export, prefix=f".{kind}-"))
+                _remove_left(self.run.export)
+                mine = f".{kind}-{platform.node()}-{os.getpid()}-"
+                folder = Path(tempfile.mkdtemp(dir=self.run.export, prefix=mine))
                 yield folder
                 folder.chmod(folder_mode())
                 if target.exists():
@@ -576,6 +575,31 @@ class _Export:
             for left in (folder, old):
                 if left is not None:
                     shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove what exports that were killed on this host left unfinished; nobody else can tell that they are dead."""
+    for path in folder.glob(f".*-{platform.node()}-*"):
+        number = path.name.rpartition(f"-{platform.node()}-")[2].split("-")[0]
+        if not number.isdecimal() or int(number) == os.getpid():
+            continue
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            continue  # it lives and is somebody else's
+
+
+def refuse_plain(run: RunFolder, kind: str) -> None:
+    """Whole weights are never written plain under the profile restricted."""
+    if vault.seals():
+        raise UserError(
+            f"{kind} weights would be written unencrypted, and the profile restricted refuses that",
+            where="privacy.profile",
+            fix=f"where they may be plain: set privacy.profile to sensitive in {run.path / 'run.yaml'} "
+            "(privacy.identity stays, it opens the adapter) and export again",
+        )
 
 
 @contextlib.contextmanager

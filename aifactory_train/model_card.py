@@ -36,7 +36,7 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
         base_model=_public(base),
         datasets=sorted({s.source for s in recipe.data.train if _is_hub(s.source)}) or None,
         language=recipe.about.languages or None,
-        library_name="peft" if kind == "adapter" else "transformers",
+        library_name={"adapter": "peft", "gguf": "gguf"}.get(kind, "transformers"),
         pipeline_tag="text-generation",
         license=licence,
         license_name=licence_name,
@@ -80,11 +80,11 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
         "",
         "## Use",
         "",
-        "```python",
+        "```sh" if kind == "gguf" else "```python",
         *_usage(kind, base, dtype),
         "```",
         "",
-        "Answers end at the tokens that `generation_config.json` names as EOS: the end of turn that was trained.",
+        _ENDS["gguf" if kind == "gguf" else "transformers"],
         "",
         "## Made with",
         "",
@@ -99,7 +99,17 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(body) + "\n"))
 
 
-_KINDS = {"adapter": "Low-rank adapter (PEFT)", "merged": "Merged weights", "model": "Fine-tuned weights"}
+_KINDS = {
+    "adapter": "Low-rank adapter (PEFT)",
+    "merged": "Merged weights",
+    "model": "Fine-tuned weights",
+    "gguf": "GGUF file of the fine-tuned weights",
+}
+_ENDS = {
+    "transformers": "Answers end at the tokens that `generation_config.json` names as EOS: the end of turn that was trained.",
+    "gguf": "The chat template is in the file, and answers end at the end of turn that was trained. `verification.json` says how "
+    "far the file's rounding moves the logits of the trained model.",
+}
 
 
 def _results(run: RunFolder) -> dict[str, Any]:
@@ -135,6 +145,10 @@ def _figure(value: Any) -> str:
 
 
 def _usage(kind: str, base: str, dtype: str) -> list[str]:
+    if kind == "gguf":
+        return [
+            "llama-cli -m FILE.gguf -cnv   # or: echo 'FROM ./FILE.gguf' > Modelfile; ollama create NAME -f Modelfile"
+        ]
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if kind == "adapter":
         named = _is_hub(base)

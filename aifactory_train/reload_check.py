@@ -14,24 +14,32 @@ def main(job_file: str) -> None:
     """Do the job in ``job_file``.
 
     It is JSON: ``{"checks": [{"name", "base", "adapter" or null, "dtype"}], "rows": [[token ids], ...], "positions": n,
-    "threads": n, "out": FILE}``. For each check the logits of the last ``positions`` places of every row go to ``out``
+    "threads": n, "out": FILE}``. A check with ``gguf`` (a file name in ``base``) reads that file instead of safetensors, with
+    ``settings`` for what transformers leaves out of its configuration. For each check the logits of the last ``positions`` places of every row go to ``out``
     (safetensors, fp32 ``[places, V]``, keys ``NAME.ROW``), each row alone in its batch, without padding.
     """
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with open(job_file, encoding="utf-8") as file:
         job = json.load(file)
     torch.set_num_threads(job["threads"])
     found: dict[str, Any] = {}
     for check in job["checks"]:
+        how: dict[str, Any] = {"use_safetensors": True}
+        if check.get("gguf"):
+            how = {"gguf_file": check["gguf"]}
+            config = AutoConfig.from_pretrained(check["base"], local_files_only=True, **how)
+            for key, value in check["settings"].items():
+                setattr(config, key, value)
+            how["config"] = config
         model: Any = AutoModelForCausalLM.from_pretrained(
             check["base"],
             dtype=getattr(torch, check["dtype"]),
             attn_implementation="sdpa",
             local_files_only=True,
-            use_safetensors=True,
+            **how,
         )
         if check["adapter"] is not None:
             from peft import PeftModel

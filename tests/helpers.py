@@ -71,6 +71,8 @@ def tiny_config(family: str = "llama", *, vocabulary: int = 400, layers: int = 2
     }
     if family == "llama":
         return tf.LlamaConfig(**{**shape, **more})
+    if family == "qwen2":
+        return tf.Qwen2Config(**{**shape, **more})
     if family == "qwen3":
         return tf.Qwen3Config(**{**shape, "head_dim": 16, **more})
     if family == "mistral":
