@@ -1,6 +1,6 @@
 """Rows of your own (JSON Lines or CSV) with a small schema: which fields a row has, which values are allowed, what is asked.
 
-A schema is a JSON Schema file beside the recipe (``recipes/SECTOR/NAME.schema.json``), of which this module reads
+A schema is a JSON Schema file beside the recipe (``recipes/SECTOR/NAME.schema.json``) or one of your own, of which this module reads
 ``properties`` (``type``: string or number; ``enum``; ``minLength``), ``required``, and three keys of our own: ``x-prompt`` and
 ``x-completion`` (text with ``{field}`` in it) and ``x-system``. ``x-group`` names the field whose equal values are never split
 over training and held-out rows.
@@ -28,12 +28,13 @@ def rows(path: Path, *, schema: str) -> Iterator[dict[str, Any]]:
 
     Args:
         path: ``.jsonl`` (one object a line) or ``.csv`` (first line: names of the fields).
-        schema: id of a recipe, e.g. ``education/word-problems``; its ``.schema.json`` is read.
+        schema: id of a recipe, e.g. ``education/word-problems``, whose ``.schema.json`` is read; or a ``.json`` file of your own,
+            found from the current folder or beside ``path``.
 
     Raises :class:`UserError` with ``file:line`` and the field: a value that is missing or has the wrong type, a label that is
     not in the schema, a file of neither form.
     """
-    rules = load_schema(schema)
+    rules = own_schema(schema, path.parent) if schema.endswith(".json") else load_schema(schema)
     count = 0
     for line, row in _read(path):
         where = f"{path}:{line}"
@@ -45,7 +46,7 @@ def rows(path: Path, *, schema: str) -> Iterator[dict[str, Any]]:
             "group": values.get(rules.get("x-group", ""), "") or f"{path.name}:{line}",
             "prompt": _fill(rules["x-prompt"], values),
             "completion": _fill(rules["x-completion"], values),
-            "system": rules["x-system"],
+            "system": rules.get("x-system", ""),
         }
     if not count:
         raise no_rows(path, "row")
@@ -60,6 +61,40 @@ def load_schema(name: str) -> dict[str, Any]:
             f"no schema '{name}'{did_you_mean(name, known)}", where="data: options.schema", fix=f"one of {known}"
         )
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def own_schema(name: str, beside: Path) -> dict[str, Any]:
+    """A schema file of the user's; :class:`UserError` with the file for what is missing in it."""
+    file = next((f for f in (Path(name), beside / name) if f.is_file()), None)
+    if file is None:
+        raise UserError(f"no schema '{name}'", where="data: options.schema", fix="a .json file, or the id of a recipe")
+    try:
+        rules = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"not JSON: {error}", where=str(file)) from None
+    properties = rules.get("properties") if isinstance(rules, dict) else None
+    if not isinstance(properties, dict) or not properties or not all(isinstance(r, dict) for r in properties.values()):
+        raise UserError(
+            "'properties' names no fields", where=str(file), fix='"properties": {"text": {"type": "string"}}'
+        )
+    for key in ("x-prompt", "x-completion"):
+        template = rules.get(key)
+        if not isinstance(template, str) or not _FIELD.search(template):
+            raise UserError(f"'{key}' is missing", where=str(file), fix=f'"{key}": text with a field in it, {{text}}')
+        for field in _FIELD.findall(template):
+            if field not in properties:
+                raise UserError(f"'{key}' names the field '{field}'{did_you_mean(field, properties)}", where=str(file))
+    for name_, rule in properties.items():
+        labels = rule.get("enum", [])
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise UserError(f"the enum of '{name_}' is no list of labels", where=str(file))
+        if not isinstance(rule.get("minLength", 0), int):
+            raise UserError(f"the minLength of '{name_}' is no number", where=str(file))
+    required = rules.get("required", [])
+    unknown = [f for f in required if f not in properties] if isinstance(required, list) else [required]
+    if unknown:
+        raise UserError(f"'required' names '{unknown[0]}', which is not in 'properties'", where=str(file))
+    return rules
 
 
 def check(row: dict[str, Any], rules: dict[str, Any], where: str) -> None:

@@ -35,19 +35,21 @@ class RowRules:
     group: str | None = None
     time: str | None = None
     labels: frozenset[str] | None = None
+    separator: str | None = None  # between several labels of one answer
 
     @classmethod
-    def of(cls, data: DataConfig) -> RowRules | None:
+    def of(cls, data: DataConfig, separator: str | None = None) -> RowRules | None:
+        """The rules of ``data``; ``separator`` is ``eval.label_separator``. None where every row is taken."""
         by = data.split_by
         if by is None and data.labels is None:
             return None
         labels = frozenset(data.labels) if data.labels is not None else None
-        return cls(by.group if by else None, by.time if by else None, labels)
+        return cls(by.group if by else None, by.time if by else None, labels, separator)
 
     def apply(self, raw: dict[str, Any], row: dict[str, Any]) -> int | None:
         """Check one row; sets ``row["group"]``, or returns the number of its moment. Raises :class:`RowError`."""
         if self.labels is not None:
-            _check_label(row, self.labels)
+            _check_label(row, self.labels, self.separator)
         if self.group is not None:
             value = _value(raw, self.group, "data.split_by.group")
             if isinstance(value, (dict, list, bool)):
@@ -69,19 +71,20 @@ def _value(raw: dict[str, Any], column: str, key: str) -> Any:
     return value
 
 
-def _check_label(row: dict[str, Any], labels: frozenset[str]) -> None:
+def _check_label(row: dict[str, Any], labels: frozenset[str], separator: str | None) -> None:
     if "messages" not in row:
         raise RowError("data.labels is given, but rows of plain text have no answer", "take data.labels out")
     for message in row["messages"]:
         if message["role"] != "assistant" or message.get("weight", 1) == 0:
             continue
-        label = message["content"].strip()
-        if label not in labels:
+        answer = message["content"].strip()
+        given = [part.strip() for part in answer.split(separator)] if separator else [answer]
+        for label in (label for label in given if label not in labels):
             shown = sorted(labels)
             more = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
             raise RowError(
                 f"the label '{label[:60]}' is not in data.labels{did_you_mean(label, shown)}",
-                f"labels are {', '.join(shown[:12])}{more}; add it there or correct the row",
+                f"labels are {', '.join(shown[:12])}{more}; correct the row, or name your own with --set data.labels=[A,B]",
             )
 
 

@@ -394,3 +394,56 @@ def test_only_schemas_of_recipes_are_read(tmp_path):
     for name in ("../../etc/passwd", "smes/custmer-mail", "/etc/passwd"):
         with pytest.raises(UserError, match="no schema"):
             list(own_rows.rows(path, schema=name))
+
+
+TICKETS = {
+    "properties": {"text": {"type": "string", "minLength": 3}, "team": {"type": "string", "enum": ["red", "green"]}},
+    "required": ["text", "team"],
+    "x-prompt": "Which team? {text}",
+    "x-completion": "{team}",
+}
+
+
+def test_a_schema_of_your_own(tmp_path):
+    """Beside the rows or from the current folder; no system turn unless the schema has one."""
+    write(tmp_path, "tickets.schema.json", json.dumps(TICKETS))
+    rows = write(tmp_path, "tickets.csv", "text,team\nThe door is stuck,red\nNo light,green\n")
+    found = list(own_rows.rows(rows, schema="tickets.schema.json"))
+    assert [(r["prompt"], r["completion"]) for r in found] == [
+        ("Which team? The door is stuck", "red"),
+        ("Which team? No light", "green"),
+    ]
+    assert list(own_rows.rows(rows, schema=str(tmp_path / "tickets.schema.json"))) == found
+    rows.write_text("text,team\nThe door is stuck,red\nNo light,gren\n")
+    with pytest.raises(UserError, match=r"the label 'gren' is not in the schema.*did you mean 'green'") as refused:
+        list(own_rows.rows(rows, schema="tickets.schema.json"))
+    assert "tickets.csv:3" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"properties": {}}, "names no fields"),
+        ({"properties": {"text": "string"}}, "names no fields"),
+        ({"x-prompt": "Which team?"}, "'x-prompt' is missing"),
+        ({"x-completion": None}, "'x-completion' is missing"),
+        ({"x-completion": "{taem}"}, "'taem'.*did you mean 'team'"),
+        ({"properties": {**TICKETS["properties"], "team": {"enum": "red"}}}, "no list of labels"),
+        ({"properties": {**TICKETS["properties"], "team": {"enum": ["red"], "minLength": "3"}}}, "no number"),
+        ({"required": ["text", "colour"]}, "'required' names 'colour'"),
+        ({"required": 3}, "'required' names '3'"),
+    ],
+)
+def test_a_schema_of_your_own_that_is_wrong_is_named(change, told, tmp_path):
+    write(tmp_path, "s.json", json.dumps({**TICKETS, **change}))
+    with pytest.raises(UserError, match=told) as refused:
+        own_rows.own_schema("s.json", tmp_path)
+    assert "s.json" in str(refused.value)
+
+
+def test_a_schema_file_that_is_none(tmp_path):
+    with pytest.raises(UserError, match=r"no schema 'absent\.json'"):
+        own_rows.own_schema("absent.json", tmp_path)
+    write(tmp_path, "s.json", "{]")
+    with pytest.raises(UserError, match="not JSON"):
+        own_rows.own_schema("s.json", tmp_path)
