@@ -263,7 +263,9 @@ class Checkpointer:
         self._main("the checkpoint cannot be completed", finish)
 
     def _describe(self, error: BaseException) -> str:
-        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            text = error.strerror + (f": {error.filename}" if error.filename else "")
         return f"{text} (rank {self.world.rank} on {socket.gethostname()})"
 
     def _raise_any(self, trouble: str | None, step: int, beside: Path) -> None:

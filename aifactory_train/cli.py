@@ -4,6 +4,8 @@ login-node commands answer at once and without torch."""
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
 import importlib.util
 import os
@@ -55,7 +57,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         if name == command:
             module = importlib.import_module(f"aifactory_train.commands.{name}")
             module.add_arguments(sub)
-            sub.set_defaults(run=module.run)
+            sub.set_defaults(run=module.run, parser=sub)
     return parser
 
 
@@ -71,27 +73,43 @@ def two_words(argv: list[str]) -> argparse.Namespace | None:
     module = importlib.import_module(f"aifactory_train.commands.{name}")
     parser = argparse.ArgumentParser(prog=f"aifactory {' '.join(argv[:2])}", allow_abbrev=False)
     module.add_arguments(parser)
-    parser.set_defaults(run=module.run, command=argv[0])
-    return parser.parse_args(argv[2:])
+    parser.set_defaults(run=module.run, command=argv[0], parser=parser)
+    return _all_known(*parser.parse_known_args(argv[2:]))
+
+
+def _all_known(args: argparse.Namespace, unknown: list[str]) -> argparse.Namespace:
+    """``args``, or the end of the program with the usage of the command (argparse would show that of the program) and the
+    option that was perhaps meant."""
+    if unknown and "parser" in args:
+        options = [text for action in args.parser._actions for text in action.option_strings]
+        word = unknown[0].partition("=")[0]
+        meant = did_you_mean(word, options) if word.startswith("-") else ""
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+    return args
+
+
+#: Faults of the machine that a person can mend and that no traceback explains better.
+_OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    output.show_any_character()
     command = next((a for a in argv if not a.startswith("-")), None)
     if command is not None and command not in COMMANDS:
         print(f"aifactory: unknown command '{command}'{did_you_mean(command, COMMANDS)}", file=sys.stderr)
         print("  fix: 'aifactory --help' lists the commands", file=sys.stderr)
         return 2
     try:
-        args = two_words(argv) or build_parser(command).parse_args(argv)
+        args = two_words(argv) or _all_known(*build_parser(command).parse_known_args(argv))
         if args.command is None:
             build_parser(None).print_help()
             return 0
-        if not getattr(args, "json", False):
-            return int(args.run(args) or 0)
-        with output.json_only():
-            return int(args.run(args) or 0)
+        with output.json_only() if getattr(args, "json", False) else contextlib.nullcontext():
+            code = int(args.run(args) or 0)
+        sys.stdout.flush()  # here, where a full disk can still be told
+        return code
     except UserError as error:
         print(f"aifactory {command}: {redact.message(error)}", file=sys.stderr)
         return error.exit_code
@@ -107,6 +125,14 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (head, less) went away; close quietly as other tools do.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        if error.errno not in _OF_THE_SYSTEM or os.environ.get("AIFACTORY_DEBUG"):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"aifactory {command}: {where}{error.strerror}", file=sys.stderr)
+        if error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # standard output, most likely
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -28,7 +28,7 @@ class MetricsLog:
         path = self.run.metrics_file
         if path.is_file():
             kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: a row's id may hold U+2028
                 try:
                     record = json.loads(line)
                 except ValueError:
@@ -43,7 +43,9 @@ class MetricsLog:
             self._board = SummaryWriter(str(self.run.tensorboard), purge_step=step + 1 if step else None)
 
     def write(self, record: dict[str, Any], *, every: int = 1, last: bool = False) -> None:
-        if self._file is None or (record.get("step", 0) % every and not last):
+        """One record. Of training steps every ``every``-th and the last one; a step that the guard left out is never dropped."""
+        trained = record.get("kind", "train") == "train"
+        if self._file is None or (trained and record.get("step", 0) % every and not last):
             return
         self._file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
         self._file.flush()
@@ -204,7 +206,7 @@ def compare_with_plan(run: RunFolder, world) -> dict[str, Any] | None:
     if not isinstance(plan, dict) or "tokens_per_s_per_gpu" not in plan:
         return None  # the planner refused, and the job was sent all the same
     steps = []
-    for line in run.metrics_file.read_text(encoding="utf-8").splitlines():
+    for line in filter(None, run.metrics_file.read_text(encoding="utf-8").split("\n")):
         record = json.loads(line)
         if record.get("kind") == "train":
             steps.append(record["tokens"] / record["seconds"] / world.size)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from aifactory_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, UserError
+from aifactory_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, UserError
 from aifactory_train.output import note
 from aifactory_train.private import redact
 from aifactory_train.runs import RunFolder, write_json
@@ -101,6 +101,11 @@ class Attempt:
             },
         )
 
+    def _refused(self, error: BaseException) -> bool:
+        """Whether a request to go on was refused before anything was done: what the run had reached stays true."""
+        untouched = self.run.state()["state"] in ("finished", "stopped")
+        return untouched and isinstance(error, UserError) and error.exit_code == EXIT_REFUSED
+
     def __enter__(self) -> Attempt:
         return self
 
@@ -109,7 +114,7 @@ class Attempt:
         if self.folder is None:
             return
         try:
-            if error is not None and self.training and self.rank == 0:
+            if error is not None and self.training and self.rank == 0 and not self._refused(error):
                 self.run.set_state("failed", step=self.step, message=_short(error))
             if error is None:
                 code = EXIT_DONE if self.code is None else self.code

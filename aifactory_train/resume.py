@@ -48,11 +48,13 @@ def restore(trainer: Trainer, step: int | None) -> None:
         now, total = trainer.recipe.train, trainer.total_steps
         return all(learning_rate(s, length, old) == learning_rate(s, total, now) for s in range(step))
 
-    if trainer.run.state()["state"] == "finished" and step >= trainer.total_steps:
+    finished = trainer.run.state()["state"] == "finished"
+    if step > trainer.total_steps or (finished and step == trainer.total_steps):
+        done = "is finished after" if finished else "has made"
         raise UserError(
-            f"the run is finished after {step} steps, and {trainer.total_steps} are asked for",
-            where="train.max_steps",
-            fix=f"more than {step} steps (train.max_steps, train.epochs) prolong it",
+            f"the run {done} {step} steps, and {trainer.total_steps} are asked for",
+            where="train.max_steps, train.epochs",
+            fix=f"more than {step} steps (train.max_steps, train.epochs) prolong it, or --resume STEP goes back to an earlier checkpoint",
         )
     saved = trainer.checkpoints.values(step)
     if saved["data"] != data_digest(trainer.data.train):

@@ -144,7 +144,7 @@ def training_records(folder) -> list[dict[str, Any]]:
 
     if not folder.metrics_file.is_file():
         return []
-    lines = folder.metrics_file.read_text(encoding="utf-8").splitlines()
+    lines = folder.metrics_file.read_text(encoding="utf-8").rstrip("\n").split("\n")
     records = []
     for number, line in enumerate(lines, 1):
         try:
