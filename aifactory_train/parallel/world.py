@@ -95,6 +95,10 @@ def _mpi_rendezvous() -> None:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
 
 
+#: What the environment held under the names that :func:`join_world` sets, for :func:`leave_world` to put back.
+_BEFORE: dict[str, str | None] = {}
+
+
 def join_world(timeout_s: int = 600, threads: int | None = None) -> World:
     """Join the process group (also for one process: engines and checkpoints then need no second code path)."""
     rank, size, local_rank, local_size, started_by = discover()
@@ -115,7 +119,9 @@ def join_world(timeout_s: int = 600, threads: int | None = None) -> World:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(threads or max(1, cores // local_size))
     if not dist.is_initialized():
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+        for name, value in {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank}.items():  # DeepSpeed reads them
+            _BEFORE.setdefault(name, os.environ.get(name))
+            os.environ[name] = str(value)
         store = None
         if size == 1:
             store = dist.HashStore()
@@ -163,3 +169,8 @@ def leave_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()
+    for name, value in _BEFORE.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    _BEFORE.clear()

@@ -73,3 +73,16 @@ def test_reading_shard_by_shard_gives_the_curve_of_the_loaded_model(recipe: Path
         assert one[0] == other[0] and one[3] == other[3]
         assert abs(one[1] - other[1]) <= 1e-5 * other[1]
         assert abs(one[2] - other[2]) <= 1e-4 * other[2]
+
+
+def test_leaving_puts_the_environment_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another library in this process must not take a lone run's RANK for a launcher's."""
+    from aifactory_train.parallel.world import join_world, leave_world
+
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    join_world()
+    assert os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] == "1"
+    leave_world()
+    assert "RANK" not in os.environ and "WORLD_SIZE" not in os.environ and os.environ["LOCAL_RANK"] == "0"
