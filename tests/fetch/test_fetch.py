@@ -137,7 +137,7 @@ def test_broken_archive(tmp_path):
 
 def test_digest_that_the_recipes_expect(index, monkeypatch):
     build_wheel(index, {"tiny_rows/rows.jsonl": ROWS.encode()})
-    monkeypatch.setattr(sources, "known_digests", lambda: {"pypi:tiny-rows==1.0": "0" * 64})
+    monkeypatch.setattr(sources.packages, "known_digests", lambda: {"pypi:tiny-rows==1.0": "0" * 64})
     with pytest.raises(UserError, match="the recipes expect 0000"):
         sources.fetch_data(DataSource(source="pypi:tiny-rows==1.0#tiny_rows/rows.jsonl"))
 
@@ -170,12 +170,12 @@ import resource, sys
 from aifactory_train import sources
 from aifactory_train.config import DataSource
 from aifactory_train.errors import UserError
-package = sources._get_package
+package = sources.packages.get_package
 def limited(*args):
     found = package(*args)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
     return found
-sources._get_package = limited
+sources.packages.get_package = limited
 try:
     sources.fetch_data(DataSource(source="pypi:tiny-rows==1.0#tiny_rows/rows.jsonl"))
 except UserError as error:
@@ -575,7 +575,7 @@ def test_only_fetch_may_use_the_network():
             for word in ("snapshot_download", "urllib.request", "import requests", "import httpx", '"pip", "download"')
         )
     ]
-    assert set(found) == {"sources.py"}
+    assert set(found) == {"sources/hub.py", "sources/packages.py"}
 
 
 @pytest.mark.network
