@@ -78,6 +78,10 @@ class VocabularyConfig(Strict):
 
     text: str = Field(description="UTF-8 text, or JSONL with 'text' or 'messages', of the new language.")
     size: int = Field(1000, ge=1, description="At most so many new tokens.")
+    train: Literal["all", "new"] = Field(
+        "all",
+        description="Rows of the embeddings that training moves; new: those of the new tokens alone, the old ones stay to the bit.",
+    )
 
 
 class ModelConfig(Strict):
@@ -566,6 +570,10 @@ def _check_methods(recipe: Recipe) -> None:
             )
         if recipe.model.start_from:
             raise ValueError("model.vocabulary: the earlier run of model.start_from has its own vocabulary")
+        if recipe.model.vocabulary.train == "new" and recipe.train.weight_decay:
+            raise ValueError(
+                "train.weight_decay: shrinks every row of an output layer; model.vocabulary.train new needs 0"
+            )
     if all(source.share is not None for source in data.train):
         raise ValueError("data.train: every source has a share; the rows that are to be learnt need none")
     if sum(source.share or 0 for source in data.train) >= 1:

@@ -19,6 +19,7 @@ from aifactory_train.config import Recipe
 from aifactory_train.errors import UserError
 from aifactory_train.loss import linear_cross_entropy, token_nll
 from aifactory_train.methods.preference_loss import token_logps
+from aifactory_train.methods.vocabulary import first_new_row
 from aifactory_train.runs import open_run
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class CausalLM(nn.Module):
         self.loss_rows = loss_rows
         #: folder whose weights an engine has yet to read shard by shard; None where they are in the parameters
         self.unread: Path | None = None
+        #: rows of the embeddings below this one do not move (``model.vocabulary.train: new``)
+        self.first_moving_row = 0
         self.logit_scale = _logit_scale(self.language_model.config)
         _check_output_layer(self.language_model.get_output_embeddings())
 
@@ -85,8 +88,12 @@ class CausalLM(nn.Module):
     ) -> torch.Tensor:
         """Last hidden states ``[B * T, D]`` after the final norm; ``noise`` goes onto the embeddings (NEFTune)."""
         start: dict[str, torch.Tensor] = {"input_ids": input_ids}
-        if noise is not None:
-            start = {"inputs_embeds": noise.add_to(self.language_model.get_input_embeddings()(input_ids))}
+        if noise is not None or self.first_moving_row:
+            embedded = self.language_model.get_input_embeddings()(input_ids)
+            if self.first_moving_row:
+                moves = (input_ids >= self.first_moving_row).unsqueeze(-1)
+                embedded = torch.where(moves, embedded, embedded.detach())
+            start = {"inputs_embeds": embedded if noise is None else noise.add_to(embedded)}
         out = self.backbone(
             **start, position_ids=position_ids, attention_mask=None, use_cache=False, documents=documents
         )
@@ -121,6 +128,8 @@ class CausalLM(nn.Module):
         if targets is None:
             return self._logits(hidden.detach())
         weight = self.output_weight
+        if self.first_moving_row:
+            weight = _StillRows.apply(weight, self.first_moving_row)
         if weight.dtype != hidden.dtype:
             weight = weight.to(hidden.dtype)
         if judged is not None:  # a preference method: the loss is one of whole answers
@@ -144,6 +153,19 @@ class CausalLM(nn.Module):
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 ``[N, V]`` of a few hidden states ``[N, D]``."""
         return (hidden @ self.output_weight.to(hidden.dtype).t()).float() * self.logit_scale
+
+
+class _StillRows(torch.autograd.Function):
+    """A matrix whose first rows get no gradient: what the optimizer is given for them is zero, so they stay to the bit."""
+
+    @staticmethod
+    def forward(ctx, weight, first: int):
+        ctx.first = first
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.cat([torch.zeros_like(grad[: ctx.first]), grad[ctx.first :]]), None
 
 
 def _is_peft(model: nn.Module) -> bool:
@@ -513,6 +535,9 @@ def build_model(
     apply_precision(model, precision)
     core = CausalLM(model, recipe.train.loss_chunk_tokens)
     core.unread = unread
+    if recipe.model.vocabulary is not None and recipe.model.vocabulary.train == "new":
+        core.first_moving_row = first_new_row(path)
+        report.add("embeddings", f"rows from {core.first_moving_row} on are trained", "model.vocabulary.train new")
     return core
 
 

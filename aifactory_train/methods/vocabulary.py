@@ -3,7 +3,8 @@
 The tokenizer's own byte-pair merges stay in force and new ones follow them, learnt on text that the old ones have cut (continued
 BPE training). A text is therefore cut at no more places than before, and each new token is a run of old ones. Its embedding starts as
 the mean of theirs (Gee et al. 2022, "Fast Vocabulary Transfer for Language Model Compression", arXiv 2402.09977), in the output layer as
-well where that is not the same matrix. Training then moves it, so embeddings have to be trained.
+well where that is not the same matrix. Training then moves it, so embeddings have to be trained: all rows, or with
+``model.vocabulary.train: new`` those of the new tokens alone (:class:`aifactory_train.model.CausalLM` keeps gradients off the others).
 
 The result is a model folder like any other, built once in the cache; everything downstream reads it as the base model.
 """
@@ -62,6 +63,11 @@ def extended(folder: Path, settings: VocabularyConfig) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def first_new_row(folder: Path) -> int:
+    """Where the rows of the new tokens begin in the embeddings of the model in ``folder`` (:func:`extended`)."""
+    return int(json.loads((folder / FACTS).read_text(encoding="utf-8"))["first_id"])
 
 
 def _text_file(settings: VocabularyConfig) -> Path:

@@ -1,7 +1,8 @@
 """Trains the same rows under many settings inside one process group and writes each case's curve as JSON.
 
 Started by test_curve.py, directly for one rank and by torchrun for several. ``bug`` plants a known mistake of other
-frameworks, so that the test can prove that it would notice.
+frameworks, so that the test can prove that it would notice. ``again_from``: the steps after that one are made a second time, by a
+trainer that goes on from its checkpoint; they are appended to the curve.
 """
 
 from __future__ import annotations
@@ -42,11 +43,19 @@ def curve(case: dict[str, Any], folder: Path) -> list[dict[str, float]]:
     recipe = load_recipe(case["recipe"], case["overrides"])
     run = RunFolder(folder / case["name"])
     run.path.mkdir(parents=True, exist_ok=True)
+    again = case.get("again_from")
     with Attempt(run, world.rank, world.local_rank, 1, timeout_s=120) as attempt:
         trainer = Trainer(recipe, run, world, StopChannels(None), attempt, None, None, True)
         if case.get("bug"):
             plant(trainer, case["bug"])
-        records = [trainer.train_step() for _ in range(case["steps"])]
+        records = []
+        for step in range(1, case["steps"] + 1):
+            records.append(trainer.train_step())
+            if step == again:
+                trainer._save(wait=True)
+        if again:
+            trainer = Trainer(recipe, run, world, StopChannels(None), attempt, None, again, True)
+            records += [trainer.train_step() for _ in range(case["steps"] - again)]
     del trainer
     gc.collect()  # DeepSpeed's engines are cycles: every rank drops this one here, not in the middle of the next case
     return [{k: record[k] for k in ("loss", "grad_norm", "micro_batches", "rows", "tokens")} for record in records]

@@ -24,7 +24,7 @@ from aifactory_train.methods.goldfish import GoldfishTokens, withheld
 from aifactory_train.methods.neftune import mix32, noise_keys
 from aifactory_train.methods.pairs import Mismatched, PairedTokens
 from aifactory_train.methods.preference import Preference
-from aifactory_train.methods.reference import REFERENCE_FILE
+from aifactory_train.methods.reference import REFERENCE_FILE, Reference
 from aifactory_train.model import CausalLM
 from aifactory_train.parallel.batches import device_batch
 from aifactory_train.runs import RunFolder
@@ -269,8 +269,8 @@ def test_the_preferred_margin_rises(tmp_path, tiny_model_dir, kind):
         assert results["after"]["preference_accuracy"] >= results["before"]["preference_accuracy"]
 
 
-@pytest.mark.parametrize("method", ["dpo", "neftune"])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, tiny_model_dir, method):
+@pytest.mark.parametrize("method", ["dpo", "kto with replay", "neftune"])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, tiny_model_dir, method, monkeypatch):
     settings = {
         "train.max_steps": 4,
         "checkpoint.every_steps": 2,
@@ -280,14 +280,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, tiny_mod
         "export.automatic": False,
         "record.pack": False,
     }
-    if method == "dpo":
-        path = write_preferences(tmp_path, tiny_model_dir, "dpo", **settings)
+    overrides = []
+    if method != "neftune":
+        path = write_preferences(tmp_path, tiny_model_dir, method[:3], **settings)
+        if "replay" in method:
+            helpers.write_jsonl(tmp_path / "general.jsonl", helpers.chat_rows(30, start=900))
+            sources = [tmp_path / "train.jsonl", f"{{source: {tmp_path}/general.jsonl, share: 0.4}}"]
+            overrides = [f"data.train=[{sources[0]}, {sources[1]}]"]
     else:
         path = helpers.write_recipe(tmp_path, tiny_model_dir, settings={**settings, "methods.neftune": {"alpha": 10}})
-    recipe = load_recipe(str(path))
+    recipe = load_recipe(str(path), overrides)
     assert train(recipe, tmp_path / "whole", quiet=True) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
     _back_to_step_2(tmp_path / "part")
+    # By now the model is another one: a reference computed again would be wrong.
+    monkeypatch.setattr(Reference, "compute", lambda *_: pytest.fail("the reference was computed again"))
     assert train(recipe, tmp_path / "part", resume="auto", quiet=True) == 0
 
     def curve(name):

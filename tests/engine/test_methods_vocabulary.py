@@ -8,6 +8,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from test_preferences import trainer_of
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -138,3 +139,40 @@ def test_a_run_trains_and_exports_the_larger_model(tmp_path, tiny_model_dir, ada
     start = AutoModelForCausalLM.from_pretrained(resolve_model(recipe.model), local_files_only=True)
     moved = (model.get_input_embeddings().weight - start.get_input_embeddings().weight)[400:].abs().amax(1)
     assert (moved > 1e-3).sum() >= 10  # those that occur have been trained
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_embeddings_move_and_the_others_do_not(tmp_path, tied):
+    """``train: new`` under AdamW: old rows of both embeddings stay to the bit, new ones that occur move, and so does the rest."""
+    model = helpers.write_model(tmp_path / "model", tied=tied)
+    (tmp_path / "is.txt").write_text("\n".join(LINES), encoding="utf-8")
+    settings = {
+        "model.vocabulary": {"text": str(tmp_path / "is.txt"), "size": 20, "train": "new"},
+        "adapter.kind": "none",
+        "train.max_steps": 3,
+        "train.epochs": 3,
+        "data.overlap": "allow",
+    }
+    path = helpers.write_recipe(tmp_path / "run", model, settings=settings)
+    helpers.write_jsonl(tmp_path / "run" / "train.jsonl", [{"text": f"{line} {i}"} for i in range(8) for line in LINES])
+    helpers.write_jsonl(tmp_path / "run" / "eval.jsonl", [{"text": line} for line in LINES])
+    with trainer_of(path, tmp_path / "out") as trainer:
+        core = trainer.engine.core
+        before = {name: p.detach().clone() for name, p in core.named_parameters()}
+        for _ in range(3):
+            trainer.train_step()
+        after = dict(core.named_parameters())
+        assert ("embeddings", "rows from 400 on are trained", "model.vocabulary.train new") in trainer.report.lines
+    embeddings = [name for name in before if before[name].shape[0] == 420]
+    assert len(embeddings) == (1 if tied else 2)
+    for name in embeddings:
+        assert torch.equal(before[name][:400], after[name][:400]), name
+        assert ((after[name] - before[name])[400:].abs().amax(1) > 1e-3).sum() >= 10, name
+    assert all(not torch.equal(before[name], after[name]) for name in before if name not in embeddings)
+
+
+def test_weight_decay_would_move_rows_that_are_to_stay(tiny_recipe, tmp_path):
+    (tmp_path / "t.txt").write_text("x")
+    vocabulary = f"model.vocabulary={{text: {tmp_path}/t.txt, train: new}}"
+    with pytest.raises(UserError, match="needs 0"):
+        load_recipe(str(tiny_recipe), [vocabulary, "adapter.kind=none", "train.weight_decay=0.1"])
