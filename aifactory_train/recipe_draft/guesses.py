@@ -1,0 +1,273 @@
+"""What a user's own rows are: columns, task, labels, how they are split. Each guess is told and can be set."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aifactory_train.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from aifactory_train.data.documents import Notes
+
+#: Rows that are read for the guesses and the report; beyond, ``aifactory prepare --report`` looks at all.
+MOST_ROWS = 200_000
+
+#: What a column can be read as.
+ROLES = ("prompt", "completion", "text", "system", "messages", "id", "group")
+
+#: Column names that people give to questions and answers, most telling first; compared without case.
+_QUESTIONS = (
+    *("prompt", "question", "instruction", "frage", "pregunta", "domanda", "pergunta", "vraag", "fråga"),
+    *("spørgsmål", "spørsmål", "spurning", "kysymys", "küsimus", "klausimas", "jautājums", "pytanie"),
+    *("otázka", "vprašanje", "pitanje", "kérdés", "întrebare", "ερώτηση", "въпрос", "mistoqsija", "ceist"),
+    *("query", "request", "input", "source", "ticket", "message", "email", "body", "description"),
+    *("utterance", "comment", "note", "report", "sentence", "text", "content"),
+)
+
+_ANSWERS = (
+    *("completion", "answer", "response", "antwort", "respuesta", "réponse", "risposta", "resposta"),
+    *("antwoord", "svar", "vastaus", "vastus", "atsakymas", "atbilde", "odpowiedź", "odpověď", "odgovor"),
+    *("válasz", "răspuns", "απάντηση", "отговор", "tweġiba", "freagra", "reply", "output", "target", "label"),
+    *("category", "class", "intent", "topic", "code", "summary", "translation", "kategorie", "categoría"),
+    *("categoria", "catégorie", "klasse", "classe"),
+)
+
+_TEXTS = ("text", "content", "document", "body", "article", "paragraph", "sentence")
+
+_GROUPS = (
+    *("customer", "patient", "client", "user", "author", "document", "doc", "case", "session"),
+    *("conversation", "thread", "account", "machine", "device", "site", "project", "company", "kunde"),
+    *("file", "dossier", "contract"),
+)
+
+_TIMES = (
+    *("date", "time", "timestamp", "datetime", "created", "created_at", "updated", "updated_at", "day"),
+    *("month", "year", "datum", "fecha", "data", "päivä", "dato"),
+)
+
+
+@dataclass
+class Draft:
+    """What becomes the recipe."""
+
+    task: str = "qa"
+    form: str = "prompt"
+    columns: dict[str, str] = field(default_factory=dict)
+    labels: list[str] | None = None
+    split: tuple[str, str] | None = None
+    metrics: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+
+
+def read(path: Path, notes: Notes) -> tuple[list[tuple[str, Any]], bool]:
+    """``(place, raw row)`` of at most ``MOST_ROWS`` rows, and whether there are more."""
+    from aifactory_train.data import readers
+
+    raw: list[tuple[str, Any]] = []
+    for block in readers.blocks(path, notes=notes):
+        if block.lines is not None:
+            raw += [(f"{block.file}:{number}", value) for number, value in readers.parse_lines(block)]
+        else:
+            raw += [(f"{block.file}:{block.number(i)}", row) for i, row in enumerate(block.rows or [])]
+        if len(raw) > MOST_ROWS:
+            return raw[:MOST_ROWS], True
+    if not raw:
+        raise UserError("no rows", where=str(path), fix="give a file that holds some")
+    return raw, False
+
+
+def canonical_rows(raw: list[tuple[str, Any]], form: str, columns: dict[str, str]) -> list[dict[str, Any]]:
+    """The rows as training reads them; one that does not fit is a :class:`UserError` with its place."""
+    from aifactory_train.data.rows import RowError, canonical, to_user_error
+
+    rows = []
+    for place, value in raw:
+        try:
+            rows.append(canonical(value, form, columns))
+        except RowError as error:
+            raise to_user_error(error, place) from None
+    return rows
+
+
+def understand(
+    raw: list[tuple[str, Any]], columns: dict[str, str], task: str | None
+) -> tuple[Draft, list[dict[str, Any]]]:
+    """The draft (task, columns, labels) and the rows read accordingly; ``columns`` and ``task`` are what the user said."""
+    place, first = raw[0]
+    if not isinstance(first, dict):
+        raise UserError("a row is an object of named columns", where=place)
+    names = [str(c) for c in first]
+    for column in columns:
+        if column not in names:
+            raise UserError(
+                f"there is no column '{column}'{did_you_mean(column, names)}",
+                where=f"--map {column}={columns[column]}",
+                fix=f"columns of {place}: {', '.join(names[:20])}",
+            )
+    draft = Draft(columns=dict(columns))
+    if not columns:
+        _guess_columns(draft, names, first, task, place)
+    roles = [draft.columns.get(n, n) for n in names]
+    _form(draft, roles, task, place)
+    rows = canonical_rows(raw, draft.form, draft.columns)
+    if len(rows) < 2:
+        raise UserError(
+            "one row cannot be split into training and held-out rows", where=place, fix="give more rows, or --eval"
+        )
+    _guess_labels(draft, rows)
+    return draft, rows
+
+
+def _guess_columns(draft: Draft, names: list[str], first: dict[str, Any], task: str | None, place: str) -> None:
+    """Which columns are the question and the answer, or the text, when their names are not the ones that rows have."""
+    from aifactory_train.data.rows import RowError, detect_format
+
+    lower = {n.casefold(): n for n in names}
+    question = next((lower[n] for n in _QUESTIONS if n in lower and isinstance(first[lower[n]], str)), None)
+    answer = next((lower[n] for n in _ANSWERS if n in lower and isinstance(first[lower[n]], (str, int, float))), None)
+    try:
+        form, why = detect_format(names)
+    except RowError:
+        form, why = "", ""
+    if form in ("messages", "prompt") or (form == "text" and (answer is None or task == "text")):
+        draft.assumed.append(f"rows are read as '{form}' because {why}")
+        return
+    if task != "text" and question and answer and question != answer:
+        draft.columns = {n: r for n, r in ((question, "prompt"), (answer, "completion")) if n != r}
+        draft.assumed.append(
+            f"column '{question}' is the question and '{answer}' the answer (--map {question}=prompt --map {answer}=completion)"
+        )
+        return
+    texts = [lower[n] for n in _TEXTS if n in lower and isinstance(first[lower[n]], str)]
+    strings = [n for n in names if isinstance(first[n], str) and len(first[n]) > 40]
+    text = texts[0] if texts else (strings[0] if len(strings) == 1 else None)
+    if task not in ("qa", "chat") and text is not None and answer is None:
+        draft.columns = {text: "text"} if text != "text" else {}
+        draft.assumed.append(f"column '{text}' is text to learn from as it is (--map {text}=text)")
+        return
+    raise UserError(
+        f"it is not clear which columns hold what: {', '.join(names[:20])}",
+        where=place,
+        fix="say it: --map COLUMN=prompt --map COLUMN=completion, or --map COLUMN=text",
+    )
+
+
+def _form(draft: Draft, roles: list[str], task: str | None, place: str) -> None:
+    from aifactory_train.data.rows import RowError, detect_format, to_user_error
+
+    if task == "text" and "text" not in roles:
+        raise UserError("the task text needs a column of text", where=place, fix="--map COLUMN=text, or another --task")
+    try:
+        draft.form = "text" if task == "text" else detect_format(roles)[0]
+    except RowError as error:
+        raise to_user_error(RowError(error.what, "say which column is what with --map COLUMN=ROLE"), place) from None
+    if task in ("qa", "chat") and draft.form == "text":
+        raise UserError(
+            f"the task {task} needs questions and answers, and the rows are plain text",
+            where=place,
+            fix="--task text, or --map COLUMN=prompt --map COLUMN=completion",
+        )
+    draft.task = task or {"messages": "chat", "prompt": "qa", "text": "text"}[draft.form]
+
+
+def _guess_labels(draft: Draft, rows: list[dict[str, Any]]) -> None:
+    """Few short answers that repeat are labels."""
+    if draft.form == "text" or any(len(r["messages"]) > 3 for r in rows):
+        return
+    found = collections.Counter(r["messages"][-1]["content"].strip() for r in rows)
+    if (
+        len(rows) >= 20
+        and 2 <= len(found) <= min(50, len(rows) // 5)
+        and all(len(a) <= 60 and "\n" not in a for a in found)
+    ):
+        draft.labels = sorted(found)
+        draft.assumed.append(
+            f"the {len(found)} different answers are labels; any other answer will be refused (data.labels)"
+        )
+
+
+def choose_split(
+    draft: Draft, raw: list[tuple[str, Any]], rows: list[dict[str, Any]], args: argparse.Namespace
+) -> None:
+    """The split that was asked for, checked on every row; else a column that looks like a group or a time."""
+    from aifactory_train.data.rows import RowError, to_user_error
+    from aifactory_train.data.split import RowRules
+
+    if args.held:
+        draft.assumed.append("held-out rows are those of --eval")
+        return
+    if args.group_by or args.time:
+        rules = RowRules(args.group_by, args.time)
+        seen = set()
+        for (place, value), row in zip(raw, rows, strict=True):
+            try:
+                moment = rules.apply(value, row)
+            except RowError as error:
+                raise to_user_error(error, place) from None
+            seen.add(moment if moment is not None else row["group"])
+        draft.split = ("group", args.group_by) if args.group_by else ("time", args.time)
+        if len(seen) < 2:
+            raise UserError(
+                f"all rows have the same value in '{draft.split[1]}': nothing could be held out",
+                where="--group-by" if args.group_by else "--time",
+                fix="name a column with at least two values",
+            )
+        return
+    if "group" in rows[0]:
+        what = (
+            "the file"
+            if "group" not in {str(c).casefold() for c in raw[0][1]} or _documents(raw)
+            else "the column 'group'"
+        )
+        draft.assumed.append(f"rows of one group ({what}) are never divided between training and held-out rows")
+        return
+    names = [str(c) for c in raw[0][1]]
+    for name in names:
+        word = re.sub(r"[_ -]?(id|no|nr|number|name)$", "", name.casefold())
+        values = [value.get(name) for _, value in raw]
+        if word in _GROUPS and name not in draft.columns and all(isinstance(v, (str, int)) and v != "" for v in values):
+            distinct = len(set(map(str, values)))
+            if 5 <= distinct <= 0.8 * len(values):
+                draft.split = ("group", name)
+                draft.assumed.append(
+                    f"rows of one '{name}' belong together: {distinct} of them, never divided (--group-by)"
+                )
+                return
+    for name in names:
+        if name.casefold() in _TIMES and _is_time(name, raw):
+            draft.split = ("time", name)
+            draft.assumed.append(f"the newest rows by '{name}' are held out, as in use (--time)")
+            return
+    draft.assumed.append(
+        "a tenth of the questions (or texts) is held out; --group-by or --time if rows belong together"
+    )
+
+
+def _documents(raw: list[tuple[str, Any]]) -> bool:
+    """Whether the rows are the parts of a folder's documents, each document a group."""
+    return set(raw[0][1]) == {"text", "group"} and all(place.endswith(":1") for place, _ in raw[:5])
+
+
+def _is_time(name: str, raw: list[tuple[str, Any]]) -> bool:
+    from aifactory_train.data.rows import RowError
+    from aifactory_train.data.split import moment
+
+    try:
+        return len({moment(value[name], name) for _, value in raw}) >= 10
+    except (RowError, KeyError):
+        return False
+
+
+def metrics_of(draft: Draft, answers: list[str]) -> list[str]:
+    """What the rows are judged by, the main one first."""
+    if draft.form == "text":
+        return ["bits_per_byte", "perplexity"]
+    if draft.labels:
+        return ["accuracy", "macro_f1", "bits_per_byte"]
+    median = sorted(map(len, answers))[len(answers) // 2]
+    return ["exact_match", "token_f1", "bits_per_byte"] if median <= 60 else ["bits_per_byte", "rouge_l", "chrf"]
