@@ -1,16 +1,19 @@
-"""Preparing rows: tokenise, mask and pack, beside TRL's own preparation and beside the bare tokenizer.
+"""Preparing rows: from a file to tokens that carry loss, beside TRL's own preparation and beside the bare tokenizer.
 
     python benchmarks/data_prep.py --json [--rows 10000] [--pairs 3] [--data FILE.jsonl]
     python benchmarks/data_prep.py --json --million          # 1,000,000 rows, ours alone: is memory flat?
 
-Synthetic chat rows of real lengths (``measuring.LENGTHS``; the short ones with ``--million``) and one chat template for both sides. TRL: what ``SFTTrainer`` does with a
-data set when it is constructed (chat template with assistant masks, labels, best-fit-decreasing packing to 512 tokens; it splits,
-compares and reports nothing). Ours: ``prepare`` as ``aifactory prepare`` calls it, from the first row read to the last one that lies
-tokenised and masked in the cache (validation and digests of every row included; rows are packed when a step needs them). What
-``prepare`` does beyond that (finding the tokenizer's end-of-turn, split by group, overlap of train and eval, languages,
-near-duplicates, personal data) is in a second figure, "with reports". Imports, loading the tokenizer and (TRL) building the model are not timed. Each side runs
-in fresh processes, alternating; caches are empty each time. The bare tokenizer is ``tokenizers.encode_batch`` on the same rendered
-text, one thread. Both sides must come to the same number of tokens and of supervised tokens, else the script fails.
+Synthetic chat rows of real lengths (``measuring.LENGTHS``; the short ones with ``--million``) and one chat template for both sides.
+
+* **TRL**: what ``SFTTrainer`` does with a data set when it is constructed (chat template with assistant masks, labels, best-fit-decreasing
+  packing to 512 tokens). Reading the JSON is not timed (``load_dataset`` has done it), and it splits, compares and reports nothing.
+* **Ours**: the whole of ``prepare``, what a user of ``aifactory prepare`` waits for: reading, validation and digests of every row, rendering,
+  masks and tokens, the cache on disk; then duplicates, overlap of train and eval, near-duplicates, languages, personal data, and the
+  report. Rows are packed when a step needs them. "Reading alone" is the part up to the last row tokenised and masked in the cache.
+* **The bare tokenizer**: ``tokenizers.encode_batch`` on the same rows, rendered before, one thread, 1,000 at a time, ids not even read.
+
+Imports, loading the tokenizer and (TRL) building the model are not timed. Each side runs in fresh processes, alternating; caches are empty
+each time. Both sides must come to the same number of tokens and of supervised tokens, else the script fails.
 
 Memory is that of the process and its children together: anonymous memory, sampled ten times a second (mapped files are the page cache's).
 With ``--million`` it is flat if its highest reading over the rows after the first tenth is at most 10 % above that of the first tenth.
@@ -64,7 +67,7 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
     tokenizer = load_tokenizer(recipe)
     marks: list[tuple[float, int]] = []
     inside: list[float] = []
-    plain = pipeline._pass
+    plain = pipeline.read_source
 
     def timed(*args: Any) -> Any:
         began = time.perf_counter()
@@ -73,7 +76,7 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
         finally:
             inside.append(time.perf_counter() - began)
 
-    pipeline._pass = timed
+    setattr(pipeline, "read_source", timed)  # noqa: B010 - measured where it is called
     started = time.perf_counter()
     prepared = prepare(
         recipe, tokenizer, cache_dir=spec["cache"], progress=lambda rows, tokens: marks.append((time.time(), rows))
@@ -81,8 +84,8 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     report = prepared.report["sets"]["train"]
     return {
-        "seconds": sum(inside),
-        "seconds_all": seconds,
+        "seconds": seconds,
+        "seconds_reading": sum(inside),
         "tokens": report["tokens"],
         "supervised": report["supervised"],
         "rows": report["rows"],
@@ -226,7 +229,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 "ours_rows_per_s": round(speed["ours"], 1),
                 "trl_rows_per_s": round(speed["trl"], 1),
                 "speed_ratio": round(speed["ours"] / speed["trl"], 2),
-                "ours_all_rows_per_s": round(figures["ours"]["rows"] / figures["ours"]["seconds_all"], 1),
+                "ours_reading_rows_per_s": round(figures["ours"]["rows"] / figures["ours"]["seconds_reading"], 1),
                 "ours_peak_gb": round(figures["ours"]["peak_gb"], 3),
                 "trl_peak_gb": round(figures["trl"]["peak_gb"], 3),
             }
@@ -258,7 +261,7 @@ def million(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "rows": result["rows"],
         "tokens": result["tokens"],
         "seconds": round(result["seconds"], 1),
-        "seconds_all": round(result["seconds_all"], 1),
+        "seconds_reading": round(result["seconds_reading"], 1),
         "rows_per_s": round(result["rows"] / result["seconds"], 1),
         "peak_gb_first_tenth": round(early, 3),
         "peak_gb_rest": round(later, 3),
@@ -284,12 +287,12 @@ def as_markdown(result: dict[str, Any]) -> str:
     if "cases" in result:
         header = [
             "processes",
-            "ours, rows/s",
-            "ours with reports, rows/s",
+            "ours, whole, rows/s",
             "TRL, rows/s",
             "worst pair",
             "bare encode_batch, rows/s",
-            "share of it (worst)",
+            "ours of it (worst)",
+            "ours, reading alone, rows/s",
             "ours, peak GB",
             "TRL, peak GB",
         ]
@@ -297,11 +300,11 @@ def as_markdown(result: dict[str, Any]) -> str:
             [
                 f"{c['processes']} ({c['rows']} rows, {len(c['pairs'])} pairs)",
                 f"{c['ours_rows_per_s']:.0f}",
-                f"{c['ours_all_rows_per_s']:.0f}",
                 f"{c['trl_rows_per_s']:.0f}",
                 f"{c['speed_ratio']:.2f} x",
                 f"{c['bare_rows_per_s']:.0f}" if "bare_rows_per_s" in c else "–",
                 f"{100 * c['share_of_bare']:.0f} %" if "share_of_bare" in c else "–",
+                f"{c['ours_reading_rows_per_s']:.0f}",
                 f"{c['ours_peak_gb']:.2f}",
                 f"{c['trl_peak_gb']:.2f}",
             ]
@@ -312,9 +315,9 @@ def as_markdown(result: dict[str, Any]) -> str:
             "rows",
             "tokens",
             "processes",
-            "seconds",
-            "seconds with reports",
-            "rows/s",
+            "seconds, whole",
+            "seconds, reading",
+            "rows/s, whole",
             "peak GB, first tenth",
             "peak GB, the rest",
             "growth",
@@ -325,7 +328,7 @@ def as_markdown(result: dict[str, Any]) -> str:
             "tokens",
             "processes",
             "seconds",
-            "seconds_all",
+            "seconds_reading",
             "rows_per_s",
             "peak_gb_first_tenth",
             "peak_gb_rest",

@@ -11,6 +11,10 @@ For the assistant turn ``k`` of a conversation ``m``:
 
 Spans of characters become spans of tokens through the offsets of *one* tokenisation of ``full``. Where a token straddles the
 border between question and answer, the two sides are tokenised apart, as they are at generation.
+
+**How it is fast.** Where the template provably does not look at texts (:mod:`frames`), ``full`` and the turns come from joining strings.
+Where token ids tell their offsets (:mod:`offsets`), a block of rows is tokenised without them and its masks are built at once, as arrays.
+A row for which either does not hold goes the way above, and both ways give the same bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ from typing import Any
 
 import numpy as np
 
+from aifactory_train.data.frames import Frames
+from aifactory_train.data.offsets import Offsets, widths
+from aifactory_train.data.pieces import Pieces, end_to_end
 from aifactory_train.data.rows import RowError, supervised_turns
 from aifactory_train.data.template import ChatTemplate, TemplateRefused
 
@@ -59,8 +66,10 @@ class EncoderSpec:
     supervise: str
 
     def digest(self) -> str:
-        content = json.dumps([getattr(self, name) for name in self.__dataclass_fields__], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        rest = [getattr(self, name) for name in self.__dataclass_fields__ if name != "tokenizer_json"]
+        digest = hashlib.sha256(self.tokenizer_json.encode())
+        digest.update(json.dumps(rest, sort_keys=True).encode())
+        return digest.hexdigest()
 
 
 @dataclass
@@ -101,22 +110,72 @@ class _Rendered:
     flags: set[str] = field(default_factory=set)
 
 
+@dataclass
+class _Block:
+    """Some texts tokenised without offsets. ``ids`` int64 [all], of text ``i`` those in ``[edges[i], edges[i + 1])``; ``begins`` int64 [all + 1]: bytes before each token, texts end to end; ``whole`` bool [texts]: the
+    widths of its tokens add up to the text, so ``begins`` is right for it; ``plain``: it is ASCII (a byte is a character)."""
+
+    ids: np.ndarray
+    edges: np.ndarray
+    begins: np.ndarray
+    whole: np.ndarray
+    plain: list[bool]
+
+    def offsets(self, i: int, text: str) -> Offsets:
+        a, b = int(self.edges[i]), int(self.edges[i + 1])
+        return Offsets.of_widths(self.ids[a:b].tolist(), text, np.diff(self.begins[a : b + 1]))
+
+
+#: The tokenizer that :func:`probe` has loaded, by its serialised form: the next :class:`Encoder` takes it.
+_spare: dict[str, Any] = {}
+
+
+def _tokenizer(serialised: str) -> Any:
+    """The tokenizer without truncation and padding."""
+    from tokenizers import Tokenizer
+
+    tokenizer = _spare.pop(serialised, None)
+    if tokenizer is None:
+        tokenizer = Tokenizer.from_str(serialised)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    return tokenizer
+
+
+def forget_spare() -> None:
+    """Free the tokenizer that was loaded and that no encoder took."""
+    _spare.clear()
+
+
 class Encoder:
     """Turns canonical rows into :class:`Encoded`, many at a time."""
 
     def __init__(self, spec: EncoderSpec):
-        from tokenizers import Tokenizer
-
         self.spec = spec
-        self.tokenizer = Tokenizer.from_str(spec.tokenizer_json)
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+        self.tokenizer = _tokenizer(spec.tokenizer_json)
         self.template = ChatTemplate(spec.template, spec.specials) if spec.template else None
         self.specials = frozenset(spec.special_ids)
         size = max(self.tokenizer.get_vocab_size(with_added_tokens=True), max(spec.special_ids, default=0) + 1)
         self._is_special = np.zeros(size, dtype=bool)
         self._is_special[list(spec.special_ids)] = True
         self.stops = frozenset(spec.stop_ids)
+        self._is_stop = np.zeros(size, dtype=bool)
+        self._is_stop[list(spec.stop_ids)] = True
+        self._frames = Frames(spec.template, spec.specials) if spec.template else None
+        self._widths = widths(self.tokenizer)
+        if self._widths is not None and len(self._widths) < size:
+            self._widths = np.append(self._widths, np.zeros(size - len(self._widths), dtype=np.int64))
+        self._added = self._added_around() if self._widths is not None else None
+        self._pieces = Pieces.of(self.tokenizer) if self._widths is not None else None
+        self._to_check = 256
+
+    def _added_around(self) -> tuple[list[int], list[int]] | None:
+        """Ids that the post-processor writes before and behind every text."""
+        alone, whole = (self.tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+        for at in range(len(whole) - len(alone) + 1):
+            if whole[at : at + len(alone)] == alone:
+                return whole[:at], whole[at + len(alone) :]
+        return None
 
     # -- many rows
 
@@ -135,17 +194,10 @@ class Encoder:
                 chats.append((i, self.render(row)))
             except RowError as error:
                 results[i] = error
-        if chats:
-            encodings = self.tokenizer.encode_batch([r.full for _, r in chats], add_special_tokens=False)
-            for (i, rendered), encoding in zip(chats, encodings, strict=True):
-                try:
-                    results[i] = self._chat(rendered, encoding)
-                except RowError as error:
-                    results[i] = error
-        if texts:
-            encodings = self.tokenizer.encode_batch([rows[i]["text"] for i in texts], add_special_tokens=True)
-            for i, encoding in zip(texts, encodings, strict=True):
-                results[i] = self._text(rows[i]["text"], encoding)
+        for (i, _), found in zip(chats, self._chats([r for _, r in chats]), strict=True):
+            results[i] = found
+        for i, found in zip(texts, self._texts([rows[i]["text"] for i in texts]), strict=True):
+            results[i] = found
         return results  # type: ignore[return-value]
 
     def _encode_pairs(self, rows: list[dict[str, Any]]) -> list[Encoded | RowError]:
@@ -172,6 +224,23 @@ class Encoder:
                 "name one with model.chat_template=FILE.jinja, use an instruct model, or train on rows with 'text'",
             )
         messages, tools = row["messages"], row.get("tools")
+        frame = self._frames.of(messages) if self._frames is not None and not tools else None
+        filled = frame.fill(messages) if frame is not None else None
+        if frame is None or filled is None:
+            return self._render(messages, tools)
+        full, turns = filled
+        rendered = _Rendered(full, [_Turn(a, b, _find_text(full, a, b, content)) for a, b, content in turns])
+        if frame.to_check:  # the first rows of each shape go both ways
+            frame.to_check -= 1
+            proof = self._render(messages, tools)
+            if proof != rendered:
+                assert self._frames is not None
+                self._frames.drop(frame)
+                return proof
+        return rendered
+
+    def _render(self, messages: list, tools: Any) -> _Rendered:
+        assert self.template is not None
         full = self.template.render(messages, tools)
         rendered = _Rendered(full, [])
         for k in supervised_turns(messages):
@@ -232,20 +301,126 @@ class Encoder:
 
     # -- tokens
 
-    def _chat(self, rendered: _Rendered, encoding: Any) -> Encoded:
+    def _tokenise(self, texts: list[str], *, added: bool = False) -> _Block:
+        """Tokenise without offsets (only where :func:`widths` has an answer). ``added``: with the post-processor's tokens."""
+        assert self._widths is not None
+        ids, edges = self._ids(texts, added)
+        width = self._widths[ids]
+        before, behind = self._added if added and self._added is not None else ([], [])
+        for place in (edges[:-1, None] + np.arange(len(before)), edges[1:, None] - 1 - np.arange(len(behind))):
+            width[place.ravel()] = 0
+        begins = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum(width, out=begins[1:])
+        plain = [t.isascii() for t in texts]
+        sizes = [len(t) if ascii_ else len(t.encode()) for t, ascii_ in zip(texts, plain, strict=True)]
+        whole = begins[edges[1:]] - begins[edges[:-1]] == np.asarray(sizes, dtype=np.int64)
+        normalizer = self.tokenizer.normalizer
+        for i, (text, ascii_) in enumerate(zip(texts, plain, strict=True)):
+            if normalizer is not None and not ascii_ and normalizer.normalize_str(text) != text:
+                whole[i] = False
+        return _Block(ids, edges, begins, whole, plain)
+
+    def _ids(self, texts: list[str], added: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts, int64, and where those of each begin and end, int64 [texts + 1]."""
+        if self._pieces is None or (added and self._added is None):
+            return end_to_end([e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=added)])
+        ids, edges = self._pieces.ids(texts)
+        if self._to_check > 0:  # the first texts go both ways
+            some = texts[: self._to_check]
+            self._to_check -= len(some)
+            proof, _ = end_to_end([e.ids for e in self.tokenizer.encode_batch_fast(some, add_special_tokens=False)])
+            if not np.array_equal(proof, ids[: edges[len(some)]]):
+                self._pieces = None
+                return self._ids(texts, added)
+        before, behind = self._added if added and self._added is not None else ([], [])
+        if before or behind:
+            rows = [ids[a:b].tolist() for a, b in itertools.pairwise(edges.tolist())]
+            return end_to_end([[*before, *row, *behind] for row in rows])
+        return ids, edges
+
+    def _chats(self, rendered: list[_Rendered]) -> list[Encoded | RowError]:
+        texts = [r.full for r in rendered]
+        results: list[Encoded | RowError | None] = [None] * len(texts)
+        offsets: list[Offsets | None] = [None] * len(texts)
+        if self._widths is not None and texts:
+            block = self._tokenise(texts)
+            results = self._at_once(rendered, block)
+            for i in range(len(texts)):
+                if results[i] is None and block.whole[i]:
+                    offsets[i] = block.offsets(i, texts[i])
+        left = [i for i in range(len(texts)) if results[i] is None and offsets[i] is None]
+        if left:
+            encodings = self.tokenizer.encode_batch([texts[i] for i in left], add_special_tokens=False)
+            for i, encoding in zip(left, encodings, strict=True):
+                offsets[i] = Offsets(encoding, len(texts[i]))
+        for i, (one, tokens) in enumerate(zip(rendered, offsets, strict=True)):
+            if tokens is not None:
+                try:
+                    results[i] = self._chat(one, tokens)
+                except RowError as error:
+                    results[i] = error
+        return results  # type: ignore[return-value]
+
+    def _at_once(self, rendered: list[_Rendered], block: _Block) -> list[Encoded | RowError | None]:
+        """The rows of a block in which every border of a turn is one of tokens too; None for the others, and for those
+        to be cut, dropped or refused."""
+        ids, edges, begins = block.ids, block.edges, block.begins
+        counts = np.diff(edges)
+        ready = block.whole & (counts > 0) & (counts <= self.spec.sequence_length)
+        owners: list[int] = []
+        borders: list[
+            int
+        ] = []  # of each turn: answer begins, region ends, text begins, text ends; in bytes of the block
+        bases = begins[edges[:-1]].tolist()
+        for i in np.flatnonzero(ready).tolist():
+            full, base, plain = rendered[i].full, bases[i], block.plain[i]
+            for turn in rendered[i].turns:
+                if turn.text is None:
+                    ready[i] = False
+                    break
+                owners.append(i)
+                for char in (turn.start, turn.end, *turn.text):
+                    borders.append(base + (char if plain else len(full[:char].encode())))
+        wanted, owner = np.asarray(borders, dtype=np.int64).reshape(-1, 4), np.asarray(owners, dtype=np.int64)
+        found = np.searchsorted(begins, wanted)
+        fits = (begins[found] == wanted).all(axis=1)
+        first, limit, a, b = found.T
+        stops = np.append(np.flatnonzero(self._is_stop[ids]), len(ids))
+        stop = stops[np.searchsorted(stops, b)]
+        fits &= stop < limit
+        ready[owner[~fits]] = False
+        keep = ready[owner]
+        mask = _covered(first[keep], stop[keep] + 1, len(ids))
+        text_mask = _covered(a[keep], b[keep], len(ids)) & ~self._is_special[ids] & mask
+        if self.spec.supervise == "all":
+            mask[:] = True
+        heads = edges[:-1][counts > 0]
+        mask[heads] = text_mask[heads] = False  # nothing predicts a first token
+        before = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum(mask, out=before[1:])
+        ready &= before[edges[1:]] > before[edges[:-1]]
+        sizes = np.bincount(owner, weights=wanted[:, 3] - wanted[:, 2], minlength=len(counts)).astype(np.int64).tolist()
+        results: list[Encoded | RowError | None] = [None] * len(rendered)
+        places = edges.tolist()
+        for i in np.flatnonzero(ready).tolist():
+            x, y = places[i], places[i + 1]
+            document = Document(ids[x:y], mask[x:y], text_mask[x:y], sizes[i])
+            results[i] = Encoded([document], None, tuple(sorted(rendered[i].flags)))
+        return results
+
+    def _chat(self, rendered: _Rendered, tokens: Offsets) -> Encoded:
         full, flags = rendered.full, set(rendered.flags)
-        starts = [t.start for t in rendered.turns]
-        straddling = [s for s in starts if 0 < s < len(full) and _straddles(encoding, s)]
+        straddling = [t.start for t in rendered.turns if 0 < t.start < len(full) and tokens.straddles(t.start)]
         if straddling:
-            pieces = self._apart(full, straddling, encoding.ids)
+            pieces = self._apart(full, straddling, tokens.ids)
             if pieces is None:
                 flags.add("answer shares a token with the question")
             else:
                 flags.add("tokenised apart")
-                return self._build(rendered, pieces, flags)
-        return self._build(rendered, _Offsets(encoding, len(full)), flags)
+                tokens = pieces
+        return self._build(rendered, tokens, flags)
 
-    def _apart(self, full: str, cuts: list[int], ids: list[int]) -> _Offsets | None:
+    def _apart(self, full: str, cuts: list[int], ids: list[int]) -> Offsets | None:
         """Tokenise the sides of each cut apart; None when that would change the text (a tokenizer that adds a space)."""
         edges = [0, *cuts, len(full)]
         parts = [full[a:b] for a, b in itertools.pairwise(edges)]
@@ -255,9 +430,9 @@ class Encoder:
             ids, skip_special_tokens=False
         ):
             return None
-        return _Offsets.joined(encodings, edges)
+        return Offsets.joined(encodings, edges)
 
-    def _build(self, rendered: _Rendered, tokens: _Offsets, flags: set[str]) -> Encoded:
+    def _build(self, rendered: _Rendered, tokens: Offsets, flags: set[str]) -> Encoded:
         full = rendered.full
         ids = np.asarray(tokens.ids, dtype=np.int64)
         n = len(ids)
@@ -294,9 +469,19 @@ class Encoder:
             mask[:] = True
         return self._fit(full, ids, mask, text_mask, spans, tokens, flags)
 
-    def _text(self, text: str, encoding: Any) -> Encoded:
-        tokens = _Offsets(encoding, len(text))
-        ids = np.asarray(encoding.ids, dtype=np.int64)
+    def _texts(self, texts: list[str]) -> list[Encoded]:
+        offsets: list[Offsets | None] = [None] * len(texts)
+        if self._added is not None and texts:
+            block = self._tokenise(texts, added=True)
+            offsets = [block.offsets(i, text) if block.whole[i] else None for i, text in enumerate(texts)]
+        left = [i for i in range(len(texts)) if offsets[i] is None]
+        encodings = self.tokenizer.encode_batch([texts[i] for i in left], add_special_tokens=True) if left else []
+        for i, encoding in zip(left, encodings, strict=True):
+            offsets[i] = Offsets(encoding, len(texts[i]))
+        return [self._text(text, tokens) for text, tokens in zip(texts, offsets, strict=True) if tokens is not None]
+
+    def _text(self, text: str, tokens: Offsets) -> Encoded:
+        ids = np.asarray(tokens.ids, dtype=np.int64)
         special = self._is_special[ids]
         begin = int(special[0]) if len(ids) else 0
         if self.spec.eos_id is not None and (len(ids) == 0 or ids[-1] != self.spec.eos_id):
@@ -305,7 +490,7 @@ class Encoder:
         mask = np.ones(len(ids), dtype=bool)
         text_mask = ~special
         # Without a BOS token nothing predicts the first token: its bytes are not scored either.
-        scored_from = 0 if begin or len(encoding.ids) == 0 else tokens.span(0)[1]
+        scored_from = 0 if begin or len(tokens.ids) == 0 else tokens.span(0)[1]
         return self._fit(text, ids, mask, text_mask, [(scored_from, len(text))], tokens, set())
 
     def _fit(
@@ -315,7 +500,7 @@ class Encoder:
         mask: np.ndarray,
         text_mask: np.ndarray,
         spans: list[tuple[int, int]],
-        tokens: _Offsets,
+        tokens: Offsets,
         flags: set[str],
     ) -> Encoded:
         """Apply ``long_documents``; a part without a supervised token is left out."""
@@ -351,65 +536,11 @@ class Encoder:
         return Encoded(pieces, None if pieces else "masked", tuple(sorted(flags)))
 
 
-class _Offsets:
-    """Token ids with their character spans, by way of the tokenizer's own lookups (no list of tuples for each row)."""
-
-    def __init__(self, encoding: Any, length: int):
-        self._encoding = encoding
-        self._length = length
-        self._spans: list[tuple[int, int]] | None = None
-        self.ids: list[int] = encoding.ids
-
-    @classmethod
-    def joined(cls, encodings: list[Any], edges: list[int]) -> _Offsets:
-        self = cls.__new__(cls)
-        self._encoding = None
-        self._length = edges[-1]
-        self.ids = [i for e in encodings for i in e.ids]
-        self._spans = [(a + base, b + base) for e, base in zip(encodings, edges, strict=False) for a, b in e.offsets]
-        return self
-
-    def span(self, j: int) -> tuple[int, int]:
-        """Characters ``[a, b)`` of token ``j``."""
-        if self._spans is None:
-            one = self._encoding.token_to_chars(j)  # None for a token that stands for no text (an added BOS)
-            if one is not None:
-                return one
-            self._spans = self._encoding.offsets
-        return self._spans[j]
-
-    def begin(self, j: int) -> int:
-        """First character of token ``j``, the end of the text behind the last one."""
-        return self.span(j)[0] if j < len(self._encoding.ids if self._encoding else self.ids) else self._length
-
-    def first_from(self, char: int) -> int:
-        """First token that begins at ``char`` or later (the number of tokens when there is none)."""
-        if char >= self._length:
-            return len(self.ids)
-        if self._encoding is not None:
-            j = self._encoding.char_to_token(char)
-            if j is not None:
-                return j if self._encoding.token_to_chars(j)[0] >= char else self._next_after(j, char)
-        return self._next_after(0, char)
-
-    def _next_after(self, j: int, char: int) -> int:
-        while j < len(self.ids) and (self.span(j)[0] < char or self.span(j)[0] == self.span(j)[1]):
-            j += 1
-        return j
-
-    def overlapping(self, a: int, b: int) -> tuple[int, int]:
-        """Tokens ``[first, last)`` that hold any character of ``[a, b)``."""
-        first, last = self.first_from(a), self.first_from(b)
-        while first > 0 and self.span(first - 1)[1] > a:
-            first -= 1
-        return first, max(first, last)
-
-
 #: Where a long document may be cut, best first: between paragraphs, between lines, behind a sentence.
 _BREAKS = (re.compile(r"\n[ \t]*\n\s*"), re.compile(r"\n\s*"), re.compile(r"[.!?…。！？][\"'»”)]*\s+|[。！？]"))
 
 
-def _break_before(full: str, tokens: _Offsets, start: int, stop: int) -> tuple[int, bool]:
+def _break_before(full: str, tokens: Offsets, start: int, stop: int) -> tuple[int, bool]:
     """The last good place to cut ``[start, stop)``, at least half of it kept; ``(stop, True)`` when there is none."""
     c0, c1 = tokens.begin(start + (stop - start) // 2), tokens.begin(stop)
     for pattern in _BREAKS:
@@ -420,9 +551,10 @@ def _break_before(full: str, tokens: _Offsets, start: int, stop: int) -> tuple[i
     return stop, True
 
 
-def _straddles(encoding: Any, char: int) -> bool:
-    j = encoding.char_to_token(char)
-    return j is not None and encoding.token_to_chars(j)[0] < char
+def _covered(begins: np.ndarray, ends: np.ndarray, n: int) -> np.ndarray:
+    """bool [n]: inside some of the ranges ``[begins, ends)``."""
+    change = np.bincount(begins, minlength=n + 1) - np.bincount(ends, minlength=n + 1)
+    return np.cumsum(change[:n]) > 0
 
 
 def _find_text(full: str, start: int, end: int, content: str) -> tuple[int, int] | None:
@@ -490,9 +622,7 @@ def probe(
     The first special token behind the assistant's text is the end-of-turn, at the end of a conversation and in its middle
     (some templates use two). Raises :class:`RowError` when there is none.
     """
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer = _tokenizer(tokenizer_json)
     chat = ChatTemplate(template, specials)
     ended: list[int] = []
     turns = [
@@ -526,4 +656,6 @@ def probe(
         token = tokenizer.token_to_id(name)
         if token is not None and name in template:
             ended.append(token)
+    _spare.clear()
+    _spare[tokenizer_json] = tokenizer
     return tuple(dict.fromkeys(ended))

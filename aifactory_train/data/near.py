@@ -10,11 +10,11 @@ than one of a thousand cases (1 - (1 - 0.8^4)^32 of them share a band).
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
-from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,23 +33,88 @@ RULE = (
 MOST_TEXTS = 500_000
 
 _WORD = re.compile(r"[぀-ヿ㐀-鿿ก-๛]|[^\W_]+")
+#: The same words in ASCII text, for which cutting at blanks is faster.
+_ASCII_WORDS = "".join(chr(c) if chr(c).isalnum() else " " for c in range(128))
 _MIX = np.uint64(0x9E3779B97F4A7C15)
+_EMPTY = np.iinfo(np.uint64).max
+_AT_A_TIME = 1 << 20  # elements that are compared at once
+
+
+class _Numbers(dict):
+    """The number of each word: CRC-32 of its UTF-8 bytes."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) > 1 << 18:
+            self.clear()  # rows of ever new words: remembering them all would not stay small
+        self[word] = number = zlib.crc32(word.encode("utf-8", "surrogatepass"))
+        return number
 
 
 @dataclass
 class Shingles:
     """Texts as sets of shingles. ``hashes`` uint64 [all], sorted and distinct inside a text; text ``i`` has
-    ``hashes[starts[i]:starts[i + 1]]``, none when it is too short to be judged; ``whole`` uint64 [texts]: one hash of all words."""
+    ``hashes[starts[i]:starts[i + 1]]``; ``whole`` uint64 [texts]: one hash of all words."""
 
     hashes: np.ndarray
     starts: np.ndarray
     whole: np.ndarray
+    _names: np.ndarray | None = None
+    _judged: dict[bytes, Judged] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.whole)
 
     def of(self, i: int) -> np.ndarray:
         return self.hashes[self.starts[i] : self.starts[i + 1]]
+
+    @property
+    def names(self) -> np.ndarray:
+        """int64 [all]: the rank of each hash among all different ones."""
+        if self._names is None:
+            self._names = np.unique(self.hashes, return_inverse=True)[1].astype(np.int64)
+        return self._names
+
+    def judged(self, rows: np.ndarray) -> Judged:
+        """What tells the texts ``rows`` apart: all texts without the sequences that too many of ``rows`` share."""
+        times = np.bincount(self.names[_inside(self.starts, rows)])
+        common = np.flatnonzero(times > max(COMMON_LEAST, COMMON_SHARE * len(rows)))
+        key = common.tobytes()
+        if key not in self._judged:
+            self._judged.clear()  # training rows, and training with held-out rows, mostly share the same wording
+            self._judged[key] = _judge(self, common)
+        return self._judged[key]
+
+
+@dataclass
+class Judged:
+    """Texts as their telling shingles: ``names`` int64 [all], sorted and distinct inside a text, ``starts`` int64 [texts + 1] (a text that
+    has too few is empty), ``bands`` uint64 [texts, BANDS] (equal entries: candidates) and ``keys`` int64 [all]: text and name as one number,
+    sorted."""
+
+    names: np.ndarray
+    starts: np.ndarray
+    bands: np.ndarray
+    keys: np.ndarray
+    kinds: int
+
+    def similar(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """bool [pairs]: the texts ``one[i]`` and ``other[i]`` have a Jaccard similarity of at least ``SIMILAR``."""
+        sizes = np.diff(self.starts)
+        less = np.where(sizes[one] <= sizes[other], one, other)
+        more = one + other - less
+        out = np.zeros(len(one), dtype=bool)
+        # A set that is too small for it cannot be similar even if the other one holds all of it.
+        left = np.flatnonzero(sizes[less] >= SIMILAR * sizes[more] - 1)
+        left = left[sizes[less[left]] > 0]
+        parts = np.cumsum(sizes[less[left]]) // _AT_A_TIME
+        for part in np.split(left, np.flatnonzero(np.diff(parts)) + 1):
+            small, large = less[part], more[part]
+            wanted = self.names[_inside(self.starts, small)] + np.repeat(large * self.kinds, sizes[small])
+            place = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+            pair = np.repeat(np.arange(len(part)), sizes[small])
+            shared = np.bincount(pair[self.keys[place] == wanted], minlength=len(part))
+            out[part] = shared / (sizes[small] + sizes[large] - shared) >= SIMILAR
+        return out
 
 
 def shingle(texts: Iterable[str]) -> Shingles:
@@ -59,8 +124,10 @@ def shingle(texts: Iterable[str]) -> Shingles:
     whole: list[np.ndarray] = []
     held: list[list[int]] = []
     size = 0
+    number = _Numbers().__getitem__
     for text in texts:
-        held.append([zlib.crc32(w.encode()) for w in _WORD.findall(text.casefold())])
+        text = text.casefold()
+        held.append(list(map(number, text.translate(_ASCII_WORDS).split() if text.isascii() else _WORD.findall(text))))
         size += len(held[-1])
         if size > 1 << 19:  # half a million words at a time are hashed together
             for out, part in zip((hashes, counts, whole), _hash(held), strict=True):
@@ -75,12 +142,13 @@ def shingle(texts: Iterable[str]) -> Shingles:
 
 def _hash(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Hashes of the shingles of some texts (sorted and distinct in each), how many each has, and one hash of each whole text."""
-    lengths = np.asarray([len(t) for t in texts], dtype=np.int64)
-    whole = np.asarray(
-        [zlib.crc32(packed) | (zlib.adler32(packed) << 32) for packed in (array("I", t).tobytes() for t in texts)],
-        dtype=np.uint64,
-    )
-    words = np.fromiter((w for t in texts for w in t), dtype=np.uint64, count=int(lengths.sum()))
+    lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+    small = np.fromiter(itertools.chain.from_iterable(texts), dtype=np.uint32, count=int(lengths.sum()))
+    raw = memoryview(small.tobytes())
+    ends = np.cumsum(4 * lengths).tolist()
+    pieces = [raw[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    whole = np.asarray([zlib.crc32(piece) | (zlib.adler32(piece) << 32) for piece in pieces], dtype=np.uint64)
+    words = small.astype(np.uint64)
     owner = np.repeat(np.arange(len(texts)), lengths)
     n = max(0, len(words) - WORDS + 1)
     out = np.zeros(n, dtype=np.uint64)
@@ -91,49 +159,93 @@ def _hash(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     inside = owner[:n] == owner[WORDS - 1 :] if n else np.empty(0, dtype=bool)
     short = np.flatnonzero(lengths < WORDS)
     owner = np.concatenate([owner[:n][inside], short])
-    out = np.concatenate([out[inside], whole[short]])
-    order = np.lexsort((out, owner))
-    owner, out = owner[order], out[order]
+    order = np.argsort(owner, kind="stable")
+    owner, out = owner[order], np.concatenate([out[inside], whole[short]])[order]
+    edges = np.cumsum(np.bincount(owner, minlength=len(texts))).tolist()
+    for a, b in zip([0, *edges], edges, strict=False):
+        out[a:b].sort()
     first = np.ones(len(out), dtype=bool)
     first[1:] = (owner[1:] != owner[:-1]) | (out[1:] != out[:-1])
     return out[first], np.bincount(owner[first], minlength=len(texts)), whole
 
 
-def telling(shingles: Shingles) -> Shingles:
-    """Without the sequences of a template, and with an empty set for each text that has too few others."""
-    n = len(shingles)
-    values, times = np.unique(shingles.hashes, return_counts=True)
-    common = values[times > max(COMMON_LEAST, COMMON_SHARE * n)]
+def _inside(starts: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Places of all shingles of some texts, one text after another."""
+    return _ranges(starts[texts], starts[texts + 1] - starts[texts])
+
+
+def _ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """``begins[0], begins[0] + 1, ...`` (``sizes[0]`` numbers), then those from ``begins[1]``, and so on."""
+    ends = np.cumsum(sizes)
+    return np.repeat(begins - ends + sizes, sizes) + np.arange(int(ends[-1]) if len(ends) else 0)
+
+
+def _judge(shingles: Shingles, common: np.ndarray) -> Judged:
+    """All texts without the names ``common``, and with an empty set for each that has too few others."""
+    n, names = len(shingles), shingles.names
     owner = np.repeat(np.arange(n), np.diff(shingles.starts))
-    keep = ~np.isin(shingles.hashes, common)
+    kinds = int(names.max(initial=0)) + 1
+    out = np.zeros(kinds, dtype=bool)
+    out[common] = True
+    keep = ~out[names]
     keep &= (np.bincount(owner[keep], minlength=n) >= LEAST)[owner]
     starts = np.zeros(n + 1, dtype=np.int64)
     np.cumsum(np.bincount(owner[keep], minlength=n), out=starts[1:])
-    return Shingles(shingles.hashes[keep], starts, shingles.whole)
+    names, hashes = names[keep], shingles.hashes[keep]
+    bands = np.zeros((n, BANDS), dtype=np.uint64)
+    for at in range(0, n, 1024):  # what is worked on stays in the processor's cache
+        end = min(n, at + 1024)
+        bands[at:end] = _bands(signatures(hashes[starts[at] : starts[end]], np.diff(starts[at : end + 1]), at))
+    return Judged(names, starts, bands, owner[keep] * kinds + names, kinds)
 
 
-def signatures(shingles: Shingles) -> np.ndarray:
-    """MinHash signatures, uint64 [texts, BINS]: equal entries of two texts estimate their Jaccard similarity."""
-    n = len(shingles)
-    empty = np.iinfo(np.uint64).max
-    out = np.full((n, BINS), empty, dtype=np.uint64)
-    owner = np.repeat(np.arange(n), np.diff(shingles.starts))
-    np.minimum.at(
-        out, (owner, (shingles.hashes % np.uint64(BINS)).astype(np.int64)), shingles.hashes // np.uint64(BINS)
-    )
+def signatures(hashes: np.ndarray, sizes: np.ndarray, number: int = 0) -> np.ndarray:
+    """MinHash signatures, uint64 [texts, BINS]: equal entries of two texts estimate their Jaccard similarity.
+
+    ``hashes``: of all texts, end to end; ``sizes``: of each. ``number``: the number of the first text (a text without hashes gets a
+    signature from its number alone, so that it shares no band with any other).
+    """
+    n = len(sizes)
+    flat = np.full(n * BINS, _EMPTY, dtype=np.uint64)
+    place = np.repeat(np.arange(n) * BINS, sizes) + (hashes % np.uint64(BINS)).astype(np.int64)
+    np.minimum.at(flat, place, hashes // np.uint64(BINS))
+    out = flat.reshape(n, BINS)
     # An empty bin takes the value of the next full one to its right, marked with the distance.
-    for _ in range(BINS.bit_length()):
-        gaps = out == empty
-        if not gaps.any():
-            break
-        distance = 1 << _
-        with np.errstate(over="ignore"):
-            moved = np.roll(out, -distance, axis=1) * _MIX + np.uint64(distance)
-        moved[np.roll(gaps, -distance, axis=1)] = empty
-        out[gaps] = moved[gaps]
-    # Texts that are not judged share no band with any other.
-    blank = np.flatnonzero(np.diff(shingles.starts) == 0)
-    out[blank] = (blank.astype(np.uint64)[:, None] + np.uint64(1)) * _MIX
+    column = np.arange(BINS)
+    full = np.where(out == _EMPTY, 2 * BINS, column)
+    around = full.min(axis=1, initial=2 * BINS, keepdims=True) + BINS
+    following = np.minimum(np.minimum.accumulate(full[:, ::-1], axis=1)[:, ::-1], around)
+    distance = np.minimum(following - column, BINS - 1)
+    values = np.take_along_axis(out, following % BINS, axis=1)
+    with np.errstate(over="ignore"):
+        out = values * _FACTOR[distance] + _TERM[distance]
+        blank = np.flatnonzero(sizes == 0)
+        out[blank] = ((blank + number).astype(np.uint64)[:, None] + np.uint64(1)) * _MIX
+    return out
+
+
+def _marks() -> tuple[np.ndarray, np.ndarray]:
+    """Factor and term that mark a value with its distance: ``value * _MIX + 2**k`` for each bit ``k`` of it."""
+    factor, term = np.ones(BINS, dtype=np.uint64), np.zeros(BINS, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for bit in range(BINS.bit_length()):
+            far = (np.arange(BINS) >> bit) & 1 == 1
+            factor[far] *= _MIX
+            term[far] = term[far] * _MIX + np.uint64(1 << bit)
+    return factor, term
+
+
+_FACTOR, _TERM = _marks()
+
+
+def _bands(values: np.ndarray) -> np.ndarray:
+    """One number for the bins of each band, uint64 [texts, BANDS]."""
+    width = BINS // BANDS
+    out = np.zeros((len(values), BANDS), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for j in range(width):
+            out = (out ^ values[:, j::width]) * _MIX
+            out ^= out >> np.uint64(29)
     return out
 
 
@@ -143,15 +255,20 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
     return common / (len(a) + len(b) - common)
 
 
-def within(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """``(exact, near)``: bool [texts] each, texts that repeat an earlier one word for word, or nearly so (not exactly)."""
-    shingles = telling(shingle(texts))
-    exact = np.ones(len(shingles), dtype=bool)
-    exact[np.unique(shingles.whole, return_index=True)[1]] = False
-    near = np.zeros(len(shingles), dtype=bool)
-    for later, earlier in _candidates(signatures(shingles), ~exact):
-        if not near[later]:
-            near[later] = similarity(shingles.of(later), shingles.of(earlier)) >= SIMILAR
+def within(texts: Iterable[str] | Shingles, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """``(exact, near)``: bool [texts] each, texts that repeat an earlier one word for word, or nearly so (not exactly).
+
+    ``rows``: of shingles that are there already, the texts to look at, in this order.
+    """
+    shingles = texts if isinstance(texts, Shingles) else shingle(texts)
+    rows = np.arange(len(shingles)) if rows is None else rows
+    exact = np.ones(len(rows), dtype=bool)
+    exact[np.unique(shingles.whole[rows], return_index=True)[1]] = False
+    judged = shingles.judged(rows)
+    later, earlier = _candidates(judged.bands[rows], ~exact)
+    found = judged.similar(rows[later], rows[earlier])
+    near = np.zeros(len(rows), dtype=bool)
+    near[later[found]] = True
     return exact, near
 
 
@@ -161,55 +278,47 @@ def across(train: Iterable[str], held: Iterable[str]) -> tuple[np.ndarray, np.nd
     Returns ``(exact [train], near [train], exact [held], near [held])``, bool; near: not exactly, but nearly so.
     """
     train, held = list(train), list(held)
-    both = telling(shingle([*train, *held]))
-    n = len(train)
-    ours, theirs = both.whole[n:], both.whole[:n]
+    both = np.arange(len(train) + len(held))
+    return between(shingle([*train, *held]), both[: len(train)], both[len(train) :])
+
+
+def between(
+    shingles: Shingles, train: np.ndarray, held: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """:func:`across` for two sets of rows of the same shingles."""
+    ours, theirs = shingles.whole[held], shingles.whole[train]
     exact_train, exact_held = np.isin(theirs, ours), np.isin(ours, theirs)
-    near_train, near_held = np.zeros(n, dtype=bool), np.zeros(len(held), dtype=bool)
-    values = signatures(both)
+    near_train, near_held = np.zeros(len(train), dtype=bool), np.zeros(len(held), dtype=bool)
+    judged = shingles.judged(np.concatenate([train, held]))
     for band in range(BANDS):
-        keys = _band(values, band)
-        order = np.argsort(keys[:n], kind="stable")
-        left = np.searchsorted(keys[:n], keys[n:], side="left", sorter=order)
-        right = np.searchsorted(keys[:n], keys[n:], side="right", sorter=order)
-        for i in np.flatnonzero(right > left):
-            for other in order[left[i] : right[i]]:
-                if near_train[other] and near_held[i]:
-                    continue
-                same = both.whole[n + i] == both.whole[other]
-                if not same and similarity(both.of(n + int(i)), both.of(int(other))) >= SIMILAR:
-                    near_train[other] = near_held[i] = True
+        keys, wanted = judged.bands[train, band], judged.bands[held, band]
+        met = np.flatnonzero(np.isin(keys, wanted))
+        order = met[np.argsort(keys[met], kind="stable")]
+        left = np.searchsorted(keys[order], wanted, side="left")
+        many = np.searchsorted(keys[order], wanted, side="right") - left
+        for part in np.split(np.arange(len(held)), np.flatnonzero(np.diff(np.cumsum(many) // _AT_A_TIME)) + 1):
+            mine = np.repeat(part, many[part])
+            other = order[_ranges(left[part], many[part])]
+            open_ = ~(near_train[other] & near_held[mine]) & (theirs[other] != ours[mine])
+            mine, other = mine[open_], other[open_]
+            found = judged.similar(train[other], held[mine])
+            near_train[other[found]] = near_held[mine[found]] = True
     return exact_train, near_train & ~exact_train, exact_held, near_held & ~exact_held
 
 
-def _band(values: np.ndarray, band: int) -> np.ndarray:
-    """One number for the rows of a band, uint64 [texts]."""
-    width = BINS // BANDS
-    out = np.zeros(len(values), dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for j in range(band * width, (band + 1) * width):
-            out = (out ^ values[:, j]) * _MIX
-            out ^= out >> np.uint64(29)
-    return out
-
-
-def _candidates(values: np.ndarray, of: np.ndarray) -> list[tuple[int, int]]:
+def _candidates(bands: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs ``(later, earlier)`` that share a band: each text (of those in the mask ``of``) with the first and with the previous
     one of its bucket."""
     rows = np.flatnonzero(of)
-    pairs: list[np.ndarray] = []
+    pairs: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     for band in range(BANDS):
-        keys = _band(values, band)[rows]
+        keys = bands[rows, band]
         order = np.argsort(keys, kind="stable")
         same = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1
-        if len(same) == 0:
-            continue
         begins = np.ones(len(order), dtype=bool)
         begins[same] = False
         first = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
         for earlier in (first[same], same - 1):
             pairs.append(order[same] * len(rows) + order[earlier])
-    if not pairs:
-        return []
     found = np.unique(np.concatenate(pairs))
-    return list(zip(rows[found // len(rows)].tolist(), rows[found % len(rows)].tolist(), strict=True))
+    return rows[found // max(1, len(rows))], rows[found % max(1, len(rows))]

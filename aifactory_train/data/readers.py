@@ -19,7 +19,7 @@ from aifactory_train.data import documents
 from aifactory_train.errors import UserError
 from aifactory_train.private import vault
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18
 BLOCK_ROWS = 1000
 _KINDS = ".jsonl, .parquet, .csv, .txt, .md, .html, .pdf, ..."
 TABLE_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"}

@@ -51,23 +51,34 @@ def spoken(row: dict[str, Any]) -> tuple[str | None, str]:
 
 
 def describe(
-    train: Sequence[str], held: Sequence[str] | None = None, *, licences: Sequence[tuple[str, str]] = ()
+    train: Sequence[str],
+    held: Sequence[str] | None = None,
+    *,
+    licences: Sequence[tuple[str, str]] = (),
+    spoken_in: dict[str, Any] | None = None,
+    words: tuple[near.Shingles, np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Figures of training texts, and of what held-out texts they repeat.
 
     Args:
         held: held-out texts; None when the split is not made yet.
         licences: ``(source, licence)``; ``unknown`` is written down as MISSING.
+        spoken_in: what :func:`languages` found, where it has looked already.
+        words: shingles that are there already, and which of them are the training texts and the held-out texts (int64 each).
     """
-    looked = train[: near.MOST_TEXTS]
-    exact, nearly = near.within(looked)
+    if words is None:
+        numbers = np.arange(len(train) + len(held or []))
+        words = near.shingle([*train, *(held or [])]), numbers[: len(train)], numbers[len(train) :]
+    shingles, ours, theirs = words
+    looked = ours[: near.MOST_TEXTS]
+    exact, nearly = near.within(shingles, looked)
     found = personal.scan([*train, *(held or [])])
     lengths = np.asarray([len(t) for t in train], dtype=np.int64)
     out: dict[str, Any] = {
         "rows": len(train) + len(held or []),
         "characters": {"total": int(lengths.sum())}
         | {f"p{q}": int(np.percentile(lengths, q)) for q in (0, 50, 90, 99, 100) if len(lengths)},
-        "languages": languages(train),
+        "languages": spoken_in or languages(train),
         "duplicates": {
             "exact": int(exact.sum()),
             "near": int(nearly.sum()),
@@ -75,7 +86,7 @@ def describe(
             "rows_looked_at": len(looked),
             "rule": near.RULE,
         },
-        "leakage": leakage(train, held) if held is not None else None,
+        "leakage": leakage(shingles, ours, theirs) if held is not None else None,
         "licences": [
             {"source": s, "licence": licence if licence != "unknown" else "MISSING"} for s, licence in licences
         ],
@@ -90,9 +101,9 @@ def languages(texts: Sequence[str], stated: Sequence[str | None] | None = None) 
     return {"shares": language.shares(*_unzip(sample)), "rows_looked_at": len(sample), "limits": language.LIMITS}
 
 
-def leakage(train: Sequence[str], held: Sequence[str]) -> dict[str, Any]:
+def leakage(shingles: near.Shingles, train: np.ndarray, held: np.ndarray) -> dict[str, Any]:
     """Held-out texts that a training text repeats."""
-    _, _, exact, nearly = near.across(train, held)
+    _, _, exact, nearly = near.between(shingles, train, held)
     return {
         "held_out_rows": len(held),
         "exact": int(exact.sum()),

@@ -27,7 +27,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,22 @@ class Store:
         with path.open("rb") as file:
             return os.pread(file.fileno(), b - a, a)
 
+    def rows(self, rows: np.ndarray | None = None) -> Iterator[dict[str, Any]]:
+        """Some canonical rows (None: all of them), from one opened file."""
+        path, starts = self.folder / "rows.jsonl", self.row_starts
+        if not path.is_file() or path.stat().st_size == 0:
+            chosen = range(len(starts) - 1) if rows is None else rows
+            yield from (json.loads(self.row_line(int(row))) for row in chosen)
+            return
+        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        if rows is not None:
+            yield from (json.loads(raw[starts[row] : starts[row + 1]].tobytes()) for row in rows)
+            return
+        for first in range(0, len(starts) - 1, 1000):
+            lines = raw[starts[first] : starts[min(first + 1000, len(starts) - 1)]].tobytes()
+            # Line ends inside a text are escaped, so those that are left stand between rows.
+            yield from json.loads(b"[" + lines.rstrip(b"\n").replace(b"\n", b",") + b"]")
+
     def place(self, row: int) -> str:
         """``file:line`` of a row."""
         return f"{self.facts['files'][int(self.column('rowfile')[row])]}:{int(self.column('rowline')[row])}"
@@ -323,6 +339,13 @@ def _runs(docs: np.ndarray) -> list[tuple[int, int]]:
     return out
 
 
-def pack_flags(masks: Sequence[np.ndarray], text_masks: Sequence[np.ndarray]) -> bytes:
-    """The bits of ``flags.bin`` for some documents."""
-    return b"".join(np.packbits(m).tobytes() + np.packbits(t).tobytes() for m, t in zip(masks, text_masks, strict=True))
+def pack_flags(mask: np.ndarray, text_mask: np.ndarray, lengths: np.ndarray) -> bytes:
+    """The bits of ``flags.bin`` for some documents: bool [all tokens] each, documents end to end; ``lengths`` int64 [documents]."""
+    width = 8 * ((lengths + 7) // 8)
+    ends = np.cumsum(2 * width)
+    starts = np.cumsum(lengths) - lengths
+    place = np.repeat(ends - 2 * width - starts, lengths) + np.arange(len(mask))
+    bits = np.zeros(int(ends[-1]) if len(ends) else 0, dtype=bool)
+    bits[place] = mask
+    bits[place + np.repeat(width, lengths)] = text_mask
+    return np.packbits(bits).tobytes()

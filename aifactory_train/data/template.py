@@ -9,13 +9,19 @@ The environment follows the public description of Hugging Face chat templates: a
 from __future__ import annotations
 
 import datetime
+import functools
 import json
+from collections.abc import Callable
 from typing import Any
+
+import jinja2
 
 from aifactory_train.data.rows import RowError
 
 #: What ``strftime_now`` returns: Llama 3's own default date. Were it today's, the same rows would give other tokens tomorrow.
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+#: What running a template on a row may raise.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError)
 
 
 class TemplateRefused(RowError):
@@ -31,26 +37,25 @@ class ChatTemplate:
     def __init__(self, source: str, specials: dict[str, str]):
         self.source = source
         self.specials = dict(specials)
-        self._template = _compile(source)
+        self._template = compile_template(source)
         # What every rendering sees, as one plain dictionary: Jinja would merge its layers of globals anew for each row.
         self._always = {**self._template.globals, **self.specials, "documents": None}
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
         """The text of ``messages``; with ``prompt`` the header of the assistant's next turn follows."""
-        from jinja2.exceptions import TemplateError
-
         try:
             values = {**self._always, "messages": messages, "tools": tools, "add_generation_prompt": prompt}
             context = self._template.new_context(values, shared=True)
             return "".join(self._template.root_render_func(context))
-        except TemplateError as error:
+        except jinja2.TemplateError as error:
             raise TemplateRefused(f"the chat template refuses this row: {error}") from None
-        except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        except TEMPLATE_ERRORS as error:
             raise TemplateRefused(f"the chat template cannot render this row: {error}") from None
 
 
-def _compile(source: str):
-    import jinja2
+@functools.lru_cache(maxsize=8)
+def compile_template(source: str, adapt: Callable[[Any], None] | None = None) -> Any:
+    """The compiled ``jinja2.Template``. ``adapt`` may change the environment first (:mod:`frames` watches what a template does)."""
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -82,6 +87,8 @@ def _compile(source: str):
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
+    if adapt is not None:
+        adapt(environment)
     try:
         return environment.from_string(source)
     except TemplateSyntaxError as error:

@@ -1,0 +1,174 @@
+"""The sources of a preparation, and the key of the cache: everything that decides what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aifactory_train import config as _config
+from aifactory_train.config import DataSource, Recipe
+from aifactory_train.data.encoder import EncoderSpec
+from aifactory_train.errors import UserError
+from aifactory_train.private import vault
+
+#: Raised when the same input would give other files; older caches are then built again.
+PREPARED_FORMAT = 3
+
+
+@dataclass
+class Input:
+    """One source with its place; ``role`` is ``train`` or ``eval``."""
+
+    source: DataSource
+    role: str
+    name: str
+    path: Path
+    hub: bool
+    content: str
+    converter: Callable[..., Iterator[dict[str, Any]]] | None = None
+    converter_digest: str | None = None
+
+
+def resolve(recipe: Recipe) -> list[Input]:
+    from aifactory_train import sources
+
+    out: list[Input] = []
+    taken: set[tuple[str, str]] = set()
+    for role, listed in (("train", recipe.data.train), ("eval", recipe.data.eval or [])):
+        for number, source in enumerate(listed):
+            key = f"data.{role}.{number}"
+            try:
+                path = sources.resolve_data(source)
+            except UserError as error:
+                raise UserError(
+                    error.what, where=error.where if error.where != "data" else f"{key}.source", fix=error.fix
+                ) from None
+            name = source.name or _default_name(source.source)
+            while (role, name) in taken:
+                name += "+"
+            taken.add((role, name))
+            converter = _converter(source.converter, key) if source.converter else None
+            digest = None
+            if converter is not None:
+                module = sys.modules[converter.__module__]
+                digest = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+            hub = sources.parse(source.source).kind == "hub"
+            out.append(Input(source, role, name, path, hub, content_of(path), converter, digest))
+    return out
+
+
+def _default_name(text: str) -> str:
+    return re.sub(
+        r"(\.(jsonl|ndjson|json|csv|tsv|parquet|txt|md|html?|pdf|gz|obo))+$",
+        "",
+        text.rstrip("/").replace("#", "/").rpartition("/")[2],
+    )
+
+
+_CONVERTER = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
+
+
+def _converter(text: str, key: str) -> Callable[..., Iterator[dict[str, Any]]]:
+    """The function named ``MODULE:FUNCTION`` below ``aifactory_train.recipes`` (and nowhere else)."""
+    where = f"{key}.converter"
+    if not _CONVERTER.match(text):
+        raise UserError(
+            f"'{text}' does not have the form MODULE:FUNCTION", where=where, fix="e.g. health.phenotype:rows"
+        )
+    module_name, _, function_name = text.partition(":")
+    full = f"aifactory_train.recipes.{module_name}"
+    try:
+        module = importlib.import_module(full)
+    except ModuleNotFoundError as error:
+        if error.name and full.startswith(error.name):
+            raise UserError(f"there is no recipe module '{module_name}'", where=where) from None
+        raise
+    function = getattr(module, function_name, None)
+    if not callable(function) or function_name.startswith("_"):
+        raise UserError(f"the module '{module_name}' has no function '{function_name}'", where=where)
+    return function
+
+
+def content_of(path: Path) -> str:
+    """sha256 of a file, or of names and contents of a folder's files. Remembered by size and time of change."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    memory = _config.cache_dir() / "digests.json"
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    digest = hashlib.sha256()
+    changed = False
+    for file in files:
+        stat = file.stat()
+        stamp = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if stamp not in known:
+            from aifactory_train.sources import sha256
+
+            try:
+                known[stamp] = sha256(file)
+            except OSError as error:
+                raise UserError(f"cannot be read: {error.strerror}", where=str(file)) from None
+            # A file changed within the clock's resolution could change again unseen: do not remember it yet.
+            changed = changed or time.time_ns() - stat.st_mtime_ns > 2_000_000_000
+        digest.update(f"{file.relative_to(path) if path.is_dir() else ''}\0{known[stamp]}\n".encode())
+    if changed:
+        _remember(memory, known)
+    return digest.hexdigest()
+
+
+def _remember(memory: Path, known: dict[str, str]) -> None:
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=memory.parent, prefix=".digests-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(dict(list(known.items())[-5000:]), file)
+        os.replace(name, memory)
+    except OSError:
+        return  # only a memory of digests: without it they are computed again
+
+
+def cache_key(recipe: Recipe, spec: EncoderSpec, inputs: list[Input]) -> str:
+    data = recipe.data
+    decides: dict[str, Any] = {
+        "format": PREPARED_FORMAT,
+        **({"sealed": True} if vault.seals() else {}),
+        "encoder": spec.digest(),
+        "inputs": [
+            [
+                i.role,
+                i.name,
+                i.content,
+                i.source.split,
+                i.source.format,
+                i.source.columns,
+                i.source.options,
+                i.source.max_rows,
+                i.source.weight,
+                *([{"share": i.source.share}] if i.source.share is not None else []),
+                i.source.licence,
+                i.source.converter,
+                i.converter_digest,
+            ]
+            for i in inputs
+        ],
+        "rules": [data.eval_fraction, data.eval_rows, data.deduplicate, data.overlap, data.split_seed, data.unreadable],
+        # what lies between several labels decides with the labels alone
+        "row_rules": [
+            data.split_by.model_dump() if data.split_by else None,
+            data.labels and [data.labels, recipe.eval.label_separator],
+        ],
+    }
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', recipe.id)}-{digest[:16]}"
