@@ -263,7 +263,7 @@ class TrainConfig(Strict):
     micro_batch_tokens: int = Field(
         4096,
         ge=8,
-        description="With grad_accum auto: most tokens in one micro-batch of one rank; on a CPU at most max(512, the step's longest document).",
+        description="With grad_accum auto: most tokens in one micro-batch of one rank; on a CPU at most max(1100, the step's longest document).",
     )
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(2e-4, gt=0)

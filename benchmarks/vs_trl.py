@@ -10,13 +10,14 @@ timed; after it, the time between the ends of two steps counts, with everything 
 
 TRL runs in fp32 and without gradient checkpointing, as ours does. ``--peer-recomputes`` switches its checkpointing on, which is its
 default; its other default, bf16, is another arithmetic and is not measured. Ours runs with the recipe's defaults (which on a CPU means
-micro-batches of 512 tokens); ``--whole-steps`` measures it with one micro-batch.
+micro-batches of at most 1,100 tokens); ``--whole-steps`` measures it with one micro-batch.
 
 The ceiling: every matrix product of one of our steps is recorded with its shapes and layout, timed alone on warm memory in the same
 process afterwards (median of repetitions), and added up. The share is that time over the step's. It is taken twice: with
 ``torch.matmul``, a yardstick that is the same for every engine (``ceiling_share``), and with the calls that the step makes itself, which
-on some processors are faster (aifactory_train/products.py; ``ceiling_share_own_calls``). Attention's products inside its fused
-kernel are in neither.
+on some processors are faster (aifactory_train/products.py; ``ceiling_share_own_calls``). The products inside attention's fused kernel
+(two forward, five backward for each document) are timed as batched products of whole squares, and half of that counts: attention is
+causal.
 
 Exit code 1 if the loss of any step differs by more than 1e-3 (relative) in a padded case: speed is never bought with other work.
 """
@@ -211,6 +212,10 @@ class Products:
         factors = {aten.mm.default: 0, aten.mm.out: 0, aten.addmm.default: 1, aten.addmm_.default: 1, aten.addmm.out: 1}
         factors |= {aten.bmm.default: 0, aten.bmm.out: 0, aten.baddbmm.default: 1}
         onednn = torch.ops.mkldnn._linear_pointwise.default  # left @ right.T (aifactory_train/products.py)
+        attention = {
+            aten._scaled_dot_product_flash_attention_for_cpu.default: 0,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward.default: 1,
+        }
 
         class Recorder(TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -219,7 +224,19 @@ class Products:
                     a, b = args[at], args[at + 1]
                     kind = "onednn" if function is onednn else "adds" if at == 1 else "plain"
                     seen[(kind, tuple(a.shape), a.stride(), tuple(b.shape), b.stride())] += 1
+                if function in attention:
+                    self._attention(args[attention[function]].shape, backward=attention[function] == 1)
                 return function(*args, **(kwargs or {}))
+
+            @staticmethod
+            def _attention(query, backward):
+                batch, heads, tokens, width = query
+                wide = ((batch * heads, tokens, width), (batch * heads, width, tokens))  # as Q K^T
+                tall = ((batch * heads, tokens, tokens), (batch * heads, tokens, width))  # as P V
+                # backward: Q K^T again and dO V^T; P^T dO, dS K, dS^T Q
+                for (left, right), count in ((wide, 2 if backward else 1), (tall, 3 if backward else 1)):
+                    strides = [(s[1] * s[2], s[2], 1) for s in (left, right)]
+                    seen[("causal", left, strides[0], right, strides[1])] += count
 
         return Recorder()
 
@@ -237,6 +254,8 @@ class Products:
                 seconds = _median_time(partial(torch.addmm, product, a, factor, out=product), work)
             else:
                 seconds = _median_time(partial(torch.matmul, a, factor, out=product), work)
+            if kind == "causal":
+                seconds, work = seconds / 2, work / 2
             plain += count * seconds
             if kind == "onednn":
                 seconds = _median_time(partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], ""), work)
