@@ -8,6 +8,7 @@ the Torque 6.1 Administrator Guide, qsub and "Requesting resources".
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from aifactory_train.errors import UserError
@@ -26,21 +27,27 @@ class Directive:
 def sbatch(script: str) -> list[Directive]:
     """The directives of a Slurm script. Refuses one behind the first command (Slurm would ignore it) and shell variables in one."""
     out = []
+    for number, line in _lines(script, "#SBATCH"):
+        found = re.fullmatch(r'#SBATCH (--[a-z][a-z-]*)(?:=("[^"]*"|\S+))?', line)
+        if not found:
+            raise UserError(f"not one option: {line}", where=f"line {number}")
+        value = found.group(2)
+        out.append(Directive(number, found.group(1), value.strip('"') if value else None))
+    return out
+
+
+def _lines(script: str, mark: str) -> Iterator[tuple[int, str]]:
+    """``(number, line)`` of each directive; none may stand behind the first command or hold what a shell would expand."""
     body = False
     for number, line in enumerate(script.splitlines(), 1):
-        if line.startswith("#SBATCH"):
+        if line.startswith(mark):
             if body:
-                raise UserError("a directive behind the first command is ignored by Slurm", where=f"line {number}")
+                raise UserError("a directive behind the first command is ignored", where=f"line {number}")
             if "$" in line or "`" in line:
                 raise UserError("a directive is not expanded by a shell", where=f"line {number}")
-            found = re.fullmatch(r'#SBATCH (--[a-z][a-z-]*)(?:=("[^"]*"|\S+))?', line)
-            if not found:
-                raise UserError(f"not one option: {line}", where=f"line {number}")
-            value = found.group(2)
-            out.append(Directive(number, found.group(1), value.strip('"') if value else None))
+            yield number, line
         elif line.strip() and not line.startswith("#"):
             body = True
-    return out
 
 
 _PBS_OPTIONS = {
@@ -63,24 +70,19 @@ _PBS_OPTIONS = {
 def pbspro(script: str) -> list[Directive]:
     """The directives of a PBS Pro script; refuses what the grammar of qsub and of ``select`` does not allow."""
     out = _pbs_lines(script, _PBS_OPTIONS)
-    for d in out:
-        if d.option == "-l":
-            for resource in re.split(r",(?=[a-z_]+=)", d.value or ""):
-                name, _, value = resource.partition("=")
-                if name == "select":
-                    _select(d, value)
-                elif name == "walltime":
-                    if not re.fullmatch(r"\d+(:\d{2}){0,2}", value):
-                        raise UserError(
-                            f"walltime '{value}' is not HH:MM:SS (PBS knows no days)", where=f"line {d.line}"
-                        )
-                elif name == "place":
-                    if not re.fullmatch(
-                        r"(free|pack|scatter|vscatter)?(:?(excl|shared|exclhost))?(:?group=[A-Za-z0-9_]+)?", value
-                    ):
-                        raise UserError(f"'{value}' is no placement", where=f"line {d.line}")
-                elif not re.fullmatch(rf"{NAME}=\S+", resource):
-                    raise UserError(f"'{resource}' is no resource request", where=f"line {d.line}")
+    for d, name, value in _resources(out):
+        if name == "select":
+            _select(d, value)
+        elif name == "walltime":
+            if not re.fullmatch(r"\d+(:\d{2}){0,2}", value):
+                raise UserError(f"walltime '{value}' is not HH:MM:SS (PBS knows no days)", where=f"line {d.line}")
+        elif name == "place":
+            if not re.fullmatch(
+                r"(free|pack|scatter|vscatter)?(:?(excl|shared|exclhost))?(:?group=[A-Za-z0-9_]+)?", value
+            ):
+                raise UserError(f"'{value}' is no placement", where=f"line {d.line}")
+        else:
+            _other_resource(d, name, value)
     _once(out, ("-N", "-q", "-A", "-r", "-J"))
     return out
 
@@ -117,22 +119,19 @@ _TORQUE_OPTIONS = {
 def torque(script: str) -> list[Directive]:
     """The directives of a Torque script; refuses what qsub's and ``nodes=``'s grammar does not allow."""
     out = _pbs_lines(script, _TORQUE_OPTIONS)
-    for d in out:
-        if d.option == "-l":
-            for resource in re.split(r",(?=[a-z_]+=)", d.value or ""):
-                name, _, value = resource.partition("=")
-                if name == "nodes":
-                    _nodes(d, value)
-                elif name == "select":
-                    raise UserError("'select' is PBS Pro's, Torque asks for nodes=", where=f"line {d.line}")
-                elif name == "walltime":
-                    if not re.fullmatch(rf"{TIME}", value):
-                        raise UserError(f"walltime '{value}' is no time", where=f"line {d.line}")
-                elif name in ("mem", "pmem", "vmem", "pvmem", "file"):
-                    if not re.fullmatch(r"\d+([kmgt]?[bw])?", value, re.I):
-                        raise UserError(f"'{value}' is no size", where=f"line {d.line}")
-                elif not re.fullmatch(rf"{NAME}=\S+", resource):
-                    raise UserError(f"'{resource}' is no resource request", where=f"line {d.line}")
+    for d, name, value in _resources(out):
+        if name == "nodes":
+            _nodes(d, value)
+        elif name == "select":
+            raise UserError("'select' is PBS Pro's, Torque asks for nodes=", where=f"line {d.line}")
+        elif name == "walltime":
+            if not re.fullmatch(TIME, value):
+                raise UserError(f"walltime '{value}' is no time", where=f"line {d.line}")
+        elif name in ("mem", "pmem", "vmem", "pvmem", "file"):
+            if not re.fullmatch(r"\d+([kmgt]?[bw])?", value, re.I):
+                raise UserError(f"'{value}' is no size", where=f"line {d.line}")
+        else:
+            _other_resource(d, name, value)
     _once(out, ("-N", "-q", "-A", "-r", "-t"))
     return out
 
@@ -149,26 +148,32 @@ def _nodes(d: Directive, value: str) -> None:
 
 def _pbs_lines(script: str, options: dict[str, str | None]) -> list[Directive]:
     out = []
-    body = False
-    for number, line in enumerate(script.splitlines(), 1):
-        if line.startswith("#PBS"):
-            if body:
-                raise UserError("a directive behind the first command is ignored", where=f"line {number}")
-            found = re.fullmatch(r"#PBS (-[A-Za-z])(?: (\S.*))?", line)
-            if not found or found.group(1) not in options:
-                raise UserError(f"not an option of qsub: {line}", where=f"line {number}")
-            option, value = found.group(1), found.group(2)
-            pattern = options[option]
-            if pattern is not None and not re.fullmatch(pattern, value or ""):
-                raise UserError(f"'{value}' is no value of {option}", where=f"line {number}")
-            if "$" in line or "`" in line:
-                raise UserError("a directive is not expanded by a shell", where=f"line {number}")
-            out.append(Directive(number, option, value))
-        elif line.strip() and not line.startswith("#"):
-            body = True
+    for number, line in _lines(script, "#PBS"):
+        found = re.fullmatch(r"#PBS (-[A-Za-z])(?: (\S.*))?", line)
+        if not found or found.group(1) not in options:
+            raise UserError(f"not an option of qsub: {line}", where=f"line {number}")
+        option, value = found.group(1), found.group(2)
+        pattern = options[option]
+        if pattern is not None and not re.fullmatch(pattern, value or ""):
+            raise UserError(f"'{value}' is no value of {option}", where=f"line {number}")
+        out.append(Directive(number, option, value))
     if not out:
         raise UserError("the script has no directive", where="line 1")
     return out
+
+
+def _resources(found: list[Directive]) -> Iterator[tuple[Directive, str, str]]:
+    """``(directive, name, value)`` of every resource that a ``-l`` asks for."""
+    for directive in found:
+        if directive.option == "-l":
+            for resource in re.split(r",(?=[a-z_]+=)", directive.value or ""):
+                name, _, value = resource.partition("=")
+                yield directive, name, value
+
+
+def _other_resource(d: Directive, name: str, value: str) -> None:
+    if not re.fullmatch(NAME, name) or not re.fullmatch(r"\S+", value):
+        raise UserError(f"'{name}={value}' is no resource request", where=f"line {d.line}")
 
 
 def _once(found: list[Directive], options: tuple[str, ...]) -> None:
