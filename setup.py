@@ -48,6 +48,8 @@ TRACKING = ["mlflow-skinny>=3", "wandb>=0.20"]  # both write to local stores onl
 PLOT = ["matplotlib>=3.8"]
 DOCUMENTS = ["pypdf>=5", "beautifulsoup4>=4.13"]  # folders of PDF and HTML as rows; both pure Python
 QLORA = [*TRAIN, "accelerate>=1.1", "bitsandbytes>=0.46; sys_platform == 'linux'"]
+HARNESS = [*TRAIN, "lm-eval>=0.4.13,<0.5"]  # aifactory eval RUN --harness
+VLLM = ["vllm>=0.30; sys_platform == 'linux'"]  # export --check vllm; in an environment of its own
 TEST = [
     *PRIVATE,
     *DOCUMENTS,
@@ -116,6 +118,8 @@ setup(
         "plot": PLOT,
         "documents": DOCUMENTS,
         "qlora": QLORA,
+        "harness": HARNESS,
+        "vllm": VLLM,
         "test": TEST,
     },
     entry_points={"console_scripts": ["aifactory=aifactory_train.cli:main"]},

@@ -1,4 +1,4 @@
-"""``aifactory eval``: score any rows with a trained run, and write its answers as JSONL."""
+"""``aifactory eval``: score any rows with a trained run, and write its answers as JSONL; or tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_name", metavar="RUN", help="name of a run below runs/, or its folder")
-    parser.add_argument("--data", required=True, metavar="FILE", help="rows in any form that training reads")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="FILE", help="rows in any form that training reads")
+    what.add_argument(
+        "--harness",
+        metavar="TASK[,TASK]",
+        help="tasks of lm-evaluation-harness whose data are in the local cache; 'own' is the recipe's held-out rows",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="predictions (default: RUN/predictions.jsonl)")
     parser.add_argument("--rows", type=int, metavar="N", help="only N rows, evenly spaced")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the recipe's)")
@@ -24,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.runs import open_run, write_atomic
 
     folder = open_run(args.run_name)
+    if args.harness is not None:
+        return _harness(folder, args)
     recipe = scoring_recipe(folder.load_config(), args)
     summary, predictions = score(folder, recipe, generate=not args.no_generate)
     target = args.out or folder.path / "predictions.jsonl"
@@ -41,6 +49,36 @@ def run(args: argparse.Namespace) -> int:
             rows.append([name.replace("_", " "), f"{summary[name]:.4g}", shown])
     output.table(f"{summary['rows']} rows of {args.data}", ["", "value", "95 % interval"], rows, right=(1,))
     print(f"predictions: {target}")
+    return 0
+
+
+def _harness(folder, args: argparse.Namespace) -> int:
+    from aifactory_train import harness, output
+    from aifactory_train.errors import UserError
+
+    for name in ("out", "max_new_tokens", "no_generate"):
+        if getattr(args, name):
+            raise UserError("does not go with --harness", where=f"--{name.replace('_', '-')}")
+    names = list(dict.fromkeys(n.strip() for n in args.harness.split(",") if n.strip()))
+    if not names or (args.rows is not None and args.rows < 1):
+        raise UserError(
+            "names no task" if not names else "must be at least 1", where="--rows" if names else "--harness"
+        )
+    harness.offline()
+    from aifactory_train import compat
+
+    found = harness.run_harness(folder, folder.load_config(), names, rows=args.rows, device=compat.device_type())
+    if args.json:
+        output.print_json({"run": str(folder.path), **found})
+        return 0
+    rows = [
+        [task, name, f"{value:.4g}", str(found["rows"].get(task, ""))]
+        for task, figures in found["tasks"].items()
+        for name, value in figures.items()
+    ]
+    title = f"lm-evaluation-harness {found['versions']['lm_eval']}"
+    output.table(title, ["task", "metric", "value", "rows"], rows, right=(2, 3))
+    print(f"results and answers: {folder.path / 'harness'}")
     return 0
 
 

@@ -26,6 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="of a GGUF file: f32, f16 (default), bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (a number: bits per weight)",
     )
+    parser.add_argument(
+        "--check",
+        choices=("vllm", "vllm-static"),
+        help="write nothing below export/: will vLLM serve what lies there? vllm also loads it (RUN/vllm.json)",
+    )
+    parser.add_argument(
+        "--python", metavar="PATH", help="--check vllm: the interpreter of an environment that has vLLM"
+    )
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison of logits with the trained model")
     parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
 
@@ -35,6 +43,10 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.errors import UserError
     from aifactory_train.runs import open_run
 
+    if args.check:
+        return _check(args)
+    if args.python:
+        raise UserError("is for --check vllm", where="--python")
     for name in ("merge", "dtype") if args.format == "gguf" else ("type",):
         if getattr(args, name):
             fix = "a GGUF file is always of the merged model, and --type is its type"
@@ -78,3 +90,48 @@ def _said(kind: str, verdict: dict[str, Any] | None) -> str:
         f"{verdict['file']}: read back as it was written (relative difference {verdict['file_difference']:.1e}); against the trained "
         f"model: {figures}, same greedy token at {verdict['greedy_agreement']:.1%} of the places"
     )
+
+
+def _check(args: argparse.Namespace) -> int:
+    from aifactory_train import output, vllm_check
+    from aifactory_train.errors import EXIT_FAILED, UserError
+    from aifactory_train.runs import open_run
+
+    for name in ("merge", "step", "type", "no_verify"):
+        if getattr(args, name):
+            raise UserError(
+                "does not go with --check", where=f"--{name.replace('_', '-')}", fix="export first, then check"
+            )
+    folder, load = open_run(args.run_name), args.check == "vllm"
+    recipe, trouble = folder.load_config(), None
+    dtype = {"fp32": "float32", "bf16": "bfloat16", None: "auto"}[args.dtype]
+    try:
+        found = vllm_check.check(folder, recipe, load=load, python=args.python, dtype=dtype)
+    except UserError as error:
+        if error.where != "--check vllm":
+            raise
+        # no vLLM here: what its configuration tells is said all the same
+        found, trouble = vllm_check.check(folder, recipe, load=False, python=None, dtype=dtype), error
+    if args.json:
+        output.print_json({"run": str(folder.path), **found})
+    else:
+        _print_findings(found)
+    if trouble is not None:
+        raise trouble
+    kinds = found["kinds"].values()
+    servable = [k for k in kinds if all(f["ok"] is not False for f in k["static"])]
+    return 0 if servable else EXIT_FAILED
+
+
+def _print_findings(found: dict[str, Any]) -> None:
+    for kind, entry in found["kinds"].items():
+        print(f"{kind}, by what {found['read_from']} says:")
+        for finding in entry["static"]:
+            mark = {True: "yes", False: "NO", None: "?"}[finding["ok"]]
+            print(f"  {mark:>3}  {finding['about']}: {finding['said']}")
+        load = entry["load"]
+        if load is not None:
+            print(
+                f"  served by vLLM {load['vllm']} on {load['device']} in {load['dtype']}: {load['same_tokens']} of {load['tokens']} "
+                f"greedy tokens are transformers', log-probabilities within {load['logprob_difference']:.1e} nats"
+            )
