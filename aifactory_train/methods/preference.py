@@ -42,6 +42,7 @@ class Preference:
         self.mixed: Mismatched | None = None  # KTO: exchanged answers of the run's documents
         self.baseline = 0.0
         self.units = self.replay_tokens = 1  # of the step
+        self.replays = any(source.share is not None for source in recipe.data.train)
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
 
     # ---- data
@@ -166,7 +167,7 @@ class Preference:
 
     def figures(self) -> dict[str, float]:
         """Of the step, over all ranks: ``reward_margin`` (mean over good minus mean over bad answers), for pairs ``reward_accuracy``
-        (equal rewards count half), KTO also ``kl``; with replayed rows ``preference_loss`` and ``replay_loss`` (mean NLL of a target).
+        (equal rewards count half), KTO also ``kl``; where rows are replayed ``preference_loss`` and ``replay_loss`` (mean NLL of a target) apart.
 
         The reward is the log-ratio to the reference times beta; for ORPO, which has none, the mean log-probability of a token.
         """
@@ -183,7 +184,9 @@ class Preference:
                 out["reward_accuracy"] = found["in_order"] / found["good_answers"]
         if not self.paired:
             out["kl"] = self.baseline
-        if found["replay_tokens"]:
+        judged = found["good_answers"] + found["bad_answers"]
+        if self.replays and judged:
             out["preference_loss"] = found["preference_loss"] / self.units
+        if found["replay_tokens"]:
             out["replay_loss"] = found["replay_nll"] / found["replay_tokens"]
         return out

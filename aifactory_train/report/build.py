@@ -29,8 +29,13 @@ _METRICS = {
     "valid_json": ("valid JSON", "more is better"),
     "valid_xml": ("valid XML", "more is better"),
     "memorisation": ("training rows continued word for word", "less is better"),
+    "preference_loss": ("preference loss", "less is better"),
+    "reward_accuracy": ("chosen answer has the higher reward", "more is better"),
+    "reward_margin": ("reward margin", "more is better"),
     "preference_accuracy": ("chosen answer preferred", "more is better"),
     "preference_margin": ("preference margin in nats", "more is better"),
+    "chosen_logp": ("log-probability of good answers in nats", "more is better"),
+    "rejected_logp": ("log-probability of bad answers in nats", "less is better"),
 }
 
 
@@ -219,15 +224,22 @@ def _curves(metrics: list[dict[str, Any]], record: dict[str, Any], plan: dict[st
             [m.get(key) if isinstance(m.get(key), (int, float)) else None for m in train],
         )
 
-    loss = [curve("loss", "training")]
+    # Under a preference method the training loss is one of pairs (or answers); beside replayed rows its own part is logged apart.
+    judged = any("preference_loss" in m or "reward_margin" in m for m in [*train, *held])
+    shown = "preference_loss" if any("preference_loss" in m for m in train) else "loss"
+    loss = [curve(shown, "training")]
     if held:
-        loss.append(Curve("held-out", [m["step"] for m in held], [m.get("loss") for m in held], dots=True))
+        key = "preference_loss" if judged else "loss"
+        loss.append(Curve("held-out", [m["step"] for m in held], [m.get(key) for m in held], dots=True))
+    unit = "preference loss of a pair or answer" if judged else "nats per supervised token"
     charts = [
-        chart("loss", "Loss", "nats per supervised token", loss),
+        chart("loss", "Loss", unit, loss),
         chart("rate", "Learning rate", "", [curve("learning_rate", "learning rate")], zero=True),
         chart("norm", "Gradient norm", "L2, before clipping", [curve("grad_norm", "gradient norm")], zero=True),
         chart("speed", "Throughput", "tokens/s", [curve("tokens_per_s", "tokens/s")], zero=True),
     ]
+    if judged:
+        charts.append(chart("margin", "Reward margin", "good minus bad answers", [curve("reward_margin", "training")]))
     memory = [m for m in train if isinstance(m.get("memory_bytes"), (int, float))]
     planned = _planned_bytes(plan)
     if memory:

@@ -21,6 +21,7 @@ from aifactory_train.config import load_recipe
 from aifactory_train.data import load_tokenizer, prepare
 from aifactory_train.errors import UserError
 from aifactory_train.evaluate import held_out
+from aifactory_train.methods import objective
 from aifactory_train.methods import preference_loss as pref
 from aifactory_train.methods.pairs import HeldOutLabels, LabelledTokens, PairedTokens
 from aifactory_train.methods.preference import BALANCE, Preference
@@ -28,6 +29,7 @@ from aifactory_train.methods.reference import REFERENCE_FILE
 from aifactory_train.metrics.bootstrap import unpacked
 from aifactory_train.outcome import Attempt
 from aifactory_train.parallel.world import join_world, leave_world
+from aifactory_train.report.build import _curves
 from aifactory_train.runs import RunFolder
 from aifactory_train.stopping import Best, StopChannels
 from aifactory_train.train import Trainer, train
@@ -348,6 +350,9 @@ def test_held_out_figures_agree_with_each_other_and_have_intervals(tmp_path, tin
             assert low - 1e-9 <= figures[name] <= high + 1e-9
         difference = figures["chosen_logp"] - figures["rejected_logp"]
         assert figures["preference_margin"] == pytest.approx(difference, abs=1e-9)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    page = _curves([*records, {"kind": "eval", "step": 4, **after}], {}, {})
+    assert "preference loss of a pair or answer" in page and "Reward margin" in page and "supervised token" not in page
     assert names <= set(results["change"])
     assert results["change"]["preference_loss"]["better"] is True
     assert results["change"]["reward_margin"]["better"] is True
@@ -426,3 +431,28 @@ def test_what_the_best_evaluation_is_judged_by(tiny_recipe):
     assert again.state() == accuracy.state() and again.exhausted
     plain.load(accuracy.state())  # another figure says nothing about this one
     assert plain.step is None and plain.improves({"loss": 3.0}, 4) and not plain.exhausted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "next-token cross-entropy over assistant turns"),
+        (["data.supervise=all", "methods.goldfish.k=5"], "all tokens; one token in 5 withheld"),
+        (["methods.preference={kind: dpo, beta: 0.3, label_smoothing: 0.1}"], "(DPO, beta 0.3, label smoothing 0.1)"),
+        (["methods.preference={kind: dpo, loss: ipo}"], "identity preference optimisation of pairs (IPO, beta 0.1)"),
+        (["methods.preference={kind: orpo, beta: 0.5}"], "0.5 x their log odds ratio"),
+        (["methods.preference={kind: kto, desirable_weight: 2}", "methods.neftune.alpha=7"], "weights 2 and 1"),
+        (["data.train=[a.jsonl, {source: b.jsonl, share: 0.1}]"], "0.1 of the tokens replayed"),
+        (
+            [
+                "methods.preference={kind: dpo, replay_weight: 0.5}",
+                "data.train=[a.jsonl, {source: b.jsonl, share: 0.1}]",
+            ],
+            "0.5 x next-token cross-entropy over assistant turns of replayed rows",
+        ),
+    ],
+)
+def test_the_objective_in_words(tiny_recipe, overrides, words):
+    found = objective(load_recipe(str(tiny_recipe), overrides))
+    assert words in found
+    assert ("NEFTune, alpha 7" in found) == any("neftune" in o for o in overrides)
