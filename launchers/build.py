@@ -37,7 +37,6 @@ TERM_GRACE_S = 25
 PREFLIGHT_S = 180
 #: A node-local path of a profile as it may stand between double quotes: plain characters and names of variables, ``$SLURM_JOB_ID``.
 LOCAL_PATH = re.compile(r"/(?:[A-Za-z0-9._/-]|\$[A-Z][A-Z0-9_]*)*")
-DONE_BY_HAND = ("pbspro", "torque", "kubernetes")
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.launchers.request import Request
-from aifactory_train.launchers.shape import Shape, Value
+from aifactory_train.launchers.shape import Shape
 from aifactory_train.sites.profiles import System
 
 
@@ -50,9 +50,6 @@ class Submission:
         made = Line(text, why, fact)
         self.lines[text.strip()] = made
         return made
-
-    def reasoned(self, text: str, value: Value) -> Line:
-        return self.line(text, value.why, value.fact)
 
 
 def quoted(value: Any) -> str:

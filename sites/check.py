@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from aifactory_train.errors import UserError, did_you_mean
 from aifactory_train.sites import profiles
+from aifactory_train.sites.index import READINESS_WORDS
 from aifactory_train.sites.profiles import System, covering, dig, fact_leaves, line_of, read_yaml, resolve
-from aifactory_train.sites.schema import FACT_SECTIONS, READINESS_WORDS, FactEntry, Gpu, Profile, Source
+from aifactory_train.sites.schema import FACT_SECTIONS, FactEntry, Gpu, Profile, Source
 
 #: Every fault that can be found, with what it means. `aifactory sites check --list` prints it.
 FAULTS = {

@@ -16,6 +16,16 @@ ROOM = Path(__file__).resolve().parent
 INDEX = ROOM / "index.json"
 FORMAT = 1
 
+#: What has been tried on a system (``readiness.yaml``), least first. Only *run* and *reported* say anything of the site itself:
+#: a twin is built from the same profile as the scripts that it judges.
+READINESS_WORDS = {
+    "announced": "announced",
+    "documented": "documented",
+    "twin": "accepted by its scheduler twin",
+    "run": "run by us",
+    "reported": "reported by a user",
+}
+
 
 def source_files() -> list[Path]:
     """The files the index is built from, in a fixed order."""

@@ -492,15 +492,6 @@ class Overlay(_Model):
 # -- the system --------------------------------------------------------------------------------------------------------
 
 Status = Literal["usable", "announced", "unsuitable"]
-ReadinessLevel = Literal["announced", "documented", "twin", "run", "reported"]
-
-READINESS_WORDS = {
-    "announced": "announced",
-    "documented": "documented",
-    "twin": "accepted by its scheduler twin",
-    "run": "run by us",
-    "reported": "reported by a user",
-}
 
 
 class Profile(_Model):

@@ -84,7 +84,7 @@ def _refuse_stray_options(args: argparse.Namespace, action: str) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from aifactory_train.sites.index import load_index
+    from aifactory_train.sites.index import READINESS_WORDS, load_index
 
     index = load_index()
     members = index["members"]
@@ -113,7 +113,7 @@ def _list(args: argparse.Namespace) -> int:
                     s["gpus_per_node"] or "?",
                     _hours(s["max_time"]),
                     s["internet"] or "?",
-                    _readiness(s) + ("" if s["complete"] else " (gaps)"),
+                    READINESS_WORDS[s["readiness"]] + ("" if s["complete"] else " (gaps)"),
                 ]
             )
     _plain_table(
@@ -162,16 +162,6 @@ def _hours(seconds: int | None) -> str:
     return f"{seconds // 3600} h" if seconds >= 3600 else f"{seconds // 60} min"
 
 
-def _readiness(system: dict[str, Any]) -> str:
-    return {
-        "announced": "announced",
-        "documented": "documented",
-        "twin": "accepted by its scheduler twin",
-        "run": "run by us",
-        "reported": "reported by a user",
-    }[system["readiness"]]
-
-
 # -- one system or member --------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +186,8 @@ def _show(name: str, args: argparse.Namespace) -> int:
     if args.json:
         print_json(system.as_dict())
         return 0
-    from aifactory_train.sites.schema import READINESS_WORDS, slurm_time
+    from aifactory_train.sites.index import READINESS_WORDS
+    from aifactory_train.sites.schema import slurm_time
 
     print(f"{system.name} ({system.id}), {system.operator}{', ' + system.country if system.country else ''}")
     reason = f": {system.status_reason}" if system.status_reason else ""

@@ -23,16 +23,3 @@ def compare(plan: dict[str, Any], tokens_per_s_per_gpu: float | None, peak_gib: 
     if peak_gib and expected:
         found["peak_gib"]["ratio"] = round(peak_gib / expected, 4)
     return found
-
-
-def advice_when_out_of_memory(plan: dict[str, Any]) -> str:
-    """Which setting to change by how much, when a planned run still ran out of memory."""
-    micro, mode = plan["micro_batch"], plan["activation_checkpointing"]
-    if micro > 1:
-        return f"--set train.micro_batch_tokens={max(1, micro // 2) * plan['sequence_length']} (half of {plan['micro_batch_tokens']})"
-    if mode != "full":
-        return f"--set parallel.activation_checkpointing={'full' if mode == 'selective' else 'selective'}"
-    shard = plan["mesh"]["shard"]
-    if plan["engine"] in ("ddp", "hsdp") and shard < plan["gpus"]:
-        return "--set parallel.engine=fsdp2 (one copy of the model over all GPUs)"
-    return f"--nodes {2 * plan['nodes']}, a shorter data.sequence_length, or parallel.offload_optimizer=true"
