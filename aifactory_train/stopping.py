@@ -78,6 +78,8 @@ class StopChannels:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == "SIGINT":
             raise KeyboardInterrupt
+        if number == signal.SIGINT and os.isatty(2):  # a step or an evaluation may take long: say that it was heard
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once, without one\n")
         self.signal = signal.Signals(number).name
 
     def watch_file(self, path: Path) -> None:

@@ -141,6 +141,11 @@ def run(args: argparse.Namespace) -> int:
         sub.plan = plan
         if told:
             sub.notes.append(told)
+    if not here:
+        sub.notes.append(
+            f"this is not {system.name}: paths in the script ({sub.run_dir}, caches, environment) are those of this machine; "
+            f"call it again on a login node there"
+        )
     found = checks.check(sub, recipe, here=here, submitting=submitting)
     _tell(args, sub, found)
     checks.raise_refusals(found)

@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         if not args.follow:
             if not shown:
-                note("no log yet")
+                note(
+                    "no log: a run that a launcher started writes one when it begins, 'aifactory train' writes to its terminal"
+                )
             return 0
         if time.time() - last_state > 10:
             last_state = time.time()

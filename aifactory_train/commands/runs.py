@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from aifactory_train.output import note, print_json, table
-    from aifactory_train.report.compare import COLUMNS, compare_page, find_runs, row
+    from aifactory_train.report.compare import COLUMNS, compare_page, find_runs, row, short_base
 
     runs = find_runs(args.folder, args.names)
     rows = [row(r) for r in runs]
@@ -27,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(rows)
         return 0
-    shown = [[_text(r[key]) for key, _, _ in COLUMNS] for r in rows]
+    shown = [[_text(short_base(r[key]) if key == "base" else r[key]) for key, _, _ in COLUMNS] for r in rows]
     right = tuple(i for i, (_, _, number) in enumerate(COLUMNS) if number)
-    table(f"{len(rows)} runs", [label for _, label, _ in COLUMNS], shown, right=right)
+    table("one run" if len(rows) == 1 else f"{len(rows)} runs", [label for _, label, _ in COLUMNS], shown, right=right)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def row(run: RunFolder) -> dict[str, Any]:
     metrics = [m for m in read_metrics(run.metrics_file) if m.get("kind", "train") == "train"]
     state = run.state()
     totals = record.get("compute", {}).get("totals", {})
-    seconds = sum(m.get("seconds") or 0 for m in metrics)
+    speeds = [m["tokens_per_s"] for m in metrics if m.get("tokens_per_s")]
     kwh = record.get("energy", {}).get("measured_kwh")
 
     def figure(when: str) -> float | None:
@@ -68,10 +69,17 @@ def row(run: RunFolder) -> dict[str, Any]:
         "loss": metrics[-1].get("loss") if metrics else None,
         "bits_per_byte_before": figure("before"),
         "bits_per_byte_after": figure("after"),
-        "tokens_per_s": round(sum(m.get("tokens") or 0 for m in metrics) / seconds, 1) if seconds else None,
+        "tokens_per_s": statistics.median(speeds) if speeds else None,  # as `aifactory report` does: the median step
         "device_hours": totals.get("device_hours"),
         "kwh": None if is_missing(kwh) else kwh,
     }
+
+
+def short_base(base: Any) -> Any:
+    """The last part of a local path or of a file in a package: what tells models apart in a narrow column."""
+    if not isinstance(base, str) or not base.startswith(("/", ".", "~", "pypi:", "npm:")):
+        return base
+    return base.rstrip("/").rpartition("#")[2].rpartition("/")[2]
 
 
 def _load(path: Path) -> dict[str, Any]:

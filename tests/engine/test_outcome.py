@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,3 +107,20 @@ def test_a_save_that_failed_without_a_name_of_a_file_says_what_is_known() -> Non
     assert describe(saver, OSError(errno.EFBIG, "File too large")).startswith("File too large (rank 3 on ")  # type: ignore[arg-type]
     named = describe(saver, OSError(errno.ENOSPC, "No space", "/x/state"))  # type: ignore[arg-type]
     assert named.startswith("No space: /x/state (rank 3 on ")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_first_ctrl_c_is_acknowledged_at_a_terminal(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aifactory_train import stopping
+
+    said: list[bytes] = []
+    monkeypatch.setattr(stopping.os, "isatty", lambda fd: terminal)
+    monkeypatch.setattr(stopping.os, "write", lambda fd, text: said.append(text))
+    channels = stopping.StopChannels.__new__(stopping.StopChannels)  # without installing handlers in this process
+    channels.signal = None
+    channels._on_signal(signal.SIGTERM, None)
+    assert not said
+    channels._on_signal(signal.SIGINT, None)
+    assert [b"Ctrl-C again" in text for text in said] == [True] * terminal
+    with pytest.raises(KeyboardInterrupt):
+        channels._on_signal(signal.SIGINT, None)
