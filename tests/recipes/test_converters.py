@@ -192,6 +192,8 @@ def test_opcua(tmp_path):
     assert row["id"] == "Pumps/ns=1;i=5/node-to-description"
     with pytest.raises(UserError, match="no node set"):
         both(opcua.rows, tmp_path, files=["robot"])
+    with pytest.raises(UserError, match="no node with a description"):
+        both(opcua.rows, tmp_path, min_words=40)
 
 
 def test_mavlink(tmp_path):
