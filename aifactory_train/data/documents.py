@@ -175,7 +175,7 @@ def _pieces(text: str, most: int, separators: tuple[str, ...]) -> Iterator[str]:
 
 
 _FIXES = {
-    "not UTF-8": "save the file as UTF-8 (iconv -f latin1 -t utf8 converts a Latin-1 file)",
+    "not UTF-8": "save the file as UTF-8 (iconv -f windows-1252 -t utf-8 OLD > NEW converts what Windows wrote)",
     "PDF without a text layer": "the pages are pictures: let an OCR program add the text first",
     "encrypted PDF": "remove the password first",
     "empty": "give a file with text",

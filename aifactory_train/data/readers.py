@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +179,10 @@ def _not_utf8(where: str, raw: bytes, error: UnicodeDecodeError) -> UserError:
     return UserError(
         f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8",
         where=where,
-        fix="save the file as UTF-8 (iconv -f latin1 -t utf8 converts a Latin-1 file)",
+        fix="it is UTF-16: iconv -f utf-16 -t utf-8 OLD > NEW"
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+        # not latin1: in what Excel writes that would turn the euro sign and quotation marks into control characters
+        else "save the file as UTF-8 (in Excel 'CSV UTF-8'; else iconv -f windows-1252 -t utf-8 OLD > NEW)",
     )
 
 
@@ -216,9 +221,15 @@ def _json(path: Path) -> Iterator[Block]:
         yield Block(f"{path}:row", at + 1, rows=value[at : at + BLOCK_ROWS])
 
 
+def separator(header: str) -> str:
+    """What separates the columns that the first line of a CSV file names: the comma, or in its place the semicolon that
+    spreadsheets write where a comma divides decimals, a tab or a bar. Quoted names do not count."""
+    plain = re.sub(r'"[^"]*"?', "", header)
+    return max(",;\t|", key=plain.count)  # the comma where none is there
+
+
 def _csv(path: Path) -> Iterator[Block]:
     csv.field_size_limit(1 << 30)
-    delimiter = "\t" if ".tsv" in [s.lower() for s in vault.plain_name(path).suffixes] else ","
 
     def text_lines() -> Iterator[str]:
         with _open(path) as file:
@@ -228,7 +239,10 @@ def _csv(path: Path) -> Iterator[Block]:
                 except UnicodeDecodeError as error:
                     raise _not_utf8(f"{path}:{number}", raw, error) from None
 
-    reader = csv.reader(text_lines(), delimiter=delimiter, strict=True)
+    lines = text_lines()
+    first = next(lines, "")
+    tabs = ".tsv" in [s.lower() for s in vault.plain_name(path).suffixes]
+    reader = csv.reader(itertools.chain([first], lines), delimiter="\t" if tabs else separator(first), strict=True)
     rows: list[Any] = []
     numbers: list[int] = []
     try:

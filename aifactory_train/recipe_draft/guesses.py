@@ -128,6 +128,14 @@ def _guess_columns(draft: Draft, names: list[str], first: dict[str, Any], task: 
     from aifactory_train.data.rows import RowError, detect_format
 
     lower = {n.casefold(): n for n in names}
+    pairs = {"chosen", "rejected"} <= lower.keys()
+    if pairs or ({"completion", "label"} <= lower.keys() and isinstance(first[lower["label"]], bool)):
+        raise UserError(
+            "these rows say which answers are good and which are bad; a new recipe learns every answer that it is given",
+            where=place,
+            fix=f"train a recipe with them: --set data.train=FILE --set methods.preference.kind={'dpo' if pairs else 'kto'} "
+            "(docs/methods.md), or --map the column whose answers are to be learnt",
+        )
     question = next((lower[n] for n in _QUESTIONS if n in lower and isinstance(first[lower[n]], str)), None)
     answer = next((lower[n] for n in _ANSWERS if n in lower and isinstance(first[lower[n]], (str, int, float))), None)
     try:

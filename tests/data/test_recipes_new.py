@@ -165,6 +165,8 @@ def _files(folder: Path) -> None:
     )
     write_csv(folder / "same.csv", tickets(9, customer_id="one"))
     helpers.write_jsonl(folder / "one.jsonl", [{"text": "a"}])
+    helpers.write_jsonl(folder / "pairs.jsonl", 2 * [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    helpers.write_jsonl(folder / "rated.jsonl", 2 * [{"prompt": "a", "completion": "b", "label": True}])
     (folder / "hole.csv").write_text("prompt,completion\nq1,a1\nq2,\n")
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (folder / "latin.csv").write_bytes("prompt,completion\nwo,größe\n".encode("latin-1"))
@@ -205,6 +207,14 @@ NEW = [
     (
         ["x", "--data", "t.csv", "--time", "created", "--group-by", "customer_id"],
         ["--time: rows are split by a group or by time"],
+    ),
+    (
+        ["x", "--data", "pairs.jsonl"],
+        ["pairs.jsonl:1: these rows say which answers are good", "methods.preference.kind=dpo"],
+    ),
+    (
+        ["x", "--data", "rated.jsonl"],
+        ["rated.jsonl:1: these rows say which answers are good", "methods.preference.kind=kto"],
     ),
     (["x", "--data", "odd.csv"], ["odd.csv:2: it is not clear which columns hold what: a, b", "--map COLUMN=prompt"]),
     (["x", "--data", "t.csv", "--task", "text"], ["it is not clear which columns hold what"]),
