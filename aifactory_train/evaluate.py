@@ -362,7 +362,8 @@ class SetResult:
     scored: HeldOut
     asked: list[Question] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
-    rejected: HeldOut | None = None  # of pairs the other answers in the same order, of labelled ones the undesirable ones
+    #: of pairs the other answers in the same order, of labelled ones the undesirable ones
+    rejected: HeldOut | None = None
     exchanged: HeldOut | None = None  # of labelled answers: each question with another one's answer
 
     def rated(self) -> list[int]:
