@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,7 @@ class Shingles:
     whole: np.ndarray
     _names: np.ndarray | None = None
     _judged: dict[bytes, Judged] = field(default_factory=dict)
+    _between: tuple[Any, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] | None = None
 
     def __len__(self) -> int:
         return len(self.whole)
@@ -88,7 +90,7 @@ class Shingles:
 @dataclass
 class Judged:
     """Texts as their telling shingles: ``names`` int64 [all], sorted and distinct inside a text, ``starts`` int64 [texts + 1] (a text that
-    has too few is empty), ``bands`` uint64 [texts, BANDS] (equal entries: candidates) and ``keys`` int64 [all]: text and name as one number,
+    has too few is empty), ``bands`` uint64 [BANDS, texts] (equal entries: candidates) and ``keys`` int64 [all]: text and name as one number,
     sorted."""
 
     names: np.ndarray
@@ -192,10 +194,10 @@ def _judge(shingles: Shingles, common: np.ndarray) -> Judged:
     starts = np.zeros(n + 1, dtype=np.int64)
     np.cumsum(np.bincount(owner[keep], minlength=n), out=starts[1:])
     names, hashes = names[keep], shingles.hashes[keep]
-    bands = np.zeros((n, BANDS), dtype=np.uint64)
+    bands = np.zeros((BANDS, n), dtype=np.uint64)
     for at in range(0, n, 1024):  # what is worked on stays in the processor's cache
         end = min(n, at + 1024)
-        bands[at:end] = _bands(signatures(hashes[starts[at] : starts[end]], np.diff(starts[at : end + 1]), at))
+        bands[:, at:end] = _bands(signatures(hashes[starts[at] : starts[end]], np.diff(starts[at : end + 1]), at)).T
     return Judged(names, starts, bands, owner[keep] * kinds + names, kinds)
 
 
@@ -265,7 +267,7 @@ def within(texts: Iterable[str] | Shingles, rows: np.ndarray | None = None) -> t
     exact = np.ones(len(rows), dtype=bool)
     exact[np.unique(shingles.whole[rows], return_index=True)[1]] = False
     judged = shingles.judged(rows)
-    later, earlier = _candidates(judged.bands[rows], ~exact)
+    later, earlier = _candidates(judged.bands[:, rows], ~exact)
     found = judged.similar(rows[later], rows[earlier])
     near = np.zeros(len(rows), dtype=bool)
     near[later[found]] = True
@@ -285,13 +287,23 @@ def across(train: Iterable[str], held: Iterable[str]) -> tuple[np.ndarray, np.nd
 def between(
     shingles: Shingles, train: np.ndarray, held: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """:func:`across` for two sets of rows of the same shingles."""
+    """:func:`across` for two sets of rows of the same shingles. The last answer is remembered: where the overlap left nothing to take
+    out, the report asks the same once more."""
+    asked = (train.tobytes(), held.tobytes())
+    if shingles._between is None or shingles._between[0] != asked:
+        shingles._between = asked, _between(shingles, train, held)
+    return shingles._between[1]
+
+
+def _between(
+    shingles: Shingles, train: np.ndarray, held: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     ours, theirs = shingles.whole[held], shingles.whole[train]
     exact_train, exact_held = np.isin(theirs, ours), np.isin(ours, theirs)
     near_train, near_held = np.zeros(len(train), dtype=bool), np.zeros(len(held), dtype=bool)
     judged = shingles.judged(np.concatenate([train, held]))
     for band in range(BANDS):
-        keys, wanted = judged.bands[train, band], judged.bands[held, band]
+        keys, wanted = judged.bands[band][train], judged.bands[band][held]
         met = np.flatnonzero(np.isin(keys, wanted))
         order = met[np.argsort(keys[met], kind="stable")]
         left = np.searchsorted(keys[order], wanted, side="left")
@@ -312,7 +324,7 @@ def _candidates(bands: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, np.ndarr
     rows = np.flatnonzero(of)
     pairs: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     for band in range(BANDS):
-        keys = bands[rows, band]
+        keys = bands[band][rows]
         order = np.argsort(keys, kind="stable")
         same = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1
         begins = np.ones(len(order), dtype=bool)

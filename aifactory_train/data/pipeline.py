@@ -25,7 +25,7 @@ from aifactory_train.data import language
 from aifactory_train.data import report as own_report
 from aifactory_train.data.encoder import Encoder, EncoderSpec, forget_spare
 from aifactory_train.data.inputs import PREPARED_FORMAT, Input
-from aifactory_train.data.reading import read_source
+from aifactory_train.data.reading import no_collection, read_source
 from aifactory_train.data.selection import Selection, Words, select
 from aifactory_train.data.store import CACHE_FIX, Store, StoreWriter, TokenDataset, content_digest, disk_full
 from aifactory_train.errors import UserError
@@ -144,25 +144,26 @@ def _build(
         writer.abandon()
         raise
     store = Store(scratch / "store")
-    words = Words(store)
-    selection = select(recipe, store, inputs, words)
-    entries: list[dict[str, Any]] = []
-    for name, docs, report in selection.sets:
-        file = f"docs-{len(entries)}.bin"
-        with vault.create(scratch / file) as out:
-            out.write(docs.astype("<i8").tobytes())
-        entries.append({"name": name, "file": file, "report": report, "digest": content_digest(store, docs)})
-    report = {
-        "recipe": recipe.id,
-        "sources": facts["sources"],
-        "split": selection.how,
-        "duplicates": selection.duplicates,
-        "overlap": selection.overlap,
-        "sets": {("train" if i == 0 else e["name"]): e["report"] for i, e in enumerate(entries)},
-        "digests": {("train" if i == 0 else e["name"]): e["digest"] for i, e in enumerate(entries)},
-        "seconds": round(time.monotonic() - started, 2),
-    }
-    report |= _own(recipe, store, selection, encoder, words, at_once=True)
+    with no_collection():
+        words = Words(store)
+        selection = select(recipe, store, inputs, words)
+        entries: list[dict[str, Any]] = []
+        for name, docs, report in selection.sets:
+            file = f"docs-{len(entries)}.bin"
+            with vault.create(scratch / file) as out:
+                out.write(docs.astype("<i8").tobytes())
+            entries.append({"name": name, "file": file, "report": report, "digest": content_digest(store, docs)})
+        report = {
+            "recipe": recipe.id,
+            "sources": facts["sources"],
+            "split": selection.how,
+            "duplicates": selection.duplicates,
+            "overlap": selection.overlap,
+            "sets": {("train" if i == 0 else e["name"]): e["report"] for i, e in enumerate(entries)},
+            "digests": {("train" if i == 0 else e["name"]): e["digest"] for i, e in enumerate(entries)},
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        report |= _own(recipe, store, selection, encoder, words, at_once=True)
     report["warnings"] = own_report.warnings_of(report)
     prepared = {"format": PREPARED_FORMAT, "train": entries[0], "evals": entries[1:], "report": report}
     with (scratch / "prepared.json").open("w", encoding="utf-8") as file_:

@@ -6,6 +6,7 @@ Main process: cut files into blocks, write what comes back, in order. Every proc
 from __future__ import annotations
 
 import collections
+import contextlib
 import gc
 import hashlib
 import inspect
@@ -95,19 +96,23 @@ def _normal(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def process(task: Task, encoder: Encoder) -> Done:
-    """Parse, validate and encode the rows of one block.
-
-    The collector of cyclic garbage pauses meanwhile: a block makes tens of thousands of objects that live to its end and hold
-    no cycles, and looking through them again and again took a fifth of the whole preparation (measured).
-    """
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """The collector of cyclic garbage pauses: rows make tens of thousands of objects that live until their block (or the report on
+    them) is done and hold no cycles, and looking through them again and again took a fifth of the whole preparation (measured)."""
     collected = gc.isenabled()
     gc.disable()
     try:
-        return _process(task, encoder)
+        yield
     finally:
         if collected:
             gc.enable()
+
+
+def process(task: Task, encoder: Encoder) -> Done:
+    """Parse, validate and encode the rows of one block."""
+    with no_collection():
+        return _process(task, encoder)
 
 
 def _process(task: Task, encoder: Encoder) -> Done:
@@ -311,13 +316,14 @@ def _format(head: Block, source: DataSource) -> tuple[str, str]:
 
 
 def _workers(recipe: Recipe, item: Input) -> int:
-    if recipe.data.workers:
-        return recipe.data.workers
+    """Processes for one source: no more than asked for, and one where the rows are read before another process has started."""
+    if item.converter is not None:
+        return recipe.data.workers or 1
     files = [item.path] if item.path.is_file() else [p for p in item.path.rglob("*") if p.is_file()]
-    if item.converter is not None or sum(f.stat().st_size for f in files) < _PARALLEL_FROM:
+    if sum(f.stat().st_size for f in files) < _PARALLEL_FROM:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return min(8, cores)
+    return recipe.data.workers or min(8, cores)
 
 
 def _run(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Iterator[Done]:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aifactory_train.config import Recipe
-from aifactory_train.data import prepare
+from aifactory_train.data import prepare, readers, reading
 from aifactory_train.data.store import TokenDataset
 
 PAIRS = [{"prompt": f"question number {i}?", "completion": f"answer {i * 7} þ 👋"} for i in range(40)]
@@ -343,18 +343,38 @@ def test_file_can_move_without_being_tokenised_again(tmp_path):
     assert run(tmp_path, {"source": str(moved), "name": "rows"}).folder == first.folder
 
 
-def test_workers_give_the_same_store(tmp_path):
+@pytest.fixture
+def given_away(monkeypatch) -> list:
+    """Other processes are used however little there is to read; the blocks that they were given."""
+    given: list = []
+
+    class Pool(reading.ProcessPoolExecutor):
+        def submit(self, work, *args):
+            future = super().submit(work, *args)
+            if work is reading._ready:
+                future.result()  # else the process that is here already would have read everything before
+            else:
+                given.append(future)
+            return future
+
+    monkeypatch.setattr(reading, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(reading, "_PARALLEL_FROM", 0)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1 << 14)
+    return given
+
+
+def test_workers_give_the_same_store(tmp_path, given_away):
     path = jsonl(
         tmp_path / "r.jsonl", [{"prompt": f"q {i} " + "x" * (i % 90), "completion": f"a {i}"} for i in range(4000)]
     )
     one = prepare(recipe(str(path), workers=1), byte_tokenizer(), cache_dir=tmp_path / "one")
     two = prepare(recipe(str(path), workers=2), byte_tokenizer(), cache_dir=tmp_path / "two")
-    assert one.train.digest == two.train.digest and one.folder.name == two.folder.name
+    assert given_away and one.train.digest == two.train.digest and one.folder.name == two.folder.name
     for name in sorted(p.name for p in (one.folder / "store").iterdir()):
         assert (one.folder / "store" / name).read_bytes() == (two.folder / "store" / name).read_bytes(), name
 
 
-def test_error_in_a_worker_names_the_line(tmp_path):
+def test_error_in_a_worker_names_the_line(tmp_path, given_away):
     from aifactory_train.errors import UserError
 
     path = jsonl(tmp_path / "r.jsonl", PAIRS * 100)
@@ -362,7 +382,7 @@ def test_error_in_a_worker_names_the_line(tmp_path):
         file.write("{broken\n")
     with pytest.raises(UserError, match=f"r.jsonl:{len(PAIRS) * 100 + 1}: not valid JSON"):
         prepare(recipe(str(path), workers=2), byte_tokenizer(), cache_dir=tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert given_away and list((tmp_path / "cache").iterdir()) == []
 
 
 def test_inspect_marks_supervised_text_without_colour(tmp_path, capsys):
