@@ -170,7 +170,8 @@ def test_kept_results_are_of_the_metric_of_their_recipe():
     """The table may not show another figure than the one that the recipe names."""
     for name, result in bench().kept().items():
         assert result["metric"] == load_recipe(name).about.metric, f"{name}: measure it again"
-        assert result["seconds"] <= 300 and result["before"] is not None and result["ci"]["after"]
+        assert result["seconds"] <= 300 or result["machine"]["note"], f"{name}: too long for an idle machine"
+        assert result["before"] is not None and result["ci"]["after"]
         if result["metric"] != "bits_per_byte":
             assert (
                 result["bits_per_byte"]["ci"]["after"] and f"eval.generate_rows={result['rows']}" in result["command"]
