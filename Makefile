@@ -66,7 +66,7 @@ browser-tests: $(VENV)/.installed-test
 
 # Held-out figures of two sectors; all recipes: python benchmarks/recipes.py --write
 recipes-short: $(VENV)/.installed-train
-	$(BIN)/python benchmarks/recipes.py --only energy/grid-model --only engineering/building-systems --json
+	$(BIN)/python benchmarks/recipes.py --only cybersecurity/attack-tactic --only code/docstrings --json
 
 kernels-targets: $(VENV)/.installed-test
 	$(BIN)/aifactory kernels check --subset

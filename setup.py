@@ -77,6 +77,8 @@ TEST = [
     "sacrebleu>=2.4",  # the oracles of the metrics
     "rouge-score>=0.1.2",
     "scikit-learn>=1.5",
+    "lm-eval>=0.4.13,<0.5",  # peer of the exact match; aifactory eval RUN --harness
+    "xllamacpp>=2026.10; sys_platform == 'linux'",  # llama.cpp itself reads the exported GGUF
 ]
 
 setup(

@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"aifactory {command}: the Python package '{error.name}' is not installed here", file=sys.stderr)
         print(
-            "  fix: pip install -c constraints.txt 'aifactory-train[train]' (extras: train, deepspeed, mpi, triton, qlora, evidence, private, tracking, plot, documents, test)",
+            "  fix: pip install -c constraints.txt 'aifactory-train[train]' (extras: train, deepspeed, mpi, triton, qlora, evidence, private, tracking, plot, documents, harness, vllm, test)",
             file=sys.stderr,
         )
         return 2

@@ -104,9 +104,8 @@ def collect(folder) -> dict[str, Any]:
     results = read_json(folder.eval_file) if folder.eval_file.is_file() else {}
     adapter = recipe.adapter
     records = training_records(folder)
-    exports = {
-        kind: str(folder.export / kind) for kind in ("adapter", "model", "merged") if (folder.export / kind).is_dir()
-    }
+    below = folder.export.iterdir() if folder.export.is_dir() else ()
+    exports = {p.name: str(p) for p in sorted(below) if p.is_dir() and not p.name.startswith(".")}
     return {
         "run": str(folder.path),
         "recipe": recipe.id,

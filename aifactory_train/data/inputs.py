@@ -61,11 +61,21 @@ def resolve(recipe: Recipe) -> list[Input]:
             converter = _converter(source.converter, key) if source.converter else None
             digest = None
             if converter is not None:
-                module = sys.modules[converter.__module__]
-                digest = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+                digest = _source_digest(converter)
             hub = sources.parse(source.source).kind == "hub"
             out.append(Input(source, role, name, path, hub, content_of(path), converter, digest))
     return out
+
+
+def _source_digest(converter: Any) -> str:
+    """SHA-256 of what decides a converter's rows: its module, and what the package's converters share."""
+    module = sys.modules[converter.__module__]
+    sources = [inspect.getsource(module)]
+    common = sys.modules.get("aifactory_train.recipes.common")
+    shared = (getattr(value, "__module__", None) for value in vars(module).values())
+    if common is not None and common.__name__ in shared:
+        sources.append(inspect.getsource(common))
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
 
 
 def _default_name(text: str) -> str:

@@ -200,8 +200,11 @@ def base_section(recipe: Recipe, config: dict[str, Any], parameters: int, traina
 
 
 def method_section(recipe: Recipe, parameters: int, trainable: int) -> dict[str, Any]:
+    from aifactory_train.methods import objective  # here: it needs torch, and a record is read without
+
     adapter = recipe.adapter
     lora = adapter.kind != "none"
+    goldfish = recipe.methods.goldfish
     return {
         "kind": adapter.kind if lora else "full",
         "quantised_base": adapter.quantise_base,
@@ -211,9 +214,8 @@ def method_section(recipe: Recipe, parameters: int, trainable: int) -> dict[str,
         "alpha": adapter.alpha if lora else None,
         "dropout": adapter.dropout if lora else None,
         "targets": adapter.targets if lora else None,
-        "objective": "next-token cross-entropy over "
-        + ("assistant turns" if recipe.data.supervise == "assistant" else "all tokens"),
-        "goldfish": False,
+        "objective": objective(recipe),
+        "goldfish": goldfish.model_dump() if goldfish else False,
         "dp": None,
     }
 

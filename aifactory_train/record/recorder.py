@@ -559,13 +559,16 @@ class Recorder:
 
 def exported_values(folder: Path, recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
     """The record's ``artefact`` section from what lies below ``export/``."""
-    files = describe(files_below(folder / "export"), folder)
+    below = files_below(folder / "export")
+    files = describe(below, folder)
+    formats = {p.suffix.removeprefix(".") for p in below} & {"safetensors", "gguf"}
+    whole = {p.relative_to(folder / "export").parts[0] for p in below} - {"adapter"}
     return {
         "artefact": {
             "files": files,
             "tree_sha256": tree_digest(files),
-            "format": "safetensors",
-            "adapter_only": recipe.adapter.kind != "none" and "merged" not in result.get("paths", {}),
+            "format": ", ".join(sorted(formats, reverse=True)) or "safetensors",
+            "adapter_only": recipe.adapter.kind != "none" and not whole,
             "paths": {
                 k: Path(v).resolve().relative_to(folder.resolve()).as_posix()
                 for k, v in result.get("paths", {}).items()

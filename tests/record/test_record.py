@@ -13,10 +13,11 @@ from aifactory_train.errors import UserError
 from aifactory_train.record import fill, signing
 from aifactory_train.record.chain import Chain, read_events
 from aifactory_train.record.check import verify
+from aifactory_train.record.collect import method_section
 from aifactory_train.record.lineage import changes
 from aifactory_train.record.missing import is_missing, missing_places
 from aifactory_train.record.pack import write_pack
-from aifactory_train.record.recorder import Recorder, load_record, write_record
+from aifactory_train.record.recorder import Recorder, exported_values, load_record, write_record
 
 from .conftest import Pretend, attempt, step_record, world
 
@@ -397,3 +398,28 @@ def test_what_the_guard_left_out_is_told_and_counted(tell):
     assert record["incidents"]["000000003"]["why"] == "the loss is nan"
     assert record["compute"]["totals"]["flop_model"] > 0 and record["compute"]["totals"]["steps"] == 0
     assert "the loss is nan" in (run.path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "objective", "goldfish"),
+    [
+        ({}, "next-token cross-entropy over assistant turns", False),
+        ({"preference": {"kind": "dpo", "beta": 0.2}}, "(DPO, beta 0.2)", False),
+        ({"goldfish": {"k": 4}}, "one token in 4 withheld", {"k": 4}),
+    ],
+)
+def test_the_record_says_what_was_minimised(tell, settings, objective, goldfish):
+    recipe = tell().load_config()
+    recipe = type(recipe).model_validate({**recipe.model_dump(), "methods": settings})
+    told = method_section(recipe, 100, 10)
+    assert objective in told["objective"]
+    assert told["goldfish"] == goldfish or goldfish.items() <= told["goldfish"].items()
+
+
+def test_an_export_in_another_format_is_an_artefact_of_that_format(tell):
+    run = tell()
+    recipe = run.load_config()
+    (run.export / "gguf-f16").mkdir()
+    (run.export / "gguf-f16" / "model.gguf").write_bytes(b"GGUF")
+    artefact = exported_values(run.path, recipe, {})["artefact"]
+    assert artefact["format"] == "safetensors, gguf" and not artefact["adapter_only"]
