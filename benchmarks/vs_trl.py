@@ -4,7 +4,8 @@
 
 Both sides train the same rows in the same order with the same tokens and masks, model, optimizer (fused AdamW), learning rate,
 clipping and type (fp32), and start from the same adapter. In the packed cases TRL's own packing (best fit decreasing, 4 packs of
-512 tokens a step, padding-free) decides which rows a step holds; in the padded cases a step is 4 rows, one each. Each side runs in
+512 tokens a step, padding-free) decides which rows a step holds. In the padded cases a step is 4 rows, which the peer pads to the longest;
+ours lays them end to end, as it does by default (``--ours-pads``: it pads them, too). Each side runs in
 a fresh process, alternating, so that the peak is the process's own (``ru_maxrss``). The first step of a run warms up and is not
 timed; after it, the time between the ends of two steps counts, with everything that happens in between. Tokens are real ones.
 
@@ -118,7 +119,7 @@ def _recipe(spec: dict[str, Any]):
                 "eval": spec["eval"],
                 "overlap": "allow",
                 "sequence_length": PACK,
-                "batching": "packed" if spec["packed"] else "padded",
+                "batching": "padded" if spec["ours_pads"] and not spec["packed"] else "packed",
                 "workers": 1,
             },
             "train": {
@@ -397,6 +398,7 @@ def measure(case: str, options: argparse.Namespace, scratch: Path) -> dict[str, 
         "steps": 1 + options.steps,
         "whole_steps": options.whole_steps,
         "peer_recomputes": options.peer_recomputes,
+        "ours_pads": options.ours_pads,
         "ceiling": True,
     }
     env = measuring.quiet_env(scratch)
@@ -512,6 +514,7 @@ def main() -> int:
     parser.add_argument(
         "--peer-recomputes", action="store_true", help="the peer with gradient checkpointing, TRL's default"
     )
+    parser.add_argument("--ours-pads", action="store_true", help="ours pads the rows of the padded cases, as the peer")
     parser.add_argument("--update-readme", action="store_true", help="write the table into benchmarks/README.md")
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "SPEC"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -544,6 +547,7 @@ def main() -> int:
     if options.update_readme:
         section = "vs-" + options.peer + ("-whole-steps" if options.whole_steps else "")
         section += "-recomputing" if options.peer_recomputes else ""
+        section += "-padding" if options.ours_pads else ""
         measuring.update_readme(section, as_markdown(result))
     print(json.dumps(result) if options.json else as_markdown(result))
     apart = [c["name"] for c in cases if c["name"].startswith("padded") and c["loss_max_rel_diff"] > TOLERANCE]
