@@ -9,6 +9,8 @@ products as the run that it goes on from. Gradients of weights stay with MKL, wh
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,8 +39,24 @@ def library() -> tuple[str, str]:
     return "onednn", "AMD processor"
 
 
+@contextmanager
+def as_torch() -> Iterator[None]:
+    """Inside, every product is torch's own: for comparing logits with plain transformers to the last bits."""
+    global _as_torch
+    before, _as_torch = _as_torch, True
+    try:
+        yield
+    finally:
+        _as_torch = before
+
+
+_as_torch = False
+
+
 def _onednn(left: torch.Tensor) -> bool:
-    return left.dtype == torch.float32 and left.device.type == "cpu" and library()[0] == "onednn" and left.numel() > 0
+    if _as_torch or left.dtype != torch.float32 or left.device.type != "cpu":
+        return False
+    return library()[0] == "onednn" and left.numel() > 0
 
 
 def by_rows(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,16 @@ def test_a_product_is_the_same_each_time(library: str) -> None:
     assert torch.equal(products.by_rows(left, right), products.by_rows(left, right))
 
 
+def test_where_logits_are_compared_products_are_torchs(library: str) -> None:
+    torch.manual_seed(1)
+    left, right = torch.randn(65, 576), torch.randn(192, 576)
+    with products.as_torch():
+        assert torch.equal(products.by_rows(left, right), left @ right.t())
+        assert torch.equal(products.by_columns(left, right.t()), left @ right.t())
+    if library == "onednn":
+        assert products._onednn(left)
+
+
 def test_other_types_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "library", lambda: ("onednn", "test"))
     left, right = torch.randn(4, 8, dtype=torch.bfloat16), torch.randn(3, 8, dtype=torch.bfloat16)
