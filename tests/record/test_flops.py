@@ -23,6 +23,7 @@ def torch_count(family: str, targets, recompute: str) -> tuple[float, shapes.Sha
     from aifactory_train.attention import Documents
     from aifactory_train.model import CausalLM
     from aifactory_train.parallel.apply import apply_activation_checkpointing
+    from aifactory_train.products import as_torch
 
     attention.register()
     model = helpers.tiny_model(family)
@@ -44,7 +45,7 @@ def torch_count(family: str, targets, recompute: str) -> tuple[float, shapes.Sha
         return 2 * a[0] * a[1] * b[1]
 
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
-    with sdpa_kernel(SDPBackend.MATH), counter:
+    with as_torch(), sdpa_kernel(SDPBackend.MATH), counter:  # nor does it know oneDNN's products
         core(ids, positions, Documents.of(edges, "cpu"), behind_head, ids[0, behind_head]).backward()
     return counter.get_total_flops(), shape
 
