@@ -34,6 +34,7 @@ from aifactory_train import compat
 from aifactory_train.attention import Documents
 from aifactory_train.config import Recipe
 from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.fresh_process import environment
 from aifactory_train.model import CausalLM, ModelReport, Precision, base_folder, build_model
 from aifactory_train.output import note
 from aifactory_train.private import profile, redact, vault
@@ -671,28 +672,7 @@ def reload_logits(checks: list[dict[str, Any]], rows: list[list[int]]) -> dict[s
     from safetensors.torch import load_file
 
     script = Path(__file__).with_name("reload_check.py").read_text(encoding="utf-8")
-    # The variables that launchers set would make libraries of the child look for the other ranks.
-    drop = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_",
-        "MASTER_",
-        "GROUP_",
-        "ROLE_",
-        "TORCHELASTIC_",
-        "OMPI_",
-        "PMI_",
-        "PMIX_",
-        "SLURM_",
-    )
-    env = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
-    env.update(
-        HF_HUB_OFFLINE="1",
-        TRANSFORMERS_OFFLINE="1",
-        CUDA_VISIBLE_DEVICES="",
-        HIP_VISIBLE_DEVICES="",
-        TOKENIZERS_PARALLELISM="false",
-    )
+    env = environment(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     with tempfile.TemporaryDirectory(prefix="aifactory-gate-") as scratch:
         job, out = Path(scratch) / "job.json", Path(scratch) / "logits.safetensors"
         job.write_text(

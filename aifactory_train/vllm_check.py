@@ -20,6 +20,7 @@ from typing import Any
 
 from aifactory_train.config import Recipe
 from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.fresh_process import environment
 from aifactory_train.runs import RunFolder
 
 #: The vLLM whose source the tables below were read from: vllm/model_executor/models/registry.py, vllm/config/lora.py,
@@ -178,27 +179,7 @@ def interpreter(python: str | None) -> list[str]:
 
 def serve(command: list[str], job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     """Run :mod:`aifactory_train.vllm_load` with ``job``, offline; what it wrote. Raises :class:`RunFailed` with vLLM's last words."""
-    drop = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_",
-        "MASTER_",
-        "GROUP_",
-        "TORCHELASTIC_",
-        "OMPI_",
-        "PMI_",
-        "PMIX_",
-        "SLURM_",
-        "PYTHON",
-    )
-    env = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
-    env.update(
-        HF_HUB_OFFLINE="1",
-        TRANSFORMERS_OFFLINE="1",
-        VLLM_NO_USAGE_STATS="1",
-        DO_NOT_TRACK="1",
-        TOKENIZERS_PARALLELISM="false",
-    )
+    env = environment("PYTHON", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
     with tempfile.TemporaryDirectory(prefix="aifactory-vllm-") as scratch:
         # A copy: beside this file lie modules whose names hide others.
         script = Path(scratch) / "load.py"

@@ -9,7 +9,8 @@ import torch
 
 from aifactory_train import products
 
-BOTH = ["torch", pytest.param("onednn", marks=pytest.mark.skipif(products.library()[0] != "onednn", reason="AMD only"))]
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+BOTH = ["torch", pytest.param("onednn", marks=pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no oneDNN"))]
 
 
 @pytest.fixture(params=BOTH)
