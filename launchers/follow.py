@@ -210,9 +210,14 @@ def _unclosed(
 ) -> tuple[str, dict[str, Any] | None]:
     """The batch shell never closed this attempt: it was killed. The scheduler says by what."""
     state, cause = book.diagnose(str(where), record.get("world"))
+    kind = (scheduler or {}).get("state")
+    if state == "stopped" and kind == "cancelled":
+        # Ranks that were quick enough saved between the cancellation and the kill: the run is whole, but nobody brings it back.
+        step = (cause or {}).get("step")
+        saved = "" if step is None else f"; every rank had saved step {step}"
+        return "cancelled", _cause("cancelled", f"the job was cancelled{saved}", step=step)
     if state in ("done", "stopped"):
         return state, cause
-    kind = (scheduler or {}).get("state")
     if kind and kind != "running":
         told = _scheduler_cause(
             Job(
