@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval", dest="held", metavar="PATH", help="rows that are held out; default: a part of --data")
     parser.add_argument("--sector", help="sector as the factories name it, e.g. health (default: general)")
     parser.add_argument("--base", metavar="RECIPE|MODEL", help="base model, or the recipe whose base model is taken")
-    parser.add_argument("--task", choices=["chat", "qa", "text"], help="default: from the columns")
+    parser.add_argument(
+        "--task", choices=["chat", "qa", "text", "preference", "feedback"], help="default: from the columns"
+    )
     parser.add_argument("--licence", metavar="L", help="licence of the rows: own, or an SPDX id")
     parser.add_argument(
         "--map", action="append", default=[], metavar="COLUMN=ROLE", help="e.g. question=prompt; repeatable"
@@ -65,17 +67,18 @@ def run(args: argparse.Namespace) -> int:
         held_rows = canonical_rows(held_raw, draft.form, draft.columns)
     choose_split(draft, raw, rows, args)
     base, licence_missing = _base(args.base, sector)
-    texts = [own.text_of(r) for r in rows]
+    texts = [_whole(r) for r in rows]
     licence = args.licence or "unknown"
     facts = own.describe(
-        texts, [own.text_of(r) for r in held_rows] if held_rows is not None else None, licences=[(args.data, licence)]
+        texts, [_whole(r) for r in held_rows] if held_rows is not None else None, licences=[(args.data, licence)]
     )
     facts["rows_looked_at"] = len(rows)
     if notes.read or notes.left_out or notes.not_read:
         facts["files"] = notes.as_dict()
     answers = [r["messages"][-1]["content"] for r in rows if "messages" in r]
     draft.metrics = metrics_of(draft, answers)
-    text = recipe_text(args, out, data, sector, draft, base, licence_missing, facts, texts, answers, RECIPES_DIR)
+    shown = {**facts, "characters": _longest(rows)} if draft.preference else facts
+    text = recipe_text(args, out, data, sector, draft, base, licence_missing, shown, texts, answers, RECIPES_DIR)
     report_file = out.with_name(f"{out.stem}.report.json")
     if report_file.exists():
         raise UserError("exists already, and nothing is overwritten", where=str(report_file), fix="--out another file")
@@ -100,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
                 "columns": draft.columns,
                 "labels": draft.labels,
                 "split": {draft.split[0]: draft.split[1]} if draft.split else None,
+                "method": draft.preference,
                 "metrics": draft.metrics,
                 "licence": licence if args.licence else "MISSING",
                 "assumed": draft.assumed,
@@ -126,6 +130,23 @@ def run(args: argparse.Namespace) -> int:
     for command in following:
         note(f"  {command}")
     return 0
+
+
+def _whole(row: dict[str, Any]) -> str:
+    """The text of a row; of a pair both answers, because both are trained on and may hold what nobody should read."""
+    from aifactory_train.data.report import text_of
+
+    worse = [m["content"] for m in row.get("rejected", []) if m not in row["messages"]]
+    return "\n".join([text_of(row), *worse])
+
+
+def _longest(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Percentiles of characters as in the report, of the longer answer of each row with its question: that is a document."""
+    from aifactory_train.data.report import text_of
+
+    sides = [[row, {"messages": row.get("rejected", [])}] for row in rows]
+    lengths = sorted(max(len(text_of(side)) for side in both) for both in sides)
+    return {f"p{q}": lengths[min(len(lengths) - 1, len(lengths) * q // 100)] for q in (50, 99)}
 
 
 def _place(args: argparse.Namespace) -> Path:

@@ -101,7 +101,7 @@ def canonical(row: Any, fmt: str, columns: dict[str, str]) -> dict[str, Any]:
             messages, out["rejected"] = _pair(row)
         elif fmt == "feedback":
             messages = _from_prompt(row)
-            out["desirable"] = _desirable(row)
+            out["desirable"] = desirable(row)
             row = {k: v for k, v in row.items() if k != "label"}
         else:
             messages = _from_messages(row) if fmt == "messages" else _from_prompt(row)
@@ -166,12 +166,13 @@ def _pair(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any
     return chosen, rejected
 
 
-def _desirable(row: dict[str, Any]) -> bool:
+def desirable(row: dict[str, Any]) -> bool:
+    """What ``label`` says of a judged answer: true, false, 1 or 0, in a CSV as text. Raises :class:`RowError` for anything else."""
     label = row.get("label")
     if isinstance(label, bool) or (isinstance(label, int) and label in (0, 1)):
         return bool(label)
-    if isinstance(label, str) and label.strip().lower() in ("true", "false"):
-        return label.strip().lower() == "true"
+    if isinstance(label, str) and label.strip().lower() in ("true", "false", "1", "0"):
+        return label.strip().lower() in ("true", "1")
     if label is None:
         raise RowError("the column 'label' is missing", "KTO needs label: true (desirable) or false in every row")
     raise RowError(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 200_000
 
 #: What a column can be read as.
-ROLES = ("prompt", "completion", "text", "system", "messages", "id", "group")
+ROLES = ("prompt", "completion", "text", "system", "messages", "chosen", "rejected", "label", "id", "group")
 
 #: Column names that people give to questions and answers, most telling first; compared without case.
 _QUESTIONS = (
@@ -36,6 +36,21 @@ _ANSWERS = (
     *("category", "class", "intent", "topic", "code", "summary", "translation", "kategorie", "categoría"),
     *("categoria", "catégorie", "klasse", "classe"),
 )
+
+#: Names of the better and of the worse of two answers to one question.
+_PAIRS = (
+    *(("chosen", "rejected"), ("preferred", "rejected"), ("preferred", "dispreferred"), ("accepted", "rejected")),
+    *(("better", "worse"), ("good", "bad"), ("good_answer", "bad_answer"), ("better_answer", "worse_answer")),
+)
+
+#: Names of a column that says whether the answer is good; taken for one only where every value is true or false.
+_RATINGS = (
+    *("label", "rating", "rated", "thumb", "thumbs", "thumbs_up", "feedback", "helpful", "liked", "good", "desirable"),
+    *("accepted", "approved", "correct"),
+)
+
+#: Recommended desirable answers x their weight over undesirable ones x theirs (Ethayarajh et al. 2024, arXiv 2402.01306, section 4).
+_BALANCE = (1.0, 4 / 3)
 
 _TEXTS = ("text", "content", "document", "body", "article", "paragraph", "sentence")
 
@@ -60,8 +75,15 @@ class Draft:
     columns: dict[str, str] = field(default_factory=dict)
     labels: list[str] | None = None
     split: tuple[str, str] | None = None
+    #: ``kto``: weights of desirable and of undesirable answers.
+    weights: tuple[float, float] = (1.0, 1.0)
     metrics: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
+
+    @property
+    def preference(self) -> str | None:
+        """``methods.preference.kind`` for rows that judge answers, None for rows that are to be imitated."""
+        return {"preference": "dpo", "feedback": "kto"}.get(self.form)
 
 
 def read(path: Path, notes: Notes) -> tuple[list[tuple[str, Any]], bool]:
@@ -110,17 +132,116 @@ def understand(
                 fix=f"columns of {place}: {', '.join(names[:20])}",
             )
     draft = Draft(columns=dict(columns))
-    if not columns:
+    judged = _judged(draft, raw, names, task)
+    if not columns and not judged:
         _guess_columns(draft, names, first, task, place)
     roles = [draft.columns.get(n, n) for n in names]
-    _form(draft, roles, task, place)
+    if not judged:
+        _form(draft, roles, task, place)
     rows = canonical_rows(raw, draft.form, draft.columns)
     if len(rows) < 2:
         raise UserError(
             "one row cannot be split into training and held-out rows", where=place, fix="give more rows, or --eval"
         )
+    if draft.form == "feedback":
+        _weigh(draft, rows, place)
     _guess_labels(draft, rows)
     return draft, rows
+
+
+def _judged(draft: Draft, raw: list[tuple[str, Any]], names: list[str], task: str | None) -> bool:
+    """Whether the rows judge answers; sets form, columns and task of ``draft`` then.
+
+    Pairs are known by the names of two columns, single judgements by a column of nothing but true and false beside an answer.
+    Columns that were mapped to something to imitate are imitated, and so is everything under another ``--task``.
+    """
+    place, first = raw[0]
+    if task not in (None, "preference", "feedback"):
+        return False
+    said = set(draft.columns.values())
+    roles = {draft.columns.get(n, n).casefold(): n for n in names}
+    question = next((roles[n] for n in _QUESTIONS if n in roles and isinstance(first[roles[n]], (str, list))), None)
+    pair = next(((roles[a], roles[b]) for a, b in _PAIRS if a in roles and b in roles), None)
+    if pair and task != "feedback" and (task or not said & {"completion", "text", "messages"}):
+        if question is None and not all(isinstance(first[n], list) for n in pair):
+            raise UserError(
+                f"'{pair[0]}' and '{pair[1]}' are answers, but which column is the question? {', '.join(names[:20])}",
+                where=place,
+                fix=f"say it: --map COLUMN=prompt --map {pair[0]}=chosen --map {pair[1]}=rejected",
+            )
+        asked = f"--map {question}=prompt " if question not in (None, *pair) else ""
+        _take(draft, "preference", {pair[0]: "chosen", pair[1]: "rejected"}, question, names)
+        draft.assumed.append(
+            f"'{pair[0]}' is the better answer and '{pair[1]}' the worse one: training makes the better one likelier (DPO); to learn "
+            f"the better ones as they are: {asked}--map {pair[0]}=completion"
+        )
+        return True
+    answer = next((roles[n] for n in _ANSWERS if n in roles and isinstance(first[roles[n]], (str, list))), None)
+    rating = next((roles[n] for n in _RATINGS if n in roles and _ratings(roles[n], raw)), None)
+    if (
+        rating
+        and question
+        and answer
+        and rating != answer
+        and task != "preference"
+        and (task or not said or "label" in said)
+    ):
+        if not task and not said and _ratings(rating, raw) == {True}:
+            draft.assumed.append(f"every answer is a good one, says '{rating}': all are learnt as they are")
+            return False
+        _take(draft, "feedback", {answer: "completion", rating: "label"}, question, names)
+        draft.assumed.append(
+            f"'{rating}' says whether '{answer}' is a good answer to '{question}' (KTO); to learn every answer, good or bad: --task qa"
+        )
+        return True
+    if task is None:
+        return False
+    wanted = {
+        "preference": "prompt, chosen and rejected",
+        "feedback": "prompt, completion, and label (true or false in every row)",
+    }
+    raise UserError(
+        f"the task {task} needs columns for {wanted[task]}: {', '.join(names[:20])}",
+        where=place,
+        fix="say it: --map COLUMN=ROLE for each",
+    )
+
+
+def _take(draft: Draft, form: str, columns: dict[str, str], question: str | None, names: list[str]) -> None:
+    """Read ``columns`` and the question as said. A column that bears the name of a role which another one has now is read under a
+    name that means nothing."""
+    roles = {**({question: "prompt"} if question is not None and question not in columns else {}), **columns}
+    aside = {n: f"other_{n}" for n in names if n in roles.values() and n not in roles}
+    draft.columns = {**draft.columns, **{n: role for n, role in {**roles, **aside}.items() if n != role}}
+    draft.form = draft.task = form
+
+
+def _ratings(name: str, raw: list[tuple[str, Any]]) -> set[bool]:
+    """What a column says of answers; empty where it holds anything but true and false."""
+    from aifactory_train.data.rows import RowError, desirable
+
+    try:
+        return {desirable({"label": row[name]}) for _, row in raw}
+    except (RowError, KeyError, TypeError):
+        return set()
+
+
+def _weigh(draft: Draft, rows: list[dict[str, Any]], place: str) -> None:
+    """KTO's weights: 1, or what brings the two kinds of answers to the middle of the recommended ratio (held-out rows shift it)."""
+    good = sum(row["desirable"] for row in rows)
+    bad = len(rows) - good
+    if not good or not bad:
+        raise UserError(
+            f"all {len(rows):,} answers are rated {'good' if good else 'bad'}: KTO weighs good answers against bad ones",
+            where=place,
+            fix="to learn every answer: --task qa" if good else "add answers that are good",
+        )
+    low, high = _BALANCE
+    wanted = (low + high) / 2
+    if good / bad < low:
+        draft.weights = (round(wanted * bad / good, 2), 1.0)
+    elif good / bad > high:
+        draft.weights = (1.0, round(good / bad / wanted, 2))
 
 
 def _guess_columns(draft: Draft, names: list[str], first: dict[str, Any], task: str | None, place: str) -> None:
@@ -128,14 +249,6 @@ def _guess_columns(draft: Draft, names: list[str], first: dict[str, Any], task: 
     from aifactory_train.data.rows import RowError, detect_format
 
     lower = {n.casefold(): n for n in names}
-    pairs = {"chosen", "rejected"} <= lower.keys()
-    if pairs or ({"completion", "label"} <= lower.keys() and isinstance(first[lower["label"]], bool)):
-        raise UserError(
-            "these rows say which answers are good and which are bad; a new recipe learns every answer that it is given",
-            where=place,
-            fix=f"train a recipe with them: --set data.train=FILE --set methods.preference.kind={'dpo' if pairs else 'kto'} "
-            "(docs/methods.md), or --map the column whose answers are to be learnt",
-        )
     question = next((lower[n] for n in _QUESTIONS if n in lower and isinstance(first[lower[n]], str)), None)
     answer = next((lower[n] for n in _ANSWERS if n in lower and isinstance(first[lower[n]], (str, int, float))), None)
     try:
@@ -185,7 +298,7 @@ def _form(draft: Draft, roles: list[str], task: str | None, place: str) -> None:
 
 def _guess_labels(draft: Draft, rows: list[dict[str, Any]]) -> None:
     """Few short answers that repeat are labels."""
-    if draft.form == "text" or any(len(r["messages"]) > 3 for r in rows):
+    if draft.form == "text" or draft.preference or any(len(r["messages"]) > 3 for r in rows):
         return
     found = collections.Counter(r["messages"][-1]["content"].strip() for r in rows)
     if (
@@ -275,6 +388,8 @@ def metrics_of(draft: Draft, answers: list[str]) -> list[str]:
     """What the rows are judged by, the main one first."""
     if draft.form == "text":
         return ["bits_per_byte", "perplexity"]
+    if draft.preference:
+        return ["bits_per_byte"]  # the method's own figures (loss, rewards) come by themselves
     if draft.labels:
         return ["accuracy", "macro_f1", "bits_per_byte"]
     median = sorted(map(len, answers))[len(answers) // 2]

@@ -42,16 +42,20 @@ def recipe_text(
     rows = len(texts)
     parts = sum(1 + len(t) // (3 * length) for t in texts) if draft.form == "text" else rows
     batch = 4 if parts < 400 else (16 if parts < 4000 else 32)
-    epochs = {"text": 1, "labels": 3}.get("labels" if draft.labels else draft.task, 2)
+    if draft.preference == "kto":
+        batch = max(batch, 16)  # its KL estimate is a mean over the step
+    epochs = {"text": 1, "labels": 3, "preference": 1, "feedback": 1}.get("labels" if draft.labels else draft.task, 2)
     rate, why_rate = _rate(draft, small)
     shares = [name for name in facts["languages"]["shares"] if name != "und"][:6]
     told = {
         "chat": "chat as in the rows",
         "qa": "answer as in the rows",
         "text": "continued pre-training on plain text",
+        "preference": "prefer the better of two answers",
+        "feedback": "answer as in the rows that were rated good",
     }
     task = "classify: one of the labels" if draft.labels else told[draft.task]
-    metric = draft.metrics[0]
+    metric = "preference_loss" if draft.preference else draft.metrics[0]
     lines = [
         f"# yaml-language-server: $schema={recipes / 'recipe.schema.json'}",
         f"# Written by 'aifactory recipes new' from {rows:,} rows of {data.name}; change what you like, docs/data.md explains the keys.",
@@ -76,6 +80,10 @@ def recipe_text(
             lines.append(
                 f"    - {{base: {_quoted(option.base)}, parameters: {_quoted(option.parameters)}, licence: {option.licence}}}"
             )
+    if draft.preference:
+        lines.append(
+            "  # start_from: runs/FIRST   # best after a supervised run on good answers, with the same adapter block"
+        )
     rank = 64 if draft.form == "text" else 16
     why_rank = "plain text has more to learn than a style of answers" if draft.form == "text" else "enough for a task"
     lines += [
@@ -122,6 +130,7 @@ def recipe_text(
     if draft.form == "text":
         lines.append("  long_documents: paragraphs   # longer texts are cut between paragraphs; nothing is lost")
     steps = max(1, -(-int(parts * 0.9) // batch)) * epochs
+    lines += _method(draft)
     lines += ["", "train:"]
     if small and steps > 120:
         lines.append("  max_steps: 120    # a first look on a laptop; on a GPU: --set train.max_steps=null")
@@ -172,7 +181,30 @@ def _context(base: str) -> int:
         return 1 << 20
 
 
+def _method(draft: Draft) -> list[str]:
+    """The block that makes the rows be judged in place of imitated; none for rows to imitate."""
+    if draft.preference == "dpo":
+        return [
+            "",
+            "methods:            # docs/methods.md",
+            "  preference:",
+            "    kind: dpo       # or orpo: needs no supervised run before it",
+            "    beta: 0.1       # larger: stays closer to the model before training",
+        ]
+    if draft.preference == "kto":
+        lines = ["", "methods:            # docs/methods.md", "  preference:", "    kind: kto"]
+        lines.append("    beta: 0.1       # larger: stays closer to the model before training")
+        for name, weight in zip(("desirable_weight", "undesirable_weight"), draft.weights, strict=True):
+            if weight != 1.0:
+                lines.append(f"    {name}: {weight:g}   # good and bad answers weigh alike, whatever their numbers")
+        return lines
+    return []
+
+
 def _rate(draft: Draft, small: bool) -> tuple[str, str]:
+    if draft.preference:
+        rate = "5e-5" if small else "2e-5"
+        return rate, "a tenth of what imitation takes, or the model forgets more than it learns"
     if small:
         return "5e-4", "high, for a short run of a small model; 2e-4 for models of 1 to 8 billion parameters"
     if draft.form == "text":

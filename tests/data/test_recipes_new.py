@@ -154,6 +154,106 @@ def test_a_recipe_beside_its_rows_can_move_with_them(here, capsys):
     assert load_recipe("elsewhere/mine.yaml").data.train[0].source == str(here / "elsewhere/docs")
 
 
+# ---- rows that judge answers
+
+
+def judged(count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Pairs of answers, and answers of which one in four is good."""
+    asked = [row["ticket"] for row in tickets(count)]
+    pairs = [
+        {"customer": f"c{i % 9}", "question": q, "good": f"Thank you, {i} is noted.", "bad": f"No. {i}"}
+        for i, q in enumerate(asked)
+    ]
+    rated = [
+        {"question": q, "answer": f"Reply {i} of {i % 7}", "helpful": str(i % 4 == 0).lower()}
+        for i, q in enumerate(asked)
+    ]
+    return pairs, rated
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_pairs_become_dpo_and_rated_answers_kto(here, capsys, tiny_model_dir, kind):
+    pairs, rated = judged(80)
+    for name, rows in (("pairs", pairs), ("rated", rated)):
+        (write_csv if kind == "csv" else helpers.write_jsonl)(here / f"{name}.{kind}", rows)
+    made = new(capsys, "pairs", "--data", f"pairs.{kind}", "--base", tiny_model_dir, "--licence", "own")
+    assert made["columns"] == {"question": "prompt", "good": "chosen", "bad": "rejected"}
+    assert (made["task"], made["method"], made["split"]) == ("preference", "dpo", {"group": "customer"})
+    assert any("'good' is the better answer and 'bad' the worse one" in line for line in made["assumed"])
+    recipe = load_recipe("pairs.yaml")
+    how = recipe.methods.preference
+    assert how is not None and how.kind == "dpo" and recipe.data.train[0].format == "preference"
+    imitating = new(
+        capsys,
+        "sft",
+        "--data",
+        f"pairs.{kind}",
+        "--base",
+        tiny_model_dir,
+        "--map",
+        "question=prompt",
+        "--map",
+        "good=completion",
+    )
+    assert imitating["method"] is None and load_recipe("sft.yaml").methods.preference is None
+    assert recipe.train.learning_rate == pytest.approx(load_recipe("sft.yaml").train.learning_rate / 10)
+
+    made = new(capsys, "rated", "--data", f"rated.{kind}", "--base", tiny_model_dir)
+    assert made["columns"] == {"question": "prompt", "answer": "completion", "helpful": "label"}
+    how = load_recipe("rated.yaml").methods.preference
+    assert how is not None and how.kind == "kto"
+    assert 1.0 < how.desirable_weight * 20 / (how.undesirable_weight * 60) < 4 / 3  # as the paper recommends
+    everything = new(capsys, "all", "--data", f"rated.{kind}", "--task", "qa", "--base", tiny_model_dir)
+    assert everything["method"] is None and everything["format"] == "prompt"
+
+
+def test_what_rejected_answers_hold_is_in_the_report(here, capsys, tiny_model_dir):
+    """Both answers are trained on."""
+    pairs, _ = judged(12)
+    helpers.write_jsonl(
+        here / "p.jsonl", [{**row, "bad": f"Ask person{i}@example.org."} for i, row in enumerate(pairs)]
+    )
+    made = new(capsys, "p", "--data", "p.jsonl", "--base", tiny_model_dir)
+    assert made["report"]["personal_data"]["counts"] == {"email": 12} and made["report"]["rows"] == 12
+
+
+def test_other_columns_of_the_same_names_change_nothing(here, capsys, tiny_model_dir):
+    _, rated = judged(24)
+    rows = [{"label": "printer", **row} for row in rated]
+    helpers.write_jsonl(here / "r.jsonl", rows)
+    made = new(capsys, "r", "--data", "r.jsonl", "--base", tiny_model_dir)
+    assert made["method"] == "kto" and made["columns"]["helpful"] == "label" and made["columns"]["label"] != "label"
+    helpers.write_jsonl(here / "good.jsonl", [{**row, "helpful": True} for row in rated])
+    made = new(capsys, "g", "--data", "good.jsonl", "--base", tiny_model_dir)
+    assert made["method"] is None and any("every answer is a good one" in line for line in made["assumed"])
+
+
+def test_conversations_that_begin_alike_need_no_column_for_the_question(here, capsys, tiny_model_dir):
+    def side(i: int, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"Which part is number {i}?"}, {"role": "assistant", "content": answer}]
+
+    helpers.write_jsonl(
+        here / "p.jsonl", [{"chosen": side(i, f"Pump {i}"), "rejected": side(i, "No idea")} for i in range(12)]
+    )
+    made = new(capsys, "p", "--data", "p.jsonl", "--base", tiny_model_dir)
+    assert made["method"] == "dpo" and made["columns"] == {}
+
+
+def test_drafts_for_judged_answers_train(here, capsys, tiny_model_dir):
+    pairs, rated = judged(48)
+    quick: dict[str, Any] = {"train.max_steps": 2, "parallel.threads": 1}
+    quick |= dict.fromkeys(("eval.before", "eval.forgetting", "export.automatic", "record.pack"), "false")
+    overrides = [text for key, value in quick.items() for text in ("--set", f"{key}={value}")]
+    for name, rows, figure in (("pairs", pairs, "reward_accuracy"), ("rated", rated, "kl")):
+        helpers.write_jsonl(here / f"{name}.jsonl", rows)
+        new(capsys, name, "--data", f"{name}.jsonl", "--base", tiny_model_dir, "--licence", "own")
+        assert main(["train", f"{name}.yaml", "--name", name, *overrides]) == 0, capsys.readouterr().err
+        assert "would make it 1" not in capsys.readouterr().err  # KTO's weights are balanced already
+        steps = [json.loads(line) for line in (here / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+        assert len(steps) == 2 and figure in steps[-1]
+        assert "preference_loss" in json.loads((here / f"runs/{name}/eval.json").read_text())["after"]
+
+
 # ---- what is refused
 
 
@@ -165,8 +265,10 @@ def _files(folder: Path) -> None:
     )
     write_csv(folder / "same.csv", tickets(9, customer_id="one"))
     helpers.write_jsonl(folder / "one.jsonl", [{"text": "a"}])
-    helpers.write_jsonl(folder / "pairs.jsonl", 2 * [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    helpers.write_jsonl(folder / "rated.jsonl", 2 * [{"prompt": "a", "completion": "b", "label": True}])
+    helpers.write_jsonl(folder / "answers.jsonl", 2 * [{"why": "a", "chosen": "b", "rejected": "c"}])
+    helpers.write_jsonl(folder / "alike.jsonl", 2 * [{"prompt": "a", "chosen": "b", "rejected": "b"}])
+    helpers.write_jsonl(folder / "bad.jsonl", 2 * [{"prompt": "a", "completion": "b", "label": False}])
+    helpers.write_jsonl(folder / "stars.jsonl", [{"prompt": "a", "completion": "b", "label": n} for n in (1, 5)])
     (folder / "hole.csv").write_text("prompt,completion\nq1,a1\nq2,\n")
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (folder / "latin.csv").write_bytes("prompt,completion\nwo,größe\n".encode("latin-1"))
@@ -208,13 +310,16 @@ NEW = [
         ["x", "--data", "t.csv", "--time", "created", "--group-by", "customer_id"],
         ["--time: rows are split by a group or by time"],
     ),
+    (["x", "--data", "answers.jsonl"], ["answers.jsonl:1: 'chosen' and 'rejected' are answers", "--map COLUMN=prompt"]),
+    (["x", "--data", "alike.jsonl"], ["alike.jsonl:1: 'chosen' and 'rejected' are the same"]),
+    (["x", "--data", "bad.jsonl"], ["bad.jsonl:1: all 2 answers are rated bad"]),
     (
-        ["x", "--data", "pairs.jsonl"],
-        ["pairs.jsonl:1: these rows say which answers are good", "methods.preference.kind=dpo"],
+        ["x", "--data", "stars.jsonl", "--task", "feedback"],
+        ["stars.jsonl:1: the task feedback needs columns for prompt"],
     ),
     (
-        ["x", "--data", "rated.jsonl"],
-        ["rated.jsonl:1: these rows say which answers are good", "methods.preference.kind=kto"],
+        ["x", "--data", "t.csv", "--task", "preference"],
+        ["t.csv:2: the task preference needs columns for prompt, chosen"],
     ),
     (["x", "--data", "odd.csv"], ["odd.csv:2: it is not clear which columns hold what: a, b", "--map COLUMN=prompt"]),
     (["x", "--data", "t.csv", "--task", "text"], ["it is not clear which columns hold what"]),
