@@ -3,7 +3,7 @@
 Markdown stays as it is written, without its front matter. HTML loses scripts, navigation and tags; its blocks become paragraphs.
 PDF gives its text layer, page after page, with words that were divided at line ends joined and lines that repeat on most pages
 taken out. What cannot be used (scanned or encrypted PDFs, empty files, unknown encodings) is left out, named and counted, or
-refused (``data.unreadable``). Nothing is guessed: a file whose encoding nobody states is UTF-8 or it is not read.
+refused (``data.unreadable``); so are links that lead out of the folder (:mod:`aifactory_train.data.folders`). Nothing is guessed: a file whose encoding nobody states is UTF-8 or it is not read.
 
 Parsers come with the extra ``documents``: pypdf and beautifulsoup4.
 """

@@ -18,6 +18,7 @@ from typing import Any
 
 from aifactory_train import config as _config
 from aifactory_train.config import DataSource, Recipe
+from aifactory_train.data import folders
 from aifactory_train.data.encoder import EncoderSpec
 from aifactory_train.errors import UserError
 from aifactory_train.private import vault
@@ -62,9 +63,21 @@ def resolve(recipe: Recipe) -> list[Input]:
             digest = None
             if converter is not None:
                 digest = _source_digest(converter)
-            hub = sources.parse(source.source).kind == "hub"
+            kind = sources.parse(source.source).kind
+            if converter is not None and kind == "local" and path.is_dir():
+                _refuse_links_out(path, f"{key}.source")
+            hub = kind == "hub"
             out.append(Input(source, role, name, path, hub, content_of(path), converter, digest))
     return out
+
+
+def _refuse_links_out(folder: Path, key: str) -> None:
+    """A converter opens files by itself and would follow every link (:mod:`aifactory_train.data.folders`)."""
+    for link, why in folders.walk(folder).left_out:
+        if why == folders.LEADS_OUT:
+            raise UserError(
+                f"{why}, and a converter would follow it", where=f"{key}: {link}", fix="take it away, or copy the file"
+            )
 
 
 def _source_digest(converter: Any) -> str:

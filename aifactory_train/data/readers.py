@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from aifactory_train.data import documents
+from aifactory_train.data import documents, folders
 from aifactory_train.errors import UserError
 from aifactory_train.private import vault
 
@@ -99,9 +99,12 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _folder(path: Path, split: str | None, notes: documents.Notes) -> Iterator[Block]:
-    files = sorted(
-        p for p in path.rglob("*") if p.is_file() and not any(s.startswith(".") for s in p.parts[len(path.parts) :])
-    )
+    found = folders.walk(path)
+    files = found.files
+    for link, why in found.left_out:
+        if notes.policy == "refuse":
+            raise UserError(why, where=str(link), fix="take it away, or leave such things out: data.unreadable=skip")
+        notes.left_out.append((link.relative_to(path).as_posix(), why))
     if split is not None:
         files = [p for p in files if split in p.relative_to(path).as_posix()]
     texts = [p for p in files if documents.kind_of(p) is not None]
@@ -119,7 +122,14 @@ def _folder(path: Path, split: str | None, notes: documents.Notes) -> Iterator[B
             notes.not_read[p.suffix.lower() or "(none)"] += 1
     if not tables and not texts:
         what = f"no data file with '{split}' in its name" if split else f"no data file ({_KINDS})"
-        raise UserError(f"the folder holds {what}", where=str(path))
+        beside = ", ".join(f"{n} x {kind.rpartition(': ')[2]}" for kind, n in notes.counts().items())
+        raise UserError(
+            f"the folder holds {what}" + (f"; {beside}" if beside else ""),
+            where=str(path),
+            fix="name the folder that a link leads to, or copy the files into this one"
+            if notes.left_out
+            else "put files of these kinds into it, or name another folder",
+        )
     if not tables:
         for file, row in documents.rows_of_folder(path, texts, notes):
             yield Block(str(file), 1, rows=[row])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 from pathlib import Path
 
@@ -215,3 +216,96 @@ def test_cut_between_paragraphs_predicts_every_token_once(tmp_path_factory, leng
     assert max(parts.lengths) <= limit
     assert int(parts.supervised.sum()) == int(whole.supervised.sum())
     assert sum(parts.text_bytes(i) for i in range(len(parts))) == sum(whole.text_bytes(i) for i in range(len(whole)))
+
+
+# ---- links
+
+
+def test_links_that_lead_out_of_the_folder_are_left_out_named_and_counted(tmp_path):
+    """Another user's file must not come into the model because somebody put a link to it into the folder."""
+    folder = own_files.write_folder(tmp_path / "d", 8)
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/salaries.txt").write_text("confidential canary words")
+    (folder / "out.txt").symlink_to(tmp_path / "private/salaries.txt")
+    (folder / "up.txt").symlink_to("../private/salaries.txt")
+    (folder / "folder").symlink_to(tmp_path / "private")
+    (folder / "twice.txt").symlink_to("out.txt")  # inside, but it leads on
+    (folder / "self.txt").symlink_to("self.txt")
+    (folder / "gone.txt").symlink_to("was-here.txt")
+    (folder / "round").symlink_to(".")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "same.txt").symlink_to("hall-0/order-000.txt")
+    prepared = prepare(recipe(folder, sequence_length=128), byte_tokenizer(), cache_dir=tmp_path / "c")
+    (source,) = prepared.report["sources"]
+    assert source["rows"] == 9 and "canary" not in "".join(
+        p.read_bytes().decode("latin-1") for p in _all(tmp_path / "c")
+    )
+    left_out = {entry["file"]: entry["why"] for entry in source["files"]["left_out"]}
+    assert left_out == {
+        **dict.fromkeys(("out.txt", "up.txt", "folder", "twice.txt"), "a link that leads out of the folder"),
+        **dict.fromkeys(("self.txt", "gone.txt"), "a link that leads nowhere"),
+        "round": "a link to a folder",
+        "pipe.txt": "neither file nor folder",
+    }
+    assert source["counts"]["left out: a link that leads out of the folder"] == 4
+    assert any("8 document(s) left out" in w and "leads out" in w for w in prepared.report["warnings"])
+    with pytest.raises(UserError, match="a link that leads out of the folder"):
+        list(readers.blocks(folder, notes=documents.Notes("refuse")))
+
+
+def _all(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file()]
+
+
+def test_tables_behind_links_are_left_out_too_and_nothing_else_is_said_to_be_there(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "d/rows.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=r"no data file .*; 1 x a link that leads out of the folder\n.*copy the files"):
+        list(readers.blocks(tmp_path / "d"))
+    (tmp_path / "alias").symlink_to("d")  # the folder that the user names may be a link
+    (tmp_path / "d/more.jsonl").write_text('{"text": "c"}\n')
+    notes = documents.Notes()
+    (block,) = readers.blocks(tmp_path / "alias", notes=notes)
+    assert block.file == str(tmp_path / "alias/more.jsonl") and notes.left_out == [
+        ("rows.jsonl", "a link that leads out of the folder")
+    ]
+
+
+def test_a_snapshot_of_the_hugging_face_cache_is_links_to_its_blobs(tmp_path):
+    snapshot = tmp_path / "datasets--a--b/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "datasets--a--b/blobs").mkdir()
+    (tmp_path / "datasets--a--b/blobs/77").write_text('{"text": "a"}\n')
+    (snapshot / "rows.jsonl").symlink_to("../../blobs/77")
+    (snapshot / "other.jsonl").symlink_to("../../refs")
+    notes = documents.Notes()
+    assert len(list(readers.blocks(snapshot, notes=notes))) == 1
+    assert [name for name, _ in notes.left_out] == ["other.jsonl"]
+
+
+def test_a_converter_is_not_given_a_folder_with_links_out_of_it(tmp_path):
+    (tmp_path / "secret.py").write_text("def f(): pass")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/a.py").symlink_to(tmp_path / "secret.py")
+    source = {
+        "source": str(tmp_path / "code"),
+        "converter": "code.docstrings:rows",
+        "options": {"direction": "describe"},
+    }
+    with pytest.raises(UserError, match="a link that leads out of the folder, and a converter would follow it"):
+        prepare(recipe(tmp_path, train=source), byte_tokenizer(), cache_dir=tmp_path / "c")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    folder = own_files.write_folder(tmp_path / "d", 4)
+    listed = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "hall-1":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match="hall-1: the folder cannot be read: Permission denied"):
+        list(readers.blocks(folder))
