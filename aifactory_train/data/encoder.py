@@ -166,7 +166,7 @@ class Encoder:
         if self._widths is not None and len(self._widths) < size:
             self._widths = np.append(self._widths, np.zeros(size - len(self._widths), dtype=np.int64))
         self._added = self._added_around() if self._widths is not None else None
-        self._pieces = Pieces.of(self.tokenizer) if self._widths is not None else None
+        self._pieces = Pieces.of(self.tokenizer, self._widths) if self._widths is not None else None
         self._to_check = 256
 
     def _added_around(self) -> tuple[list[int], list[int]] | None:

@@ -209,51 +209,98 @@ def trained(pattern: str):
     return core
 
 
-@pytest.mark.parametrize("pattern", ["gpt2", "digits", *sorted(pieces._PATTERNS)], ids=range(2 + len(pieces._PATTERNS)))
-def test_parts_of_a_text_have_the_ids_that_they_have_in_it(pattern):
-    core = trained(pattern)
-    parts = Pieces.of(core)
+def parts_of(core) -> Pieces | None:
+    width = widths(core)
+    assert width is not None
+    return Pieces.of(core, width)
+
+
+def served(core) -> Pieces:
+    parts = parts_of(core)
     assert parts is not None
+    return parts
+
+
+def lists(ids, edges) -> list[list[int]]:
+    return [ids[a:b].tolist() for a, b in itertools.pairwise(edges)]
+
+
+@pytest.mark.parametrize("composed", [False, True], ids=["", "NFC"])
+@pytest.mark.parametrize("pattern", ["gpt2", "digits", *sorted(pieces._PATTERNS)], ids=range(2 + len(pieces._PATTERNS)))
+def test_parts_of_a_text_have_the_ids_that_they_have_in_it(pattern, composed):
+    from tokenizers import normalizers
+
+    core = trained(pattern)
+    if composed:
+        core.normalizer = normalizers.NFC()
+    parts = served(core)
     draw = random.Random(1)
-    for _ in range(10):
-        texts = [awkward(draw, 40) for _ in range(200)]
-        ids, edges = parts.ids(texts)
-        assert [ids[a:b].tolist() for a, b in itertools.pairwise(edges)] == [
-            e.ids for e in core.encode_batch(texts, add_special_tokens=False)
-        ]
+    for _ in range(4):
+        texts = ["", *(awkward(draw, 40) for _ in range(120))]
+        texts += [text.replace("\0", " ") for text in texts]
+        for some in (texts, [text for text in texts if "\0" not in text]):
+            assert lists(*parts.ids(some)) == [e.ids for e in core.encode_batch(some, add_special_tokens=False)]
+    assert len(parts._known) > 50
+
+
+def test_many_parts_are_tokenised_as_one_text():
+    core, batches = trained("gpt2"), []
+
+    class Watched:
+        def encode_batch_fast(self, texts, **how):
+            batches.append(len(texts))
+            return core.encode_batch_fast(texts, **how)
+
+    parts = served(core)
+    parts._tokenizer = Watched()
+    words = [f"w{i}" for i in range(1000)]
+    ids, edges = parts._tokenise(words)
+    assert lists(ids, edges) == [core.encode(word).ids for word in words] and batches == [1 + 1000 // 64]
+    # Where an added token swallows what stands before the mark, or a part holds the mark, they are tokenised one by one.
+    mark = next(iter(parts._added_ids))
+    for odd in (mark, mark[: len(mark) // 2], "e\u0301"):
+        if odd == "e\u0301":
+            from tokenizers import normalizers
+
+            core.normalizer = normalizers.NFC()
+        some = ["a", odd, "b", mark + "c", odd]
+        ids, edges = parts._tokenise(some)
+        assert lists(ids, edges) == [core.encode(part, add_special_tokens=False).ids for part in some]
 
 
 def test_parts_are_forgotten_when_they_are_many(monkeypatch):
     monkeypatch.setattr(pieces, "_MOST", 50)
     core = trained("gpt2")
-    parts = Pieces.of(core)
-    assert parts is not None
+    parts = served(core)
+    most = 0
     for start in range(0, 400, 20):
         texts = [" ".join(f"word{start + i}" for i in range(20)), "a " * 60 + "x" * 60]
-        ids, edges = parts.ids(texts)
-        assert (
-            ids[: edges[1]].tolist() == core.encode(texts[0]).ids
-            and ids[edges[1] :].tolist() == core.encode(texts[1]).ids
-        )
-        assert 20 < len(parts._known) <= 50
+        assert lists(*parts.ids(texts)) == [core.encode(text).ids for text in texts]
+        most = max(most, len(parts._known))
+    assert 50 < most <= 50 + 23  # they are counted before a block
+    monkeypatch.setattr(pieces, "_MOST_IDS", 60)
+    for start in range(0, 400, 20):
+        text = " ".join(f"other{start + i}" for i in range(20)) + " a" * 60
+        assert lists(*parts.ids([text])) == [core.encode(text).ids]
+        assert len(parts._known) < 50
 
 
 def test_words_that_do_not_repeat_are_not_taken_apart():
     core = trained("gpt2")
-    parts = Pieces.of(core)
-    assert parts is not None
+    parts = served(core)
     text = " ".join(f"word{i}" for i in range(200))
+    before = dict(parts._known)
     ids, edges = parts.ids([text])
-    assert ids.tolist() == core.encode(text).ids and edges.tolist() == [0, len(ids)] and not parts._known
+    assert ids.tolist() == core.encode(text).ids and edges.tolist() == [0, len(ids)] and parts._known == before
 
 
 def test_tokenizers_that_cut_otherwise_are_not_served():
     from tokenizers import AddedToken
 
-    assert Pieces.of(trained(r"\w+ \w+|\s+|.")) is None  # a match that holds a blank
+    assert parts_of(trained(r"\w+ \w+|\s+|.")) is None  # a match that holds a blank
     core = trained("gpt2")
     core.add_special_tokens([AddedToken("<wide>", lstrip=True)])
-    assert Pieces.of(core) is None
+    assert parts_of(core) is None
 
 
 def test_widths_of_tokens_give_the_offsets_of_the_tokenizer():
