@@ -26,9 +26,11 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    from aifactory_train import remote_code
     from aifactory_train.sources import resolve_model
 
     folder = resolve_model(recipe.model)
+    remote_code.warn(recipe, folder)  # the tokenizer is the first that can run any of it
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=recipe.model.trust_remote_code

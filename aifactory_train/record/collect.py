@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aifactory_train import __version__
+from aifactory_train import __version__, remote_code
 from aifactory_train.record import aiact
 from aifactory_train.record.chain import canonical, now
 from aifactory_train.record.missing import missing
@@ -194,6 +194,7 @@ def base_section(recipe: Recipe, config: dict[str, Any], parameters: int, traina
         "vocabulary": config.get("vocab_size"),
         "context": config.get("max_position_embeddings"),
         "pretrain": {"flop": pretrain.flop, "source": pretrain.source},
+        "remote_code": remote_code.recorded(recipe),
         "public_summary_url": missing("base model's provider: link to its public summary of training content"),
         "files": missing("the digests were still being computed"),
     }
