@@ -67,9 +67,9 @@ from typing import TYPE_CHECKING, Any
 _WHERE = {
     "load": "profiles",
     "resolve": "profiles",
-    "System": "profiles",
-    "find_member": "profiles",
-    "config_dir": "profiles",
+    "System": "system",
+    "find_member": "finding",
+    "config_dir": "finding",
     "read_overlay": "profiles",
     "Fact": "schema",
     "Profile": "schema",
@@ -110,9 +110,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from aifactory_train.sites.detection import detect, identify
-    from aifactory_train.sites.profiles import System, config_dir, find_member, load, read_overlay, resolve
+    from aifactory_train.sites.finding import config_dir, find_member
+    from aifactory_train.sites.profiles import load, read_overlay, resolve
     from aifactory_train.sites.schema import Fact, Overlay, Profile, parse_duration, slurm_time
     from aifactory_train.sites.selection import Needs, Selection, broken_limit, require_usable, select
+    from aifactory_train.sites.system import System
 
 
 def __getattr__(name: str) -> Any:

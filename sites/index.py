@@ -55,11 +55,11 @@ def load_index() -> dict[str, Any]:
 
 def build_index(current: str | None = None) -> dict[str, Any]:
     """The index from the YAML files."""
-    from aifactory_train.sites import profiles
+    from aifactory_train.sites import catalogue, profiles, reading
 
     systems = []
-    for path in sorted(profiles.SYSTEMS.glob("*.yaml")):
-        system = profiles.resolve(profiles.read_yaml(path), path)
+    for path in sorted(catalogue.SYSTEMS.glob("*.yaml")):
+        system = profiles.resolve(reading.read_yaml(path), path)
         level, evidence = profiles.readiness_of(system)
         longest = [v for v in (system.limits(p)["max_time"] for p in system.partitions) if v]
         qos_longest = [q.max_time for q in system.qos.values() if q.max_time]
@@ -92,7 +92,7 @@ def build_index(current: str | None = None) -> dict[str, Any]:
                 "detect": system.detect.model_dump(),
             }
         )
-    raw = profiles.read_yaml(profiles.FACTORIES)
+    raw = reading.read_yaml(catalogue.FACTORIES)
     status = {s["id"]: s["status"] for s in systems}
     by_id = {m["id"]: m for m in raw["members"]}
     members = []

@@ -13,7 +13,8 @@ from typing import Any
 
 from aifactory_train.errors import UserError, did_you_mean
 from aifactory_train.sites import probe
-from aifactory_train.sites.profiles import gpu_catalogue, resolve
+from aifactory_train.sites.catalogue import gpu_catalogue
+from aifactory_train.sites.profiles import resolve
 from aifactory_train.sites.schema import compact_time, parse_duration
 
 Ask = Callable[[str], str]

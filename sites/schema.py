@@ -148,6 +148,14 @@ class Note(_Model):
 # -- identity ----------------------------------------------------------------------------------------------------------
 
 
+def _compiled(pattern: str) -> None:
+    """Refuse what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+
+
 class Detect(_Model):
     """How to recognise the machine: regular expressions for the full host name, Slurm's ClusterName, environment variables."""
 
@@ -155,14 +163,11 @@ class Detect(_Model):
     cluster_names: list[str] = []
     env: dict[str, str] = {}
 
-    @field_validator("hostnames")
+    @field_validator("hostnames", "env")
     @classmethod
-    def _compiles(cls, patterns: list[str]) -> list[str]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+    def _compiles(cls, patterns: list[str] | dict[str, str]) -> list[str] | dict[str, str]:
+        for pattern in patterns.values() if isinstance(patterns, dict) else patterns:
+            _compiled(pattern)
         return patterns
 
 
@@ -192,10 +197,7 @@ class Access(_Model):
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
         if pattern is not None:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+            _compiled(pattern)
         return pattern
 
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from aifactory_train.errors import UserError
-from aifactory_train.sites.profiles import System
 from aifactory_train.sites.schema import slurm_time
+from aifactory_train.sites.system import System
 
 OFFLINE_ENV = {
     "HF_HUB_OFFLINE": "1",
@@ -312,7 +312,7 @@ def broken_limit(
     gpus_per_node: int | None = None,
 ) -> str | None:
     """The first published limit that a request breaks, as a sentence, or None."""
-    limit = system.limits(partition, qos)
+    limit = system.limits(partition, qos, gpus_per_node)
     place = partition + (f"/{qos}" if qos else "")
     gpus = nodes * (gpus_per_node or system.node.gpus or 1)
     if limit["max_nodes"] is not None and nodes > limit["max_nodes"]:

@@ -159,14 +159,15 @@ def _member_json(m: dict[str, Any]) -> dict[str, Any]:
 def _hours(seconds: int | None) -> str:
     if seconds is None:
         return "?"
-    return f"{seconds // 3600} h" if seconds >= 3600 else f"{seconds // 60} min"
+    return f"{seconds / 3600:.4g} h" if seconds >= 3600 else f"{seconds / 60:.4g} min"
 
 
 # -- one system or member --------------------------------------------------------------------------------------------------------
 
 
 def _show(name: str, args: argparse.Namespace) -> int:
-    from aifactory_train.sites.profiles import find_member, load, members_at, shipped
+    from aifactory_train.sites.finding import find_member, members_at, shipped
+    from aifactory_train.sites.profiles import load
 
     if not args.site_file and name not in shipped():
         member = find_member(name)
@@ -271,7 +272,7 @@ def _compare(words: list[str], args: argparse.Namespace) -> int:
 def _check(words: list[str], args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from aifactory_train.sites import check, profiles
+    from aifactory_train.sites import check, finding
 
     if args.list:
         rows = [{"fault": k, "means": v} for k, v in check.FAULTS.items()]
@@ -286,7 +287,7 @@ def _check(words: list[str], args: argparse.Namespace) -> int:
     if words:
         path = Path(words[0])
         if not path.suffix:
-            path = profiles.find_file(words[0])
+            path = finding.find_file(words[0])
         report = check.check_file(path)
     else:
         report = check.check_room()
@@ -380,14 +381,14 @@ def _probe(words: list[str], args: argparse.Namespace) -> int:
 def _new(words: list[str], args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from aifactory_train.sites import check, new, probe, profiles
+    from aifactory_train.sites import check, finding, new, probe
 
     if len(words) != 1:
         raise UserError("a new profile needs an id", where="sites new", fix="aifactory sites new my-cluster")
     system_id = new.check_id(words[0])
-    if system_id in profiles.shipped():
+    if system_id in finding.shipped():
         raise UserError(f"'{system_id}' exists already", where="sites new", fix=f"aifactory sites {system_id}")
-    path = Path(args.out) if args.out else profiles.config_dir() / "sites" / f"{system_id}.yaml"
+    path = Path(args.out) if args.out else finding.config_dir() / "sites" / f"{system_id}.yaml"
     if path.stem != system_id or path.suffix != ".yaml":
         raise UserError(
             "a profile's file is called as its id",

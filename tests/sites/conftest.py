@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aifactory_train.sites import profiles
+from aifactory_train.sites import catalogue
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +24,9 @@ def room(tmp_path: Path) -> Path:
     """A copy of the shipped data."""
     target = tmp_path / "room"
     (target / "systems").mkdir(parents=True)
-    for path in profiles.ROOM.glob("*.yaml"):
+    for path in catalogue.ROOM.glob("*.yaml"):
         shutil.copy(path, target)
-    for path in profiles.SYSTEMS.glob("*.yaml"):
+    for path in catalogue.SYSTEMS.glob("*.yaml"):
         shutil.copy(path, target / "systems")
     return target
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aifactory_train import sites
-from aifactory_train.sites import check, profiles
+from aifactory_train.sites import catalogue, check, finding, profiles
 
 TODAY = datetime.date(2026, 11, 22)
 
@@ -28,6 +28,7 @@ PLANTED = [
     ("schema", LUMI, "numa_domains: 4", "numa_domain: 4"),
     ("schema", LUMI, "max_nodes: 1024, shared: false}", "max_nodes: many, shared: false}"),
     ("schema", LEO, "max_time: 30m", "max_time: half an hour"),
+    ("schema", LUMI, "detect: {hostnames: ['uan", "detect: {env: {SITE: 'lumi('}, hostnames: ['uan"),
     ("file-name", LUMI, "id: lumi-g", "id: lumi-x"),
     ("no-source", LEO, "{at: [node, interconnect], source: guide", "{at: [interconnect], source: guide"),
     ("unknown-source", LEO, "source: warpx, confidence", "source: warpz, confidence"),
@@ -98,14 +99,14 @@ def test_copied_room_is_clean_and_faults_across_files_are_caught(
 
 @pytest.fixture(scope="module")
 def systems() -> dict[str, sites.System]:
-    return {name: sites.load(name, overlay=False) for name in profiles.shipped()}
+    return {name: sites.load(name, overlay=False) for name in finding.shipped()}
 
 
 @pytest.mark.parametrize(("fault", "name", "old", "new"), PLANTED, ids=[f"{i}-{p[0]}" for i, p in enumerate(PLANTED)])
 def test_planted_fault_is_caught_by_name(
     fault: str, name: str, old: str, new: str, tmp_path: Path, systems: dict[str, sites.System]
 ) -> None:
-    text = (profiles.ROOM / name).read_text(encoding="utf-8")
+    text = (catalogue.ROOM / name).read_text(encoding="utf-8")
     assert old in text or name == "readiness.yaml", f"{old!r} is not in {name}: the fault cannot be planted"
     path = tmp_path / Path(name).name
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
@@ -136,7 +137,7 @@ def _places(data: object, prefix: tuple[object, ...] = ()) -> Iterator[tuple[obj
 
 @functools.cache
 def _source(name: str) -> tuple[Any, list[tuple[object, ...]]]:
-    path = profiles.SYSTEMS / name if (profiles.SYSTEMS / name).exists() else profiles.ROOM / name
+    path = catalogue.SYSTEMS / name if (catalogue.SYSTEMS / name).exists() else catalogue.ROOM / name
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     return raw, sorted(_places(raw), key=str)
 
@@ -163,7 +164,7 @@ def test_a_damaged_file_gives_faults_never_a_crash(tmp_path: Path, data: st.Data
     elif name == "gpus.yaml":
         faults = check.guarded(path, lambda p: check.check_catalogue(p, TODAY))
     elif name == "sources.yaml":
-        faults = check.guarded(path, lambda p: check._shared(p, TODAY))
+        faults = check.guarded(path, lambda p: check.check_sources(p, TODAY))
     else:
         faults = check.check_file(path, TODAY).faults
     assert all(f.name in check.FAULTS and f.what and f.where for f in faults)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aifactory_train.cli import main
-from aifactory_train.sites import profiles
+from aifactory_train.sites import catalogue, paths
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,6 +44,13 @@ def test_table_names_every_member_and_usable_system(capsys: pytest.CaptureFixtur
             assert system in out
 
 
+@pytest.mark.parametrize(("seconds", "text"), [(None, "?"), (1800, "30 min"), (5400, "1.5 h"), (172800, "48 h")])
+def test_a_time_limit_is_shown_as_it_is(seconds: int | None, text: str) -> None:
+    from aifactory_train.commands.sites import _hours
+
+    assert _hours(seconds) == text
+
+
 def test_sector_filter(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--sector", "health", "--json")
     found = json.loads(out)
@@ -62,7 +69,7 @@ def test_system_json_is_the_resolved_profile_with_provenance(capsys: pytest.Capt
     assert told["source"] and told["date"] == "2024-10" and told["confidence"] == "documented"
     numbers = [
         p
-        for p, v in profiles.leaves({k: data[k] for k in ("node", "interconnect", "qos", "request")})
+        for p, v in paths.leaves({k: data[k] for k in ("node", "interconnect", "qos", "request")})
         if isinstance(v, (int, float)) and not isinstance(v, bool)
     ]
     defaults = {"request.exclusive"}
@@ -120,7 +127,7 @@ def test_check_prints_counts_and_fails_with_the_fault(capsys: pytest.CaptureFixt
     data = json.loads(out)
     assert code == 0 and data["ok"] and data["numeric_facts"] == data["numeric_facts_with_source_date_confidence"] > 20
     bad = tmp_path / "lumi-g.yaml"
-    bad.write_text(profiles.SYSTEMS.joinpath("lumi-g.yaml").read_text().replace("cpus_per_gpu: 7", "cpus_per_gpu: 8"))
+    bad.write_text(catalogue.SYSTEMS.joinpath("lumi-g.yaml").read_text().replace("cpus_per_gpu: 7", "cpus_per_gpu: 8"))
     code, out, _ = run(capsys, "check", str(bad))
     assert code == 1 and "[cores]" in out and re.search(r"lumi-g\.yaml:\d+", out)
     code, out, _ = run(capsys, "check", "--list", "--json")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aifactory_train.sites import new, profiles
+from aifactory_train.sites import new, reading
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "add-a-site.md"
@@ -93,7 +93,7 @@ def _step_three(profile: Path) -> None:
     shown = re.search(r"```yaml\n(interconnect.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     assert shown is not None
     example = yaml.safe_load(shown.group(1))
-    raw = profiles.read_yaml(profile)
+    raw = reading.read_yaml(profile)
     raw["access"].update(example["access"])
     raw["interconnect"] = example["interconnect"]
     raw["facts"] += example["facts"]

@@ -125,6 +125,14 @@ def test_local_with_gpus_as_the_driver_reports_them(tmp_path: Path, monkeypatch:
     assert sites.select(system).precision == "bf16"
 
 
+def test_an_overlay_corrects_this_machine_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "run_tool", lambda command: None)
+    system = sites.load("local", overlay={"corrections": {"node.gpus": 2}, "user": {"work_dir": "/data"}})
+    assert (system.node.gpus, system.user.work_dir) == (2, "/data")
+    told, read = system.provenance("node.gpus"), system.provenance("node.cores")
+    assert told is not None and told.confidence == "user" and read is not None and read.confidence == "detected"
+
+
 def test_local_with_an_unknown_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _tool(tmp_path, "nvidia-smi", DATA / "nvidia-smi-unknown.csv")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

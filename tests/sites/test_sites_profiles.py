@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aifactory_train import sites
 from aifactory_train.errors import UserError
-from aifactory_train.sites import index, profiles, schema
+from aifactory_train.sites import catalogue, index, paths, schema
 
 USABLE = sites.names(usable=True)
 
@@ -107,7 +107,7 @@ def test_every_stated_fact_has_provenance(name: str, loaded: dict[str, sites.Sys
     system = loaded[name]
     facts = list(system.stated_facts())
     data = system.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    assert {f.path for f in facts} == {p for p, _ in profiles.fact_leaves(data)}
+    assert {f.path for f in facts} == {p for p, _ in paths.fact_leaves(data)}
     for fact in facts:
         assert fact.source and fact.confidence
         assert fact.date != "n.d." or fact.retrieved
@@ -199,7 +199,7 @@ def test_overlay_file_can_stand_for_the_site(tmp_path: Path) -> None:
 
 def test_site_file_may_hold_a_whole_profile(tmp_path: Path) -> None:
     path = tmp_path / "vega.yaml"
-    path.write_text(profiles.SYSTEMS.joinpath("vega.yaml").read_text().replace("memory_gib: 512", "memory_gib: 1024"))
+    path.write_text(catalogue.SYSTEMS.joinpath("vega.yaml").read_text().replace("memory_gib: 512", "memory_gib: 1024"))
     assert sites.load("vega", overlay=path).node.memory_gib == 1024
     with pytest.raises(UserError, match="this profile is of 'vega', not of 'karolina'"):
         sites.load("karolina", overlay=path)
@@ -231,7 +231,7 @@ def test_wrong_overlay_is_refused_with_its_place(tmp_path: Path, text: str, told
 def test_a_wrong_key_in_a_profile_names_file_line_and_key(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(
-        profiles.SYSTEMS.joinpath("vega.yaml").read_text().replace("cores_usable: 128", "cores_usabel: 128")
+        catalogue.SYSTEMS.joinpath("vega.yaml").read_text().replace("cores_usable: 128", "cores_usabel: 128")
     )
     with pytest.raises(UserError, match=r"unknown key 'cores_usabel' \(did you mean 'cores_usable'") as refused:
         sites.load(str(path))
@@ -241,7 +241,7 @@ def test_a_wrong_key_in_a_profile_names_file_line_and_key(tmp_path: Path) -> Non
 
 def test_an_expired_profile_warns_where_it_is_used(tmp_path: Path) -> None:
     path = tmp_path / "vega.yaml"
-    path.write_text(profiles.SYSTEMS.joinpath("vega.yaml").read_text().replace("expires: 2027", "expires: 2020"))
+    path.write_text(catalogue.SYSTEMS.joinpath("vega.yaml").read_text().replace("expires: 2027", "expires: 2020"))
     system = sites.load(str(path))
     assert system.expired
     assert any("expired" in w for w in sites.select(system).warnings)
@@ -273,7 +273,7 @@ def test_correction_of_the_gpu_brings_its_constants() -> None:
 def test_keys_with_dots_are_one_key(tmp_path: Path) -> None:
     path = tmp_path / "dotted.yaml"
     text = (
-        (profiles.SYSTEMS / "vega.yaml")
+        (catalogue.SYSTEMS / "vega.yaml")
         .read_text()
         .replace("id: vega", "id: dotted")
         .replace("\n  gpu: {", "\n  gpu.a100: {")
@@ -334,9 +334,9 @@ def test_a_stale_index_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_exported_schemas_are_fresh_and_accept_the_profiles() -> None:
     for which, name in (("profile", "site.schema.json"), ("overlay", "overlay.schema.json")):
-        stored = json.loads((profiles.ROOM / name).read_text(encoding="utf-8"))
+        stored = json.loads((catalogue.ROOM / name).read_text(encoding="utf-8"))
         assert stored == json.loads(json.dumps(schema.json_schema(which)))
     assert stored["properties"]["overlay_for"]["type"] == "string"
-    profile = json.loads((profiles.ROOM / "site.schema.json").read_text(encoding="utf-8"))
+    profile = json.loads((catalogue.ROOM / "site.schema.json").read_text(encoding="utf-8"))
     assert profile["additionalProperties"] is False
     assert profile["$defs"]["Partition"]["properties"]["max_time"]["anyOf"][0]["type"] == ["string", "integer"]

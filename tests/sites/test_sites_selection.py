@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from aifactory_train import sites
 from aifactory_train.errors import UserError
-from aifactory_train.sites import Needs, broken_limit, select
+from aifactory_train.sites import Needs, broken_limit, catalogue, reading, select
 
 SYSTEMS = {name: sites.load(name, overlay=False) for name in sites.names(usable=True)}
 
@@ -119,3 +119,16 @@ def test_selection_is_pure_and_never_breaks_a_published_limit(
         assert broken_limit(system, chosen.partition, chosen.qos, nodes, seconds) is None
     world = nodes * (system.node.gpus or 1)
     assert chosen.shard_group * chosen.replicas <= world and chosen.shard_group >= 1
+
+
+def test_a_limit_on_gpus_counts_the_gpus_that_a_job_takes() -> None:
+    lumi = catalogue.SYSTEMS / "lumi-g.yaml"
+    limited = sites.resolve(
+        reading.read_yaml(lumi),
+        overlay=sites.read_overlay({"corrections": {"partitions.small-g.max_gpus": 8}}, "lumi-g"),
+    )
+    assert limited.limits("small-g")["max_nodes"] == 1
+    assert "1 node" in str(broken_limit(limited, "small-g", None, 2))
+    assert broken_limit(limited, "small-g", None, 4, None, 2) is None
+    assert "4 node" in str(broken_limit(limited, "small-g", None, 5, None, 1))
+    assert broken_limit(limited, "small-g", None, 1, None, 8) is None

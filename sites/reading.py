@@ -1,0 +1,117 @@
+"""A profile's text: YAML with line numbers, and refusals that name file, line and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from aifactory_train.errors import UserError, did_you_mean
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The safe loader, refusing a key that is written twice (plain YAML keeps the last one silently)."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' is written twice (first in line {seen[key]})", key_node.start_mark
+                )
+            seen[key] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """The file's content; a missing file, bad YAML or a doubled key is refused with file and line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"cannot be read: {reason}", where=str(path)) from None
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader subclass: plain data only
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"not valid YAML: {problem}", where=where) from None
+
+
+def line_of(path: Path, keys: tuple[Any, ...]) -> int | None:
+    """The line where the value under ``keys`` (names and list indices) begins, or its nearest parent's."""
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, yaml.YAMLError):
+        return None
+    line = None
+    for key in keys:
+        child = None
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                if key_node.value == str(key):
+                    child, line = value_node, key_node.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            child = node.value[key]
+            line = child.start_mark.line + 1
+        if child is None:
+            break
+        node = child
+    return line
+
+
+def place_of(path: Path | None, keys: tuple[Any, ...], label: str = "profile") -> str:
+    dotted = ".".join(str(k) for k in keys)
+    if path is None:
+        return f"{label}: {dotted}" if dotted else label
+    line = line_of(path, keys)
+    return f"{path}:{line}: {dotted}" if line else f"{path}: {dotted}"
+
+
+def refusal(error: ValidationError, model: type, path: Path | None, label: str = "profile") -> UserError:
+    """The first fault of a pydantic error as a message with file, line, key and fix (how many more is said)."""
+    faults = error.errors(include_url=False)
+    fault = faults[0]
+    keys = tuple(k for k in fault["loc"] if not (isinstance(k, str) and k.startswith("function-")))
+    fix = None
+    what = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(model, keys[:-1])
+        what = f"unknown key '{keys[-1]}'{did_you_mean(str(keys[-1]), known)}"
+        fix = f"known keys here: {', '.join(sorted(known))}" if known else None
+    elif fault["type"] == "missing":
+        what, fix = f"the key '{keys[-1]}' is missing", "add it; docs/add-a-site.md explains each key"
+        keys = keys[:-1] or keys
+    elif keys and keys[-1] == "arch":
+        what = f"'{fault.get('input')}' is not an architecture name"
+        fix = "NVIDIA: sm_80, sm_90, sm_100; AMD: gfx90a, gfx942"
+    elif fault["type"] == "literal_error":
+        expected = fault["ctx"]["expected"]
+        what = f"'{fault['input']}' is not one of {expected}"
+    if len(faults) > 1:
+        what += f" (and {len(faults) - 1} more)"
+    return UserError(what, where=place_of(path, keys, label), fix=fix)
+
+
+def _known_keys(model: Any, keys: tuple[Any, ...]) -> list[str]:
+    """Field names of the model that ``keys`` lead to (through optional, dict and list annotations)."""
+
+    def models(annotation: Any) -> list[Any]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return [annotation]
+        return [m for a in getattr(annotation, "__args__", ()) for m in models(a)]
+
+    current = model
+    for key in keys:
+        field = current.model_fields.get(key) if isinstance(key, str) else None
+        if field is None:
+            continue  # an index, or the free key of a dict: the model is already the value's
+        found = models(field.annotation)
+        if not found:
+            return []
+        current = found[0]
+    return [f.alias or name for name, f in current.model_fields.items()]
