@@ -6,19 +6,23 @@ somebody asks, and outcome files tell the rest.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import RunFailed, UserError, did_you_mean
+from aifactory_train.errors import EXIT_REFUSED, RunFailed, UserError, did_you_mean
 from aifactory_train.launchers import backends
 from aifactory_train.launchers.backends import Job
 from aifactory_train.launchers.programs import attempt as book
 from aifactory_train.launchers.runs import jobs_of
 
 LIVE = ("pending", "running")
+#: What an attempt decided where the run goes on by itself.
+GOES_ON = ("requeue", "requeued", "chain", "next-link")
 
 
 def open_folder(name: str) -> Path:
@@ -43,21 +47,23 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 def status_of(folder: Path, *, ask: bool = True) -> dict[str, Any]:
     """``{run, state, cause, attempts[], jobs[], step, backend, site, ...}``.
 
-    state: new | pending | running | stopped | done | failed | cancelled. cause: None or {rank, node, kind, message, step}.
+    state: new | pending | running | stopped | done | failed | cancelled. cause: None or {rank, node, kind, message, step}; of a run
+    that is done or stopped all the same, it names the attempt that was refused afterwards.
     """
     manifest = manifest_of(folder)
     tasks = manifest.get("array")
     if tasks:
         return _array_status(folder, manifest, ask)
-    return _one_status(folder, folder, manifest, ask, jobs_of(folder))
+    return _one_status(folder, folder, manifest, ask, lambda: jobs_of(folder))
 
 
 def _array_status(folder: Path, manifest: dict[str, Any], ask: bool) -> dict[str, Any]:
-    base_jobs = jobs_of(folder)
+    def jobs(task: int) -> list[str]:
+        return [f"{job}_{task}" if "_" not in job and not job.startswith("local") else job for job in jobs_of(folder)]
+
     tasks = []
     for i, overrides in enumerate(manifest["array"]):
-        jobs = [f"{job}_{i}" if "_" not in job and not job.startswith("local") else job for job in base_jobs]
-        one = _one_status(folder / f"{i:03d}", folder, manifest, ask, jobs)
+        one = _one_status(folder / f"{i:03d}", folder, manifest, ask, functools.partial(jobs, i))
         one["task"], one["overrides"] = i, overrides
         tasks.append(one)
     states = [t["state"] for t in tasks]
@@ -79,35 +85,40 @@ def _array_status(folder: Path, manifest: dict[str, Any], ask: bool) -> dict[str
     }
 
 
-def _one_status(folder: Path, base: Path, manifest: dict[str, Any], ask: bool, jobs: list[str]) -> dict[str, Any]:
+def _one_status(
+    folder: Path, base: Path, manifest: dict[str, Any], ask: bool, jobs_now: Callable[[], list[str]]
+) -> dict[str, Any]:
     backend_name = manifest.get("backend")
     backend = backends.get(backend_name) if backend_name and backend_name != "kubernetes" else None
     known: dict[str, Job | None] = {}
+    # A folder without a file is a number that somebody is just claiming.
+    numbers = [n for n in book.attempt_numbers(str(folder)) if _files(Path(book.attempt_dir(str(folder), n)))]
 
     def job_state(job: str) -> Job | None:
         if job not in known:
-            known[job] = backend.query(job) if ask and backend is not None else None
+            try:
+                known[job] = backend.query(job) if ask and backend is not None else None
+            except RunFailed:  # no answer
+                if not (numbers and _decision(folder, numbers[-1]).get("final")):
+                    raise
+                known[job] = None  # nothing hangs on it: the files tell how the run ended
         return known[job]
 
-    numbers = book.attempt_numbers(str(folder))
     attempts = [_attempt(folder, n, n == numbers[-1], backend, job_state if ask else None) for n in numbers]
     state, cause = "new", None
     if attempts:
-        last = attempts[-1]
-        state, cause = last["state"], last["cause"]
+        state, cause = _reached(folder, attempts)
+    jobs = jobs_now()  # after the attempts: a job is closed before its successor is submitted
     newest = job_state(jobs[-1]) if jobs and ask and backend is not None else None
     alive = [
         j for j in jobs if ask and backend is not None and (found := job_state(j)) is not None and found.state in LIVE
     ]
     if state != "running" and alive and not (attempts and attempts[-1].get("final")):
         newest = job_state(alive[0])
-        state = (
-            newest.state
-            if newest is not None and (not attempts or newest.state == "pending")
-            else state
-            if attempts and state != "new"
-            else "running"
-        )
+        if newest is not None and (not attempts or newest.state == "pending"):
+            state = newest.state
+        elif attempts and attempts[-1]["next"] in GOES_ON:
+            state = "pending"  # between two attempts: this job hands over, or the next one is about to begin
     elif not attempts and jobs and newest is None and ask and backend is not None:
         state = "failed"
         cause = _cause("launch", "the scheduler does not know the job any more, and no attempt was begun")
@@ -138,6 +149,40 @@ def _one_status(folder: Path, base: Path, manifest: dict[str, Any], ask: bool, j
     }
 
 
+def _decision(folder: Path, number: int) -> dict[str, Any]:
+    """What an attempt decided when it was closed; nothing while it is open."""
+    record = book.read_json(str(Path(book.attempt_dir(str(folder), number)) / "attempt.json")) or {}
+    return record.get("decision") or {}
+
+
+def _files(where: Path) -> list[Path]:
+    """What lies in an attempt's folder, but for files that are just being written."""
+    return [p for p in where.glob("*") if not p.name.startswith(".") and p.suffix != ".tmp"]
+
+
+def _reached(folder: Path, attempts: list[dict[str, Any]]) -> tuple[str, dict[str, Any] | None]:
+    """State and cause of the last attempt, unless it changed nothing of what the run had reached before it.
+
+    The trainer's own word is ``state.json``: it says "running" from the first thing that an attempt does to a run, and "failed" where
+    that fails. Where it still says "finished", or says "stopped" while the ranks were refused (exit code 2), the run is what it was.
+    """
+    last = attempts[-1]
+    if last["state"] != "failed":
+        return last["state"], last["cause"]
+    own = (book.read_json(str(folder / "state.json")) or {}).get("state")
+    outcomes = book.ranked(book.attempt_dir(str(folder), last["number"]), "outcome").values()
+    refused = any(o.get("exit_code") == EXIT_REFUSED for o in outcomes)
+    earlier = {"finished": "done", "stopped": "stopped"}.get(own or "")
+    if earlier is None or len(attempts) == 1 or not (refused or earlier == "done"):
+        return last["state"], last["cause"]
+    why = (last["cause"] or {}).get("message") or "no reason is known"
+    told = _cause(
+        "refused" if refused else "unchanged",
+        f"attempt {last['number']} {'was refused' if refused else 'ended before it changed anything'}: {why}",
+    )
+    return earlier, told
+
+
 def _last_step(folder: Path, numbers: list[int]) -> int | None:
     if not numbers:
         return None
@@ -159,12 +204,20 @@ def _attempt(folder: Path, number: int, newest: bool, backend: Any, job_state: A
         if found is not None and found.state not in LIVE:
             scheduler = _remember(where, found, backend)
         if state is None:
+            # Asking takes a moment, in which the job may have closed the attempt and ended.
+            record = book.read_json(str(where / "attempt.json")) or record
+            state, cause, ended = record.get("state"), record.get("cause"), record.get("ended")
+        if state is None:
             if found is not None and found.state == "running" and newest:
                 state = "running"
             elif not record:
                 state, cause = _ours(where)
             else:
                 state, cause = _unclosed(where, record, found, scheduler, newest)
+    decision = record.get("decision") or {}
+    meant_to_go_on = newest and state in ("stopped", "failed") and decision.get("action") in GOES_ON
+    if meant_to_go_on and (scheduler or {}).get("state") == "cancelled":
+        state, cause = "cancelled", _cancelled(state, cause)  # nobody brings it back
     ranks = book.ranked(str(where), "outcome")
     count: dict[str, int] = {}
     for outcome in ranks.values():
@@ -173,7 +226,6 @@ def _attempt(folder: Path, number: int, newest: bool, backend: Any, job_state: A
     started = record.get("started")
     until = ended or _end(where, scheduler) or (time.time() if state == "running" else None)
     gpus = record.get("gpus") or 0
-    decision = record.get("decision") or {}
     return {
         "number": number,
         "state": state,
@@ -213,9 +265,7 @@ def _unclosed(
     kind = (scheduler or {}).get("state")
     if state == "stopped" and kind == "cancelled":
         # Ranks that were quick enough saved between the cancellation and the kill: the run is whole, but nobody brings it back.
-        step = (cause or {}).get("step")
-        saved = "" if step is None else f"; every rank had saved step {step}"
-        return "cancelled", _cause("cancelled", f"the job was cancelled{saved}", step=step)
+        return "cancelled", _cancelled(state, cause)
     if state in ("done", "stopped"):
         return state, cause
     if kind and kind != "running":
@@ -277,6 +327,13 @@ def _cause(
     return {"rank": rank, "node": node, "kind": kind, "message": message, "step": step}
 
 
+def _cancelled(state: str, cause: dict[str, Any] | None) -> dict[str, Any]:
+    """The scheduler cancelled the job; what its ranks had reached by themselves (``state``, ``cause``) is told too."""
+    step = (cause or {}).get("step")
+    saved = f"; every rank had saved step {step}" if state == "stopped" and step is not None else ""
+    return _cause("cancelled", f"the job was cancelled{saved}", step=step)
+
+
 def _scheduler_cause(job: Job, failed: list[str] | None) -> dict[str, Any] | None:
     node = failed[0] if failed else None
     match job.state:
@@ -291,7 +348,7 @@ def _scheduler_cause(job: Job, failed: list[str] | None) -> dict[str, Any] | Non
                 "time-limit", "the time limit was reached before the run had saved and stopped; ask for more --grace"
             )
         case "cancelled":
-            return _cause("cancelled", "the job was cancelled")
+            return _cancelled("", None)
         case "out-of-memory":
             return _cause("out-of-memory", "the node's memory limit was exceeded (the scheduler says OUT_OF_MEMORY)")
         case "preempted":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from pathlib import Path
 
 from aifactory_train.errors import RunFailed, UserError
@@ -18,6 +19,9 @@ PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel")
 
 #: Variables of the submitting shell that Slurm's commands need to find their cluster; all other SLURM_* and SBATCH_* are dropped.
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SLURM_JWT", "SLURM_CONF_SERVER")
+
+#: Seconds to wait after each time that the controller did not answer a question.
+ANSWER_PAUSES_S = (0.5, 2.0, 0.0)
 
 STATES = {
     "PENDING": "pending", "REQUEUED": "pending", "REQUEUE_HOLD": "pending", "REQUEUE_FED": "pending", "SPECIAL_EXIT": "pending",
@@ -239,8 +243,16 @@ def submit(run_dir: Path, *, test_only: bool = False) -> str:
 
 
 def query(job: str) -> Job | None:
-    """The job from ``scontrol`` (while it is remembered), else from ``sacct``; None where neither knows it."""
-    done = _run("scontrol", "show", "job", job, "--oneliner")
+    """The job from ``scontrol`` (while it is remembered), else from ``sacct``; None where neither knows it.
+
+    Raises :class:`RunFailed` where the controller does not answer and there is no accounting: that says nothing about the job.
+    """
+    for pause in ANSWER_PAUSES_S:
+        done = _run("scontrol", "show", "job", job, "--oneliner")
+        silent = done.returncode != 0 and "invalid job id" not in done.stderr.lower()
+        if not silent:
+            break
+        time.sleep(pause)
     if done.returncode == 0 and done.stdout.strip():
         fields = _fields(done.stdout.strip().splitlines()[-1])
         state = fields.get("JobState", "")
@@ -255,6 +267,11 @@ def query(job: str) -> Job | None:
             raw=state,
         )
     account = accounting(job)
+    if not account and silent:
+        raise RunFailed(
+            f"Slurm does not tell about job {job}: {' '.join(done.stderr.split())[:300]}",
+            fix="ask again later; 'aifactory status --offline' looks at the files alone",
+        )
     if not account:
         return None
     state = account["State"].split()[0].rstrip("+")

@@ -32,19 +32,20 @@ class Peers:
 
     def max(self, value: int) -> int:
         self.count += 1
+        timeout = self.timeout if self.count > 1 else 120  # ranks do not start at once
         mine = self.folder / f"{self.count}-{self.rank}"
         beside = self.folder / f".{self.rank}.tmp"
         beside.write_text(str(value))
         beside.rename(mine)
-        end = time.time() + self.timeout
+        end = time.time() + timeout
         best = value
         for other in range(self.world):
             path = self.folder / f"{self.count}-{other}"
             while not path.exists():
-                if (self.folder.parent / f"exit-{other}.json").exists():
+                if (self.folder.parent / f"exit-{other}.json").exists() and not path.exists():
                     raise RuntimeError(f"[gloo] Connection closed by peer (rank {other})")
                 if time.time() > end:
-                    raise RuntimeError(f"[gloo] Timed out waiting {self.timeout} s for rank {other}")
+                    raise RuntimeError(f"[gloo] Timed out waiting {timeout} s for rank {other}")
                 time.sleep(0.02)
             best = max(best, int(path.read_text()))
         return best
@@ -104,6 +105,9 @@ def train(args, folder, rank, world, write, outcome, state):
     done = sorted(int(p.parent.name[5:]) for p in checkpoints.glob("step-*/COMPLETE"))
     step = done[-1] if done else 0
     steps, pace = int(os.environ.get("FAKE_STEPS", "6")), float(os.environ.get("FAKE_PACE", "0.1"))
+    # Seconds before --stop-at at which it stops; only in the attempt that FAKE_ATTEMPT names.
+    asked_for = args.attempt == int(os.environ.get("FAKE_ATTEMPT", args.attempt))
+    lead = float(os.environ.get("FAKE_LEAD", "3")) if asked_for else 3
     fail = [tuple(item.split(":")) for item in os.environ.get("FAKE_FAIL", "").split(",") if item]
     print(f"rank {rank}/{world} node {os.environ.get('SLURMD_NODENAME')} from step {step}", flush=True)
     for name in os.environ.get("FAKE_PRINT", "").split(","):
@@ -125,11 +129,7 @@ def train(args, folder, rank, world, write, outcome, state):
         )
         time.sleep(pace)
         for who, when, how in fail:
-            if (
-                int(who) == rank
-                and int(when) == step
-                and args.attempt == int(os.environ.get("FAKE_ATTEMPT", args.attempt))
-            ):
+            if int(who) == rank and int(when) == step and asked_for:
                 if how == "raise":
                     raise ValueError(f"deliberate failure at step {step}")
                 if how == "kill":
@@ -146,7 +146,7 @@ def train(args, folder, rank, world, write, outcome, state):
         reason = (
             caught
             or ((args.run_dir / "stop").exists() and "stop file")
-            or (args.stop_at and time.time() > args.stop_at - float(os.environ.get("FAKE_LEAD", "3")) and "deadline")
+            or (args.stop_at and time.time() > args.stop_at - lead and "deadline")
         )
         if peers.max(int(bool(reason))):
             save(step)

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ NEVER = Restarts(time=0, node=0, crash=0, preempted=0)
 END = ("done", "stopped", "failed", "cancelled")
 
 
-def release(run: Path, seconds: float = 60) -> None:
+def release(run: Path, seconds: float = 120) -> None:
     """A requeued job is held for two minutes; the test does not wait for that."""
     end = time.time() + seconds
     while time.time() < end:
@@ -35,6 +36,19 @@ def release(run: Path, seconds: float = 60) -> None:
             return
         time.sleep(0.3)
     raise AssertionError("the job did not come back to the queue")
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, f"not after {seconds} s: {what}"
+        time.sleep(0.2)
+
+
+def working(run: Path, attempt: int = 1) -> None:
+    """Wait until rank 0 of an attempt makes steps."""
+    beat = run / "attempts" / f"{attempt:03d}" / "alive-0.json"
+    wait_until(beat.exists, f"no heartbeat in {beat}")
 
 
 def env(**values: object) -> tuple[tuple[str, str], ...]:
@@ -120,9 +134,10 @@ def test_killed_rank_is_started_again_by_a_chained_job_and_finishes(cluster, lab
 def test_exception_is_not_repeated(cluster, lab_system, plain_recipe, tmp_path):
     run = tmp_path / "run"
     submitted(fake_request(plain_recipe, run, env=env(FAKE_FAIL="0:1:raise")), lab_system)
-    found = wait_for(run, "failed", seconds=60)
-    time.sleep(2)
-    assert len(follow.status_of(run)["attempts"]) == 1
+    found = wait_for(run, "failed", seconds=120)
+    slurm, (job,) = backends.get("slurm"), runs.jobs_of(run)
+    wait_until(lambda: slurm.query(job).state not in ("pending", "running"), "the job does not end")
+    assert runs.jobs_of(run) == [job] and len(follow.status_of(run)["attempts"]) == 1
     assert "would fail again" in found["attempts"][0]["why"]
 
 
@@ -131,19 +146,24 @@ def test_time_limit_saves_and_goes_on(cluster, lab_system, plain_recipe, tmp_pat
     """The deadline stops the ranks; the job goes on by requeue (same id) or by a new job, from the saved step."""
     run = tmp_path / "run"
     request = fake_request(
-        plain_recipe, run, resubmit=how, time_s=120, grace_s=15, env=env(FAKE_STEPS=60, FAKE_PACE=0.25, FAKE_LEAD=108)
+        plain_recipe,
+        run,
+        resubmit=how,
+        time_s=120,
+        grace_s=15,
+        env=env(FAKE_STEPS=400, FAKE_PACE=0.25, FAKE_LEAD=108, FAKE_ATTEMPT=1),
     )
     submitted(request, lab_system)
     if how == "requeue":
-        wait_for(run, "stopped", "pending", "done", seconds=60, attempts=1)
+        wait_for(run, "stopped", "pending", "done", seconds=150, attempts=1)
         release(run)
-    found = wait_for(run, "running", "done", seconds=60, attempts=2)
+    found = wait_for(run, "running", "done", seconds=150, attempts=2)
     first, second = found["attempts"][:2]
     assert first["state"] == "stopped" and first["next"] == how
     assert second["step_from"] == first["step_to"] > 0
     assert (second["job"] == first["job"]) is (how == "requeue")
     follow.stop(run, cancel=True)
-    assert wait_for(run, "cancelled", seconds=60)["cause"]["kind"] == "cancelled"
+    assert wait_for(run, "cancelled", seconds=120)["cause"]["kind"] == "cancelled"
 
 
 def test_warning_signal_alone_stops_in_time(cluster, lab_system, plain_recipe, tmp_path):
@@ -168,9 +188,8 @@ def test_lost_node(cluster, lab_system, plain_recipe, tmp_path):
     run = tmp_path / "run"
     base = Path(cluster["SLURM_CONF"]).parent.parent
     submitted(fake_request(plain_recipe, run, env=env(FAKE_STEPS=400, FAKE_PACE=0.2)), lab_system)
-    found = wait_for(run, "running", seconds=60, attempts=1)
-    while not (run / "attempts" / "001" / "alive-0.json").exists():
-        time.sleep(0.2)
+    found = wait_for(run, "running", seconds=120, attempts=1)
+    working(run)
     victim = found["attempts"][0]["nodes"][-1]
     os.kill(int((base / "run" / f"slurmd-{victim}.pid").read_text()), signal.SIGKILL)
     try:
@@ -179,48 +198,45 @@ def test_lost_node(cluster, lab_system, plain_recipe, tmp_path):
         cause = status["cause"] or status["attempts"][0]["cause"]
         assert cause["kind"] == "node-failure" and cause["node"] == victim, status
         release(run)
-        again = wait_for(run, "running", seconds=60, attempts=2)
+        again = wait_for(run, "running", seconds=120, attempts=2)
         assert victim not in again["attempts"][1]["nodes"]
         first = again["attempts"][0]
         assert first["cause"]["kind"] == "node-failure" and first["cause"]["node"] == victim, first
         follow.stop(run, cancel=True)
-        wait_for(run, "cancelled", seconds=60)
+        wait_for(run, "cancelled", seconds=120)
     finally:
         subprocess.run(["slurmd", "-N", victim], check=True)
-        end = time.time() + 60
-        while (
-            time.time() < end
-            and "idle"
-            not in subprocess.run(
-                ["sinfo", "-h", "-N", "-n", victim, "-o", "%T"], capture_output=True, text=True
-            ).stdout
-        ):
-            time.sleep(0.5)
+        ask = ["sinfo", "-h", "-p", "main", "-n", victim, "-o", "%T"]
+        wait_until(
+            lambda: subprocess.run(ask, capture_output=True, text=True).stdout.strip() == "idle",
+            f"{victim} is not back",
+        )
 
 
 def test_cancel_by_the_scheduler_and_by_us(cluster, lab_system, plain_recipe, tmp_path):
     run = tmp_path / "run"
     submitted(fake_request(plain_recipe, run, env=env(FAKE_STEPS=400)), lab_system)
-    wait_for(run, "running", seconds=60, attempts=1)
+    wait_for(run, "running", seconds=120, attempts=1)
     subprocess.run(["scancel", runs.jobs_of(run)[0]], check=True)
-    found = wait_for(run, "cancelled", seconds=60)
+    found = wait_for(run, "cancelled", seconds=120)
     assert found["cause"]["kind"] == "cancelled", found
     assert json.loads((run / "attempts" / "001" / "scheduler.json").read_text())["state"] == "cancelled"
 
 
 def test_stop_saves_and_does_not_come_back_until_resumed(cluster, lab_system, plain_recipe, tmp_path, cli):
     run = tmp_path / "run"
-    submitted(fake_request(plain_recipe, run, env=env(FAKE_STEPS=30, FAKE_PACE=0.2)), lab_system)
-    wait_for(run, "running", seconds=60, attempts=1)
-    while not (run / "attempts" / "001" / "alive-0.json").exists():
-        time.sleep(0.2)
-    code, out, _ = cli("stop", run, "--wait", "60", "--json")
+    submitted(fake_request(plain_recipe, run, env=env(FAKE_STEPS=400, FAKE_PACE=0.2)), lab_system)
+    wait_for(run, "running", seconds=120, attempts=1)
+    working(run)
+    code, out, _ = cli("stop", run, "--wait", "120", "--json")
     assert code == 0 and json.loads(out)["state"] == "stopped"
     found = follow.status_of(run)
     assert found["attempts"][0]["final"] and found["step"] > 0
+    environment = run / "submission" / "environment"
+    environment.write_bytes(environment.read_bytes().replace(b"FAKE_STEPS=400", b"FAKE_STEPS=%d" % (found["step"] + 4)))
     code, out, err = cli("launch", "--resume", run, "--json")
     assert code == 0, err
-    found = wait_for(run, "done", seconds=60, attempts=2)
+    found = wait_for(run, "done", seconds=120, attempts=2)
     assert found["attempts"][1]["step_from"] == found["attempts"][0]["step_to"]
     code, out, _ = cli("status", run, "--json")
     shown = json.loads(out)
@@ -237,7 +253,7 @@ def test_array_runs_each_setting(cluster, lab_system, plain_recipe, tmp_path):
         plain_recipe, run, nodes=1, gpus_per_node=1, array=(("train.seed", ("1", "2", "3")),), env=env(FAKE_FAIL="")
     )
     submitted(request, lab_system)
-    found = wait_for(run, "done", "failed", seconds=90)
+    found = wait_for(run, "done", "failed", seconds=150)
     assert found["state"] == "done" and len(found["tasks"]) == 3
     for i in range(3):
         text = (run / f"{i:03d}" / "submission" / "recipe.yaml").read_text()
@@ -250,12 +266,10 @@ def test_links_queued_at_once_stop_when_the_run_is_done(cluster, lab_system, pla
     sub = prepared(fake_request(plain_recipe, run, chain=1), lab_system)
     slurm = backends.get("slurm")
     runs.remember_jobs(run, [slurm.submit(sub.run_dir), slurm.submit(sub.run_dir)])
-    wait_for(run, "done", seconds=60)
+    wait_for(run, "done", seconds=120)
     second = runs.jobs_of(run)[1]
-    end = time.time() + 60
-    while (job := slurm.query(second)) is not None and job.state in ("pending", "running") and time.time() < end:
-        time.sleep(0.3)
-    assert job is not None and job.state == "done"
+    wait_until(lambda: slurm.query(second).state not in ("pending", "running"), "the second link does not end")
+    assert slurm.query(second).state == "done"
     assert len(follow.status_of(run)["attempts"]) == 1
 
 
@@ -273,7 +287,7 @@ def test_inherited_variables_do_not_change_the_job(cluster, lab_system, plain_re
         fake_request(plain_recipe, run, nodes=1, env=env(FAKE_PRINT="SLURM_CPU_BIND,SLURM_WAIT,SLURM_JOB_PARTITION")),
         lab_system,
     )
-    assert wait_for(run, *END, seconds=60)["state"] == "done"
+    assert wait_for(run, *END, seconds=120)["state"] == "done"
     text = (run / "attempts" / "001" / "rank-0.log").read_text()
     assert "SLURM_JOB_PARTITION='main'" in text and "mask_cpu:0x1" not in text
 

@@ -5,7 +5,9 @@ This proves that script, rules and profile are consistent; it does not prove tha
 
 from __future__ import annotations
 
+import re
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,10 +66,15 @@ class Judge:
             return list(pool.map(self.one, paths))
 
     def one(self, path: Path) -> tuple[bool, str]:
-        done = subprocess.run(
-            ["sbatch", "--test-only", str(path)], env=self.env, capture_output=True, text=True, timeout=60
-        )
-        return done.returncode == 0, " ".join(done.stderr.split())
+        """Whether it was accepted, and what was said; a controller that is too busy to judge is asked again."""
+        for _ in range(5):
+            done = subprocess.run(
+                ["sbatch", "--test-only", str(path)], env=self.env, capture_output=True, text=True, timeout=60
+            )
+            if done.returncode == 0 or not re.search("unable to contact|timed out|connection", done.stderr, re.I):
+                return done.returncode == 0, " ".join(done.stderr.split())
+            time.sleep(1)
+        raise RuntimeError(f"the twin does not answer: {done.stderr}")
 
 
 @pytest.mark.parametrize("system_id", SLURM)

@@ -52,7 +52,7 @@ def free_port_block(size: int) -> int:
 
 def _run(script: str, *args: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(HERE / script), *args], env=env, text=True, capture_output=True, timeout=120, stdin=subprocess.DEVNULL
+        [str(HERE / script), *args], env=env, text=True, capture_output=True, timeout=300, stdin=subprocess.DEVNULL
     )
 
 
