@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--site-file", metavar="FILE", type=Path, help="overlay with corrections and your own values")
     parser.add_argument("--nodes", metavar="N", default="1", help="number of nodes, or 'auto' (default 1)")
     parser.add_argument("--gpus-per-node", metavar="N", type=int, help="default: all of a node")
-    parser.add_argument("--partition", metavar="P", help="default: the site's")
-    parser.add_argument("--qos", metavar="Q")
+    parser.add_argument("--partition", metavar="P", help="default: your overlay's, else the site's")
+    parser.add_argument("--qos", metavar="Q", help="default: your overlay's, else the partition's")
     parser.add_argument(
         "--deadline", metavar="H", type=float, help="with --nodes auto: hours in which the run has to finish"
     )
@@ -89,8 +89,8 @@ def build(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         system,
         nodes,
         gpus_per_node=args.gpus_per_node,
-        partition=args.partition,
-        qos=args.qos,
+        partition=args.partition or system.user.partition,
+        qos=args.qos or (system.user.qos if system.user.qos in system.qos else None),
         deadline_hours=args.deadline,
         budget_gpu_hours=args.budget,
         tokens=args.tokens,

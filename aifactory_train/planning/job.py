@@ -173,6 +173,10 @@ class Job:
     accumulates_whole: bool = False
     overlaps: bool = True  # collectives run beside computation (our DeepSpeed JSON switches its overlap off)
     zero_bucket: float = 5e7  # elements of DeepSpeed's gradient and gather buckets; its own default is ten times ours
+    judged: bool = (
+        False  # a preference loss of whole answers: backward makes the logits again (methods/preference_loss.py)
+    )
+    scored: float = 0.0  # forward passes over the step's positions without a backward (KTO's exchanged answers: 1)
 
     def __post_init__(self) -> None:
         if self.checkpointing not in CHECKPOINTING:

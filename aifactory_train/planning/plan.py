@@ -48,7 +48,8 @@ class Totals:
     gpus: int
     candidate: Candidate
     steps: int | None
-    hours: float | None
+    hours: float | None  # the reference's pass included
+    reference_s: float = 0.0  # scoring the run's rows before the first step (methods.preference)
 
     @property
     def gpu_hours(self) -> float | None:
@@ -62,32 +63,40 @@ def make(request: Request) -> tuple[dict[str, Any], Job]:
     system, recipe = request.system, request.recipe
     require_usable(system)
     gpu, links = machine.gpu_of(system), machine.links_of(system)
-    per_node = request.gpus_per_node or links.gpus_per_node
+    per_node = links.gpus_per_node if request.gpus_per_node is None else request.gpus_per_node
     if not 1 <= per_node <= links.gpus_per_node:
         raise UserError(
             f"a node of {system.name} has {links.gpus_per_node} GPUs, {per_node} are asked for", where="--gpus-per-node"
         )
+    links = replace(links, gpus_per_node=per_node)  # ranks beyond these are on other nodes
     constants = Constants.load()
     work = search.workload(recipe, request.shape, request.size.document, request.size.supervised)
     fixed = search.fixed_by(recipe, request.given)
     host = machine.host_memory_gib(system)
     place = _partition(request)
+    steps = _steps(request, work)
+    most = _site_nodes(request, place, per_node)
+
+    def tried(nodes: int) -> tuple[Totals, list[Candidate]]:
+        """The best configuration on so many nodes, and all that fit."""
+        world = nodes * per_node
+        best, every = search.search(work, gpu, links, world, fixed, constants, host, most * per_node if most else None)
+        before = 0.0
+        if steps is not None and work.reference_passes:
+            before = _reference_steps(request, work, steps) * search.reference_seconds(best, work, constants)
+        hours = None if steps is None else (steps * best.step + before) / 3600
+        return Totals(nodes, world, best, steps, hours, before), every
 
     def totals(nodes: int) -> Totals:
-        world = nodes * per_node
-        chosen, _ = search.search(work, gpu, links, world, fixed, constants, host)
-        steps = _steps(request, work)
-        return Totals(nodes, world, chosen, steps, None if steps is None else steps * chosen.step / 3600)
+        return tried(nodes)[0]
 
     reasons: list[str] = []
     nodes = request.nodes if request.nodes is not None else _auto(request, work, per_node, place, totals, reasons)
     _check_limits(request, place, nodes, per_node)
-    world = nodes * per_node
-    chosen, fitting = search.search(work, gpu, links, world, fixed, constants, host)
-    steps = _steps(request, work)
-    run = Totals(nodes, world, chosen, steps, None if steps is None else steps * chosen.step / 3600)
+    run, fitting = tried(nodes)
+    chosen = run.candidate
     curve = _curve(nodes, totals, run, place, request)
-    reasons += _reasons(request, work, gpu, links, chosen, fitting, fixed)
+    reasons += _reasons(request, work, gpu, links, run, fitting, fixed)
     reasons += _slower(run, curve, work)
     reasons += _limits_of_time(run, place, request)
     return _as_dict(request, work, gpu, run, fitting, reasons, curve, constants, place), chosen.job
@@ -119,16 +128,18 @@ def _check_limits(request: Request, place: str | None, nodes: int, per_node: int
         raise UserError(broken, where="--nodes", fix="fewer nodes, or another --partition or --qos of the site")
 
 
+def _site_nodes(request: Request, place: str | None, per_node: int) -> int | None:
+    """The largest number of nodes of a job that the site publishes."""
+    found = [request.system.node.count]
+    if place is not None:
+        found.append(request.system.limits(place, request.qos, per_node)["max_nodes"])
+    return min((n for n in found if n), default=None)
+
+
 def _most_nodes(request: Request, place: str | None, work: Workload, per_node: int) -> int:
     """The largest number of nodes that the site and the size of a step allow."""
-    limits: list[float] = [4096 // per_node, max(1, math.floor(work.step_rows + 1e-9) // per_node)]
-    if place is not None:
-        most = request.system.limits(place, request.qos)["max_nodes"]
-        if most:
-            limits.append(most)
-    if request.system.node.count:
-        limits.append(request.system.node.count)
-    return max(1, int(min(limits)))
+    limits = [search.MOST_RANKS // per_node, math.floor(work.step_rows + 1e-9) // per_node]
+    return max(1, min(*limits, _site_nodes(request, place, per_node) or limits[0]))
 
 
 def _auto(request: Request, work: Workload, per_node: int, place: str | None, totals: Any, reasons: list[str]) -> int:
@@ -191,7 +202,7 @@ def _auto(request: Request, work: Workload, per_node: int, place: str | None, to
 def _curve(nodes: int, totals: Any, run: Totals, place: str | None, request: Request) -> list[Totals]:
     """The same run on 1, 2, 4, … nodes up to twice as many, at most seven counts; counts that fit nothing are left out."""
     counts, n = [], 1
-    limit = request.system.limits(place, request.qos)["max_nodes"] if place else request.system.node.count
+    limit = _site_nodes(request, place, run.gpus // run.nodes)
     while n <= min(2 * nodes, limit or 2 * nodes):
         counts.append(n)
         n *= 2
@@ -209,24 +220,38 @@ def _curve(nodes: int, totals: Any, run: Totals, place: str | None, request: Req
 
 def _steps(request: Request, work: Workload) -> int | None:
     """Optimizer steps of the whole run, or ``None`` where the size is not known and no maximum is set."""
-    train, size = request.recipe.train, request.size
-    if size.tokens is None:
+    train = request.recipe.train
+    epoch = _steps_of_epoch(request, work)
+    if epoch is None:
         return train.max_steps
-    if work.by_rows and size.rows is not None:
-        steps = math.ceil(train.epochs * size.rows / work.step_rows)
-    else:
-        steps = math.ceil(train.epochs * size.tokens / work.step_tokens)
-    steps = max(1, steps)
+    whole = math.floor(train.epochs)  # steps do not span epochs (data/sampler.py)
+    steps = max(1, whole * epoch + math.ceil((train.epochs - whole) * epoch))
     return min(steps, train.max_steps) if train.max_steps else steps
+
+
+def _steps_of_epoch(request: Request, work: Workload) -> int | None:
+    size = request.size
+    if size.tokens is None:
+        return None
+    if work.by_rows and size.rows is not None:
+        return math.ceil(size.rows / work.step_rows)
+    return math.ceil(size.tokens / work.step_tokens)
+
+
+def _reference_steps(request: Request, work: Workload, steps: int) -> int:
+    """The reference scores each row once that the run comes by: so many steps' worth."""
+    epoch = _steps_of_epoch(request, work)
+    return steps if epoch is None else min(steps, epoch)
 
 
 # ---- reasons
 
 
 def _reasons(
-    request: Request, work: Workload, gpu: Gpu, links: Links, chosen: Candidate, fitting: list[Candidate], fixed: Fixed
+    request: Request, work: Workload, gpu: Gpu, links: Links, run: Totals, fitting: list[Candidate], fixed: Fixed
 ) -> list[str]:
-    job, capacity = chosen.job, memory.capacity(chosen.job) or 0.0
+    chosen, job = run.candidate, run.candidate.job
+    capacity = memory.capacity(job) or 0.0
     lines: list[str] = []
     layout = job.layout
 
@@ -311,6 +336,7 @@ def _reasons(
         f"memory: {chosen.memory.total:.1f} of {capacity:.1f} GiB, {margin:.1f} GiB to spare, in the worst-case micro-batch "
         f"(a plan keeps {100 * search.MARGIN:.0f} % free)"
     )
+    lines += _of_preference(work, run)
     lines.append(f"dimensions: {work.shape.source or work.shape.name} ({work.shape.confidence or 'given'})")
     lines.append(f"size: {request.size.source}")
     if request.size.document is None:
@@ -328,6 +354,21 @@ def _reasons(
     if gpu.power_cap_w:
         lines.append(f"power: capped at {gpu.power_cap_w:.0f} W by the site")
     return lines
+
+
+def _of_preference(work: Workload, run: Totals) -> list[str]:
+    """What a preference method adds to a step, and before the first one."""
+    if work.preference is None:
+        return []
+    parts = []
+    if work.row_documents == 2:
+        parts.append("a row is a pair, two documents that are never divided")
+    if work.scored:
+        parts.append("every step scores its questions with exchanged answers, one forward pass more")
+    if work.reference_passes:
+        known = f"{run.reference_s / 3600:.3g} h" if run.steps is not None else "time unknown"
+        parts.append(f"the reference is computed once before the first step ({known}); no second model is held")
+    return [f"preference: {work.preference}, {'; '.join(parts)}"]
 
 
 def _slower(run: Totals, curve: list[Totals], work: Workload) -> list[str]:
@@ -383,12 +424,12 @@ def _as_dict(
         recomputed=timing.recomputed_share(job),
         supervised=work.supervised,
     )
+    executed = per_token.executed + timing.executed_beside(job, work.document, work.supervised)
     peak = (gpu.bf16_tflops or 0) * 1e12
     watts = min(w for w in (gpu.tdp_w, gpu.power_cap_w) if w) * POWER_SHARE if gpu.tdp_w else None
     kwh = run.gpu_hours * watts / 1000 if run.gpu_hours is not None and watts else None
     pue, grid = system.energy.pue, system.energy.grid_g_co2_per_kwh
     price, allocation = system.user.price_per_gpu_hour, system.user.budget_gpu_hours
-    shards = job.layout.shard if job.layout.shard > 1 else 1
     return {
         "recipe": request.recipe.id,
         "base": work.shape.name,
@@ -401,7 +442,7 @@ def _as_dict(
         "nodes": run.nodes,
         "gpus": run.gpus,
         "engine": "ddp" if job.layout.engine == "single" else job.layout.engine,
-        "mesh": {"replicate": job.layout.world // shards, "shard": shards},
+        "mesh": {"replicate": job.layout.replicas, "shard": job.layout.shard},
         "micro_batch": int(job.micro_batch),
         "micro_batch_tokens": int(job.tokens),
         "sequence_length": job.sequence,
@@ -421,6 +462,9 @@ def _as_dict(
         "step_seconds": {k: round(v, 6) for k, v in vars(chosen.times).items()} | {"total": round(chosen.step, 6)},
         "step_tokens": round(work.step_tokens, 1),
         "steps": run.steps,
+        "reference_hours": _rounded(run.reference_s / 3600)
+        if work.reference_passes and run.steps is not None
+        else None,
         "hours": _rounded(run.hours),
         "gpu_hours": _rounded(run.gpu_hours),
         "gpu_hours_interval": None
@@ -433,8 +477,8 @@ def _as_dict(
         else {"amount": round(price * run.gpu_hours, 2), "currency": system.user.currency},
         "allocation_share": _rounded(run.gpu_hours / allocation) if allocation and run.gpu_hours is not None else None,
         "mfu": _rounded(mid * per_token.model / peak),
-        "hfu": _rounded(mid * per_token.executed / peak),
-        "flops_per_token": {"model": per_token.model, "executed": per_token.executed},
+        "hfu": _rounded(mid * executed / peak),
+        "flops_per_token": {"model": per_token.model, "executed": executed},
         "size": {"tokens_per_epoch": request.size.tokens, "source": request.size.source},
         "overrides": search.overrides(chosen, work),
         "settings": settings.of(job),

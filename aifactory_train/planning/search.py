@@ -30,6 +30,13 @@ MARGIN = 0.05
 #: The simpler engine first.
 SIMPLICITY = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+#: GPUs of the largest plan.
+MOST_RANKS = 4096
+
+
+def documents_of_a_row(preference: str | None) -> int:
+    """Documents of a row of training data, by ``methods.preference.kind``: a pair has two."""
+    return 2 if preference in ("dpo", "orpo") else 1
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Workload:
     shape: Shape
     sequence: int
     step_tokens: float  # token positions of one optimizer step over all ranks
-    step_rows: float  # documents of one step
+    step_rows: float  # rows of one step: documents, or pairs of them
     document: float  # mean tokens of a document
     supervised: float
     method: str
@@ -50,10 +57,26 @@ class Workload:
     bytes: Bytes
     kernels: str  # auto | on | off
     loss_chunk: int | None
-    by_rows: bool  # the step is a number of documents (else of tokens)
+    by_rows: bool  # the step is a number of rows (else of tokens)
+    preference: str | None = None  # methods.preference.kind
+
+    @property
+    def row_documents(self) -> int:
+        """Documents of one row, which are never divided: a pair's two answers (DPO, IPO, ORPO), else one."""
+        return documents_of_a_row(self.preference)
+
+    @property
+    def scored(self) -> float:
+        """Forward passes over a step without a backward: KTO scores each question with another one's answer."""
+        return 1.0 if self.preference == "kto" else 0.0
+
+    @property
+    def reference_passes(self) -> int:
+        """Forward passes over the run's documents before the first step; KTO's also over the exchanged answers."""
+        return {"dpo": 1, "kto": 2}.get(self.preference or "", 0)
 
     def busiest(self, world: int) -> float:
-        """Positions of the rank that has most of a step: documents are whole, and the others wait for it."""
+        """Positions of the rank that has most of a step: rows are whole, and the others wait for it."""
         if self.by_rows:
             return math.ceil(self.step_rows / world - 1e-9) * self.step_tokens / self.step_rows
         return self.step_tokens / world
@@ -123,7 +146,8 @@ def workload(recipe: Recipe, shape: Shape, document: float | None, supervised: f
             fix=f"--set data.sequence_length={shape.max_positions}",
         )
     mean = min(document or data.sequence_length, data.sequence_length)
-    per_row = data.sequence_length if data.batching == "padded" else mean
+    preference = recipe.methods.preference.kind if recipe.methods.preference else None
+    per_row = documents_of_a_row(preference) * (data.sequence_length if data.batching == "padded" else mean)
     if train.batch_tokens:
         tokens, rows = float(train.batch_tokens), train.batch_tokens / per_row
     else:
@@ -153,6 +177,7 @@ def workload(recipe: Recipe, shape: Shape, document: float | None, supervised: f
         kernels=recipe.kernels.enabled,
         loss_chunk=train.loss_chunk_tokens,
         by_rows=train.batch_tokens is None,
+        preference=preference,
     )
 
 
@@ -160,13 +185,12 @@ def _bytes(recipe: Recipe) -> Bytes:
     """The precision policy (see ``model.choose_precision``): fp32 master and moments, bf16 arithmetic, unless the recipe differs."""
     p, train = recipe.precision, recipe.train
     size = {"fp32": 4, "bf16": 2}
-    for key in ("compute", "frozen"):
-        if getattr(p, key) == "fp32" and key == "compute":
-            raise UserError(
-                "the planner's speed figures are for bf16 arithmetic",
-                where="precision.compute",
-                fix="--set precision.compute=bf16 (or auto)",
-            )
+    if p.compute == "fp32":
+        raise UserError(
+            "the planner's speed figures are for bf16 arithmetic",
+            where="precision.compute",
+            fix="--set precision.compute=bf16 (or auto)",
+        )
     master = size.get(p.parameters, 4)
     if train.optimizer == "sgd":
         moments = master if train.momentum else 0
@@ -302,6 +326,8 @@ def candidates(
                         accumulates_whole=True,
                         overlaps=not layout.deepspeed,
                         compiled=compiled,
+                        judged=work.preference is not None,
+                        scored=work.scored,
                     )
                     yield Counted(job, memory.predict(job))
 
@@ -315,18 +341,28 @@ def timed(counted: Counted, work: Workload, constants: Constants) -> Candidate:
     return Candidate(job, counted.memory, times, work.step_tokens / world / times.step)
 
 
+def reference_seconds(candidate: Candidate, work: Workload, constants: Constants) -> float:
+    """Seconds that scoring one step's worth of rows takes before the first step: what a forward pass more would add to a step, times
+    the passes of the method (:attr:`Workload.reference_passes`)."""
+    job = replace(candidate.job, scored=candidate.job.scored + 1)
+    once = timed(Counted(job, candidate.memory), work, constants).step - candidate.step
+    return work.reference_passes * once
+
+
 def _micro_batches(work: Workload, per_rank: float, fixed: Fixed) -> Iterator[tuple[float, int]]:
-    """``(sequences, accumulation)``: as many micro-batches as the rank's share of a step needs."""
-    share = per_rank / work.sequence
+    """``(sequences, accumulation)``: as many micro-batches as the rank's share of a step needs. None is smaller than a row."""
+    share, least = per_rank / work.sequence, work.row_documents
     if fixed.grad_accum:
-        yield max(1.0, math.ceil(share / fixed.grad_accum)), fixed.grad_accum
+        yield float(max(least, math.ceil(share / fixed.grad_accum))), fixed.grad_accum
         return
     if fixed.micro_tokens:
-        micro = max(1.0, fixed.micro_tokens // work.sequence)
+        micro = float(max(least, fixed.micro_tokens // work.sequence))
         yield micro, max(1, math.ceil(share / micro))
         return
     for micro in MICRO_BATCHES:
-        if micro > 1 and micro >= 2 * share:
+        if micro < least:
+            continue
+        if micro > least and micro >= 2 * share:
             return  # larger than the whole share
         accumulation = max(1, math.ceil(share / micro - 1e-9))
         yield float(micro), accumulation
@@ -343,13 +379,14 @@ def best(found: list[Candidate]) -> Candidate:
 
 
 def check_batch(work: Workload, world: int) -> None:
-    """Refuse more ranks than a step has documents."""
+    """Refuse more ranks than a step has rows."""
     rows = math.floor(work.step_rows + 1e-9)
     if rows < world:
-        key = "train.batch_rows" if work.step_rows == round(work.step_rows) else "train.batch_tokens"
-        value = world if key == "train.batch_rows" else math.ceil(world * work.step_tokens / max(work.step_rows, 1e-9))
+        key = "train.batch_rows" if work.by_rows else "train.batch_tokens"
+        value = world if work.by_rows else math.ceil(world * work.step_tokens / max(work.step_rows, 1e-9))
+        what = "pair" if work.row_documents == 2 else "document"
         raise UserError(
-            f"a step of {max(rows, 1)} document(s) cannot be divided over {world} GPUs",
+            f"a step of {max(rows, 1)} {what}(s) cannot be divided over {world} GPUs",
             where=key,
             fix=f"--set {key}={value} (this changes the training), or use fewer GPUs",
         )
@@ -363,8 +400,10 @@ def search(
     fixed: Fixed | None = None,
     constants: Constants | None = None,
     host_gib: float | None = None,
+    most_ranks: int | None = None,
 ) -> tuple[Candidate, list[Candidate]]:
-    """``(best, all that fit)`` for ``world`` ranks. Raises :class:`UserError` where nothing fits, with the smallest change that would."""
+    """``(best, all that fit)`` for ``world`` ranks. Raises :class:`UserError` where nothing fits, with the smallest change that would;
+    more than ``most_ranks`` are not proposed."""
     fixed, constants = fixed or Fixed(), constants or Constants.load()
     check_batch(work, world)
     # offload is for what fits in no other way
@@ -375,15 +414,21 @@ def search(
         possible = [c for c in offloaded if c.fits and _host_fits(c, links, host_gib)]
         every += offloaded
     if not every:
-        raise UserError(
-            f"no engine can be used with these settings on {world} rank(s)",
-            where="parallel.engine",
-            fix="--set parallel.engine=auto",
-        )
+        raise _no_engine(work, gpu, world, fixed)
     if not possible:
-        raise _does_not_fit(every, work, gpu, links, world, fixed, host_gib)
+        raise _does_not_fit(every, work, gpu, links, world, fixed, host_gib, most_ranks)
     fitting = [timed(c, work, constants) for c in possible]
     return best(fitting), fitting
+
+
+def _no_engine(work: Workload, gpu: Gpu, world: int, fixed: Fixed) -> UserError:
+    """The refusal where the settings leave no configuration at all."""
+    where, fix = "parallel.engine", "--set parallel.engine=auto"
+    if fixed.offload:
+        where, fix = "parallel.offload_optimizer", "--set parallel.offload_optimizer=false"
+        if not gpu.unified_memory and work.method != "qlora":
+            fix = f"--set parallel.engine=fsdp2 (ddp cannot offload), or {fix}"
+    return UserError(f"no engine can be used with these settings on {world} rank(s)", where=where, fix=fix)
 
 
 def _host_fits(candidate: Counted, links: Links, host_gib: float | None) -> bool:
@@ -404,13 +449,14 @@ def _does_not_fit(
     world: int,
     fixed: Fixed,
     host_gib: float | None,
+    most_ranks: int | None,
 ) -> UserError:
     """The refusal: by how much the leanest configuration misses, and the smallest changes that would make one fit."""
     leanest = min((c for c in every if _host_fits(c, links, host_gib)), key=lambda c: c.memory.total, default=every[0])
     over = max(
         ((n, v) for n, v in leanest.memory.as_dict().items() if n not in ("total", "host")), key=lambda item: item[1]
     )
-    fixes = changes_that_fit(work, gpu, links, world, fixed, host_gib)
+    fixes = changes_that_fit(work, gpu, links, world, fixed, host_gib, most_ranks)
     return UserError(
         f"{work.shape.name} ({work.method}) does not fit on {world} x {gpu.sku}: the leanest configuration "
         f"({leanest.job.layout.engine}, {leanest.job.checkpointing} checkpointing) needs {leanest.memory.total:.1f} GiB of "
@@ -423,7 +469,13 @@ def _does_not_fit(
 
 
 def changes_that_fit(
-    work: Workload, gpu: Gpu, links: Links, world: int, fixed: Fixed, host_gib: float | None
+    work: Workload,
+    gpu: Gpu,
+    links: Links,
+    world: int,
+    fixed: Fixed,
+    host_gib: float | None,
+    most_ranks: int | None = None,
 ) -> list[str]:
     """Single changes, the least intrusive first, each of which makes some configuration fit."""
 
@@ -438,14 +490,17 @@ def changes_that_fit(
     for key, open_ in (
         ("parallel.activation_checkpointing=full", replace(fixed, checkpointing=None)),
         ("parallel.engine=auto", replace(fixed, engine=None, shard_size=None)),
-        (f"train.micro_batch_tokens={work.sequence}", replace(fixed, micro_tokens=None, grad_accum=None)),
+        (
+            f"train.micro_batch_tokens={work.row_documents * work.sequence}",
+            replace(fixed, micro_tokens=None, grad_accum=None),
+        ),
         ("parallel.offload_optimizer=true", replace(fixed, offload=None)),
     ):
         if open_ != fixed and fits(work, world, open_):
             found.append(f"--set {key}")
-    ranks = world
-    while ranks < 4096:
-        ranks = links.gpus_per_node if ranks < links.gpus_per_node else ranks * 2
+    ranks, most = world, min(MOST_RANKS // links.gpus_per_node * links.gpus_per_node, most_ranks or MOST_RANKS)
+    while ranks < most:
+        ranks = links.gpus_per_node if ranks < links.gpus_per_node else min(ranks * 2, most)
         if work.step_rows >= ranks and fits(work, ranks, fixed):
             nodes = -(-ranks // links.gpus_per_node)
             found.append(f"--nodes {nodes} ({ranks} GPUs)")

@@ -30,7 +30,7 @@ def show(plan: dict[str, Any]) -> None:
         ["MFU / executed", f"{100 * plan['mfu']:.0f} % / {100 * plan['hfu']:.0f} % of the dense bf16 peak"],
         ["step", f"{plan['step_seconds']['total']:.3f} s for {plan['step_tokens']:.0f} tokens"],
         ["steps", _or_unknown(plan["steps"], "{:d}")],
-        ["time", _or_unknown(plan["hours"], "{:.4g} h")],
+        ["time", _or_unknown(plan["hours"], "{:.4g} h") + _reference(plan["reference_hours"])],
         ["GPU-hours", _or_unknown(plan["gpu_hours"], "{:.4g}") + _interval(plan["gpu_hours_interval"])],
         ["GPU energy", _or_unknown(plan["kwh"], "{:.4g} kWh (85 % of the nominal power, GPUs alone)")],
     ]
@@ -100,19 +100,19 @@ def show(plan: dict[str, Any]) -> None:
     out.print()
     out.print("To train with this plan:", style="bold")
     settings = " ".join(f"--set {key}={_yaml(value)}" for key, value in plan["overrides"].items())
-    out.print(f"  {settings}", markup=False)
+    out.print(f"  {settings}", markup=False, soft_wrap=True)  # one line, so that it can be copied
 
 
 def _yaml(value: Any) -> str:
-    return (
-        {True: "true", False: "false", None: "null"}.get(value, str(value))
-        if isinstance(value, bool | None)
-        else str(value)
-    )
+    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else str(value)
 
 
 def _or_unknown(value: Any, form: str) -> str:
     return "unknown (how much there is to train on is not known)" if value is None else form.format(value)
+
+
+def _reference(hours: float | None) -> str:
+    return "" if hours is None else f", of which {hours:.3g} h for the reference of the preference method"
 
 
 def _interval(value: dict[str, float] | None) -> str:

@@ -6,9 +6,10 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aifactory_train.config import cache_dir
+from aifactory_train.planning.search import documents_of_a_row
 
 if TYPE_CHECKING:
     from aifactory_train.config import Recipe
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Size:
-    """Tokens and documents of one epoch; ``None`` where nobody knows. ``source`` is a sentence for people."""
+    """Tokens and rows of one epoch, sources by their weight or share; ``None`` where nobody knows. ``source`` is a sentence for people."""
 
     tokens: float | None
-    rows: float | None
+    rows: float | None  # what ``train.batch_rows`` counts: documents, for pairs (methods.preference dpo, orpo) pairs
     document: float | None  # mean tokens of a document
     supervised: float | None  # share of the positions that carries loss
     source: str
@@ -30,15 +31,18 @@ def of_recipe(recipe: Recipe, tokens: float | None = None, *, data_overridden: b
     command line, so an earlier preparation of the recipe says nothing."""
     prepared = None if data_overridden else _prepared(recipe)
     if tokens is not None:
-        document = prepared.document if prepared else None
-        rows = tokens / document if document else None
-        return Size(tokens, rows, document, prepared.supervised if prepared else None, "--tokens")
+        if prepared is None or not prepared.tokens or not prepared.rows:
+            return Size(tokens, None, None, None, "--tokens")
+        rows = tokens * prepared.rows / prepared.tokens
+        return Size(tokens, rows, prepared.document, prepared.supervised, "--tokens")
     if prepared:
         return prepared
-    declared = [source.max_rows for source in recipe.data.train]
-    if declared and all(declared):
-        rows = float(sum((source.max_rows or 0) * source.weight for source in recipe.data.train))
-        length = recipe.data.sequence_length
+    own = [source for source in recipe.data.train if source.share is None]
+    if own and all(source.max_rows for source in own):
+        rows = sum((source.max_rows or 0) * source.weight for source in own)
+        length = documents_of_a_row(_preference(recipe)) * recipe.data.sequence_length
+        replayed = sum(source.share or 0.0 for source in recipe.data.train)
+        rows /= 1 - replayed
         return Size(
             rows * length,
             rows,
@@ -47,6 +51,10 @@ def of_recipe(recipe: Recipe, tokens: float | None = None, *, data_overridden: b
             f"max_rows of the recipe ({rows:.0f}), each taken to fill {length} tokens: an upper bound; 'aifactory prepare' counts them",
         )
     return Size(None, None, None, None, "unknown: run 'aifactory prepare', or give --tokens")
+
+
+def _preference(recipe: Recipe) -> str | None:
+    return recipe.methods.preference.kind if recipe.methods.preference else None
 
 
 def _prepared(recipe: Recipe) -> Size | None:
@@ -61,15 +69,49 @@ def _prepared(recipe: Recipe) -> Size | None:
             report = json.loads(path.read_text(encoding="utf-8"))["report"]
             train = report["sets"]["train"]
             tokens, documents, supervised = train["tokens"], train["documents"], train["supervised"]
-        except (OSError, ValueError, KeyError, TypeError):
+            if report.get("recipe") != recipe.id or not tokens or not documents:
+                continue
+            seen = _epoch(report.get("sources", []), float(tokens), float(documents), _preference(recipe))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
             continue  # written by another version: not this recipe's size
-        if report.get("recipe") != recipe.id or not tokens or not documents:
-            continue
+        told = f"{documents} documents, {tokens} tokens"
+        if abs(seen.tokens - tokens) > 0.5:
+            told += f"; by weights and shares of the sources {seen.tokens:.0f} tokens an epoch"
         return Size(
-            float(tokens),
-            float(documents),
-            tokens / documents,
+            seen.tokens,
+            seen.rows,
+            seen.tokens / seen.documents,
             supervised / tokens,
-            f"the prepared data {path.parent.name} in the cache ({documents} documents, {tokens} tokens)",
+            f"the prepared data {path.parent.name} in the cache ({told})",
         )
     return None
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    tokens: float
+    documents: float
+    rows: float
+
+
+def _epoch(sources: list[dict[str, Any]], tokens: float, documents: float, preference: str | None) -> _Epoch:
+    """What an epoch sees of ``tokens`` and ``documents`` of training rows (the rule is that of :class:`~aifactory_train.data.store.TokenDataset`).
+
+    The report counts each source before rows were held out or dropped; what is missing afterwards is taken from all sources alike,
+    but not from replayed ones, of which nothing is held out.
+    """
+    per_row = documents_of_a_row(preference)
+    own = [s for s in sources if s["role"] == "train" and s.get("share") is None]
+    replayed = [s for s in sources if s["role"] == "train" and s.get("share") is not None and s["tokens"]]
+    if not own:
+        return _Epoch(tokens, documents, documents / per_row)
+
+    def kept(key: str, left: float) -> float:
+        """Share of the own sources that was left for training."""
+        return (left - sum(s[key] for s in replayed)) / sum(s[key] for s in own)
+
+    own_tokens = kept("tokens", tokens) * sum(s["weight"] * s["tokens"] for s in own)
+    own_documents = kept("documents", documents) * sum(s["weight"] * s["documents"] for s in own)
+    total = own_tokens / (1 - sum(s["share"] for s in replayed))
+    again = sum(s["share"] * total * s["documents"] / s["tokens"] for s in replayed)
+    return _Epoch(total, own_documents + again, own_documents / per_row + again)

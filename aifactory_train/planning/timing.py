@@ -113,7 +113,7 @@ def pointwise_bytes(job: Job) -> float:
     act = glu["glu"] if shape.mlp == "gated" else glu["plain"]
 
     def passes(pair: tuple[int, int]) -> float:
-        return pair[0] * (1 + again) + pair[1]
+        return pair[0] * (1 + again + job.scored) + pair[1]
 
     total = shape.norms * shape.hidden * passes(norm["norm"]) + shape.ffn * passes(act)
     if not shape.learned_positions:
@@ -123,14 +123,15 @@ def pointwise_bytes(job: Job) -> float:
     if job.method != "full":
         # the adapter's small products and the addition of its output are bound by memory
         extra = job.adapter_parameters / max(1, shape.layers) / max(1, job.lora_rank)
-        total += 6.0 * extra
+        total += (6.0 + 2.0 * job.scored) * extra
     return e * total
 
 
 def logit_passes(job: Job) -> float:
     """Bytes that the loss moves per logit."""
     if job.loss_chunk is not None or job.stack.name == "fused":
-        return 8.0  # kept on chip as far as the row allows: three passes, see docs/planning.md
+        # kept on chip as far as the row allows: three passes, see docs/planning.md; 4 for logits that are made once more and only read
+        return 8.0 + 4.0 * (job.judged + job.scored)
     return 16.0 if job.compiled else 44.0
 
 
@@ -149,8 +150,8 @@ def collectives(job: Job) -> tuple[float, float]:
         # forward and backward gather the weights; gradients are reduce-scattered once a step, by ZeRO-3 for every micro-batch
         scatter = grads * b.reduce * share
         if layout.engine == "zero3":
-            return 2 * weights * share + scatter, 0.0
-        return 2 * weights * share, scatter
+            return (2 + job.scored) * weights * share + scatter, 0.0
+        return (2 + job.scored) * weights * share, scatter
     if layout.engine in ("zero1", "zero2"):
         gather = grads * b.compute * share  # the updated weights, once a step
         scatter = grads * b.reduce * share
@@ -167,6 +168,8 @@ def _rate(job: Job, constants: Constants, ranks: int) -> float:
     if ranks <= job.links.gpus_per_node:
         return _needed(inside, "in-node link bandwidth", job)
     across = (job.links.node_gb_s or 0) * 1e9 * constants.links
+    if job.links.gpus_per_node == 1:  # nothing travels inside a node
+        return _needed(across, "network bandwidth of a node", job)
     return min(_needed(inside, "in-node link bandwidth", job), _needed(across, "network bandwidth of a node", job))
 
 
@@ -191,13 +194,20 @@ def matrix_rate(job: Job, constants: Constants, tokens: float) -> float:
     return gpu.bf16_tflops * 1e12 * share * tokens / (tokens + constants.small)
 
 
+def executed_beside(job: Job, document: float, supervised: float) -> float:
+    """FLOPs per token that a preference method runs beside training's own (:func:`aifactory_train.flops.step`): forward passes without
+    a backward, and the output layer once more in backward."""
+    f = flops.forward(job.shape, document, adapter_parameters=job.adapter_parameters, supervised=supervised)
+    return job.scored * (f.linear + f.adapters + f.attention_causal) + (job.judged + job.scored) * f.head
+
+
 def kernel_launches(job: Job) -> float:
     """Kernels of one micro-batch. Per block and forward about 60 in eager code and 30 with fused or compiled blocks, 6 more for each
     adapter (counted in transformers' Llama and peft); backward launches 1.5 times as many, recomputation runs forward again."""
     targets = job.targets if isinstance(job.targets, str) else list(job.targets)
     adapters = 0 if job.method == "full" else sum(is_target(n, targets) for n in job.shape.linears())
     per_block = (60 if job.stack.name in ("eager", "native") else 30) + 6 * adapters
-    return job.shape.layers * per_block * (2.5 if job.checkpointing == "none" else 3.5)
+    return job.shape.layers * per_block * ((2.5 if job.checkpointing == "none" else 3.5) + job.scored)
 
 
 def attention_rate(job: Job, constants: Constants) -> float:
@@ -238,16 +248,21 @@ def predict(job: Job, constants: Constants | None = None) -> Times:
     linear = f.linear * ((3 if trains_base else 2) + again) + f.adapters * (
         3 + (1 if job.checkpointing == "full" else 0)
     )
+    linear += job.scored * (f.linear + f.adapters)
     matmul = tokens * linear / rate
-    head = f.head * (3 if trains_head(job) else 2)
+    head = f.head * ((3 if trains_head(job) else 2) + job.judged + job.scored)
     # selective checkpointing keeps attention's output and does not run it again
-    attention_flops = f.attention_causal * (3.5 + (1 if job.checkpointing == "full" else 0))
+    attention_flops = f.attention_causal * (3.5 + (1 if job.checkpointing == "full" else 0) + job.scored)
     attention = tokens * attention_flops / attention_rate(job, c)
     pointwise = tokens * shape.layers * pointwise_bytes(job) / bandwidth
     if job.method == "qlora":
         # every product unpacks its weight first, forward, backward and recomputation
         pointwise += (
-            shape.layers * shape.block_linear_parameters * (NF4_BYTES + 2 * job.bytes.compute) * (2 + again) / bandwidth
+            shape.layers
+            * shape.block_linear_parameters
+            * (NF4_BYTES + 2 * job.bytes.compute)
+            * (2 + again + job.scored)
+            / bandwidth
         )
     loss = tokens * (head / rate + job.supervised * shape.vocab * logit_passes(job) / bandwidth)
 
@@ -279,7 +294,9 @@ def predict(job: Job, constants: Constants | None = None) -> Times:
         # a rank's shard crosses the bus for every gather, and its gradients come back once
         frozen = job.frozen_parameters * (NF4_BYTES if job.method == "qlora" else job.bytes.frozen)
         shard = (frozen + job.trained_parameters * job.bytes.parameters) / job.layout.shard
-        host += (2 * micro * shard + job.trained_parameters * job.bytes.gradients / job.layout.shard) / BUS_BYTES_PER_S
+        host += (
+            (2 + job.scored) * micro * shard + job.trained_parameters * job.bytes.gradients / job.layout.shard
+        ) / BUS_BYTES_PER_S
 
     # a launch-bound step cannot run faster than its kernels are launched
     launches = kernel_launches(job) * c.launch_us * 1e-6

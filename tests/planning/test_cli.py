@@ -158,3 +158,23 @@ def test_prepared_data_give_the_size(recipe, tmp_path, monkeypatch):
     (folder / "prepared.json").write_text("{", encoding="utf-8")
     found = json.loads(run(recipe, "--site", "leonardo-booster", "--nodes", "4", "--json").stdout)
     assert found["hours"] is None and "unknown" in found["size"]["source"]
+
+
+def test_the_settings_can_be_copied_as_one_line(recipe):
+    found = json.loads(run(recipe, *BASE, "--json").stdout)
+    shown = run(recipe, *BASE).stdout.splitlines()
+    line = shown[shown.index("To train with this plan:") + 1]
+    assert line.count("--set ") == len(found["overrides"]) and len(line) > 110
+    for key in found["overrides"]:
+        assert f"--set {key}=" in line
+
+
+def test_the_overlay_names_partition_and_qos(recipe, tmp_path):
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text("overlay_for: lumi-g\nuser: {partition: small-g, qos: of-my-own}\n", encoding="utf-8")
+    small = ["--site", "lumi-g", "--tokens", "1e9", "--site-file", str(overlay), "--nodes"]
+    assert json.loads(run(recipe, *small, "4", "--json").stdout)["partition"] == "small-g"
+    refused = run(recipe, *small, "8")
+    assert refused.returncode == 2 and "small-g allows 4 node(s)" in refused.stderr
+    other = run(recipe, *small, "8", "--partition", "standard-g", "--json")
+    assert json.loads(other.stdout)["partition"] == "standard-g"

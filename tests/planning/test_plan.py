@@ -307,3 +307,84 @@ def test_mean_document_length_shortens_attention_not_memory():
     a, b = plan.make(long)[0], plan.make(short)[0]
     assert b["tokens_per_s_per_gpu"]["mid"] > a["tokens_per_s_per_gpu"]["mid"]
     assert b["step_tokens"] < a["step_tokens"]
+
+
+def test_gpus_of_other_nodes_are_reached_over_the_network():
+    site = sites.load("leonardo-booster", overlay=False)
+
+    def travels(nodes: int, per_node: int) -> float:
+        asked = request(site, SIZES[1], nodes, "none", rows=64, gpus_per_node=per_node, parallel__engine="fsdp2")
+        return plan.make(asked)[0]["step_seconds"]["communication_total"]
+
+    assert travels(4, 1) > 2 * travels(1, 4) and travels(2, 2) > 2 * travels(1, 4)
+    with pytest.raises(UserError, match="4 GPUs, 0 are asked for"):
+        plan.make(request(site, SIZES[0], 1, gpus_per_node=0))
+
+
+def test_nodes_of_one_gpu_need_no_links_inside():
+    from dataclasses import replace
+
+    from aifactory_train.planning import timing
+
+    single = sites.load("elja-1gpu", overlay=False)
+    _, job = plan.make(request(single, SIZES[0], 2, "none", rows=64))
+    unknown = replace(job, links=replace(job.links, in_node_gb_s=None))
+    assert timing.predict(unknown) == timing.predict(job)
+
+
+def test_a_step_of_tokens_is_named_as_such():
+    site = sites.load("lumi-g", overlay=False)
+    asked = request(site, SIZES[0], 8, rows=None, length=2048, train__batch_tokens=16 * 2048)
+    with pytest.raises(UserError, match="cannot be divided over 64 GPUs") as caught:
+        plan.make(asked)
+    assert caught.value.where == "train.batch_tokens" and f"train.batch_tokens={64 * 2048}" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("system", "gpus", "more", "fix"),
+    [
+        ("leonardo-booster", 4, {"parallel__engine": "ddp"}, "parallel.engine=fsdp2"),
+        ("leonardo-booster", 1, {}, "parallel.engine=fsdp2"),
+        ("leonardo-booster", 4, {"adapter__quantise_base": "nf4"}, "parallel.offload_optimizer=false"),
+        ("hunter", 4, {}, "parallel.offload_optimizer=false"),
+    ],
+)
+def test_an_offload_that_cannot_be_is_refused_with_what_mends_it(system, gpus, more, fix):
+    site = sites.load(system, overlay=False)
+
+    def asked(**other):
+        return request(site, SIZES[0], 1, rows=64, gpus_per_node=gpus, **{**more, **other})
+
+    with pytest.raises(UserError, match="no engine can be used") as caught:
+        plan.make(asked(parallel__offload_optimizer=True))
+    assert str(caught.value.fix).startswith(f"--set {fix}")
+    change = {"parallel__offload_optimizer": False} if "offload" in fix else {"parallel__engine": "fsdp2"}
+    plan.make(asked(**{"parallel__offload_optimizer": True, **change}))
+
+
+def test_more_nodes_than_the_site_has_are_not_proposed():
+    site = sites.load("lumi-g", overlay=False)
+
+    def proposed(**more) -> str:
+        with pytest.raises(UserError, match="does not fit") as caught:
+            plan.make(request(site, SIZES[3], 1, "none", gpus_per_node=1, parallel__offload_optimizer=False, **more))
+        return str(caught.value.fix)
+
+    assert "--nodes " in proposed()
+    small = site.limits("small-g")["max_nodes"]
+    assert small == 4 and "--nodes" not in proposed(partition="small-g")
+
+
+def test_steps_do_not_span_epochs():
+    from dataclasses import replace
+
+    import numpy as np
+
+    from aifactory_train.data.sampler import Sampler
+    from aifactory_train.planning.size import Size
+
+    site = sites.load("leonardo-booster", overlay=False)
+    for rows, epochs in ((17, 3.0), (1000, 2.5), (16, 1.0), (100, 0.3)):
+        asked = request(site, SIZES[0], 1, rows=16, train__epochs=epochs)
+        asked = replace(asked, size=Size(rows * 100.0, float(rows), 100.0, None, "test"))
+        assert plan.make(asked)[0]["steps"] == Sampler(np.full(rows, 100), batch_rows=16).steps(epochs)
