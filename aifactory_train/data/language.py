@@ -129,39 +129,62 @@ _LEAST_HITS = 2  # different ones, and not symbols alone: a formula repeats its 
 
 _MARKUP = re.compile(r"<[^<>\n]{0,200}>|&(?:[A-Za-z]{2,8}|#\d{1,7});")
 #: What stands between blanks; scripts without blanks (Thai, Chinese, Japanese) end it, lest one identifier take the sentence along.
-_RUN = re.compile(r"[^\s\u0e00-\u0eff\u2e80-\uffff]+")
+_RUN = re.compile(r"([^\s\u0e00-\u0eff\u2e80-\uffff]+)")
 #: Marks of an identifier, a tag (``highway=bus_stop``), a path, an address, a call, a unit or a part number.
 _CODE = re.compile(
     r"[_=<>{}\\|@#$^~]|::|^/|/.*/|[^\W\d_][.:][a-zß-öø-ÿ]|[a-zß-öø-ÿ][A-Z]|[A-Za-z]\d|\d[A-Za-z]|[A-Za-z]\("
 )
 
 
+class _Kept(dict[str, str]):
+    """A run as :func:`prose` keeps it: as it is, or empty. Runs repeat, so they are remembered."""
+
+    def __missing__(self, run: str) -> str:
+        kept = "" if _CODE.search(run) else run
+        if len(run) <= 40:
+            if len(self) > 1 << 16:
+                self.clear()
+            self[run] = kept
+        return kept
+
+
+_kept = _Kept().__getitem__
+
+
 def prose(text: str) -> str:
     """``text`` without what belongs to no language: markup, entities, identifiers, tags, paths, addresses and part numbers."""
-    return _RUN.sub(lambda found: "" if _CODE.search(found[0]) else found[0], _MARKUP.sub(" ", text))
+    pieces = _RUN.split(_MARKUP.sub(" ", text))  # what stands between runs, and the runs
+    pieces[1::2] = map(_kept, pieces[1::2])
+    return "".join(pieces)
 
 
 def detect(text: str) -> str:
     """BCP 47 code of the language of the prose in ``text``, or ``und``."""
     text = prose(text[:MOST]).casefold()
-    script = _script(text)
+    words = _WORD.findall(text)
+    letters: collections.Counter[str] = collections.Counter()
+    script = "LATIN" if words else ""
+    if not text.isascii():  # ASCII has one script, and no letter of one language
+        letters.update(text)
+        script = _script(letters)
     if script == "":
         return "und"
     if script not in ("LATIN", "CYRILLIC"):
         return _SCRIPTS.get(script, "und")
-    words = _WORD.findall(text)
     score: dict[str, float] = collections.defaultdict(float)
-    hits: collections.Counter[str] = collections.Counter()
-    different: collections.Counter[str] = collections.Counter()
+    hits: dict[str, int] = collections.defaultdict(int)
+    different: dict[str, int] = collections.defaultdict(int)
     longer: set[str] = set()
-    for word, count in collections.Counter(words).items():
-        for name, weight in _TABLE.get(word, ()):
+    counts = collections.Counter(words)
+    for word in filter(_TABLE.__contains__, counts):
+        count = counts[word]
+        for name, weight in _TABLE[word]:
             score[name] += weight * count
             hits[name] += count
             different[name] += 1
             if len(word) > 1:
                 longer.add(name)
-    for letter, count in collections.Counter(text).items():
+    for letter, count in letters.items():
         for name in _BY_LETTER.get(letter, ()):
             score[name] += min(count, 10) * 0.7
     allowed = [name for name in score if (name in _CYRILLIC) == (script == "CYRILLIC")]
@@ -171,10 +194,10 @@ def detect(text: str) -> str:
     return max(enough, key=lambda n: (score[n], n)) if enough else "und"
 
 
-def _script(text: str) -> str:
+def _script(letters: collections.Counter[str]) -> str:
     """First word of the Unicode name of most letters; empty without letters. Kana among Chinese characters mean Japanese."""
     found: collections.Counter[str] = collections.Counter()
-    for letter, count in collections.Counter(text).items():
+    for letter, count in letters.items():
         if letter.isalpha():
             found["LATIN" if letter < "ɐ" else unicodedata.name(letter, "?").partition(" ")[0]] += count
     if not found:

@@ -10,14 +10,16 @@ than one of a thousand cases (1 - (1 - 0.8^4)^32 of them share a band).
 
 from __future__ import annotations
 
-import itertools
+import functools
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from aifactory_train.data.overlap import Sieve
 
 WORDS = 3
 SIMILAR = 0.8
@@ -34,20 +36,24 @@ RULE = (
 MOST_TEXTS = 500_000
 
 _WORD = re.compile(r"[぀-ヿ㐀-鿿ก-๛]|[^\W_]+")
-#: The same words in ASCII text, for which cutting at blanks is faster.
-_ASCII_WORDS = "".join(chr(c) if chr(c).isalnum() else " " for c in range(128))
+#: The same words in ASCII text, casefolded, for which cutting at blanks is faster.
+_ASCII_WORDS = bytes(ord(chr(c).lower()) if c < 128 and chr(c).isalnum() else ord(" ") for c in range(256))
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _EMPTY = np.iinfo(np.uint64).max
 _AT_A_TIME = 1 << 20  # elements that are compared at once
 
 
+#: Stands between texts that are cut into words together; it is in no word.
+_END = "\0"
+
+
 class _Numbers(dict):
-    """The number of each word: CRC-32 of its UTF-8 bytes."""
+    """The number of each word: CRC-32 of its UTF-8 bytes; that of ``_END`` is -1."""
 
     def __missing__(self, word: str) -> int:
         if len(self) > 1 << 18:
             self.clear()  # rows of ever new words: remembering them all would not stay small
-        self[word] = number = zlib.crc32(word.encode("utf-8", "surrogatepass"))
+        self[word] = number = -1 if word == _END else zlib.crc32(word.encode("utf-8", "surrogatepass"))
         return number
 
 
@@ -59,7 +65,6 @@ class Shingles:
     hashes: np.ndarray
     starts: np.ndarray
     whole: np.ndarray
-    _names: np.ndarray | None = None
     _judged: dict[bytes, Judged] = field(default_factory=dict)
     _between: tuple[Any, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] | None = None
 
@@ -69,35 +74,34 @@ class Shingles:
     def of(self, i: int) -> np.ndarray:
         return self.hashes[self.starts[i] : self.starts[i + 1]]
 
-    @property
-    def names(self) -> np.ndarray:
-        """int64 [all]: the rank of each hash among all different ones."""
-        if self._names is None:
-            self._names = np.unique(self.hashes, return_inverse=True)[1].astype(np.int64)
-        return self._names
-
     def judged(self, rows: np.ndarray) -> Judged:
         """What tells the texts ``rows`` apart: all texts without the sequences that too many of ``rows`` share."""
-        times = np.bincount(self.names[_inside(self.starts, rows)])
-        common = np.flatnonzero(times > max(COMMON_LEAST, COMMON_SHARE * len(rows)))
+        common = self._common(rows)
         key = common.tobytes()
         if key not in self._judged:
             self._judged.clear()  # training rows, and training with held-out rows, mostly share the same wording
             self._judged[key] = _judge(self, common)
         return self._judged[key]
 
+    def _common(self, rows: np.ndarray) -> np.ndarray:
+        """The sequences that too many of ``rows`` share, uint64, ascending. They are counted in groups first: most are in none that has so
+        many members."""
+        held = self.hashes[_inside(self.starts, rows)]
+        most = max(COMMON_LEAST, COMMON_SHARE * len(rows))
+        group = (held >> np.uint64(64 - 20)).astype(np.int64)
+        many = np.bincount(group, minlength=1 << 20) > most
+        found, times = np.unique(held[many[group]], return_counts=True)
+        return found[times > most]
+
 
 @dataclass
 class Judged:
-    """Texts as their telling shingles: ``names`` int64 [all], sorted and distinct inside a text, ``starts`` int64 [texts + 1] (a text that
-    has too few is empty), ``bands`` uint64 [BANDS, texts] (equal entries: candidates) and ``keys`` int64 [all]: text and name as one number,
-    sorted."""
+    """Texts as their telling shingles: ``hashes`` uint64 [all], sorted and distinct inside a text, ``starts`` int64 [texts + 1] (a text that
+    has too few is empty), ``bands`` uint64 [BANDS, texts] (equal entries: candidates)."""
 
-    names: np.ndarray
+    hashes: np.ndarray
     starts: np.ndarray
     bands: np.ndarray
-    keys: np.ndarray
-    kinds: int
 
     def similar(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """bool [pairs]: the texts ``one[i]`` and ``other[i]`` have a Jaccard similarity of at least ``SIMILAR``."""
@@ -111,44 +115,68 @@ class Judged:
         parts = np.cumsum(sizes[less[left]]) // _AT_A_TIME
         for part in np.split(left, np.flatnonzero(np.diff(parts)) + 1):
             small, large = less[part], more[part]
-            wanted = self.names[_inside(self.starts, small)] + np.repeat(large * self.kinds, sizes[small])
-            place = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+            found = self._held(self.hashes[_inside(self.starts, small)], np.repeat(large, sizes[small]))
             pair = np.repeat(np.arange(len(part)), sizes[small])
-            shared = np.bincount(pair[self.keys[place] == wanted], minlength=len(part))
+            shared = np.bincount(pair[found], minlength=len(part))
             out[part] = shared / (sizes[small] + sizes[large] - shared) >= SIMILAR
         return out
+
+    def _held(self, wanted: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        """bool [wanted]: the text ``texts[i]`` has the shingle ``wanted[i]``."""
+        place = np.searchsorted(self.keys, self.key(wanted, texts))
+        end = self.starts[texts + 1]
+        # Of the shingles that begin with the same bits, almost always one, the first; look on where it is another one.
+        while True:
+            place = np.minimum(place, len(self.hashes) - 1)
+            on = (self.hashes[place] < wanted) & (place + 1 < end)
+            if not on.any():
+                return (self.hashes[place] == wanted) & (self.starts[texts] <= place) & (place < end)
+            place += on
+
+    @functools.cached_property
+    def keys(self) -> np.ndarray:
+        """uint64 [all], ascending: the text, and behind it as many of the first bits of the shingle as there is room for."""
+        return self.key(self.hashes, np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts)))
+
+    def key(self, hashes: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        room = np.uint64(64 - max(1, len(self.starts).bit_length()))
+        return (texts.astype(np.uint64) << room) | (hashes >> (np.uint64(64) - room))
 
 
 def shingle(texts: Iterable[str]) -> Shingles:
     """The sets of ``texts``; a text of fewer than three words is a set of one (all its words)."""
-    hashes: list[np.ndarray] = []
-    counts: list[np.ndarray] = []
-    whole: list[np.ndarray] = []
-    held: list[list[int]] = []
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    held: list[str] = []
     size = 0
     number = _Numbers().__getitem__
     for text in texts:
-        text = text.casefold()
-        held.append(list(map(number, text.translate(_ASCII_WORDS).split() if text.isascii() else _WORD.findall(text))))
-        size += len(held[-1])
-        if size > 1 << 19:  # half a million words at a time are hashed together
-            for out, part in zip((hashes, counts, whole), _hash(held), strict=True):
-                out.append(part)
+        if text.isascii():
+            words = text.encode().translate(_ASCII_WORDS).decode()
+        else:
+            words = " ".join(_WORD.findall(text.casefold()))
+        held.append(words)
+        size += len(words)
+        if size > 1 << 19:  # half a million characters at a time
+            parts.append(_hash(held, number))
             held, size = [], 0
-    for out, part in zip((hashes, counts, whole), _hash(held), strict=True):
-        out.append(part)
-    starts = np.zeros(sum(map(len, counts)) + 1, dtype=np.int64)
-    np.cumsum(np.concatenate(counts), out=starts[1:])
-    return Shingles(np.concatenate(hashes), starts, np.concatenate(whole))
+    parts.append(_hash(held, number))
+    hashes, counts, whole = (np.concatenate(column) for column in zip(*parts, strict=True))
+    starts = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=starts[1:])
+    return Shingles(hashes, starts, whole)
 
 
-def _hash(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hashes of the shingles of some texts (sorted and distinct in each), how many each has, and one hash of each whole text."""
-    lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
-    small = np.fromiter(itertools.chain.from_iterable(texts), dtype=np.uint32, count=int(lengths.sum()))
+def _hash(texts: list[str], number: Callable[[str], int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes of the shingles of some texts (sorted and distinct in each), how many each has, and one hash of each whole text. ``texts``:
+    words with white space between them; ``number``: of a word."""
+    found = f" {_END} ".join([*texts, ""]).split()
+    numbers = np.fromiter(map(number, found), dtype=np.int64, count=len(found))
+    ends = np.flatnonzero(numbers < 0)
+    lengths = np.diff(ends, prepend=-1) - 1
+    small = np.delete(numbers, ends).astype(np.uint32)
     raw = memoryview(small.tobytes())
-    ends = np.cumsum(4 * lengths).tolist()
-    pieces = [raw[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    edges = np.cumsum(4 * lengths).tolist()
+    pieces = [raw[a:b] for a, b in zip([0, *edges], edges, strict=False)]
     whole = np.asarray([zlib.crc32(piece) | (zlib.adler32(piece) << 32) for piece in pieces], dtype=np.uint64)
     words = small.astype(np.uint64)
     owner = np.repeat(np.arange(len(texts)), lengths)
@@ -183,22 +211,21 @@ def _ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _judge(shingles: Shingles, common: np.ndarray) -> Judged:
-    """All texts without the names ``common``, and with an empty set for each that has too few others."""
-    n, names = len(shingles), shingles.names
+    """All texts without the shingles ``common``, and with an empty set for each that has too few others."""
+    n, hashes = len(shingles), shingles.hashes
     owner = np.repeat(np.arange(n), np.diff(shingles.starts))
-    kinds = int(names.max(initial=0)) + 1
-    out = np.zeros(kinds, dtype=bool)
-    out[common] = True
-    keep = ~out[names]
+    keep = np.ones(len(hashes), dtype=bool)
+    suspects = Sieve(common).among(hashes)
+    keep[suspects[np.isin(hashes[suspects], common)]] = False
     keep &= (np.bincount(owner[keep], minlength=n) >= LEAST)[owner]
     starts = np.zeros(n + 1, dtype=np.int64)
     np.cumsum(np.bincount(owner[keep], minlength=n), out=starts[1:])
-    names, hashes = names[keep], shingles.hashes[keep]
+    hashes = hashes[keep]
     bands = np.zeros((BANDS, n), dtype=np.uint64)
     for at in range(0, n, 1024):  # what is worked on stays in the processor's cache
         end = min(n, at + 1024)
         bands[:, at:end] = _bands(signatures(hashes[starts[at] : starts[end]], np.diff(starts[at : end + 1]), at)).T
-    return Judged(names, starts, bands, owner[keep] * kinds + names, kinds)
+    return Judged(hashes, starts, bands)
 
 
 def signatures(hashes: np.ndarray, sizes: np.ndarray, number: int = 0) -> np.ndarray:
@@ -304,7 +331,8 @@ def _between(
     judged = shingles.judged(np.concatenate([train, held]))
     for band in range(BANDS):
         keys, wanted = judged.bands[band][train], judged.bands[band][held]
-        met = np.flatnonzero(np.isin(keys, wanted))
+        met = Sieve(wanted).among(keys)
+        met = met[np.isin(keys[met], wanted)]
         order = met[np.argsort(keys[met], kind="stable")]
         left = np.searchsorted(keys[order], wanted, side="left")
         many = np.searchsorted(keys[order], wanted, side="right") - left
@@ -325,12 +353,15 @@ def _candidates(bands: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, np.ndarr
     pairs: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     for band in range(BANDS):
         keys = bands[band][rows]
+        group = (keys >> np.uint64(64 - 17)).astype(np.int64)
+        some = np.flatnonzero((np.bincount(group) > 1)[group])  # those alone in their group have no equal
+        keys = keys[some]
         order = np.argsort(keys, kind="stable")
         same = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1
         begins = np.ones(len(order), dtype=bool)
         begins[same] = False
         first = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
         for earlier in (first[same], same - 1):
-            pairs.append(order[same] * len(rows) + order[earlier])
+            pairs.append(some[order[same]] * len(rows) + some[order[earlier]])
     found = np.unique(np.concatenate(pairs))
     return rows[found // max(1, len(rows))], rows[found % max(1, len(rows))]
