@@ -4,8 +4,9 @@
     job            what a prediction depends on: GPU, links, layout, batch, types
     memory         peak memory of a rank, component by component
     timing         time of a step: a roofline with calibrated shares of the peaks
+    workload       what the recipe asks for;  size: how much there is to train on
     search         every configuration that fits, ranked
-    plan           the plan with its reasons (``aifactory plan --json``)
+    plan           the plan (``aifactory plan --json``): request, plan, reasons, result
     open_data      published measurements as jobs;  calibrate: fitting and validating the constants
     verify_sharding  the sharded model really built for up to 4,096 ranks (imports torch when called)
 

@@ -1,59 +1,20 @@
-"""The plan: the configuration that should be run, what it is predicted to need, and why."""
+"""The plan: the configuration that should be run on some nodes, and how many nodes that should be."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from aifactory_train import flops
 from aifactory_train.errors import UserError
-from aifactory_train.planning import machine, memory, search, settings, timing
-from aifactory_train.planning.job import STACKS, Gpu, Job, Links
-from aifactory_train.planning.search import Candidate, Fixed, Workload
-from aifactory_train.planning.size import Size
+from aifactory_train.planning import machine, search, workload
+from aifactory_train.planning import reasons as why
+from aifactory_train.planning.job import Job
+from aifactory_train.planning.request import Request, Totals
+from aifactory_train.planning.result import as_dict
+from aifactory_train.planning.search import Candidate
 from aifactory_train.planning.timing import Constants
-
-if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
-    from aifactory_train.planning.shapes import Shape
-    from aifactory_train.sites import System
-
-#: Mean draw of a GPU in training as a share of its nominal (or capped) power. An assumption: measure it with the site's counters.
-POWER_SHARE = 0.85
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything that a plan depends on."""
-
-    recipe: Recipe
-    shape: Shape
-    system: System
-    nodes: int | None  # None: auto
-    gpus_per_node: int | None = None
-    partition: str | None = None
-    qos: str | None = None
-    deadline_hours: float | None = None
-    budget_gpu_hours: float | None = None
-    given: frozenset[str] = frozenset()  # keys that were set for this plan (--set): they are not the plan's to choose
-    size: Size = field(default_factory=lambda: Size(None, None, None, None, "unknown"))
-
-
-@dataclass(frozen=True)
-class Totals:
-    """A run from start to end on some number of GPUs."""
-
-    nodes: int
-    gpus: int
-    candidate: Candidate
-    steps: int | None
-    hours: float | None  # the reference's pass included
-    reference_s: float = 0.0  # scoring the run's rows before the first step (methods.preference)
-
-    @property
-    def gpu_hours(self) -> float | None:
-        return None if self.hours is None else self.hours * self.gpus
+from aifactory_train.planning.workload import Workload
 
 
 def make(request: Request) -> tuple[dict[str, Any], Job]:
@@ -70,8 +31,8 @@ def make(request: Request) -> tuple[dict[str, Any], Job]:
         )
     links = replace(links, gpus_per_node=per_node)  # ranks beyond these are on other nodes
     constants = Constants.load()
-    work = search.workload(recipe, request.shape, request.size.document, request.size.supervised)
-    fixed = search.fixed_by(recipe, request.given)
+    work = workload.of_recipe(recipe, request.shape, request.size.document, request.size.supervised)
+    fixed = workload.fixed_by(recipe, request.given)
     host = machine.host_memory_gib(system)
     place = _partition(request)
     steps = _steps(request, work)
@@ -96,10 +57,10 @@ def make(request: Request) -> tuple[dict[str, Any], Job]:
     run, fitting = tried(nodes)
     chosen = run.candidate
     curve = _curve(nodes, totals, run, place, request)
-    reasons += _reasons(request, work, gpu, links, run, fitting, fixed)
-    reasons += _slower(run, curve, work)
-    reasons += _limits_of_time(run, place, request)
-    return _as_dict(request, work, gpu, run, fitting, reasons, curve, constants, place), chosen.job
+    reasons += why.of_choice(request, work, gpu, links, run, fitting, fixed)
+    reasons += why.slower(run, curve, work)
+    reasons += why.limits_of_time(run, place, request)
+    return as_dict(request, work, gpu, run, fitting, reasons, curve, constants, place), chosen.job
 
 
 # ---- numbers of nodes
@@ -242,299 +203,3 @@ def _reference_steps(request: Request, work: Workload, steps: int) -> int:
     """The reference scores each row once that the run comes by: so many steps' worth."""
     epoch = _steps_of_epoch(request, work)
     return steps if epoch is None else min(steps, epoch)
-
-
-# ---- reasons
-
-
-def _reasons(
-    request: Request, work: Workload, gpu: Gpu, links: Links, run: Totals, fitting: list[Candidate], fixed: Fixed
-) -> list[str]:
-    chosen, job = run.candidate, run.candidate.job
-    capacity = memory.capacity(job) or 0.0
-    lines: list[str] = []
-    layout = job.layout
-
-    def fastest(test: Any) -> Candidate | None:
-        found = [c for c in fitting if test(c)]
-        return min(found, key=lambda c: (c.step, c.key())) if found else None
-
-    def than(other: Candidate | None, what: str, absent: str) -> str:
-        if other is None:
-            return absent
-        change = other.step / chosen.step - 1
-        speed = f"{abs(change) * 100:.0f} % {'slower' if change >= 0 else 'faster'}"
-        return f"runner-up {what}: {speed}, {other.memory.total:.1f} GiB"
-
-    if fixed.engine:
-        lines.append(f"engine: {fixed.engine}, as the recipe asks")
-        if layout.deepspeed and layout.engine != fixed.engine:
-            lines.append(
-                f"engine: {fixed.engine} runs as {layout.engine} in bf16 and is counted so (DeepSpeed's stage 1 in bf16 keeps no "
-                "partitions that checkpoints can be read from)"
-            )
-    else:
-        rival = fastest(lambda c: c.job.layout.engine != layout.engine)
-        name = rival.job.layout.engine if rival else ""
-        why = {
-            "single": "one GPU, nothing to spread",
-            "ddp": "the whole model fits on each GPU, so only gradients have to travel",
-            "fsdp2": "one copy of the model over all GPUs",
-            "hsdp": f"copies of the model on {layout.shard} GPUs each keep gathering on the fast links",
-            "zero1": "optimizer state in shards",
-            "zero2": "optimizer state and gradients in shards",
-            "zero3": "everything in shards",
-        }[layout.engine]
-        lines.append(f"engine: {layout.engine}, {why}; {than(rival, name, 'no other engine fits')}")
-    if layout.offload_optimizer:
-        lines.append(
-            f"offload: optimizer state in host memory ({chosen.memory.host:.1f} GiB a rank), because nothing fits without"
-        )
-    if fixed.checkpointing:
-        lines.append(f"activation checkpointing: {fixed.checkpointing}, as the recipe asks")
-    else:
-        rival = fastest(lambda c: c.job.checkpointing != job.checkpointing and c.job.layout == layout)
-        name = f"{rival.job.checkpointing}" if rival else ""
-        why = (
-            "the fastest mode that fits"
-            if job.checkpointing != "none"
-            else "all activations fit, nothing is computed twice"
-        )
-        lines.append(f"activation checkpointing: {job.checkpointing}, {why}; {than(rival, name, 'no other mode fits')}")
-    rival = fastest(
-        lambda c: (
-            c.job.micro_batch != job.micro_batch and c.job.layout == layout and c.job.checkpointing == job.checkpointing
-        )
-    )
-    name = f"{rival.job.micro_batch:g} sequences" if rival else ""
-    lines.append(
-        f"micro-batch: {job.micro_batch:g} sequence(s) of {job.sequence} tokens, {job.grad_accum} a step; "
-        + than(rival, name, "no other size fits or is needed")
-    )
-    if job.stack.name == "fused":
-        eager = replace(job, stack=replace(STACKS["eager"], loss_bytes_per_logit=0.0))
-        slower = search.timed(search.Counted(eager, chosen.memory), work, Constants.load()).step / chosen.step - 1
-        lines.append(
-            f"kernels: ours (Triton, {gpu.arch}); runner-up torch's own operators: {100 * slower:.0f} % slower"
-        )
-    else:
-        off = "switched off" if work.kernels == "off" else f"none are compiled for {gpu.arch}"
-        lines.append(f"kernels: torch's own, ours are {off}")
-    lines.append(
-        f"loss: {job.loss_chunk} rows of logits at a time, at least 4 x the machine balance of {gpu.ridge:.0f} FLOP/B where 1 GiB allows"
-    )
-    lines.append(
-        f"compile: {'on' if job.compiled else 'off'}, "
-        + (
-            "as the recipe asks"
-            if fixed.compile is not None
-            else "the kernels fuse what it would fuse, without its start-up time"
-        )
-    )
-    margin = capacity - chosen.memory.total
-    lines.append(
-        f"memory: {chosen.memory.total:.1f} of {capacity:.1f} GiB, {margin:.1f} GiB to spare, in the worst-case micro-batch "
-        f"(a plan keeps {100 * search.MARGIN:.0f} % free)"
-    )
-    lines += _of_preference(work, run)
-    lines.append(f"dimensions: {work.shape.source or work.shape.name} ({work.shape.confidence or 'given'})")
-    lines.append(f"size: {request.size.source}")
-    if request.size.document is None:
-        lines.append(
-            "documents: length unknown, so every row is taken to fill the sequence (an upper bound of work and memory)"
-        )
-    for text in links.assumed:
-        lines.append(f"assumed: {text}; the interval is wider")
-    if gpu.arch not in Constants.load().measured:
-        lines.append(
-            f"speed: no measurement of the calibration ran on {gpu.arch}, so its share of the peak is a prior and the interval is wider"
-        )
-    if gpu.unified_memory:
-        lines.append(f"memory: host and GPU share one memory; {machine.UNIFIED_HOST_GIB:.0f} GiB are left to the host")
-    if gpu.power_cap_w:
-        lines.append(f"power: capped at {gpu.power_cap_w:.0f} W by the site")
-    return lines
-
-
-def _of_preference(work: Workload, run: Totals) -> list[str]:
-    """What a preference method adds to a step, and before the first one."""
-    if work.preference is None:
-        return []
-    parts = []
-    if work.row_documents == 2:
-        parts.append("a row is a pair, two documents that are never divided")
-    if work.scored:
-        parts.append("every step scores its questions with exchanged answers, one forward pass more")
-    if work.reference_passes:
-        known = f"{run.reference_s / 3600:.3g} h" if run.steps is not None else "time unknown"
-        parts.append(f"the reference is computed once before the first step ({known}); no second model is held")
-    return [f"preference: {work.preference}, {'; '.join(parts)}"]
-
-
-def _slower(run: Totals, curve: list[Totals], work: Workload) -> list[str]:
-    """More nodes that do not help are named, with the reason."""
-    quicker = [t for t in curve if t.nodes < run.nodes and t.candidate.step <= run.candidate.step * 1.0001]
-    if not quicker:
-        return []
-    least = min(quicker, key=lambda t: (t.candidate.step, t.nodes))
-    times = run.candidate.times
-    share = times.communication / times.step
-    busy = work.busiest(run.gpus) / work.sequence
-    return [
-        f"scaling: {run.nodes} nodes take no less time than {least.nodes}: {share * 100:.0f} % of a step is exposed communication and a "
-        f"GPU has {busy:.1f} sequence(s) of a step; use fewer nodes, or raise train.batch_rows (which changes the training)"
-    ]
-
-
-def _limits_of_time(run: Totals, place: str | None, request: Request) -> list[str]:
-    if run.hours is None or place is None:
-        return []
-    most = request.system.limits(place, request.qos)["max_time"]
-    if most and run.hours * 3600 > most:
-        jobs = math.ceil(run.hours * 3600 / (0.95 * most))
-        return [
-            f"time limit: {place} allows {most / 3600:g} h, so the run takes about {jobs} jobs, each resuming the one before"
-        ]
-    return []
-
-
-# ---- the result
-
-
-def _as_dict(
-    request: Request,
-    work: Workload,
-    gpu: Gpu,
-    run: Totals,
-    fitting: list[Candidate],
-    reasons: list[str],
-    curve: list[Totals],
-    constants: Constants,
-    place: str | None,
-) -> dict[str, Any]:
-    chosen, job, system = run.candidate, run.candidate.job, request.system
-    mid = chosen.tokens_per_s
-    low, high = timing.interval(job, mid, constants)
-    per_token = flops.step(
-        work.shape,
-        work.document,
-        trains_base=work.method == "full",
-        trains_head=work.method == "full" or work.train_embeddings,
-        adapter_parameters=job.adapter_parameters,
-        recomputed=timing.recomputed_share(job),
-        supervised=work.supervised,
-    )
-    executed = per_token.executed + timing.executed_beside(job, work.document, work.supervised)
-    peak = (gpu.bf16_tflops or 0) * 1e12
-    watts = min(w for w in (gpu.tdp_w, gpu.power_cap_w) if w) * POWER_SHARE if gpu.tdp_w else None
-    kwh = run.gpu_hours * watts / 1000 if run.gpu_hours is not None and watts else None
-    pue, grid = system.energy.pue, system.energy.grid_g_co2_per_kwh
-    price, allocation = system.user.price_per_gpu_hour, system.user.budget_gpu_hours
-    return {
-        "recipe": request.recipe.id,
-        "base": work.shape.name,
-        "method": work.method,
-        "parameters": work.shape.parameters,
-        "trained_parameters": job.trained_parameters,
-        "site": system.id,
-        "partition": place,
-        "gpu": gpu.sku,
-        "nodes": run.nodes,
-        "gpus": run.gpus,
-        "engine": "ddp" if job.layout.engine == "single" else job.layout.engine,
-        "mesh": {"replicate": job.layout.replicas, "shard": job.layout.shard},
-        "micro_batch": int(job.micro_batch),
-        "micro_batch_tokens": int(job.tokens),
-        "sequence_length": job.sequence,
-        "grad_accum": job.grad_accum,
-        "activation_checkpointing": job.checkpointing,
-        "offload_optimizer": job.layout.offload_optimizer,
-        "compile": job.compiled,
-        "kernels": {
-            "enabled": job.stack.name == "fused",
-            "key": f"{gpu.arch}/{gpu.sku}",
-            "loss_chunk_tokens": job.loss_chunk,
-        },
-        "memory_gib": {k: v for k, v in chosen.memory.as_dict().items() if k != "host"},
-        "host_memory_gib": round(chosen.memory.host, 3),
-        "capacity_gib": round(memory.capacity(job) or 0.0, 3),
-        "tokens_per_s_per_gpu": {"low": round(low, 1), "mid": round(mid, 1), "high": round(high, 1)},
-        "step_seconds": {k: round(v, 6) for k, v in vars(chosen.times).items()} | {"total": round(chosen.step, 6)},
-        "step_tokens": round(work.step_tokens, 1),
-        "steps": run.steps,
-        "reference_hours": _rounded(run.reference_s / 3600)
-        if work.reference_passes and run.steps is not None
-        else None,
-        "hours": _rounded(run.hours),
-        "gpu_hours": _rounded(run.gpu_hours),
-        "gpu_hours_interval": None
-        if run.gpu_hours is None
-        else {"low": _rounded(run.gpu_hours * mid / high), "high": _rounded(run.gpu_hours * mid / low)},
-        "kwh": _rounded(kwh),
-        "co2_kg": _rounded(kwh * (pue or 1.0) * grid / 1000) if kwh is not None and grid is not None else None,
-        "cost": None
-        if price is None or run.gpu_hours is None
-        else {"amount": round(price * run.gpu_hours, 2), "currency": system.user.currency},
-        "allocation_share": _rounded(run.gpu_hours / allocation) if allocation and run.gpu_hours is not None else None,
-        "mfu": _rounded(mid * per_token.model / peak),
-        "hfu": _rounded(mid * executed / peak),
-        "flops_per_token": {"model": per_token.model, "executed": executed},
-        "size": {"tokens_per_epoch": request.size.tokens, "source": request.size.source},
-        "overrides": search.overrides(chosen, work),
-        "settings": settings.of(job),
-        "reasons": reasons,
-        "alternatives": _alternatives(chosen, fitting),
-        "scaling": [
-            {
-                "nodes": t.nodes,
-                "gpus": t.gpus,
-                "engine": "ddp" if t.candidate.job.layout.engine == "single" else t.candidate.job.layout.engine,
-                "step_seconds": round(t.candidate.step, 6),
-                "tokens_per_s": round(t.candidate.tokens_per_s * t.gpus, 1),
-                "hours": _rounded(t.hours),
-                "gpu_hours": _rounded(t.gpu_hours),
-            }
-            for t in curve
-        ],
-        "basis": "modelled: tensors counted, times from a roofline calibrated on published measurements (docs/planning.md)",
-    }
-
-
-def _rounded(value: float | None) -> float | None:
-    """Four significant figures."""
-    if value is None or value == 0:
-        return value
-    return round(value, 3 - math.floor(math.log10(abs(value))))
-
-
-def _alternatives(chosen: Candidate, fitting: list[Candidate]) -> list[dict[str, Any]]:
-    """The fastest of every other engine and checkpointing mode, quickest first, at most six."""
-    groups: dict[tuple, Candidate] = {}
-    for c in fitting:
-        if c is chosen:
-            continue
-        key = (c.job.layout.engine, c.job.layout.shard, c.job.checkpointing, c.job.layout.offload_optimizer)
-        if key not in groups or (c.step, c.key()) < (groups[key].step, groups[key].key()):
-            groups[key] = c
-    same = (
-        chosen.job.layout.engine,
-        chosen.job.layout.shard,
-        chosen.job.checkpointing,
-        chosen.job.layout.offload_optimizer,
-    )
-    groups.pop(same, None)
-    ranked = sorted(groups.values(), key=lambda c: (c.step, c.key()))[:6]
-    return [
-        {
-            "engine": "ddp" if c.job.layout.engine == "single" else c.job.layout.engine,
-            "mesh": {"replicate": c.job.layout.replicas, "shard": c.job.layout.shard},
-            "activation_checkpointing": c.job.checkpointing,
-            "offload_optimizer": c.job.layout.offload_optimizer,
-            "micro_batch": int(c.job.micro_batch),
-            "grad_accum": c.job.grad_accum,
-            "memory_gib": round(c.memory.total, 2),
-            "tokens_per_s_per_gpu": round(c.tokens_per_s, 1),
-            "slower": round(c.step / chosen.step - 1, 4),
-        }
-        for c in ranked
-    ]

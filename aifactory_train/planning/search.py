@@ -10,18 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aifactory_train.errors import UserError
 from aifactory_train.parallel import holds_quantised, zero_stage
 from aifactory_train.planning import memory, timing
-from aifactory_train.planning.job import STACKS, Bytes, Gpu, Job, Layout, Links
+from aifactory_train.planning.job import STACKS, Gpu, Job, Layout, Links
 from aifactory_train.planning.memory import Memory
-from aifactory_train.planning.shapes import Shape
 from aifactory_train.planning.timing import Constants, Times
-
-if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
+from aifactory_train.planning.workload import Fixed, Workload
 
 #: Architectures that our Triton kernels are compiled for (kernels/hardware.py says more).
 KERNEL_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "gfx90a", "gfx942", "gfx950")
@@ -32,67 +29,6 @@ SIMPLICITY = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 #: GPUs of the largest plan.
 MOST_RANKS = 4096
-
-
-def documents_of_a_row(preference: str | None) -> int:
-    """Documents of a row of training data, by ``methods.preference.kind``: a pair has two."""
-    return 2 if preference in ("dpo", "orpo") else 1
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a recipe asks for, apart from how it is carried out."""
-
-    shape: Shape
-    sequence: int
-    step_tokens: float  # token positions of one optimizer step over all ranks
-    step_rows: float  # rows of one step: documents, or pairs of them
-    document: float  # mean tokens of a document
-    supervised: float
-    method: str
-    lora_rank: int
-    targets: str | tuple[str, ...]
-    dora: bool
-    train_embeddings: bool
-    bytes: Bytes
-    kernels: str  # auto | on | off
-    loss_chunk: int | None
-    by_rows: bool  # the step is a number of rows (else of tokens)
-    preference: str | None = None  # methods.preference.kind
-
-    @property
-    def row_documents(self) -> int:
-        """Documents of one row, which are never divided: a pair's two answers (DPO, IPO, ORPO), else one."""
-        return documents_of_a_row(self.preference)
-
-    @property
-    def scored(self) -> float:
-        """Forward passes over a step without a backward: KTO scores each question with another one's answer."""
-        return 1.0 if self.preference == "kto" else 0.0
-
-    @property
-    def reference_passes(self) -> int:
-        """Forward passes over the run's documents before the first step; KTO's also over the exchanged answers."""
-        return {"dpo": 1, "kto": 2}.get(self.preference or "", 0)
-
-    def busiest(self, world: int) -> float:
-        """Positions of the rank that has most of a step: rows are whole, and the others wait for it."""
-        if self.by_rows:
-            return math.ceil(self.step_rows / world - 1e-9) * self.step_tokens / self.step_rows
-        return self.step_tokens / world
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """What the recipe or the command line already decided; ``None`` is open."""
-
-    engine: str | None = None
-    shard_size: int | None = None
-    checkpointing: str | None = None
-    offload: bool | None = None
-    compile: bool | None = None
-    micro_tokens: int | None = None
-    grad_accum: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,93 +70,6 @@ class Candidate(Counted):
 
 def memory_order(mode: str) -> int:
     return ("none", "selective", "full").index(mode)
-
-
-def workload(recipe: Recipe, shape: Shape, document: float | None, supervised: float | None) -> Workload:
-    """The recipe's demand. ``document``: mean tokens of a document where known (else every row is taken to fill the sequence)."""
-    data, train = recipe.data, recipe.train
-    if shape.max_positions and data.sequence_length > shape.max_positions:
-        raise UserError(
-            f"sequences of {data.sequence_length} tokens are longer than the {shape.max_positions} positions of {shape.name}",
-            where="data.sequence_length",
-            fix=f"--set data.sequence_length={shape.max_positions}",
-        )
-    mean = min(document or data.sequence_length, data.sequence_length)
-    preference = recipe.methods.preference.kind if recipe.methods.preference else None
-    per_row = documents_of_a_row(preference) * (data.sequence_length if data.batching == "padded" else mean)
-    if train.batch_tokens:
-        tokens, rows = float(train.batch_tokens), train.batch_tokens / per_row
-    else:
-        rows = float(train.batch_rows or 16)
-        tokens = rows * per_row
-    adapter = recipe.adapter
-    if adapter.kind != "none" and not shape.lora_parameters(adapter.rank, adapter.targets):
-        raise UserError(
-            f"none of these names a linear layer of {shape.name}: {adapter.targets}",
-            where="adapter.targets",
-            fix="--set adapter.targets=all-linear, or names such as q_proj, v_proj, down_proj",
-        )
-    method = "full" if adapter.kind == "none" else ("qlora" if adapter.quantise_base == "nf4" else "lora")
-    return Workload(
-        shape=shape,
-        sequence=data.sequence_length,
-        step_tokens=tokens,
-        step_rows=rows,
-        document=mean,
-        supervised=1.0 if supervised is None else supervised,
-        method=method,
-        lora_rank=adapter.rank,
-        targets=adapter.targets if isinstance(adapter.targets, str) else tuple(adapter.targets),
-        dora=adapter.kind == "dora",
-        train_embeddings=adapter.train_embeddings,
-        bytes=_bytes(recipe),
-        kernels=recipe.kernels.enabled,
-        loss_chunk=train.loss_chunk_tokens,
-        by_rows=train.batch_tokens is None,
-        preference=preference,
-    )
-
-
-def _bytes(recipe: Recipe) -> Bytes:
-    """The precision policy (see ``model.choose_precision``): fp32 master and moments, bf16 arithmetic, unless the recipe differs."""
-    p, train = recipe.precision, recipe.train
-    size = {"fp32": 4, "bf16": 2}
-    if p.compute == "fp32":
-        raise UserError(
-            "the planner's speed figures are for bf16 arithmetic",
-            where="precision.compute",
-            fix="--set precision.compute=bf16 (or auto)",
-        )
-    master = size.get(p.parameters, 4)
-    if train.optimizer == "sgd":
-        moments = master if train.momentum else 0
-    else:
-        moments = 2 * master
-    return Bytes(
-        parameters=master,
-        working=2 if master != 2 else 0,
-        gradients=master,
-        optimizer=moments,
-        frozen=size.get(p.frozen, 2),
-        compute=2,
-        reduce=size.get(p.reduce, 4),
-    )
-
-
-def fixed_by(recipe: Recipe, given_now: frozenset[str] = frozenset()) -> Fixed:
-    """What is decided already: the recipe's own ``parallel`` keys, and of ``train`` what was given for this plan (``given_now``, the
-    keys of ``--set``). A recipe's micro-batch suits the machine that it was written on; here it is the plan's to choose."""
-    parallel, train = recipe.parallel, recipe.train
-    given = parallel.model_fields_set
-    return Fixed(
-        engine=parallel.engine if parallel.engine != "auto" else None,
-        shard_size=parallel.shard_size,
-        checkpointing=parallel.activation_checkpointing if "activation_checkpointing" in given else None,
-        offload=parallel.offload_optimizer if "offload_optimizer" in given else None,
-        compile=parallel.compile if "compile" in given else None,
-        micro_tokens=train.micro_batch_tokens if "train.micro_batch_tokens" in given_now else None,
-        grad_accum=train.grad_accum if train.grad_accum != "auto" and "train.grad_accum" in given_now else None,
-    )
 
 
 def loss_chunk(work: Workload, gpu: Gpu) -> int:

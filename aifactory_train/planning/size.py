@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.config import cache_dir
-from aifactory_train.planning.search import documents_of_a_row
+from aifactory_train.planning.workload import documents_of_a_row
 
 if TYPE_CHECKING:
     from aifactory_train.config import Recipe

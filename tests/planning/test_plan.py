@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from aifactory_train import config, sites
 from aifactory_train.errors import UserError
-from aifactory_train.planning import machine, plan, search, shapes
+from aifactory_train.planning import machine, plan, shapes, workload
 
 SYSTEMS = [
     "lumi-g",
@@ -132,7 +132,7 @@ def test_a_chip_without_bf16_is_refused():
     with pytest.raises(UserError, match="no bf16"):
         plan.make(request(sites.load(old[0], overlay=False), SIZES[0], 1))
     with pytest.raises(UserError, match="bf16"):
-        search.workload(recipe(SIZES[0], precision__compute="fp32"), shapes.load(SIZES[0]), None, None)
+        workload.of_recipe(recipe(SIZES[0], precision__compute="fp32"), shapes.load(SIZES[0]), None, None)
 
 
 def test_adapters_on_layers_that_do_not_exist_are_refused():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from aifactory_train import flops, sites
 from aifactory_train.data.sampler import split_step
 from aifactory_train.errors import UserError
-from aifactory_train.planning import plan, search, shapes, timing
+from aifactory_train.planning import machine, plan, search, shapes, timing, workload
 
 BASE = "meta-llama/Llama-3.1-8B"
 DPO: dict[str, Any] = {"kind": "dpo"}
@@ -57,11 +57,9 @@ def test_no_micro_batch_is_smaller_than_a_pair(given_now):
 def test_what_training_packs_is_what_memory_was_counted_for(rows, length, how, seed):
     """The sampler's micro-batches of pairs of any lengths stay within the plan's, with the plan's own settings."""
     asked = recipe(BASE, "lora", rows=rows, length=length, **({"methods__preference": how} if how else {}))
-    work = search.workload(asked, shapes.load(BASE), None, None)
+    work = workload.of_recipe(asked, shapes.load(BASE), None, None)
     site = sites.load("leonardo-booster", overlay=False)
-    from aifactory_train.planning import machine
-
-    chosen, _ = search.search(work, machine.gpu_of(site), machine.links_of(site), 16, search.Fixed(engine="ddp"))
+    chosen, _ = search.search(work, machine.gpu_of(site), machine.links_of(site), 16, workload.Fixed(engine="ddp"))
     most = search.overrides(chosen, work)["train.micro_batch_tokens"]
     per_row = 2 if how == DPO else 1
     lengths = np.random.default_rng(seed).integers(8, length + 1, (rows, per_row)).sum(1)
