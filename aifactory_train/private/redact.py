@@ -14,6 +14,10 @@ from typing import Any
 
 _active = False
 _QUOTED = re.compile(r"'[^'\n]*'|\"[^\"\n]*\"|`[^`\n]*`|«[^»\n]*»")
+#: From the first quotation mark to the last one: a value may hold apostrophes ("l'appendicite") and line ends itself.
+_FROM_FIRST_TO_LAST = re.compile(r"['\"`«].*['\"`»]", re.DOTALL)
+#: Names of the recipe or of this project that end a message.
+_HINT = re.compile(r" \(did you mean '[^\n]*'\?\)\Z")
 
 
 def is_active() -> bool:
@@ -27,7 +31,9 @@ def message(error: BaseException) -> str:
     if not _active:
         return str(error)
     if isinstance(error, UserError):
-        return without_quotes(str(error))
+        what = _FROM_FIRST_TO_LAST.sub("[withheld]", _HINT.sub("", error.what))
+        where, fix = (text and without_quotes(text) for text in (error.where, error.fix))
+        return str(UserError(what, where=where, fix=fix))
     return f"[{len(str(error))} characters withheld by the privacy profile]"
 
 

@@ -432,6 +432,33 @@ def test_tracebacks_warnings_and_logs_without_values(tmp_path):
     assert "leaky.py" in done.stderr and "line 16" in done.stderr and "f:3" in done.stderr and "withheld" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "value", ["zebra", "l'appendicite du zebra d'Anne", 'he said "zebra" and', "two\nlines of zebra", "zebra'"]
+)
+def test_no_value_of_a_row_gets_through_whatever_it_holds(value):
+    """Labels, ids and groups are quoted in messages, and people's words hold apostrophes and line ends."""
+    from aifactory_train.data.rows import RowError, to_user_error
+    from aifactory_train.data.split import RowRules, moment
+
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": value}]}
+    errors = [UserError(f"the id '{value}' was already given at rows.jsonl:1", where="rows.jsonl:2", fix="take it out")]
+    for refused in (
+        lambda: RowRules(labels=frozenset({"zebra crossing"})).apply({}, row),
+        lambda: moment(value, "created"),
+    ):
+        with pytest.raises(RowError) as caught:
+            refused()
+        errors.append(to_user_error(caught.value, "rows.jsonl:3"))
+    redact.activate()
+    for error in errors:
+        told = redact.message(error).replace("labels are zebra crossing", "")  # the recipe's own
+        assert not [word for word in ("zebra", "Anne", "appendicite", "lines of", "he said") if word in told], told
+        assert told.startswith("rows.jsonl:") and "[withheld]" in told and "fix: " in told
+    assert redact.message(errors[0]).endswith("was already given at rows.jsonl:1\n  fix: take it out")
+    assert "is not in data.labels" in redact.message(errors[1])
+    assert redact.message(UserError("the assistant's turn is empty")) == "the assistant's turn is empty"
+
+
 def test_open_profile_withholds_nothing():
     assert redact.message(ValueError("row 'x'")) == "row 'x'"
     redact.activate()
