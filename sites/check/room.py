@@ -128,6 +128,10 @@ def check_readiness(path: Path, systems: dict[str, System], today: datetime.date
                 f"{name}: '{entry.get('level')}' is no level",
                 f"one of {', '.join(READINESS_WORDS)}",
             )
+        elif entry["level"] == "twin" and name in systems and systems[name].scheduler.kind != "slurm":
+            yield Fault(
+                "readiness", where, f"{name}: a twin is a slurmctld, its scheduler is {systems[name].scheduler.kind}"
+            )
         if not entry.get("evidence") or not entry.get("date"):
             yield Fault(
                 "readiness",

@@ -73,9 +73,10 @@ PLANTED = [
     ("link", "factories.yaml", "links: [pharos, it4lia]", "links: [pharos, it4lea]"),
     ("link", "factories.yaml", "systems: [karolina]", "systems: [carolina]"),
     ("link", "factories.yaml", "systems: [lumi-g], announced: [lumi-ai]", "systems: [lumi-g, lumi-ai]"),
-    ("readiness", "readiness.yaml", "systems: {}", "systems: {lumi-x: {level: run, date: 2026-11-01, evidence: x}}"),
-    ("readiness", "readiness.yaml", "systems: {}", "systems: {lumi-g: {level: tested, date: 2026-11-01, evidence: x}}"),
-    ("readiness", "readiness.yaml", "systems: {}", "systems: {lumi-g: {level: run, date: 2026-11-01}}"),
+    ("readiness", "readiness.yaml", "systems:", "systems: {lumi-x: {level: run, date: 2026-11-01, evidence: x}}"),
+    ("readiness", "readiness.yaml", "systems:", "systems: {lumi-g: {level: tested, date: 2026-11-01, evidence: x}}"),
+    ("readiness", "readiness.yaml", "systems:", "systems: {lumi-g: {level: run, date: 2026-11-01}}"),
+    ("readiness", "readiness.yaml", "systems:", "systems: {hunter: {level: twin, date: 2026-11-01, evidence: x}}"),
     ("no-reason", "factories.yaml", 'systems: [], announced: [ro-ai], reason: "no documented', 'systems: [], announced: [ro-ai], focus: "no documented'),
 ]  # fmt: skip
 
@@ -107,7 +108,7 @@ def test_planted_fault_is_caught_by_name(
     fault: str, name: str, old: str, new: str, tmp_path: Path, systems: dict[str, sites.System]
 ) -> None:
     text = (catalogue.ROOM / name).read_text(encoding="utf-8")
-    assert old in text or name == "readiness.yaml", f"{old!r} is not in {name}: the fault cannot be planted"
+    assert old in text, f"{old!r} is not in {name}: the fault cannot be planted"
     path = tmp_path / Path(name).name
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
     if name == "factories.yaml":
@@ -192,3 +193,15 @@ def test_complete_means_core_facts_from_a_source() -> None:
     assert fact is not None and fact.confidence == "recalled"
     assert system.core_missing() == ["GPU model"] and not system.complete
     assert profiles.load("lumi-g").complete
+
+
+def test_what_is_said_to_be_tried_names_what_tried_it() -> None:
+    """A twin's evidence is the test that judges every usable Slurm system."""
+    root = Path(__file__).resolve().parents[2]
+    entries = yaml.safe_load(catalogue.READINESS.read_text(encoding="utf-8"))["systems"]
+    twins = {name for name, entry in entries.items() if entry["level"] == "twin"}
+    judged = {s for s in sites.names(usable=True) if sites.load(s, overlay=False).scheduler.kind == "slurm"}
+    assert twins and twins <= judged
+    for name in twins:
+        assert (root / entries[name]["evidence"].split(",")[0]).is_file()
+        assert sites.load(name, overlay=False).readiness == "twin"
