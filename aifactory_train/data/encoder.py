@@ -338,6 +338,12 @@ class Encoder:
             return end_to_end([[*before, *row, *behind] for row in rows])
         return ids, edges
 
+    def count(self, texts: list[str]) -> int:
+        """Tokens of all ``texts`` together, without those that the post-processor would add."""
+        if self._widths is None:
+            return sum(len(e) for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        return len(self._ids(texts, False)[0])
+
     def _chats(self, rendered: list[_Rendered]) -> list[Encoded | RowError]:
         texts = [r.full for r in rendered]
         results: list[Encoded | RowError | None] = [None] * len(texts)

@@ -41,8 +41,9 @@ def widths(tokenizer: Any) -> np.ndarray | None:
         return None
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     added = {token: len(entry.content.encode()) for token, entry in tokenizer.get_added_tokens_decoder().items()}
-    out = np.zeros(max([*vocabulary.values(), *added], default=-1) + 1, dtype=np.int64)
-    out[list(vocabulary.values())] = list(map(len, vocabulary))
+    ids = np.fromiter(vocabulary.values(), dtype=np.int64, count=len(vocabulary))
+    out = np.zeros(max(int(ids.max(initial=-1)), *added, -1) + 1, dtype=np.int64)
+    out[ids] = np.fromiter(map(len, vocabulary), dtype=np.int64, count=len(vocabulary))
     out[list(added)] = list(added.values())
     return out
 

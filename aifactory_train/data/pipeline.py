@@ -181,7 +181,7 @@ def _own(
     sample = train[:: max(1, len(train) // own_report.LANGUAGE_TEXTS)][: own_report.LANGUAGE_TEXTS]
     said = [own_report.spoken(row) for row in store.rows(sample)]
     texts, names = [text for _, text in said], [name or language.detect(text) for name, text in said]
-    out: dict[str, Any] = {"fertility": own_report.fertility(encoder.tokenizer, texts, names)}
+    out: dict[str, Any] = {"fertility": own_report.fertility(encoder.tokenizer, texts, names, count=encoder.count)}
     out["languages"] = own_report.languages(texts, names)
     if at_once and int(np.asarray(store.column("rowlength")).sum(dtype=np.int64)) > own_report.AT_ONCE:
         return {**out, "own": None}

@@ -81,6 +81,12 @@ def test_every_shortcut_gives_the_same_documents(family, data):
     plain._frames = plain._widths = plain._added = plain._pieces = None
     sample = rows(150, seed=len(family))
     assert list(map(flat, fast.encode(sample))) == list(map(flat, plain.encode(sample)))
+    said = [row.get("text", "a b") for row in sample]
+    assert (
+        fast.count(said)
+        == plain.count(said)
+        == sum(map(len, fast.tokenizer.encode_batch(said, add_special_tokens=False)))
+    )
 
 
 # ---- frames
