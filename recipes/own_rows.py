@@ -8,13 +8,13 @@ over training and held-out rows.
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.data import readers
 from aifactory_train.errors import UserError, did_you_mean
 from aifactory_train.recipes.common import no_rows
 
@@ -139,22 +139,12 @@ def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(
             "is neither .jsonl nor .csv", where=str(path), fix="one JSON object a line, or a table with a head"
         )
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if suffix == ".csv":
-                table = csv.DictReader(file)
-                for row in table:
-                    yield table.line_num, dict(row)
-                return
-            for number, text in enumerate(file, 1):
-                if not text.strip():
-                    continue
-                try:
-                    row = json.loads(text)
-                except ValueError as error:
-                    raise UserError(f"not JSON: {error}", where=f"{path}:{number}") from None
-                if not isinstance(row, dict):
-                    raise UserError("a row is an object with named fields", where=f"{path}:{number}")
-                yield number, row
-    except UnicodeDecodeError:
-        raise UserError("not UTF-8 text", where=str(path), fix="save the file as UTF-8") from None
+    for block in readers.blocks(path):
+        if block.lines is not None:
+            numbered = readers.parse_lines(block)
+        else:
+            numbered = ((block.number(i), row) for i, row in enumerate(block.rows or []))
+        for number, row in numbered:
+            if not isinstance(row, dict):
+                raise UserError("a row is an object with named fields", where=f"{path}:{number}")
+            yield number, row

@@ -15,6 +15,7 @@ import collections
 import gzip
 import io
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,8 +192,12 @@ def text_of(path: Path, notes: Notes | None = None) -> str:
         if vault.plain_name(path).suffix.lower() == ".gz":
             raw = gzip.decompress(raw)
     except PermissionError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except (gzip.BadGzipFile, EOFError):
+        raise UserError(
+            f"cannot be read: {error.strerror}",
+            where=str(path),
+            fix=f"chmod u+r {path.name}, or take it out of the folder",
+        ) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
         raise Unusable("damaged gzip file") from None
     if not raw.strip():
         raise Unusable("empty")

@@ -6,12 +6,15 @@ reader holds more than one block of a file in memory, except for ``.json`` files
 
 from __future__ import annotations
 
+import codecs
+import collections
 import csv
 import gzip
 import io
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +68,7 @@ def _file(path: Path, notes: documents.Notes) -> Iterator[Block]:
     suffixes = [s.lower() for s in vault.plain_name(path).suffixes]
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else (suffixes[-1] if suffixes else "")
     if path.stat().st_size == 0:
-        raise UserError("the file is empty", where=str(path))
+        raise UserError("the file is empty", where=str(path), fix="give a file that holds rows, or take it away")
     if documents.kind_of(path) is not None:
         yield from from_converter(documents.rows_of_file(path, notes), f"{path}:part")
         return
@@ -86,10 +89,12 @@ def _file(path: Path, notes: documents.Notes) -> Iterator[Block]:
         )
     try:
         yield from readers[kind](path)
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"not a complete gzip file: {error}", where=str(path)) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(
+            f"not a complete gzip file: {error}", where=str(path), fix="copy it again, or give the unpacked file"
+        ) from None
     except PermissionError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix=f"chmod u+r {path.name}") from None
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -122,9 +127,9 @@ def _folder(path: Path, split: str | None, notes: documents.Notes) -> Iterator[B
             notes.not_read[p.suffix.lower() or "(none)"] += 1
     if not tables and not texts:
         what = f"no data file with '{split}' in its name" if split else f"no data file ({_KINDS})"
-        beside = ", ".join(f"{n} x {kind.rpartition(': ')[2]}" for kind, n in notes.counts().items())
+        there = ", ".join(f"{n} x {kind.rpartition(': ')[2]}" for kind, n in notes.counts().items())
         raise UserError(
-            f"the folder holds {what}" + (f"; {beside}" if beside else ""),
+            f"the folder holds {what}" + (f"; {there}" if there else ""),
             where=str(path),
             fix="name the folder that a link leads to, or copy the files into this one"
             if notes.left_out
@@ -167,30 +172,63 @@ def _json_lines(path: Path) -> Iterator[Block]:
 def parse_lines(block: Block) -> Iterator[tuple[int, Any]]:
     """``(line number, value)`` of a block of raw JSON Lines; blank lines are skipped. Raises :class:`UserError`."""
     assert block.lines is not None
-    for i, raw in enumerate(block.lines.split(b"\n")):
+    lines = block.lines.split(b"\n")
+    for i, raw in enumerate(lines):
         if not raw or raw.isspace():
             continue
         number = block.first + i
         try:
-            yield number, json.loads(raw.decode("utf-8"))
+            value = json.loads(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise _not_utf8(f"{block.file}:{number}", raw, error) from None
         except json.JSONDecodeError as error:
+            # Only the last line of a file has no line end.
+            torn = i == len(lines) - 1 and (error.pos >= len(error.doc) or error.msg.startswith("Unterminated"))
+            fix = (
+                "the file was cut off in this line: copy or export it again" if torn else "each line is one JSON object"
+            )
             raise UserError(
                 f"not valid JSON: {error.msg} (column {error.colno})",
                 where=f"{block.file}:{number}",
-                fix="each line is one JSON object",
+                fix=_UTF16 if b"\0" in raw else fix,
             ) from None
         except RecursionError:
-            raise UserError("JSON nested too deeply", where=f"{block.file}:{number}") from None
+            raise _too_deep(f"{block.file}:{number}") from None
+        if b"\\u" in raw and _HALF.search(raw):
+            _refuse_halves(value, f"{block.file}:{number}")
+        yield number, value
+
+
+#: An escape of half a surrogate pair in JSON, or what looks like one (its backslash may be escaped itself).
+_HALF = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
+_UTF16 = "it is UTF-16: iconv -f utf-16 -t utf-8 OLD > NEW (without a byte-order mark: -f utf-16le)"
+
+
+def _refuse_halves(value: Any, where: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            "an escape such as \\ud83d stands for half of a character",
+            where=where,
+            fix="the text was cut inside a character, often an emoji: take the escape out, or write the row again",
+        ) from None
+
+
+def _too_deep(where: str) -> UserError:
+    return UserError("JSON nested too deeply", where=where, fix="rows are objects with named columns")
 
 
 def _not_utf8(where: str, raw: bytes, error: UnicodeDecodeError) -> UserError:
     return UserError(
         f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8",
         where=where,
-        fix="it is UTF-16: iconv -f utf-16 -t utf-8 OLD > NEW"
-        if raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+        fix="it is UTF-32: iconv -f utf-32 -t utf-8 OLD > NEW"
+        if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE))
+        else _UTF16
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw
         # not latin1: in what Excel writes that would turn the euro sign and quotation marks into control characters
         else "save the file as UTF-8 (in Excel 'CSV UTF-8'; else iconv -f windows-1252 -t utf-8 OLD > NEW)",
     )
@@ -218,7 +256,15 @@ def _json(path: Path) -> Iterator[Block]:
         if error.msg == "Extra data" and text.lstrip()[:1] == "{":
             yield from _json_lines(path)  # JSON Lines under another name
             return
-        raise UserError(f"not valid JSON: {error.msg} (column {error.colno})", where=f"{path}:{error.lineno}") from None
+        raise UserError(
+            f"not valid JSON: {error.msg} (column {error.colno})",
+            where=f"{path}:{error.lineno}",
+            fix=_UTF16 if "\0" in text else "write it again, or one object a line as .jsonl",
+        ) from None
+    except RecursionError:
+        raise _too_deep(str(path)) from None
+    if _HALF.search(text.encode("utf-8")):
+        _refuse_halves(value, str(path))
     if isinstance(value, dict):
         lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
         if len(lists) == 1 and "messages" not in value:
@@ -226,7 +272,11 @@ def _json(path: Path) -> Iterator[Block]:
         else:
             value = [value]
     if not isinstance(value, list):
-        raise UserError("holds neither a list of rows nor an object with one", where=f"{path}:1")
+        raise UserError(
+            "holds neither a list of rows nor an object with one",
+            where=f"{path}:1",
+            fix='[{"prompt": ..., "completion": ...}, ...]',
+        )
     for at in range(0, len(value), BLOCK_ROWS):
         yield Block(f"{path}:row", at + 1, rows=value[at : at + BLOCK_ROWS])
 
@@ -244,6 +294,10 @@ def _csv(path: Path) -> Iterator[Block]:
     def text_lines() -> Iterator[str]:
         with _open(path) as file:
             for number, raw in enumerate(file, 1):
+                if b"\0" in raw and not raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise UserError(
+                        "a NUL byte: binary data, not text", where=f"{path}:{number}", fix=f"perhaps {_UTF16}"
+                    )
                 try:
                     yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
@@ -257,10 +311,18 @@ def _csv(path: Path) -> Iterator[Block]:
     numbers: list[int] = []
     try:
         header = next(reader, None)
-        if not header or any(not name.strip() for name in header):
-            raise UserError("the first line must name every column", where=f"{path}:1")
-        if len(set(header)) != len(header):
-            raise UserError("a column name is given twice", where=f"{path}:1")
+        header = [name.strip() for name in header or []]
+        if not all(header) or not header:
+            raise UserError(
+                "the first line must name every column",
+                where=f"{path}:1",
+                fix="name them there; take out empty columns at the end, empty lines before it and a line 'sep=;'",
+            )
+        twice = next((name for name, n in collections.Counter(header).items() if n > 1), None)
+        if twice is not None:
+            raise UserError(
+                f"the column name '{twice}' is given twice", where=f"{path}:1", fix="give each column a name of its own"
+            )
         before = reader.line_num
         for cells in reader:
             number, before = before + 1, reader.line_num
@@ -278,7 +340,14 @@ def _csv(path: Path) -> Iterator[Block]:
                 yield Block(str(path), numbers[0], rows=rows, numbers=numbers)
                 rows, numbers = [], []
     except csv.Error as error:
-        raise UserError(f"not valid CSV: {error}", where=f"{path}:{reader.line_num}") from None
+        old = "new-line character" in str(error)  # CR alone, as in files of old Macintoshes
+        raise UserError(
+            "lines end with CR alone" if old else f"not valid CSV: {error}",
+            where=f"{path}:{reader.line_num}",
+            fix="tr '\\r' '\\n' < OLD > NEW"
+            if old
+            else "close every quotation mark; one inside a cell is written twice",
+        ) from None
     if rows:
         yield Block(str(path), numbers[0], rows=rows, numbers=numbers)
 
@@ -287,15 +356,25 @@ def _parquet(path: Path) -> Iterator[Block]:
     import pyarrow
     import pyarrow.parquet
 
+    first = 1
     try:
         file = pyarrow.parquet.ParquetFile(vault.open_source(path))
-        first = 1
         for batch in file.iter_batches(batch_size=BLOCK_ROWS):
             rows = batch.to_pylist()
             yield Block(f"{path}:row", first, rows=rows)
             first += len(rows)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"not a readable Parquet file: {str(error).splitlines()[0][:200]}", where=str(path)) from None
+        raise UserError(
+            f"not a readable Parquet file: {str(error).splitlines()[0][:200]}",
+            where=str(path),
+            fix="write or copy it again",
+        ) from None
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, moments that Python has no date for
+        raise UserError(
+            f"a value of rows {first} to {first + BLOCK_ROWS - 1} cannot be read ({type(error).__name__})",
+            where=str(path),
+            fix="write text as UTF-8, and moments in microseconds",
+        ) from None
 
 
 def _arrow(path: Path) -> Iterator[Block]:

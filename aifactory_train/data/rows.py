@@ -49,6 +49,10 @@ KNOWN_COLUMNS = sorted(
 )
 
 
+#: How a nested column, a number or a null is mended.
+_FLAT = "write what is meant as text into a column of its own, or leave the row out"
+
+
 class RowError(ValueError):
     """What is wrong with a row; the caller adds the file and the line."""
 
@@ -292,7 +296,7 @@ def _from_prompt(row: dict[str, Any]) -> list[dict[str, Any]]:
             raise RowError(f"'input' is {_kind(extra)}, not text")
         messages.append({"role": "user", "content": f"{prompt}\n\n{extra}" if extra else prompt})
     else:
-        raise RowError(f"'{prompt_key}' is {_kind(prompt)}, not text or a list of turns")
+        raise RowError(f"'{prompt_key}' is {_kind(prompt)}, not text or a list of turns", _FLAT)
     if isinstance(completion, list):
         # Only the completion is learnt: earlier assistant turns are part of the question.
         for message in messages:
@@ -307,13 +311,15 @@ def _from_prompt(row: dict[str, Any]) -> list[dict[str, Any]]:
                 message["weight"] = 0
         messages.append({"role": "assistant", "content": completion})
     else:
-        raise RowError(f"'{completion_key}' is {_kind(completion)}, not text or a list of turns")
+        raise RowError(f"'{completion_key}' is {_kind(completion)}, not text or a list of turns", _FLAT)
     return messages
 
 
 def _column_error(name: str, row: dict[str, Any]) -> RowError:
     if name in row:
-        return RowError(f"'{name}' is {_kind(row[name])}, not text")
+        return RowError(
+            f"'{name}' is {_kind(row[name])}, not text", _FLAT if isinstance(row[name], (dict, list)) else None
+        )
     return RowError(
         f"the column '{name}' is missing{did_you_mean(name, map(str, row))} (found: {', '.join(map(str, list(row)[:12]))})"
     )

@@ -132,6 +132,34 @@ FILES = [
     ("broken JSON file", "r.json", '[{"text": "x"},\n {"text": }]', ":2", "not valid JSON"),
     ("not Parquet", "r.parquet", "hello", "r.parquet", "not a readable Parquet file"),
     ("unknown kind", "r.docx", "hello", "r.docx", "files of kind '.docx' are not read"),
+    ("nested too deeply", "r.json", "[" * 100_000 + "]" * 100_000, "r.json", "JSON nested too deeply"),
+    (
+        "half an emoji",
+        "t.jsonl",
+        '{"text": "ok \\ud83d\\ude00"}\n{"text": "cut \\ud83d"}\n',
+        ":2",
+        "half of a character",
+    ),
+    ("the other half", "t.jsonl", '{"text": "ok"}\n{"text": "\\ude00 cut"}\n', ":2", "half of a character"),
+    ("half an emoji in JSON", "t.json", '[{"text": "ok"}, {"text": "cut \\ud83d"}]', "t.json", "half of a character"),
+    ("UTF-16 without a mark", "r.jsonl", ROWS.encode("utf-16-le"), ":1", "not valid JSON"),
+    ("UTF-16 CSV without a mark", "r.csv", "prompt,completion\na,b\n".encode("utf-16-le"), ":1", "a NUL byte"),
+    ("lines that end with CR", "r.csv", "prompt,completion\ra,b\rc,d\r", ":1", "lines end with CR alone"),
+    (
+        "CSV columns alike but for a space",
+        "r.csv",
+        "prompt, prompt\na,b\n",
+        ":1",
+        "the column name 'prompt' is given twice",
+    ),
+    ("CSV with a column without a name", "r.csv", "prompt,completion,\na,b,\n", ":1", "must name every column"),
+    (
+        "damaged gzip",
+        "r.jsonl.gz",
+        gzip.compress(ROWS.encode())[:30] + b"\xff" * 90,
+        "r.jsonl.gz",
+        "not a complete gzip file",
+    ),
     ("broken gzip", "r.jsonl.gz", gzip.compress(ROWS.encode())[:-12], "r.jsonl.gz", "not a complete gzip file"),
 ]
 
@@ -144,6 +172,32 @@ def test_file_is_refused_with_its_place(tmp_path, name, content, where, what):
     error = refuse(tmp_path, recipe(path))
     assert what in error.what
     assert error.where is not None and error.where.startswith(str(path)) and where in error.where
+
+
+MENDED = [
+    ("r.jsonl", ROWS + '{"prompt": "x", "comple', "the file was cut off in this line"),
+    ("r.jsonl", ROWS + '{"prompt": "x",\n"completion": "y"}\n', "each line is one JSON object"),
+    ("r.jsonl", '{"prompt": "x\n'.encode("utf-16"), "it is UTF-16: iconv"),
+    ("r.jsonl", '{"prompt": "x\n'.encode("utf-16-be"), "it is UTF-16: iconv"),
+    ("r.jsonl", '{"prompt": "x\n'.encode("utf-32"), "it is UTF-32: iconv"),
+    ("r.jsonl", '{"prompt": {"de": "x"}, "completion": "y"}\n', "a column of its own"),
+    ("r.csv", "", "give a file that holds rows"),
+    ("r.csv", "sep=;\nprompt;completion\na;b\n", "a line 'sep=;'"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "fix"), MENDED)
+def test_the_message_says_how_to_mend_it(tmp_path, name, content, fix):
+    assert fix in str(refuse(tmp_path, recipe(write(tmp_path, name, content))).fix)
+
+
+def test_whole_characters_pass_however_they_are_written(tmp_path):
+    """Pairs of escapes, and escaped backslashes before something that only looks like one."""
+    rows = [{"text": f"\U0001f600 {i}"} for i in range(6)] + [{"text": f"C:\\ud83d{i} is a folder"} for i in range(6)]
+    path = write(tmp_path, "r.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert b"\\ud83d\\ude00" in path.read_bytes() and b"\\\\ud83d" in path.read_bytes()
+    prepared = prepare(recipe(path), byte_tokenizer(), cache_dir=tmp_path / "c")
+    assert prepared.report["sources"][0]["rows"] == 12
 
 
 def test_at_least_twenty_five_malformed_files():
@@ -229,6 +283,32 @@ def test_parquet_with_a_wrong_column_type(tmp_path):
     pq.write_table(pa.table({"prompt": ["a", "b"], "completion": [1, 2]}), tmp_path / "r.parquet")
     error = refuse(tmp_path, recipe(tmp_path / "r.parquet"))
     assert error.where == f"{tmp_path / 'r.parquet'}:row:1" and "'completion' is a number" in error.what
+
+
+def test_parquet_text_that_is_no_utf8(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    column = pa.array([b"good", b"caf\xe9 secret"]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "r.parquet")
+    error = refuse(tmp_path, recipe(tmp_path / "r.parquet"))
+    assert "cannot be read (UnicodeDecodeError)" in error.what and "secret" not in str(error)
+
+
+def test_a_file_that_the_user_may_not_read(tmp_path, monkeypatch):
+    path = write(tmp_path, "r.jsonl", ROWS)
+    from aifactory_train.private import vault
+
+    opened = vault.open_source
+
+    def refusing(file):
+        if file == path:
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file)
+
+    monkeypatch.setattr(vault, "open_source", refusing)
+    error = refuse(tmp_path, recipe(path))
+    assert error.what == "cannot be read: Permission denied" and error.where == str(path) and "chmod" in str(error.fix)
 
 
 def test_data_set_without_the_split(tmp_path):

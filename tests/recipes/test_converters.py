@@ -375,7 +375,7 @@ def test_own_rows_from_jsonl_and_csv_are_alike(tmp_path):
         ('{"mail": "short", "label": "order"}', "mail is shorter than 10 characters"),
         ('{"mail": 5, "label": "order"}', "mail: 5 is not text"),
         ('["a"]', "a row is an object"),
-        ("{oops", "not JSON"),
+        ("{oops", "not valid JSON"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named_with_its_line(text, told, tmp_path):
