@@ -14,6 +14,7 @@ named in the report.
 from __future__ import annotations
 
 import ctypes
+import functools
 import types
 from collections import Counter
 from typing import Any, cast
@@ -81,15 +82,16 @@ class _Linear(torch.autograd.Function):
     """``x W^T + b`` (+ ``scale * (x A^T) B^T``), keeping the input's recipe where it has one, else the input (and ``x A^T``)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale, kind, *parts):
+    def forward(ctx, x, weight, bias, a, b, scale, in_place, kind, *parts):
         flat = x.reshape(-1, x.shape[-1])
         out = by_rows(flat, weight)
         if bias is not None:
-            out += bias
+            out = out.add_(bias) if in_place else out + bias
         inner: tuple[torch.Tensor, ...] = ()
         if a is not None:
             inner = (by_rows(flat, a),)  # [rows, r]: kept, because it is small and the backward pass needs it
-            out.addmm_(inner[0], b.t(), alpha=scale)
+            branch = (inner[0], b.t())
+            out = out.addmm_(*branch, alpha=scale) if in_place else torch.addmm(out, *branch, alpha=scale)
         needs_input = weight.requires_grad or a is not None
         ctx.kind, ctx.scale, ctx.shape = kind, scale, x.shape
         kept = parts if kind is not None else ((x,) if needs_input else ())
@@ -122,13 +124,18 @@ class _Linear(torch.autograd.Function):
             if grad_x is not None:
                 grad_x.addmm_(through_b, a)
         grad_x = grad_x.view(ctx.shape) if grad_x is not None else None
-        return (grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, *[None] * (len(ctx.needs_input_grad) - 7))
+        return (grad_x, grad_weight, grad_bias, grad_a, grad_b, *[None] * (len(ctx.needs_input_grad) - 5))
 
 
-def linear(x: torch.Tensor, weight, bias=None, a=None, b=None, scale: float = 1.0) -> torch.Tensor:
-    """Linear layer with an optional LoRA branch: x ``[..., D]``, weight ``[O, D]``, a ``[r, D]``, b ``[O, r]``."""
+def linear(
+    x: torch.Tensor, weight, bias=None, a=None, b=None, scale: float = 1.0, in_place: bool = True
+) -> torch.Tensor:
+    """Linear layer with an optional LoRA branch: x ``[..., D]``, weight ``[O, D]``, a ``[r, D]``, b ``[O, r]``.
+
+    ``in_place``: bias and branch are added to the product itself, see :func:`apply_lean`.
+    """
     kind, parts = getattr(x, _RECIPE, (None, ()))
-    return _Linear.apply(x, weight, bias, a, b, scale, kind, *parts)
+    return _Linear.apply(x, weight, bias, a, b, scale, in_place, kind, *parts)
 
 
 # ---- memory that stays with the process
@@ -170,19 +177,19 @@ def _mlp_forward(self, x):
     return self.down_proj(out)
 
 
-def _linear_forward(self, input):
+def _linear_forward(self, input, *, in_place):
     if not _plain(input, self.weight):
         return type(self).forward(self, input)
-    return linear(input, self.weight, self.bias)
+    return linear(input, self.weight, self.bias, in_place=in_place)
 
 
-def _lora_forward(self, x, *args, **kwargs):
+def _lora_forward(self, x, *args, in_place, **kwargs):
     adapters = self.active_adapters
     if args or kwargs or self.disable_adapters or self.merged or len(adapters) != 1 or not _plain(x):
         return type(self).forward(self, x, *args, **kwargs)
     name = adapters[0]
-    base = self.base_layer
-    return linear(x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+    base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+    return linear(x, base.weight, base.bias, a, b, self.scaling[name], in_place)
 
 
 def _plain(*tensors: torch.Tensor) -> bool:
@@ -234,8 +241,10 @@ def _is_plain_lora(module: Any) -> bool:
     )
 
 
-def apply_lean(model: nn.Module) -> tuple[Counter, Counter]:
+def apply_lean(model: nn.Module, *, in_place: bool = True) -> tuple[Counter, Counter]:
     """Replace ``forward`` on the instances below ``model`` that are understood.
+
+    ``in_place=False`` where selective checkpointing keeps the products of linear layers: it must find them as they were made.
 
     Returns (replaced, left) counts by class name; ``left`` holds norms, MLPs and LoRA layers whose structure is unknown.
     """
@@ -248,7 +257,7 @@ def apply_lean(model: nn.Module) -> tuple[Counter, Counter]:
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             inside_lora.update(id(child) for child in module.modules() if child is not module)
             if _is_plain_lora(module):
-                forwards.append((module, _lora_forward))
+                forwards.append((module, functools.partial(_lora_forward, in_place=in_place)))
             else:
                 left[f"{kind} of peft"] += 1
         elif _is_rms_norm(module):
@@ -260,7 +269,7 @@ def apply_lean(model: nn.Module) -> tuple[Counter, Counter]:
         elif kind.endswith("MLP"):
             left[kind] += 1
         elif type(module) is nn.Linear and id(module) not in inside_lora and module.weight.requires_grad:
-            forwards.append((module, _linear_forward))
+            forwards.append((module, functools.partial(_linear_forward, in_place=in_place)))
     for module, function in forwards:
         module.forward = types.MethodType(function, module)  # type: ignore[method-assign]
         replaced[type(module).__name__] += 1

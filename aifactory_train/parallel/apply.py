@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from aifactory_train import products
 from aifactory_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -101,23 +100,33 @@ def apply_compute_type(core: CausalLM, compute: torch.dtype) -> None:
 
 # ---- activation checkpointing
 
-#: Results kept by selective checkpointing: matrix products and attention, which cost the most to compute again.
-_KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+#: Operators whose results selective checkpointing keeps: matrix products and attention, which cost the most to compute again.
+#: By name: most of them exist on some devices or with some packages only.
+KEPT = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "torch_attn::_varlen_attn",  # torch.nn.attention.varlen
+    "flash_attn::_flash_attn_varlen_forward",  # the flash-attn package
+    "mkldnn::_linear_pointwise",  # aifactory_train.products
+    "aifactory::lora_linear_fwd",  # the product of base and adapter in one operator
 }
-if products.library()[0] == "onednn":
-    _KEPT.add(torch.ops.mkldnn._linear_pointwise.default)
+
+
+def keeps(operator: Any, args: tuple) -> bool:
+    """Whether selective checkpointing keeps the result of ``operator(*args)``."""
+    if operator.name() == "aten::addmm" and args[0].dim() == 2:
+        return False  # an adapter's branch onto a product that is kept: its rank is small
+    return operator.name() in KEPT
 
 
 def _keep_products() -> Any:
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if keeps(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from aifactory_train import attention, products
+from aifactory_train import attention, compat, products
+from aifactory_train.config import Recipe
 from aifactory_train.lean import apply_lean
-from aifactory_train.model import CausalLM
+from aifactory_train.model import CausalLM, ModelReport, apply_operators
+from aifactory_train.parallel.apply import apply_activation_checkpointing, keeps
 from aifactory_train.parallel.batches import CPU_MICRO_BATCH, micro_limit
 
 LENGTHS = [20, 7, 13]
@@ -33,6 +35,11 @@ def build(family: str, lora: bool, lean: bool, **settings):
                 torch.nn.init.normal_(parameter, std=0.1)
     counts = apply_lean(model) if lean else None
     return CausalLM(model), counts
+
+
+def recipe_of(mode: str) -> Recipe:
+    tree = {"model": {"base": "m"}, "data": {"train": "t"}, "parallel": {"activation_checkpointing": mode}}
+    return Recipe.model_validate(tree)
 
 
 def backward(core: CausalLM) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
@@ -92,6 +99,37 @@ def test_merged_and_disabled_adapters_still_work() -> None:
             assert torch.equal(plain.model(input_ids=ids).logits, lean.model(input_ids=ids).logits)
         plain.model.merge_adapter(), lean.model.merge_adapter()
         assert torch.equal(plain.model(input_ids=ids).logits, lean.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2: with biases
+@pytest.mark.parametrize("settings", [None, {}, {"lora_dropout": 0.3}])
+def test_recomputation_finds_the_products_as_they_were_made(family: str, settings: dict | None) -> None:
+    def gradients(mode: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        core, _ = build(family, settings is not None, lean=False, **(settings or {}))
+        apply_operators(core, recipe_of(mode), device="cpu", engine="ddp", report=ModelReport())
+        apply_activation_checkpointing(core, mode)
+        core.train()
+        torch.manual_seed(1)
+        return backward(core)[:2]
+
+    loss, wanted = gradients("none")
+    for mode in ("selective", "full"):
+        again, found = gradients(mode)
+        assert torch.equal(loss, again) and found.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_selective_recomputation_keeps_what_costs_most() -> None:
+    import aifactory_train.kernels.lora_linear.op  # noqa: F401 - registers the operator
+
+    assert keeps(torch.ops.aifactory.lora_linear_fwd.default, ())
+    if compat.varlen_attention() is not None:
+        assert keeps(torch.ops.torch_attn._varlen_attn.default, ())
+    square, vector = torch.zeros(2, 2), torch.zeros(2)
+    assert keeps(torch.ops.aten.addmm.default, (vector, square, square))  # a linear layer with its bias
+    assert not keeps(torch.ops.aten.addmm.default, (square, square, square))  # an adapter's branch
+    assert not keeps(torch.ops.aten.silu.default, (square,))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
