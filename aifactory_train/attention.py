@@ -132,6 +132,9 @@ def _over_documents(kernel: _Kernel) -> Callable[..., tuple[torch.Tensor, None]]
             )
         _reject(module, documents.max_length, kwargs)
         batch, heads, length, _ = query.shape
+        device = query.device.type
+        if torch.is_autocast_enabled(device):  # SDPA follows it by itself; these kernels refuse fp32 and mixed types
+            query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
         q, k, v = (_flat(states).squeeze(0).transpose(0, 1).contiguous() for states in (query, key, value))
         return kernel(q, k, v, documents, dropout, scaling).reshape(batch, length, heads, -1), None
 
@@ -201,12 +204,19 @@ def register() -> None:
         AttentionMaskInterface.register(name, mask)
 
 
-def choose(setting: str, device: str) -> tuple[str, str]:
+def choose(setting: str, device: str, compute: torch.dtype = torch.bfloat16) -> tuple[str, str]:
     """The registry name for ``model.attention`` on ``device`` and the reason, for the start-up report.
 
-    Raises :class:`UserError` if the wanted backend cannot run here.
+    ``compute``: the type of arithmetic. FlashAttention, which is what both variable-length kernels are, has no fp32, and so none
+    on GPUs without bf16. Raises :class:`UserError` if the wanted backend cannot run here.
     """
     has_varlen = compat.varlen_attention() is not None
+    if setting in ("flash", "varlen") and device != "cpu" and compute == torch.float32:
+        raise UserError(
+            "variable-length attention kernels compute in bf16 only, this run computes in fp32",
+            where="model.attention",
+            fix="--set model.attention=per_document, or precision.compute=bf16 where the GPU has it",
+        )
     if setting == "flash":
         try:
             import flash_attn  # noqa: F401
@@ -225,6 +235,6 @@ def choose(setting: str, device: str) -> tuple[str, str]:
         return VARLEN, "asked for"
     if setting == "per_document":
         return PER_DOCUMENT, "asked for"
-    if device != "cpu" and has_varlen:
+    if device != "cpu" and has_varlen and compute != torch.float32:
         return VARLEN, "GPU and torch >= 2.10"
-    return PER_DOCUMENT, "SDPA on each document: no variable-length kernel for this device and torch"
+    return PER_DOCUMENT, "SDPA on each document: no variable-length kernel for this device, torch and precision"

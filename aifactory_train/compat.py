@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -78,6 +78,28 @@ def ddp_without_buffer_sync() -> dict[str, bool]:
 
     names = inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers": False} if "forward_sync_buffers" in names else {"broadcast_buffers": False}
+
+
+class _Heard(torch.autograd.Function):
+    """Calls a function with gradients on: what C++ warns of meanwhile goes through Python's filters, not straight to the terminal."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[], Any], results: list[Any]) -> torch.Tensor:
+        with torch.enable_grad():
+            results.append(function())
+        return torch.empty(0)
+
+
+def quiet_unused_parameters(function: Callable[[], Any]) -> Any:
+    """``function()`` without DDP's one warning that ``find_unused_parameters=True``, which we set on purpose, found none unused.
+
+    DDP gives it once a process, in the first forward pass whose backward pass reduces gradients.
+    """
+    results: list[Any] = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        _Heard.apply(function, results)
+    return results[0]
 
 
 @contextlib.contextmanager

@@ -240,7 +240,7 @@ class DataConfig(Strict):
     supervise: Literal["assistant", "all"] = Field("assistant", description="Which turns of a chat carry loss.")
     deduplicate: bool = True
     overlap: Literal["refuse", "drop", "allow"] = Field("drop", description="Rows that are in train and eval alike.")
-    split_seed: int = 17
+    split_seed: int = Field(17, ge=0, lt=2**40)
     workers: int = Field(0, ge=0, description="Processes that tokenise; 0: as many as there are cores, at most 8.")
 
 
@@ -250,7 +250,7 @@ class DataConfig(Strict):
 class TrainConfig(Strict):
     """The optimisation. A step is defined by documents, never by how many GPUs share them."""
 
-    seed: int = 17
+    seed: int = Field(17, ge=0, lt=2**40)  # times a million it must still be a seed of torch (train.py)
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(
         None, ge=1, description="At most this many optimizer steps; the epochs may end the training earlier."

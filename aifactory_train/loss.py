@@ -59,7 +59,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_output.to(grad_hidden.dtype)
+            # expanded, or the factor would be rounded to the type of the hidden states before the product
+            factor = grad_output.expand_as(grad_hidden)
+            grad_hidden = torch.mul(grad_hidden, factor, out=torch.empty_like(grad_hidden))
         if grad_weight is not None:
             # In place, as it is as large as the embedding; a second backward pass is refused by autograd's version count.
             grad_weight = grad_weight.mul_(grad_output).to(ctx.weight_dtype)

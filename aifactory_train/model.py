@@ -223,6 +223,14 @@ def load_config(path: Path, recipe: Recipe):
     return config
 
 
+def choose_attention(recipe: Recipe, device: str, report: ModelReport) -> str:
+    """The name of ``model.attention`` in transformers' registry, where our functions are from now on."""
+    attention.register()
+    name, why = attention.choose(recipe.model.attention, device, choose_precision(recipe, device)[0].compute)
+    report.add("attention", name.removeprefix("aifactory_"), why)
+    return name
+
+
 def load_language_model(
     path: Path,
     recipe: Recipe,
@@ -241,9 +249,7 @@ def load_language_model(
 
     logging.disable_progress_bar()  # our own report says what was loaded
 
-    attention.register()
-    name, why = attention.choose(recipe.model.attention, device)
-    report.add("attention", name.removeprefix("aifactory_"), why)
+    name = choose_attention(recipe, device, report)
     config = load_config(path, recipe)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -465,7 +471,7 @@ def apply_operators(core: CausalLM, recipe: Recipe, *, device: str, engine: str,
         from aifactory_train.products import library
 
         keep_freed_memory()
-        replaced, left = apply_lean(core.model)
+        replaced, left = apply_lean(core.model, in_place=recipe.parallel.activation_checkpointing != "selective")
         shown = ", ".join(f"{count} {name}" for name, count in sorted(replaced.items())) or "none replaced"
         why = "CPU: the torch path that keeps less for the backward pass"
         if left:
@@ -545,7 +551,6 @@ def _loads_by_shard(path: Path, recipe: Recipe, *, device: str, dtype: torch.dty
     """Whether every rank may read its own rows of the weights alone; the reason if not goes into the report."""
     from aifactory_train.parallel.materialise import why_not
 
-    attention.register()
     if recipe.adapter.kind == "dora":
         reason: str | None = "DoRA starts from the norms of the base weights"
     elif recipe.model.start_from and recipe.adapter.train_embeddings:
@@ -553,7 +558,7 @@ def _loads_by_shard(path: Path, recipe: Recipe, *, device: str, dtype: torch.dty
     elif recipe.model.trust_remote_code:
         reason = "the model's own code decides how it is loaded"
     else:
-        reason = why_not(load_config(path, recipe), path, attention.choose(recipe.model.attention, device)[0], dtype)
+        reason = why_not(load_config(path, recipe), path, choose_attention(recipe, device, ModelReport()), dtype)
     report.add(
         "loading",
         "each rank its shard" if reason is None else "the whole model on each rank",
@@ -568,9 +573,7 @@ def empty_language_model(
     """The same model as :func:`load_language_model` without memory for its weights (stride-0 zeros on the host)."""
     from aifactory_train.parallel.materialise import skeleton
 
-    attention.register()
-    name, why = attention.choose(recipe.model.attention, device)
-    report.add("attention", name.removeprefix("aifactory_"), why)
+    name = choose_attention(recipe, device, report)
     model = skeleton(load_config(path, recipe), name, dtype)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False

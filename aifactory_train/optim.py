@@ -11,9 +11,12 @@ from torch import nn
 
 from aifactory_train.config import TrainConfig
 
+#: In the names of embeddings; those of GPT-2 (GPT-SW3 and others) are ``wte`` and ``wpe``.
+EMBEDDINGS = ("embed", ".wte.", ".wpe.")
+
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters in two groups: matrices decay; vectors (norms, biases) and embeddings do not.
+    """Trained parameters in two groups: matrices decay; vectors (norms, biases) and embeddings (by name) do not.
 
     Each group carries ``names`` in the order of its ``params``.
     """
@@ -22,7 +25,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        group = decayed if parameter.ndim >= 2 and "embed" not in name else plain
+        group = decayed if parameter.ndim >= 2 and not any(word in name for word in EMBEDDINGS) else plain
         group["params"].append(parameter)
         group["names"].append(name)
     return [

@@ -30,6 +30,7 @@ from aifactory_train.output import note
 from aifactory_train.parallel import DeviceBatch, build_engine, choose_engine
 from aifactory_train.parallel.batches import micro_limit
 from aifactory_train.parallel.memory_advice import explain_memory, probe_largest_batch
+from aifactory_train.parallel.torch_engine import split_scale
 from aifactory_train.parallel.world import World, from_main, join_world, leave_world
 from aifactory_train.private.profile import enforce
 from aifactory_train.record.recorder import Recorder
@@ -135,6 +136,9 @@ class Trainer:
         self.total_steps = self.sampler.steps(settings.epochs)
         if settings.max_steps is not None:
             self.total_steps = min(self.total_steps, settings.max_steps)
+        if (settings.warmup_steps or 0) > self.total_steps:
+            why = f"train.warmup_steps {settings.warmup_steps} are more than the run's {self.total_steps} steps"
+            self.report.add("learning rate", f"stays below {settings.learning_rate:g}", why)
         self.cursor = Cursor(0, 0)
         self.step = 0  # optimizer steps done
         self.pad_id = self.data.tokenizer_info["pad_id"]
@@ -218,6 +222,7 @@ class Trainer:
         batches = [self.micro_batch(share) for share in shares[self.world.rank]]
         supervised = int(train_set.supervised[documents].sum())  # over all ranks: the split is known to every rank
         units = self.methods.units(supervised)  # what the loss is a mean over
+        scale, rest = split_scale(1.0 / units)
         rate = learning_rate(self.step, self.total_steps, settings)
 
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
@@ -225,9 +230,9 @@ class Trainer:
             self.attempt.beat(self.step, "forward")
             self.stop.look(self.checkpoints.save_estimate())
             with explain_memory(self.engine, self.recipe, self.world):
-                loss += self.engine.forward_backward(batch, 1.0 / units, last=number == len(batches) - 1)
+                loss += self.engine.forward_backward(batch, scale, last=number == len(batches) - 1)
         self.attempt.beat(self.step, "reduce")
-        norm = self.engine.clip(settings.max_grad_norm)
+        norm = self.engine.clip(settings.max_grad_norm, rest)
         dist.all_reduce(loss)
         mean_loss = loss.item() / units  # the step's one synchronisation with the device
         verdict = self.guard.judge(mean_loss, float(norm))

@@ -68,8 +68,11 @@ class Engine(Protocol):
         Returns the detached, unscaled loss sum of this rank (fp32 scalar on the device, no synchronisation).
         """
 
-    def clip(self, max_norm: float | None) -> torch.Tensor:
-        """Global L2 norm of the summed gradients before clipping (fp32 scalar); scales them if it exceeds max_norm."""
+    def clip(self, max_norm: float | None, rest: float = 1.0) -> torch.Tensor:
+        """Multiply the summed gradients by ``rest``; then scale them if their norm exceeds ``max_norm``.
+
+        Returns their global L2 norm before clipping, ``rest`` included (fp32 scalar).
+        """
 
     def step(self, learning_rate: float) -> None:
         """One optimizer step at this learning rate; gradients are cleared."""
@@ -115,6 +118,12 @@ def choose_engine(recipe: Recipe, world: World) -> tuple[str, str]:
     wanted = recipe.parallel.engine
     if wanted != "auto":
         return wanted, "asked for"
+    if recipe.parallel.shard_size is not None:
+        raise UserError(
+            "is of engine hsdp, and 'auto' is ddp where no plan wrote another",
+            where="parallel.shard_size",
+            fix="--set parallel.engine=hsdp, or leave parallel.shard_size out",
+        )
     return "ddp", "one copy of the model per rank" if world.size > 1 else "one process"
 
 

@@ -50,7 +50,8 @@ class DDPEngine(TorchEngine):
                 fix="--set parallel.engine=fsdp2 (or zero2, zero3), or parallel.offload_optimizer=false",
             )
         self.module: nn.Module = core
-        if world.size > 1:
+        self.warns = world.size > 1
+        if self.warns:
             ddp = DistributedDataParallel(
                 core,
                 device_ids=[torch.device(world.device).index] if world.device != "cpu" else None,
@@ -67,7 +68,11 @@ class DDPEngine(TorchEngine):
     def forward_backward(self, batch: DeviceBatch, scale: float, last: bool) -> torch.Tensor:
         waits = isinstance(self.module, DistributedDataParallel) and not last
         with self.module.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
-            loss = self.module(**batch.kwargs())
+            if self.warns and not waits:
+                self.warns = False
+                loss = compat.quiet_unused_parameters(lambda: self.module(**batch.kwargs()))
+            else:
+                loss = self.module(**batch.kwargs())
             (loss * scale).backward()
         return loss.detach()
 

@@ -24,7 +24,7 @@ from aifactory_train.optim import build_optimizer, parameter_groups
 from aifactory_train.parallel import materialise, zero_stage
 from aifactory_train.parallel.apply import block_modules
 from aifactory_train.parallel.state import Piece, Sharded, run_of
-from aifactory_train.parallel.torch_engine import clip_factor, state_keys, sum_of_squares
+from aifactory_train.parallel.torch_engine import clip_factor, multiply, state_keys, sum_of_squares
 
 if TYPE_CHECKING:
     from aifactory_train.config import Recipe
@@ -190,15 +190,13 @@ class DeepSpeedEngine:
             return [flat.grad for flat in flats if flat.grad is not None]
         return [tensor for group in self.zero.averaged_gradients.values() if group is not None for tensor in group]
 
-    def clip(self, max_norm: float | None) -> torch.Tensor:
+    def clip(self, max_norm: float | None, rest: float = 1.0) -> torch.Tensor:
         gradients = self._gradients()
         square = sum_of_squares(gradients, self.world.device)
         dist.all_reduce(square)
-        norm = square.sqrt()
-        if max_norm is not None:
-            factor = clip_factor(norm, max_norm)
-            for gradient in gradients:
-                gradient.mul_(factor.to(gradient.device))
+        norm = square.sqrt() * rest
+        if max_norm is not None or rest != 1.0:
+            multiply(gradients, rest * clip_factor(norm, max_norm))
         return norm
 
     def step(self, learning_rate: float) -> None:

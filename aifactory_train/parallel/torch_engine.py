@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,27 @@ def sum_of_squares(tensors: list[torch.Tensor], device: str) -> torch.Tensor:
     return total
 
 
-def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """The factor (at most 1) that brings a gradient of this norm to ``max_norm``."""
+def clip_factor(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor:
+    """The factor (at most 1) that brings a gradient of this norm to ``max_norm``; 1 where there is none."""
+    if max_norm is None:
+        return torch.ones_like(norm)
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+def multiply(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
+    """In place, by an fp32 scalar. Expanded, or it would be rounded to the type of bf16 gradients before the product."""
+    for gradient in gradients:
+        torch.mul(gradient, factor.to(gradient.device).expand_as(gradient), out=gradient)
+
+
+def split_scale(scale: float) -> tuple[float, float]:
+    """``(power of two, rest in [0.5, 1))`` whose product is ``scale``.
+
+    A bf16 backward pass that begins with a power of two rounds as if it began with 1. Any other number would be rounded with
+    every value on its way (1 / 4104 by 0.2 % at each, all in one direction); the rest multiplies the masters' gradients in fp32.
+    """
+    rest, exponent = math.frexp(scale)
+    return 2.0**exponent, rest
 
 
 class TorchEngine:
@@ -80,17 +99,15 @@ class TorchEngine:
     def forward_backward(self, batch: DeviceBatch, scale: float, last: bool) -> torch.Tensor:
         raise NotImplementedError
 
-    def clip(self, max_norm: float | None) -> torch.Tensor:
+    def clip(self, max_norm: float | None, rest: float = 1.0) -> torch.Tensor:
         gradients = [self._local(p.grad) for _, p in self.named if p.grad is not None]
         square = sum_of_squares(gradients, self.world.device)
         group = self._norm_group()
         if group is not None:
             dist.all_reduce(square, group=group)
-        norm = square.sqrt()
-        if max_norm is not None:
-            factor = clip_factor(norm, max_norm)
-            for gradient in gradients:
-                gradient.mul_(factor.to(gradient.device))
+        norm = square.sqrt() * rest
+        if max_norm is not None or rest != 1.0:
+            multiply(gradients, rest * clip_factor(norm, max_norm))
         return norm
 
     def step(self, learning_rate: float) -> None:

@@ -246,6 +246,16 @@ def test_choice_of_backend_on_a_cpu():
         attention.choose("varlen", "cpu")
 
 
+def test_kernels_without_fp32_are_not_chosen_for_it(monkeypatch):
+    """On a GPU without bf16, or where the recipe asks for fp32."""
+    monkeypatch.setattr(attention.compat, "varlen_attention", lambda: plain_varlen)
+    assert attention.choose("auto", "cuda:0", torch.bfloat16)[0] == attention.VARLEN
+    assert attention.choose("auto", "cuda:0", torch.float32)[0] == attention.PER_DOCUMENT
+    for setting in ("varlen", "flash"):
+        with pytest.raises(UserError, match="in bf16 only"):
+            attention.choose(setting, "cuda:0", torch.float32)
+
+
 # ---- kernels that exist on GPUs only: what we hand them, and what we make of what they return
 
 
@@ -288,6 +298,25 @@ def test_variable_length_kernels_agree_with_each_document_alone(kernel, gqa, sca
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     with pytest.raises(UserError, match="window of 6"):
         function(module, query, key, value, None, documents=cut, sliding_window=6)
+
+
+def test_variable_length_kernels_follow_autocast_as_sdpa_does(monkeypatch):
+    """Rotary embeddings leave queries and keys in fp32 under autocast, values are bf16: the kernels take one type, and no fp32."""
+    seen = []
+
+    def attend(q, k, v, *bounds, is_causal, enable_gqa=False):
+        seen.append({q.dtype, k.dtype, v.dtype})
+        return plain_varlen(q, k, v, *bounds)
+
+    monkeypatch.setattr(attention.compat, "varlen_attention", lambda: attend)
+    query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = attention.varlen_attention(
+            torch.nn.Module(), query, key, value.bfloat16(), None, documents=documents([5, 7])
+        )
+    assert seen == [{torch.bfloat16}] and found.dtype == torch.bfloat16
+    attention.varlen_attention(torch.nn.Module(), query, key, value, None, documents=documents([5, 7]))
+    assert seen[1:] == [{torch.float32}]
 
 
 def test_dropout_is_not_left_out_in_silence():

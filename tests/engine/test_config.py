@@ -254,6 +254,9 @@ def test_a_recipe_beside_is_named_with_its_ending(tmp_path, monkeypatch):
         ("train.learning_rate=.inf", "finite"),
         ("train.betas=[0.9, 1.5]", "less than 1"),
         ("train.betas=[-0.1, 0.9]", "greater than or equal to 0"),
+        ("train.seed=-1", "greater than or equal to 0"),
+        ("train.seed=99999999999999999999", "less than"),
+        ("data.split_seed=-1", "greater than or equal to 0"),
         ("data.train.²=1", "unknown key"),
     ],
 )

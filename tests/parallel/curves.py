@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,16 +25,13 @@ DOCUMENTS = 8
 VOCABULARY = 300
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def start_ranks(script: Path, ranks: int, *args: str, timeout: float = 540, env: dict[str, str] | None = None) -> None:
     """Run ``script`` once per rank on a free port; raises with the errors of the ranks that failed."""
-    port = str(free_port())
-    base = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(env or {})}
+    import helpers
+
+    port = helpers.reserved_port()
+    number = str(port.getsockname()[1])
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": number, **(env or {})}
     # Files, not pipes: a rank whose pipe is full stops in the middle of a collective.
     logs = [tempfile.TemporaryFile("w+") for _ in range(ranks)]  # noqa: SIM115 - closed below
     children = [
@@ -67,6 +63,7 @@ def start_ranks(script: Path, ranks: int, *args: str, timeout: float = 540, env:
                 child.wait()
         for log in logs:
             log.close()
+        port.close()
     assert not failures, "\n".join(failures)
 
 
@@ -183,23 +180,26 @@ def train_step(engine, case: dict[str, Any], world, step: int) -> tuple[float, f
     import torch
     import torch.distributed as dist
 
+    from aifactory_train.parallel.torch_engine import split_scale
+
     documents = step_documents(step)
     supervised = sum(count for _, count in documents)
     accumulation, bug = case.get("accumulation", 1), case.get("bug")
     mine = documents[world.rank :: world.size]
     micros = [mine[i::accumulation] for i in range(accumulation)]
+    power, rest = split_scale(1.0 / supervised)
     loss = torch.zeros((), dtype=torch.float64)
     for number, micro in enumerate(micros):
         last = number == accumulation - 1
-        scale = 1.0 / supervised
+        scale = power
         if bug == "times world":
             scale *= world.size
         if bug == "mean of means":
-            scale = 1.0 / (max(1, sum(c for _, c in micro)) * accumulation * world.size)
+            scale = 1.0 / (max(1, sum(c for _, c in micro)) * accumulation * world.size * rest)
         if bug == "last only" and not last:
             continue
         loss += engine.forward_backward(make_batch(micro, world.device), scale, last).cpu()
-    norm = engine.clip(case.get("max_norm"))
+    norm = engine.clip(case.get("max_norm"), rest)
     engine.step(case.get("rate", 1e-2))
     dist.all_reduce(loss)
     return loss.item() / supervised, float(norm)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 
 import curves
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aifactory_train.config import Recipe
 from aifactory_train.errors import UserError
 from aifactory_train.model import Precision, choose_precision
-from aifactory_train.parallel import build_engine, refuse_quantised
+from aifactory_train.optim import parameter_groups
+from aifactory_train.parallel import build_engine, choose_engine, refuse_quantised
 from aifactory_train.parallel.apply import apply_compute_type, block_modules
 from aifactory_train.parallel.deepspeed import deepspeed_json
+from aifactory_train.parallel.torch_engine import split_scale
 from aifactory_train.parallel.world import World, discover
 
 FP32 = Precision(torch.float32, torch.float32, torch.float32, torch.float32)
@@ -77,6 +82,53 @@ def test_what_an_engine_cannot_do_is_refused_with_a_way_out() -> None:
         build_engine("zero3", core(), recipe(compile=True), FP32, ALONE)
     with pytest.raises(UserError, match="unknown engine"):
         build_engine("tensor", core(), recipe(), FP32, ALONE)
+
+
+def test_a_shard_size_without_its_engine_is_not_ignored() -> None:
+    assert choose_engine(recipe(engine="auto"), ALONE)[0] == "ddp"
+    assert choose_engine(recipe(engine="hsdp", shard_size=2), ALONE)[0] == "hsdp"
+    with pytest.raises(UserError, match=r"parallel\.engine=hsdp"):
+        choose_engine(recipe(engine="auto", shard_size=2), ALONE)
+
+
+@given(st.integers(1, 2**40))
+def test_a_scale_is_a_power_of_two_and_a_rest(units: int) -> None:
+    power, rest = split_scale(1 / units)
+    assert power * rest == 1 / units and 0.5 <= rest < 1 and math.frexp(power)[0] == 0.5
+
+
+def test_bf16_gradients_are_those_of_the_sum_over_the_units_of_the_step() -> None:
+    """To fp32's rounding and for any number of units: 1 / 4104 itself, sent through bf16, would round everything one way."""
+    settings = recipe(engine="ddp", precision={"compute": "bf16"})
+    engine = build_engine("ddp", core(precision={"compute": "bf16"}), settings, MIXED, ALONE)
+
+    def gradient(scale: float, rest: float, most: float | None = None) -> tuple[torch.Tensor, float]:
+        engine.discard()
+        for step in range(3):
+            engine.forward_backward(curves.make_batch(curves.step_documents(step), "cpu"), scale, last=step == 2)
+        norm = float(engine.clip(most, rest))
+        return torch.cat([p.grad.flatten().double() for p in engine.core.parameters()]), norm  # type: ignore[union-attr]
+
+    plain, whole = gradient(1.0, 1.0)
+    assert whole == pytest.approx(float(plain.norm()), rel=1e-5)
+    for units in (1, 385, 2053, 4104, 2**20 - 1):
+        found, norm = gradient(*split_scale(1 / units))
+        assert float((found * units - plain).norm() / plain.norm()) < 1e-6
+        assert norm == pytest.approx(whole / units, rel=1e-5)
+    clipped, norm = gradient(*split_scale(1 / 4104), most=whole / 4104 / 10)
+    assert norm == pytest.approx(whole / 4104, rel=1e-5)  # before clipping
+    assert float(clipped.norm()) == pytest.approx(norm / 10, rel=5e-2)  # the 1e-6 of clip_factor counts here
+    crude = gradient(1 / 4104, 1.0)[0] * 4104
+    assert abs(float((crude * plain).sum() / plain.square().sum()) - 1) > 1e-4  # what this is for
+
+
+def test_matrices_decay_and_embeddings_norms_and_biases_do_not() -> None:
+    names = ["model.embed_tokens.weight", "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"]
+    names += ["h.0.attn.c_attn.weight", "layers.0.q_proj.lora_A.default.weight"]
+    parameters = [(name, torch.nn.Parameter(torch.zeros(2, 2))) for name in names]
+    parameters += [(name, torch.nn.Parameter(torch.zeros(2))) for name in ("norm.weight", "q_proj.bias")]
+    groups = {group["weight_decay"]: group["names"] for group in parameter_groups(parameters, 0.1)}
+    assert groups == {0.1: names[3:], 0.0: [*names[:3], "norm.weight", "q_proj.bias"]}
 
 
 def test_a_four_bit_base_is_refused_by_engines_that_split_it() -> None:
