@@ -352,9 +352,19 @@ class Checkpointer:
             fix="--resume never starts over in a new run folder; the damaged checkpoints are left as they are",
         )
 
-    def _set_aside(self, folder: Path) -> None:
+    def leave_behind(self, step: int) -> None:
+        """The run goes on from ``step``: later checkpoints, where there are any, are those of a continuation that was given up.
+
+        Under their own names the next ``--resume auto`` would take them for the newest of this one. Nothing is deleted.
+        """
+        if self.world.is_main:
+            for later in steps_in(self.path):
+                if later > step:
+                    self._set_aside(self.path / f"step-{later}", "left")
+
+    def _set_aside(self, folder: Path, why: str = "damaged") -> None:
         for number in range(1000):
-            target = folder.with_name(f"damaged-{folder.name}" + (f"-{number}" if number else ""))
+            target = folder.with_name(f"{why}-{folder.name}" + (f"-{number}" if number else ""))
             if not target.exists():
                 try:
                     os.rename(folder, target)

@@ -64,6 +64,7 @@ def restore(trainer: Trainer, step: int | None) -> None:
             fix="restore the data, or start a new run (--run-dir NEW)",
         )
     trainer.checkpoints.load(step, same_rates=same_rates)
+    trainer.checkpoints.leave_behind(step)
     trainer.step, trainer.cursor = step, Cursor(**saved["cursor"])
     trainer.best.load(saved["best"])
     trainer.results = saved["results"]

@@ -8,6 +8,8 @@ from pathlib import Path
 import helpers
 import pytest
 
+from aifactory_train.parallel.storage import steps_in
+
 
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -51,6 +53,7 @@ def test_early_stopping_exports_the_best_checkpoint(tmp_path: Path, tiny_model_d
     recipe = helpers.write_recipe(tmp_path, tiny_model_dir, settings=settings)
     result = helpers.cli("train", recipe, "--name", "best", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "stays below 20" in result.stdout and "warmup_steps 1000" in result.stdout
     evaluations = [r for r in metrics(tmp_path / "runs/best") if r["kind"] == "eval"]
     best = min(evaluations, key=lambda r: r["loss"])
     assert (
@@ -109,6 +112,22 @@ def test_live_run_is_refused_and_unfinished_run_is_not_touched_unasked(tiny_reci
     helpers.refused(helpers.cli("train", tiny_recipe, "--name", "busy", cwd=tmp_path), "unfinished", "--resume auto")
 
 
+def test_what_a_run_goes_back_behind_is_set_aside(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from aifactory_train.checkpoint import Checkpointer
+
+    for step in (80, 90, 100):
+        (tmp_path / f"step-{step}").mkdir()
+    checkpoints = Checkpointer.__new__(Checkpointer)
+    checkpoints.path, checkpoints.world = tmp_path, SimpleNamespace(is_main=True)  # type: ignore[assignment]
+    checkpoints.leave_behind(100)
+    assert steps_in(tmp_path) == [100, 90, 80]
+    checkpoints.leave_behind(80)
+    assert steps_in(tmp_path) == [80]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["left-step-100", "left-step-90", "step-80"]
+
+
 def test_own_rows_train_with_one_override(tiny_recipe: Path, tmp_path: Path) -> None:
     helpers.write_jsonl(tmp_path / "mine.jsonl", helpers.chat_rows(40, start=900))
     result = helpers.cli("train", tiny_recipe, "--set", "data.train=mine.jsonl", "--run-dir", "here", cwd=tmp_path)
@@ -124,6 +143,7 @@ def test_two_ranks_by_torchrun(tiny_recipe: Path, tmp_path: Path) -> None:
     curves = [[r["loss"] for r in metrics(tmp_path / f"runs/{n}")] for n in ("one", "two")]
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     assert "before" in two.stdout and "export/adapter" in two.stdout
+    assert "find_unused_parameters" not in two.stderr  # DDP's advice on a flag that is set on purpose
 
 
 def test_prediction_and_reality_are_both_in_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
