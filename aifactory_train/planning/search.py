@@ -265,7 +265,8 @@ def search(
     if not every:
         raise _no_engine(work, gpu, world, fixed)
     if not possible:
-        raise _does_not_fit(every, work, gpu, links, world, fixed, host_gib, most_ranks)
+        fixes = changes_that_fit(work, gpu, links, world, fixed, host_gib, most_ranks)
+        raise _does_not_fit(every, [c for c in every if _host_fits(c, links, host_gib)], fixes)
     fitting = [timed(c, work, constants) for c in possible]
     return best(fitting), fitting
 
@@ -290,25 +291,19 @@ def _host_fits(candidate: Counted, links: Links, host_gib: float | None) -> bool
     return candidate.memory.host * ranks <= 0.8 * host_gib
 
 
-def _does_not_fit(
-    every: list[Counted],
-    work: Workload,
-    gpu: Gpu,
-    links: Links,
-    world: int,
-    fixed: Fixed,
-    host_gib: float | None,
-    most_ranks: int | None,
-) -> UserError:
-    """The refusal: by how much the leanest configuration misses, and the smallest changes that would make one fit."""
-    leanest = min((c for c in every if _host_fits(c, links, host_gib)), key=lambda c: c.memory.total, default=every[0])
+def _does_not_fit(every: list[Counted], on_host: list[Counted], fixes: list[str]) -> UserError:
+    """The refusal: by how much the leanest configuration misses, and the smallest changes that would make one fit.
+
+    on_host: those whose offloaded state fits into the host's memory.
+    """
+    leanest = min(on_host, key=lambda c: c.memory.total, default=every[0])
+    job, gpu = leanest.job, leanest.job.gpu
     over = max(
         ((n, v) for n, v in leanest.memory.as_dict().items() if n not in ("total", "host")), key=lambda item: item[1]
     )
-    fixes = changes_that_fit(work, gpu, links, world, fixed, host_gib, most_ranks)
     return UserError(
-        f"{work.shape.name} ({work.method}) does not fit on {world} x {gpu.sku}: the leanest configuration "
-        f"({leanest.job.layout.engine}, {leanest.job.checkpointing} checkpointing) needs {leanest.memory.total:.1f} GiB of "
+        f"{job.shape.name} ({job.method}) does not fit on {job.layout.world} x {gpu.sku}: the leanest configuration "
+        f"({job.layout.engine}, {job.checkpointing} checkpointing) needs {leanest.memory.total:.1f} GiB of "
         f"{gpu.memory_gib:.1f} GiB per GPU ({100 * MARGIN:.0f} % are kept free), most of it {over[0]} ({over[1]:.1f} GiB)",
         where="memory",
         fix="; or ".join(fixes[:3])
