@@ -7,7 +7,7 @@ Accepted forms (``DataSource.format``; ``auto`` decides by the columns of the fi
   ``instruction``/``input``/``output`` and ``question``/``answer`` are read the same way;
 * ``text``: ``{"text"}``, continued pre-training;
 * ``preference``: ``{"prompt", "chosen", "rejected", "system"?}`` (DPO, ORPO); chosen and rejected may be lists of messages, with
-  the prompt as their common beginning where there is no ``prompt``;
+  the prompt as their common beginning where there is no ``prompt``, or where they repeat it;
 * ``feedback``: the ``prompt`` form with ``label``, true or false (KTO).
 
 Every form may carry ``id`` (unique within its source) and ``group`` (rows of one group are never split over train and eval), and for
@@ -148,6 +148,9 @@ def _pair(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any
     for name in ("chosen", "rejected"):
         if name not in row:
             raise _column_error(name, row)
+    if _whole_conversations(row):
+        row = {key: value for key, value in row.items() if key != "prompt"}
+    for name in ("chosen", "rejected"):
         if "prompt" in row:
             sides.append(_from_prompt({"prompt": row["prompt"], "completion": row[name], "system": row.get("system")}))
         else:
@@ -168,6 +171,19 @@ def _pair(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any
         if not supervised_turns(side):
             raise RowError(f"'{name}' has no answer of the assistant of its own")
     return chosen, rejected
+
+
+def _whole_conversations(row: dict[str, Any]) -> bool:
+    """Whether chosen and rejected are conversations that begin with the prompt themselves, as in several published data sets:
+    put before them once more, it would be asked twice."""
+    prompt = row.get("prompt")
+    for name in ("chosen", "rejected"):
+        if not isinstance(row[name], list) or not isinstance(prompt, str) or row.get("system"):
+            return False
+        first = next((m for m in _messages(row[name], name) if m["role"] != "system"), None)
+        if first is None or first["role"] != "user" or first["content"].strip() != prompt.strip():
+            return False
+    return True
 
 
 def desirable(row: dict[str, Any]) -> bool:

@@ -239,6 +239,21 @@ def test_conversations_that_begin_alike_need_no_column_for_the_question(here, ca
     assert made["method"] == "dpo" and made["columns"] == {}
 
 
+def test_conversations_that_repeat_the_prompt_ask_it_once():
+    """As in published preference data: a column with the question beside whole conversations."""
+    from aifactory_train.data.rows import canonical
+
+    asked, good = {"role": "user", "content": "Which part?"}, {"role": "assistant", "content": "The pump."}
+    bad = {"role": "assistant", "content": "No idea."}
+    told = {"role": "system", "content": "Be brief."}
+    for before in ([], [told]):
+        row = {"prompt": "Which part?", "chosen": [*before, asked, good], "rejected": [*before, asked, bad]}
+        found = canonical(row, "preference", {})
+        assert found["messages"] == row["chosen"] and found["rejected"] == row["rejected"]
+    answers = canonical({"prompt": "Which part?", "chosen": [good], "rejected": [bad]}, "preference", {})
+    assert answers["messages"] == [asked, good] and answers["rejected"] == [asked, bad]
+
+
 def test_drafts_for_judged_answers_train(here, capsys, tiny_model_dir):
     pairs, rated = judged(48)
     quick: dict[str, Any] = {"train.max_steps": 2, "parallel.threads": 1}
