@@ -11,12 +11,13 @@ import json
 import os
 import selectors
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import helpers
 
 
 def preload(*, deepspeed: bool = False) -> None:
@@ -42,12 +43,6 @@ def preload(*, deepspeed: bool = False) -> None:
         import_deepspeed()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Ranks:
     """``size`` ranks of ``aifactory ARGS``, running from construction. Always use as a context manager."""
 
@@ -66,7 +61,8 @@ class Ranks:
         self._selector = selectors.DefaultSelector()
         self._rest: dict[int, bytes] = {}
         log.mkdir(parents=True, exist_ok=True)
-        port = free_port()
+        self._port = helpers.reserved_port()
+        port = self._port.getsockname()[1]
         for rank in range(size):
             reader, writer = os.pipe()
             pid = os.fork()
@@ -90,6 +86,7 @@ class Ranks:
                 self._selector.unregister(reader)
             os.close(reader)
         self._selector.close()
+        self._port.close()
 
     def poll(self, timeout: float = 0.05) -> list[dict[str, Any]]:
         """New events, waiting at most ``timeout`` seconds for one."""

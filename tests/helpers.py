@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,21 @@ def write_recipe(
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
+
+
+# ---- ranks
+
+
+def reserved_port() -> socket.socket:
+    """A socket that keeps a free port of 127.0.0.1 (``.getsockname()[1]``) for ranks that will listen there seconds later.
+
+    Nobody else is given the port while it is open; torch's store, which sets SO_REUSEADDR too, may listen at it. Close it when the
+    ranks are gone.
+    """
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", 0))
+    return kept
 
 
 # ---- the command line, as a user calls it

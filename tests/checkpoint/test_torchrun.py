@@ -14,7 +14,7 @@ from scenarios import recipe
 from test_failing import CAUSES
 
 TIMEOUT_S = 15  # parallel.timeout_s of these runs
-PATIENCE_S = 60  # for torchrun to end the others and itself, on busy cores
+PATIENCE_S = 120  # for torchrun to end the others and itself, on busy cores
 
 
 def broken(folder: Path, kinds: list[str]) -> None:

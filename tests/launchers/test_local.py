@@ -12,9 +12,9 @@ import threading
 import time
 from pathlib import Path
 
+import helpers
 import pytest
 from launcher_bench import FAKE, prepared
-from slurm_lab import lab
 
 from aifactory_train.launchers import backends, follow, runs
 from aifactory_train.launchers.here import this_machine
@@ -184,7 +184,7 @@ def test_a_rank_that_ignores_sigterm_is_not_orphaned(started):
 
 def test_preflight_meets_and_measures(tmp_path):
     """Two real ranks over gloo; needs torch."""
-    port = str(lab.free_port_block(1))
+    port = helpers.reserved_port()
     program = os.path.join(os.path.dirname(attempt.__file__), "preflight.py")
     processes = [
         subprocess.Popen(
@@ -206,13 +206,14 @@ def test_preflight_meets_and_measures(tmp_path):
                 "WORLD_SIZE": "2",
                 "LOCAL_RANK": str(r),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
+                "MASTER_PORT": str(port.getsockname()[1]),
                 "AIFACTORY_NODE": f"n{r}",
             },
         )
         for r in range(2)
     ]
-    assert [p.wait(timeout=150) for p in processes] == [0, 0]
+    assert [p.wait(timeout=300) for p in processes] == [0, 0]
+    port.close()
     reports = attempt.ranked(str(tmp_path), "preflight")
     assert sorted(reports) == [0, 1]
     for report in reports.values():
