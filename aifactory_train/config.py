@@ -251,7 +251,7 @@ class TrainConfig(Strict):
     """The optimisation. A step is defined by documents, never by how many GPUs share them."""
 
     seed: int = Field(17, ge=0, lt=2**40)  # times a million it must still be a seed of torch (train.py)
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, le=1e6)
     max_steps: int | None = Field(
         None, ge=1, description="At most this many optimizer steps; the epochs may end the training earlier."
     )
@@ -875,6 +875,9 @@ def _carry_option(model: dict, given: set[str]) -> None:
             model[key] = options[0].get(key, default) if options else default
 
 
+_UNION_MEMBERS = (("int",), ("float",), ("str",), ("bool",))
+
+
 def _readable(error: ValidationError, path: Path, lines: dict[tuple, int], origin: dict[tuple, str]) -> UserError:
     """The first validation error as one message with its place."""
     first = error.errors()[0]
@@ -888,6 +891,10 @@ def _readable(error: ValidationError, path: Path, lines: dict[tuple, int], origi
     location = tuple(p for p in location if isinstance(p, int) or (isinstance(p, str) and p.isidentifier()))
     if last and location[-1:] != last:
         location += last
+    if not last and location[-1:] in _UNION_MEMBERS:
+        location = location[:-1]
+        others = (e["msg"] for e in error.errors() if tuple(e["loc"])[: len(location)] == location)
+        message = " or ".join(others) or message
     key = ".".join(map(str, location))
     fix = None
     if first["type"] == "extra_forbidden":

@@ -133,9 +133,7 @@ class Trainer:
         self.sampler = Sampler(
             train_set.lengths, train_set.weights, settings.seed, settings.batch_rows, settings.batch_tokens
         )
-        self.total_steps = self.sampler.steps(settings.epochs)
-        if settings.max_steps is not None:
-            self.total_steps = min(self.total_steps, settings.max_steps)
+        self.total_steps = self.sampler.steps(settings.epochs, settings.max_steps)
         if (settings.warmup_steps or 0) > self.total_steps:
             why = f"train.warmup_steps {settings.warmup_steps} are more than the run's {self.total_steps} steps"
             self.report.add("learning rate", f"stays below {settings.learning_rate:g}", why)

@@ -139,8 +139,8 @@ def _torch_view() -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
                 }
             )
     recipe = Recipe.model_validate({"model": {"base": "any"}, "data": {"train": "any.jsonl"}})
-    name, why = attention.choose("auto", device)
     precision, precision_why = choose_precision(recipe, device)
+    name, why = attention.choose("auto", device, precision.compute)
     ranks = max(1, len(devices))
     engine, engine_why = choose_engine(recipe, World(0, ranks, 0, ranks, device, "doctor", ""))
     return devices, {

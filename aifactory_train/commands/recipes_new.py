@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
         held_rows = canonical_rows(held_raw, draft.form, draft.columns)
     choose_split(draft, raw, rows, args)
     base, licence_missing = _base(args.base, sector)
-    texts = [_whole(r) for r in rows]
+    texts = [own.text_of(r) for r in rows]
     licence = args.licence or "unknown"
     facts = own.describe(
-        texts, [_whole(r) for r in held_rows] if held_rows is not None else None, licences=[(args.data, licence)]
+        texts, [own.text_of(r) for r in held_rows] if held_rows is not None else None, licences=[(args.data, licence)]
     )
     facts["rows_looked_at"] = len(rows)
     if notes.read or notes.left_out or notes.not_read:
@@ -132,19 +132,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _whole(row: dict[str, Any]) -> str:
-    """The text of a row; of a pair both answers, because both are trained on and may hold what nobody should read."""
-    from aifactory_train.data.report import text_of
-
-    worse = [m["content"] for m in row.get("rejected", []) if m not in row["messages"]]
-    return "\n".join([text_of(row), *worse])
-
-
 def _longest(rows: list[dict[str, Any]]) -> dict[str, int]:
     """Percentiles of characters as in the report, of the longer answer of each row with its question: that is a document."""
     from aifactory_train.data.report import text_of
 
-    sides = [[row, {"messages": row.get("rejected", [])}] for row in rows]
+    sides = [[{"messages": row["messages"]}, {"messages": row.get("rejected", [])}] for row in rows]
     lengths = sorted(max(len(text_of(side)) for side in both) for both in sides)
     return {f"p{q}": lengths[min(len(lengths) - 1, len(lengths) * q // 100)] for q in (50, 99)}
 

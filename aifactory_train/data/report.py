@@ -36,10 +36,14 @@ _ENGLISH = (
 
 
 def text_of(row: dict[str, Any]) -> str:
-    """The text of a canonical row: its ``text``, or its messages one under the other."""
+    """The text of a canonical row: its ``text``, or its messages one under the other.
+
+    Of a pair both answers: both are trained on and may hold what nobody should read.
+    """
     if "text" in row:
         return row["text"]
-    return "\n".join(m["content"] for m in row["messages"])
+    worse = [m for m in row.get("rejected") or () if m not in row["messages"]]
+    return "\n".join(m["content"] for m in (*row["messages"], *worse))
 
 
 def spoken(row: dict[str, Any]) -> tuple[str | None, str]:

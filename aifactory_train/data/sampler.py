@@ -131,12 +131,13 @@ class Sampler:
             self._steps[epoch] = count
         return self._steps[epoch]
 
-    def steps(self, epochs: float) -> int:
-        """Optimizer steps of ``epochs``; a fraction of the last epoch is rounded up, at least one step."""
-        whole = math.floor(epochs)
-        total = sum(self.steps_per_epoch(e) for e in range(whole))
-        if epochs > whole:
-            total += math.ceil((epochs - whole) * self.steps_per_epoch(whole))
+    def steps(self, epochs: float, at_most: int | None = None) -> int:
+        """Optimizer steps of ``epochs``; a fraction of the last epoch is rounded up. At least one, ``at_most`` if given."""
+        total = 0
+        for epoch in range(math.ceil(epochs)):
+            total += math.ceil(min(1.0, epochs - epoch) * self.steps_per_epoch(epoch))
+            if at_most is not None and total >= at_most:
+                return max(1, at_most)
         return max(1, total)
 
 

@@ -68,6 +68,12 @@ def discover(environment: dict[str, str] | None = None) -> tuple[int, int, int, 
     if "PMI_RANK" in env and "PMI_SIZE" in env:
         rank, size = numbers("PMI_RANK", "PMI_SIZE")
         return rank, size, int(env.get("MPI_LOCALRANKID", 0)), int(env.get("MPI_LOCALNRANKS", 1)), "mpi"
+    if "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "1"):
+        raise UserError(
+            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks without MASTER_ADDR: each would train alone, in one run folder",
+            where="environment",
+            fix="let `aifactory launch` write the batch script, or export MASTER_ADDR and MASTER_PORT before srun",
+        )
     return 0, 1, 0, 1, "alone"
 
 

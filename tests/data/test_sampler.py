@@ -105,6 +105,13 @@ def test_weights_give_rows_per_epoch(weight, expected):
 def test_steps_of_fractional_epochs():
     sampler = Sampler(np.full(100, 3), seed=1, batch_rows=10)
     assert [sampler.steps(e) for e in (0.01, 0.5, 1, 1.25, 3)] == [1, 5, 10, 13, 30]
+    assert [sampler.steps(e, at_most=12) for e in (0.01, 1, 1.25, 3, 1e18)] == [
+        1,
+        10,
+        12,
+        12,
+        12,
+    ]  # 1e18 must not be counted out
 
 
 def test_two_million_documents_are_ordered_in_seconds():

@@ -35,6 +35,11 @@ BAD = {
         [],
         ["recipe.yaml:7", "unknown key 'train.learning_rte'", "did you mean 'learning_rate'"],
     ),
+    "neither of two kinds": (
+        GOOD + "train:\n  grad_accum: some\n",
+        [],
+        ["recipe.yaml:7: train.grad_accum: ", "valid integer", "or Input should be 'auto'", "got 'some'"],
+    ),
     "hyphen for underscore": (
         GOOD + "train:\n  learning-rate: 1.0e-4\n",
         [],

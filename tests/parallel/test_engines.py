@@ -147,5 +147,16 @@ def test_ranks_are_found_from_each_launcher() -> None:
     assert discover(mpi) == (1, 2, 1, 2, "mpi")
     assert discover({"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"})[4] == "mpi"
     assert discover({}) == (0, 1, 0, 1, "alone")
+    slurm = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "2",
+        "SLURM_LOCALID": "0",
+    }
+    assert discover({**slurm, "MASTER_ADDR": "n1"}) == (2, 4, 0, 1, "srun")
+    assert discover({**slurm, "SLURM_STEP_NUM_TASKS": "1"})[4] == "alone"
+    with pytest.raises(UserError, match="4 tasks without MASTER_ADDR"):
+        discover(slurm)  # each of the four would think it is alone
     with pytest.raises(UserError, match="WORLD_SIZE"):
         discover({"RANK": "0"})
