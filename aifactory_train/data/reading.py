@@ -29,6 +29,7 @@ from aifactory_train.data.readers import Block
 from aifactory_train.data.rows import RowError, canonical, detect_format, to_user_error
 from aifactory_train.data.store import StoreWriter, pack_flags
 from aifactory_train.errors import UserError
+from aifactory_train.private import redact
 
 #: Below this many bytes of input, starting processes takes longer than the work.
 _PARALLEL_FROM = 8 << 20
@@ -63,8 +64,11 @@ class Done:
 _encoder: Encoder | None = None
 
 
-def _start_worker(spec: EncoderSpec) -> None:
+def _start_worker(spec: EncoderSpec, protected: bool) -> None:
+    """``protected``: under a privacy profile this process, too, tells nothing of what it reads."""
     global _encoder
+    if protected:
+        redact.activate()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = Encoder(spec)
 
@@ -338,7 +342,8 @@ def _run(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Iterator[Done
     # Fresh processes: a fork would inherit the tokenizer's and torch's threads in an unknown state.
     context = multiprocessing.get_context("spawn")
     others = workers - 1
-    pool = ProcessPoolExecutor(others, mp_context=context, initializer=_start_worker, initargs=(encoder.spec,))
+    arguments = (encoder.spec, redact.is_active())
+    pool = ProcessPoolExecutor(others, mp_context=context, initializer=_start_worker, initargs=arguments)
     started = pool.submit(_ready)
     waiting: collections.deque[Future[Done] | Done] = collections.deque()
     away: list[Future[Done]] = []

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from aifactory_train.config import Recipe
 from aifactory_train.data import prepare, readers, reading
 from aifactory_train.data.store import TokenDataset
+from aifactory_train.data.tokenizer import encoder_spec
 
 PAIRS = [{"prompt": f"question number {i}?", "completion": f"answer {i * 7} þ 👋"} for i in range(40)]
 
@@ -372,6 +374,19 @@ def test_workers_give_the_same_store(tmp_path, given_away):
     assert given_away and one.train.digest == two.train.digest and one.folder.name == two.folder.name
     for name in sorted(p.name for p in (one.folder / "store").iterdir()):
         assert (one.folder / "store" / name).read_bytes() == (two.folder / "store" / name).read_bytes(), name
+
+
+def test_other_processes_withhold_what_this_one_withholds(tmp_path, capfd):
+    from multiprocessing import get_context
+
+    for protected in (False, True):
+        spec = encoder_spec(byte_tokenizer(), recipe("r.jsonl"))
+        with reading.ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=reading._start_worker, initargs=(spec, protected)
+        ) as pool:
+            pool.submit(warnings.warn, "a zebra").result()
+        told = capfd.readouterr().err
+        assert ("zebra" in told) is not protected and ("withheld" in told) is protected
 
 
 def test_error_in_a_worker_names_the_line(tmp_path, given_away):
