@@ -42,6 +42,8 @@ quickstart: $(VENV)/.installed-train
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@twice=$$(find tests -name 'test_*.py' -exec basename {} \; | sort | uniq -d); \
+	  [ -z "$$twice" ] || { echo "two test modules are called $$twice: pytest wants names of their own" >&2; exit 1; }
 	$(BIN)/aifactory sites check
 
 types: $(VENV)/.installed-test
