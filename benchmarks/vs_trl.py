@@ -157,7 +157,7 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
     class Given(loop.Sampler):
         """The documents of every step as planned."""
 
-        def steps(self, epochs: float) -> int:
+        def steps(self, epochs: float, at_most: int | None = None) -> int:
             return len(spec["documents"])
 
         def step(self, cursor):
