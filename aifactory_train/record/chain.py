@@ -65,7 +65,13 @@ class Fault:
     what: str
 
     def as_dict(self) -> dict[str, str]:
-        return {"kind": self.kind, "where": self.where, "what": self.what}
+        return {"kind": self.kind, "where": printable(self.where), "what": printable(self.what)}
+
+
+def printable(text: str, most: int = 500) -> str:
+    """Text of a file that may be forged, as any terminal and any encoder can take it: no control characters, no half surrogates."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return shown if len(shown) <= most else shown[:most] + " …"
 
 
 def make_event(seq: int, prev: str, kind: str, values: dict[str, Any], note: str) -> dict[str, Any]:
@@ -79,9 +85,13 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], list[Fault]]:
     Reading goes on behind a fault, so that one edited line is named alone and not every line after it.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            return [], [Fault("events-unreadable", path.name, "the event log is not a regular file")]
         raw = path.read_bytes()
     except FileNotFoundError:
         return [], [Fault("events-missing", path.name, "there is no event log")]
+    except OSError as error:
+        return [], [Fault("events-unreadable", path.name, f"the event log cannot be read: {error.strerror}")]
     events: list[dict[str, Any]] = []
     faults: list[Fault] = []
     lines = raw.split(b"\n")
@@ -91,13 +101,14 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], list[Fault]]:
         where = f"{path.name}:{number}"
         try:
             event = json.loads(line)
-            if not isinstance(event, dict) or set(event) != set(_KEYS):
+            if not _is_event(event):
                 raise ValueError("not an event")
-        except (ValueError, UnicodeDecodeError):
+            found = digest({k: v for k, v in event.items() if k != "sha256"})
+        except (ValueError, RecursionError):  # no UTF-8, no JSON, nested without end, numbers that JSON lacks
             faults.append(Fault("unreadable-event", where, "this line is not an event: it was damaged or edited"))
             expected, prev = expected + 1, ""  # the next event cannot be checked against this one
             continue
-        if digest({k: v for k, v in event.items() if k != "sha256"}) != event["sha256"]:
+        if found != event["sha256"]:
             faults.append(
                 Fault("edited-event", where, f"event {event['seq']} ({event['kind']}) does not match its own digest")
             )
@@ -119,6 +130,14 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], list[Fault]]:
             )
         )
     return events, faults
+
+
+def _is_event(event: Any) -> bool:
+    """Whether it has an event's keys, each with a value of its type: whoever forges a log need not care for either."""
+    if not isinstance(event, dict) or set(event) != set(_KEYS):
+        return False
+    texts = all(isinstance(event[key], str) for key in ("time", "kind", "note", "prev_sha256", "sha256"))
+    return texts and isinstance(event["set"], dict) and type(event["seq"]) is int
 
 
 def fold(events: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -6,17 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.record.chain import Fault, differences, fold, read_events
-from aifactory_train.record.digests import file_digest
+from aifactory_train.record.chain import Fault, differences, fold, printable, read_events
+from aifactory_train.record.digests import file_digest, inside
+from aifactory_train.record.missing import is_missing
 from aifactory_train.record.recorder import DATA_MANIFEST, EVENTS, RECORD
-from aifactory_train.record.signing import check_manifest
+from aifactory_train.record.signing import check_manifest, compare
 
 
 def verify(folder: Path, *, key: Path | None = None, inputs: bool = False) -> dict[str, Any]:
     """``{"ok", "faults": [{kind, where, what}], "notes", "checked"}``.
 
     The chain, the record against the chain, the digests of data manifest, export and evidence, the signature against ``key``;
-    with ``inputs`` also the base model's files and the data's, where they still lie.
+    with ``inputs`` also the base model's files and the data's, where they still lie. The folder may be forged in any way: whatever
+    stands in its files becomes a finding.
     """
     faults: list[Fault] = []
     notes: list[str] = []
@@ -24,19 +26,25 @@ def verify(folder: Path, *, key: Path | None = None, inputs: bool = False) -> di
     events, chain_faults = read_events(folder / EVENTS)
     faults += chain_faults
     checked["events"] = len(events)
-    record = fold(events) if events else {}
-    if events:
-        faults += _check_record(folder / RECORD, events, record, notes)
-    listed = [("artefact", f) for f in _files(record.get("artefact", {}).get("files"))]
-    listed += [("data manifest", f) for f in _files([record["data_manifest"]] if "data_manifest" in record else [])]
-    seen: set[str] = set()
+    record: dict[str, Any] = {}
+    listed: list[tuple[str, dict[str, Any]]] = []
+    try:
+        record = fold(events) if events else {}
+        if events:
+            faults += _check_record(folder / RECORD, events, record, notes)
+    except RecursionError:
+        faults.append(Fault("record-unreadable", EVENTS, "the events are nested deeper than this program ever writes"))
+    for what, value in (
+        ("artefact", _block(record, "artefact", faults).get("files")),
+        ("data manifest", [record["data_manifest"]] if "data_manifest" in record else None),
+    ):
+        listed += [(what, entry) for entry in _files(value, what, faults)]
     for what, entry in listed:
         checked["files"] += 1
-        seen.add(entry["path"])
         fault = _check_file(folder, entry, what)
         if fault:
             faults.append(fault)
-    manifest_faults, manifest_notes = check_manifest(folder, key)
+    manifest_faults, manifest_notes = check_manifest(folder, key, [entry["path"] for _, entry in listed])
     # A changed file is named once, by whoever noticed first.
     named = {f.where for f in faults}
     faults += [f for f in manifest_faults if f.where not in named]
@@ -46,17 +54,43 @@ def verify(folder: Path, *, key: Path | None = None, inputs: bool = False) -> di
     return {
         "ok": not faults,
         "faults": [f.as_dict() for f in faults],
-        "notes": notes,
+        "notes": ["\n".join(printable(line, 2500) for line in text.splitlines()) for text in notes],
         "checked": checked,
     }
 
 
-def _files(value: Any) -> list[dict[str, Any]]:
-    return [f for f in value if isinstance(f, dict) and "sha256" in f] if isinstance(value, list) else []
+def _block(record: dict[str, Any], name: str, faults: list[Fault]) -> dict[str, Any]:
+    """The block ``name`` of the record; a value of another type is a fault, and empty."""
+    found = record.get(name, {})
+    if isinstance(found, dict):
+        return found
+    faults.append(Fault("record-unreadable", f"{RECORD}: {name}", "this is not a block as the program writes it"))
+    return {}
+
+
+def _files(value: Any, what: str, faults: list[Fault]) -> list[dict[str, Any]]:
+    """The entries ``{path, bytes, sha256}`` of a list; what is none of them is a fault. Text stands for a list that is MISSING."""
+    if value is None or is_missing(value):
+        return []
+    if not isinstance(value, list):
+        faults.append(Fault("record-unreadable", f"{RECORD}: {what}", "this is not a list of files"))
+        return []
+    good = []
+    for number, entry in enumerate(value):
+        texts = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("path", "sha256"))
+        if texts and type(entry.get("bytes")) is int:
+            good.append(entry)
+        else:
+            where = f"{RECORD}: {what}, entry {number}"
+            faults.append(Fault("record-unreadable", where, "this entry has no path, size and SHA-256 of their types"))
+    return good
 
 
 def _check_record(path: Path, events: list[dict[str, Any]], record: dict[str, Any], notes: list[str]) -> list[Fault]:
+    unreadable = [Fault("record-unreadable", path.name, "the record is damaged or was edited")]
     try:
+        if path.exists() and not path.is_file():
+            return unreadable  # a pipe would be waited for without end
         written = json.loads(path.read_text(encoding="utf-8"))
         count = written["log"]["events"]
     except FileNotFoundError:
@@ -67,8 +101,8 @@ def _check_record(path: Path, events: list[dict[str, Any]], record: dict[str, An
                 "there is an event log but no record: aifactory record show RUN writes it again",
             )
         ]
-    except (ValueError, KeyError, TypeError):
-        return [Fault("record-unreadable", path.name, "the record is damaged or was edited")]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return unreadable
     if written == record:
         return []
     if isinstance(count, int) and 0 < count < len(events) and written == fold(events[:count]):
@@ -85,19 +119,10 @@ def _check_record(path: Path, events: list[dict[str, Any]], record: dict[str, An
 
 
 def _check_file(folder: Path, entry: dict[str, Any], what: str) -> Fault | None:
-    path = folder / entry["path"]
-    name = entry["path"]
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        return Fault("record-unreadable", name, "this path points outside the run folder")
-    if not path.is_file():
-        return Fault("file-missing", name, f"the record lists this {what}, but it is not here")
-    if path.stat().st_size != entry["bytes"]:
-        return Fault(
-            "file-changed", name, f"this {what} has {path.stat().st_size} bytes, the record says {entry['bytes']}"
-        )
-    if file_digest(path) != entry["sha256"]:
-        return Fault("file-changed", name, f"the SHA-256 of this {what} differs from the record's")
-    return None
+    path = inside(folder, entry["path"])
+    if path is None:
+        return Fault("record-unreadable", entry["path"], f"this path of the {what} is none inside the folder")
+    return compare(path, entry["sha256"], entry["path"], f"the record's {what}", entry["bytes"])
 
 
 def _check_inputs(record: dict[str, Any], notes: list[str], checked: dict[str, int]) -> list[Fault]:
@@ -106,29 +131,36 @@ def _check_inputs(record: dict[str, Any], notes: list[str], checked: dict[str, i
     from aifactory_train.sources import resolve_data, resolve_model
 
     faults: list[Fault] = []
-    base = record.get("base", {})
+    base = _block(record, "base", faults)
     try:
         folder = resolve_model(
             ModelConfig(base=base["id"], revision=None if base["revision"] == "as fetched" else base["revision"])
         )
-        for entry in _files(base.get("files")):
+        for entry in _files(base.get("files"), "base model files", faults):
             checked["files"] += 1
             fault = _check_file(folder, entry, "base model file")
             if fault:
                 faults.append(Fault(fault.kind, f"base model: {fault.where}", fault.what))
     except (UserError, KeyError) as error:
         notes.append(f"the base model was not checked: {error}")
-    for entry in record.get("data", []):
+    except (ValueError, TypeError, OSError):
+        faults.append(Fault("record-unreadable", f"{RECORD}: base", "this does not say which model was the base"))
+    sources = record.get("data", [])
+    if not isinstance(sources, list):
+        return [*faults, Fault("record-unreadable", f"{RECORD}: data", "this is not a list of sources")]
+    for number, entry in enumerate(sources):
         try:
             found = _content(resolve_data(DataSource(source=entry["source"], revision=entry.get("revision"))))
+            name, stated = str(entry["name"]), entry.get("sha256")
         except (UserError, KeyError) as error:
             notes.append(f"the data '{entry.get('name')}' was not checked: {error}")
             continue
+        except (ValueError, TypeError, AttributeError, OSError):
+            faults.append(Fault("record-unreadable", f"{RECORD}: data, entry {number}", "this is not a source of data"))
+            continue
         checked["files"] += 1
-        if entry.get("sha256") and found != entry["sha256"]:
-            faults.append(
-                Fault("file-changed", f"data: {entry['name']}", "its content differs from what was trained on")
-            )
+        if stated and found != stated:
+            faults.append(Fault("file-changed", f"data: {name}", "its content differs from what was trained on"))
     return faults
 
 

@@ -17,6 +17,22 @@ def file_digest(path: Path) -> str:
     return found.hexdigest()
 
 
+def inside(folder: Path, name: Any) -> Path | None:
+    """``folder / name`` for a relative path that stays inside the folder; None for anything else (records may be forged)."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return None
+    path = Path(name)
+    return None if path.is_absolute() or ".." in path.parts else folder / path
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a regular file lies there (a pipe would be waited for without end); a name that no file can have: no."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def describe(paths: Iterable[Path], root: Path) -> list[dict[str, Any]]:
     """``{path (below root), bytes, sha256}`` of each file, in the order of their names."""
     return [

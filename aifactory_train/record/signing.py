@@ -12,13 +12,13 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from aifactory_train.errors import UserError
-from aifactory_train.record.chain import Fault, canonical, now
-from aifactory_train.record.digests import file_digest, files_below
+from aifactory_train.record.chain import Fault, canonical, now, printable
+from aifactory_train.record.digests import file_digest, files_below, inside, is_regular
 
 MANIFEST, ENVELOPE = "manifest.json", "manifest.dsse.json"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -27,9 +27,20 @@ PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 _NEEDS = "pip install -c constraints.txt 'aifactory-train[evidence]'"
 
 
+#: Files that every manifest lists, if they are there.
+_ALWAYS = ("record.json", "events.jsonl", "data_manifest.json", "run.yaml", "eval.json", "ro-crate-metadata.json")
+#: Listed as well; manifests of the first version do not have them, which is said and is no fault.
+_SINCE = ("report.html", "metrics.jsonl", "plan.json")
+#: Without these a manifest does not speak for a run.
+_NEEDED = ("record.json", "events.jsonl", "run.yaml")
+
+
 def subjects(folder: Path) -> list[Path]:
-    """The files that the manifest speaks for: record, events, data manifest, plan, configuration, figures, export, evidence."""
-    names = ["record.json", "events.jsonl", "data_manifest.json", "run.yaml", "eval.json", "ro-crate-metadata.json"]
+    """The files that the manifest speaks for: record, events, data manifest, plan, configuration, figures, report, export, evidence."""
+    return _below(folder, (*_ALWAYS, *_SINCE))
+
+
+def _below(folder: Path, names: tuple[str, ...]) -> list[Path]:
     found = [folder / name for name in names if (folder / name).is_file()]
     for below in ("export", "evidence"):
         if (folder / below).is_dir():
@@ -188,63 +199,124 @@ def write_manifest(folder: Path, record: dict[str, Any], key: Path | None) -> di
     return {"signed": True, "keyid": key_id(public)}
 
 
-def check_manifest(folder: Path, public: Path | None) -> tuple[list[Fault], list[str]]:
-    """Faults of the manifest against the files, and of the envelope against ``public``; and notes."""
-    place = folder / "evidence" / MANIFEST
-    if not place.is_file():
-        return [], ["there is no manifest: the evidence pack was not written"]
+def check_manifest(folder: Path, public: Path | None, expected: Iterable[str] = ()) -> tuple[list[Fault], list[str]]:
+    """Faults of the manifest against the files, and of the envelope against ``public``; and notes.
+
+    ``expected`` are further files that the manifest must list (those that the record speaks of). With a key there must be a manifest and a
+    signature: their absence is a fault, because whoever forges a run can delete them.
+    """
+    key = load_public(public) if public is not None else None  # a wrong key is refused, whatever the folder holds
+    place, envelope_file = folder / "evidence" / MANIFEST, folder / "evidence" / ENVELOPE
+    if not is_regular(place):
+        note = "there is no manifest: the evidence pack was not written"
+        if key is None and not is_regular(envelope_file):
+            return [], [note]
+        why = (
+            "a key was given, but there is no manifest that it could have signed"
+            if key
+            else "the signed manifest is gone"
+        )
+        return [Fault("manifest-missing", f"evidence/{MANIFEST}", why)], [] if key else [note]
+    try:
+        content, listed = _listed(place)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return [Fault("manifest-unreadable", f"evidence/{MANIFEST}", "the manifest is damaged or was edited")], []
     faults: list[Fault] = []
     notes: list[str] = []
-    try:
-        content = json.loads(place.read_text(encoding="utf-8"))
-        listed = {s["name"]: s["digest"]["sha256"] for s in content["subject"]}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return [Fault("manifest-unreadable", f"evidence/{MANIFEST}", "the manifest is damaged or was edited")], notes
     for name, digest in listed.items():
-        path = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            faults.append(
-                Fault("manifest-unreadable", f"evidence/{MANIFEST}", f"'{name}' points outside the run folder")
-            )
-        elif not path.is_file():
-            faults.append(Fault("file-missing", name, "the manifest lists this file, but it is not here"))
-        elif file_digest(path) != digest:
-            faults.append(Fault("file-changed", name, "its SHA-256 differs from the manifest's"))
-    for path in subjects(folder):
+        path = inside(folder, name)
+        if path is None:
+            what = f"'{printable(name, 200)}' is not a path inside the run folder"
+            faults.append(Fault("manifest-unreadable", f"evidence/{MANIFEST}", what))
+            continue
+        fault = compare(path, digest, name, "the manifest")
+        if fault is not None:
+            faults.append(fault)
+    for path in _below(folder, _ALWAYS):
         name = path.relative_to(folder).as_posix()
         if name not in listed:
             faults.append(Fault("file-added", name, "the manifest does not list this file"))
-    envelope_file = folder / "evidence" / ENVELOPE
-    if not envelope_file.is_file():
+    added = {f.where for f in faults}
+    for name in dict.fromkeys([*_NEEDED, *expected]):
+        if name not in listed and name not in added:
+            faults.append(
+                Fault("manifest-incomplete", name, "the manifest does not list this file, which the run must have")
+            )
+    if not is_regular(envelope_file):
         notes.append("the manifest is not signed")
-        if public is not None:
+        if key is not None:
             faults.append(
                 Fault("signature-missing", f"evidence/{ENVELOPE}", "a key was given, but there is no signature")
             )
         return faults, notes
-    return faults + _check_envelope(envelope_file, content, public, notes), notes
+    faults += _check_envelope(envelope_file, content, key, notes)
+    if key is not None:
+        notes += not_covered(folder, set(listed))
+    return faults, notes
 
 
-def _check_envelope(path: Path, content: dict[str, Any], public: Path | None, notes: list[str]) -> list[Fault]:
+def _listed(place: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The statement in ``place`` and the digests that it lists by name. Raises what is wrong with it."""
+    content = json.loads(place.read_text(encoding="utf-8"))
+    canonical(content)  # a statement that cannot be written for signing was never signed
+    listed = {s["name"]: s["digest"]["sha256"] for s in content["subject"]}
+    if not all(isinstance(text, str) for pair in listed.items() for text in pair):
+        raise TypeError("a name or a digest is not text")
+    return content, listed
+
+
+def compare(path: Path, digest: str, name: str, by: str, size: int | None = None) -> Fault | None:
+    """What is wrong with a file of which ``by`` (the manifest, the record) states the digest, and perhaps the size."""
+    if not is_regular(path):
+        return Fault("file-missing", name, f"{by} lists this file, but it is not here")
+    try:
+        found = path.stat().st_size
+        if size is not None and found != size:
+            return Fault("file-changed", name, f"this file has {found} bytes, {by} says {size}")
+        if file_digest(path) != digest:
+            return Fault("file-changed", name, f"its SHA-256 differs from that of {by}")
+    except OSError as error:
+        return Fault("file-unreadable", name, f"this file cannot be read: {error.strerror}")
+    return None
+
+
+def not_covered(folder: Path, listed: set[str]) -> list[str]:
+    """One note that names what lies in the run folder and no signature speaks for; nothing if there is nothing."""
+    counts: dict[str, int] = {}
+    for path in files_below(folder):
+        name = path.relative_to(folder).as_posix()
+        if name in listed or name in (f"evidence/{MANIFEST}", f"evidence/{ENVELOPE}"):
+            continue
+        top, below, _ = name.partition("/")
+        counts[f"{top}/" if below else top] = counts.get(f"{top}/" if below else top, 0) + 1
+    if not counts:
+        return []
+    names = [f"{name} ({count} files)" if name.endswith("/") else name for name, count in sorted(counts.items())]
+    return ["not covered by the signature, so anybody may have changed it: " + printable(", ".join(names), 2000)]
+
+
+def _check_envelope(path: Path, content: dict[str, Any], key: Any, notes: list[str]) -> list[Fault]:
     where = f"evidence/{ENVELOPE}"
     try:
         envelope = json.loads(path.read_text(encoding="utf-8"))
         payload = base64.b64decode(envelope["payload"], validate=True)
         signatures = [(s["keyid"], base64.b64decode(s["sig"], validate=True)) for s in envelope["signatures"]]
         kind = envelope["payloadType"]
-    except (ValueError, KeyError, TypeError):
+        if not all(isinstance(text, str) for text in (kind, *(keyid for keyid, _ in signatures))):
+            raise TypeError("a type or a key id is not text")
+        signed = pre_authentication(kind, payload)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [Fault("signature-unreadable", where, "the envelope is damaged or was edited")]
     faults = []
     if payload != canonical(content):
         faults.append(Fault("manifest-edited", f"evidence/{MANIFEST}", "the manifest is not the one that was signed"))
-    if public is None:
+    if key is None:
         notes.append(
-            f"signed with key {signatures[0][0][:16] if signatures else '?'}: give --key PUBLIC.pub to check who signed"
+            f"signed with key {printable(signatures[0][0][:16]) if signatures else '?'}: give --key PUBLIC.pub to check who signed"
         )
         return faults
     from cryptography.exceptions import InvalidSignature
 
-    key = load_public(public)
     wanted = key_id(key)
     if all(keyid != wanted for keyid, _ in signatures):
         signed_by = ", ".join(keyid[:16] for keyid, _ in signatures) or "nobody"
@@ -253,7 +325,7 @@ def _check_envelope(path: Path, content: dict[str, Any], public: Path | None, no
     for keyid, signature in signatures:
         if keyid == wanted:
             try:
-                key.verify(signature, pre_authentication(kind, payload))
+                key.verify(signature, signed)
             except InvalidSignature:
                 faults.append(Fault("bad-signature", where, "the signature does not belong to this content"))
     return faults
