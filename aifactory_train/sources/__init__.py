@@ -32,7 +32,7 @@ from aifactory_train.sources.fetching import fetch, fetch_data, fetch_model
 from aifactory_train.sources.gguf import convert_gguf
 from aifactory_train.sources.packages import known_digests, safe_name, unpack_tar, unpack_wheel
 from aifactory_train.sources.resolving import manifest_of, resolve_data, resolve_model
-from aifactory_train.sources.spec import Spec, parse
+from aifactory_train.sources.spec import Spec, parse, same_source
 
 __all__ = [
     "CACHE_FORMAT",
@@ -48,6 +48,7 @@ __all__ = [
     "resolve_data",
     "resolve_model",
     "safe_name",
+    "same_source",
     "sha256",
     "unpack_tar",
     "unpack_wheel",

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from aifactory_train import config
@@ -94,6 +94,39 @@ def check_model_folder(path: Path, text: str) -> None:
             where="model.base",
             fix="convert the weights with save_pretrained (pickle files are not loaded)",
         )
+    check_weight_index(path)
+
+
+def check_weight_index(path: Path) -> None:
+    """Refuse a model folder whose index of shards names anything but safetensors files inside the folder.
+
+    transformers opens whatever an index names, other forms through pickle, and from where it says.
+    """
+    for index in sorted(path.glob("*.safetensors.index.json")):
+        try:
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(places.values()))
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(
+                "is not an index of weights: a JSON object whose weight_map names a file for each tensor",
+                where=str(index),
+                fix="take the model folder anew from where it comes from, or save it again with save_pretrained",
+            ) from None
+        for name in names:
+            tensor = next(t for t, file in places.items() if file == name)
+            why = None
+            if name.startswith("/") or "\\" in name or "\0" in name or ".." in PurePosixPath(name).parts:
+                why = "lies outside the model folder"
+            elif not name.endswith(".safetensors"):
+                why = "is not a safetensors file (pickle files are not loaded)"
+            if why is not None:
+                raise UserError(
+                    f"weight_map names {name[:200]!r} for {tensor[:200]}, which {why}",
+                    where=str(index),
+                    fix="use the model as its publisher gives it, or convert the weights with save_pretrained",
+                )
 
 
 def inside(root: Path, spec: Spec) -> Path:

@@ -58,3 +58,14 @@ def parse(text: str) -> Spec:
     if not local_form and not path.exists() and _HUB.match(text):
         return Spec("hub", text, text)
     return Spec("local", text, str(path))
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two texts name the same source: equal, or two ways to write the path of one file or folder."""
+    if one == other:
+        return True
+    first, second = parse(one), parse(other)
+    if first.kind != "local" or second.kind != "local":
+        return False
+    a, b = Path(first.name), Path(second.name)
+    return a.exists() and b.exists() and a.samefile(b)

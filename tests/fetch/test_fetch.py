@@ -589,3 +589,53 @@ def test_the_embedded_model_and_its_pinned_digests(real_cache, monkeypatch):
         for item in (manifest["model"], *manifest["data"]):
             assert item["archive"]["pinned"] is True
     assert isinstance(load_recipe("language/icelandic"), Recipe)
+
+
+# ---- an index of weights
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pytorch_model.bin", "is not a safetensors file"),
+        ("weights", "is not a safetensors file"),
+        ("../outside.bin", "lies outside the model folder"),
+        ("../outside.safetensors", "lies outside the model folder"),
+        ("/etc/passwd", "lies outside the model folder"),
+        ("sub/../../outside.safetensors", "lies outside the model folder"),
+        ("..\\outside.safetensors", "lies outside the model folder"),
+    ],
+)
+def test_an_index_that_leads_to_a_pickle_or_out_of_the_folder_is_refused(tmp_path, name, words):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "dummy.safetensors").write_bytes(b"")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "dummy.safetensors", "norm.weight": name}}))
+    with pytest.raises(UserError) as caught:
+        sources.resolve_model(ModelConfig(base=str(folder)))
+    assert words in str(caught.value) and repr(name) in str(caught.value) and "norm.weight" in str(caught.value)
+    assert caught.value.where == str(index)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": ["x"]}', '{"weight_map": {"a": 1}}', "[" * 100_000])
+def test_an_index_that_is_none(tmp_path, text):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "dummy.safetensors").write_bytes(b"")
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match="is not an index of weights"):
+        sources.resolve_model(ModelConfig(base=str(folder)))
+
+
+def test_an_index_of_shards_in_the_folder_is_taken(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "parts").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "a.safetensors").write_bytes(b"")
+    (folder / "parts" / "b.safetensors").write_bytes(b"")
+    index = {"weight_map": {"x": "a.safetensors", "y": "parts/b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert sources.resolve_model(ModelConfig(base=str(folder))) == folder
