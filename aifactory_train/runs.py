@@ -191,7 +191,7 @@ def open_for_training(run: RunFolder, resume: str | None, recipe: Recipe | None 
     except OSError as error:
         raise UserError(f"the run folder cannot be written: {error.strerror}", where=str(run.path)) from None
     if not run.config_file.is_file():
-        strangers = [p.name for p in run.path.iterdir() if p.name not in _MAY_EXIST]
+        strangers = [p.name for p in run.path.iterdir() if not _may_exist(p, run)]
         if strangers:
             raise UserError(
                 f"the folder is not empty and holds no run ({strangers[0]})",
@@ -244,6 +244,16 @@ def _other_length(run: RunFolder, recipe: Recipe | None) -> bool:
 
 #: What launchers and tools may have put into a folder before the training starts in it.
 _MAY_EXIST = {"attempts", "submission", "plan.json", "logs", "record.json", "events.jsonl", "stop", "replaced"}
+
+
+def _may_exist(path: Path, run: RunFolder) -> bool:
+    """Whether a folder without a ``run.yaml`` may hold this: nothing was trained there, it is what an attempt that ended before
+    its first step left, or what was put there for the run to come."""
+    if path == run.state_file:
+        return run.state().get("state") in ("new", "failed")
+    if path == run.checkpoints:
+        return path.is_dir() and not any(path.iterdir())
+    return path.name in _MAY_EXIST
 
 
 def _set_aside(run: RunFolder) -> None:
