@@ -743,6 +743,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         tree["id"] = stem if inside else _id_of(stem)
     _resolve_paths(tree, path.parent)
     origin = _apply_overrides(tree, overrides or [])
+    _resolve_paths(tree, None)  # what --set brought
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -756,12 +757,28 @@ def _id_of(name: str) -> str:
     return "/".join(part or "recipe" for part in parts)
 
 
-def _resolve_paths(tree: dict, folder: Path) -> None:
-    """Sources that begin with ``./`` in a recipe file lie beside that file."""
+_BESIDE = (("model", "base"), ("model", "chat_template"), ("model", "vocabulary", "text"))
+#: Keys of single paths. Sources of rows (``data.train``, ``data.eval``) are paths too.
+PATH_KEYS = (
+    *_BESIDE,
+    ("model", "start_from"),
+    ("record", "organisation"),
+    ("record", "sign_with"),
+    ("privacy", "identity"),
+)
+
+
+def _resolve_paths(tree: dict, folder: Path | None) -> None:
+    """Make the paths of ``tree`` absolute, so that the run can be used from any working directory.
+
+    A model, template or source of rows that begins with ``./`` in a recipe file lies beside that file (``folder``; None: the values come
+    from the command line). Any other relative path is one from the working directory, or, where nothing lies there, from the recipe's
+    folder. What is no path that exists stays as it was written: an id of a hub, a package, or a mistake that is named later.
+    """
 
     def fixed(value: Any) -> Any:
-        if isinstance(value, str) and value.startswith("./"):
-            return str((folder / value).resolve())
+        if isinstance(value, str):
+            return _absolute(value, folder, beside=True)
         if isinstance(value, list):
             return [fixed(item) for item in value]
         if isinstance(value, dict) and "source" in value:
@@ -773,13 +790,44 @@ def _resolve_paths(tree: dict, folder: Path) -> None:
         for key in ("train", "eval"):
             if key in data:
                 data[key] = fixed(data[key])
-    model = tree.get("model")
-    if isinstance(model, dict):
-        for key in ("base", "chat_template"):
-            if key in model:
-                model[key] = fixed(model[key])
-        if isinstance(model.get("vocabulary"), dict) and "text" in model["vocabulary"]:
-            model["vocabulary"]["text"] = fixed(model["vocabulary"]["text"])
+    for *blocks, last in PATH_KEYS:
+        node: Any = tree
+        for block in blocks:
+            node = node.get(block) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or not isinstance(node.get(last), str):
+            continue
+        if last == "start_from":
+            node[last] = _run_folder(node[last], folder)
+        else:
+            node[last] = _absolute(node[last], folder, beside=(*blocks, last) in _BESIDE)
+
+
+def _absolute(text: str, folder: Path | None, *, beside: bool = False) -> str:
+    """``text`` as an absolute path if something lies there, else unchanged (see :func:`_resolve_paths`); ``beside``: ``./`` means the
+    recipe's folder, whatever lies there."""
+    if beside and folder is not None and text.startswith("./"):
+        return str((folder / text).resolve())
+    if not text or "\0" in text or text.startswith(("pypi:", "npm:")):
+        return text
+    path = Path(os.path.expanduser(text))
+    if os.path.exists(path):
+        return os.path.abspath(path)
+    if folder is None or path.is_absolute() or not os.path.exists(folder / path):
+        return text
+    from aifactory_train.sources.spec import parse  # here: sources read this module
+
+    # What could be the id of a hub (org/name) stays one: what it means must not depend on what lies beside the recipe.
+    return os.path.abspath(folder / path) if parse(text).kind == "local" else text
+
+
+def _run_folder(name: str, folder: Path | None) -> str:
+    """An earlier run by path or by its name below ``runs/``, as an absolute path if it is there."""
+    found = _absolute(name, folder)
+    if not os.path.isabs(found) or not os.path.isfile(os.path.join(found, "run.yaml")):
+        below = os.path.join("runs", name)
+        if os.path.isfile(os.path.join(below, "run.yaml")):
+            return os.path.abspath(below)
+    return found
 
 
 def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:

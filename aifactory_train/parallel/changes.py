@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from typing import Any
 
+from aifactory_train.config import PATH_KEYS
 from aifactory_train.errors import UserError
 
 #: Keys that may differ between attempts: how the run is carried out and what it writes, not what it computes.
@@ -65,9 +67,12 @@ def check_changes(before: dict[str, Any], now: dict[str, Any], *, same_rates: bo
     """
     lines, refused = [], []
     for key, old, new in changes(before, now):
+        if _is_path(key) and _same_place(old, new):
+            continue
         line = f"{key}: {old} -> {new}"
         lines.append(line)
-        if not may_change(key) and not (key in PROLONG and same_rates):
+        moved = _is_path(key) and _moved(old, new)
+        if not may_change(key) and not moved and not (key in PROLONG and same_rates):
             refused.append(key)
     if refused:
         fix = "undo the change, or start a new run (--run-dir NEW)"
@@ -79,6 +84,30 @@ def check_changes(before: dict[str, Any], now: dict[str, Any], *, same_rates: bo
             fix=fix,
         )
     return lines
+
+
+def _is_path(key: str) -> bool:
+    parts = tuple(key.split("."))
+    return parts in PATH_KEYS or (parts[0] == "data" and parts[1] in ("train", "eval") and parts[-1] == "source")
+
+
+def _same_place(old: Any, new: Any) -> bool:
+    """Whether ``new`` is the absolute form of ``old``, which an earlier version kept as it was written, or a link to it."""
+    if not isinstance(old, str) or not isinstance(new, str) or not os.path.isabs(new):
+        return False
+    if not os.path.isabs(old):
+        return os.path.abspath(os.path.expanduser(old)) == new
+    return os.path.exists(old) and os.path.exists(new) and os.path.samefile(old, new)
+
+
+def _moved(old: Any, new: Any) -> bool:
+    """Whether nothing lies at the path ``old`` any more and ``new`` has the same name: the project was moved or copied elsewhere."""
+    from aifactory_train.sources import parse
+
+    if not isinstance(old, str) or not isinstance(new, str) or not os.path.isabs(new):
+        return False
+    gone = parse(old).kind == "local" and not os.path.exists(os.path.expanduser(old))
+    return gone and os.path.basename(os.path.normpath(old)) == os.path.basename(new)
 
 
 def config_digest(tree: dict[str, Any]) -> str:

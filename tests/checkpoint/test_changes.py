@@ -71,6 +71,36 @@ def test_what_a_run_computes_may_not(key: str, value: object) -> None:
     assert config_digest(tree()) != config_digest(changed(key, value))
 
 
+def at(**paths: str) -> dict:
+    new = copy.deepcopy(tree())
+    new["model"]["base"] = paths.get("base", "org/model")
+    new["data"]["train"][0]["source"] = paths.get("rows", "rows.jsonl")
+    return new
+
+
+def test_a_path_may_be_written_otherwise_or_have_moved(tmp_path, monkeypatch) -> None:
+    """An earlier version kept paths as they were written; a moved project has others, and says so."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path / "model")
+    assert (
+        check_changes(
+            at(base="model", rows="rows.jsonl"), at(base=here, rows=str(tmp_path / "rows.jsonl")), same_rates=False
+        )
+        == []
+    )
+    assert check_changes(at(base=str(tmp_path / "link")), at(base=here), same_rates=False) == []
+    moved = check_changes(at(base="/gone/before/model"), at(base=here), same_rates=False)
+    assert moved == [f"model.base: /gone/before/model -> {here}"]
+    for old in ("org/model", "pypi:x==1#model", "/gone/before/another", str(tmp_path / "else" / "model")):
+        with pytest.raises(UserError, match=r"model\.base"):
+            check_changes(at(base=old), at(base=here), same_rates=False)
+
+
 def test_a_run_is_prolonged_only_if_its_rates_stay() -> None:
     longer = changed("train.epochs", 3.0)
     assert check_changes(tree(), longer, same_rates=True) == ["train.epochs: 1.0 -> 3.0"]
