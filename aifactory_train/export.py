@@ -12,12 +12,14 @@ process loads, as any user of the export would.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import gc
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -35,12 +37,13 @@ from aifactory_train.attention import Documents
 from aifactory_train.config import Recipe
 from aifactory_train.errors import RunFailed, UserError
 from aifactory_train.fresh_process import environment
+from aifactory_train.generation_config import loading, read_base
 from aifactory_train.model import CausalLM, ModelReport, Precision, base_folder, build_model
 from aifactory_train.output import note
 from aifactory_train.private import profile, redact, vault
 from aifactory_train.private.permissions import folder_mode
 from aifactory_train.products import as_torch
-from aifactory_train.runs import RunFolder, open_run, write_json
+from aifactory_train.runs import RunFolder, write_json
 from aifactory_train.streaming import (
     Merged,
     Scratch,
@@ -243,6 +246,9 @@ class _Export:
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe)
         self.data = data if data is not None else prepare(recipe, self.tokenizer)
         self.base = base_folder(recipe)
+        self.generation = read_base(self.base)
+        if self.generation.mended and core is None:  # a training has said it at its start
+            note(f"{self.base / 'generation_config.json'}: {self.generation.describe()}")
         self.rows = gate_rows(self.data) if verify else []
         self.core = core
         self.whole = self._why_whole()
@@ -334,7 +340,9 @@ class _Export:
     def expected(self) -> list[torch.Tensor]:
         """fp32 ``[places, V]`` for each gate row, from our own attention and the weights in memory."""
         if self._expected is None:
-            self._expected = reference_logits(self.reference(), self.rows)
+            expected = reference_logits(self.reference(), self.rows)
+            _refuse_ruined(expected, self.run)
+            self._expected = expected
         return self._expected
 
     # ---- what is written
@@ -466,6 +474,7 @@ class _Export:
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=self.recipe.model.trust_remote_code,
+            **loading(self.base),
         )
 
     def _merge_whole(self, adapter: Path, folder: Path) -> None:
@@ -495,12 +504,8 @@ class _Export:
         gc.collect()
 
     def _generation_config(self):
-        """The base's own settings with the end of turn that was supervised as EOS."""
-        from transformers import GenerationConfig
-
-        config = GenerationConfig()
-        if (self.base / "generation_config.json").is_file():
-            config = GenerationConfig.from_pretrained(self.base)
+        """The base's own settings, mended where they contradict each other, with the end of turn that was supervised as EOS."""
+        config = copy.deepcopy(self.generation.config)
         info = self.data.tokenizer_info
         ends = [info["eos_id"]] if self._is_text() else [*info["stop_ids"]]
         ends = [e for e in ends if e is not None]
@@ -538,6 +543,8 @@ class _Export:
                     "base": str((self.base if kind == "adapter" else folder).resolve()),
                     "adapter": str(folder.resolve()) if kind == "adapter" else None,
                     "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+                    # a base that transformers only loads without its own generation settings (they do not touch the logits)
+                    "plain_generation": kind == "adapter" and not self.generation.loadable,
                 }
             ],
             self.rows,
@@ -707,9 +714,28 @@ def reload_logits(checks: list[dict[str, Any]], rows: list[list[int]]) -> dict[s
     return {c["name"]: [tensors[f"{c['name']}.{i}"] for i in range(len(rows))] for c in checks}
 
 
+def _refuse_ruined(expected: list[torch.Tensor], run: RunFolder) -> None:
+    """Nothing can be compared with a model whose logits are not numbers, or all zero: that is what a diverged training leaves."""
+    logits = torch.cat([e.flatten() for e in expected])
+    if not logits.isfinite().all():
+        what = "not finite (NaN or infinity)"
+    elif not logits.any():
+        what = "all zero"
+    else:
+        return
+    raise RunFailed(
+        f"the trained model is ruined, its logits on held-out rows are {what}: the training diverged. Nothing was exported",
+        where=str(run.path),
+        fix="train again with a lower train.learning_rate (or a longer warm-up, or train.max_grad_norm), or export an earlier checkpoint: "
+        f"aifactory export {run.path} --step N",
+    )
+
+
 def _relative(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Largest |difference| over the largest |logit|; NaN where a value is not finite."""
+    """Largest |difference| over the largest |logit|; NaN where a value is not finite, and where every logit is zero."""
     largest = max(e.abs().max().item() for e in expected)
+    if largest == 0.0:
+        return math.nan
     return max((e - f).abs().max().item() for e, f in zip(expected, found, strict=True)) / largest
 
 
@@ -815,23 +841,39 @@ def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
 
 
 def public_base(recipe: Recipe) -> tuple[str, str | None]:
-    """(name, revision) of the base for ``adapter_config.json``: something that means the same on another machine.
+    """(name, revision) of the base for ``adapter_config.json``: the weights that were used, and nothing that they are only said to be.
 
-    Hub ids and package sources are kept as given. A local folder is replaced by the hub id that its configuration names, if
-    it names one.
+    Hub ids and package sources are kept as given. A local folder is named by its absolute path: what its configuration calls itself
+    (:func:`claimed_name`) is no proof that it holds the same weights.
     """
-    from aifactory_train.sources import parse
+    from aifactory_train.sources import parse, resolve_model
 
     if recipe.model.vocabulary is not None:
-        return str(base_folder(recipe)), None  # the original base has too few embeddings for what was trained
-    if recipe.model.start_from and not (open_run(recipe.model.start_from).export / "adapter").is_dir():
-        return str(base_folder(recipe)), None
-    spec = parse(recipe.model.base)
-    if spec.kind != "local":
+        return _absolute(base_folder(recipe)), None  # the original base has too few embeddings for what was trained
+    if recipe.model.start_from:
+        below = base_folder(recipe)
+        if below != resolve_model(recipe.model):
+            return _absolute(below), None  # an earlier run trained all weights
+    if parse(recipe.model.base).kind != "local":
         return recipe.model.base, recipe.model.revision
-    folder = Path(recipe.model.base)
-    with contextlib.suppress(OSError, ValueError):
+    return _absolute(Path(recipe.model.base)), None
+
+
+def claimed_name(recipe: Recipe) -> str | None:
+    """The hub id that the configuration of a local base calls itself (``_name_or_path``), if it names one: a claim, not a fact."""
+    from aifactory_train.sources import parse
+
+    if parse(recipe.model.base).kind != "local":
+        return None
+    folder = Path(recipe.model.base).expanduser()
+    with contextlib.suppress(
+        OSError, ValueError, AttributeError, RecursionError
+    ):  # its own loader names what is wrong with it
         name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path", "")
-        if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists():
-            return name, None
-    return recipe.model.base, None
+        if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+            return name
+    return None
+
+
+def _absolute(path: Path) -> str:
+    return os.path.abspath(path.expanduser())

@@ -102,6 +102,7 @@ def _plain_model(run: RunFolder, recipe: Recipe, device: str) -> tuple[Any, Any]
 
     from aifactory_train import compat
     from aifactory_train.export import _with_adapter
+    from aifactory_train.generation_config import loading
     from aifactory_train.model import base_folder, choose_precision
     from aifactory_train.private import vault
 
@@ -119,6 +120,7 @@ def _plain_model(run: RunFolder, recipe: Recipe, device: str) -> tuple[Any, Any]
         dtype=precision.compute,
         local_files_only=True,
         trust_remote_code=recipe.model.trust_remote_code,
+        **(loading(base_folder(recipe)) if is_adapter else {}),
     )
     if is_adapter:
         with compat.quiet_peft():

@@ -17,6 +17,7 @@ from torch import nn
 from aifactory_train import attention, compat, quantise
 from aifactory_train.config import Recipe
 from aifactory_train.errors import UserError
+from aifactory_train.generation_config import loading
 from aifactory_train.loss import linear_cross_entropy, token_nll
 from aifactory_train.methods.preference_loss import token_logps
 from aifactory_train.methods.vocabulary import first_new_row
@@ -260,6 +261,7 @@ def load_language_model(
             local_files_only=True,
             trust_remote_code=recipe.model.trust_remote_code,
             use_safetensors=True,  # never unpickle weights
+            **loading(path),
             **(more or {}),
         )
     except (OSError, ValueError, KeyError) as error:
@@ -345,7 +347,8 @@ def base_folder(recipe: Recipe) -> Path:
 
 
 def _base_below(recipe: Recipe, seen: list[Path]) -> Path:
-    from aifactory_train.sources import resolve_model
+    from aifactory_train.sources import resolve_model, same_source
+    from aifactory_train.sources.cache import check_weight_index
 
     if not recipe.model.start_from:
         return resolve_model(recipe.model)
@@ -353,9 +356,10 @@ def _base_below(recipe: Recipe, seen: list[Path]) -> Path:
     if run.path.resolve() in seen:
         raise UserError("the chain of earlier runs leads back to itself", where=f"model.start_from: {run.path}")
     if (run.export / "model" / "config.json").is_file():
+        check_weight_index(run.export / "model")
         return run.export / "model"
     earlier = run.load_config()
-    if earlier.model.base != recipe.model.base:
+    if not same_source(earlier.model.base, recipe.model.base):
         raise UserError(
             f"the earlier run's adapter belongs to {earlier.model.base}, this recipe trains {recipe.model.base}",
             where="model.start_from",

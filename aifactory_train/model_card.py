@@ -25,7 +25,7 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
     """The card as text, with the metadata block that the Hugging Face hub reads (built by its own card classes)."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    from aifactory_train.export import public_base
+    from aifactory_train.export import claimed_name, public_base
 
     base, _ = public_base(recipe)
     results = _results(run)
@@ -70,6 +70,7 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
         f"| base model | `{_public(base)}` | {recipe.model.licence} |",
         *[f"| data | `{_public(s.source)}` | {s.licence} |" for s in sources],
         "",
+        *_claim(claimed_name(recipe), base),
         f"Licence of this model, from its parents: {result['name'] or result['licence']} ({result['because']})."
         + ("" if result["commercial"] else " Not for commercial use."),
         *(f"{text}" for text in result["attribution"]),
@@ -110,6 +111,14 @@ _ENDS = {
     "gguf": "The chat template is in the file, and answers end at the end of turn that was trained. `verification.json` says how "
     "far the file's rounding moves the logits of the trained model.",
 }
+
+
+def _claim(name: str | None, base: str) -> list[str]:
+    """What a local base calls itself, said as what it is."""
+    if name is None:
+        return []
+    text = f"The configuration of `{_public(base)}` calls itself `{name}`. That is a claim of the folder: the weights were not compared."
+    return [text, ""]
 
 
 def _results(run: RunFolder) -> dict[str, Any]:

@@ -15,12 +15,13 @@ def main(job_file: str) -> None:
 
     It is JSON: ``{"checks": [{"name", "base", "adapter" or null, "dtype"}], "rows": [[token ids], ...], "positions": n,
     "threads": n, "out": FILE}``. A check with ``gguf`` (a file name in ``base``) reads that file instead of safetensors, with
-    ``settings`` for what transformers leaves out of its configuration. For each check the logits of the last ``positions`` places of every row go to ``out``
+    ``settings`` for what transformers leaves out of its configuration; one with ``plain_generation`` leaves the base's generation
+    settings out, which transformers would not load. For each check the logits of the last ``positions`` places of every row go to ``out``
     (safetensors, fp32 ``[places, V]``, keys ``NAME.ROW``), each row alone in its batch, without padding.
     """
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     with open(job_file, encoding="utf-8") as file:
         job = json.load(file)
@@ -28,6 +29,8 @@ def main(job_file: str) -> None:
     found: dict[str, Any] = {}
     for check in job["checks"]:
         how: dict[str, Any] = {"use_safetensors": True}
+        if check.get("plain_generation"):
+            how["generation_config"] = GenerationConfig()
         if check.get("gguf"):
             how = {"gguf_file": check["gguf"]}
             config = AutoConfig.from_pretrained(check["base"], local_files_only=True, **how)

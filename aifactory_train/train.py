@@ -20,10 +20,11 @@ from aifactory_train.config import Recipe
 from aifactory_train.data import Cursor, PreparedData, Sampler, load_tokenizer, prepare, split_step
 from aifactory_train.errors import EXIT_DONE, EXIT_STOPPED, RunFailed
 from aifactory_train.evaluate import evaluate, results_file
+from aifactory_train.generation_config import read_base
 from aifactory_train.guard import Guard, leave_out
 from aifactory_train.methods import Methods
 from aifactory_train.metrics_log import MetricsLog, Progress, compare_with_plan, print_comparison, print_start
-from aifactory_train.model import ModelReport, apply_operators, build_model, choose_precision
+from aifactory_train.model import ModelReport, apply_operators, base_folder, build_model, choose_precision
 from aifactory_train.optim import learning_rate
 from aifactory_train.outcome import Attempt, new_attempt
 from aifactory_train.output import note
@@ -107,12 +108,16 @@ class Trainer:
         self.stop, self.attempt = stop, attempt
         torch.manual_seed(recipe.train.seed)  # the same adapters on every rank
 
+        generation = read_base(base_folder(recipe))  # first: what an export cannot do without must not fail at the end
         self.tokenizer = load_tokenizer(recipe)
         self.methods = Methods(recipe)
         self.data = self.methods.view(self._prepare())
         self.precision, why = choose_precision(recipe, world.device)
         self.report = ModelReport()
         self.report.add("precision", self.precision.describe(), why)
+        if generation.mended:
+            why = "the base's generation_config.json contradicts itself, and transformers would not save it"
+            self.report.add("generation settings of the export", generation.describe(), why)
         name, why = choose_engine(recipe, world)
         core = build_model(
             recipe,

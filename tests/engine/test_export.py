@@ -189,19 +189,86 @@ def test_eos_is_what_was_supervised_not_what_the_tokenizer_calls_eos(tmp_path):
     assert GenerationConfig.from_pretrained(texts.run.export / "adapter").eos_token_id == ids["<|endoftext|>"]
 
 
-def test_what_the_base_is_called_elsewhere(tmp_path, tiny_model_dir):
-    def name_of(base, **more):
-        return ex.public_base(
-            SimpleNamespace(
-                model=SimpleNamespace(base=str(base), revision=None, start_from=None, vocabulary=None, **more)
-            )
-        )
+def test_what_the_base_is_called_elsewhere(tmp_path, tiny_model_dir, monkeypatch):
+    """Ids as the recipe names them; a folder by its absolute path, whatever its configuration calls itself."""
 
-    assert name_of("org/some-model") == ("org/some-model", None)
-    assert name_of("pypi:llm-x==0.1#x/model.gguf") == ("pypi:llm-x==0.1#x/model.gguf", None)
-    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": "org/Known-Model"}))
-    assert name_of(tmp_path) == ("org/Known-Model", None)
-    assert name_of(tiny_model_dir) == (str(tiny_model_dir), None)
+    def asked(base, revision=None):
+        model = SimpleNamespace(base=str(base), revision=revision, start_from=None, vocabulary=None)
+        return SimpleNamespace(model=model)
+
+    assert ex.public_base(asked("org/some-model", "abc123")) == ("org/some-model", "abc123")
+    assert ex.public_base(asked("pypi:llm-x==0.1#x/model.gguf")) == ("pypi:llm-x==0.1#x/model.gguf", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text(json.dumps({"_name_or_path": "org/Known-Model"}))
+    for text in ("mine", "./mine", str(tmp_path / "mine"), "../" + tmp_path.name + "/mine"):
+        assert ex.public_base(asked(text, "main")) == (str(tmp_path / "mine"), None)
+        assert ex.claimed_name(asked(text)) == "org/Known-Model"
+    assert ex.public_base(asked(tiny_model_dir)) == (str(tiny_model_dir), None)
+    assert ex.claimed_name(asked("org/some-model")) is ex.claimed_name(asked(tiny_model_dir)) is None
+    for odd in ("[]", '{"_name_or_path": 7}', '{"_name_or_path": "/a/b"}', '{"_name_or_path": "a/b`](x)"}', "no"):
+        (tmp_path / "mine" / "config.json").write_text(odd)
+        assert ex.claimed_name(asked("mine")) is None
+
+
+def test_generation_settings_that_transformers_would_not_save(tmp_path, bases, in_process):
+    """The export works, adapter and merged, also from the files of a finished run, and says what it mended. The last two kinds
+    are those that plain transformers does not even load."""
+    import shutil
+
+    from transformers import GenerationConfig
+
+    for number, (settings, kept) in enumerate(
+        [({"temperature": 0.6, "top_p": 0.9}, (True, 0.6)), ({"max_new_tokens": 0, "temperature": 1.0}, (None, 1.0))]
+    ):
+        base = tmp_path / f"base-{number}"
+        shutil.copytree(bases["tied"], base)
+        (base / "generation_config.json").write_text(json.dumps(settings))
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "_name_or_path": "acme-lab/original-7b"}))
+        case = trained(tmp_path / f"run-{number}", {"tied": base})
+        outcome = case.export(merge=True)
+        assert outcome["gate"]["adapter"]["passed"] and outcome["gate"]["merged"]["passed"]
+        ex.export_run(case.run, merge=True)
+        for kind in ("adapter", "merged"):
+            written = GenerationConfig.from_pretrained(case.run.export / kind)
+            assert (written.do_sample, written.temperature) == kept and written.max_new_tokens is None
+            assert written.eos_token_id == case.data.tokenizer_info["end_of_turn_id"]
+            card = (case.run.export / kind / "README.md").read_text()
+            assert f"`{base.name}` calls itself `acme-lab/original-7b`. That is a claim" in card
+            assert yaml.safe_load(card.split("---")[1])["base_model"] == base.name
+        adapter = json.loads((case.run.export / "adapter" / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == str(base)
+
+
+def test_all_weights_of_such_a_base(tmp_path, bases, in_process):
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(bases["tied"], base)
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "length_penalty": 3.0}')
+    case = trained(tmp_path / "run", {"tied": base}, {"adapter.kind": "none"})
+    assert case.export()["gate"]["model"]["passed"]
+    written = json.loads((case.run.export / "model" / "generation_config.json").read_text())
+    assert written["do_sample"] is True and written["temperature"] == 0.6 and "length_penalty" not in written
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.0, "all zero"), (float("nan"), "not finite"), (float("inf"), "not finite")]
+)
+def test_a_training_that_diverged_is_one_message(tmp_path, bases, value, words):
+    case = trained(tmp_path, bases, {"adapter.kind": "none"})
+    with torch.no_grad():
+        case.core.language_model.model.norm.weight.fill_(value)
+    with pytest.raises(RunFailed, match=f"the trained model is ruined, .* {words}"):
+        case.export()
+    assert case.names() == []
+
+
+def test_zero_logits_pass_no_gate():
+    nothing = [torch.zeros(3, 5)]
+    assert not ex.judge("merged", "fp32", nothing, nothing).passed
+    assert not ex.judge("merged", "bf16", nothing, [torch.ones(3, 5)]).passed
 
 
 # ---- the gate
