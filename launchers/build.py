@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from aifactory_train import __version__
 from aifactory_train.errors import UserError
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.environment import SCRUBBED, environment_lines
+from aifactory_train.launchers.environment import SCRUBBED, environment_lines, gloo_pattern
 from aifactory_train.launchers.request import Refusal, Request
 from aifactory_train.launchers.shape import SIGNAL_SLACK_S, Shape, shape_of
 from aifactory_train.launchers.submission import File, Line, Submission, nul_joined, quoted
@@ -163,6 +163,8 @@ def _context(sub: Submission, recipe: Recipe) -> dict[str, Any]:
         else ('"${JOB_COMPLETION_INDEX:-0}"' if shape.backend == "kubernetes" else "0"),
         "numa_binding": system.launch.torchrun_numa_binding if remote and shape.style == "torchrun" else None,
         "amd": system.gpu.vendor == "amd",
+        "unified": bool(system.gpu.unified_memory),
+        "gloo": gloo_pattern(system) if shape.backend not in ("local", "mpi") else None,
         "transport": system.interconnect.transport if shape.nodes > 1 else None,
         "term_grace": TERM_GRACE_S,
         "address_function": address_function(system, shape),
@@ -439,7 +441,7 @@ def _files(sub: Submission, recipe: Recipe, context: dict[str, Any]) -> None:
         sub.files.append(File(f"{here}rank.sh", rank.encode(), 0o755))
         if node is not None:
             sub.files.append(File(f"{here}node.sh", node.encode(), 0o755))
-        for program in ("attempt.py", "preflight.py"):
+        for program in ("attempt.py", "preflight.py", "interface.py"):
             sub.files.append(File(f"{here}{program}", (PROGRAMS / program).read_bytes(), 0o755))
         sub.files.append(File(f"{here}policy.json", _json(policy(sub))))
     container = context.get("container")

@@ -23,7 +23,7 @@ SECRET = re.compile(r"(TOKEN|SECRET|PASSW(OR)?D|API_?KEY|ACCESS_?KEY|PRIVATE_?KE
 #: Variables that belong to launcher, scheduler or shell; a user's value would break the start of the ranks.
 OWNED = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|NODE_RANK|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*|SLURM_.*|SBATCH_.*|SRUN_.*"
-    r"|PBS_.*|PMI_.*|PMIX_.*|OMPI_.*|PALS_.*|AIFACTORY_.*|PATH|HOME|USER|LOGNAME|SHELL|IFS|BASH_ENV|ENV|BASHOPTS|SHELLOPTS|PS4"
+    r"|PBS_.*|PMI_.*|PMIX_.*|OMPI_.*|PALS_.*|AIFACTORY_(?!ALLOW_CPU$).*|PATH|HOME|USER|LOGNAME|SHELL|IFS|BASH_ENV|ENV|BASHOPTS|SHELLOPTS|PS4"
     r"|PROMPT_COMMAND|LD_PRELOAD|LD_AUDIT|PYTHONHOME|PYTHONSTARTUP|PYTHONINSPECT|POSIXLY_CORRECT|UID|EUID|PPID|BASH.*)"
 )
 #: What srun or sbatch would read as an option and the batch script never sets itself.
@@ -53,9 +53,21 @@ def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None)
     remote = shape.backend not in ("local", "mpi")
     if remote or system.environment.set:
         for name, value in system.environment.set.items():
+            if name == "GLOO_SOCKET_FAMILY":
+                why = "left out: torch does not read it. Each rank takes an interface with an address of the family that NCCL is given"
+                out.append(Line(f"# {name} of the profile is {why}.", why, f"environment.set.{name}"))
+                continue
             put(name, value, f"communication and runtime setting of {system.name}", f"environment.set.{name}")
     if remote:
         _communication(system, shape, put)
+        if shape.gpus_per_node:
+            fact = shape.reason("gpus_per_node").fact
+            put(
+                "AIFACTORY_EXPECT_GPUS",
+                str(shape.gpus_per_node),
+                "no rank trains on the CPU of a GPU job unnoticed",
+                fact,
+            )
     put("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1", "a failed collective ends the rank instead of hanging it")
     put("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "a collective that timed out leaves a flight record")
     put("TORCH_FR_BUFFER_SIZE", "2000", "entries of the flight record")
@@ -114,6 +126,13 @@ def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None)
     for name, value in system.user.env.items():
         put(name, value, "from your site file (user.env)")
     return out
+
+
+def gloo_pattern(system: System) -> str:
+    """What NCCL is told about interfaces at this site, from which every rank finds one of its node for gloo; empty if unknown."""
+    told = system.environment.set
+    named = told.get("GLOO_SOCKET_IFNAME") or told.get("NCCL_SOCKET_IFNAME")
+    return named or ",".join(system.interconnect.socket_interfaces)
 
 
 def _communication(system: System, shape: Shape, put) -> None:

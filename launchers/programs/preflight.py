@@ -19,6 +19,14 @@ import time
 
 CHUNK_MIB = 64  # of each all-reduce on GPUs; 4 on CPUs
 ROUNDS = 5
+#: GPUs whose memory is the host's, and GPUs whose memory the host may use too: the page cache lies in it and the driver counts it
+#: as used, but the kernel gives it back when it is asked for.
+INTEGRATED = re.compile(r"MI300A|GB10\b", re.I)
+COHERENT = re.compile(r"GH200|GB200|GB300", re.I)
+
+
+class Problem(Exception):
+    """Something wrong that this program can put into words of its own."""
 
 
 def main():
@@ -27,7 +35,9 @@ def main():
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--gpus", type=int, required=True, help="GPUs expected on each node")
     parser.add_argument("--scratch", required=True)
+    parser.add_argument("--unified", action="store_true", help="the profile says that GPU and host share one memory")
     parser.add_argument("--transport", default=None, help="regular expression that the library's log must match")
+    parser.add_argument("--timeout", type=float, default=90, help="seconds that the ranks wait for each other")
     args = parser.parse_args()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -43,6 +53,8 @@ def main():
     report["problems"] = problems  # check() adds to it
     try:
         check(args, rank, world, local_rank, report)
+    except Problem as problem:
+        problems.append(str(problem))
     except Exception as error:  # the report must be written whatever breaks; the error is its content
         problems.append("%s: %s" % (type(error).__name__, " ".join(str(error).split())[:400]))
     report["ok"] = not problems
@@ -72,26 +84,15 @@ def check(args, rank, world, local_rank, report):
     report["rocm"] = torch.version.hip
     cuda = torch.cuda.is_available()
     report["gpus"] = torch.cuda.device_count() if cuda else 0
-    if args.gpus and torch.version.cuda is None and torch.version.hip is None:
-        # The mini-cluster of the tests has GPUs that exist for the scheduler only.
-        report["note"] = "this torch has no GPU support; %d GPUs were asked for" % args.gpus
-    elif args.gpus and report["gpus"] < args.gpus and report["gpus"] != 1:
-        problems.append("%d of %d GPUs are visible" % (report["gpus"], args.gpus))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus_seen(args, local_size, report)
     device = torch.device("cpu")
     if cuda:
         device = torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
         torch.cuda.set_device(device)
-        free, total = torch.cuda.mem_get_info()
         report["gpu"] = torch.cuda.get_device_name()
-        report["gpu_free_gib"], report["gpu_total_gib"] = round(free / 2**30, 2), round(total / 2**30, 2)
-        if free < 0.9 * total:
-            problems.append(
-                "only %.1f of %.1f GiB GPU memory are free: something else runs there" % (free / 2**30, total / 2**30)
-            )
-    import datetime
-
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=90))
-    report["backend"] = dist.get_backend()
+        memory(args, torch, report)
+    meet(args, torch, dist, rank, world, local_size, report)
     count = (CHUNK_MIB if cuda else 4) * 2**20 // 4
     tensor = torch.full((count,), float(rank + 1), device=device)
     dist.all_reduce(tensor)
@@ -115,6 +116,155 @@ def check(args, rank, world, local_rank, report):
     if args.transport and cuda and args.nodes > 1:
         transport(args, rank, report)
     dist.barrier()
+
+
+def gpus_seen(args, local_size, report):
+    """A GPU job whose torch computes on the CPU, or on fewer GPUs than were asked for, must not begin."""
+    asked, seen = args.gpus, report["gpus"]
+    if not asked or seen >= asked:
+        return
+    if seen == 0:
+        built = report["cuda"] is not None or report["rocm"] is not None
+        text = "torch %s %s; %d GPUs a node were asked for" % (
+            report["torch"],
+            "sees no GPU" if built else "has no GPU support (a CPU build for %s)" % report["isa"],
+            asked,
+        )
+        if os.environ.get("AIFACTORY_ALLOW_CPU") == "1":
+            report["note"] = text + "; AIFACTORY_ALLOW_CPU=1 allows it"
+            return
+        if not built:
+            report["kind"] = "environment"  # another node would have the same torch
+            text += ": install a build of torch for these GPUs"
+        report["problems"].append(text + " (AIFACTORY_ALLOW_CPU=1 trains on the CPU)")
+    elif seen > 1 or local_size == 1:
+        report["problems"].append("%d of %d GPUs are visible" % (seen, asked))
+    # One GPU of several, and several ranks: each may have been given its own. same_gpu() looks at whose it is.
+
+
+def memory(args, torch, report):
+    """Whether the GPU's memory is free; what the page cache holds of it counts as free where host and GPU share memory."""
+    free, total = torch.cuda.mem_get_info()
+    report["gpu_free_gib"], report["gpu_total_gib"] = round(free / 2**30, 2), round(total / 2**30, 2)
+    if free >= 0.9 * total:
+        return
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    one_memory = args.unified or getattr(properties, "is_integrated", False) or INTEGRATED.search(report["gpu"])
+    text = "only %.1f of %.1f GiB GPU memory are free" % (free / 2**30, total / 2**30)
+    if not (one_memory or COHERENT.search(report["gpu"])):
+        report["problems"].append(text + ": something else runs there")
+        return
+    cached = reclaimable(numa_node(properties))
+    report["gpu_cache_gib"] = round(cached / 2**30, 2)
+    if one_memory:
+        # Counted, not tried: what is asked of the host's own memory may cost another process its life.
+        if free + cached < 0.8 * total:
+            report["problems"].append(
+                text + ", and the page cache holds %.1f GiB: something else runs there" % (cached / 2**30)
+            )
+        return
+    try:
+        tried = torch.empty(int(0.8 * total), dtype=torch.uint8, device="cuda")
+    except RuntimeError as error:
+        report["problems"].append(
+            text
+            + ", and 80 %% of it cannot be had: something else runs there (%s)" % " ".join(str(error).split())[:200]
+        )
+        return
+    del tried
+    torch.cuda.empty_cache()
+    report["gpu_memory_tried"] = True
+
+
+def numa_node(properties):
+    """The NUMA node of a GPU, or None where the system does not tell."""
+    try:
+        where = "%04x:%02x:%02x.0" % (properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id)
+        with open("/sys/bus/pci/devices/%s/numa_node" % where) as file:
+            node = int(file.read())
+    except (AttributeError, TypeError, OSError, ValueError):
+        return None
+    return node if node >= 0 else None
+
+
+def reclaimable(node, root="/sys/devices/system/node"):
+    """Bytes of page cache and reclaimable kernel memory of a NUMA node (None: of all) that the kernel gives back on demand."""
+    total = 0
+    for path in glob.glob(os.path.join(root, "node%s" % ("[0-9]*" if node is None else node), "meminfo")):
+        with open(path) as file:
+            found = dict(re.findall(r"(\w+): +(\d+) kB", file.read()))
+        # Shared memory (tmpfs) is counted among the file pages and stays.
+        kib = int(found.get("FilePages", 0)) - int(found.get("Shmem", 0)) + int(found.get("SReclaimable", 0))
+        total += max(0, kib) * 1024
+    return total
+
+
+def meet(args, torch, dist, rank, world, local_size, report):
+    """Form the very group that training forms, and use its CPU side as training does at every step."""
+    import datetime
+
+    cuda = report["gpus"] > 0
+    report["backend"] = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    report["gloo_interface"] = os.environ.get("GLOO_SOCKET_IFNAME")
+    formed = False
+    try:
+        dist.init_process_group(report["backend"], timeout=datetime.timedelta(seconds=args.timeout))
+        formed = True
+        small = torch.full((4,), float(rank + 1))
+        dist.all_reduce(small)
+        places = [None] * world  # type: list
+        dist.all_gather_object(places, place(torch, report))
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=args.timeout))
+        box = [world if rank == 0 else None]
+        dist.broadcast_object_list(box, src=0, group=group)
+    except Exception as error:
+        text = " ".join(str(error).split())[:400]
+        if not formed and not re.search(
+            r"gloo|connectFullMesh|ifname|unable to find (an )?(address|interface)", text, re.I
+        ):
+            raise  # the ranks did not even find rank 0, or there is no NCCL
+        raise Problem(
+            "gloo, which carries the control messages of every step, failed on %s: %s: %s; GLOO_SOCKET_IFNAME (--env, or "
+            "interconnect.socket_interfaces of the profile) names the interface"
+            % (gloo_place(), type(error).__name__, text)
+        ) from error
+    if small[0].item() != world * (world + 1) / 2 or box[0] != world:
+        raise Problem("gloo's all-reduce or broadcast on %s is wrong" % gloo_place())
+    same_gpu(args, places, local_size, report)
+
+
+def gloo_place():
+    """Where gloo binds to, in words."""
+    given = os.environ.get("GLOO_SOCKET_IFNAME")
+    if given:
+        return "interface %s" % given
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        address = "the loopback"
+    return "%s, which the name of host %s resolves to" % (address, socket.gethostname())
+
+
+def place(torch, report):
+    """Node and GPU of this rank, for the others to compare with theirs."""
+    gpu = None
+    if report["gpus"]:
+        p = torch.cuda.get_device_properties(torch.cuda.current_device())
+        gpu = [str(getattr(p, n, None)) for n in ("uuid", "pci_domain_id", "pci_bus_id", "pci_device_id")]
+    return [report["host"], report["node"], gpu]
+
+
+def same_gpu(args, places, local_size, report):
+    """Where each rank sees one GPU of several, the ranks of a node must see different ones, and as many as were asked for."""
+    if report["gpus"] != 1 or args.gpus <= 1 or local_size == 1:
+        return
+    mine = [gpu for host, node, gpu in places if (host, node) == (report["host"], report["node"])]
+    distinct = len({tuple(gpu or ()) for gpu in mine})
+    if distinct < len(mine):
+        report["problems"].append(
+            "%d ranks of this node see %d GPUs, one each: some share one; %d were asked for"
+            % (len(mine), distinct, args.gpus)
+        )
 
 
 def scratch_write(folder, rank, report):
