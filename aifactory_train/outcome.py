@@ -27,11 +27,20 @@ BEAT_EVERY_S = 2.0
 #: Phases in which every rank must make progress within the time-out; others (saving, evaluation) take as long as they take.
 WATCHED = ("forward", "reduce", "update")
 
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+#: Modules whose work is the host's alone: rows, tokens and files. A rank that stays there keeps the others waiting.
+HOST_WORK = (
+    f"data{os.sep}", f"record{os.sep}", f"sources{os.sep}", f"metrics{os.sep}", f"energy{os.sep}", f"private{os.sep}",
+    f"parallel{os.sep}storage.py", "metrics_log.py", "trackers.py", "runs.py", "stopping.py", "output.py", "outcome.py",
+)  # fmt: skip
+
 
 class Attempt:
     """One rank's record of one attempt. Use as a context manager and set ``code`` to the exit code."""
 
-    def __init__(self, run: RunFolder, rank: int, local_rank: int, number: int | None, *, timeout_s: float):
+    def __init__(
+        self, run: RunFolder, rank: int, local_rank: int, number: int | None, *, timeout_s: float, device: str = "cpu"
+    ):
         self.run, self.rank, self.local_rank = run, rank, local_rank
         self.host, self.started = socket.gethostname(), time.time()
         self.code: int | None = None
@@ -42,7 +51,7 @@ class Attempt:
         self.training = False  # this process is the one that trains in the folder: it may change the run's state
         self._written = 0.0
         self._recent: collections.deque[tuple[float, int, str]] = collections.deque(maxlen=64)
-        self._watchdog = Watchdog(self, timeout_s)
+        self._watchdog = Watchdog(self, timeout_s, device)
         if number is not None:
             self.begin(number)
 
@@ -142,6 +151,23 @@ def _innermost(tb: TracebackType | None) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"
 
 
+def waits_for_others(stack: traceback.StackSummary, device: str) -> bool:
+    """Whether a rank whose main thread stands at ``stack`` (innermost frame last) waits for other ranks.
+
+    On the CPU a collective shows as a frame of torch.distributed. On a GPU the host runs ahead and stands wherever the device
+    is asked for a result or its queue is full, because a collective queued earlier does not end: every rank waits there,
+    unless it is in our own work on the host (data and files). A copy to the device is no such work.
+    """
+    if any("torch/distributed" in frame.filename for frame in stack):
+        return True
+    if device == "cpu":
+        return False
+    mine = [frame for frame in stack if frame.filename.startswith(_PACKAGE)]
+    if not mine or mine[-1].name in ("to", "move"):
+        return True
+    return not mine[-1].filename[len(_PACKAGE) :].startswith(HOST_WORK)
+
+
 class Watchdog:
     """Ends a rank that makes no progress: writes ``flight-RANK.txt`` (all stacks, the last phases) and the outcome.
 
@@ -149,8 +175,8 @@ class Watchdog:
     that the true cause is written first.
     """
 
-    def __init__(self, attempt: Attempt, timeout_s: float):
-        self.attempt, self.timeout_s = attempt, timeout_s
+    def __init__(self, attempt: Attempt, timeout_s: float, device: str = "cpu"):
+        self.attempt, self.timeout_s, self.device = attempt, timeout_s, device
         self._seen = time.monotonic()
         self._stop = threading.Event()
         self._main = threading.main_thread().ident
@@ -169,7 +195,7 @@ class Watchdog:
             if self.attempt.phase not in WATCHED or idle < 0.9 * self.timeout_s:
                 continue
             stack = traceback.extract_stack(sys._current_frames()[self._main])  # type: ignore[index]
-            waits = any("torch/distributed" in frame.filename for frame in stack)
+            waits = waits_for_others(stack, self.device)
             if waits and idle < 1.5 * self.timeout_s:
                 continue  # the collective's own time-out speaks before this
             self._end(idle, stack, waits)
