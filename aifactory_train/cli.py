@@ -110,6 +110,15 @@ def main(argv: list[str] | None = None) -> int:
             code = int(args.run(args) or 0)
         sys.stdout.flush()  # here, where a full disk can still be told
         return code
+    except (Exception, KeyboardInterrupt) as error:
+        return told(command, error)
+
+
+def told(command: str | None, fault: BaseException) -> int:
+    """Say on standard error what ended ``command``, and return its exit code. Raises ``fault`` again where only a traceback
+    explains it."""
+    try:
+        raise fault
     except UserError as error:
         print(f"aifactory {command}: {redact.message(error)}", file=sys.stderr)
         return error.exit_code

@@ -7,9 +7,10 @@ therefore the same for any number of ranks, any accumulation, packed or padded, 
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from aifactory_train import __version__
 from aifactory_train.checkpoint import Checkpointer
 from aifactory_train.config import Recipe
 from aifactory_train.data import Cursor, PreparedData, Sampler, load_tokenizer, prepare, split_step
-from aifactory_train.errors import EXIT_DONE, EXIT_STOPPED, RunFailed
+from aifactory_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunFailed, UserError
 from aifactory_train.evaluate import evaluate, results_file
 from aifactory_train.generation_config import read_base
 from aifactory_train.guard import Guard, leave_out
@@ -32,7 +33,7 @@ from aifactory_train.parallel import DeviceBatch, build_engine, choose_engine
 from aifactory_train.parallel.batches import micro_limit
 from aifactory_train.parallel.memory_advice import explain_memory, probe_largest_batch
 from aifactory_train.parallel.torch_engine import split_scale
-from aifactory_train.parallel.world import World, from_main, join_world, leave_world
+from aifactory_train.parallel.world import World, from_main, join_world, leave_alone, leave_world, leaves_alone
 from aifactory_train.private.profile import enforce
 from aifactory_train.record.recorder import Recorder
 from aifactory_train.resume import restore, trainer_values
@@ -60,8 +61,28 @@ def train(
     world = join_world(recipe.parallel.timeout_s, recipe.parallel.threads)
     try:
         return _train_as(world, recipe, folder, stop, protected, resume, quiet, attempt)
+    except BaseException as error:
+        if leaves_alone(world):  # the outcome is written
+            _end_alone(world, error)
+        raise
     finally:
         leave_world()
+
+
+def _end_alone(world: World, error: BaseException) -> NoReturn:
+    """End this failed rank without the others, saying what the command line would have said."""
+    from aifactory_train.cli import told
+
+    if isinstance(error, UserError) and not isinstance(error, RunFailed) and not world.is_main:
+        leave_alone(error.exit_code)  # every rank meets the same refusal, and rank 0 prints it
+    if isinstance(error, SystemExit):
+        leave_alone(error.code if isinstance(error.code, int) else EXIT_FAILED)
+    code = EXIT_FAILED
+    try:
+        code = told("train", error)
+    except BaseException:  # what only a traceback explains
+        sys.excepthook(type(error), error, error.__traceback__)
+    leave_alone(code)
 
 
 def _train_as(
@@ -77,7 +98,9 @@ def _train_as(
     """One rank's attempt. A function of its own: on return nothing holds the process groups any more (`leave_world`)."""
     # The default name holds the time: one rank decides.
     run = RunFolder(from_main(world, lambda: folder or default_run_dir(recipe, None)))
-    with Attempt(run, world.rank, world.local_rank, attempt, timeout_s=recipe.parallel.timeout_s) as record:
+    device = world.device if world.size > 1 else "cpu"  # a lone rank's GPU waits for nobody
+    timeout_s = recipe.parallel.timeout_s
+    with Attempt(run, world.rank, world.local_rank, attempt, timeout_s=timeout_s, device=device) as record:
         resume_from = from_main(world, lambda: open_for_training(run, resume, recipe))
         record.training = True
         if attempt is None:

@@ -6,13 +6,16 @@ through torch.distributed.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
+import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -111,6 +114,8 @@ def join_world(timeout_s: int = 600, threads: int | None = None) -> World:
     if started_by == "mpi":
         _mpi_rendezvous()
     device = "cpu"
+    _expect_gpus(local_size)
+    index = local_rank
     if compat.device_type() == "cuda":
         count = torch.cuda.device_count()
         if local_rank >= count and count != 1:
@@ -119,13 +124,15 @@ def join_world(timeout_s: int = 600, threads: int | None = None) -> World:
                 where="launcher",
                 fix="start at most one process per visible GPU",
             )
-        device = f"cuda:{local_rank % count}"
+        index = local_rank % count
+        device = f"cuda:{index}"
         torch.cuda.set_device(device)
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(threads or max(1, cores // local_size))
     if not dist.is_initialized():
-        for name, value in {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank}.items():  # DeepSpeed reads them
+        # DeepSpeed reads them, and takes LOCAL_RANK for the number of a device that this process sees.
+        for name, value in {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": index}.items():
             _BEFORE.setdefault(name, os.environ.get(name))
             os.environ[name] = str(value)
         store = None
@@ -141,6 +148,33 @@ def join_world(timeout_s: int = 600, threads: int | None = None) -> World:
             timeout=datetime.timedelta(seconds=timeout_s),
         )
     return World(rank, size, local_rank, local_size, device, started_by, socket.gethostname())
+
+
+def _expect_gpus(local_size: int) -> None:
+    """A job that asked for GPUs (``AIFACTORY_EXPECT_GPUS`` a node, from the launcher) does not train on the CPU or on fewer
+    of them. One GPU of several is right where each rank was given its own."""
+    expected = os.environ.get("AIFACTORY_EXPECT_GPUS", "")
+    if not expected.isdigit() or int(expected) == 0:
+        return
+    seen = torch.cuda.device_count() if compat.device_type() == "cuda" else 0
+    if seen == 0:
+        if os.environ.get("AIFACTORY_ALLOW_CPU") == "1":
+            return
+        built = torch.version.cuda is not None or torch.version.hip is not None
+        raise UserError(
+            f"the job asked for {expected} GPUs a node, but torch {torch.__version__} "
+            + ("sees none" if built else "has no GPU support (a CPU build)"),
+            where="environment",
+            fix="install a build of torch for these GPUs, or AIFACTORY_ALLOW_CPU=1 to train on the CPU"
+            if not built
+            else "look at driver and visible devices (aifactory doctor), or AIFACTORY_ALLOW_CPU=1 to train on the CPU",
+        )
+    if seen < int(expected) and not (seen == 1 and local_size > 1):
+        raise UserError(
+            f"{seen} of the {expected} GPUs that the job asked for on each node are visible",
+            where="environment",
+            fix=f"look at the node and at *_VISIBLE_DEVICES, or ask for them: aifactory launch --gpus-per-node {seen}",
+        )
 
 
 def from_main(world: World, function: Callable[[], Any], *, patience_h: float = 24.0) -> Any:
@@ -162,6 +196,21 @@ def from_main(world: World, function: Callable[[], Any], *, patience_h: float = 
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def leaves_alone(world: World) -> bool:
+    """Whether a rank that failed must end without the others: on GPUs taking the group down is a collective (NCCL flushes
+    and finalises together), so it would hang until the time-out of those that still compute."""
+    return world.size > 1 and world.device != "cpu"
+
+
+def leave_alone(code: int) -> NoReturn:
+    """End this process now, with its own exit code: what it had to say is written, nothing waits for another rank."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a full disk or a closed pipe must not keep the rank
+            stream.flush()
+    os._exit(code)
 
 
 def leave_world() -> None:
