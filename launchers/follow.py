@@ -282,7 +282,13 @@ def _unclosed(
             (scheduler or {}).get("failed_nodes"),
         )
         if told is not None:
-            primary = cause is not None and cause["kind"] in ("exception", "out-of-memory", "hang")
+            primary = cause is not None and cause["kind"] in (
+                "exception",
+                "out-of-memory",
+                "hang",
+                "gpu-fault",
+                "gpu-error",
+            )
             if told["kind"] == "cancelled":
                 return "cancelled", told
             if not primary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,12 +18,21 @@ if TYPE_CHECKING:
     from aifactory_train.parallel.world import World
     from aifactory_train.train import Trainer
 
+#: How libraries say it whose errors are plain RuntimeErrors: the driver, cuBLAS and cuDNN, their counterparts of ROCm, NCCL and RCCL.
+#: Triton's OutOfResources is another matter: it is about a multiprocessor's shared memory, which no setting of a run changes.
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|(cuda|hip|nccl|rccl|device|driver)\b.*\bout of memory|out of memory on device"
+    r"|(cu|hip)(blas|sparse|solver|dnn|fft)\w*_ALLOC_FAILED|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY"
+    r"|hipErrorOutOfMemory|rocblas_status_memory_error|miopenStatusAllocFailed|MIOpen.{0,40}failed to allocate",
+    re.I | re.S,
+)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out, on a GPU or on the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,37 @@ SECONDARY_TYPES = {
     "TimeoutError",
     "SignalException",
 }
+#: What drivers say of broken hardware: the node is left out and the attempt repeated elsewhere, whatever library passes it on.
+HARDWARE = re.compile(
+    r"uncorrectable (nvlink|ecc)|ecc error|fallen off the bus|gpu (is|was) lost|device (is )?lost|\bxid\b|row remapp"
+    r"|hardware (error|stack error|exception)|nvlink error|unable to determine the device handle|hsa_status_error_(exception|fatal)"
+    r"|hw exception by gpu|gpu reset|unspecified launch failure|cudaErrorECC|busy or unavailable",
+    re.I,
+)
+#: Either the hardware or a wrong kernel: one more try, as after a crash.
+AMBIGUOUS = re.compile(
+    r"illegal (memory access|instruction)|memory access fault|misaligned address|hsa_status_error", re.I
+)
+MEMORY = re.compile(
+    r"out of memory|_alloc_failed\b|cudaErrorMemoryAllocation|hipErrorOutOfMemory|can't allocate memory", re.I
+)
+#: Errors of Python that no broken connection raises: a first cause, also where its text speaks of NCCL or a socket.
+OWN_TYPES = {
+    "ValueError",
+    "TypeError",
+    "KeyError",
+    "IndexError",
+    "AttributeError",
+    "NameError",
+    "AssertionError",
+    "ImportError",
+    "ModuleNotFoundError",
+    "FileNotFoundError",
+    "PermissionError",
+    "UserError",
+    "ZeroDivisionError",
+    "NotImplementedError",
+}
 DOWN = re.compile(r"\b(DOWN|NOT_RESPONDING|down|fail|FAIL)")
 AUTOMATIC_STOPS = ("time-limit", "deadline", "preempted", "terminated")
 
@@ -251,7 +282,7 @@ def _preflight_cause(folder):
     return {
         "rank": verdict.get("rank"),
         "node": (verdict.get("nodes") or [None])[0],
-        "kind": "preflight",
+        "kind": verdict.get("kind", "preflight"),
         "message": "pre-flight failed: " + str(verdict.get("message")),
         "step": None,
     }
@@ -273,14 +304,19 @@ def _first_cause(folder, outcome, gone, alive, world, hang):
             kind = str(o.get("exception") or "").rpartition(".")[2]
             text = str(o.get("message") or "")
             number = _number(o.get("signal"))
-            if kind and "outofmemory" in kind.lower().replace("_", ""):
+            own = kind in OWN_TYPES
+            if kind and ("outofmemory" in kind.lower().replace("_", "") or (not own and MEMORY.search(text))):
                 entry = (when, rank, node, "out-of-memory", "%s: %s" % (kind, text), step)
                 raised.append(entry)
             elif kind == "Hang":
                 raised.append((when, rank, node, "hang", text, step))
             elif number and not kind:
                 silent.append((when, rank, node, "signal", "ended by %s" % signal_name(number), step, False))
-            elif kind in SECONDARY_TYPES or SECONDARY.search(text):
+            elif not own and HARDWARE.search(text):
+                raised.append((when, rank, node, "gpu-fault", "%s: %s" % (kind, text) if kind else text, step))
+            elif not own and AMBIGUOUS.search(text):
+                raised.append((when, rank, node, "gpu-error", "%s: %s" % (kind, text) if kind else text, step))
+            elif kind in SECONDARY_TYPES or (not own and SECONDARY.search(text)):
                 secondary.append((when, rank, node, "communication", "%s: %s" % (kind, text) if kind else text, step))
             else:
                 label = "%s: %s" % (kind, text) if kind else text or "exit code %s" % o.get("exit_code")
@@ -402,11 +438,11 @@ def decide(run, number, state, cause, stop_reason, policy):
         counted = "preempted" if stop_reason.startswith(("preempted", "terminated")) else "time"
     elif kind == "preempted":
         counted = "preempted"
-    elif kind in ("node-failure", "preflight"):
+    elif kind in ("node-failure", "preflight", "gpu-fault"):
         counted = "node"
         if (cause or {}).get("node"):
             exclude = [cause["node"]]
-    elif kind in ("signal", "lost", "hang", "communication", "terminated"):
+    elif kind in ("signal", "lost", "hang", "communication", "terminated", "gpu-error"):
         counted = "crash"
     else:
         return end("the program failed by itself (%s); starting again would fail again" % kind)
@@ -603,6 +639,8 @@ def preflight(args):
         verdict["nodes"] = sorted({reports[r].get("node") for r in primary if reports[r].get("node")})
         verdict["rank"] = primary[0]
         verdict["message"] = "; ".join(first.get("problems", []))
+        if all(reports[r].get("kind") == "environment" for r in primary):
+            verdict["kind"] = "environment"  # other nodes would do no better
     write_json(os.path.join(folder, "preflight.json"), verdict)
     if verdict["ok"]:
         print(

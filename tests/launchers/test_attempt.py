@@ -250,6 +250,53 @@ def test_true_cause(tmp_path, case):
     assert state == "failed" and (cause["rank"], cause["kind"]) == (rank, kind), cause
 
 
+#: Exception, text -> kind of the cause, what it is counted as (None: not started again).
+SAID = [
+    ("AcceleratorError", "CUDA error: uncorrectable ECC error encountered", "gpu-fault", "node"),
+    ("DistBackendError", "NCCL error: unhandled cuda error: uncorrectable NVLink error detected during the execution", "gpu-fault", "node"),
+    ("RuntimeError", "CUDA error: unspecified launch failure", "gpu-fault", "node"),
+    ("RuntimeError", "GPU has fallen off the bus", "gpu-fault", "node"),
+    ("RuntimeError", "NVRM: Xid (PCI:0000:44:00): 79", "gpu-fault", "node"),
+    ("RuntimeError", "HSA_STATUS_ERROR_EXCEPTION: An HSAIL operation resulted in a hardware exception", "gpu-fault", "node"),
+    ("RuntimeError", "CUDA error: all CUDA-capable devices are busy or unavailable", "gpu-fault", "node"),
+    ("AcceleratorError", "CUDA error: an illegal memory access was encountered", "gpu-error", "crash"),
+    ("RuntimeError", "Memory access fault by GPU node-4 on address 0x7f", "gpu-error", "crash"),
+    ("RuntimeError", "HSA_STATUS_ERROR_OUT_OF_RESOURCES", "gpu-error", "crash"),
+    ("AcceleratorError", "CUDA error: out of memory", "out-of-memory", None),
+    ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "out-of-memory", None),
+    ("DistBackendError", "NCCL error: unhandled cuda error: Cuda failure 2 'out of memory'", "out-of-memory", None),
+    ("DistBackendError", "NCCL error: remote process exited", "communication", "crash"),
+    ("RuntimeError", "[gloo] Connection closed by peer", "communication", "crash"),
+    ("ValueError", "the column 'socket peer' is not there", "exception", None),
+    ("ValueError", "NCCL_NET names no plug-in", "exception", None),
+    ("ValueError", "row 7 speaks of an ECC error", "exception", None),
+    ("ConnectionResetError", "Connection reset by peer", "communication", "crash"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("exception, text, kind, counted", SAID)
+def test_what_an_error_says_decides_what_follows(run, exception, text, kind, counted):
+    run.begin()
+    run.put(1, "outcome-0.json", rank=0, status="failed", exception=exception, message=text, ended=9.0, host="b")
+    (run.folder(1) / "place-0.json").write_text(json.dumps({"rank": 0, "node": "b"}))
+    state, cause = attempt.diagnose(str(run.folder(1)), 1)
+    assert state == "failed" and cause["kind"] == kind, cause
+    policy = {"restarts": {"node": 3, "crash": 1}, "resubmit": "chain"}
+    decision = attempt.decide(str(run.path), 1, state, cause, "", policy)
+    assert decision["counted_as"] == counted
+    assert decision["exclude"] == (["b"] if counted == "node" else [])
+
+
+def test_a_first_cause_that_mentions_nccl_is_not_hidden(tmp_path):
+    """Rank 0 lost its peer earlier than rank 1 wrote down why it had gone."""
+    for rank, (kind, text, ended) in enumerate(
+        [("DistBackendError", "NCCL error: remote process exited", 9.0), ("KeyError", "'NCCL_DEBUG' of peer", 10.0)]
+    ):
+        value = {"rank": rank, "status": "failed", "exception": kind, "message": text, "ended": ended}
+        (tmp_path / f"outcome-{rank}.json").write_text(json.dumps(value))
+    assert attempt.diagnose(str(tmp_path), 2)[1]["rank"] == 1
+
+
 def test_nothing_at_all_is_the_launchers_fault(tmp_path):
     (tmp_path / "launcher.log").write_text("srun: error: Unable to create step\n")
     state, cause = attempt.diagnose(str(tmp_path), 2, rc=1)
