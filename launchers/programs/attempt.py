@@ -614,6 +614,11 @@ def close(args):
     return 0
 
 
+def _waited(report):
+    """Whether a rank only says that the others did not come."""
+    return all(re.search("timed out: waited|Store", p) for p in report.get("problems", []))
+
+
 def preflight(args):
     """Judge the ranks' pre-flight reports; exit code 1 where one is bad or missing. Writes ``preflight.json``."""
     folder = attempt_dir(args.run, args.attempt)
@@ -633,8 +638,11 @@ def preflight(args):
         verdict["nodes"] = silent or sorted({places[r]["node"] for r in missing if r in places})
         verdict["rank"] = missing[0]
         verdict["message"] = "%d of %d ranks did not finish it" % (len(missing), world)
+        if bad:
+            told = min(bad, key=lambda r: _waited(reports[r]))
+            verdict["message"] += "; rank %d: %s" % (told, "; ".join(reports[told].get("problems", [])))
     elif bad:
-        primary = primary or bad
+        primary = primary or sorted(bad, key=lambda r: (_waited(reports[r]), r))
         first = reports[primary[0]]
         verdict["nodes"] = sorted({reports[r].get("node") for r in primary if reports[r].get("node")})
         verdict["rank"] = primary[0]

@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import sys
+import threading
 import time
 
 CHUNK_MIB = 64  # of each all-reduce on GPUs; 4 on CPUs
@@ -57,12 +58,16 @@ def main():
         problems.append(str(problem))
     except Exception as error:  # the report must be written whatever breaks; the error is its content
         problems.append("%s: %s" % (type(error).__name__, " ".join(str(error).split())[:400]))
-    report["ok"] = not problems
+    leave(args, report, began)
+
+
+def leave(args, report, began):
+    """Write the report and end without waiting for a process group that may be broken."""
+    report["ok"] = not report["problems"]
     report["seconds"] = round(time.time() - began, 2)
-    write(os.path.join(args.dir, "preflight-%d.json" % rank), report)
-    for problem in problems:
-        print("preflight: rank %d on %s: %s" % (rank, report["node"], problem), flush=True)
-    # Leave without waiting for a process group that may be broken: everything is written.
+    write(os.path.join(args.dir, "preflight-%d.json" % report["rank"]), report)
+    for problem in report["problems"]:
+        print("preflight: rank %d on %s: %s" % (report["rank"], report["node"], problem), flush=True)
     sys.stdout.flush()
     os._exit(0)
 
@@ -207,6 +212,11 @@ def meet(args, torch, dist, rank, world, local_size, report):
     report["backend"] = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     report["gloo_interface"] = os.environ.get("GLOO_SOCKET_IFNAME")
     formed = False
+    began = time.time()
+    # gloo waits for ever for a rank that cannot reach it, whatever time-out it was given.
+    patience = threading.Timer(args.timeout + 15, waited, (args, report, began))
+    patience.daemon = True
+    patience.start()
     try:
         dist.init_process_group(report["backend"], timeout=datetime.timedelta(seconds=args.timeout))
         formed = True
@@ -219,6 +229,7 @@ def meet(args, torch, dist, rank, world, local_size, report):
         dist.broadcast_object_list(box, src=0, group=group)
     except Exception as error:
         text = " ".join(str(error).split())[:400]
+        patience.cancel()
         if not formed and not re.search(
             r"gloo|connectFullMesh|ifname|unable to find (an )?(address|interface)", text, re.I
         ):
@@ -228,9 +239,18 @@ def meet(args, torch, dist, rank, world, local_size, report):
             "interconnect.socket_interfaces of the profile) names the interface"
             % (gloo_place(), type(error).__name__, text)
         ) from error
+    patience.cancel()
     if small[0].item() != world * (world + 1) / 2 or box[0] != world:
         raise Problem("gloo's all-reduce or broadcast on %s is wrong" % gloo_place())
     same_gpu(args, places, local_size, report)
+
+
+def waited(args, report, began):
+    """The others did not come: say so and go."""
+    report["problems"].append(
+        "timed out: waited %d s for the others to form the group, with gloo on %s" % (args.timeout + 15, gloo_place())
+    )
+    leave(args, report, began)
 
 
 def gloo_place():

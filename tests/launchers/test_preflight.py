@@ -337,21 +337,43 @@ def test_two_hosts_whose_names_resolve_to_the_loopback_meet(tmp_path):
     if not can_make_hosts():
         pytest.skip("no network namespaces here (they need root)")
     with two_hosts(f"aft-{os.getpid()}") as hosts:
-        told = {"MASTER_ADDR": "10.99.7.1"}
+        at = {"MASTER_ADDR": "10.99.7.1"}
         (tmp_path / "bare").mkdir()
-        bare = together(tmp_path / "bare", 0, [(hosts[r], environment(r, 29871, **told)) for r in range(2)], 20)
-        assert any("127.0.1.1" in p and "control messages" in p for r in bare.values() for p in r["problems"]), bare
+        bare = together(tmp_path / "bare", 0, [(hosts[r], environment(r, 29871, **at)) for r in range(2)], 20)
+        told = [p for r in bare.values() for p in r["problems"]]
+        assert len(bare) == 2 and any("127.0.1.1" in p and "control messages" in p for p in told), bare
         for pattern in ("fab", ""):
             found = [
                 subprocess.run(
                     [*h, sys.executable, "-S", str(PROGRAMS / "interface.py"), "--nodes", "2", "--pattern", pattern],
-                    env=environment(0, 0, **told), capture_output=True, text=True, check=True,
+                    env=environment(0, 0, **at), capture_output=True, text=True, check=True,
                 ).stdout.strip()
                 for h in hosts
             ]  # fmt: skip
             assert found == ["fab0", "fab0"], pattern
         good = tmp_path / "good"
         good.mkdir()
-        starts = [(hosts[r], environment(r, 29872, **told, GLOO_SOCKET_IFNAME="fab0")) for r in range(2)]
+        starts = [(hosts[r], environment(r, 29872, **at, GLOO_SOCKET_IFNAME="fab0")) for r in range(2)]
         reports = together(good, 0, starts)
         assert all(r["ok"] for r in reports.values()), reports
+
+
+def test_the_rank_that_knows_more_than_that_it_waited_is_quoted(tmp_path):
+    folder = tmp_path / "attempts" / "001"
+    folder.mkdir(parents=True)
+    (folder / "attempt.json").write_text(json.dumps({"world": 3, "nodes": ["a", "b", "c"]}))
+
+    def report(rank: int, node: str, problem: str) -> None:
+        value = {"rank": rank, "node": node, "ok": False, "problems": [problem]}
+        (folder / f"preflight-{rank}.json").write_text(json.dumps(value))
+
+    def verdict() -> dict:
+        assert attempt.main(["preflight", "--run", str(tmp_path), "--attempt", "1"]) == 1
+        return json.loads((folder / "preflight.json").read_text())
+
+    report(0, "a", "timed out: waited 105 s for the others to form the group, with gloo on interface ib0")
+    report(1, "b", "gloo, which carries the control messages, failed on 127.0.1.1: Connection refused")
+    found = verdict()
+    assert "1 of 3 ranks did not finish it; rank 1: gloo" in found["message"] and found["nodes"] == ["c"]
+    report(2, "c", "timed out: waited 105 s for the others to form the group, with gloo on interface ib0")
+    assert verdict()["rank"] == 1
