@@ -103,7 +103,8 @@ def per_document_attention(
         for q, k, v in parts
     ]
     out = torch.cat(outputs, dim=2)  # [1, H, B*T, D]
-    return out.squeeze(0).transpose(0, 1).reshape(batch, length, heads, -1), None
+    # contiguous as transformers' own functions return it: some models (AFMoE) take a view of it
+    return out.squeeze(0).transpose(0, 1).reshape(batch, length, heads, -1).contiguous(), None
 
 
 #: Attention of ``[B * T, H, D]`` queries to ``[B * T, H_kv, D]`` keys and values, given the documents, dropout and scaling.

@@ -72,7 +72,10 @@ class CausalLM(nn.Module):
 
     @property
     def backbone(self) -> Any:
-        return self.language_model.base_model if not _is_peft(self.language_model) else self.language_model.model
+        """The model below the output layer: it returns hidden states."""
+        inner = self.language_model.base_model
+        # Llama 4's text model names an attribute that it does not have, and is then its own base
+        return inner if inner is not self.language_model else self.language_model.model
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -299,6 +302,8 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         targets = settings.targets
+        routers = _tuple_linears(model)
+        spared = routers if targets == "all-linear" else []
         saved = _embedding_modules(model) if settings.train_embeddings else None
         try:
             with compat.quiet_peft():
@@ -310,6 +315,7 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
                         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft takes fractions too
                         lora_dropout=settings.dropout,
                         target_modules=targets,
+                        exclude_modules=spared or None,
                         use_rslora=settings.kind == "rslora",
                         use_dora=settings.kind == "dora",
                         modules_to_save=saved,
@@ -319,7 +325,16 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
                 )
         except ValueError as error:
             raise UserError(str(error).splitlines()[0], where="adapter.targets") from None
+        adapted = [n for n in routers if hasattr(model.get_base_model().get_submodule(n), "base_layer")]
+        if adapted:
+            raise UserError(
+                f"'{adapted[0]}' returns more than the product with its weights, an adapter cannot be put on it",
+                where="adapter.targets",
+                fix="leave it out, or --set adapter.targets=all-linear, which does",
+            )
         shown = targets if isinstance(targets, str) else ", ".join(targets)
+        if spared:
+            shown += f" but {len(spared)} routers"
         extra = " and the embeddings in full" if saved else ""
         report.add(
             "trained", f"{settings.kind} r={settings.rank} alpha={settings.alpha:g} on {shown}{extra}", "adapter"
@@ -327,6 +342,20 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
     report.parameters = sum(p.numel() for p in model.parameters())
     report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return model
+
+
+def _tuple_linears(model: Any) -> list[str]:
+    """Names of linear layers that return more than one tensor (the routers of Llama 4 and Phi-MoE): adapters cannot wrap them."""
+    found = []
+    for name, module in model.named_modules():
+        own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        if own and type(module).__module__.startswith("transformers"):
+            weight = module.weight
+            with torch.no_grad():
+                out = module(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
+            if not isinstance(out, torch.Tensor):
+                found.append(name)
+    return found
 
 
 def _embedding_modules(model: Any) -> list[str]:

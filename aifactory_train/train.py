@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from aifactory_train import __version__
+from aifactory_train import __version__, position_check
 from aifactory_train.checkpoint import Checkpointer
 from aifactory_train.config import Recipe
 from aifactory_train.data import Cursor, PreparedData, Sampler, load_tokenizer, prepare, split_step
@@ -127,16 +127,20 @@ class Trainer:
         resume_from: int | None,
         quiet: bool,
     ):
+        recipe = recipe.model_copy(deep=True)  # what is settled below is this run's, not the caller's
         self.recipe, self.run, self.world, self.quiet = recipe, run, world, quiet or not world.is_main
         self.stop, self.attempt = stop, attempt
         torch.manual_seed(recipe.train.seed)  # the same adapters on every rank
 
         generation = read_base(base_folder(recipe))  # first: what an export cannot do without must not fail at the end
         self.tokenizer = load_tokenizer(recipe)
+        self.report = ModelReport()
+        # before the data is prepared, which may take long
+        verdict = from_main(world, lambda: position_check.check(recipe, base_folder(recipe), device=world.device))
+        settled = position_check.settle(recipe, verdict)
         self.methods = Methods(recipe)
         self.data = self.methods.view(self._prepare())
         self.precision, why = choose_precision(recipe, world.device)
-        self.report = ModelReport()
         self.report.add("precision", self.precision.describe(), why)
         if generation.mended:
             why = "the base's generation_config.json contradicts itself, and transformers would not save it"
@@ -151,6 +155,8 @@ class Trainer:
             report=self.report,
             sharded=name in ("fsdp2", "hsdp", "zero3"),
         )
+        if settled is not None:
+            self.report.add(*settled)
         apply_operators(core, recipe, device=world.device, engine=name, report=self.report)
         self.engine = build_engine(name, core, recipe, self.precision, world)
         for line in self.engine.describe():

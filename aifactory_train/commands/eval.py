@@ -105,7 +105,7 @@ def scoring_recipe(recipe, args: argparse.Namespace):
 
 def score(folder, recipe, *, generate: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(figures over all rows, one prediction per document) of the run's model on the recipe's evaluation rows."""
-    from aifactory_train import compat, metrics
+    from aifactory_train import compat, metrics, position_check
     from aifactory_train.data import prepare
     from aifactory_train.evaluate import (
         add_answers,
@@ -117,8 +117,10 @@ def score(folder, recipe, *, generate: bool) -> tuple[dict[str, Any], list[dict[
         stop_ids,
     )
     from aifactory_train.export import load_trained
+    from aifactory_train.model import base_folder
 
     device = compat.device_type()
+    position_check.settle(recipe, position_check.check(recipe, base_folder(recipe), device=device))
     model, tokenizer, _ = load_trained(folder, device)
     prepared = prepare(recipe, tokenizer)
     info, dataset = prepared.tokenizer_info, next(iter(prepared.evals.values()))
