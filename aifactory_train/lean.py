@@ -97,7 +97,8 @@ class _Linear(torch.autograd.Function):
         kept = parts if kind is not None else ((x,) if needs_input else ())
         ctx.has_lora, ctx.has_bias = a is not None, bias is not None
         ctx.save_for_backward(weight, *((a, b, *inner) if a is not None else ()), *(kept if needs_input else ()))
-        return out.view(*x.shape[:-1], weight.shape[0])
+        # as torch's own linear layers: not a view for autograd, so that a model may add to it in place (Llama 4 does)
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.shape[0]])
 
     @staticmethod
     def backward(ctx, grad):

@@ -165,7 +165,9 @@ def examine(config: Any, *, trust_remote_code: bool = False) -> Verdict:
         try:
             small, plain, tokens, expected = _small_plain(config, trust_remote_code)
         except _NotSmallError as error:
-            return Verdict(PADDED, f"{name} could not be checked on a small copy ({error}), so its documents are kept apart", {})
+            return Verdict(
+                PADDED, f"{name} could not be checked on a small copy ({error}), so its documents are kept apart", {}
+            )
         try:
             ours = _ours(small, plain, trust_remote_code)
             verdict = _compare(name, ours, tokens, expected)
@@ -202,10 +204,14 @@ def _compare(name: str, ours: CausalLM, tokens: list[torch.Tensor], expected: li
     changed[cut:] = (changed[cut:] - FIRST_TOKEN + 17) % (VOCABULARY - FIRST_TOKEN) + FIRST_TOKEN
     ahead = far(_logits(ours, changed[None], [len(changed)])[:cut], alone[1][:cut])
     if ahead > TOLERANCE:
-        return _refused(name, f"it sees the future: logits change by {ahead:.1g} of the largest when later tokens change")
+        return _refused(
+            name, f"it sees the future: logits change by {ahead:.1g} of the largest when later tokens change"
+        )
     worst = max(far(a, e) for a, e in zip(alone, expected, strict=True))
     if worst > TOLERANCE:
-        return _refused(name, f"its logits differ by {worst:.1g} of the largest from those of transformers' own attention")
+        return _refused(
+            name, f"its logits differ by {worst:.1g} of the largest from those of transformers' own attention"
+        )
     lengths = [len(t) for t in tokens]
     packed = _logits(ours, torch.cat(tokens)[None], lengths)
     leak = far(packed, torch.cat(expected))
@@ -218,7 +224,9 @@ def _compare(name: str, ours: CausalLM, tokens: list[torch.Tensor], expected: li
     padded = _logits(ours, rows, [width] * len(tokens)).view(len(tokens), width, -1)
     worst = max(far(p[: len(e)], e) for p, e in zip(padded, expected, strict=True))
     if worst > TOLERANCE:
-        return _refused(name, f"its documents see each other, packed and in rows of their own (by {worst:.1g} of the largest logit)")
+        return _refused(
+            name, f"its documents see each other, packed and in rows of their own (by {worst:.1g} of the largest logit)"
+        )
     why = f"{name} does not keep the documents of a pack apart (logits off by {leak:.1g} of the largest)"
     return Verdict(PADDED, why, {})
 
@@ -359,7 +367,9 @@ def _describe(block: nn.Module) -> Iterator[tuple[str, str, tuple]]:
                 for key, value in vars(module).items()
                 if not key.startswith("_")
                 and key != "training"
-                and (value is None or isinstance(value, (str, bool)) or "window" in key or key in ("use_rope", "no_rope"))
+                and (
+                    value is None or isinstance(value, (str, bool)) or "window" in key or key in ("use_rope", "no_rope")
+                )
             )
         )
         yield re.sub(r"\d+", "#", name), type(module).__name__, switches
@@ -376,11 +386,15 @@ def shrunken(config: Any, layers: int, *, narrow: bool) -> Any:
     text = _text(small)
     whole = next((v for k, v in vars(text).items() if _LAYERS.fullmatch(k) and _count(v)), None)
     parts = [small] + [v for v in vars(small).values() if hasattr(v, "to_dict") and hasattr(v, "model_type")]
-    width = next((v for k, v in vars(text).items() if k in ("hidden_size", "n_embd", "d_model", "dim") and _count(v)), 0)
+    width = next(
+        (v for k, v in vars(text).items() if k in ("hidden_size", "n_embd", "d_model", "dim") and _count(v)), 0
+    )
     for part in dict.fromkeys(map(id, parts)):
         one = next(p for p in parts if id(p) == part)
         _shrink(one, whole if one is text else None, layers if one is text or one is small else 2, narrow)
-    new_width = next((v for k, v in vars(text).items() if k in ("hidden_size", "n_embd", "d_model", "dim") and _count(v)), 0)
+    new_width = next(
+        (v for k, v in vars(text).items() if k in ("hidden_size", "n_embd", "d_model", "dim") and _count(v)), 0
+    )
     for one in parts:
         if one is not text:
             for key, value in list(vars(one).items()):
@@ -396,7 +410,10 @@ def _shrink(part: Any, whole: int | None, layers: int, narrow: bool) -> None:
     if whole is None:
         whole = max((len(v) for k, v in lists.items() if "layer" in k), default=None)
     heads = next((v for k, v in values.items() if _HEADS.fullmatch(k) and _count(v)), 1)
-    kept = next((h for h in range(2, heads + 1) if heads % h == 0), 1)
+    width = next((v for k, v in values.items() if _WIDTHS.fullmatch(k) and _count(v)), heads)
+    # a width whose rows are aligned: torch's grouped products (experts) ask for it
+    divisors = [h for h in range(2, heads + 1) if heads % h == 0]
+    kept = next((h for h in divisors if (width * h // heads) % 8 == 0), divisors[0] if divisors else 1)
     factor = heads // kept if narrow else 1
     new: dict[str, Any] = {}
     for key, value in values.items():
