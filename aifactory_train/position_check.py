@@ -43,7 +43,7 @@ TOLERANCE = 1e-5
 LENGTHS, SMALL_WINDOW = (13, 24), 8
 VOCABULARY, FIRST_TOKEN = 128, 8
 #: A copy with more parameters than this is not small.
-MOST_PARAMETERS = 150_000_000
+MOST_PARAMETERS = 100_000_000
 
 PACKED, PADDED, REFUSED = "packed", "padded", "refused"
 
@@ -418,6 +418,8 @@ def _shrink(part: Any, whole: int | None, layers: int, narrow: bool) -> None:
     new: dict[str, Any] = {}
     for key, value in values.items():
         if key in lists:
+            if "heads" in key and factor > 1 and all(map(_count, value)):
+                new[key] = value = [max(1, v // factor) for v in value]
             if whole and len(value) == whole and layers < whole:
                 new[key] = value[:layers]
         elif key == "quantization_config":

@@ -260,19 +260,21 @@ ADAPTED = {
 
 @pytest.mark.parametrize("family", ADAPTED)
 def test_adapters_of_families_that_name_their_parts_otherwise(family, tmp_path):
-    """The backbone is found below peft, and routers that return several tensors get no adapter from all-linear."""
+    """The backbone is found below peft, routers that return several tensors get no adapter from all-linear, and a model may add
+    to what our linear layers return."""
     base = write_base(tmp_path / "base", family, **ADAPTED[family])
     report = m.ModelReport()
     recipe = recipe_for(base)
     precision, _ = m.choose_precision(recipe, "cpu")
     core = m.build_model(recipe, base, None, device="cpu", precision=precision, report=report)
-    ids = torch.randint(4, 400, (1, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():  # before our operators: they are compared too
+        ids = torch.randint(4, 400, (1, 12), generator=torch.Generator().manual_seed(1))
+        logits = core.model(input_ids=ids).logits[0, :-1]
+    m.apply_operators(core, recipe, device="cpu", engine="ddp", report=report)
     bounds = torch.tensor([0, 12], dtype=torch.int32)
     loss = core(ids, torch.arange(12)[None], pc.Documents.of(bounds, "cpu"), torch.arange(11), ids[0, 1:])
     loss.backward()
     assert any(p.grad is not None for n, p in core.named_parameters() if "lora_B" in n)
-    with torch.no_grad():
-        logits = core.model(input_ids=ids).logits[0, :-1]
     expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     trained = next(line[1] for line in report.lines if line[0] == "trained")
