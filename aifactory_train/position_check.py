@@ -173,7 +173,7 @@ def examine(config: Any, *, trust_remote_code: bool = False) -> Verdict:
             verdict = _compare(name, ours, tokens, expected)
             if verdict.batching == REFUSED:
                 return verdict
-            limits = _limits(small, trust_remote_code)
+            limits = _limits(config, small, trust_remote_code)
         except UserError as error:
             return Verdict(REFUSED, error.what, {}, error.as_dict())
         except Exception as error:  # whatever the model's code raises: the same would end the training
@@ -238,12 +238,10 @@ def _logits(ours: CausalLM, ids: torch.Tensor, lengths: list[int]) -> torch.Tens
     return ours(ids, positions, Documents.of(bounds, "cpu"), torch.arange(ids.numel()))
 
 
-def _limits(small: Any, trust_remote_code: bool) -> dict[str, int]:
-    """Windows of the configuration that our attention would leave out in silence, with their lengths in the real model."""
+def _limits(config: Any, small: Any, trust_remote_code: bool) -> dict[str, int]:
+    """Windows of ``config`` that our attention would leave out in silence, and their lengths; tried on the ``small`` copy."""
     found: dict[str, int] = {}
-    text = _text(small)
-    for name in sorted(n for n, v in vars(text).items() if _WINDOWS.fullmatch(n) and _count(v)):
-        real = getattr(text, name)
+    for name, real in sorted((n, v) for n, v in vars(_text(config)).items() if _WINDOWS.fullmatch(n) and _count(v)):
         narrow = copy.deepcopy(small)
         try:
             setattr(_text(narrow), name, SMALL_WINDOW)

@@ -119,6 +119,8 @@ def test_a_forward_pass_that_cannot_be_called_is_one_refusal(monkeypatch):
 
 def test_chunks_of_attention_limit_the_documents():
     """Llama 4 attends within chunks by a mask, which per-document attention does not read."""
+    short = pc.examine(configuration("llama4_text", **ADAPTED["llama4_text"], attention_chunk_size=16))
+    assert short.limits == {"attention_chunk_size": 16}
     verdict = pc.examine(configuration("llama4_text"))
     assert verdict.batching == pc.PACKED and verdict.limits == {"attention_chunk_size": 8192}
     verdict.raise_refusal(8192)
