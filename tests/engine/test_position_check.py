@@ -38,6 +38,7 @@ DELTA = {
 PUBLISHED: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 4) * 4, "num_hidden_layers": 40},
     "nemotron_h": {"hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"},
+    "lfm2": {"num_hidden_layers": 6, "layer_types": ["conv", "conv", "full_attention"] * 2},
     "minimax": {"num_hidden_layers": 16, "layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 2},
 }
 PACKED = (
@@ -53,7 +54,7 @@ PACKED = (
     "olmo2",
     "smollm3",
 )
-RECURRENT = ("qwen3_next", "qwen3_5_text", "minimax", "granitemoehybrid", "nemotron_h")
+RECURRENT = ("qwen3_next", "qwen3_5_text", "minimax", "granitemoehybrid", "nemotron_h", "lfm2")
 
 
 def configuration(family: str, **settings: Any) -> Any:
