@@ -29,12 +29,14 @@ A :class:`System` holds plain Python values; ``None`` means *not published*, nev
                      .qos ("required"|"optional"|"none"|"project") .example {account, qos, ...} .login_hosts .login_port
     system.partitions[name]  .implicit (never named) .constraint .qos [names, default first] .qos_equals_partition
                      .max_time (s) .default_time .min_nodes .max_nodes .max_gpus .max_running_jobs .nodes .shared .purpose .flags
+                     .state ("up"|"down"|None)
     system.default_partition
     system.qos[name] .max_time (s) .min_nodes .max_nodes .max_gpus .max_running_jobs .purpose .flags
     system.limits(partition, qos=None)   the tighter of both, as a dict;  system.qos_of(partition, qos) -> (name, Qos)
     system.partition(name)               refuses an unknown one with did-you-mean;  system.max_nodes  over all partitions
     system.request   .gpus ("gpus-per-node"|"gres"|"gpus"|"none"|"pbs-select"|"torque-nodes"|"kubernetes") .gres_type
                      .gres_name .node_selector .pbs_select .exclusive .cpus_per_gpu .cpus_per_gpu_rule ("exact"|"at-most"|"usual")
+                     .cpus_are ("cores"|"threads": what cpus_per_gpu counts)
                      .memory ("none"|"mem"|"mem-per-gpu") .memory_gib .partial_multi_node .flags .never
     system.launch    .style ("torchrun"|"srun"|"mpi") .srun_flags .cpu_bind .cpu_bind_node .gpu_bind .torchrun_numa_binding
                      .mpi_type .mpiexec .repeat_cpus_per_task .login_shell .output_must_be_under .output_must_not_be_under

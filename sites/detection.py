@@ -133,13 +133,15 @@ def parse_lscpu(text: str) -> dict[str, Any]:
     elif number("CPU(s)"):
         cores = (number("CPU(s)") or 1) // (threads or 1)
     isa = fields.get("Architecture")
+    with_cores = sum(bool(v) for k, v in fields.items() if re.fullmatch(r"NUMA node\d+ CPU\(s\)", k))
     return {
         "cpu": fields.get("Model name"),
         "isa": isa if isa in ("x86_64", "aarch64") else None,
         "sockets": sockets,
         "cores": cores,
         "threads_per_core": threads,
-        "numa_domains": number("NUMA node(s)"),
+        # A GPU's memory may show as domains without a core (GH200: 36 numbers, four with cores); they are not counted.
+        "numa_domains": with_cores or number("NUMA node(s)"),
     }
 
 

@@ -251,6 +251,8 @@ def partition_facts(name: str, groups: list[NodeGroup], record: dict[str, str]) 
         facts[f"{base}.max_nodes"] = (int(record["MaxNodes"]), "scontrol show partition MaxNodes")
     if record.get("MinNodes", "0").isdigit() and int(record.get("MinNodes", "0")) > 1:
         facts[f"{base}.min_nodes"] = (int(record["MinNodes"]), "scontrol show partition MinNodes")
+    if record.get("State") in ("UP", "DOWN"):
+        facts[f"{base}.state"] = (record["State"].lower(), "scontrol show partition State")
     over = record.get("OverSubscribe", "")
     if over.startswith("EXCLUSIVE"):
         facts[f"{base}.shared"] = (False, "scontrol show partition OverSubscribe")
@@ -259,7 +261,7 @@ def partition_facts(name: str, groups: list[NodeGroup], record: dict[str, str]) 
 
 #: Facts that a probe adds only where the profile already says something about them: they matter for rendering or arithmetic
 #: there, and on a shared machine they move with every drained node.
-_ONLY_IF_STATED = ("nodes", "default_time", "shared", "sockets", "threads_per_core")
+_ONLY_IF_STATED = ("nodes", "default_time", "shared", "sockets", "threads_per_core", "state")
 
 
 def _same(path: str, profile: Any, observed: Any) -> bool:

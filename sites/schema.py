@@ -235,6 +235,7 @@ class Partition(_Model):
     max_gpus: Positive | None = None  # per job
     max_running_jobs: Positive | None = None
     nodes: Positive | None = None  # nodes in the partition
+    state: Literal["up", "down"] | None = None  # down: seen closed; only a job that names a reservation may start there
     shared: bool | None = None  # True: less than a node can be asked for; False: whole nodes only
     purpose: Purpose = "train"
     flags: list[str] = []
@@ -249,7 +250,8 @@ class Request(_Model):
     node_selector: dict[str, Text] = {}  # Kubernetes: node labels that the job's pods must match
     pbs_select: str | None = None  # chunk resources, e.g. node_type=mi300a
     exclusive: bool | None = None  # pass --exclusive for whole nodes
-    cpus_per_gpu: Positive | None = None  # what a task of one GPU asks for (--cpus-per-task)
+    cpus_per_gpu: Positive | None = None  # what a task of one GPU asks for (--cpus-per-task), as the scheduler counts
+    cpus_are: Literal["cores", "threads"] = "cores"  # what the scheduler counts: threads = hardware threads of a core
     cpus_per_gpu_rule: Literal["exact", "at-most", "usual"] | None = None
     memory: Literal["none", "mem", "mem-per-gpu"] | None = None  # none: do not ask, the site gives it with the node
     memory_gib: PositiveFloat | None = None  # the value for `memory`, per node or per GPU
@@ -273,7 +275,7 @@ class Node(_Model):
     cores_reserved: list[int] = []  # core numbers that the system keeps (low-noise mode), where published
     memory_gib: PositiveFloat | None = None
     memory_usable_gib: PositiveFloat | None = None  # what a job can ask for
-    numa_domains: Positive | None = None
+    numa_domains: Positive | None = None  # those with cores: GPU memory that shows as NUMA domains is not counted
     gpu_numa: list[int] = []  # NUMA domain of GPU 0, 1, …
     local_disk_gb: PositiveFloat | None = None
     tmp_in_memory: bool | None = None  # /tmp is RAM-backed
@@ -358,7 +360,9 @@ class Environment(_Model):
 class Container(_Model):
     runtime: Literal["singularity", "apptainer", "enroot-pyxis", "cscs-ce", "sarus", "docker"]
     gpu_flag: Literal["--nv", "--rocm"] | None = None
-    image: str | None = None  # a site's own image
+    image: str | None = None  # a site's own image, or the folder that holds its images
+    # Which file of a folder of images; of several the last by name. Plain characters: the pattern stands in a script.
+    pattern: Annotated[str, Field(pattern=r"^[A-Za-z0-9._*?+-]+$")] = "*.sif"
     module: str | None = None  # to be loaded first
     binds: list[str] = []
     exec_flags: list[str] = []
@@ -372,6 +376,7 @@ class Software(_Model):
     use: list[str] = []  # module use PATH
     modules: list[str] = []  # module load …, in this order
     provides_torch: bool | None = None  # the modules above bring a torch
+    needs_image: bool | None = None  # the bare host lacks what NCCL needs: torch comes from an image or a uenv
     containers: list[Container] = []
     os: str | None = None
     cuda: Text | None = None

@@ -271,6 +271,12 @@ def _placement(
     names = [wanted] if wanted else _in_order(system)
     for name in names:
         part = system.partition(name)
+        if part.state == "down":
+            told = f"{name} was seen down: it takes jobs of a reservation only"
+            if wanted is None:
+                refused.append(told)
+                continue
+            warnings.append(told)
         for qos in [wanted_qos] if wanted_qos else (part.qos or [None]):
             try:
                 qos_name, q = system.qos_of(name, qos)

@@ -131,6 +131,7 @@ class System(Profile):
         limits = [
             self.limits(name, qos)["max_nodes"]
             for name, part in self.partitions.items()
+            if part.state != "down"
             for qos in (part.qos or [None])
         ]
         known = [n for n in limits if n is not None]

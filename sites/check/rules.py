@@ -67,12 +67,22 @@ def _node(system: System, path: Path) -> Iterator[Fault]:
             at(path, "node", "cores_reserved"),
             f"{node.cores} cores less {len(node.cores_reserved)} reserved are not {node.cores_usable}",
         )
-    if request.cpus_per_gpu and node.gpus and usable and request.cpus_per_gpu * node.gpus > usable:
+    threads = request.cpus_are == "threads"
+    if threads and (node.threads_per_core or 1) < 2:
+        yield Fault(
+            "cores",
+            at(path, "request", "cpus_are"),
+            "the scheduler is said to count threads, but node.threads_per_core is not 2 or more",
+            "state node.threads_per_core, or cpus_are: cores",
+        )
+    most = usable * (node.threads_per_core or 1 if threads else 1) if usable else None
+    if request.cpus_per_gpu and node.gpus and most and request.cpus_per_gpu * node.gpus > most:
         yield Fault(
             "cores",
             at(path, "request", "cpus_per_gpu"),
-            f"{request.cpus_per_gpu} cores per GPU x {node.gpus} GPUs are more than the {usable} usable cores",
-            f"at most {usable // node.gpus}",
+            f"{request.cpus_per_gpu} {request.cpus_are} per GPU x {node.gpus} GPUs are more than the {most} usable "
+            f"{request.cpus_are}",
+            f"at most {most // node.gpus}",
         )
     if node.memory_gib and node.memory_usable_gib and node.memory_usable_gib > node.memory_gib:
         yield Fault(
@@ -150,6 +160,10 @@ def _limits(system: System, path: Path) -> Iterator[Fault]:
                 )
             elif system.qos[qos].max_time and part.max_time and system.qos[qos].max_time > part.max_time:
                 yield Fault("limits", where, f"QoS {qos} allows longer jobs than its partition {name}")
+    for name, limit in (*system.partitions.items(), *system.qos.items()):
+        if limit.max_gpus and limit.min_nodes and limit.max_gpus < limit.min_nodes:
+            where = at(path, "qos" if name in system.qos else "partitions", name)
+            yield Fault("limits", where, f"{name}: {limit.min_nodes} nodes and more, but {limit.max_gpus} GPUs at most")
     for name, q in system.qos.items():
         if q.min_nodes and q.max_nodes and q.min_nodes > q.max_nodes:
             yield Fault(
