@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,10 @@ PROGRAMS = ROOM / "programs"
 #: Seconds after torchrun's SIGTERM at which it sends SIGKILL to the rank program; the trainer goes before that.
 TERM_GRACE_S = 25
 PREFLIGHT_S = 180
+#: Where images have software of their own: a Python named there is the image's, and the host's folder must not cover it.
+IMAGE_ROOTS = ("/usr/", "/opt/")
+#: What the file of an image, or of its description, ends in; another path is a folder.
+IMAGE_SUFFIXES = (".sif", ".sqsh", ".img", ".toml")
 #: A node-local path of a profile as it may stand between double quotes: plain characters and names of variables, ``$SLURM_JOB_ID``.
 LOCAL_PATH = re.compile(r"/(?:[A-Za-z0-9._/-]|\$[A-Z][A-Z0-9_]*)*")
 
@@ -131,6 +136,7 @@ def _context(sub: Submission, recipe: Recipe) -> dict[str, Any]:
     cache = _cache(system, shape)
     python = python_of(sub, container)
     hang = request.hang_s
+    mounts = mounts_of(sub, recipe, container, python) if container is not None else []
     context: dict[str, Any] = {
         "shebang": sub.line(
             "#!/bin/bash -l" if login else "#!/bin/bash",
@@ -171,7 +177,7 @@ def _context(sub: Submission, recipe: Recipe) -> dict[str, Any]:
         "module_use": list(system.software.use) if remote and modules else [],
         "modules": modules if remote else [],
         "module_lines": _module_lines(sub, modules) if remote else [],
-        "container": _container_context(sub, container) if container is not None else None,
+        "container": _container_context(sub, container, mounts) if container is not None else None,
         "inside": "",
         "python": python,
         "helper": python if container is None and not _python_elsewhere(python) else "python3",
@@ -185,7 +191,7 @@ def _context(sub: Submission, recipe: Recipe) -> dict[str, Any]:
         from aifactory_train.launchers.backends.slurm import directives, srun_options
 
         context["directives"] = directives(sub)
-        context["srun_options"] = srun_options(sub, container)
+        context["srun_options"] = srun_options(sub, container, mounts)
     elif shape.backend == "pbspro":
         from aifactory_train.launchers.backends.pbspro import directives, starter
 
@@ -274,7 +280,11 @@ def container_of(request: Request, system: System) -> Container | None:
     if own is not None:
         base = system.software.containers[0] if system.software.containers else Container(runtime="apptainer")
         return base.model_copy(
-            update={"image": rq.image(own, "--container"), "binds": [*base.binds, *system.user.container_binds]}
+            update={
+                "image": rq.image(own, "--container"),
+                "pattern": "*.sif",  # the profile's pattern is for the site's own folder of images
+                "binds": [*base.binds, *system.user.container_binds],
+            }
         )
     if request.venv or system.user.venv or system.software.provides_torch:
         return None
@@ -324,15 +334,74 @@ def _at(system: System) -> bool:
     return _at_id(system.id)
 
 
-def _container_context(sub: Submission, container: Container) -> dict[str, Any]:
+def uenv_of(request: Request, system: System) -> str | None:
+    """The uenv that the job's directives name (CSCS: a plug-in of Slurm mounts it), or None."""
+    for flag in (*request.extra_flags, *system.request.flags):
+        if flag.startswith("--uenv="):
+            return flag.partition("=")[2]
+    return None
+
+
+def mounts_of(sub: Submission, recipe: Recipe, container: Container, python: str) -> list[str]:
+    """Every folder of the host that the ranks use inside the container, ``PATH`` or ``SOURCE:TARGET``, whatever the runtime.
+
+    Run folder, the environment that the ranks' Python lies in, your work folder, the cache, and local data of the recipe. A
+    folder below another of the list is left out: it is there already.
+    """
+    from aifactory_train.config import to_tree
+    from aifactory_train.sources.spec import parse
+
+    folders = [str(sub.run_dir)]
+    environment = str(Path(python).parent.parent)
+    if python.startswith("/") and not any(f"{environment}/".startswith(root) for root in IMAGE_ROOTS):
+        folders.append(environment)
+    if sub.system.user.work_dir:
+        folders.append(os.path.abspath(sub.system.user.work_dir))
+    folders.append(_cache(sub.system, sub.shape))
+    if os.environ.get("HF_HOME"):
+        folders.append(os.environ["HF_HOME"])
+    for source in (recipe.model.base, *[d.source for d in (*recipe.data.train, *(recipe.data.eval or []))]):
+        spec = parse(source)
+        # A relative path is looked for where the job is submitted: nothing to mount where that is not here.
+        if spec.kind == "local" and (spec.name.startswith("/") or os.path.exists(spec.name)):
+            folders.append(_folder_of(spec.name))
+    folders += [_folder_of(text) for text in _strings(to_tree(recipe)) if text.startswith("/") and os.path.exists(text)]
+    folders += [_folder_of(v) for _, values in sub.request.array for v in values if v.startswith("/")]
+    kept: list[str] = []
+    for folder in sorted(dict.fromkeys(folders), key=lambda f: len(Path(f).parts)):
+        if rq.PATH_FORBIDDEN.search(folder) or folder == "/":
+            sub.notes.append(f"{folder} is not mounted into the container: mounts cannot name it; use a plain path")
+        elif not any(folder == k or folder.startswith(k.rstrip("/") + "/") for k in kept):
+            kept.append(folder)
+    return [*kept, *[b for b in container.binds if b and b not in kept]]
+
+
+def _folder_of(name: str) -> str:
+    """The folder to mount for a local path: itself, or the one that a file lies in."""
+    path = Path(os.path.abspath(name))
+    file = path.is_file() or (path.suffix != "" and not path.is_dir())
+    return str(path.parent if file else path)
+
+
+def _strings(tree: Any) -> Iterator[str]:
+    """Every text in a tree of mappings and lists."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _strings(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _strings(value)
+
+
+def _mount(bind: str) -> str:
+    """A bind as ``SOURCE:TARGET``."""
+    return bind if ":" in bind else f"{bind}:{bind}"
+
+
+def _container_context(sub: Submission, container: Container, binds: list[str]) -> dict[str, Any]:
     """Image and the command prefix that enters it (empty for runtimes that srun itself drives)."""
-    run = str(sub.run_dir)
-    binds = [run, *[b for b in container.binds if b]]
-    cache = _cache(sub.system, sub.shape)
-    if not (sub.request.venv or sub.system.user.venv):
-        binds.append(env_folder(sub.system))
-    if not any(cache == b or cache.startswith(b.rstrip("/") + "/") for b in binds):
-        binds.append(cache)
     image = container.image or ""
     prefix = ""
     if container.runtime in ("singularity", "apptainer"):
@@ -349,7 +418,7 @@ def _container_context(sub: Submission, container: Container) -> dict[str, Any]:
             "sarus",
             "run",
             *container.exec_flags,
-            *[f"--mount=type=bind,source={b},destination={b}" for b in binds],
+            *["--mount=type=bind,source={},destination={}".format(*_mount(b).split(":")[:2]) for b in binds],
         ]
         prefix = " ".join(quoted(w) for w in words) + ' "$AIFACTORY_IMAGE" '
     elif container.runtime == "docker":
@@ -359,13 +428,20 @@ def _container_context(sub: Submission, container: Container) -> dict[str, Any]:
             where="software.containers",
             fix="convert the image for apptainer, or name a venv with --venv",
         )
-    fact = "software.containers" if not (sub.request.container or sub.system.user.container_image) else None
-    sub.line(f"image={quoted(image)}", "the image that holds torch", fact)
+    own = bool(sub.request.container or sub.system.user.container_image)
+    sub.line(f"image={quoted(image)}", "the image that holds torch", None if own else "software.containers")
+    if container.runtime == "cscs-ce" and image.endswith(".toml"):
+        sub.notes.append(f"{image} is taken as it is: its mounts must cover {', '.join(binds)}")
     return {
         "image": image,
-        "directory": not image.endswith((".sif", ".sqsh", ".img", ".toml")),
+        # A registry's reference is no path of this machine: the runtime finds it.
+        "file": image.startswith(("/", ".", "~")) or image.endswith(IMAGE_SUFFIXES),
+        "directory": not image.endswith(IMAGE_SUFFIXES),
+        "pattern": container.pattern,
+        "own": own,
         "prefix": prefix,
         "runtime": container.runtime,
+        "mounts": [_mount(b) for b in binds],
     }
 
 
@@ -446,7 +522,7 @@ def _files(sub: Submission, recipe: Recipe, context: dict[str, Any]) -> None:
         sub.files.append(File(f"{here}policy.json", _json(policy(sub))))
     container = context.get("container")
     if container and container["runtime"] == "cscs-ce" and not container["image"].endswith(".toml"):
-        sub.files.append(File("submission/environment.toml", _edf(sub, container).encode()))
+        sub.files.append(File("submission/environment.toml", _edf(container).encode()))
     sub.files.append(File("submission/" + ("job.yaml" if shape.backend == "kubernetes" else "job.sh"), b"", 0o755))
     sub.files.append(File("submission/manifest.json", b""))
     if sub.plan is not None:
@@ -519,9 +595,9 @@ def finish(sub: Submission) -> list[File]:
     return [*done, File("submission/manifest.json", _json(manifest))]
 
 
-def _edf(sub: Submission, container: dict[str, Any]) -> str:
-    """The environment definition file of the CSCS Container Engine."""
-    mounts = ", ".join(json.dumps(f"{p}:{p}") for p in (str(sub.run_dir), _cache(sub.system, sub.shape)))
+def _edf(container: dict[str, Any]) -> str:
+    """The environment definition file of the CSCS Container Engine. Nothing of the host is inside but what it mounts."""
+    mounts = ", ".join(json.dumps(m, ensure_ascii=False) for m in container["mounts"])
     return (
         f"image = {json.dumps(container['image'])}\nmounts = [{mounts}]\nwritable = true\n\n"
         '[annotations]\ncom.hooks.aws_ofi_nccl.enabled = "true"\ncom.hooks.aws_ofi_nccl.variant = "cuda-dl"\n'

@@ -113,7 +113,9 @@ def image(value: str, flag: str) -> str:
     """A container image: a file's path, or a reference such as ``registry/name:tag``."""
     if value.startswith(("/", ".", "~")) or value.endswith((".sif", ".sqsh", ".toml")):
         return str(path(value, flag))
-    return token(value, flag)
+    # Pyxis and the Container Engine write registry#repository:tag.
+    token(value.replace("#", "/", 1), flag)
+    return value
 
 
 def pair(text: str, flag: str) -> tuple[str, str]:

@@ -38,8 +38,8 @@ class Shape:
     gpus_per_node: int  # as the scheduler counts them; 0 = none
     ranks_per_node: int
     tasks_per_node: int
-    cpus_per_task: int | None
-    cpus_per_rank: int | None
+    cpus_per_task: int | None  # as the scheduler counts: cores, or hardware threads where it counts those
+    cpus_per_rank: int | None  # cores
     memory: tuple[str, int] | None  # ("mem" | "mem-per-gpu", GiB)
     time_s: int
     grace_s: int
@@ -171,7 +171,7 @@ def shape_of(request: Request, system: System) -> Shape:
         ranks_per_node=ranks,
         tasks_per_node=tasks,
         cpus_per_task=per_task,
-        cpus_per_rank=per_rank,
+        cpus_per_rank=max(1, per_rank // _threads(system)) if per_rank else None,
         memory=_memory(system, gpus, why),
         time_s=time_s,
         grace_s=_grace(request, time_s, why),
@@ -243,17 +243,22 @@ def _local(request: Request, system: System, backend: str, style: str, why: dict
     )
 
 
+def _threads(system: System) -> int:
+    """CPUs of the scheduler that make one core: hardware threads, where it counts those."""
+    return (system.node.threads_per_core or 1) if system.request.cpus_are == "threads" else 1
+
+
 def _cpus_per_rank(system: System, gpus: int, ranks: int, why: dict[str, Value]) -> int | None:
-    """Cores for one rank: what the site asks per GPU, else an even share of the usable cores of a node."""
+    """CPUs for one rank, as the scheduler counts: what the site asks per GPU, else an even share of a node's usable cores."""
     per_gpu = system.request.cpus_per_gpu
     fact = "request.cpus_per_gpu"
-    reason = "the site's number of cores per GPU"
+    reason = f"the site's number of {system.request.cpus_are} per GPU"
     if per_gpu is None:
         cores = system.node.cores_usable or system.node.cores
         if cores is None or not system.node.gpus:
             why["cpus_per_task"] = Value(None, "not published: the site's default per task applies")
             return None
-        per_gpu = max(1, cores // system.node.gpus)
+        per_gpu = max(1, cores // system.node.gpus) * _threads(system)
         fact = "node.cores_usable" if system.node.cores_usable else "node.cores"
         reason = "an even share of a node's cores for each GPU"
     total = per_gpu * max(gpus, 1)

@@ -26,7 +26,7 @@ from typing import Any
 from aifactory_train import __version__
 from aifactory_train.errors import RunFailed, UserError
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.build import container_of, env_folder, templates
+from aifactory_train.launchers.build import IMAGE_SUFFIXES, container_of, env_folder, templates
 from aifactory_train.launchers.request import Request
 from aifactory_train.launchers.submission import quoted
 from aifactory_train.sites.profiles import System
@@ -71,6 +71,15 @@ def way_of(system: System, request: Request | None = None) -> Way:
             "the site's modules bring torch",
             isa,
             f"modules {' '.join(system.software.modules)}",
+            folder,
+            None,
+        )
+    if system.software.needs_image:
+        return Way(
+            "modules",
+            "the bare host lacks NCCL's plug-in: run this inside a uenv, or name an image (user.container_image)",
+            isa,
+            "the uenv that it is run in",
             folder,
             None,
         )
@@ -143,7 +152,8 @@ def script(system: System, way: Way, *, bundle: bool = False) -> str:
             version=__version__,
             modules=modules,
             image=container.image if container is not None else None,
-            directory=container is not None and not str(container.image).endswith((".sif", ".sqsh", ".toml", ".img")),
+            directory=container is not None and not str(container.image).endswith(IMAGE_SUFFIXES),
+            pattern=container.pattern if container is not None else None,
             prefix=prefix,
             python=python_version(system),
             imports=", ".join(IMPORTS),

@@ -165,7 +165,9 @@ def corruptions(script: str, system: System) -> dict[str, str]:
     cores = (node.cores_usable or node.cores or UNKNOWN_CORES) * (node.threads_per_core or 1)
     gpus = node.gpus or UNKNOWN_GPUS
     memory = int((node.memory_usable_gib or node.memory_gib or UNKNOWN_MEMORY_GIB) * 1024) + 1024
-    long = max([p.max_time or 0 for p in system.partitions.values()], default=0)
+    times = [p.max_time for p in system.partitions.values()]
+    # A partition without a known limit takes any time in the twin.
+    long = 0 if None in times else max([t for t in times if t], default=0)
     kind = system.request.gres_type or "gpu"
     out = {
         "partition that does not exist": with_option(script, "--partition", "nosuchpartition"),

@@ -153,7 +153,7 @@ def directive_path(path: Path) -> str:
     return f'"{text}"' if re.search(r"\s", text) else text
 
 
-def srun_options(sub: Submission, container: Container | None) -> list[Line]:
+def srun_options(sub: Submission, container: Container | None, mounts: list[str]) -> list[Line]:
     shape, system = sub.shape, sub.system
     out: list[Line] = []
 
@@ -190,9 +190,9 @@ def srun_options(sub: Submission, container: Container | None) -> list[Line]:
     for flag in system.launch.srun_flags:
         put(flag, "the site's own way of starting GPU steps", "launch.srun_flags")
     if container is not None and container.runtime == "enroot-pyxis":
-        mounts = ",".join(f"{b}:{b}" for b in [str(sub.run_dir), *container.binds])
+        pairs = ",".join(m if ":" in m else f"{m}:{m}" for m in mounts)
         put(f"--container-image={container.image}", "the image that holds torch, through pyxis", "software.containers")
-        put(f"--container-mounts={mounts}", "folders that the ranks need", "software.containers")
+        put(f"--container-mounts={pairs}", "folders that the ranks need", "software.containers")
     elif container is not None and container.runtime == "cscs-ce":
         image = container.image or ""
         edf = image if image.endswith(".toml") else str(sub.run_dir / "submission" / "environment.toml")

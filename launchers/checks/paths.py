@@ -89,6 +89,6 @@ def env_avoid(c: Context) -> Iterator[Finding]:
                 yield refuse(
                     f"{key} must not be set at {c.system.name}: {c.system.environment.avoid[key]}",
                     c.fact(f"environment.avoid.{key}") or c.fact("environment.avoid"),
-                    "leave it out",
+                    f"leave it out; if you know better, correct environment.avoid.{key} to null in your site file",
                     f"--env {name}",
                 )

@@ -84,7 +84,8 @@ def account_required(c: Context) -> Iterator[Finding]:
 def account_form(c: Context) -> Iterator[Finding]:
     """The account has the form that the site's accounts have."""
     pattern = c.system.access.account_pattern
-    if c.shape.account and pattern and not re.fullmatch(pattern, c.shape.account):
+    # Slurm folds the names of accounts to lower case.
+    if c.shape.account and pattern and not re.fullmatch(pattern, c.shape.account, re.IGNORECASE):
         yield refuse(
             f"{shown(c.shape.account)} does not look like an account of {c.system.name}",
             c.fact("access.account_pattern"),
@@ -97,7 +98,7 @@ def account_form(c: Context) -> Iterator[Finding]:
 def account_suffix(c: Context) -> Iterator[Finding]:
     """GPU accounts that must end in a suffix do."""
     suffix = c.system.access.account_suffix
-    if c.shape.account and suffix and not c.shape.account.endswith(suffix):
+    if c.shape.account and suffix and not c.shape.account.lower().endswith(suffix.lower()):
         yield refuse(
             f"{shown(c.shape.account)} is no GPU account of {c.system.name}: those end in '{suffix}'",
             c.fact("access.account_suffix"),
@@ -129,6 +130,22 @@ def partition_needed(c: Context) -> Iterator[Finding]:
             f"--partition, one of {', '.join(c.system.partitions)}",
             "--partition",
         )
+
+
+@batch_rule
+def partition_up(c: Context) -> Iterator[Finding]:
+    """The partition was not seen down; a reservation opens it all the same."""
+    if c.part is None or c.part.state != "down" or c.request.reservation or c.system.user.reservation:
+        return
+    key = c.shape.partition_key
+    others = [k for k, p in c.system.partitions.items() if p.state != "down" and p.purpose not in ("data", "debug")]
+    yield refuse(
+        f"'{key}' of {c.system.name} was seen down: a job would wait for ever",
+        c.fact(f"partitions.{key}.state"),
+        f"{f'--partition {others[0]}, or ' if others else ''}--reservation NAME where the site gave you one; if it is up "
+        f"again, correct partitions.{key}.state to up in your site file",
+        "--partition",
+    )
 
 
 @batch_rule

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from aifactory_train.launchers.checks.rules import Context, Finding, batch_rule, refuse, rule, warn
+from aifactory_train.sites.schema import Partition
 
 #: Scheduler options that the launcher writes itself.
 WRITTEN_BY_US = {
@@ -42,16 +43,29 @@ def nodes_over_partition(c: Context) -> Iterator[Finding]:
     if part is None:
         return
     others = [(k, p) for k, p in c.system.partitions.items() if k != key]
-    wide = [k for k, p in others if (p.max_nodes or p.nodes or 0) >= c.shape.nodes]
+    wide = [k for k, p in others if _room(c, p) >= c.shape.nodes >= (p.min_nodes or 1) and p.state != "down"]
     for limit, path in ((part.max_nodes, "max_nodes"), (part.nodes, "nodes")):
         if limit is not None and c.shape.nodes > limit:
             yield refuse(
                 f"{c.shape.nodes} nodes, '{key}' of {c.system.name} {'admits' if path == 'max_nodes' else 'has'} {limit}",
                 c.fact(f"partitions.{key}.{path}"),
-                f"--nodes {limit} or fewer{_or_partition(wide)}",
+                f"--nodes {limit} or fewer{_or_partition(wide)}{_or_correct(c, f'partitions.{key}.{path}')}",
                 "--nodes",
             )
             return
+
+
+def _or_correct(c: Context, path: str) -> str:
+    """The way out where a limit rests on what users wrote: the site may admit more by now."""
+    found = c.system.provenance(path)
+    if found is None or found.confidence not in ("documented-user", "derived"):
+        return ""
+    return f"; where the site admits it all the same, correct {path} in your site file"
+
+
+def _room(c: Context, part: Partition) -> int:
+    """Nodes that a partition is known to admit; one that is for large jobs may take the machine."""
+    return part.max_nodes or part.nodes or ((c.system.node.count or 0) if part.min_nodes else 0)
 
 
 def _or_partition(keys: list[str]) -> str:
@@ -62,12 +76,26 @@ def _or_partition(keys: list[str]) -> str:
 def nodes_over_qos(c: Context) -> Iterator[Finding]:
     """No more nodes than the QoS admits (Slurm's own test does not look at this)."""
     if c.qos is not None and c.qos.max_nodes is not None and c.shape.nodes > c.qos.max_nodes:
+        path = f"qos.{c.shape.qos}.max_nodes"
         yield refuse(
             f"{c.shape.nodes} nodes, QoS '{c.shape.qos}' admits {c.qos.max_nodes}",
-            c.fact(f"qos.{c.shape.qos}.max_nodes"),
-            f"--nodes {c.qos.max_nodes} or fewer, or another --qos",
+            c.fact(path),
+            f"--nodes {c.qos.max_nodes} or fewer, or {_other_qos(c)}{_or_correct(c, path)}",
             "--nodes",
         )
+
+
+def _other_qos(c: Context) -> str:
+    """``--qos NAME`` of a QoS that goes with the partition and admits the job's nodes and time, else just the option."""
+    for name in c.part.qos if c.part is not None else []:
+        q = c.system.qos.get(name)
+        if name == c.shape.qos or q is None or q.purpose == "data":
+            continue
+        size = (q.min_nodes or 1) <= c.shape.nodes <= (q.max_nodes or c.shape.nodes)
+        gpus = q.max_gpus is None or c.shape.nodes * c.shape.gpus_per_node <= q.max_gpus
+        if size and gpus and (q.max_time is None or c.shape.time_s <= q.max_time):
+            return f"--qos {name}"
+    return "another --qos"
 
 
 @batch_rule
@@ -91,7 +119,8 @@ def nodes_under_minimum(c: Context) -> Iterator[Finding]:
             yield refuse(
                 f"{c.shape.nodes} nodes, {path.replace('.', ' ')} is for {found.min_nodes} and more",
                 c.fact(f"{path}.min_nodes"),
-                f"--nodes {found.min_nodes}, or another {flag}",
+                f"--nodes {found.min_nodes}, or {_other_qos(c) if flag == '--qos' else f'another {flag}'}"
+                f"{_or_correct(c, f'{path}.min_nodes')}",
                 "--nodes",
             )
 
@@ -128,12 +157,15 @@ def gpus_unknown(c: Context) -> Iterator[Finding]:
 def gpus_over_limit(c: Context) -> Iterator[Finding]:
     """No more GPUs per job than partition and QoS admit."""
     total = c.shape.nodes * c.shape.gpus_per_node
-    for found, path, _ in c.limits:
+    for found, path, flag in c.limits:
         if found.max_gpus is not None and total > found.max_gpus:
+            most = found.max_gpus // max(c.shape.gpus_per_node, 1)
+            fewer = f"--nodes {most} or fewer" if most else f"--gpus-per-node {found.max_gpus} or fewer"
+            other = f", or {_other_qos(c)}" if flag == "--qos" else ""
             yield refuse(
-                f"{total} GPUs, {path.replace('.', ' ')} admits {found.max_gpus}",
+                f"{total} GPUs, {path.replace('.', ' ')} admits {found.max_gpus} (Slurm's own test does not look at this)",
                 c.fact(f"{path}.max_gpus"),
-                "ask for fewer nodes or GPUs per node",
+                f"{fewer}{other}{_or_correct(c, f'{path}.max_gpus')}",
                 "--nodes",
             )
 

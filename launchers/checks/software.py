@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from aifactory_train.errors import UserError
-from aifactory_train.launchers.build import container_of, env_folder
+from aifactory_train.launchers.build import container_of, env_folder, uenv_of
 from aifactory_train.launchers.checks.rules import (
     Context,
     Finding,
@@ -36,6 +36,25 @@ def container_needed(c: Context) -> Iterator[Finding]:
         what = f"{c.system.name} runs pods: an image with torch and aifactory-train must be named"
         fix = "--container REGISTRY/IMAGE, or user.container_image in your site file"
         yield refuse(what, fix=fix, where="--container") if c.submitting else warn(what, fix=fix)
+
+
+@batch_rule
+def image_needed(c: Context) -> Iterator[Finding]:
+    """An image or a uenv is named where the bare host lacks NCCL's plug-in for the fabric."""
+    if not c.system.software.needs_image or c.shape.backend == "kubernetes":
+        return
+    if container_of(c.request, c.system) is not None or uenv_of(c.request, c.system):
+        return
+    plugin = c.system.interconnect.plugin or "the plug-in of the fabric"
+    same = f"aifactory launch {c.request.recipe} --site {c.system.id}"
+    yield refuse(
+        f"{c.system.name} has {plugin} in container images and uenvs only: without one NCCL ends at its first step",
+        c.fact("software.needs_image"),
+        f"'{same} --container IMAGE' (a .sqsh file, registry#repository:tag or your own EDF in .toml; or user.container_image"
+        f" in your site file), or '{same} --directive=--uenv=NAME/VERSION:TAG --directive=--view=VIEW'; an environment that"
+        " brings the plug-in itself: correct software.needs_image to false in your site file",
+        "--container",
+    )
 
 
 @rule
