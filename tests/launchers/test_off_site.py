@@ -8,7 +8,7 @@ import pytest
 
 SLURM = [
     ["--site", "lumi-g", "--account", "project_465000001"],
-    ["--site", "alps-clariden", "--account", "g123"],
+    ["--site", "alps-clariden", "--account", "g123", "--container", "/capstor/images/torch.sqsh"],
     ["--site", "leonardo-booster", "--account", "AIFAC_x"],
 ]
 SECRETS = {

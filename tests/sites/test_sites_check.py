@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from aifactory_train import sites
 from aifactory_train.sites import catalogue, check, finding, profiles
 
-TODAY = datetime.date(2026, 11, 22)
+TODAY = datetime.date(2026, 11, 30)
 
 LUMI, LEO, MN5 = "systems/lumi-g.yaml", "systems/leonardo-booster.yaml", "systems/marenostrum5-acc.yaml"
 
@@ -35,7 +35,7 @@ PLANTED = [
     ("unused-fact", LUMI, "{at: [default_partition]", "{at: [default_partition, node.local_disk_gb]"),
     ("undated", LUMI, "date: n.d., retrieved: 2026-10-10}", "date: n.d.}"),
     ("future-date", LUMI, "date: 2026-05}", "date: 2031-05}"),
-    ("expired", LUMI, "expires: 2027-05-31", "expires: 2026-11-21"),
+    ("expired", LUMI, "expires: 2027-05-31", "expires: 2026-11-29"),
     ("recalled", MN5, "{at: [request], source: eessi, confidence: documented}", "{at: [request], source: eessi, confidence: recalled}"),
     ("not-usable-fact", "systems/lumi-ai.yaml", "notes:", "node: {gpus: 4}\n\nnotes:"),
     ("missing-list", "systems/sofia.yaml", "missing: [time limit]", "missing: []"),
@@ -64,7 +64,13 @@ PLANTED = [
     ("binding", LUMI, "0x00fe000000000000", "0x01fe000000000000"),
     ("network", "systems/arrhenius.yaml", "node_gbit_s: 800", "node_gbit_s: 400"),
     ("container", LUMI, "gpu_flag: --rocm", "gpu_flag: --nv"),
-    ("environment", LUMI, 'NCCL_NET_GDR_LEVEL: "3"', 'NCCL_NET_GDR_LEVEL: "3"\n    MIOPEN_USER_DB: x'),
+    ("environment", LUMI, "FI_MR_CACHE_MONITOR: userfaultfd\n", "FI_MR_CACHE_MONITOR: userfaultfd\n    MIOPEN_USER_DB: x\n"),
+    ("environment", LUMI, "FI_MR_CACHE_MONITOR: userfaultfd\n", 'FI_MR_CACHE_MONITOR: userfaultfd\n    NCCL_NET_GDR_LEVEL: "3"\n'),
+    ("schema", LUMI, 'pattern: "*-full-*.sif"', 'pattern: "$(id)*.sif"'),
+    ("cores", "systems/vega.yaml", "cpus_are: threads", "cpus_are: cores"),
+    ("cores", "systems/vega.yaml", "cpus_per_gpu: 64", "cpus_per_gpu: 65"),
+    ("cores", "systems/vega.yaml", "  threads_per_core: 2\n", ""),
+    ("limits", LEO, "min_nodes: 65, max_nodes: 256", "min_nodes: 65, max_gpus: 64"),
     ("account", LUMI, "account: project_465000000", "account: p465"),
     ("example", MN5, "account: ehpc000, qos: acc_ehpc", "account: ehpc000, qos: acc_ehpz"),
     ("members", "factories.yaml", "kind: antenna, country: CY", "kind: factory, country: CY"),

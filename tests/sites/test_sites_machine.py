@@ -89,6 +89,23 @@ def test_lscpu_of_a_grace_node() -> None:
         36,
     )
     assert detection.parse_lscpu("")["cores"] is None
+    # GPU memory shows as NUMA domains without cores: those with cores are what a profile states.
+    cores = "".join(f"NUMA node{i} CPU(s): {i * 72}-{i * 72 + 71}\n" for i in range(4))
+    memory = "".join(f"NUMA node{i} CPU(s):\n" for i in range(4, 36))
+    assert detection.parse_lscpu(LSCPU_GRACE + cores + memory)["numa_domains"] == 4
+    assert sites.load("jupiter-booster", overlay=False).node.numa_domains == 4
+    assert sites.identify(names=["jpbo-024-02"], env={}, cluster="") == "jupiter-booster"
+
+
+def test_a_partition_that_is_up_again_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "run_tool", lambda command: None)
+    system = sites.load("jupiter-booster", overlay=False)
+    groups = probe.parse_sinfo("largebooster|5884|288|4|72|1|878535|12:00:00|1:00:00|gpu:4|(null)|1-infinite\n")
+    for state, told in (("UP", "up"), ("DOWN", None)):
+        record = {"PartitionName": "largebooster", "State": state}
+        seen = probe.Observation(groups=groups, partitions={"largebooster": record})
+        found = {d.path: d.observed for d in probe.compare(system, seen, {})}
+        assert found.get("partitions.largebooster.state") == told
 
 
 # -- this machine ----------------------------------------------------------------------------------------------------------------

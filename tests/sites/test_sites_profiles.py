@@ -159,7 +159,7 @@ def test_partition_and_qos_that_do_not_exist_there() -> None:
         leonardo.qos_of("boost_usr_prod", "boost_qos_debug")
     with pytest.raises(UserError, match="does not go with partition"):
         sites.load("marenostrum5-acc").qos_of("acc", "acc_interactive")
-    assert leonardo.limits("boost_usr_prod", "boost_qos_lprod")["max_nodes"] == 8
+    assert leonardo.limits("boost_usr_prod", "boost_qos_lprod")["max_nodes"] == 3
     assert leonardo.limits("boost_usr_prod", "boost_qos_dbg")["max_time"] == 1800
 
 

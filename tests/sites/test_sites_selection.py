@@ -50,7 +50,10 @@ def test_an_environment_for_another_machine_is_refused() -> None:
 
 def test_placement_keeps_to_the_limits() -> None:
     assert select(SYSTEMS["lumi-g"], Needs(nodes=2, hours=60)).partition == "small-g"
-    assert select(SYSTEMS["leonardo-booster"], Needs(nodes=4, hours=60)).qos == "boost_qos_lprod"
+    assert select(SYSTEMS["leonardo-booster"], Needs(nodes=3, hours=60)).qos == "boost_qos_lprod"
+    assert select(SYSTEMS["leonardo-booster"], Needs(nodes=65)).qos == "boost_qos_bprod"
+    with pytest.raises(UserError, match=r"normal allows 64 node.*bprod allows 256 node"):
+        select(SYSTEMS["leonardo-booster"], Needs(nodes=257))
     with pytest.raises(UserError, match="standard-g allows 1024 node"):
         select(SYSTEMS["lumi-g"], Needs(nodes=1025))
     with pytest.raises(UserError, match=r"normal allows 1-00:00:00, 2-00:00:00 is asked for"):
