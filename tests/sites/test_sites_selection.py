@@ -56,7 +56,7 @@ def test_placement_keeps_to_the_limits() -> None:
         select(SYSTEMS["leonardo-booster"], Needs(nodes=257))
     with pytest.raises(UserError, match="standard-g allows 1024 node"):
         select(SYSTEMS["lumi-g"], Needs(nodes=1025))
-    with pytest.raises(UserError, match=r"normal allows 1-00:00:00, 2-00:00:00 is asked for"):
+    with pytest.raises(UserError, match=r"bprod allows 1-00:00:00, 2-00:00:00 is asked for"):
         select(SYSTEMS["leonardo-booster"], Needs(nodes=100, hours=48))
     with pytest.raises(UserError, match="no partition 'boost'"):
         select(SYSTEMS["leonardo-booster"], Needs(partition="boost"))
