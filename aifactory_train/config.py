@@ -168,7 +168,10 @@ class DataSource(Strict):
     columns: dict[str, str] = Field(
         default_factory=dict, description="Rename columns: {question: prompt, answer: completion}."
     )
-    split: str | None = Field(None, description="Split or subset/split of a Hugging Face data set.")
+    split: str | None = Field(
+        None,
+        description="Split or subset/split of a Hugging Face data set, or the files of a folder by their names (all: every file).",
+    )
     revision: str | None = None
     licence: str = Field("unknown", description="SPDX id or name of the data's licence.")
     weight: float = Field(

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.config import RECIPES_DIR, load_recipe
     from aifactory_train.data import report as own
     from aifactory_train.data.documents import Notes
+    from aifactory_train.data.rows import Unused
     from aifactory_train.output import note, print_json, table
     from aifactory_train.runs import write_atomic
 
@@ -60,12 +61,15 @@ def run(args: argparse.Namespace) -> int:
     columns = _mapping(args.map)
     notes = Notes()
     raw, more = read(data, notes)
-    draft, rows = understand(raw, columns, args.task)
+    unused = Unused()
+    draft, rows = understand(raw, columns, args.task, unused)
     held_rows: list[dict[str, Any]] | None = None
     if args.held:
         held_raw, _ = read(_local(args.held, "--eval"), notes)
         held_rows = canonical_rows(held_raw, draft.form, draft.columns)
     choose_split(draft, raw, rows, args)
+    if draft.split:
+        unused.columns.pop(draft.split[1], None)
     base, licence_missing = _base(args.base, sector)
     texts = [own.text_of(r) for r in rows]
     licence = args.licence or "unknown"
@@ -73,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         texts, [own.text_of(r) for r in held_rows] if held_rows is not None else None, licences=[(args.data, licence)]
     )
     facts["rows_looked_at"] = len(rows)
-    if notes.read or notes.left_out or notes.not_read:
+    facts["unused"] = unused.as_dict()
+    if notes.any():
         facts["files"] = notes.as_dict()
     answers = [r["messages"][-1]["content"] for r in rows if "messages" in r]
     draft.metrics = metrics_of(draft, answers)
@@ -119,6 +124,11 @@ def run(args: argparse.Namespace) -> int:
     )
     for line in draft.assumed:
         note(f"assumed: {line}")
+    for kind, what in (("columns", "column"), ("turn_keys", "key of a turn")):
+        for name, count in facts["unused"][kind].items():
+            note(f"not used: {what} '{name}' ({count:,} {'rows' if kind == 'columns' else 'turns'})")
+    for remark, count in sorted(unused.remarks.items()):
+        note(f"{count:,} x {remark}")
     _tell_files(notes)
     if not args.licence:
         note(
@@ -265,5 +275,10 @@ def _tell_files(notes: Notes) -> None:
         note(f"left out: {file}: {why}")
     if len(notes.left_out) > 10:
         note(f"left out: {len(notes.left_out) - 10} more, all named in the report")
+    if notes.other_splits:
+        others = ", ".join(f"{name} ({len(files)} file(s))" for name, files in sorted(notes.other_splits.items()))
+        note(f"of the folder only the split '{notes.split}' is read; not read: {others} (data.train.N.split)")
+    for file in notes.about:
+        note(f"not read: {file}: it is about the data")
     for suffix, count in sorted(notes.not_read.items()):
         note(f"not read: {count} file(s) of kind {suffix}")

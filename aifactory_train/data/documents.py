@@ -37,6 +37,11 @@ KINDS = {
 }
 #: Files that come with a data set and are no part of it, when there are tables beside them.
 _ABOUT = re.compile(r"^(readme|licen[cs]e|copying|notice|changelog|authors|citation|requirements)\b", re.IGNORECASE)
+#: Files in which ``datasets``, Croissant and Frictionless describe a data set.
+_DESCRIPTIONS = {
+    *("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"),
+    *("croissant.json", "croissant_metadata.json", "datapackage.json"),
+}
 #: A document on its own is longer than this (characters) before it is made into several rows, each of at most half of it.
 ALONE = 16_000
 #: A page with fewer characters than this holds a stamp or a page number, not text.
@@ -54,14 +59,24 @@ class Unusable(Exception):
 
 @dataclass
 class Notes:
-    """What became of the files of a folder: read by kind, left out with the reason, of a kind that is not read."""
+    """What became of the files of a folder: read by kind, left out with the reason, of a kind that is not read; where only one
+    split is read, which, and the files of the others; files that are about the data (READMEs, schemas)."""
 
     policy: Literal["skip", "refuse"] = "skip"
     read: collections.Counter = field(default_factory=collections.Counter)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     not_read: collections.Counter = field(default_factory=collections.Counter)
+    split: str | None = None
+    split_guessed: bool = False
+    other_splits: dict[str, list[str]] = field(default_factory=dict)
+    about: list[str] = field(default_factory=list)
+    repeated_headers: int = 0
     pages_without_text: int = 0
     rows_of_one_document: int = 0
+
+    def any(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(self.read or self.left_out or self.not_read or self.other_splits or self.about)
 
     def counts(self) -> dict[str, int]:
         """For the report of the preparation: how many of what, without names."""
@@ -69,6 +84,11 @@ class Notes:
         reasons = collections.Counter(why.partition(" (")[0] for _, why in self.left_out)
         out |= {f"left out: {why}": n for why, n in sorted(reasons.items())}
         out |= {f"not read: files of kind {suffix}": n for suffix, n in sorted(self.not_read.items())}
+        out |= {f"not read: files of the split '{name}'": len(f) for name, f in sorted(self.other_splits.items())}
+        if self.about:
+            out["not read: files about the data"] = len(self.about)
+        if self.repeated_headers:
+            out["left out: repeated header lines"] = self.repeated_headers
         if self.pages_without_text:
             out["PDF pages without text"] = self.pages_without_text
         if self.rows_of_one_document:
@@ -80,6 +100,9 @@ class Notes:
             "files": dict(sorted(self.read.items())),
             "left_out": [{"file": file, "why": why} for file, why in self.left_out],
             "not_read": dict(sorted(self.not_read.items())),
+            **({"split": self.split, "split_guessed": self.split_guessed} if self.split else {}),
+            **({"other_splits": dict(sorted(self.other_splits.items()))} if self.other_splits else {}),
+            **({"about": self.about} if self.about else {}),
             "pages_without_text": self.pages_without_text,
         }
 
@@ -93,8 +116,8 @@ def kind_of(path: Path) -> str | None:
 
 
 def is_about(path: Path) -> bool:
-    """A README, a licence text and the like."""
-    return bool(_ABOUT.match(path.name))
+    """A README, a licence text and the like, or a file in which a library describes the data set."""
+    return bool(_ABOUT.match(path.name)) or path.name.lower() in _DESCRIPTIONS
 
 
 def rows_of_folder(root: Path, files: list[Path], notes: Notes) -> Iterator[tuple[Path, dict[str, Any]]]:

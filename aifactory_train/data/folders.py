@@ -7,9 +7,10 @@ who trains can read and they cannot, and would find it in the model.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from aifactory_train.errors import UserError
 
@@ -77,3 +78,48 @@ def _why_not(link: Path, homes: list[Path]) -> str | None:
     if stat.S_ISDIR(mode):
         return TO_FOLDER  # what is in it is read where it lies
     return None if stat.S_ISREG(mode) else NO_FILE
+
+
+#: Words that name a split of a data set.
+_SPLITS = {
+    "train": "train",
+    "test": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
+_SUFFIX = re.compile(r"(\.(jsonl|ndjson|json|csv|tsv|parquet|gz|age|aft))+$")
+_SHARD = re.compile(r"[-_.]\d+[-_]of[-_]\d+.*$")
+
+
+def words(name: str) -> list[str]:
+    """The words of a name, in small letters."""
+    return re.findall(r"[^\W\d_]+", name.lower())
+
+
+def holds(name: str, wanted: list[str]) -> bool:
+    """Whether a path has these words, one after another, whole."""
+    there = words(name)
+    return bool(wanted) and any(there[i : i + len(wanted)] == wanted for i in range(len(there)))
+
+
+def kind_of_split(name: str) -> str | None:
+    """``train``, ``validation`` or ``test`` for a word that means one of them."""
+    return _SPLITS.get(name.lower())
+
+
+def split_of(path: PurePath, *, table: bool) -> str | None:
+    """The split that a file of a data set belongs to by its name, as the hub lays them out: ``data/train-00000-of-00002.parquet``,
+    ``train.jsonl``, ``my_rows_dev.csv``, ``test/0.parquet``. ``path`` is relative to the folder that was named.
+
+    What counts is a folder with just such a name, or (tables only) the first or the last word of a file's name: the rows of a
+    ``training-camp.csv`` and of a ``crash-test-cars.csv`` are rows like others, and so are documents called ``test.md``.
+    """
+    for folder in path.parts[:-1]:
+        if (found := _SPLITS.get(folder.lower())) is not None:
+            return found
+    if not table:
+        return None
+    there = words(_SHARD.sub("", _SUFFIX.sub("", path.name.lower())))
+    return next((_SPLITS[word] for word in [*there[:1], *there[-1:]] if word in _SPLITS), None)

@@ -55,6 +55,11 @@ def report_tables(prepared: PreparedData) -> None:
         right=(1, 2, 3, 4, 5, 6),
     )
     noted = [f"{s['name']}: {count:,} x {what}" for s in report["sources"] for what, count in s["counts"].items()]
+    for kind, unit in (("columns", "column"), ("turn_keys", "key of a turn")):
+        noted += [
+            f"not used: {unit} '{name}' ({count:,} {'rows' if kind == 'columns' else 'turns'})"
+            for name, count in report["unused"][kind].items()
+        ]
     noted.append(f"duplicates taken out: {report['duplicates']['rows']:,}")
     overlap = report["overlap"]
     noted.append(

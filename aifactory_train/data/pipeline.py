@@ -159,6 +159,7 @@ def _build(
             "split": selection.how,
             "duplicates": selection.duplicates,
             "overlap": selection.overlap,
+            "unused": _unused(facts["sources"]),
             "sets": {("train" if i == 0 else e["name"]): e["report"] for i, e in enumerate(entries)},
             "digests": {("train" if i == 0 else e["name"]): e["digest"] for i, e in enumerate(entries)},
             "seconds": round(time.monotonic() - started, 2),
@@ -170,6 +171,16 @@ def _build(
         json.dump(prepared, file_, ensure_ascii=False, indent=1)
         file_.flush()
         os.fsync(file_.fileno())
+
+
+def _unused(sources: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """What rows held and training does not use, over all sources: ``{"columns": {name: rows}, "turn_keys": {name: turns}}``."""
+    out: dict[str, dict[str, int]] = {"columns": {}, "turn_keys": {}}
+    for kind, counts in out.items():
+        for source in sources:
+            for name, count in source["unused"][kind].items():
+                counts[name] = counts.get(name, 0) + count
+    return out
 
 
 def _own(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from aifactory_train.data import documents, folders
+from aifactory_train.data.rows import parse_json
 from aifactory_train.errors import UserError
 from aifactory_train.private import vault
 
@@ -46,18 +47,24 @@ class Block:
 
 
 def blocks(
-    path: Path, *, split: str | None = None, hub: bool = False, notes: documents.Notes | None = None
+    path: Path,
+    *,
+    split: str | None = None,
+    hub: bool = False,
+    notes: documents.Notes | None = None,
+    role: str = "train",
 ) -> Iterator[Block]:
     """Rows of a file, of the files in a folder, or of a Hugging Face data set folder, in a stable order.
 
-    ``notes`` gathers what became of documents (text, Markdown, HTML, PDF) that could not be read.
+    ``notes`` gathers what became of documents (text, Markdown, HTML, PDF) that could not be read. ``role`` (``train`` or ``eval``)
+    decides which split of a folder is read where ``split`` names none.
     """
     notes = notes if notes is not None else documents.Notes()
     if hub or (path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file())):
         yield from _hugging_face(path, split)
         return
     if path.is_dir():
-        yield from _folder(path, split, notes)
+        yield from _folder(path, split, notes, role)
         return
     if not path.exists():
         raise UserError("no such file", where=str(path))
@@ -76,19 +83,17 @@ def _file(path: Path, notes: documents.Notes) -> Iterator[Block]:
         ".jsonl": _json_lines,
         ".ndjson": _json_lines,
         ".json": _json,
-        ".csv": _csv,
-        ".tsv": _csv,
         ".parquet": _parquet,
         ".arrow": _arrow,
     }
-    if kind not in readers:
+    if kind not in readers and kind not in (".csv", ".tsv"):
         raise UserError(
             f"files of kind '{kind or 'no suffix'}' are not read",
             where=str(path),
             fix="use .jsonl, .json, .csv, .tsv, .parquet, .txt, .md, .html or .pdf (also .gz), or a converter",
         )
     try:
-        yield from readers[kind](path)
+        yield from _csv(path, notes) if kind in (".csv", ".tsv") else readers[kind](path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(
             f"not a complete gzip file: {error}", where=str(path), fix="copy it again, or give the unpacked file"
@@ -103,28 +108,23 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(file, "rb") if vault.plain_name(path).suffix.lower() == ".gz" else file  # type: ignore[return-value]
 
 
-def _folder(path: Path, split: str | None, notes: documents.Notes) -> Iterator[Block]:
+def _folder(path: Path, split: str | None, notes: documents.Notes, role: str) -> Iterator[Block]:
     found = folders.walk(path)
     files = found.files
     for link, why in found.left_out:
         if notes.policy == "refuse":
             raise UserError(why, where=str(link), fix="take it away, or leave such things out: data.unreadable=skip")
         notes.left_out.append((link.relative_to(path).as_posix(), why))
-    if split is not None:
-        files = [p for p in files if split in p.relative_to(path).as_posix()]
+    files = _of_split(path, files, split, notes, role)
     texts = [p for p in files if documents.kind_of(p) is not None]
-    tables = [
-        p
-        for p in files
-        if p not in texts
-        and (
-            vault.plain_name(p).suffix.lower() in TABLE_SUFFIXES
-            or (vault.plain_name(p).suffix.lower() == ".gz" and len(p.suffixes) > 1)
-        )
-    ]
+    tables = [p for p in files if p not in texts and _is_table(p)]
     for p in files:
         if p not in texts and p not in tables:
             notes.not_read[p.suffix.lower() or "(none)"] += 1
+    rows = [p for p in tables if not documents.is_about(p)]
+    if rows or any(not documents.is_about(p) for p in texts):
+        notes.about += [p.relative_to(path).as_posix() for p in [*tables, *texts] if documents.is_about(p)]
+        tables = rows
     if not tables and not texts:
         what = f"no data file with '{split}' in its name" if split else f"no data file ({_KINDS})"
         there = ", ".join(f"{n} x {kind.rpartition(': ')[2]}" for kind, n in notes.counts().items())
@@ -149,6 +149,43 @@ def _folder(path: Path, split: str | None, notes: documents.Notes) -> Iterator[B
         )
     for file in tables:
         yield from _file(file, notes)
+
+
+def _of_split(root: Path, files: list[Path], split: str | None, notes: documents.Notes, role: str) -> list[Path]:
+    """The files that are read: those whose names hold the words of ``split``, or letters of it where none does; ``all``: every file.
+    Where no split is named and the folder has several, as data sets of the hub have: the training split for training, for evaluation
+    the validation split or else the test split."""
+    known = {p: folders.split_of(p.relative_to(root), table=documents.kind_of(p) is None) for p in files}
+    if split is not None:
+        names = {p: p.relative_to(root).as_posix() for p in files}
+        wanted = folders.words(split)
+        kept = [
+            p
+            for p in files
+            if folders.holds(names[p], wanted) or (known[p] is not None and known[p] == folders.kind_of_split(split))
+        ]
+        kept = kept or [p for p in files if split in names[p]]
+        if not kept and split == "all":
+            return files
+        notes.split = split
+    else:
+        there = set(known.values()) - {None}
+        if "train" not in there or len(there) < 2:
+            return files
+        chosen = "train" if role == "train" else ("validation" if "validation" in there else "test")
+        kept = [p for p in files if known[p] == chosen]
+        notes.split, notes.split_guessed = chosen, True
+    for p in files:
+        if p not in kept and not documents.is_about(p) and (_is_table(p) or documents.kind_of(p) is not None):
+            notes.other_splits.setdefault(known[p] or "(no split)", []).append(p.relative_to(root).as_posix())
+    if split is None:
+        kept = [p for p in files if p in set(kept) or documents.is_about(p)]
+    return kept
+
+
+def _is_table(path: Path) -> bool:
+    plain = vault.plain_name(path).suffix.lower()
+    return plain in TABLE_SUFFIXES or (plain == ".gz" and len(path.suffixes) > 1)
 
 
 def _json_lines(path: Path) -> Iterator[Block]:
@@ -177,8 +214,12 @@ def parse_lines(block: Block) -> Iterator[tuple[int, Any]]:
         if not raw or raw.isspace():
             continue
         number = block.first + i
+        if raw.startswith(codecs.BOM_UTF8):  # files that were joined keep the mark that each of them began with
+            raw = raw[3:]
+            if not raw.strip():
+                continue
         try:
-            value = json.loads(raw.decode("utf-8"))
+            value = parse_json(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise _not_utf8(f"{block.file}:{number}", raw, error) from None
         except json.JSONDecodeError as error:
@@ -251,7 +292,7 @@ def _read_text(path: Path) -> str:
 def _json(path: Path) -> Iterator[Block]:
     text = _read_text(path)
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip()[:1] == "{":
             yield from _json_lines(path)  # JSON Lines under another name
@@ -288,7 +329,7 @@ def separator(header: str) -> str:
     return max(",;\t|", key=plain.count)  # the comma where none is there
 
 
-def _csv(path: Path) -> Iterator[Block]:
+def _csv(path: Path, notes: documents.Notes) -> Iterator[Block]:
     csv.field_size_limit(1 << 30)
 
     def text_lines() -> Iterator[str]:
@@ -328,6 +369,11 @@ def _csv(path: Path) -> Iterator[Block]:
             number, before = before + 1, reader.line_num
             if not cells:
                 continue
+            if cells[0].startswith("\ufeff"):
+                cells[0] = cells[0][1:]  # the file was joined from several
+            if [cell.strip() for cell in cells] == header:
+                notes.repeated_headers += 1
+                continue
             if len(cells) != len(header):
                 raise UserError(
                     f"{len(cells)} cells, but the header names {len(header)} columns",
@@ -360,7 +406,7 @@ def _parquet(path: Path) -> Iterator[Block]:
     try:
         file = pyarrow.parquet.ParquetFile(vault.open_source(path))
         for batch in file.iter_batches(batch_size=BLOCK_ROWS):
-            rows = batch.to_pylist()
+            rows = [_without_nulls(row) for row in batch.to_pylist()]
             yield Block(f"{path}:row", first, rows=rows)
             first += len(rows)
     except (pyarrow.ArrowException, OSError) as error:
@@ -377,6 +423,18 @@ def _parquet(path: Path) -> Iterator[Block]:
         ) from None
 
 
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without the nulls that Arrow writes where an object inside a column lacks a key that another row has: it knows no other
+    way to leave a key out. Columns that are null stay."""
+    return {name: _pruned(value) if isinstance(value, (dict, list)) else value for name, value in row.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _pruned(v) if isinstance(v, (dict, list)) else v for k, v in value.items() if v is not None}
+    return [_pruned(v) if isinstance(v, (dict, list)) else v for v in value]
+
+
 def _arrow(path: Path) -> Iterator[Block]:
     import pyarrow
 
@@ -391,7 +449,7 @@ def _arrow(path: Path) -> Iterator[Block]:
             first = 1
             for batch in reader:
                 for at in range(0, batch.num_rows, BLOCK_ROWS):
-                    rows = batch.slice(at, BLOCK_ROWS).to_pylist()
+                    rows = [_without_nulls(row) for row in batch.slice(at, BLOCK_ROWS).to_pylist()]
                     yield Block(f"{path}:row", first, rows=rows)
                     first += len(rows)
     except (pyarrow.ArrowException, OSError) as error:
@@ -429,7 +487,7 @@ def _hugging_face(path: Path, split: str | None) -> Iterator[Block]:
     rows: list[Any] = []
     first = 1
     for row in loaded:
-        rows.append(dict(row))
+        rows.append(_without_nulls(dict(row)))
         if len(rows) == BLOCK_ROWS:
             yield Block(label, first, rows=rows)
             first += len(rows)

@@ -26,7 +26,7 @@ from aifactory_train.data import documents, readers, split
 from aifactory_train.data.encoder import Encoder, EncoderSpec
 from aifactory_train.data.inputs import Input
 from aifactory_train.data.readers import Block
-from aifactory_train.data.rows import RowError, canonical, detect_format, to_user_error
+from aifactory_train.data.rows import RowError, Unused, canonical, detect_format, to_user_error
 from aifactory_train.data.store import StoreWriter, pack_flags
 from aifactory_train.errors import UserError
 from aifactory_train.private import redact
@@ -58,6 +58,7 @@ class Done:
     flags: bytes = b""
     docs: dict[str, np.ndarray] = field(default_factory=dict)
     counts: collections.Counter = field(default_factory=collections.Counter)
+    unused: Unused = field(default_factory=Unused)
     error: UserError | None = None
 
 
@@ -124,6 +125,7 @@ def _process(task: Task, encoder: Encoder) -> Done:
     rows: list[dict[str, Any]] = []
     numbers: list[int] = []
     moments: list[int | None] = []
+    ruled = [c for c in (task.rules.group, task.rules.time) if c is not None] if task.rules is not None else []
     try:
         raw = (
             readers.parse_lines(block)
@@ -133,7 +135,7 @@ def _process(task: Task, encoder: Encoder) -> Done:
         for number, value in raw:
             numbers.append(number)
             try:
-                rows.append(canonical(value, task.format, task.columns))
+                rows.append(canonical(value, task.format, task.columns, done.unused, ruled))
                 moments.append(task.rules.apply(value, rows[-1]) if task.rules is not None else None)
             except RowError as error:
                 raise to_user_error(error, f"{block.file}:{number}") from None
@@ -236,7 +238,7 @@ def read_source(
         rows = _guarded(item.converter, item.path, source, label)
         stream = readers.from_converter(rows, label)
     else:
-        stream = readers.blocks(item.path, split=source.split, hub=item.hub, notes=notes)
+        stream = readers.blocks(item.path, split=source.split, hub=item.hub, notes=notes, role=item.role)
     stream = readers.limit(stream, source.max_rows)
     head = next(stream, None)
     if head is None:
@@ -244,6 +246,7 @@ def read_source(
     fmt, why = _format(head, source)
     rules = split.RowRules.of(recipe.data, recipe.eval.label_separator)
     counts: collections.Counter = collections.Counter()
+    unused = Unused()
     rows_before, docs_before, tokens_before = writer.rows, writer.docs, writer.tokens
     numbers: dict[str, int] = {name: i for i, name in enumerate(files)}
 
@@ -264,11 +267,13 @@ def read_source(
         done.docs["docrow"] = done.docs["docrow"] + base
         writer.append_documents(done.tokens, done.flags, done.docs)
         counts.update(done.counts)
+        unused.update(done.unused)
         if progress is not None:
             progress(writer.rows, writer.tokens)
     if writer.rows == rows_before:
         raise UserError("no rows: every line is blank", where=str(item.path))
     counts.update(notes.counts())
+    counts.update(unused.remarks)
     return {
         "name": item.name,
         "role": item.role,
@@ -283,7 +288,8 @@ def read_source(
         "documents": writer.docs - docs_before,
         "tokens": writer.tokens - tokens_before,
         "counts": dict(sorted(counts.items())),
-        **({"files": notes.as_dict()} if notes.read or notes.left_out or notes.not_read else {}),
+        "unused": unused.as_dict(),
+        **({"files": notes.as_dict()} if notes.any() else {}),
     }
 
 

@@ -208,6 +208,20 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
             shown = ", ".join(f"{entry['file']}: {entry['why']}" for entry in left_out[:3])
             more = f", and {len(left_out) - 3} more (prepare --json names all)" if len(left_out) > 3 else ""
             out.append(f"{source['name']}: {len(left_out)} document(s) left out ({shown}{more})")
+        others = source.get("files", {}).get("other_splits", {})
+        if others and source["files"]["split_guessed"]:
+            named = ", ".join(
+                f"{name} ({len(files)} file{'s' if len(files) > 1 else ''})" for name, files in others.items()
+            )
+            out.append(
+                f"{source['name']}: of the folder only the split '{source['files']['split']}' is read; not read: {named}; "
+                f"data.{source['role']}.N.split=NAME chooses another one, split=all reads every file"
+            )
+        out += [
+            f"{source['name']}: {count} x {what}"
+            for what, count in source["counts"].items()
+            if what.startswith(("a turn holds <", "system column left out", "left out: repeated header"))
+        ]
         cut = source["counts"].get("truncated", 0)
         if source["format"] == "text" and cut:
             out.append(

@@ -95,7 +95,10 @@ def moment(value: Any, column: str) -> int:
     if isinstance(value, datetime.date):
         return _date(datetime.datetime(value.year, value.month, value.day))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return _number(float(value), column)
+        try:
+            return _number(float(value), column)
+        except OverflowError:  # an integer of hundreds of digits
+            raise RowError(f"{str(value)[:20]}... in column '{column}' cannot be ordered") from None
     text = str(value).strip()
     if re.fullmatch(r"-?\d+(\.\d+)?", text):
         return _number(float(text), column)

@@ -13,6 +13,7 @@ from aifactory_train.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from aifactory_train.data.documents import Notes
+    from aifactory_train.data.rows import Unused
 
 #: Rows that are read for the guesses and the report; beyond, ``aifactory prepare --report`` looks at all.
 MOST_ROWS = 200_000
@@ -103,23 +104,27 @@ def read(path: Path, notes: Notes) -> tuple[list[tuple[str, Any]], bool]:
     return raw, False
 
 
-def canonical_rows(raw: list[tuple[str, Any]], form: str, columns: dict[str, str]) -> list[dict[str, Any]]:
-    """The rows as training reads them; one that does not fit is a :class:`UserError` with its place."""
+def canonical_rows(
+    raw: list[tuple[str, Any]], form: str, columns: dict[str, str], unused: Unused | None = None
+) -> list[dict[str, Any]]:
+    """The rows as training reads them; one that does not fit is a :class:`UserError` with its place. ``unused`` gathers what they
+    hold and training does not use."""
     from aifactory_train.data.rows import RowError, canonical, to_user_error
 
     rows = []
     for place, value in raw:
         try:
-            rows.append(canonical(value, form, columns))
+            rows.append(canonical(value, form, columns, unused))
         except RowError as error:
             raise to_user_error(error, place) from None
     return rows
 
 
 def understand(
-    raw: list[tuple[str, Any]], columns: dict[str, str], task: str | None
+    raw: list[tuple[str, Any]], columns: dict[str, str], task: str | None, unused: Unused | None = None
 ) -> tuple[Draft, list[dict[str, Any]]]:
-    """The draft (task, columns, labels) and the rows read accordingly; ``columns`` and ``task`` are what the user said."""
+    """The draft (task, columns, labels) and the rows read accordingly; ``columns`` and ``task`` are what the user said; ``unused``
+    as for :func:`canonical_rows`."""
     place, first = raw[0]
     if not isinstance(first, dict):
         raise UserError("a row is an object of named columns", where=place)
@@ -138,7 +143,7 @@ def understand(
     roles = [draft.columns.get(n, n) for n in names]
     if not judged:
         _form(draft, roles, task, place)
-    rows = canonical_rows(raw, draft.form, draft.columns)
+    rows = canonical_rows(raw, draft.form, draft.columns, unused)
     if len(rows) < 2:
         raise UserError(
             "one row cannot be split into training and held-out rows", where=place, fix="give more rows, or --eval"
@@ -192,6 +197,16 @@ def _judged(draft: Draft, raw: list[tuple[str, Any]], names: list[str], task: st
         _take(draft, "feedback", {answer: "completion", rating: "label"}, question, names)
         draft.assumed.append(
             f"'{rating}' says whether '{answer}' is a good answer to '{question}' (KTO); to learn every answer, good or bad: --task qa"
+        )
+        return True
+    talk = next((roles[n] for n in ("messages", "conversations") if n in roles and first[roles[n]]), None)
+    if rating and talk and task != "preference" and (task or all(isinstance(row[rating], bool) for _, row in raw)):
+        if not task and _ratings(rating, raw) == {True}:
+            draft.assumed.append(f"every conversation is a good one, says '{rating}': all are learnt as they are")
+            return False
+        _take(draft, "feedback", {rating: "label"}, None, names)
+        draft.assumed.append(
+            f"'{rating}' says whether the last answer of '{talk}' is a good one (KTO); to learn every answer, good or bad: --task chat"
         )
         return True
     if task is None:
