@@ -243,7 +243,13 @@ def read_source(
     head = next(stream, None)
     if head is None:
         raise UserError("no rows", where=str(item.path), fix="the source is empty")
-    fmt, why = _format(head, source)
+    try:
+        fmt, why = _format(head, source)
+    except UserError as error:
+        if not item.path.is_dir():
+            raise
+        fix = f"{error.fix}; a file of the folder that holds no rows: move it out"
+        raise UserError(error.what, where=error.where, fix=fix) from None
     rules = split.RowRules.of(recipe.data, recipe.eval.label_separator)
     counts: collections.Counter = collections.Counter()
     unused = Unused()

@@ -514,7 +514,7 @@ def _calls(raw: dict[str, Any], where: str, unused: Unused) -> list[Any] | None:
     if calls is not None and not isinstance(calls, list):
         raise RowError(f"{where}: 'tool_calls' is {_kind(calls)}, not a list of calls")
     old = raw.get("function_call")
-    if _blank(old):
+    if not old or (isinstance(old, dict) and all(value is None for value in old.values())):
         return calls
     call = _old_call(old, where)
     if not calls:
@@ -765,7 +765,8 @@ def _repeats(question: list[dict[str, Any]], said: list[dict[str, Any]]) -> int:
         if _alike(question[-n:], said[:n]):
             return n
     last = max(i for i, m in enumerate(said) if m["role"] == "user") + 1
-    if 0 < len(question) <= last and _alike(question, said[last - len(question) : last]):
+    answered = any(m["role"] == "assistant" for m in said[last:])
+    if answered and 0 < len(question) <= last and _alike(question, said[last - len(question) : last]):
         return last
     return 0
 

@@ -449,3 +449,41 @@ def test_two_hundred_documents_become_an_adapter_with_two_commands(tmp_path, tin
     own = record["data_sets"]["own"]
     assert own["rows"] == 200 and own["leakage"]["share"] == 0.0 and own["licences"][0]["licence"] == "own"
     assert "scan.pdf" not in (run / "record.json").read_text()  # the record counts, it names no file
+
+
+# ---- what stands beside the known columns
+
+
+def test_text_with_numbers_as_labels_is_read_as_the_draft_says(here, capsys, tiny_model_dir):
+    rows = [{"text": f"The part number {i} of the gate is {'loose' if i % 2 else 'tight'}.", "label": i % 2} for i in range(40)]  # fmt: skip
+    helpers.write_jsonl(here / "r.jsonl", rows)
+    made = new(capsys, "r", "--data", "r.jsonl", "--base", tiny_model_dir, "--licence", "own")
+    assert made["columns"] == {"text": "prompt", "label": "completion"} and made["labels"] == ["0", "1"]
+    assert main(["prepare", "r.yaml", "--set", "data.overlap=allow", "--cache-dir", "c"]) == 0, capsys.readouterr().err
+
+
+def test_judged_conversations_become_kto(here, capsys, tiny_model_dir):
+    def row(i: int, **more: Any) -> dict[str, Any]:
+        turns = [{"role": "user", "content": f"Part {i}?"}, {"role": "assistant", "content": f"It is {i * 3}."}]
+        return {"messages": turns, **more}
+
+    helpers.write_jsonl(here / "r.jsonl", [row(i, thumbs_up=i % 2 == 0) for i in range(24)])
+    made = new(capsys, "r", "--data", "r.jsonl", "--base", tiny_model_dir)
+    assert made["method"] == "kto" and made["columns"] == {"thumbs_up": "label"}
+    made = new(capsys, "all", "--data", "r.jsonl", "--task", "chat", "--base", tiny_model_dir)
+    assert made["method"] is None and made["report"]["unused"]["columns"] == {"thumbs_up": 24}
+    helpers.write_jsonl(here / "topics.jsonl", [row(i, label=i % 2) for i in range(24)])
+    assert new(capsys, "topics", "--data", "topics.jsonl", "--base", tiny_model_dir)["method"] is None
+
+
+def test_what_a_draft_does_not_use_is_said(here, capsys, tiny_model_dir):
+    (here / "ds").mkdir()
+    rows = [{"prompt": f"Where is part {i}?", "completion": f"In box {i * 3}.", "shelf": "x"} for i in range(24)]
+    helpers.write_jsonl(here / "ds" / "train.jsonl", rows)
+    helpers.write_jsonl(here / "ds" / "test.jsonl", rows[:5])
+    (here / "ds" / "dataset_infos.json").write_text("{}")
+    assert main(["recipes", "new", "r", "--data", "ds", "--base", str(tiny_model_dir)]) == 0
+    captured = capsys.readouterr()
+    told = captured.out + captured.err
+    assert "not used: column 'shelf' (24 rows)" in told and "24 rows" in told
+    assert "only the split 'train' is read; not read: test (1 file(s))" in told and "dataset_infos.json" in told
