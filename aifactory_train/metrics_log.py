@@ -122,6 +122,8 @@ def _duration(seconds: float) -> str:
 
 def print_start(recipe, run: RunFolder, world, report, data, total_steps: int) -> None:
     """What was chosen, and why, before any work is done."""
+    from aifactory_train.data.report import rows_line
+
     train_set = data.train
     count = "GPU" if world.device != "cpu" else "CPU process"
     rows = [
@@ -145,6 +147,7 @@ def print_start(recipe, run: RunFolder, world, report, data, total_steps: int) -
             f"{int(train_set.supervised.sum()):,} supervised",
             ", ".join(f"{name}: {len(held.lengths):,} held out" for name, held in data.evals.items()),
         ],
+        *([["rows", *rows_line(data.report)]] if "rows" in data.report else []),
         [
             "step",
             f"{recipe.train.batch_rows} documents"

@@ -28,11 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from aifactory_train.data.frames import Frames
+from aifactory_train.data.frames import Frame, Frames
 from aifactory_train.data.offsets import Offsets, widths
 from aifactory_train.data.pieces import Pieces, end_to_end
 from aifactory_train.data.rows import RowError, supervised_turns
 from aifactory_train.data.template import ChatTemplate, TemplateRefused
+from aifactory_train.data.traces import Controls, lost
 
 _MARKER = "QZ7VXK"  # plain letters and digits: no template trims, splits or escapes it
 _STOP_NAMES = (
@@ -86,11 +87,16 @@ class Document:
 
 @dataclass
 class Encoded:
-    """The documents of one row (none when it was dropped), and what is worth counting."""
+    """The documents of one row (none when it was dropped), and what is worth counting.
+
+    ``lost``: parts that the template leaves out (:func:`~aifactory_train.data.traces.lost`); ``controls``: special tokens in what people
+    wrote. Each as often as it was found."""
 
     documents: list[Document]
-    dropped: str | None = None  # "long" | "masked"
+    dropped: str | None = None  # "long" | "masked" | "empty" | "pair"
     flags: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
 
 
 @dataclass
@@ -108,6 +114,8 @@ class _Rendered:
     full: str
     turns: list[_Turn]
     flags: set[str] = field(default_factory=set)
+    lost: tuple[str, ...] = ()
+    empty: bool = False  # nothing is left of any answer
 
 
 @dataclass
@@ -155,6 +163,7 @@ class Encoder:
         self.tokenizer = _tokenizer(spec.tokenizer_json)
         self.template = ChatTemplate(spec.template, spec.specials) if spec.template else None
         self.specials = frozenset(spec.special_ids)
+        self._controls = Controls(filter(None, map(self.tokenizer.id_to_token, spec.special_ids)))
         size = max(self.tokenizer.get_vocab_size(with_added_tokens=True), max(spec.special_ids, default=0) + 1)
         self._is_special = np.zeros(size, dtype=bool)
         self._is_special[list(spec.special_ids)] = True
@@ -191,13 +200,24 @@ class Encoder:
                 texts.append(i)
                 continue
             try:
-                chats.append((i, self.render(row)))
+                rendered = self.render(row)
             except RowError as error:
                 results[i] = error
-        for (i, _), found in zip(chats, self._chats([r for _, r in chats]), strict=True):
+                continue
+            if rendered.empty:
+                results[i] = Encoded([], "empty", tuple(sorted(rendered.flags)), rendered.lost)
+            else:
+                chats.append((i, rendered))
+        for (i, one), found in zip(chats, self._chats([r for _, r in chats]), strict=True):
+            if one.lost and isinstance(found, Encoded):
+                found.lost = one.lost
             results[i] = found
         for i, found in zip(texts, self._texts([rows[i]["text"] for i in texts]), strict=True):
             results[i] = found
+        for row, result in zip(rows, results, strict=True):
+            controls = self._controls.of(row)
+            if controls and isinstance(result, Encoded):
+                result.controls = controls
         return results  # type: ignore[return-value]
 
     def _encode_pairs(self, rows: list[dict[str, Any]]) -> list[Encoded | RowError]:
@@ -210,14 +230,17 @@ class Encoder:
                 results.append(one if isinstance(one, RowError) else other)
                 continue
             documents, flags = one.documents + other.documents, tuple(sorted({*one.flags, *other.flags}))
-            whole = len(one.documents) == len(other.documents) == 1
-            results.append(Encoded(documents, None, flags) if whole else Encoded([], "pair", flags))
+            counted = flags, one.lost + other.lost, one.controls + other.controls
+            if len(one.documents) == len(other.documents) == 1:
+                results.append(Encoded(documents, None, *counted))
+            else:
+                results.append(Encoded([], "empty" if "empty" in (one.dropped, other.dropped) else "pair", *counted))
         return results
 
     # -- rendering
 
     def render(self, row: dict[str, Any]) -> _Rendered:
-        """Render a chat row and find the assistant's turns in the text."""
+        """Render a chat row, find the assistant's turns in the text, and note what the template leaves out of it."""
         if self.template is None:
             raise RowError(
                 "the tokenizer has no chat template",
@@ -225,19 +248,49 @@ class Encoder:
             )
         messages, tools = row["messages"], row.get("tools")
         frame = self._frames.of(messages) if self._frames is not None and not tools else None
-        filled = frame.fill(messages) if frame is not None else None
-        if frame is None or filled is None:
-            return self._render(messages, tools)
+        rendered = self._framed(frame, messages) if frame is not None else None
+        if rendered is None:
+            return self._traced(self._render(messages, tools), messages, tools)
+        assert frame is not None
+        # Every text has its place in a complete frame.
+        return rendered if frame.complete else self._traced(rendered, messages, tools)
+
+    def _framed(self, frame: Frame, messages: list) -> _Rendered | None:
+        """The frame with these texts in it; None where it does not fit them."""
+        filled = frame.fill(messages)
+        if filled is None:
+            return None
         full, turns = filled
         rendered = _Rendered(full, [_Turn(a, b, _find_text(full, a, b, content)) for a, b, content in turns])
         if frame.to_check:  # the first rows of each shape go both ways
             frame.to_check -= 1
-            proof = self._render(messages, tools)
+            proof = self._render(messages, None)
             if proof != rendered:
                 assert self._frames is not None
                 self._frames.drop(frame)
-                return proof
+                return None
         return rendered
+
+    def _traced(self, rendered: _Rendered, messages: list, tools: Any) -> _Rendered:
+        """``rendered`` with what the template left out of it. A turn of which nothing is left is not learnt: its end-of-turn token alone
+        would teach the model to say nothing."""
+        full, turns = rendered.full, rendered.turns
+        regions = [
+            (k, turn.start, turn.end, turn.text is not None)
+            for k, turn in zip(supervised_turns(messages), turns, strict=True)
+        ]
+        rendered.lost = lost(messages, tools, full, regions)
+        if rendered.lost and self.spec.supervise != "all":
+            left = [turn for turn in turns if turn.text is not None or self._says(full, turn)]
+            rendered.lost += ("answer left empty",) * (len(turns) - len(left))
+            rendered.turns, rendered.empty = left, not left
+        return rendered
+
+    def _says(self, full: str, turn: _Turn) -> bool:
+        """Whether the template wrote anything between the beginning of the turn and its end-of-turn token."""
+        text = full[turn.start : turn.end]
+        ends = [at for stop in self.stops if (at := text.find(self.tokenizer.id_to_token(stop) or "\0")) >= 0]
+        return bool(self._controls.without(text[: min(ends, default=len(text))]).strip())
 
     def _render(self, messages: list, tools: Any) -> _Rendered:
         assert self.template is not None

@@ -216,10 +216,15 @@ class Frame:
         full: _Skeleton,
         turns: list[tuple[int, tuple[int, int], tuple[int, int]]],
         conditions: Iterable[tuple[Any, str, Any, bool]],
+        messages: int,
     ):
         self._literals, self._slots = full.literals, full.slots
         self._turns = turns
         self._conditions = list(conditions)
+        #: Every message has its place, without anything but the white space around it taken away.
+        self.complete = {message for message, _ in full.slots} == set(range(messages)) and not any(
+            chars is not None and chars.strip() for _, strips in full.slots for _, chars in strips
+        )
         self.to_check = 4  # rows of this shape that are rendered with the template as well
 
     def fill(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int, str]]] | None:
@@ -300,7 +305,7 @@ class Frames:
             return None
         except TEMPLATE_ERRORS:
             return None  # refused, or an operation that a Text has not: rows of this shape meet the template itself
-        return Frame(full, turns, asked)
+        return Frame(full, turns, asked, len(shape))
 
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> _Skeleton:
         values = {**self._always, "messages": messages, "add_generation_prompt": prompt}

@@ -24,7 +24,7 @@ from aifactory_train.errors import UserError
 from aifactory_train.private import vault
 
 #: Raised when the same input would give other files; older caches are then built again.
-PREPARED_FORMAT = 4
+PREPARED_FORMAT = 5
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from aifactory_train.data.pipeline import PreparedData
+from aifactory_train.data.report import rows_line
 from aifactory_train.data.store import TokenDataset
 from aifactory_train.output import console, note, table
 
@@ -54,7 +55,9 @@ def report_tables(prepared: PreparedData) -> None:
         rows,
         right=(1, 2, 3, 4, 5, 6),
     )
-    noted = [f"{s['name']}: {count:,} x {what}" for s in report["sources"] for what, count in s["counts"].items()]
+    used, why = rows_line(report)
+    noted = [f"rows for training: {used}" + (f" ({why})" if why else "")]
+    noted += [f"{s['name']}: {count:,} x {what}" for s in report["sources"] for what, count in s["counts"].items()]
     for kind, unit in (("columns", "column"), ("turn_keys", "key of a turn")):
         noted += [
             f"not used: {unit} '{name}' ({count:,} {'rows' if kind == 'columns' else 'turns'})"

@@ -82,7 +82,7 @@ def _prepare(
     root = Path(cache_dir) if cache_dir is not None else _config.cache_dir() / "prepared"
     target = root / _inputs.cache_key(recipe, spec, inputs)
     if (target / "prepared.json").is_file():
-        return _open(target, info, reused=True)
+        return _open(target, info, recipe, inputs, reused=True)
     try:
         root.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=root, prefix=f".{target.name}-"))
@@ -106,14 +106,21 @@ def _prepare(
         raise full from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return _open(target, info, reused=False)
+    return _open(target, info, recipe, inputs, reused=False)
 
 
-def _open(folder: Path, info: dict[str, Any], *, reused: bool) -> PreparedData:
+def _open(folder: Path, info: dict[str, Any], recipe: Recipe, inputs: list[Input], *, reused: bool) -> PreparedData:
     facts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     store = Store(folder / "store")
     if (folder / "own.json").is_file():
         facts["report"] |= json.loads((folder / "own.json").read_text(encoding="utf-8"))
+    if reused:
+        # Content decides what is in a cache, not where it lay: the rows may have been read from another place.
+        store = Store(folder / "store", _files_now(store.facts, inputs))
+        for entry, item in zip(facts["report"]["sources"], inputs, strict=True):
+            entry["source"] = item.source.source
+        if facts["report"].get("own"):
+            facts["report"]["own"]["licences"] = own_report.stated_licences(_licences(recipe))
 
     def view(entry: dict[str, Any]) -> TokenDataset:
         path = folder / entry["file"]
@@ -128,6 +135,19 @@ def _open(folder: Path, info: dict[str, Any], *, reused: bool) -> PreparedData:
     return PreparedData(view(facts["train"]), evals, facts["report"], info, folder, reused)
 
 
+def _files_now(facts: dict[str, Any], inputs: list[Input]) -> list[str]:
+    """The names of a store's files, below the sources of this run."""
+    places = facts["places"]
+    return [
+        name if place is None else f"{inputs[number].path}{place}"
+        for name, (number, place) in zip(facts["files"], places, strict=True)
+    ]
+
+
+def _licences(recipe: Recipe) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((s.source, s.licence) for s in [*recipe.data.train, *(recipe.data.eval or [])]))
+
+
 def _build(
     recipe: Recipe, spec: EncoderSpec, inputs: list[Input], scratch: Path, progress: Callable[[int, int], None] | None
 ) -> None:
@@ -135,10 +155,14 @@ def _build(
     encoder = Encoder(spec)
     wide = encoder.tokenizer.get_vocab_size(with_added_tokens=True) > 1 << 16
     writer = StoreWriter(scratch / "store", wide=wide)
-    facts: dict[str, Any] = {"sources": [], "files": []}
+    facts: dict[str, Any] = {"sources": [], "files": [], "places": []}
     try:
         for number, item in enumerate(inputs):
-            facts["sources"].append(read_source(recipe, encoder, item, number, writer, facts["files"], progress))
+            places: list[str | None] = []
+            facts["sources"].append(
+                read_source(recipe, encoder, item, number, writer, facts["files"], places, progress)
+            )
+            facts["places"] += [(number, place) for place in places]
         writer.close(facts)
     except BaseException:
         writer.abandon()
@@ -160,6 +184,7 @@ def _build(
             "duplicates": selection.duplicates,
             "overlap": selection.overlap,
             "unused": _unused(facts["sources"]),
+            "rows": selection.rows,
             "sets": {("train" if i == 0 else e["name"]): e["report"] for i, e in enumerate(entries)},
             "digests": {("train" if i == 0 else e["name"]): e["digest"] for i, e in enumerate(entries)},
             "seconds": round(time.monotonic() - started, 2),
@@ -197,11 +222,10 @@ def _own(
     if at_once and int(np.asarray(store.column("rowlength")).sum(dtype=np.int64)) > own_report.AT_ONCE:
         return {**out, "own": None}
     held = np.unique(np.concatenate(others))
-    licences = list(dict.fromkeys((s.source, s.licence) for s in [*recipe.data.train, *(recipe.data.eval or [])]))
     own = own_report.describe(
         [words.texts[row] for row in train],
         [words.texts[row] for row in held],
-        licences=licences,
+        licences=_licences(recipe),
         spoken_in=out["languages"],
         words=(words.shingles, train, held),
     )
@@ -218,7 +242,7 @@ def look_at(recipe: Recipe, tokenizer: Any, prepared: PreparedData) -> dict[str,
     if prepared.report.get("own") is not None:
         return prepared.report
     sets = {"train": prepared.train, **prepared.evals}
-    selection = Selection([(name, view._docs, {}) for name, view in sets.items()], {}, {}, {})
+    selection = Selection([(name, view._docs, {}) for name, view in sets.items()], {}, {}, {}, {})
     encoder = Encoder(encoder_spec(tokenizer, recipe))
     store = prepared.train.store
     prepared.report |= _own(recipe, store, selection, encoder, Words(store), at_once=False)

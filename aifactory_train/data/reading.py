@@ -27,7 +27,7 @@ from aifactory_train.data.encoder import Encoder, EncoderSpec
 from aifactory_train.data.inputs import Input
 from aifactory_train.data.readers import Block
 from aifactory_train.data.rows import RowError, Unused, canonical, detect_format, to_user_error
-from aifactory_train.data.store import StoreWriter, pack_flags
+from aifactory_train.data.store import DROPPED, StoreWriter, pack_flags
 from aifactory_train.errors import UserError
 from aifactory_train.private import redact
 
@@ -48,6 +48,25 @@ class Task:
     rules: split.RowRules | None = None
 
 
+class Found:
+    """How often each thing was found, and in how many rows."""
+
+    def __init__(self) -> None:
+        self.rows: collections.Counter[str] = collections.Counter()
+        self.times: collections.Counter[str] = collections.Counter()
+
+    def in_row(self, things: tuple[str, ...]) -> None:
+        self.rows.update(set(things))
+        self.times.update(things)
+
+    def update(self, other: Found) -> None:
+        self.rows.update(other.rows)
+        self.times.update(other.times)
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        return {thing: {"rows": n, "times": self.times[thing]} for thing, n in sorted(self.rows.items())}
+
+
 @dataclass
 class Done:
     """What a block became: arrays in the layout of the store. ``error`` ends the preparation."""
@@ -59,6 +78,9 @@ class Done:
     docs: dict[str, np.ndarray] = field(default_factory=dict)
     counts: collections.Counter = field(default_factory=collections.Counter)
     unused: Unused = field(default_factory=Unused)
+    lost: Found = field(default_factory=lambda: Found())
+    controls: Found = field(default_factory=lambda: Found())
+    empty_at: int | None = None  # line of the first row of whose answer nothing is left
     error: UserError | None = None
 
 
@@ -166,6 +188,7 @@ def _process(task: Task, encoder: Encoder) -> Done:
         ids.append(_hash(row["id"]) | 1 if "id" in row else 0)
     results = encoder.encode(rows)
     documents, docrow = [], []
+    dropped = np.zeros(len(rows), dtype="<u1")
     counts = done.counts
     for i, result in enumerate(results):
         if isinstance(result, RowError):
@@ -173,6 +196,10 @@ def _process(task: Task, encoder: Encoder) -> Done:
             return done
         if result.flags:
             counts.update(result.flags)
+        if result.lost:
+            done.lost.in_row(result.lost)
+        if result.controls:
+            done.controls.in_row(result.controls)
         if (
             result.dropped == "masked"
             and not any(d.cut for d in result.documents)
@@ -184,6 +211,9 @@ def _process(task: Task, encoder: Encoder) -> Done:
             return done
         if result.dropped:
             counts[f"dropped: {result.dropped}"] += 1
+            dropped[i] = DROPPED.index(result.dropped)
+            if result.dropped == "empty" and done.empty_at is None:
+                done.empty_at = numbers[i]
         if len(result.documents) > 1 and "rejected" not in rows[i]:
             counts["split"] += 1
         elif result.documents and result.documents[0].cut:
@@ -201,6 +231,7 @@ def _process(task: Task, encoder: Encoder) -> Done:
         "rownorm": np.asarray(norms, dtype="<u8"),
         "rowgroup": np.asarray(groups, dtype="<u8"),
         "rowid": np.asarray(ids, dtype="<u8"),
+        "rowdropped": dropped,
     }
     lengths = np.fromiter((len(d.tokens) for d in documents), dtype=np.int64, count=len(documents))
     supervised = np.zeros(0)
@@ -228,9 +259,11 @@ def read_source(
     number: int,
     writer: StoreWriter,
     files: list[str],
+    places: list[str | None],
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
-    """Read one source into the store; returns its facts for the report."""
+    """Read one source into the store; returns its facts for the report. ``files`` and ``places`` grow by the source's files:
+    what they are called, and where below the source they lie (None where the name holds no path)."""
     source = item.source
     label = f"{item.name}:row"
     notes = documents.Notes(recipe.data.unreadable)
@@ -254,7 +287,9 @@ def read_source(
     counts: collections.Counter = collections.Counter()
     unused = Unused()
     rows_before, docs_before, tokens_before = writer.rows, writer.docs, writer.tokens
-    numbers: dict[str, int] = {name: i for i, name in enumerate(files)}
+    numbers: dict[str, int] = {}  # of this source: another one may read the same file, and later another file
+    lost, controls = Found(), Found()
+    empty_at: str | None = None
 
     def tasks() -> Iterator[Task]:
         block: Block | None = head
@@ -262,6 +297,7 @@ def read_source(
             if block.file not in numbers:
                 numbers[block.file] = len(files)
                 files.append(block.file)
+                places.append(_inside(block.file, item.path))
             yield Task(block, fmt, source.columns, number, numbers[block.file], rules)
             block = next(stream, None)
 
@@ -274,10 +310,22 @@ def read_source(
         writer.append_documents(done.tokens, done.flags, done.docs)
         counts.update(done.counts)
         unused.update(done.unused)
+        lost.update(done.lost)
+        controls.update(done.controls)
+        if done.empty_at is not None and empty_at is None:
+            empty_at = f"{files[int(done.rows['rowfile'][0])]}:{done.empty_at}"
         if progress is not None:
             progress(writer.rows, writer.tokens)
     if writer.rows == rows_before:
         raise UserError("no rows: every line is blank", where=str(item.path))
+    empty, rows_here = counts["dropped: empty"], writer.rows - rows_before
+    if 2 * empty > rows_here:
+        raise UserError(
+            f"the chat template writes nothing of the answers of {empty:,} of {rows_here:,} rows ({_worst(lost)}): "
+            "the model would learn to say nothing",
+            where=str(empty_at),
+            fix="name a template that writes them: model.chat_template=FILE.jinja",
+        )
     counts.update(notes.counts())
     counts.update(unused.remarks)
     return {
@@ -296,7 +344,21 @@ def read_source(
         "counts": dict(sorted(counts.items())),
         "unused": unused.as_dict(),
         **({"files": notes.as_dict()} if notes.any() else {}),
+        "template": lost.as_dict(),
+        "control_tokens": controls.as_dict(),
     }
+
+
+def _inside(file: str, source: Path) -> str | None:
+    """What follows the path of its source in the name of a file."""
+    rest = file.removeprefix(str(source))
+    return rest if rest != file and rest[:1] in ("", "/", ":") else None
+
+
+def _worst(lost: Found) -> str:
+    """What of the answers a template leaves out most often."""
+    named = (what for what, _ in lost.rows.most_common() if what.startswith(("tool call", "answer text", "reasoning")))
+    return next(named, "no text of theirs is in it")
 
 
 def _guarded(

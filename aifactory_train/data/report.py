@@ -24,6 +24,60 @@ LEAK_LIMIT = 0.01
 #: Text of a language that costs this many times the tokens of English (per byte; per word) is one that the tokenizer hardly knows.
 DEAR_PER_BYTE, DEAR_PER_WORD = 1.5, 2.5
 
+#: Rows that a rule may drop, or a length may cut, before it is said as a warning.
+DROP_LIMIT = 0.05
+#: Why rows are missing: a phrase, and the settings that keep them.
+REASONS = {
+    "duplicate": ("the same as an earlier row", "data.deduplicate=false keeps them"),
+    "group held out": (
+        "of a held-out group, and not needed there",
+        "a larger data.eval_rows or a smaller data.eval_fraction uses them",
+    ),
+    "overlap: same text": ("with the text of a held-out row", "data.overlap=allow keeps them"),
+    "overlap: nearly same": (
+        "nearly the same as a held-out row",
+        "data.overlap=allow keeps them; where rows share a passage or a form, hold out whole ones of those: "
+        "data.split_by={group: COLUMN}",
+    ),
+    "long": (
+        "longer than data.sequence_length",
+        "a larger data.sequence_length keeps them, or data.long_documents=truncate",
+    ),
+    "masked": (
+        "cut before the answer begins",
+        "a larger data.sequence_length keeps them",
+    ),
+    "empty": (
+        "without anything of their answer in the rendered text",
+        "a template that writes it keeps them: model.chat_template=FILE.jinja",
+    ),
+    "pair": ("with an answer that does not fit", "a larger data.sequence_length keeps them"),
+}
+#: The setting that decides, by reason.
+KEYS = {
+    "overlap: same text": "data.overlap",
+    "overlap: nearly same": "data.overlap",
+    "long": "data.sequence_length",
+    "masked": "data.sequence_length",
+    "empty": "model.chat_template",
+}
+#: What may be done about a part of the rows that the chat template leaves out.
+_TEMPLATE_FIX = {
+    "system text": "the answers are learnt without it. Name a template that writes it (model.chat_template=FILE.jinja), or "
+    "put it before the question",
+    "question text": "the answers are learnt without it. Name a template that writes it: model.chat_template=FILE.jinja",
+    "tool answer": "the answers are learnt without it. Name a template that writes it: model.chat_template=FILE.jinja",
+    "tool schema": "calls are learnt without it. Name a template that writes tools: model.chat_template=FILE.jinja",
+    "tool call": "it is not learnt. Name a template that writes calls: model.chat_template=FILE.jinja",
+    "reasoning of the last answer": "it is not learnt. A copy of the template that keeps it (without the lines that cut at "
+    "</think>) trains it: model.chat_template=FILE.jinja; else take it out of the rows",
+    "reasoning of earlier answers": "those answers are learnt as if nothing had been thought before. Make a row of each "
+    "answer, or give the earlier ones weight: 0",
+    "answer text": "it is not learnt as it is written. See it with prepare --inspect 3; another template: "
+    "model.chat_template=FILE.jinja",
+    "answer left empty": "such a turn carries no loss, or the model would learn to say nothing",
+}
+
 #: English prose that every tokenizer is measured on, for comparison.
 _ENGLISH = (
     "The bridge over the river was closed for most of the winter because the old bearings had to be replaced. While the work "
@@ -91,12 +145,15 @@ def describe(
             "rule": near.RULE,
         },
         "leakage": leakage(shingles, ours, theirs) if held is not None else None,
-        "licences": [
-            {"source": s, "licence": licence if licence != "unknown" else "MISSING"} for s, licence in licences
-        ],
+        "licences": stated_licences(licences),
         "personal_data": {"counts": found.counts, "rows": found.rows, "possible": found.possible, "bytes": found.bytes},
     }
     return out
+
+
+def stated_licences(licences: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """``(source, licence)`` as the report lists them."""
+    return [{"source": s, "licence": licence if licence != "unknown" else "MISSING"} for s, licence in licences]
 
 
 def languages(texts: Sequence[str], stated: Sequence[str | None] | None = None) -> dict[str, Any]:
@@ -228,8 +285,14 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
                 f"{source['name']}: {cut} text(s) lose what is beyond data.sequence_length; "
                 "data.long_documents=paragraphs keeps all of them"
             )
+        elif cut > DROP_LIMIT * source["rows"]:
+            out.append(
+                f"{source['name']}: {cut:,} of {source['rows']:,} rows ({cut / source['rows']:.0%}) are cut at data.sequence_length, most "
+                "of them inside an answer; a larger one keeps them whole, data.long_documents=drop leaves them out"
+            )
         if source["licence"] == "unknown":
             out.append(f"{source['name']}: the licence of the data is MISSING (data.{source['role']}.N.licence)")
+    out += _missing(report)
     leak = (report.get("own") or {}).get("leakage")
     if leak and leak["share"] > LEAK_LIMIT:
         out.append(
@@ -245,7 +308,61 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
     return out
 
 
+def _missing(report: dict[str, Any]) -> list[str]:
+    """Warnings of rows that a rule drops, of what the chat template leaves out, and of special tokens in what people wrote."""
+    out = []
+    fate = report.get("rows", {"given": 0, "dropped": {}})
+    for why, n in fate["dropped"].items():
+        if n > DROP_LIMIT * fate["given"]:
+            what, keep = REASONS[why]
+            out.append(f"{n:,} of {fate['given']:,} rows ({n / fate['given']:.0%}) are not trained on: {what}; {keep}")
+    total = sum(source["rows"] for source in report.get("sources", []))
+    for what, found in found_in(report, "template").items():
+        part, _, verdict = what.rpartition(" ")
+        part = what if what in _TEMPLATE_FIX else part
+        did = {"dropped": "drops the", "changed": "rewrites the"}.get(verdict)
+        told = f"{did} {part} in" if did else f"leaves an {part.replace(' left', '')} in"
+        often = f" ({found['times']:,} times)" if found["times"] != found["rows"] else ""
+        out.append(f"the chat template {told} {found['rows']:,} of {total:,} rows{often}: {_TEMPLATE_FIX[part]}")
+    controls = found_in(report, "control_tokens")
+    if controls:
+        named = sorted(controls.items(), key=lambda item: -item[1]["rows"])
+        shown = ", ".join(f"{token!r} in {found['rows']:,} rows" for token, found in named[:5])
+        more = f", and {len(named) - 5} more (prepare --json names all)" if len(named) > 5 else ""
+        out.append(
+            f"special tokens stand in what the rows say ({shown}{more}): they are read as marks of the template, as if a turn began or "
+            "ended there; write them otherwise, or leave such rows out"
+        )
+    return out
+
+
+def found_in(report: dict[str, Any], key: str) -> dict[str, dict[str, int]]:
+    """``template`` or ``control_tokens`` of all sources of a report together."""
+    out: dict[str, dict[str, int]] = {}
+    for source in report.get("sources", []):
+        for what, found in source.get(key, {}).items():
+            before = out.get(what, {"rows": 0, "times": 0})
+            out[what] = {unit: before[unit] + found[unit] for unit in before}
+    return out
+
+
 # ---- for people
+
+
+def rows_line(report: dict[str, Any]) -> tuple[str, str]:
+    """What became of the rows that were given for training: how many are used, and why the others are not."""
+    fate = report["rows"]
+    parts = [f"{fate['held_out']:,} held out"] if fate["held_out"] else []
+    parts += [f"{n:,} {REASONS[why][0]}" for why, n in fate["dropped"].items()]
+    cut = sum(source["counts"].get("truncated", 0) for source in report["sources"])
+    parts += [f"{cut:,} cut at data.sequence_length"] if cut else []
+    parts += [f"template: {what} in {found['rows']:,}" for what, found in found_in(report, "template").items()]
+    parts += [f"{token} inside {found['rows']:,}" for token, found in found_in(report, "control_tokens").items()][:5]
+    unused = report.get("unused") or {}
+    for key, kind in (("columns", "columns"), ("turn_keys", "keys of turns")):
+        if unused.get(key):
+            parts.append(f"unused {kind}: " + ", ".join(f"{name} ({n:,})" for name, n in unused[key].items()))
+    return f"{fate['given']:,} given, {fate['used']:,} used", "; ".join(parts)
 
 
 def lines_of(own: dict[str, Any]) -> list[tuple[str, str]]:

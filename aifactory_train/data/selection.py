@@ -15,7 +15,7 @@ from aifactory_train.data import report as own_report
 from aifactory_train.data.inputs import Input
 from aifactory_train.data.overlap import LENGTH, SHARE, near_duplicates
 from aifactory_train.data.sampler import hash_order, splitmix64
-from aifactory_train.data.store import Store
+from aifactory_train.data.store import DROPPED, Store
 from aifactory_train.errors import UserError
 
 
@@ -40,6 +40,7 @@ class Selection:
     how: dict[str, Any]
     duplicates: dict[str, Any]
     overlap: dict[str, Any]
+    rows: dict[str, Any]  # what became of the rows that were given for training
 
 
 def select(recipe: Recipe, store: Store, inputs: list[Input], words: Words) -> Selection:
@@ -56,7 +57,10 @@ def select(recipe: Recipe, store: Store, inputs: list[Input], words: Words) -> S
         keep = np.zeros(len(source), dtype=bool)
         keep[first] = True
         duplicates["rows"] = int((~keep).sum())
-    train = keep & np.isin(source, [n for n, i in enumerate(inputs) if i.role == "train"])
+    given = np.isin(source, [n for n, i in enumerate(inputs) if i.role == "train"])
+    train = keep & given
+    fate: dict[str, int] = {"given": int(given.sum()), "held_out": 0}
+    dropped: dict[str, int] = {"duplicate": int((given & ~keep).sum())}
     evals: list[tuple[str, np.ndarray]] = []
     if data.eval:
         how: dict[str, Any] = {"by": "given eval sources"}
@@ -75,20 +79,50 @@ def select(recipe: Recipe, store: Store, inputs: list[Input], words: Words) -> S
             how["groups"][item.name] = facts
             train[held] = train[left_out] = False
             evals.append((item.name, held))
+            fate["held_out"] += len(held)
+            dropped["group held out"] = dropped.get("group held out", 0) + len(left_out)
         how["rows_of_held_out_groups_in_other_sources"] = _other_sources(store, train, evals)
+        dropped["group held out"] += how["rows_of_held_out_groups_in_other_sources"]
     train_rows = np.flatnonzero(train)
     train_rows, evals, overlap = _overlap(recipe, store, train_rows, evals, words)
+    if "dropped_from_train" in overlap:
+        dropped |= {"overlap: same text": overlap["same_text"], "overlap: nearly same": overlap["nearly_same"]}
+    dropped |= _without_documents(store, train_rows)
+    used = len(train_rows) - sum(dropped.get(why, 0) for why in DROPPED)
+    fate["used"] = used
     sets = [_as_set("train", store, train_rows)]
     sets += [_as_set(name, store, rows) for name, rows in evals]
-    for name, docs, _ in sets:
+    for number, ((name, docs, _), rows) in enumerate(zip(sets, [train_rows, *(r for _, r in evals)], strict=True)):
         if len(docs) == 0:
-            key = "data.train" if name == "train" else "data.eval"
-            raise UserError(
-                f"the split '{name}' is empty: no document of it carries loss",
-                where=key,
-                fix="give more rows, a longer data.sequence_length, or another data.eval_fraction",
-            )
-    return Selection(sets, how, duplicates, overlap)
+            raise _empty(name, number == 0, dropped if number == 0 else _without_documents(store, rows))
+    return Selection(sets, how, duplicates, overlap, {**fate, "dropped": {why: n for why, n in dropped.items() if n}})
+
+
+def _without_documents(store: Store, rows: np.ndarray) -> dict[str, int]:
+    """How many of some rows became no document, by reason."""
+    counts = np.bincount(np.asarray(store.column("rowdropped"))[rows], minlength=len(DROPPED))
+    return {why: int(n) for why, n in zip(DROPPED, counts, strict=True) if why}
+
+
+def _empty(name: str, train: bool, dropped: dict[str, int]) -> UserError:
+    """What to say of a set without documents: where its rows went."""
+    reasons = sorted(((n, why) for why, n in dropped.items() if n), reverse=True)
+    if not reasons:
+        return UserError(
+            f"the split '{name}' is empty: no document of it carries loss",
+            where="data.train" if train else "data.eval",
+            fix="give more rows, or another data.eval_fraction",
+        )
+    main = reasons[0][1]
+    fix = own_report.REASONS[main][1]
+    if main.startswith("overlap"):
+        fix = f"give other rows as data.eval, or leave it out (some of the rows are held out then); {fix}"
+    return UserError(
+        f"the split '{name}' is empty: "
+        + ", ".join(f"{n:,} row(s) {own_report.REASONS[why][0]}" for n, why in reasons),
+        where=own_report.KEYS.get(main, "data.train" if train else "data.eval"),
+        fix=fix,
+    )
 
 
 def _refuse_duplicate_ids(store: Store, source: np.ndarray) -> None:

@@ -16,7 +16,8 @@ file               type                        content
 ``rowlength.bin``  int32 [rows]                bytes of the row's line
 ``rowsource.bin``  uint16 [rows]               source that the row came from
 ``rowline.bin``    int32 [rows]                line (or row number) in its file, from 1
-``rowfile.bin``    int32 [rows]                file, an index into ``files.json``
+``rowfile.bin``    int32 [rows]                file, an index into ``files`` of ``store.json``
+``rowdropped.bin`` uint8 [rows]                why the row became no document, an index into ``DROPPED``
 =================  ==========================  ====================================================================
 """
 
@@ -50,7 +51,10 @@ COLUMNS: dict[str, str] = {
     "rownorm": "<u8",
     "rowgroup": "<u8",
     "rowid": "<u8",
+    "rowdropped": "<u1",
 }
+#: Why a row became no document: it did; too long; cut before its answer; nothing of its answer is in the text; so with one of two.
+DROPPED = ("", "long", "masked", "empty", "pair")
 CACHE_FIX = "free some space, or set AIFACTORY_CACHE (or --cache-dir) to a folder that has it"
 
 
@@ -113,11 +117,15 @@ class StoreWriter:
 
 
 class Store:
-    """A finished store, opened read-only. Columns are memory-mapped arrays named as in the table above."""
+    """A finished store, opened read-only. Columns are memory-mapped arrays named as in the table above.
 
-    def __init__(self, folder: Path):
+    ``files``: what the files of the rows are called now, where that may have changed since the store was written."""
+
+    def __init__(self, folder: Path, files: list[str] | None = None):
         self.folder = Path(folder)
         self.facts = json.loads((self.folder / "store.json").read_text(encoding="utf-8"))
+        if files is not None:
+            self.facts["files"] = files
         self._token_map: np.ndarray | None = None
         self._flag_map: np.ndarray | None = None
         self._columns: dict[str, np.ndarray] = {}
@@ -127,10 +135,10 @@ class Store:
         self._rows: bytes | None = None  # all rows in memory, where the file is encrypted
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
+        return {"folder": self.folder, "files": self.facts["files"]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]
+        self.__init__(state["folder"], state["files"])  # type: ignore[misc]
 
     def _map(self, name: str, dtype: str | np.dtype) -> np.ndarray:
         path = self.folder / f"{name}.bin"

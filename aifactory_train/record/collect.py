@@ -304,6 +304,7 @@ def pipeline(recipe: Recipe, facts: dict[str, Any]) -> list[dict[str, Any]]:
             "in": facts.get("rows"),
             "out": facts.get("documents"),
             "counts": counts,
+            **{key: facts[key] for key in ("template", "control_tokens") if facts.get(key)},
         }
     )
     return steps
@@ -313,7 +314,18 @@ def sets_section(report: dict[str, Any]) -> dict[str, Any]:
     """What became of all sources together: duplicates, split, overlap, the sets and their digests."""
     return {
         key: report[key]
-        for key in ("split", "duplicates", "overlap", "languages", "fertility", "own", "sets", "digests")
+        for key in (
+            "rows",
+            "unused",
+            "split",
+            "duplicates",
+            "overlap",
+            "languages",
+            "fertility",
+            "own",
+            "sets",
+            "digests",
+        )
         if key in report
     }
 

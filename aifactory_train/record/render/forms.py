@@ -61,7 +61,7 @@ def _curation(record: dict[str, Any]) -> str:
             + (f" ({text_of(counts)})" if counts else "")
         )
     sets = record.get("data_sets", {})
-    for key in ("duplicates", "overlap", "split"):
+    for key in ("rows", "unused", "duplicates", "overlap", "split"):
         if key in sets:
             parts.append(f"{key}: {text_of({k: v for k, v in sets[key].items() if k != 'groups'})}")
     return "; ".join(parts) or missing("run")
