@@ -15,10 +15,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-#: ``<think>...</think>`` and its relatives in an answer's text: reasoning, the mark that ends it, the answer.
-_REASONED = re.compile(
-    r"\A(?P<reasoning>.*)(?:</(?:seed:)?think(?:ing)?>|</reasoning>|\[/THINK\])(?P<answer>.*)\Z", re.DOTALL
-)
+#: What ends the reasoning in an answer's text: ``</think>`` and its relatives.
+_ENDS = re.compile(r"</(?:seed:)?think(?:ing)?>|</reasoning>|\[/THINK\]")
 #: The marks themselves. Where a tokenizer has special tokens for them, whoever writes them means those.
 MARKS = re.compile(r"</?(?:seed:)?think(?:ing)?>|</?reasoning>|\[/?THINK\]")
 _KINDS = {"system": "system text", "developer": "system text", "user": "question text", "tool": "tool answer"}
@@ -142,8 +140,8 @@ def _reasoning(message: dict[str, Any]) -> str | None:
 
 def _answer(text: str) -> tuple[str, str]:
     """Reasoning inside an answer's text, and the answer."""
-    parts = _REASONED.match(text)
-    return (MARKS.sub("", parts["reasoning"]), parts["answer"]) if parts else ("", text)
+    ends = [m.span() for m in _ENDS.finditer(text)]
+    return (MARKS.sub("", text[: ends[-1][0]]), text[ends[-1][1] :]) if ends else ("", text)
 
 
 def lost(messages: list[dict[str, Any]], tools: list[Any] | None, full: str, regions: list[Region]) -> tuple[str, ...]:
