@@ -19,6 +19,7 @@ from typing import Any
 
 from aifactory_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, UserError
 from aifactory_train.output import note
+from aifactory_train.ownership import TakenOver
 from aifactory_train.private import redact
 from aifactory_train.runs import RunFolder, write_json
 
@@ -47,6 +48,7 @@ class Attempt:
         self.step, self.phase = 0, "start"
         self.signal: str | None = None
         self.reason: str | None = None  # why it stopped, if it did
+        self.stop_request: str | None = None  # what the stop file said, if that was why
         self.folder: Path | None = None
         self.training = False  # this process is the one that trains in the folder: it may change the run's state
         self._written = 0.0
@@ -61,6 +63,11 @@ class Attempt:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._recent.append((time.time(), self.step, self.phase))
         self._beat()
+
+    @property
+    def closed_by_launcher(self) -> bool:
+        """Whether a launcher keeps the books of this attempt: it closes it, and answers requests to stop."""
+        return self.folder is not None and (self.folder / "attempt.json").is_file()
 
     def beat(self, step: int, phase: str) -> None:
         """Progress: this rank is in ``phase`` of the step after ``step``."""
@@ -105,6 +112,7 @@ class Attempt:
                 "exception": exception,
                 "message": message,
                 "signal": self.signal,
+                "stop_request": self.stop_request,
                 "started": self.started,
                 "ended": time.time(),
             },
@@ -123,7 +131,8 @@ class Attempt:
         if self.folder is None:
             return
         try:
-            if error is not None and self.training and self.rank == 0 and not self._refused(error):
+            untouched = isinstance(error, TakenOver) or (error is not None and self._refused(error))
+            if error is not None and self.training and self.rank == 0 and not untouched:
                 self.run.set_state("failed", step=self.step, message=_short(error))
             if error is None:
                 code = EXIT_DONE if self.code is None else self.code

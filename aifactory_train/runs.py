@@ -14,6 +14,7 @@ import yaml
 
 from aifactory_train.config import Recipe, from_tree, read_yaml, to_tree
 from aifactory_train.errors import UserError
+from aifactory_train.ownership import Owner, current, launcher_ended, living, process_age, process_lives, process_start
 
 #: A heartbeat older than this belongs to a run that is no longer alive.
 STALE_AFTER_S = 120
@@ -100,21 +101,32 @@ class RunFolder:
         return read_json(self.state_file)
 
     def set_state(self, state: str, **more: Any) -> None:
-        write_json(
-            self.state_file,
-            {"state": state, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), **more},
-        )
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "process_start": process_start(os.getpid())}
+        write_json(self.state_file, {"state": state, **mine, "time": time.time(), **more})
 
     def is_live(self) -> bool:
-        """Whether another process is training here now (same host: the process exists; elsewhere: a recent heartbeat)."""
+        """Whether another process is training here now, as far as that can be said at once.
+
+        ``starts/`` decides where there is one (:mod:`aifactory_train.ownership`). Folders of before there was: a process of this host
+        must exist and be the one that wrote the state; another host must have written it within the last two minutes.
+        """
+        number = current(self.path)
+        if number:
+            return living(self.path, number) is not None
         if not self.state_file.is_file():
             return False
         state = self.state()
         if state.get("state") != "running":
             return False
-        if state.get("host") == socket.gethostname():
-            return state["pid"] != os.getpid() and _alive(int(state["pid"]))
-        return time.time() - float(state.get("time", 0)) < STALE_AFTER_S
+        ago = time.time() - float(state.get("time", 0))
+        if state.get("host") != socket.gethostname():
+            # A stamp from the future is a clock that goes wrong: it must not keep the folder closed until its time comes.
+            return 0 <= ago < STALE_AFTER_S
+        pid = int(state["pid"])
+        if pid == os.getpid() or not process_lives(pid, state.get("process_start")):
+            return False
+        age = process_age(pid)
+        return "process_start" in state or age is None or age > ago - 2  # a younger process has taken over the number
 
     def complete_checkpoints(self) -> list[int]:
         """Steps whose checkpoint carries its COMPLETE marker, ascending."""
@@ -135,18 +147,6 @@ class RunFolder:
             raise UserError("is not a run folder: it has no run.yaml", where=str(self.path))
         tree, _ = read_yaml(self.config_file)
         return from_tree(tree, str(self.config_file))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    # A zombie still answers the signal; it does not train any more.
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def open_run(name_or_path: str) -> RunFolder:
@@ -172,12 +172,15 @@ def default_run_dir(recipe: Recipe, name: str | None) -> Path:
     return Path("runs") / name
 
 
-def open_for_training(run: RunFolder, resume: str | None, recipe: Recipe | None = None) -> int | None:
+def open_for_training(
+    run: RunFolder, resume: str | None, recipe: Recipe | None = None, owner: Owner | None = None
+) -> int | None:
     """Decide whether training may start in this folder; returns the checkpoint's step to go on from, or None.
 
     ``resume`` is ``auto`` (go on if there is something to go on from), a step, ``never`` (start over; what was there is
     moved to ``replaced/``), or None (an unfinished run is not touched without being asked). A finished run is opened only for
-    a ``recipe`` of another length; whether it can be prolonged is seen when the checkpoint is read.
+    a ``recipe`` of another length; whether it can be prolonged is seen when the checkpoint is read. ``owner`` claims the folder for
+    this process before anything in it is relied on or changed; it is given back where the start is refused.
     """
     if resume not in (None, "auto", "never") and not str(resume).isdigit():
         raise UserError(f"'{resume}' is neither auto, never nor a step", where="--resume")
@@ -192,22 +195,49 @@ def open_for_training(run: RunFolder, resume: str | None, recipe: Recipe | None 
         raise UserError(f"the run folder cannot be written: {error.strerror}", where=str(run.path)) from None
     if not run.config_file.is_file():
         strangers = [p.name for p in run.path.iterdir() if not _may_exist(p, run)]
-        if strangers:
+        if strangers and not run.config_file.is_file():  # else: a run that began this moment
             raise UserError(
                 f"the folder is not empty and holds no run ({strangers[0]})",
                 where=str(run.path),
                 fix="choose an empty or new folder with --run-dir or --name",
             )
-        if str(resume).isdigit():
-            raise UserError(f"there is no checkpoint of step {resume}", where=str(run.path))
-        return None
-    state = run.state()
+    if owner is None:
+        return _open_claimed(run, resume, recipe)
+    if not current(run.path):
+        _refuse_live(run, owner.attempt)  # a folder of before there were starts
+    owner.claim()
+    try:
+        return _open_claimed(run, resume, recipe)
+    except UserError:
+        owner.withdraw()
+        raise
+
+
+def _refuse_live(run: RunFolder, attempt: int | None) -> None:
     if run.is_live():
+        state = run.state()
+        before = max((n for n in run.attempts() if attempt is not None and n < attempt), default=None)
+        if attempt is not None and state["host"] != socket.gethostname() and launcher_ended(run.path, before, attempt):
+            return
         raise UserError(
             f"a run is live here (process {state['pid']} on {state['host']})",
             where=str(run.path),
             fix="follow it with 'aifactory status', end it with 'aifactory stop', or choose another --run-dir",
         )
+
+
+def _is_probe(name: str) -> bool:
+    """Whether a file is what another start tries out at this moment."""
+    return name.startswith((".writable.", ".run.yaml.", ".state.json."))
+
+
+def _open_claimed(run: RunFolder, resume: str | None, recipe: Recipe | None) -> int | None:
+    """What :func:`open_for_training` says about a folder in which nobody else trains."""
+    if not run.config_file.is_file():
+        if str(resume).isdigit():
+            raise UserError(f"there is no checkpoint of step {resume}", where=str(run.path))
+        return None
+    state = run.state()
     steps = run.complete_checkpoints()
     if resume == "never":
         _set_aside(run)
@@ -243,7 +273,17 @@ def _other_length(run: RunFolder, recipe: Recipe | None) -> bool:
 
 
 #: What launchers and tools may have put into a folder before the training starts in it.
-_MAY_EXIST = {"attempts", "submission", "plan.json", "logs", "record.json", "events.jsonl", "stop", "replaced"}
+_MAY_EXIST = {
+    "attempts",
+    "submission",
+    "plan.json",
+    "logs",
+    "record.json",
+    "events.jsonl",
+    "stop",
+    "replaced",
+    "starts",
+}
 
 
 def _may_exist(path: Path, run: RunFolder) -> bool:
@@ -253,7 +293,7 @@ def _may_exist(path: Path, run: RunFolder) -> bool:
         return run.state().get("state") in ("new", "failed")
     if path == run.checkpoints:
         return path.is_dir() and not any(path.iterdir())
-    return path.name in _MAY_EXIST
+    return path.name in _MAY_EXIST or _is_probe(path.name)
 
 
 def _set_aside(run: RunFolder) -> None:

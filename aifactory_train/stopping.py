@@ -70,6 +70,7 @@ class StopChannels:
         self.reason = ""  # of this rank; once set it stays
         self.signal: str | None = None
         self.stop_file: Path | None = None
+        self.request: str | None = None  # what the stop file said when it was seen, on the rank that watches it
         self._looked = 0.0
         self._steps: list[float] = []
         for number in SIGNALS:
@@ -82,12 +83,26 @@ class StopChannels:
             os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once, without one\n")
         self.signal = signal.Signals(number).name
 
-    def watch_file(self, path: Path) -> None:
-        """Rank 0 watches ``path``; one left by an earlier request is removed, since this start is newer."""
-        if path.exists():
+    def watch_file(self, path: Path, since: float | None = None) -> None:
+        """Rank 0 watches ``path``. A request that was made before ``since`` (seconds since the epoch) asked an earlier attempt: whoever
+        started this one knew of it. It is removed. Without ``since`` every request counts, also one made while things are loaded.
+        """
+        self.stop_file = path
+        if since is None or not path.exists():
+            return
+        # The file server's clock wrote the time of the request; it may differ from this machine's.
+        probe = path.with_name(f".clock.{os.getpid()}")
+        try:
+            probe.touch()
+            offset = probe.stat().st_mtime - time.time()
+            stale = path.stat().st_mtime - offset < since
+        except FileNotFoundError:
+            return  # taken back
+        finally:
+            probe.unlink(missing_ok=True)
+        if stale:
             note(f"removing {path}: it asked an earlier attempt to stop")
             path.unlink(missing_ok=True)
-        self.stop_file = path
 
     def step_took(self, seconds: float) -> None:
         """Feed the running estimate of a step."""
@@ -110,7 +125,13 @@ class StopChannels:
             self.reason = "deadline"
         elif self.stop_file is not None and time.monotonic() - self._looked >= LOOK_EVERY_S:
             self._looked = time.monotonic()
-            if self.stop_file.exists():
+            try:
+                self.request = self.stop_file.read_text(encoding="utf-8", errors="replace").strip()
+                self.reason = "stop file"
+            except FileNotFoundError:
+                pass  # nobody asks
+            except OSError:  # there, but not readable: asked all the same
+                self.request = ""
                 self.reason = "stop file"
         return self.reason
 

@@ -7,6 +7,7 @@ therefore the same for any number of ranks, any accumulation, packed or padded, 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from aifactory_train.model import ModelReport, apply_operators, base_folder, bui
 from aifactory_train.optim import learning_rate
 from aifactory_train.outcome import Attempt, new_attempt
 from aifactory_train.output import note
+from aifactory_train.ownership import Owner, process_age
 from aifactory_train.parallel import DeviceBatch, build_engine, choose_engine
 from aifactory_train.parallel.batches import micro_limit
 from aifactory_train.parallel.memory_advice import explain_memory, probe_largest_batch
@@ -100,17 +102,35 @@ def _train_as(
     run = RunFolder(from_main(world, lambda: folder or default_run_dir(recipe, None)))
     device = world.device if world.size > 1 else "cpu"  # a lone rank's GPU waits for nobody
     timeout_s = recipe.parallel.timeout_s
-    with Attempt(run, world.rank, world.local_rank, attempt, timeout_s=timeout_s, device=device) as record:
-        resume_from = from_main(world, lambda: open_for_training(run, resume, recipe))
+    owner = Owner(run.path, attempt)
+    with owner, Attempt(run, world.rank, world.local_rank, attempt, timeout_s=timeout_s, device=device) as record:
+        resume_from = from_main(world, lambda: open_for_training(run, resume, recipe, owner))
         record.training = True
         if attempt is None:
             record.begin(from_main(world, lambda: new_attempt(run)))
         if world.is_main:
-            stop.watch_file(run.stop_file)
-        trainer = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet)
-        with trainer.recorder.under(protected) as story:
-            record.code = story.ended(trainer.fit(), record.reason)
+            # The launcher has dealt with earlier requests before it began this attempt. By hand, a later start is the newer word.
+            age = process_age(os.getpid())
+            started = record.started if age is None else time.time() - age
+            stop.watch_file(run.stop_file, since=None if record.closed_by_launcher else started)
+        try:
+            trainer = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet, owner)
+            with trainer.recorder.under(protected) as story:
+                record.code = story.ended(trainer.fit(), record.reason)
+        finally:
+            if world.is_main and not record.closed_by_launcher:
+                _take_stop(run, record)
     return record.code
+
+
+def _take_stop(run: RunFolder, record: Attempt) -> None:
+    """Where no launcher closes the attempt: the request to stop is answered, and kept with the attempt. Under a launcher the file stays
+    for what judges the attempt, or a stop would look like the end of the time and the run would go on."""
+    try:
+        if record.folder is not None and run.stop_file.exists():
+            os.replace(run.stop_file, record.folder / "stop-request.txt")
+    except OSError as error:
+        note(f"{run.stop_file}: {error.strerror}")
 
 
 class Trainer:
@@ -126,8 +146,10 @@ class Trainer:
         resume: str | None,
         resume_from: int | None,
         quiet: bool,
+        owner: Owner,
     ):
         recipe = recipe.model_copy(deep=True)  # what is settled below is this run's, not the caller's
+        self.owner = owner
         self.recipe, self.run, self.world, self.quiet = recipe, run, world, quiet or not world.is_main
         self.stop, self.attempt = stop, attempt
         torch.manual_seed(recipe.train.seed)  # the same adapters on every rank
@@ -213,6 +235,7 @@ class Trainer:
         with Progress(self.total_steps, self.step, enabled=not self.quiet) as progress:
             while self.step < self.total_steps:
                 record = self.train_step()
+                self.owner.check()
                 self.log.write(record, every=recipe.logging.every_steps, last=self.step == self.total_steps)
                 if record["kind"] == "train":
                     progress.update(record)
@@ -307,6 +330,7 @@ class Trainer:
     def _save(self, *, wait: bool) -> None:
         """Everything that is needed to go on from this step boundary."""
         self.attempt.beat(self.step, "save")
+        self.owner.check(look=True)
         self.checkpoints.save(self.step, trainer_values(self), wait=wait, best=self.best.step)
 
     def _stop_here(self, reason: str) -> int:
@@ -314,8 +338,8 @@ class Trainer:
         self._save(wait=True)
         self.attempt.signal = reason if reason.startswith("SIG") else None
         self.attempt.step, self.attempt.reason = self.step, f"stopped after step {self.step}: {reason}"
+        self.attempt.stop_request = self.stop.request
         if self.world.is_main:
-            self.run.stop_file.unlink(missing_ok=True)  # honoured
             self.run.set_state("stopped", step=self.step, version=__version__, reason=reason)
             self.log.close()
             note(f"stopped after step {self.step} ({reason}); go on with --resume auto")

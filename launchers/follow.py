@@ -7,8 +7,11 @@ somebody asks, and outcome files tell the rest.
 from __future__ import annotations
 
 import functools
+import getpass
 import json
+import os
 import re
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +130,12 @@ def _one_status(
         cause = _scheduler_cause(newest, None) or _cause(
             "launch", f"the job ended ({newest.raw}) before the first attempt: {_log_line(base, jobs[-1])}"
         )
+    pending = book.pending_stop(str(folder))
+    judged = bool(attempts and attempts[-1]["final"])  # what was asked after that changed nothing any more
+    if ask and book.by_a_person(pending) and not alive and not judged and state in ("new", "stopped", "failed"):
+        # Asked between two attempts or before the first: the job that saw it began none, and nothing else will.
+        before = f"; before that: {cause['message']}" if cause and attempts else ""
+        state, cause = "stopped", _cause("stopped", f"asked to stop ({(pending or 'stop file')[:80]}){before}")
     marker = folder / "cancelled"
     if marker.exists() and state not in ("done", "running", "pending"):
         state = "cancelled"
@@ -435,6 +444,19 @@ def log_files(folder: Path, attempt: int | None, ranks: list[int] | None) -> lis
 # ---- stop
 
 
+def ask_to_stop(run: Path, reason: str) -> None:
+    """Write ``RUN/stop``: why, when, who, and the attempt that it was asked of. Whole or not at all: a job may take it away now."""
+    asked = book.attempt_numbers(str(run))
+    try:
+        who = f"{getpass.getuser()}@{socket.gethostname()}"
+    except (OSError, KeyError):  # a container's user that has no name
+        who = f"{os.getuid()}@{socket.gethostname()}"
+    when = time.strftime("%Y-%m-%dT%H:%M:%S")
+    beside = run / f".stop.{os.getpid()}.tmp"
+    beside.write_text(f"{reason} {when} by {who} of attempt {asked[-1] if asked else 'none yet'}\n")
+    os.replace(beside, run / "stop")
+
+
 def stop(folder: Path, *, cancel: bool, reason: str = "user") -> dict[str, Any]:
     """Ask a run to save and stop (the stop file, and the signal where the scheduler passes one), or cancel its jobs."""
     manifest = manifest_of(folder)
@@ -443,7 +465,7 @@ def stop(folder: Path, *, cancel: bool, reason: str = "user") -> dict[str, Any]:
     if before["state"] not in LIVE:
         raise RunFailed(f"the run is {before['state']}: there is nothing to stop", where=str(folder))
     for run in runs:
-        (run / "stop").write_text(f"{reason} {time.strftime('%Y-%m-%dT%H:%M:%S')}\n")
+        ask_to_stop(run, reason)
         if cancel:
             (run / "cancelled").write_text(f"cancelled by its user at {time.strftime('%Y-%m-%dT%H:%M:%S')}\n")
     backend = backends.get(manifest["backend"]) if manifest.get("backend") else None

@@ -14,15 +14,20 @@ from aifactory_train.launchers.submission import File, Submission
 def write(sub: Submission) -> Path:
     """All files of the submission below ``sub.run_dir``; returns the script's path. Refuses a folder that holds another run."""
     run = sub.run_dir
+    taken = Refusal(
+        "run-folder-new",
+        f"{run} already holds a run",
+        where="--run-dir",
+        fix="choose another --name or --run-dir, or go on with that run: aifactory launch --resume RUN",
+    )
     if (run / "submission").exists() or (run / "run.yaml").exists():
-        raise Refusal(
-            "run-folder-new",
-            f"{run} already holds a run",
-            where="--run-dir",
-            fix="choose another --name or --run-dir, or go on with that run: aifactory launch --resume RUN",
-        )
+        raise taken
     try:
         (run / "logs").mkdir(parents=True, exist_ok=True)
+        try:
+            (run / "submission").mkdir()  # of several launches at the same instant one makes it
+        except FileExistsError:
+            raise taken from None
         for file in finish(sub):
             put(run, file)
     except OSError as error:

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from aifactory_train import licences
@@ -349,8 +348,12 @@ def _resume(args: argparse.Namespace) -> int:
         )
     if state["state"] == "done":
         raise UserError("the run is finished", where=str(folder), fix="start a new run under another --name")
-    (folder / "submission" / "again").write_text("")
-    Path(folder / "stop").unlink(missing_ok=True)
+    for run in [folder / f"{task['task']:03d}" for task in state["tasks"]] if "tasks" in state else [folder]:
+        if "tasks" in state and state["tasks"][int(run.name)]["state"] == "done":
+            continue
+        for earlier in ("stop", "cancelled"):  # this is the newer word; one that is asked from now on counts again
+            (run / earlier).unlink(missing_ok=True)
+        (run / "submission" / "again").write_text("")
     backend_name = state["backend"] or "local"
     backend = backends.get(backend_name)
     if backend_name in ("local", "mpi"):

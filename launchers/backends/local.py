@@ -62,7 +62,9 @@ def run(run_dir: Path) -> int:
             interrupted += 1
             if interrupted == 1:
                 print("stopping after this step; press Ctrl-C again to end at once", file=sys.stderr)
-                (run_dir / "stop").write_text("interrupted from the keyboard\n")
+                beside = run_dir / f".stop.{os.getpid()}.tmp"
+                beside.write_text("interrupted from the keyboard\n")
+                os.replace(beside, run_dir / "stop")  # whole or not at all: the script may take it away now
             else:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGTERM)

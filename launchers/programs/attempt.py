@@ -10,6 +10,10 @@ everything here is decided from the files that the ranks left in ``attempts/NNN`
     exit-RANK.json     the rank program's word: exit code or signal of the trainer, also when the trainer could say nothing
     alive-RANK.json    the last heartbeat of a rank
     preflight-RANK.json, hang.json, node-state.txt, signal.txt   what the job itself saw
+    stop-request.txt     the request to stop that this attempt answered: ``RUN/stop``, moved here when the attempt was closed
+
+``RUN/stop`` is the one record of who asked a run to stop. Everybody reads it; under a launcher nobody but `close` (or `begin`, for
+an attempt that was cut off before it could be closed) takes it away. So what the ranks acted on is still there to be judged.
 """
 
 # ruff: noqa: UP031 - percent formatting and the like: this file must run on the Python 3.6 of old hosts
@@ -141,6 +145,28 @@ def latest_checkpoint(run):
         if match and os.path.exists(os.path.join(folder, name, "COMPLETE")):
             best = max(best, int(match.group(1)))
     return best
+
+
+def by_a_person(request):
+    """Whether a request to stop is somebody's wish, not the scheduler's: anything else that is in the file, also nothing at all."""
+    return request is not None and (request.split() or [""])[0] not in AUTOMATIC_STOPS
+
+
+def pending_stop(run):
+    """The text of ``RUN/stop``, or None where nobody asks the run to stop."""
+    path = os.path.join(run, "stop")
+    return read_text(path) if os.path.exists(path) else None
+
+
+def take_stop(run, number):
+    """Take the request away, into the folder of the attempt that answers it. Returns its text, None where there is none.
+
+    One rename: a request that is made a moment later is another one, and stays for the next attempt.
+    """
+    kept = os.path.join(attempt_dir(run, number), "stop-request.txt")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(os.path.join(run, "stop"), kept)
+    return read_text(kept) if os.path.exists(kept) else None
 
 
 def seconds(value):
@@ -429,12 +455,14 @@ def decide(run, number, state, cause, stop_reason, policy):
     if state == "done":
         return end("the run is finished")
     kind = (cause or {}).get("kind")
+    if stop_reason and by_a_person(stop_reason):
+        # Whatever else happened to the attempt: nobody wants another one.
+        what = "stopped by request (%s); resumable" if state == "stopped" else "a stop was asked for (%s)"
+        return end(what % _short(stop_reason, 80))
     exclude = []
     if state == "stopped" and kind in ("node-failure", "preempted"):
         counted = "node" if kind == "node-failure" else "preempted"
     elif state == "stopped":
-        if stop_reason and stop_reason.split()[0] not in AUTOMATIC_STOPS:
-            return end("stopped by request (%s); resumable" % _short(stop_reason, 80))
         counted = "preempted" if stop_reason.startswith(("preempted", "terminated")) else "time"
     elif kind == "preempted":
         counted = "preempted"
@@ -490,24 +518,24 @@ def begin(args):
     numbers = attempt_numbers(run)
     again = os.path.join(run, "submission", "again")
     fresh = os.path.exists(again)
+    if fresh and not _asked_after(run, again):
+        _drop_stop(run, lambda request: True)  # somebody resumed the run since then
     if numbers:
         folder = attempt_dir(run, numbers[-1])
         record = read_json(os.path.join(folder, "attempt.json")) or {}
         if "state" not in record:
-            _close_interrupted(run, numbers[-1], folder, record, args, policy)
+            # A request that is newer than the resumption is for the attempt that is about to begin.
+            request = None if fresh else take_stop(run, numbers[-1])
+            _close_interrupted(run, numbers[-1], folder, record, args, policy, request)
             record = read_json(os.path.join(folder, "attempt.json")) or {}
         decision = record.get("decision") or {}
         if decision.get("final") and not fresh:
             print("end %s" % decision.get("why"))
             return 0
-    stop = os.path.join(run, "stop")
-    reason = read_text(stop)
-    if os.path.exists(stop):
-        if reason.split(" ")[0] in AUTOMATIC_STOPS or fresh:
-            os.unlink(stop)
-        else:
-            print("end a stop was asked for: %s" % _short(reason, 80))
-            return 0
+    if not _drop_stop(run, lambda request: not by_a_person(request)):
+        # It stays where it is: jobs that are queued behind this one must see it, too.
+        print("end a stop was asked for: %s" % _short(pending_stop(run) or "stop file", 80))
+        return 0
     if fresh:
         os.unlink(again)
     number = (numbers[-1] if numbers else 0) + 1
@@ -537,7 +565,33 @@ def begin(args):
     return 0
 
 
-def _close_interrupted(run, number, folder, record, args, policy):
+def _asked_after(run, again):
+    """Whether the request to stop is newer than the resumption (both files are on one file system, so one clock wrote them)."""
+    try:
+        return os.stat(os.path.join(run, "stop")).st_mtime >= os.stat(again).st_mtime
+    except OSError:
+        return False
+
+
+def _drop_stop(run, stale):
+    """Remove a request for which ``stale(text)`` holds; returns whether none is left. One made meanwhile is not lost."""
+    path = os.path.join(run, "stop")
+    beside = "%s.%d.tmp" % (path, os.getpid())
+    while os.path.exists(path):
+        if not stale(read_text(path)):
+            return False
+        try:
+            os.rename(path, beside)
+        except FileNotFoundError:
+            continue
+        if not stale(read_text(beside)):  # replaced between the two
+            os.rename(beside, path)
+            return False
+        os.unlink(beside)
+    return True
+
+
+def _close_interrupted(run, number, folder, record, args, policy, request):
     """The batch shell of this attempt was killed before it could close it: by a lost node, a cancel or a preemption."""
     world = record.get("world")
     if args.node_state:
@@ -560,7 +614,9 @@ def _close_interrupted(run, number, folder, record, args, policy):
             "message": "the scheduler took the job off its nodes and queued it again (node failure or preemption)",
             "step": (cause or {}).get("step"),
         }
-    reason = read_text(os.path.join(run, "stop"))
+    reason = _reason(folder, request)
+    if by_a_person(request) and _nothing_began(folder):
+        state, cause = "stopped", _before_it_began(reason)
     if state == "stopped" and same_job and cause and cause["kind"] == "stopped" and noted.startswith("TERM"):
         text = "the scheduler took the job off its nodes and queued it again (preemption, or a lost node that is back)"
         cause = {"rank": None, "node": None, "kind": "preempted", "message": text, "step": cause.get("step")}
@@ -590,12 +646,44 @@ def _policy(run):
     return read_json(os.path.join(run, "submission", "policy.json")) or {}
 
 
+def _reason(folder, request):
+    """Why the attempt was asked to stop: the request that was taken, else what the ranks say they acted on, else an empty text.
+
+    A person's word counts before the scheduler's: the warning of the time limit may come while the ranks save because
+    somebody asked them to.
+    """
+    if by_a_person(request):
+        return request or "stop file"
+    outcomes = [o for o in ranked(folder, "outcome").values() if o.get("status") == "stopped"]
+    told = [o["stop_request"] for o in outcomes if o.get("stop_request") is not None]
+    for text in told:
+        if by_a_person(text):
+            return text or "stop file"
+    if request or told:
+        return request or told[0]
+    if any("stop file" in str(o.get("message")) for o in outcomes):
+        return "stop file"  # it is gone, and the job's own requests are not taken back
+    return ""
+
+
+def _nothing_began(folder):
+    return not any(ranked(folder, kind) for kind in ("outcome", "exit", "alive")) and not _preflight_cause(folder)
+
+
+def _before_it_began(reason):
+    text = "asked to stop before any rank began (%s)" % _short(reason, 80)
+    return {"rank": None, "node": None, "kind": "stopped", "message": text, "step": None}
+
+
 def close(args):
     """Judge the attempt from its files. Prints ``ACTION STATE EXCLUDED-NODES-OR-DASH`` and, on standard error, the reason."""
     folder = attempt_dir(args.run, args.attempt)
     record = read_json(os.path.join(folder, "attempt.json")) or {"number": args.attempt}
     state, cause = diagnose(folder, record.get("world"), args.rc)
-    reason = read_text(os.path.join(args.run, "stop")) or args.reason
+    request = take_stop(args.run, args.attempt)
+    reason = _reason(folder, request) or args.reason
+    if request is not None and _nothing_began(folder):
+        state, cause = "stopped", _before_it_began(reason)  # the batch script starts no ranks then
     if state == "stopped" and not reason:
         reason = "deadline"
     decision = decide(args.run, args.attempt, state, cause, reason, _policy(args.run))

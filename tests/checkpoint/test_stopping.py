@@ -97,11 +97,42 @@ def test_signals_only_set_a_flag_and_the_second_interrupt_interrupts(channels: A
 
 def test_a_stop_file_of_an_earlier_attempt_does_not_stop_this_one(channels: Any, tmp_path: Path) -> None:
     (tmp_path / "stop").touch()
+    os.utime(tmp_path / "stop", (time.time() - 60, time.time() - 60))
     stop = channels(None)
-    stop.watch_file(tmp_path / "stop")
+    stop.watch_file(tmp_path / "stop", since=time.time() - 30)
     assert stop.look(0.0) == "" and not (tmp_path / "stop").exists()
-    (tmp_path / "stop").touch()
+    (tmp_path / "stop").write_text("user noon\n")
     stop._looked = 0.0
+    assert stop.look(0.0) == "stop file" and stop.request == "user noon"
+
+
+@pytest.mark.parametrize("since", ["this start", "the launcher"])
+def test_a_stop_that_is_asked_while_things_are_loaded_counts(channels: Any, tmp_path: Path, since: str) -> None:
+    (tmp_path / "stop").touch()
+    stop = channels(None)
+    stop.watch_file(tmp_path / "stop", since=time.time() - 30 if since == "this start" else None)
+    assert (tmp_path / "stop").exists() and stop.look(0.0) == "stop file"
+    assert [p.name for p in tmp_path.iterdir()] == ["stop"]
+
+
+def test_the_age_of_a_request_is_told_by_the_clock_of_its_file_system(
+    channels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file server whose clock is five minutes behind: a request of this moment looks older than the process."""
+    behind, real = 300.0, Path.stat
+
+    def stat(self: Path, **more: Any) -> Any:
+        found = real(self, **more)
+        return (
+            os.stat_result([*found[:8], int(found.st_mtime - behind), found.st_ctime])
+            if self.parent == tmp_path
+            else found
+        )
+
+    monkeypatch.setattr(Path, "stat", stat)
+    (tmp_path / "stop").touch()
+    stop = channels(None)
+    stop.watch_file(tmp_path / "stop", since=time.time() - 30)
     assert stop.look(0.0) == "stop file"
 
 

@@ -16,6 +16,14 @@ import traceback
 from pathlib import Path
 
 caught = None
+REASONS = ["", "deadline", "stop file", "SIGTERM", "SIGUSR1", "SIGUSR2"]
+
+
+def read_request(run):
+    try:
+        return (run / "stop").read_text().strip()
+    except FileNotFoundError:
+        return None
 
 
 def remember(number, frame):
@@ -143,14 +151,16 @@ def train(args, folder, rank, world, write, outcome, state):
                     time.sleep(3600)
         step += 1
         state["step"] = step
-        reason = (
-            caught
-            or ((args.run_dir / "stop").exists() and "stop file")
-            or (args.stop_at and time.time() > args.stop_at - lead and "deadline")
-        )
-        if peers.max(int(bool(reason))):
+        # As the real one: rank 0 looks at the stop file, all act on the same reason, and the file is left to whoever closes the attempt.
+        asked = read_request(args.run_dir) if rank == 0 else None
+        late = args.stop_at and time.time() > args.stop_at - lead
+        reason = caught or ("deadline" if late else "stop file" if asked is not None else "")
+        reason = REASONS[peers.max(REASONS.index(reason))]
+        if reason:
             save(step)
-            return outcome("stopped", 75, message=f"stopped by {reason or 'another rank'}")
+            if rank == 0 and not (folder / "attempt.json").exists() and (args.run_dir / "stop").exists():
+                (args.run_dir / "stop").replace(folder / "stop-request.txt")
+            return outcome("stopped", 75, message=f"stopped after step {step}: {reason}", stop_request=asked)
     save(step)
     return outcome("done", 0)
 

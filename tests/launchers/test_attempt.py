@@ -124,6 +124,102 @@ def test_an_automatic_stop_file_does_not_survive_into_the_next_attempt(run):
     assert run.begin(job=2)[0] == "go" and not (run.path / "stop").exists()
 
 
+@pytest.mark.parametrize("text", ["user 12:00 by me@here of attempt 1\n", "interrupted from the keyboard\n", ""])
+def test_a_request_is_answered_once_and_kept_with_its_attempt(run, text):
+    run.begin()
+    (run.path / "stop").write_text(text)
+    run.all(1, "stopped", message="stopped after step 3: stop file")
+    run.checkpoint(3)
+    assert run.close(1)[:2] == ["end", "stopped"]
+    assert not (run.path / "stop").exists() and (run.folder(1) / "stop-request.txt").read_text() == text
+    assert run.begin(job=2)[0] == "end", "a link that was queued before"
+
+
+def test_the_ranks_word_counts_where_the_file_is_gone_or_was_written_over(run):
+    """The warning of the time limit comes while the ranks save because somebody asked them to."""
+    run.begin()
+    (run.path / "stop").write_text("time-limit\n")
+    run.all(1, "stopped", message="stopped after step 3: stop file", stop_request="user 12:00")
+    run.checkpoint(3)
+    assert run.close(1)[:2] == ["end", "stopped"]
+    assert "user 12:00" in run.record(1)["decision"]["why"]
+
+
+def test_a_stop_file_that_somebody_removed_is_no_time_limit(run):
+    run.begin()
+    run.all(1, "stopped", message="stopped after step 3: stop file")
+    run.checkpoint(3)
+    assert run.close(1)[:2] == ["end", "stopped"]
+
+
+def test_the_time_limits_own_file_goes_on(run):
+    run.begin()
+    (run.path / "stop").write_text("time-limit\n")
+    run.all(1, "stopped", message="stopped after step 3: stop file", stop_request="time-limit")
+    run.checkpoint(3)
+    assert run.close(1)[0] == "chain" and run.record(1)["decision"]["counted_as"] == "time"
+
+
+@pytest.mark.parametrize("end", ["killed", "lost node", "preempted"])
+def test_nothing_follows_a_stop_whatever_else_happened(run, end):
+    run.begin(job=5)
+    (run.path / "stop").write_text("user 12:00\n")
+    if end == "killed":
+        run.put(1, "exit-2.json", rank=2, node="b", exit_code=137, signal=9, terminated=False, ended=time.time())
+        assert run.close(1)[0] == "end"
+    elif end == "lost node":
+        (run.folder(1) / "node-state.txt").write_text("b down*\n")
+        run.all(1, "stopped")
+        assert run.close(1)[0] == "end"
+    else:
+        (run.folder(1) / "signal.txt").write_text("TERM 1\n")
+        run.all(1, "stopped")
+    assert run.begin(job=5, restart=1)[0] == "end"
+    assert run.record(1)["decision"]["final"] and not (run.path / "stop").exists()
+
+
+@pytest.mark.parametrize("reason", ["user 12:00", "time-limit"])
+def test_a_stop_before_any_rank_began(run, reason):
+    """The batch script starts no ranks where the file is there: that is no failure of the launcher."""
+    run.begin()
+    run.put(1, "place-0.json", rank=0, node="a", started=1)  # the pre-flight was there
+    (run.path / "stop").write_text(reason + "\n")
+    action, state, _ = run.close(1)
+    assert state == "stopped" and action == ("end" if reason.startswith("user") else "chain")
+    assert "before any rank began" in run.record(1)["cause"]["message"]
+
+
+def test_a_stop_between_two_attempts_ends_every_job_that_is_queued(run):
+    run.begin()
+    run.all(1, "stopped")
+    run.checkpoint(3)
+    assert run.close(1)[0] == "chain"
+    (run.path / "stop").write_text("user 12:00\n")
+    assert run.begin(job=2)[0] == "end" and run.begin(job=3)[0] == "end"
+    assert len(attempt.attempt_numbers(str(run.path))) == 1
+
+
+def test_a_resumption_is_newer_than_a_request_and_a_later_request_newer_still(run):
+    import os
+
+    run.begin()
+    (run.path / "stop").write_text("user 12:00\n")
+    again = run.path / "submission" / "again"
+    again.write_text("")
+    os.utime(run.path / "stop", (1e9, 1e9))
+    os.utime(again, (1e9 + 1, 1e9 + 1))
+    assert run.begin(job=2)[0] == "go" and not (run.path / "stop").exists()
+    run.all(2, "stopped")
+    run.checkpoint(3)
+    again.write_text("")
+    (run.path / "stop").write_text("user 12:05\n")
+    os.utime(again, (1e9, 1e9))
+    assert run.begin(job=3) == ["end", "a stop was asked for: user 12:05\n"], "asked while the job waited"
+    again.write_text("")
+    os.utime(again, (4e9, 4e9))
+    assert run.begin(job=4)[0] == "go"
+
+
 @pytest.mark.parametrize(("resubmit", "action"), [("requeue", "requeue"), ("chain", "chain"), ("none", "end")])
 def test_the_sites_way_is_followed(tmp_path, resubmit, action):
     run = Run(tmp_path / "run", {"resubmit": resubmit})

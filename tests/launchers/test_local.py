@@ -247,4 +247,5 @@ def test_keyboard_interrupt_asks_for_a_clean_stop(started, monkeypatch):
     monkeypatch.setattr(backends.get("local"), "_show", show)
     run, code = started(env=(("FAKE_STEPS", "2000"),))
     assert code == 75 and follow.status_of(run)["state"] == "stopped"
-    assert (run / "stop").read_text().startswith("interrupted")
+    assert (run / "attempts/001/stop-request.txt").read_text().startswith("interrupted")
+    assert not (run / "stop").exists(), "it was answered"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from launcher_bench import LAB, prepared, submitted, wait_for
-from test_slurm import release
+from test_slurm import release, wait_until
 
 from aifactory_train.launchers import backends, follow, runs
 from aifactory_train.launchers.here import this_machine
@@ -144,6 +144,44 @@ def test_time_limit_ends_with_the_weights_of_an_uninterrupted_run(
     from aifactory_train.parallel.storage import same_tensors
 
     assert not same_tensors(run / "checkpoints" / "step-40", uninterrupted)
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("how", ["requeue", "chain"])
+def test_a_stop_ends_the_run_and_no_job_follows(cluster, lab_system, reference, tmp_path, how, cli):
+    """`aifactory stop` against the real trainer, whose ranks must leave the request to the batch shell that judges them."""
+    recipe, _ = reference
+    run = tmp_path / how
+    overrides = (*LONG, "train.max_steps=4000", "train.epochs=4000")
+    submitted(lab_request(recipe, run, overrides=overrides, nodes=1, style="srun", resubmit=how), lab_system)
+    wait_for(run, "running", seconds=120, attempts=1)
+    wait_step(run, 3)
+    code, out, err = cli("stop", run, "--wait", "180", "--json")
+    assert code == 0 and json.loads(out)["state"] == "stopped", (out, err)
+    slurm, (job,) = backends.get("slurm"), runs.jobs_of(run)
+    wait_until(lambda: slurm.query(job).state not in ("pending", "running"), "the job does not end")
+    found = follow.status_of(run)
+    assert runs.jobs_of(run) == [job] and len(found["attempts"]) == 1, found
+    (attempt,) = found["attempts"]
+    assert attempt["state"] == "stopped" and attempt["final"] and attempt["next"] == "end", attempt
+    assert "user" in attempt["why"] and attempt["step_to"] > 0, attempt
+    assert not (run / "stop").exists() and (run / "attempts/001/stop-request.txt").read_text().startswith("user ")
+
+
+@pytest.mark.slurm
+def test_a_stop_while_the_ranks_start_and_a_resumption(cluster, lab_system, reference, tmp_path, cli):
+    recipe, _ = reference
+    run = tmp_path / "early"
+    submitted(lab_request(recipe, run, overrides=LONG, nodes=1, style="srun"), lab_system)
+    wait_for(run, "running", seconds=120, attempts=1)
+    code, out, err = cli("stop", run, "--wait", "180", "--json")  # the ranks import torch now
+    assert code == 0 and json.loads(out)["state"] == "stopped", (out, err)
+    (attempt,) = follow.status_of(run)["attempts"]
+    assert attempt["final"] and attempt["step_to"] <= 1, attempt
+    code, out, err = cli("launch", "--resume", run, "--json")
+    assert code == 0, err
+    found = wait_for(run, "done", "failed", "stopped", seconds=300, attempts=2)
+    assert found["state"] == "done" and len(curve(run)) == 40, found
 
 
 @pytest.fixture(scope="session")
