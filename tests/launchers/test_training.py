@@ -148,15 +148,14 @@ def test_time_limit_ends_with_the_weights_of_an_uninterrupted_run(
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("how", ["requeue", "chain"])
-def test_a_stop_ends_the_run_and_no_job_follows(cluster, lab_system, reference, tmp_path, how, cli):
+def test_a_stop_ends_the_run_and_no_job_follows(cluster, lab_system, tiny_recipe, tmp_path, how, cli):
     """`aifactory stop` against the real trainer, whose ranks must leave the request to the batch shell that judges them."""
-    recipe, _ = reference
     run = tmp_path / how
     overrides = (*LONG, "train.max_steps=4000", "train.epochs=4000")
-    submitted(lab_request(recipe, run, overrides=overrides, nodes=1, style="srun", resubmit=how), lab_system)
+    submitted(lab_request(tiny_recipe, run, overrides=overrides, nodes=1, style="srun", resubmit=how), lab_system)
     wait_for(run, "running", seconds=120, attempts=1)
-    wait_step(run, 3)
-    code, out, err = cli("stop", run, "--wait", "180", "--json")
+    wait_step(run, 3, seconds=400)
+    code, out, err = cli("stop", run, "--wait", "400", "--json")
     assert code == 0 and json.loads(out)["state"] == "stopped", (out, err)
     slurm, (job,) = backends.get("slurm"), runs.jobs_of(run)
     wait_until(lambda: slurm.query(job).state not in ("pending", "running"), "the job does not end")
@@ -169,18 +168,17 @@ def test_a_stop_ends_the_run_and_no_job_follows(cluster, lab_system, reference, 
 
 
 @pytest.mark.slurm
-def test_a_stop_while_the_ranks_start_and_a_resumption(cluster, lab_system, reference, tmp_path, cli):
-    recipe, _ = reference
+def test_a_stop_while_the_ranks_start_and_a_resumption(cluster, lab_system, tiny_recipe, tmp_path, cli):
     run = tmp_path / "early"
-    submitted(lab_request(recipe, run, overrides=LONG, nodes=1, style="srun"), lab_system)
+    submitted(lab_request(tiny_recipe, run, overrides=LONG, nodes=1, style="srun"), lab_system)
     wait_for(run, "running", seconds=120, attempts=1)
-    code, out, err = cli("stop", run, "--wait", "180", "--json")  # the ranks import torch now
+    code, out, err = cli("stop", run, "--wait", "400", "--json")  # the ranks import torch now
     assert code == 0 and json.loads(out)["state"] == "stopped", (out, err)
     (attempt,) = follow.status_of(run)["attempts"]
     assert attempt["final"] and attempt["step_to"] <= 1, attempt
     code, out, err = cli("launch", "--resume", run, "--json")
     assert code == 0, err
-    found = wait_for(run, "done", "failed", "stopped", seconds=300, attempts=2)
+    found = wait_for(run, "done", "failed", seconds=400, attempts=2)
     assert found["state"] == "done" and len(curve(run)) == 40, found
 
 
