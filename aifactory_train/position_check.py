@@ -118,7 +118,7 @@ def settle(recipe: Recipe, verdict: Verdict) -> tuple[str, str, str] | None:
     """
     if verdict.batching != PADDED or recipe.data.batching != PACKED:
         return None
-    recipe.data.batching = PADDED
+    recipe.data.batching = "padded"
     return "batching", "one document a row (data.batching padded)", verdict.why
 
 
