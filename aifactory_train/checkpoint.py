@@ -103,8 +103,17 @@ class SaveFailed(RunFailed):
 class Checkpointer:
     """Saves and loads the checkpoints of one run; every method is called by all ranks at the same place."""
 
-    def __init__(self, checkpoints: Path, recipe: Recipe, engine: Engine, world: World):
+    def __init__(
+        self,
+        checkpoints: Path,
+        recipe: Recipe,
+        engine: Engine,
+        world: World,
+        completed: Callable[[int], None] | None = None,
+    ):
+        """``completed``: called on rank 0 with the step of each checkpoint once it is complete."""
         self.path, self.engine, self.world = checkpoints, engine, world
+        self.completed = completed
         self.settings = recipe.checkpoint
         self.seed = recipe.train.seed
         self.tree = to_tree(recipe)
@@ -258,6 +267,8 @@ class Checkpointer:
                 os.rename(final, self.path / f".deleting-step-{step}")
             os.rename(beside, final)
             sync_folder(self.path)
+            if self.completed is not None:
+                self.completed(step)
             self._prune(step, best)
 
         self._main("the checkpoint cannot be completed", finish)
@@ -322,8 +333,9 @@ class Checkpointer:
     def choose(self, wanted: int | None = None) -> int | None:
         """The newest checkpoint without a fault (or ``wanted``); None where there is none at all.
 
-        Damaged ones are named and set aside under another name, never deleted. Raises :class:`UserError` where there are
-        checkpoints but no good one, or ``wanted`` is missing or damaged.
+        Damaged ones are named and, once an older good one is found, set aside under another name, never deleted. Raises
+        :class:`UserError` where there are checkpoints but no good one (all stay where they are: the next attempt must find them
+        too), or ``wanted`` is missing or damaged.
         """
         steps = self._main("checkpoints cannot be listed", lambda: steps_in(self.path))
         if wanted is not None:
@@ -332,24 +344,27 @@ class Checkpointer:
                 raise UserError(f"no checkpoint of step {wanted} (there are: {known})", where=str(self.path))
             steps = [wanted]
         named: list[str] = []
+        damaged: list[Path] = []
         for step in steps:
             folder = self.path / f"step-{step}"
             found = [f for part in self._all(faults(folder, self.world.rank, self.world.size)) for f in part]
             found = list(dict.fromkeys(found))
             if not found:
+                for worse in damaged if self.world.is_main else []:
+                    self._set_aside(worse)
                 return step
             named += found
+            damaged.append(folder)
             if self.world.is_main:
                 for fault in found:
                     note(f"damaged checkpoint: {fault}")
-                if wanted is None:
-                    self._set_aside(folder)
         if not steps:
             return None
         raise UserError(
             "no good checkpoint to go on from:\n    " + "\n    ".join(named),
             where=str(self.path),
-            fix="--resume never starts over in a new run folder; the damaged checkpoints are left as they are",
+            fix="the damaged checkpoints are left as they are: put good copies back; to start over use a new --name or --run-dir, "
+            "or --resume never (keeps the old files in replaced/)",
         )
 
     def leave_behind(self, step: int) -> None:

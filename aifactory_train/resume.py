@@ -6,11 +6,13 @@ import dataclasses
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+from aifactory_train import identity
 from aifactory_train.config import TrainConfig
 from aifactory_train.data import Cursor
 from aifactory_train.errors import UserError
 from aifactory_train.optim import learning_rate
 from aifactory_train.output import note
+from aifactory_train.parallel.world import from_main
 
 if TYPE_CHECKING:
     from aifactory_train.data import TokenDataset
@@ -35,13 +37,17 @@ def trainer_values(trainer: Trainer) -> dict[str, Any]:
 
 
 def restore(trainer: Trainer, step: int | None) -> None:
-    """Go on from the checkpoint of ``step`` (None: from the start).
+    """Go on from the checkpoint of ``step``.
 
-    Raises :class:`UserError` if the rows are others than the cursor counted, if the learning rates of the steps already made
+    Raises :class:`UserError` if there is none (any more), if base model, tokenizer or rows are others than the run was begun with, if the learning rates of the steps already made
     would be others under this configuration, or if a finished run is not to be prolonged.
     """
     if step is None:
-        return
+        raise UserError(
+            "the checkpoint to go on from is gone",
+            where=str(trainer.run.checkpoints),
+            fix="is another process at work here?",
+        )
 
     def same_rates(before: dict[str, Any]) -> bool:
         old, length = TrainConfig.model_validate(before["train"]), saved["total_steps"]
@@ -64,6 +70,9 @@ def restore(trainer: Trainer, step: int | None) -> None:
             fix="restore the data, or start a new run (--run-dir NEW)",
         )
     trainer.checkpoints.load(step, same_rates=same_rates)
+    for line in from_main(trainer.world, lambda: identity.check(trainer.run, trainer.recipe, trainer.inputs)):
+        if trainer.world.is_main:
+            note(line)
     trainer.checkpoints.leave_behind(step)
     trainer.step, trainer.cursor = step, Cursor(**saved["cursor"])
     trainer.best.load(saved["best"])

@@ -14,6 +14,7 @@ import yaml
 
 from aifactory_train.config import Recipe, from_tree, read_yaml, to_tree
 from aifactory_train.errors import UserError
+from aifactory_train.output import note
 from aifactory_train.ownership import Owner, current, launcher_ended, living, process_age, process_lives, process_start
 
 #: A heartbeat older than this belongs to a run that is no longer alive.
@@ -257,11 +258,26 @@ def _open_claimed(run: RunFolder, resume: str | None, recipe: Recipe | None) -> 
             fix="--resume auto goes on, --resume never starts over",
         )
     if resume == "auto":
-        return steps[-1] if steps else None
+        return steps[-1] if steps else _from_the_start(run)
     if int(resume) not in steps:
         known = ", ".join(map(str, steps)) or "none"
         raise UserError(f"there is no checkpoint of step {resume}", where=str(run.path), fix=f"complete steps: {known}")
     return int(resume)
+
+
+def _from_the_start(run: RunFolder) -> None:
+    """No complete checkpoint is there. That is a start at step 1 only for a run that never completed one."""
+    from aifactory_train import saved
+
+    found = saved.evidence(run)
+    if found is None:
+        note(f"{run.path}: the run ended before its first checkpoint was complete; it starts at step 1")
+        return
+    raise UserError(
+        f"the run had checkpoints ({found}), and none is left to go on from:\n    " + "\n    ".join(saved.damage(run)),
+        where=str(run.checkpoints),
+        fix="put a checkpoint back; to start over use a new --name or --run-dir, or --resume never (keeps the old files in replaced/)",
+    )
 
 
 def _other_length(run: RunFolder, recipe: Recipe | None) -> bool:
@@ -300,6 +316,7 @@ def _set_aside(run: RunFolder) -> None:
     """Move what an earlier run wrote into ``replaced/TIME``; nothing is deleted."""
     aside = run.path / "replaced" / time.strftime("%Y%m%d-%H%M%S")
     aside.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoints", "metrics.jsonl", "eval.json", "export", "tensorboard", "state.json", "run.yaml"):
+    written = ("checkpoints", "metrics.jsonl", "eval.json", "export", "tensorboard", "state.json", "run.yaml")
+    for name in (*written, "saved.json", "inputs.json"):
         if (run.path / name).exists():
             os.replace(run.path / name, aside / name)

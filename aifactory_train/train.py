@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from aifactory_train import __version__, position_check
+from aifactory_train import __version__, identity, position_check
 from aifactory_train.checkpoint import Checkpointer
 from aifactory_train.config import Recipe
 from aifactory_train.data import Cursor, PreparedData, Sampler, load_tokenizer, prepare, split_step
@@ -40,6 +40,7 @@ from aifactory_train.private.profile import enforce
 from aifactory_train.record.recorder import Recorder
 from aifactory_train.resume import restore, trainer_values
 from aifactory_train.runs import RunFolder, default_run_dir, open_for_training, write_json
+from aifactory_train.saved import note_saved
 from aifactory_train.sources import resolve_model
 from aifactory_train.stopping import Best, StopChannels
 
@@ -161,7 +162,9 @@ class Trainer:
         verdict = from_main(world, lambda: position_check.check(recipe, base_folder(recipe), device=world.device))
         settled = position_check.settle(recipe, verdict)
         self.methods = Methods(recipe)
-        self.data = self.methods.view(self._prepare())
+        prepared = self._prepare()
+        self.data = self.methods.view(prepared)
+        self.inputs = from_main(world, lambda: identity.of_run(recipe, prepared, self.data.train))
         self.precision, why = choose_precision(recipe, world.device)
         self.report.add("precision", self.precision.describe(), why)
         if generation.mended:
@@ -201,7 +204,7 @@ class Trainer:
         self.log = MetricsLog(run, enabled=world.is_main, tensorboard=recipe.logging.tensorboard)
         self.recorder = Recorder(run, world, recipe, attempt=int(attempt.folder.name) if attempt.folder else None)
         self.guard = Guard(recipe.guard)
-        self.checkpoints = Checkpointer(run.checkpoints, recipe, self.engine, world)
+        self.checkpoints = Checkpointer(run.checkpoints, recipe, self.engine, world, lambda s: note_saved(run, s))
         self.checkpoints.prepare()
         torch.manual_seed(settings.seed * 1_000_003 + world.rank)  # from here on: dropout, different on every rank
         probe_largest_batch(self)
@@ -212,9 +215,9 @@ class Trainer:
     # ---- before the first step
 
     def _prepare(self) -> PreparedData:
-        """Open the token cache; rank 0 builds it if need be while the others wait."""
+        """Open the token cache; rank 0 reads it through, and builds it if need be, while the others wait."""
         from_main(self.world, lambda: prepare(self.recipe, self.tokenizer) and None)
-        return prepare(self.recipe, self.tokenizer)
+        return prepare(self.recipe, self.tokenizer, trusted=True)
 
     def fit(self) -> int:
         """Evaluate, train, evaluate, export. Returns the exit code."""
@@ -223,6 +226,7 @@ class Trainer:
             print_start(recipe, self.run, world, self.report, self.data, self.total_steps)
         if world.is_main:
             self.run.save_config(recipe)
+            identity.keep(self.run, self.inputs, fresh=self.step == 0)
             for name, tree in self.engine.files.items():
                 write_json(self.run.path / name, tree)
             self.run.set_state("running", step=self.step, version=__version__)

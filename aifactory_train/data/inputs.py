@@ -6,20 +6,17 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import re
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aifactory_train import config as _config
 from aifactory_train.config import DataSource, Recipe
 from aifactory_train.data import folders
 from aifactory_train.data.encoder import EncoderSpec
+from aifactory_train.digests import sha256_of
 from aifactory_train.errors import UserError
 from aifactory_train.private import vault
 
@@ -124,42 +121,13 @@ def _converter(text: str, key: str) -> Callable[..., Iterator[dict[str, Any]]]:
 
 
 def content_of(path: Path) -> str:
-    """sha256 of a file, or of names and contents of a folder's files. Remembered by size and time of change."""
+    """sha256 of a file, or of names and contents of a folder's files. Remembered (:mod:`aifactory_train.digests`)."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    memory = _config.cache_dir() / "digests.json"
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
+    known = sha256_of(files)
     digest = hashlib.sha256()
-    changed = False
     for file in files:
-        stat = file.stat()
-        stamp = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if stamp not in known:
-            from aifactory_train.sources import sha256
-
-            try:
-                known[stamp] = sha256(file)
-            except OSError as error:
-                raise UserError(f"cannot be read: {error.strerror}", where=str(file)) from None
-            # A file changed within the clock's resolution could change again unseen: do not remember it yet.
-            changed = changed or time.time_ns() - stat.st_mtime_ns > 2_000_000_000
-        digest.update(f"{file.relative_to(path) if path.is_dir() else ''}\0{known[stamp]}\n".encode())
-    if changed:
-        _remember(memory, known)
+        digest.update(f"{file.relative_to(path) if path.is_dir() else ''}\0{known[file]}\n".encode())
     return digest.hexdigest()
-
-
-def _remember(memory: Path, known: dict[str, str]) -> None:
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=memory.parent, prefix=".digests-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(dict(list(known.items())[-5000:]), file)
-        os.replace(name, memory)
-    except OSError:
-        return  # only a memory of digests: without it they are computed again
 
 
 def cache_key(recipe: Recipe, spec: EncoderSpec, inputs: list[Input]) -> str:

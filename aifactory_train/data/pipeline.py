@@ -21,14 +21,15 @@ import numpy as np
 from aifactory_train import config as _config
 from aifactory_train.config import Recipe
 from aifactory_train.data import inputs as _inputs
-from aifactory_train.data import language
+from aifactory_train.data import intact, language
 from aifactory_train.data import report as own_report
 from aifactory_train.data.encoder import Encoder, EncoderSpec, forget_spare
 from aifactory_train.data.inputs import PREPARED_FORMAT, Input
 from aifactory_train.data.reading import no_collection, read_source
 from aifactory_train.data.selection import Selection, Words, select
 from aifactory_train.data.store import CACHE_FIX, Store, StoreWriter, TokenDataset, content_digest, disk_full
-from aifactory_train.errors import UserError
+from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.output import note
 from aifactory_train.private import profile, vault
 from aifactory_train.private.permissions import folder_mode
 
@@ -53,6 +54,7 @@ def prepare(
     *,
     cache_dir: Path | str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    trusted: bool = False,
 ) -> PreparedData:
     """Build the token cache of ``recipe``, or reopen it when nothing that decides its content has changed.
 
@@ -60,18 +62,23 @@ def prepare(
         tokenizer: a loaded fast tokenizer; default: the one of ``recipe.model`` (:func:`load_tokenizer`).
         cache_dir: default ``prepared`` in the program's cache.
         progress: called with (rows, tokens) so far, after each block.
+        trusted: another process has just looked at the cache for this one; only the sizes of its files are compared again.
 
-    Raises :class:`UserError` for anything wrong with rows, splits, the template, or the disk; nothing stays behind then.
+    A damaged cache is named and built again (:mod:`aifactory_train.data.intact`). Raises :class:`UserError` for anything wrong with rows, splits, the template, or the disk; nothing stays behind then.
     """
     profile.enforce(recipe)
     try:
-        return _prepare(recipe, tokenizer, cache_dir, progress)
+        return _prepare(recipe, tokenizer, cache_dir, progress, trusted)
     finally:
         forget_spare()
 
 
 def _prepare(
-    recipe: Recipe, tokenizer: Any, cache_dir: Path | str | None, progress: Callable[[int, int], None] | None
+    recipe: Recipe,
+    tokenizer: Any,
+    cache_dir: Path | str | None,
+    progress: Callable[[int, int], None] | None,
+    trusted: bool,
 ) -> PreparedData:
     from aifactory_train.data.tokenizer import encoder_spec, load_tokenizer, tokenizer_info
 
@@ -81,8 +88,14 @@ def _prepare(
     inputs = _inputs.resolve(recipe)
     root = Path(cache_dir) if cache_dir is not None else _config.cache_dir() / "prepared"
     target = root / _inputs.cache_key(recipe, spec, inputs)
-    if (target / "prepared.json").is_file():
-        return _open(target, info, recipe, inputs, reused=True)
+    if target.exists():
+        found = intact.faults(target, content=not trusted)
+        if not found:
+            return _open(target, info, recipe, inputs, reused=True)
+        if trusted:
+            raise RunFailed(f"the token cache changed while it was opened: {found[0]}", where=str(target))
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        note(f"the token cache {target} is damaged and is built again: {found[0]}{more}")
     try:
         root.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=root, prefix=f".{target.name}-"))
@@ -94,11 +107,7 @@ def _prepare(
     try:
         _build(recipe, spec, inputs, scratch, progress)
         scratch.chmod(folder_mode())
-        try:
-            os.replace(scratch, target)
-        except OSError:
-            if not (target / "prepared.json").is_file():  # another process was faster with the same content: use that
-                raise
+        _put_in_place(scratch, target)
     except OSError as error:
         full = disk_full(error, root)
         if full is None:
@@ -109,11 +118,32 @@ def _prepare(
     return _open(target, info, recipe, inputs, reused=False)
 
 
+def _put_in_place(scratch: Path, target: Path) -> None:
+    """Rename a finished cache to its name. What lies there is another process' work, which is used, or damaged, and goes away."""
+    try:
+        os.replace(scratch, target)
+        return
+    except OSError:
+        if not target.is_dir():
+            raise
+    if not intact.faults(target, content=True):
+        return
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-damaged-"))
+    try:
+        os.replace(target, aside)  # whoever has its files open keeps them
+        os.replace(scratch, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def _open(folder: Path, info: dict[str, Any], recipe: Recipe, inputs: list[Input], *, reused: bool) -> PreparedData:
     facts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     store = Store(folder / "store")
     if (folder / "own.json").is_file():
-        facts["report"] |= json.loads((folder / "own.json").read_text(encoding="utf-8"))
+        try:
+            facts["report"] |= json.loads((folder / "own.json").read_text(encoding="utf-8"))
+        except (ValueError, TypeError):
+            note(f"{folder / 'own.json'} is damaged and left out: 'aifactory prepare --report' writes it again")
     if reused:
         # Content decides what is in a cache, not where it lay: the rows may have been read from another place.
         store = Store(folder / "store", _files_now(store.facts, inputs))
@@ -191,7 +221,9 @@ def _build(
         }
         report |= _own(recipe, store, selection, encoder, words, at_once=True)
     report["warnings"] = own_report.warnings_of(report)
-    prepared = {"format": PREPARED_FORMAT, "train": entries[0], "evals": entries[1:], "report": report}
+    prepared = intact.with_digests(
+        scratch, {"format": PREPARED_FORMAT, "train": entries[0], "evals": entries[1:], "report": report}
+    )
     with (scratch / "prepared.json").open("w", encoding="utf-8") as file_:
         json.dump(prepared, file_, ensure_ascii=False, indent=1)
         file_.flush()

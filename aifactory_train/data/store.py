@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from aifactory_train.errors import UserError
+from aifactory_train.errors import RunFailed, UserError
 from aifactory_train.private import vault
 
 #: Column files besides tokens, flags and rows, and their types.
@@ -194,8 +194,15 @@ class Store:
             self._rows = vault.content(path)
         if self._rows is not None:
             return self._rows[a:b]
-        with path.open("rb") as file:
-            return os.pread(file.fileno(), b - a, a)
+        try:
+            with path.open("rb") as file:
+                return os.pread(file.fileno(), b - a, a)
+        except OSError as error:  # a cache may be cleared under a run that names its rows
+            raise RunFailed(
+                f"a row of the token cache cannot be read: {error.strerror}",
+                where=str(path),
+                fix="start again: it is rebuilt",
+            ) from None
 
     def rows(self, rows: np.ndarray | None = None) -> Iterator[dict[str, Any]]:
         """Some canonical rows (None: all of them), from one opened file."""

@@ -288,7 +288,7 @@ def read_tree(folder: Path, name: str) -> Any:
     """A JSON file of a checkpoint; faults are named."""
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot be read: {error}", where=str(folder / name)) from None
 
 
@@ -301,6 +301,15 @@ def read_marker(folder: Path) -> dict[str, Any]:
         raise UserError(f"is not a marker of format {FORMAT}", where=str(folder / MARKER))
     if marker.get("sha256") != self_digest(marker):
         raise UserError("was changed after it was written (its digest differs)", where=str(folder / MARKER))
+    step, files = marker.get("step"), marker.get("files")
+    if folder.name.startswith("step-") and folder.name != f"step-{step}":
+        raise UserError(f"is the checkpoint of step {step} under another step's name", where=str(folder))
+    if (
+        not isinstance(files, dict)
+        or not files
+        or not all(isinstance(f, dict) and f.keys() >= {"bytes", "sha256"} for f in files.values())
+    ):
+        raise UserError("does not list the files of a checkpoint", where=str(folder / MARKER))
     return marker
 
 

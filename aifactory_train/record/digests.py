@@ -7,14 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.digests import file_digest, sha256_of
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces of 8 MiB."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(8 << 20):
-            found.update(piece)
-    return found.hexdigest()
+__all__ = ["describe", "file_digest", "files_below", "tree_digest"]
 
 
 def inside(folder: Path, name: Any) -> Path | None:
@@ -33,12 +28,14 @@ def is_regular(path: Path) -> bool:
         return False
 
 
-def describe(paths: Iterable[Path], root: Path) -> list[dict[str, Any]]:
-    """``{path (below root), bytes, sha256}`` of each file, in the order of their names."""
-    return [
-        {"path": p.relative_to(root).as_posix(), "bytes": p.stat().st_size, "sha256": file_digest(p)}
-        for p in sorted(paths)
-    ]
+def describe(paths: Iterable[Path], root: Path, *, remembered: bool = False) -> list[dict[str, Any]]:
+    """``{path (below root), bytes, sha256}`` of each file, in the order of their names.
+
+    ``remembered``: files that are untouched since they were last read are not read again (:mod:`aifactory_train.digests`).
+    """
+    listed = sorted(paths)
+    known = sha256_of(listed) if remembered else {p: file_digest(p) for p in listed}
+    return [{"path": p.relative_to(root).as_posix(), "bytes": p.stat().st_size, "sha256": known[p]} for p in listed]
 
 
 def files_below(folder: Path, keep: Callable[[Path], bool] = lambda path: True) -> list[Path]:

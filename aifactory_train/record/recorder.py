@@ -69,6 +69,15 @@ def load_record(folder: Path) -> dict[str, Any]:
     return read_json(folder / RECORD)
 
 
+def _content_of(key: str, section: Any) -> Any:
+    """What a section of the record says about the content of an input; the rest (licence, facts) may be filled in later."""
+    if key == "data":
+        return [(entry.get("source"), entry.get("sha256")) for entry in section]
+    if key == "tokenizer":
+        return section.get("tokenizer_sha256"), section.get("template_sha256")
+    return section.get("digests")
+
+
 class Recorder:
     """Writes the record of one attempt. Call :meth:`start` on every rank; the other calls do nothing off rank 0."""
 
@@ -95,6 +104,7 @@ class Recorder:
         self._active = False
         self._nodes = 1
         self._digesting: threading.Thread | None = None
+        self._begun_from: str | None = None  # digest of the base model's files when the run began
         self._earlier = 0.0
         self._step_cost = 0.0
 
@@ -209,6 +219,10 @@ class Recorder:
                     "no end was recorded: the processes were killed or the node failed"
                 )
         values["base"] = collect.base_section(recipe, config, report.parameters, report.trainable)
+        if resumed_at and isinstance(before.get("base", {}).get("files"), list):
+            # What the run was begun from stays in the record: the digests of this attempt are compared, not laid over it.
+            values["base"] |= {key: before["base"][key] for key in ("files", "tree_sha256") if key in before["base"]}
+            self._begun_from = before["base"].get("tree_sha256")
         values["method"] = collect.method_section(recipe, report.parameters, report.trainable)
         values["hparams"] = collect.hparams_section(
             recipe,
@@ -219,10 +233,15 @@ class Recorder:
             choices=report.lines,
         )
         values["privacy"] = self._protection
-        sections = collect.data_sections(recipe, data.report)
-        values["data"] = sections
-        values["data_sets"] = collect.sets_section(data.report)
-        values["tokenizer"] = {k: v for k, v in data.tokenizer_info.items() if not isinstance(v, (list, tuple))}
+        found: dict[str, Any] = {
+            "data": collect.data_sections(recipe, data.report),
+            "data_sets": collect.sets_section(data.report),
+            "tokenizer": {k: v for k, v in data.tokenizer_info.items() if not isinstance(v, (list, tuple))},
+        }
+        if resumed_at:
+            found = self._as_begun(before, found, values)
+        values |= found
+        sections = values["data"]
         manifest = self.run.path / DATA_MANIFEST
         write_atomic(
             manifest,
@@ -256,6 +275,17 @@ class Recorder:
             target=self._digest_base, args=(resolve_model(recipe.model),), daemon=True, name="digests"
         )
         self._digesting.start()
+
+    def _as_begun(self, before: dict[str, Any], found: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        """The inputs as the first attempt recorded them; where this attempt's differ, they are recorded beside."""
+        kept = {}
+        for key, now_found in found.items():
+            was = before.get(key)
+            differs = was is not None and _content_of(key, plain(was)) != _content_of(key, plain(now_found))
+            kept[key] = was if differs else now_found
+            if differs:
+                values[f"run/input_changes/{self.attempt}/{key}"] = now_found
+        return kept
 
     @_never_breaks
     def _open_trackers(self) -> None:
@@ -351,9 +381,12 @@ class Recorder:
             values: dict[str, Any] = {}
             if folder is not None:
                 wanted = (".safetensors", ".json", ".model", ".jinja", ".txt", ".gguf")
-                files = describe(files_below(folder, lambda p: p.suffix in wanted), folder)
-                values["base/files"] = files
-                values["base/tree_sha256"] = tree_digest(files)
+                files = describe(files_below(folder, lambda p: p.suffix in wanted), folder, remembered=True)
+                digest = tree_digest(files)
+                if self._begun_from is None:
+                    values |= {"base/files": files, "base/tree_sha256": digest}
+                elif self._begun_from != digest:
+                    values[f"run/input_changes/{self.attempt}/base"] = {"files": files, "tree_sha256": digest}
             image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
             if image and Path(image).is_file():
                 values["run/container/sha256"] = describe([Path(image)], Path(image).parent)[0]["sha256"]
