@@ -320,7 +320,9 @@ def test_a_base_that_all_weights_have_replaced_may_change(tmp_path: Path, tiny_m
 # ---- the token cache under a run
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "flags.bin", "lengths.bin", "docrow.bin", "supervised.bin", "store.json"])
+@pytest.mark.parametrize(
+    "name", ["tokens.bin", "flags.bin", "lengths.bin", "docrow.bin", "supervised.bin", "store.json"]
+)
 def test_a_damaged_cache_is_built_again_before_a_run_goes_on(cut: Run, whole: Path, name: str) -> None:
     (store,) = {p.parent for p in (cache_dir() / "prepared").glob("test-tiny-*/store/" + name) if _is_of(p, cut)}
     flip(store / name, 0.5)
