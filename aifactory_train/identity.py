@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def of_run(recipe: Recipe, data: Any, train_set: Any) -> dict[str, Any]:
         "format": FORMAT,
         "base": {
             "config": _config_digest(base / "config.json"),
-            "files": {p.relative_to(base).as_posix(): digests[p] for p in files},
+            "files": {os.path.relpath(p, base): digests[p] for p in files},
         },
         "tokenizer": {
             "file": digests[vocabulary[0]] if vocabulary else None,
@@ -54,7 +55,7 @@ def of_run(recipe: Recipe, data: Any, train_set: Any) -> dict[str, Any]:
             "template": info["template_sha256"],
             "ids": [info["eos_id"], info["stop_ids"], info["pad_id"]],
         },
-        "data": {"train": train, "eval": held_out},
+        "data": {"train": train, "eval": held_out, "eval_rows": recipe.data.eval_rows},
     }
 
 
@@ -98,10 +99,10 @@ def check(run: RunFolder, recipe: Recipe, now: dict[str, Any]) -> list[str]:
             f"the run has no {INPUTS}: whether base model, tokenizer and rows are those of its first attempt was not "
             "checked (from now on it is)"
         ]
-    before = read_json(path)
     try:
+        before = read_json(path)
         changed, told = _differences(before, now, recipe)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, UserError):
         raise UserError("is damaged", where=str(path), fix=_without(run)) from None
     if changed:
         lines = "\n    ".join(f"{key}: {what}" for key, what in changed)
@@ -145,8 +146,9 @@ def _differences(
         changed.append((key, "the chat template is another one"))
     if before["data"]["train"] != now["data"]["train"]:
         changed.append(("data.train", "the training rows, or their tokens, are others"))
+    # With another data.eval_rows, which may change, other rows are drawn: then there is nothing to compare.
     old, new = before["data"]["eval"], now["data"]["eval"]
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
+        if old.get(name) != new.get(name) and before["data"]["eval_rows"] == now["data"]["eval_rows"]:
             changed.append(("data.eval", f"the held-out rows '{name}', or their tokens, are others"))
     return changed, told
