@@ -72,7 +72,7 @@ def load_record(folder: Path) -> dict[str, Any]:
 def _content_of(key: str, section: Any) -> Any:
     """What a section of the record says about the content of an input; the rest (licence, facts) may be filled in later."""
     if key == "data":
-        return [(entry.get("source"), entry.get("sha256")) for entry in section]
+        return [entry.get("sha256") for entry in section]
     if key == "tokenizer":
         return section.get("tokenizer_sha256"), section.get("template_sha256")
     return section.get("digests")
