@@ -258,15 +258,17 @@ def _open_claimed(run: RunFolder, resume: str | None, recipe: Recipe | None) -> 
             fix="--resume auto goes on, --resume never starts over",
         )
     if resume == "auto":
-        return steps[-1] if steps else _from_the_start(run)
+        if not steps:
+            _may_start_over(run)
+        return steps[-1] if steps else None
     if int(resume) not in steps:
         known = ", ".join(map(str, steps)) or "none"
         raise UserError(f"there is no checkpoint of step {resume}", where=str(run.path), fix=f"complete steps: {known}")
     return int(resume)
 
 
-def _from_the_start(run: RunFolder) -> None:
-    """No complete checkpoint is there. That is a start at step 1 only for a run that never completed one."""
+def _may_start_over(run: RunFolder) -> None:
+    """No complete checkpoint is there. Raises :class:`UserError` unless the run never completed one: then it starts at step 1."""
     from aifactory_train import saved
 
     found = saved.evidence(run)
