@@ -11,8 +11,9 @@ import importlib.util
 import os
 import sys
 
-from aifactory_train import __version__, output
-from aifactory_train.errors import EXIT_FAILED, UserError, did_you_mean
+from aifactory_train import __version__
+from aifactory_train.core import output
+from aifactory_train.core.errors import EXIT_FAILED, UserError, did_you_mean
 from aifactory_train.private import redact
 
 #: command -> one line of help; the code is in aifactory_train/commands/<command>.py

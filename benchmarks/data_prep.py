@@ -47,7 +47,7 @@ PACK = 512
 
 
 def ours(spec: dict[str, Any]) -> dict[str, Any]:
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
     from aifactory_train.data import load_tokenizer, pipeline, prepare
 
     recipe = Recipe.model_validate(
@@ -97,7 +97,7 @@ def bare(spec: dict[str, Any]) -> dict[str, Any]:
     """``encode_batch`` on the rendered rows, 1,000 at a time, one thread."""
     from tokenizers import Tokenizer
 
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
     from aifactory_train.data import load_tokenizer
     from aifactory_train.data.template import ChatTemplate
 

@@ -179,7 +179,7 @@ def update_readme(section: str, text: str, path: Path = README) -> None:
 
 def model_folder(wanted: str) -> Path:
     """The folder of a model that a recipe could name; it must be in the cache already."""
-    from aifactory_train.config import ModelConfig
+    from aifactory_train.config.schema import ModelConfig
     from aifactory_train.sources import resolve_model
 
     return Path(resolve_model(ModelConfig(base=wanted))).resolve()

@@ -26,8 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "data")]
 
 import personal_samples as samples  # noqa: E402
 
+from aifactory_train.core.output import print_json  # noqa: E402
 from aifactory_train.data.personal import kinds, scan  # noqa: E402
-from aifactory_train.output import print_json  # noqa: E402
 
 
 def speed(rows: list[str], repeats: int = 3) -> float:

@@ -20,11 +20,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.planning import calibrate, memory, open_data, timing
 from aifactory_train.planning.open_data import Row
-from aifactory_train.planning.shapes import DATA
-from aifactory_train.planning.timing import Constants
+from aifactory_train.planning.timing import DATA, Constants
 
 MEASUREMENTS = DATA / "measurements.csv"
 CALIBRATION = DATA / "calibration.json"

@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--document", action="store_true", help="run nothing, write docs/recipes.md from kept results")
     parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
     args = parser.parse_args()
-    from aifactory_train.config import load_recipe, recipe_ids
+    from aifactory_train.config.loading import load_recipe, recipe_ids
 
     embedded = [name for name in recipe_ids() if is_embedded(load_recipe(name))]
     if args.document:
@@ -91,7 +91,7 @@ def is_embedded(recipe: Any) -> bool:
 
 def measure(name: str, steps: int, rows: int, note: str) -> dict[str, Any]:
     """Fetch and train one recipe in a folder of its own; figures before and after on its held-out rows."""
-    from aifactory_train.config import load_recipe
+    from aifactory_train.config.loading import load_recipe
 
     recipe = load_recipe(name)
     settings = [f"train.max_steps={steps}"] if recipe.train.max_steps is None or recipe.train.max_steps > steps else []
@@ -158,7 +158,7 @@ def aifactory(*words: str) -> Done:
 
 def import_libraries() -> None:
     """What every run imports. No thread is started and no tensor made, so that a child may be forked safely."""
-    for name in ("torch", "transformers", "peft", "aifactory_train.train", "aifactory_train.data"):
+    for name in ("torch", "transformers", "peft", "aifactory_train.training.trainer", "aifactory_train.data"):
         importlib.import_module(name)
 
 
@@ -255,7 +255,7 @@ def keep(result: dict[str, Any]) -> None:
 def document(results: dict[str, Any]) -> str:
     """docs/recipes.md: what is measured first, then every recipe by sector with what it is made of."""
     from aifactory_train.commands.recipes import summary
-    from aifactory_train.config import load_recipe, recipe_ids
+    from aifactory_train.config.loading import load_recipe, recipe_ids
 
     recipes = {name: load_recipe(name) for name in recipe_ids()}
     measured = [n for n in recipes if n in results and not results[n].get("failed")]

@@ -24,7 +24,12 @@ import measuring
 
 #: What the commands that answer on a login node should take at most on an idle machine, in seconds.
 GOALS = {"--help": 0.4, "launch --dry-run": 0.5}
-IMPORTS = ("aifactory_train.cli", "aifactory_train.config", "aifactory_train.data", "aifactory_train.train")
+IMPORTS = (
+    "aifactory_train.cli",
+    "aifactory_train.config.schema",
+    "aifactory_train.data",
+    "aifactory_train.training.trainer",
+)
 
 
 def commands(recipe: str) -> dict[str, list[str]]:

@@ -106,7 +106,7 @@ def _packs(documents: list, labels: list) -> list[list[int]]:
 
 
 def _recipe(spec: dict[str, Any]):
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
 
     lora = spec["kind"] == "lora"
     return Recipe.model_validate(
@@ -148,10 +148,10 @@ def _recipe(spec: dict[str, Any]):
 
 
 def ours(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train with :func:`aifactory_train.train.train`, documents given; then time the matrix products of a step."""
+    """Train with :func:`aifactory_train.training.trainer.train`, documents given; then time the matrix products of a step."""
     import resource
 
-    import aifactory_train.train as loop
+    import aifactory_train.training.trainer as loop
     from aifactory_train.data import Cursor
 
     class Given(loop.Sampler):

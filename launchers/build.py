@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train import __version__
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.launchers import request as rq
 from aifactory_train.launchers.environment import SCRUBBED, environment_lines, gloo_pattern
 from aifactory_train.launchers.request import Refusal, Request
-from aifactory_train.launchers.shape import SIGNAL_SLACK_S, Shape, shape_of
+from aifactory_train.launchers.shape import Shape, shape_of
 from aifactory_train.launchers.submission import File, Line, Submission, nul_joined, quoted
 from aifactory_train.sites import slurm_time
 from aifactory_train.sites.profiles import System
@@ -29,7 +29,7 @@ from aifactory_train.sites.schema import Container
 if TYPE_CHECKING:
     import jinja2
 
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
 
 ROOM = Path(__file__).resolve().parent
 PROGRAMS = ROOM / "programs"
@@ -219,7 +219,7 @@ def _render(name: str, context: dict[str, Any]) -> str:
 
 
 def _cache(system: System, shape: Shape) -> str:
-    from aifactory_train.config import cache_dir
+    from aifactory_train.config.loading import cache_dir
 
     if os.environ.get("AIFACTORY_CACHE") or shape.backend in ("local", "mpi") or not system.user.work_dir:
         return str(cache_dir())
@@ -348,8 +348,8 @@ def mounts_of(sub: Submission, recipe: Recipe, container: Container, python: str
     Run folder, the environment that the ranks' Python lies in, your work folder, the cache, and local data of the recipe. A
     folder below another of the list is left out: it is there already.
     """
-    from aifactory_train.config import to_tree
-    from aifactory_train.sources.spec import parse
+    from aifactory_train.config.loading import to_tree
+    from aifactory_train.config.source_spec import parse
 
     folders = [str(sub.run_dir)]
     environment = str(Path(python).parent.parent)
@@ -493,7 +493,7 @@ def _files(sub: Submission, recipe: Recipe, context: dict[str, Any]) -> None:
     """Everything that lies in ``submission/`` beside the script, for the run or for each task of its array."""
     import yaml
 
-    from aifactory_train.config import load_recipe, to_tree
+    from aifactory_train.config.loading import load_recipe, to_tree
 
     shape, request = sub.shape, sub.request
     rank = _render("rank.sh.j2", context)
@@ -610,8 +610,3 @@ def _json(value: Any) -> bytes:
 
 def walltime(shape: Shape) -> str:
     return slurm_time(shape.time_s)
-
-
-def lead(shape: Shape) -> int:
-    """Seconds before the limit at which the warning signal is asked for: grace and slack, at most half of the job."""
-    return max(1, min(shape.grace_s + SIGNAL_SLACK_S, shape.time_s // 2))

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 
 TIME = r"(\d+:)?\d{1,2}:\d{2}:\d{2}|\d+:\d{2}|\d+"
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"

@@ -17,7 +17,7 @@ from aifactory_train.launchers.submission import Line, Submission, quoted
 from aifactory_train.sites.profiles import System
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
 
 SECRET = re.compile(r"(TOKEN|SECRET|PASSW(OR)?D|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL)S?(_|$)", re.I)
 #: Variables that belong to launcher, scheduler or shell; a user's value would break the start of the ranks.

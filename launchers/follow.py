@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import EXIT_REFUSED, RunFailed, UserError, did_you_mean
+from aifactory_train.core.errors import EXIT_REFUSED, RunFailed, UserError, did_you_mean
 from aifactory_train.launchers import backends
 from aifactory_train.launchers.backends import Job
 from aifactory_train.launchers.programs import attempt as book

@@ -6,11 +6,11 @@ import importlib.util
 import json
 from typing import TYPE_CHECKING, Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.launchers.submission import Submission
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
 
 #: Where the planner says that it cannot know (a fact is not published, a format is not covered): no reason to refuse a job.
 UNKNOWN = ("--site", "precision.compute", "model.base")

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.sites import parse_duration
 
 #: What may stand in a directive's value: accounts, partitions, QoS, node lists, constraints. No blanks, quotes or shell signs.

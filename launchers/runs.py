@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.launchers.build import finish
 from aifactory_train.launchers.request import Refusal
 from aifactory_train.launchers.submission import File, Submission

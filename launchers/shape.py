@@ -6,13 +6,18 @@ name every broken rule at once.
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aifactory_train.errors import did_you_mean
+from aifactory_train.core.errors import did_you_mean
 from aifactory_train.launchers.request import Refusal, Request
 from aifactory_train.sites.profiles import System
+
+if TYPE_CHECKING:
+    pass
 
 DEFAULT_TIME_S = 4 * 3600
 #: Slurm may deliver the warning signal up to a minute early (sbatch manual), so the lead is the grace plus this.
@@ -96,8 +101,6 @@ def backend_of(request: Request, system: System) -> str:
 
 def visible_gpus() -> int:
     """GPUs that a process started here would see: the devices' files, narrowed by CUDA_/HIP_/ROCR_VISIBLE_DEVICES."""
-    import os
-    import re
 
     for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         value = os.environ.get(variable)
@@ -342,3 +345,8 @@ def _grace(request: Request, time_s: int, why: dict[str, Value]) -> int:
     value = max(15, min(300, time_s // 10))
     why["grace_s"] = Value(value, "time to save before the limit: 5 minutes, or a tenth of a short job")
     return value
+
+
+def lead(shape: Shape) -> int:
+    """Seconds before the limit at which the warning signal is asked for: grace and slack, at most half of the job."""
+    return max(1, min(shape.grace_s + SIGNAL_SLACK_S, shape.time_s // 2))

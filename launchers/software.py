@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train import __version__
-from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.launchers import request as rq
 from aifactory_train.launchers.build import IMAGE_SUFFIXES, container_of, env_folder, templates
 from aifactory_train.launchers.request import Request
@@ -329,7 +329,7 @@ def staged(recipes: list[str], target: Path, say: Callable[[str], None]) -> list
     """Copy what ``aifactory fetch`` put into the cache for these recipes; refuses a recipe that was not fetched."""
     import shutil
 
-    from aifactory_train.config import cache_dir, load_recipe
+    from aifactory_train.config.loading import cache_dir, load_recipe
     from aifactory_train.sources import resolve_data, resolve_model
 
     root, copied = cache_dir().resolve(), []

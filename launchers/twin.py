@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.sites import slurm_time
 from aifactory_train.sites.profiles import System
 

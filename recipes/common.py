@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 
 #: Words in a row that are compared, and the share of them that one training entry may hold.
 SHINGLE, SHARE = 4, 0.5

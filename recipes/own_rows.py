@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.data import readers
-from aifactory_train.errors import UserError, did_you_mean
 from aifactory_train.recipes.common import no_rows
 
 HERE = Path(__file__).resolve().parent

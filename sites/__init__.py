@@ -113,7 +113,8 @@ __all__ = [
 if TYPE_CHECKING:
     from aifactory_train.sites.detection import detect, identify
     from aifactory_train.sites.finding import config_dir, find_member
-    from aifactory_train.sites.profiles import load, read_overlay, resolve
+    from aifactory_train.sites.profiles import load, read_overlay
+    from aifactory_train.sites.resolving import resolve
     from aifactory_train.sites.schema import Fact, Overlay, Profile, parse_duration, slurm_time
     from aifactory_train.sites.selection import Needs, Selection, broken_limit, require_usable, select
     from aifactory_train.sites.system import System

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.sites.reading import read_yaml
 from aifactory_train.sites.schema import FactEntry, Source
 

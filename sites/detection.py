@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.sites.catalogue import gpu_catalogue
-from aifactory_train.sites.profiles import resolve
+from aifactory_train.sites.resolving import resolve
 from aifactory_train.sites.system import System
 
 TIMEOUT_S = 20

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.sites.catalogue import SYSTEMS
 from aifactory_train.sites.index import load_index
 from aifactory_train.sites.reading import read_yaml

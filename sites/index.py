@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.sites.resolving import readiness_of, resolve
+
 ROOM = Path(__file__).resolve().parent
 INDEX = ROOM / "index.json"
 FORMAT = 1
@@ -55,12 +57,12 @@ def load_index() -> dict[str, Any]:
 
 def build_index(current: str | None = None) -> dict[str, Any]:
     """The index from the YAML files."""
-    from aifactory_train.sites import catalogue, profiles, reading
+    from aifactory_train.sites import catalogue, reading
 
     systems = []
     for path in sorted(catalogue.SYSTEMS.glob("*.yaml")):
-        system = profiles.resolve(reading.read_yaml(path), path)
-        level, evidence = profiles.readiness_of(system)
+        system = resolve(reading.read_yaml(path), path)
+        level, evidence = readiness_of(system)
         longest = [v for v in (system.limits(p)["max_time"] for p in system.partitions) if v]
         qos_longest = [q.max_time for q in system.qos.values() if q.max_time]
         systems.append(

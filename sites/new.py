@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError, did_you_mean
+from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.sites import probe
 from aifactory_train.sites.catalogue import gpu_catalogue
-from aifactory_train.sites.profiles import resolve
+from aifactory_train.sites.resolving import resolve
 from aifactory_train.sites.schema import compact_time, parse_duration
 
 Ask = Callable[[str], str]

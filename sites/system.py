@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import PrivateAttr
 
-from aifactory_train.errors import UserError, did_you_mean
+from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.sites.catalogue import shared_sources
 from aifactory_train.sites.paths import covering, dig, fact_leaves, leaves, stated_paths
 from aifactory_train.sites.schema import (

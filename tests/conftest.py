@@ -32,7 +32,7 @@ def real_cache() -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or fills the user's cache unless it asks for ``real_cache``."""
-    from aifactory_train.config import cache_dir
+    from aifactory_train.config.loading import cache_dir
 
     patch = pytest.MonkeyPatch()
     patch.setenv("AIFACTORY_REAL_CACHE", str(cache_dir()))

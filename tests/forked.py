@@ -35,7 +35,7 @@ def preload(*, deepspeed: bool = False) -> None:
 
     transformers.logging.disable_progress_bar()
     import aifactory_train.parallel.fsdp
-    import aifactory_train.train  # noqa: F401
+    import aifactory_train.training.trainer  # noqa: F401
 
     if deepspeed:
         from aifactory_train.parallel.deepspeed import import_deepspeed
@@ -186,8 +186,8 @@ def _child(rank, size, port, argv, log, writer, in_child, env) -> None:
 
 def _tell_progress(tell: Callable[[dict], None]) -> None:
     """In a child: report heartbeats and saves."""
-    from aifactory_train.checkpoint import Checkpointer
-    from aifactory_train.outcome import Attempt
+    from aifactory_train.run.outcome import Attempt
+    from aifactory_train.training.checkpoint import Checkpointer
 
     beat, write = Attempt.beat, Checkpointer._write
 

@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train import output
-    from aifactory_train.errors import UserError
-    from aifactory_train.runs import open_run
+    from aifactory_train.core import output
+    from aifactory_train.core.errors import UserError
+    from aifactory_train.run.folder import open_run
 
     if args.json and args.prompt is None:
         raise UserError("a conversation is not JSON", where="--json", fix="add --prompt TEXT")
@@ -50,11 +50,11 @@ class Talker:
     """A conversation with the model of a run; a model without chat template continues the text instead."""
 
     def __init__(self, folder, *, system: str | None, max_new_tokens: int):
-        from aifactory_train import compat
+        from aifactory_train.core import compat
+        from aifactory_train.core.errors import UserError
         from aifactory_train.data.tokenizer import encoder_spec, tokenizer_info
-        from aifactory_train.errors import UserError
-        from aifactory_train.evaluate import chat_template
-        from aifactory_train.export import load_trained
+        from aifactory_train.evaluation.answers import chat_template
+        from aifactory_train.model.trained import load_trained
 
         self.device = compat.device_type()
         self.model, self.tokenizer, recipe = load_trained(folder, self.device)
@@ -68,10 +68,10 @@ class Talker:
 
     def ask(self, prompt: str) -> str:
         """The answer to ``prompt`` after all that was said; the oldest turns are dropped when the context is full."""
-        from aifactory_train import output
-        from aifactory_train.errors import UserError
-        from aifactory_train.evaluate import stop_ids
-        from aifactory_train.generate import generate
+        from aifactory_train.core import output
+        from aifactory_train.core.errors import UserError
+        from aifactory_train.evaluation.answers import stop_ids
+        from aifactory_train.evaluation.generate import generate
 
         if self.template is None:
             ids = self.tokenizer(prompt).input_ids

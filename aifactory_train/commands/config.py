@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train import output
-    from aifactory_train.config import RECIPES_DIR, json_schema, load_recipe, to_tree
-    from aifactory_train.runs import write_atomic
+    from aifactory_train.config.loading import RECIPES_DIR, json_schema, load_recipe, to_tree
+    from aifactory_train.core import output
+    from aifactory_train.core.files import write_atomic
 
     if args.what == "show":
         tree = to_tree(load_recipe(args.recipe, args.overrides))
@@ -47,6 +47,6 @@ def schema_text() -> str:
     """The content of ``recipes/recipe.schema.json``."""
     import json
 
-    from aifactory_train.config import json_schema
+    from aifactory_train.config.loading import json_schema
 
     return json.dumps(json_schema(), ensure_ascii=False, indent=1) + "\n"

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train import output
+    from aifactory_train.core import output
 
     found = examine()
     if args.json:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def examine() -> dict[str, Any]:
     """Everything that :func:`run` shows. Works without torch, as on a login node."""
     from aifactory_train import __version__
-    from aifactory_train.config import cache_dir
+    from aifactory_train.config.loading import cache_dir
 
     packages = {name: _version(name) for name in PACKAGES}
     problems: list[str] = []
@@ -119,10 +119,11 @@ def _torch_view() -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
     """Devices as torch sees them (a GPU is what the framework counts: on MI250X one GCD), and what a run would choose."""
     import torch
 
-    from aifactory_train import attention, compat
-    from aifactory_train.config import Recipe
-    from aifactory_train.model import choose_precision
-    from aifactory_train.parallel import choose_engine
+    from aifactory_train.config.schema import Recipe
+    from aifactory_train.core import compat
+    from aifactory_train.model import attention
+    from aifactory_train.model.precision import choose_precision
+    from aifactory_train.parallel.build import choose_engine
     from aifactory_train.parallel.world import World
 
     device = compat.device_type()

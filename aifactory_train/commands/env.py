@@ -43,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from aifactory_train import sites
-    from aifactory_train.errors import EXIT_DONE, EXIT_FAILED
+    from aifactory_train.core.errors import EXIT_DONE, EXIT_FAILED
+    from aifactory_train.core.output import note, print_json
     from aifactory_train.launchers import software
-    from aifactory_train.output import note, print_json
 
     system = sites.load(args.site, overlay=args.site_file) if args.site_file else sites.load(args.site)
     sites.require_usable(system)

@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train import output
-    from aifactory_train.runs import open_run, write_atomic
+    from aifactory_train.core import output
+    from aifactory_train.core.files import write_atomic
+    from aifactory_train.run.folder import open_run
 
     folder = open_run(args.run_name)
     if args.harness is not None:
@@ -53,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _harness(folder, args: argparse.Namespace) -> int:
-    from aifactory_train import harness, output
-    from aifactory_train.errors import UserError
+    from aifactory_train.core import output
+    from aifactory_train.core.errors import UserError
+    from aifactory_train.evaluation import harness
 
     for name in ("out", "max_new_tokens", "no_generate"):
         if getattr(args, name):
@@ -65,7 +67,7 @@ def _harness(folder, args: argparse.Namespace) -> int:
             "names no task" if not names else "must be at least 1", where="--rows" if names else "--harness"
         )
     harness.offline()
-    from aifactory_train import compat
+    from aifactory_train.core import compat
 
     found = harness.run_harness(folder, folder.load_config(), names, rows=args.rows, device=compat.device_type())
     if args.json:
@@ -84,8 +86,8 @@ def _harness(folder, args: argparse.Namespace) -> int:
 
 def scoring_recipe(recipe, args: argparse.Namespace):
     """The run's recipe with ``--data`` as its only rows; nothing is left out, repeated rows count as often as they stand."""
-    from aifactory_train.config import DataSource
-    from aifactory_train.errors import UserError
+    from aifactory_train.config.schema import DataSource
+    from aifactory_train.core.errors import UserError
 
     for name, value in (("--rows", args.rows), ("--max-new-tokens", args.max_new_tokens)):
         if value is not None and value < 1:
@@ -105,19 +107,15 @@ def scoring_recipe(recipe, args: argparse.Namespace):
 
 def score(folder, recipe, *, generate: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(figures over all rows, one prediction per document) of the run's model on the recipe's evaluation rows."""
-    from aifactory_train import compat, metrics, position_check
+    from aifactory_train import metrics
+    from aifactory_train.core import compat
     from aifactory_train.data import prepare
-    from aifactory_train.evaluate import (
-        add_answers,
-        answer_statistics,
-        answers,
-        chat_template,
-        held_out,
-        question,
-        stop_ids,
-    )
-    from aifactory_train.export import load_trained
-    from aifactory_train.model import base_folder
+    from aifactory_train.evaluation.answers import answers, chat_template, question, stop_ids
+    from aifactory_train.evaluation.evaluate import add_answers, answer_statistics
+    from aifactory_train.evaluation.likelihood import held_out
+    from aifactory_train.model import position_check
+    from aifactory_train.model.base import base_folder
+    from aifactory_train.model.trained import load_trained
 
     device = compat.device_type()
     position_check.settle(recipe, position_check.check(recipe, base_folder(recipe), device=device))

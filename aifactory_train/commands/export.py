@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train import output
-    from aifactory_train.errors import UserError
-    from aifactory_train.runs import open_run
+    from aifactory_train.core import output
+    from aifactory_train.core.errors import UserError
+    from aifactory_train.run.folder import open_run
 
     if args.check:
         return _check(args)
@@ -57,14 +57,14 @@ def run(args: argparse.Namespace) -> int:
             )
     folder = open_run(args.run_name)
     verify = False if args.no_verify else None
-    from aifactory_train.record.pack import refresh_artefacts
+    from aifactory_train.report.pack import refresh_artefacts
 
     if args.format == "gguf":
-        from aifactory_train.gguf_export import export_gguf
+        from aifactory_train.exporting.gguf import export_gguf
 
         outcome = export_gguf(folder, args.type or "f16", step=args.step, verify=verify)
     else:
-        from aifactory_train.export import export_run
+        from aifactory_train.exporting.writer import export_run
 
         outcome = export_run(folder, merge=args.merge, dtype=args.dtype, verify=verify, step=args.step)
     refresh_artefacts(folder, outcome)  # the record and the signed manifest speak of what lies in export/
@@ -93,9 +93,10 @@ def _said(kind: str, verdict: dict[str, Any] | None) -> str:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from aifactory_train import output, vllm_check
-    from aifactory_train.errors import EXIT_FAILED, UserError
-    from aifactory_train.runs import open_run
+    from aifactory_train.core import output
+    from aifactory_train.core.errors import EXIT_FAILED, UserError
+    from aifactory_train.exporting import vllm_check
+    from aifactory_train.run.folder import open_run
 
     for name in ("merge", "step", "type", "no_verify"):
         if getattr(args, name):

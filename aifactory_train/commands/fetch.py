@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from aifactory_train import licences
+from aifactory_train.sources import licences
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train.config import load_recipe
-    from aifactory_train.output import note, print_json, table
+    from aifactory_train.config.loading import load_recipe
+    from aifactory_train.core.output import note, print_json, table
     from aifactory_train.sources import fetch
 
     recipe = load_recipe(args.recipe, licences.overrides(args))

@@ -7,8 +7,8 @@ import os
 import sys
 from typing import Any
 
-from aifactory_train.errors import EXIT_DONE, EXIT_FAILED, UserError, did_you_mean
-from aifactory_train.output import note, print_json, table
+from aifactory_train.core.errors import EXIT_DONE, EXIT_FAILED, UserError, did_you_mean
+from aifactory_train.core.output import note, print_json, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,8 @@ import os
 import sys
 from typing import Any
 
-from aifactory_train import licences
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
+from aifactory_train.sources import licences
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     # Scanning all installed distributions for pydantic plug-ins costs a tenth of a dry run; none is used.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     from aifactory_train import sites
-    from aifactory_train.config import load_recipe
+    from aifactory_train.config.loading import load_recipe
     from aifactory_train.launchers import checks
     from aifactory_train.launchers.build import build
 
@@ -245,7 +245,7 @@ def load_site(args: argparse.Namespace):
 
 
 def _tell(args: argparse.Namespace, sub: Any, found: list[Any]) -> None:
-    from aifactory_train.output import note
+    from aifactory_train.core.output import note
 
     if args.json:
         return
@@ -277,7 +277,7 @@ def _explained(args: argparse.Namespace, sub: Any) -> dict[str, Any]:
 
 
 def _print_json(sub: Any, found: list[Any], extra: dict[str, Any]) -> None:
-    from aifactory_train.output import print_json
+    from aifactory_train.core.output import print_json
 
     shape = sub.shape
     print_json(
@@ -304,8 +304,8 @@ def _print_json(sub: Any, found: list[Any], extra: dict[str, Any]) -> None:
 
 
 def _submit(args: argparse.Namespace, sub: Any, found: list[Any]) -> int:
+    from aifactory_train.core.output import note
     from aifactory_train.launchers import backends, runs
-    from aifactory_train.output import note
 
     script = runs.write(sub)
     backend = backends.get(sub.shape.backend)
@@ -336,9 +336,9 @@ def _submit(args: argparse.Namespace, sub: Any, found: list[Any]) -> int:
 
 def _resume(args: argparse.Namespace) -> int:
     """Submit an existing run folder again."""
+    from aifactory_train.core.output import note, print_json
     from aifactory_train.launchers import backends, runs
     from aifactory_train.launchers.follow import open_folder, status_of
-    from aifactory_train.output import note, print_json
 
     folder = open_folder(args.recipe)
     state = status_of(folder)

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.config.loading import load_recipe
+from aifactory_train.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train.output import note, print_json
+    from aifactory_train.core.output import note, print_json
 
     plan, job = build(args)
     if args.verify_sharding:
@@ -69,11 +70,11 @@ def run(args: argparse.Namespace) -> int:
 
 def build(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """The plan of the parsed arguments as plain values, and its chosen job."""
-    from aifactory_train import config, sites
+    from aifactory_train import sites
     from aifactory_train.planning import plan_for
 
     overrides = list(args.overrides)
-    recipe = config.load_recipe(args.recipe, overrides)
+    recipe = load_recipe(args.recipe, overrides)
     system = sites.load(args.site, overlay=args.site_file if args.site_file else None)
     nodes = _nodes(args.nodes)
     for name in ("deadline", "budget", "tokens"):

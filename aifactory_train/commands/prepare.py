@@ -24,13 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train.config import load_recipe
+    from aifactory_train.config.loading import load_recipe
+    from aifactory_train.core.errors import UserError, did_you_mean
+    from aifactory_train.core.output import note, print_json
     from aifactory_train.data import load_tokenizer, prepare
     from aifactory_train.data.inspect import inspect_document, report_tables
     from aifactory_train.data.pipeline import look_at
     from aifactory_train.data.report import print_own
-    from aifactory_train.errors import UserError, did_you_mean
-    from aifactory_train.output import note, print_json
 
     if args.inspect < 0:
         raise UserError("the number of documents cannot be negative", where="--inspect")

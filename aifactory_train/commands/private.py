@@ -50,7 +50,7 @@ def _key(args: argparse.Namespace) -> int:
 
 
 def _encrypt(args: argparse.Namespace) -> int:
-    from aifactory_train.errors import UserError
+    from aifactory_train.core.errors import UserError
     from aifactory_train.private.vault import Writer, sealed
 
     for path in args.files:
@@ -69,7 +69,7 @@ def _encrypt(args: argparse.Namespace) -> int:
 def _decrypt(args: argparse.Namespace) -> int:
     import os
 
-    from aifactory_train.errors import UserError
+    from aifactory_train.core.errors import UserError
     from aifactory_train.private.vault import Vault
 
     content = Vault.from_identity(args.identity).read(args.file)
@@ -84,8 +84,8 @@ def _decrypt(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from aifactory_train.errors import UserError
-    from aifactory_train.output import print_json
+    from aifactory_train.core.errors import UserError
+    from aifactory_train.core.output import print_json
     from aifactory_train.private.permissions import exposures
 
     found = []
@@ -105,9 +105,9 @@ def _check(args: argparse.Namespace) -> int:
 def _was_in(args: argparse.Namespace) -> int:
     import sys
 
-    from aifactory_train.output import print_json
+    from aifactory_train.core.output import print_json
     from aifactory_train.private.rows import FILE, parse_row, was_in
-    from aifactory_train.runs import open_run
+    from aifactory_train.run.folder import open_run
 
     # From standard input: the text itself must not stand on a command line.
     answer = was_in(open_run(args.name).path / FILE, parse_row(sys.stdin.read().strip()))

@@ -18,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train.config import load_recipe, to_tree
-    from aifactory_train.errors import UserError
-    from aifactory_train.output import note, print_json, table
+    from aifactory_train.config.loading import load_recipe, to_tree
+    from aifactory_train.core.errors import UserError
+    from aifactory_train.core.output import note, print_json, table
 
     if args.recipe:
         recipe = load_recipe(args.recipe, args.overrides)
@@ -59,7 +59,7 @@ def listed() -> list[dict[str, Any]]:
     """One row a recipe, see :func:`summary`. The files are read without validation, which the tests and every other command do."""
     import yaml
 
-    from aifactory_train.config import RECIPES_DIR, recipe_ids
+    from aifactory_train.config.loading import RECIPES_DIR, recipe_ids
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     rows = []
@@ -126,7 +126,7 @@ def _list(value: Any) -> list[dict[str, Any]]:
 
 def chosen(rows: list[dict[str, Any]], sector: str | None, site: str | None) -> list[dict[str, Any]]:
     """The rows of one sector, and of the sectors that a site focuses on. An unknown name is a :class:`UserError`."""
-    from aifactory_train.errors import UserError, did_you_mean
+    from aifactory_train.core.errors import UserError, did_you_mean
 
     if sector:
         sectors = sorted({row["sector"] for row in rows})
@@ -145,8 +145,8 @@ def chosen(rows: list[dict[str, Any]], sector: str | None, site: str | None) -> 
 
 def _focus_of(site: str) -> set[str]:
     """Sectors of a member, or of the members that offer a system. Empty where the programme names no sectors (all fit)."""
-    from aifactory_train.errors import UserError, did_you_mean
-    from aifactory_train.output import note
+    from aifactory_train.core.errors import UserError, did_you_mean
+    from aifactory_train.core.output import note
     from aifactory_train.sites import members
 
     every = members()

@@ -12,12 +12,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aifactory_train.errors import UserError, did_you_mean
+from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.recipe_draft.guesses import ROLES, canonical_rows, choose_split, metrics_of, read, understand
 from aifactory_train.recipe_draft.text import recipe_text
 
 if TYPE_CHECKING:
-    from aifactory_train.config import ModelConfig
+    from aifactory_train.config.schema import ModelConfig
     from aifactory_train.data.documents import Notes
 
 _DEFAULT_BASE = "health/phenotype-terms"  # the recipe whose base model runs on a laptop
@@ -48,12 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train.config import RECIPES_DIR, load_recipe
+    from aifactory_train.config.loading import RECIPES_DIR, load_recipe
+    from aifactory_train.core.files import write_atomic
+    from aifactory_train.core.output import note, print_json, table
     from aifactory_train.data import report as own
     from aifactory_train.data.documents import Notes
     from aifactory_train.data.rows import Unused
-    from aifactory_train.output import note, print_json, table
-    from aifactory_train.runs import write_atomic
 
     out = _place(args)
     data = _local(args.data, "--data")
@@ -152,7 +152,7 @@ def _longest(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _place(args: argparse.Namespace) -> Path:
-    from aifactory_train.config import recipe_ids
+    from aifactory_train.config.loading import recipe_ids
 
     if not args.id:
         raise UserError(
@@ -192,7 +192,7 @@ def _local(text: str | None, option: str) -> Path:
 
 
 def _sector(name: str | None) -> str:
-    from aifactory_train.config import recipe_ids
+    from aifactory_train.config.loading import recipe_ids
     from aifactory_train.sites import members
 
     if name is None:
@@ -229,8 +229,10 @@ def _mapping(given: list[str]) -> dict[str, str]:
 
 def _base(asked: str | None, sector: str) -> tuple[ModelConfig, bool]:
     """The base model, and whether its licence is not known."""
-    from aifactory_train import licences, sources
-    from aifactory_train.config import ModelConfig, load_recipe, recipe_ids
+    from aifactory_train import sources
+    from aifactory_train.config.loading import load_recipe, recipe_ids
+    from aifactory_train.config.schema import ModelConfig
+    from aifactory_train.sources import licences
 
     ids = recipe_ids()
     if asked is None:
@@ -269,7 +271,7 @@ def _next(model: ModelConfig, out: Path) -> list[str]:
 
 
 def _tell_files(notes: Notes) -> None:
-    from aifactory_train.output import note
+    from aifactory_train.core.output import note
 
     for file, why in notes.left_out[:10]:
         note(f"left out: {file}: {why}")

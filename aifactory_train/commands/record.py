@@ -50,10 +50,10 @@ def run(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     import json
 
-    from aifactory_train.output import print_json, table
-    from aifactory_train.record.missing import missing_places
-    from aifactory_train.record.recorder import EVENTS, load_record, write_record
-    from aifactory_train.runs import open_run
+    from aifactory_train.core.missing import missing_places
+    from aifactory_train.core.output import print_json, table
+    from aifactory_train.record.files import EVENTS, load_record, write_record
+    from aifactory_train.run.folder import open_run
 
     folder = open_run(args.name).path
     record = write_record(folder) if (folder / EVENTS).is_file() and not _edited(folder) else load_record(folder)
@@ -80,10 +80,10 @@ def _edited(folder: Path) -> bool:
 def _fill(args: argparse.Namespace) -> int:
     import sys
 
-    from aifactory_train.errors import UserError
-    from aifactory_train.output import note
+    from aifactory_train.core.errors import UserError
+    from aifactory_train.core.output import note
     from aifactory_train.record import fill
-    from aifactory_train.record.collect import PEOPLE
+    from aifactory_train.record.people import PEOPLE
 
     if args.template:
         print(fill.template(), end="")
@@ -107,9 +107,9 @@ def _fill(args: argparse.Namespace) -> int:
     note(f"{len(values)} of {len(PEOPLE)} answers: {path}")
     if args.name:
         from aifactory_train.record.chain import Chain
-        from aifactory_train.record.pack import write_pack
-        from aifactory_train.record.recorder import EVENTS, load_record
-        from aifactory_train.runs import open_run
+        from aifactory_train.record.files import EVENTS, load_record
+        from aifactory_train.report.pack import write_pack
+        from aifactory_train.run.folder import open_run
 
         run = open_run(args.name)
         load_record(run.path)
@@ -128,12 +128,12 @@ def _key(args: argparse.Namespace) -> int:
 
 
 def _sign(args: argparse.Namespace) -> int:
-    from aifactory_train.errors import UserError
-    from aifactory_train.output import note
-    from aifactory_train.record.pack import write_pack
-    from aifactory_train.record.recorder import load_record
+    from aifactory_train.core.errors import UserError
+    from aifactory_train.core.output import note
+    from aifactory_train.record.files import load_record
     from aifactory_train.record.signing import default_key, load_private
-    from aifactory_train.runs import open_run
+    from aifactory_train.report.pack import write_pack
+    from aifactory_train.run.folder import open_run
 
     run = open_run(args.name)
     load_record(run.path)
@@ -148,7 +148,7 @@ def _sign(args: argparse.Namespace) -> int:
 
 def _refuse_faults(folder: Path) -> None:
     """A record that was edited must not be signed as if it were whole."""
-    from aifactory_train.errors import UserError
+    from aifactory_train.core.errors import UserError
     from aifactory_train.record.check import verify
 
     serious = [f for f in verify(folder)["faults"] if f["kind"] not in ("file-added", "torn-line")]
@@ -164,14 +164,14 @@ def _refuse_faults(folder: Path) -> None:
 
 
 def _energy(args: argparse.Namespace) -> int:
+    from aifactory_train.core.errors import UserError
+    from aifactory_train.core.missing import is_missing
+    from aifactory_train.core.output import note
     from aifactory_train.energy import from_sacct, read_nodes, site_factors, summarise
-    from aifactory_train.errors import UserError
-    from aifactory_train.output import note
     from aifactory_train.record.chain import Chain
-    from aifactory_train.record.missing import is_missing
-    from aifactory_train.record.pack import write_pack
-    from aifactory_train.record.recorder import EVENTS, load_record
-    from aifactory_train.runs import open_run
+    from aifactory_train.record.files import EVENTS, load_record
+    from aifactory_train.report.pack import write_pack
+    from aifactory_train.run.folder import open_run
 
     run = open_run(args.name)
     record = load_record(run.path)
@@ -206,10 +206,10 @@ def _energy(args: argparse.Namespace) -> int:
 
 
 def _changes(args: argparse.Namespace) -> int:
-    from aifactory_train.output import print_json, table
+    from aifactory_train.core.output import print_json, table
+    from aifactory_train.record.files import load_record
     from aifactory_train.record.lineage import changes
-    from aifactory_train.record.recorder import load_record
-    from aifactory_train.runs import open_run
+    from aifactory_train.run.folder import open_run
 
     found = changes(load_record(open_run(args.earlier).path), load_record(open_run(args.later).path))
     if args.json:

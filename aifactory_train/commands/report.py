@@ -20,9 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train import output
-    from aifactory_train.record.recorder import RECORD, load_record
-    from aifactory_train.runs import open_run, read_json
+    from aifactory_train.core import output
+    from aifactory_train.core.files import read_json
+    from aifactory_train.record.files import RECORD, load_record
+    from aifactory_train.run.folder import open_run
 
     folder = open_run(args.run_name)
     if args.serve:
@@ -71,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _serve(folder, port: int) -> int:
     """Serve the live page until interrupted."""
-    from aifactory_train.errors import UserError
-    from aifactory_train.output import note
+    from aifactory_train.core.errors import UserError
+    from aifactory_train.core.output import note
     from aifactory_train.report.serve import make_server
 
     try:
@@ -97,7 +98,7 @@ def _figure(value: Any) -> str:
 
 def collect(folder) -> dict[str, Any]:
     """What the run wrote about itself, from ``run.yaml``, ``metrics.jsonl``, ``eval.json`` and ``export/``."""
-    from aifactory_train.runs import read_json
+    from aifactory_train.core.files import read_json
 
     recipe = folder.load_config()
     state = folder.state()
@@ -139,7 +140,7 @@ def collect(folder) -> dict[str, Any]:
 
 def training_records(folder) -> list[dict[str, Any]]:
     """The steps in ``metrics.jsonl``; a last line that was cut off when a run was killed is left out, any other fault named."""
-    from aifactory_train.errors import UserError
+    from aifactory_train.core.errors import UserError
 
     if not folder.metrics_file.is_file():
         return []

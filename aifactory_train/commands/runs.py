@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train.output import note, print_json, table
+    from aifactory_train.core.output import note, print_json, table
     from aifactory_train.report.compare import COLUMNS, compare_page, find_runs, row, short_base
 
     runs = find_runs(args.folder, args.names)

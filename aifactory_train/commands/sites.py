@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from aifactory_train.errors import UserError, did_you_mean
-from aifactory_train.output import note, print_json, table
+from aifactory_train.core.errors import UserError, did_you_mean
+from aifactory_train.core.output import note, print_json, table
 
 ACTIONS = ("compare", "check", "new", "probe", "schema")
 

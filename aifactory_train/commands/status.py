@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from aifactory_train.core.output import print_json, table
     from aifactory_train.launchers.follow import open_folder, status_of
-    from aifactory_train.output import print_json, table
 
     found = status_of(open_folder(args.folder), ask=not args.offline)
     if args.json:

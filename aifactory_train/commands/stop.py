@@ -14,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train.errors import RunFailed
+    from aifactory_train.core.errors import RunFailed
+    from aifactory_train.core.output import note, print_json
     from aifactory_train.launchers.follow import LIVE, open_folder, status_of, stop
-    from aifactory_train.output import note, print_json
 
     folder = open_folder(args.folder)
     told = stop(folder, cancel=args.cancel)

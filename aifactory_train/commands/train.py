@@ -6,8 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
-from aifactory_train import licences
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
+from aifactory_train.sources import licences
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train.config import load_recipe
-    from aifactory_train.runs import default_run_dir
+    from aifactory_train.config.loading import load_recipe
+    from aifactory_train.run.folder import default_run_dir
 
     try:
         recipe = load_recipe(args.recipe, licences.overrides(args))
         licences.gate(recipe)
         folder = args.run_dir or (default_run_dir(recipe, args.name) if args.name else None)
-        from aifactory_train.train import train
+        from aifactory_train.training.trainer import train
 
         return train(recipe, folder, resume=args.resume, quiet=args.quiet, attempt=args.attempt, stop_at=args.stop_at)
     except UserError as error:

@@ -14,10 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train.errors import EXIT_DONE, EXIT_FAILED
-    from aifactory_train.output import print_json, table
+    from aifactory_train.core.errors import EXIT_DONE, EXIT_FAILED
+    from aifactory_train.core.output import print_json, table
     from aifactory_train.record.check import verify
-    from aifactory_train.runs import open_run
+    from aifactory_train.run.folder import open_run
 
     found = verify(open_run(args.name).path, key=args.key, inputs=args.inputs)
     if args.json:

@@ -12,7 +12,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 
 LEADS_OUT = "a link that leads out of the folder"
 BROKEN = "a link that leads nowhere"

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.config import DataSource, Recipe
+from aifactory_train.config.schema import DataSource, Recipe
+from aifactory_train.core.errors import UserError
 from aifactory_train.data import folders
 from aifactory_train.data.encoder import EncoderSpec
-from aifactory_train.digests import sha256_of
-from aifactory_train.errors import UserError
 from aifactory_train.private import vault
+from aifactory_train.sources.digests import sha256_of
 
 #: Raised when the same input would give other files; older caches are then built again.
 PREPARED_FORMAT = 5
@@ -121,7 +121,7 @@ def _converter(text: str, key: str) -> Callable[..., Iterator[dict[str, Any]]]:
 
 
 def content_of(path: Path) -> str:
-    """sha256 of a file, or of names and contents of a folder's files. Remembered (:mod:`aifactory_train.digests`)."""
+    """sha256 of a file, or of names and contents of a folder's files. Remembered (:mod:`aifactory_train.sources.digests`)."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     known = sha256_of(files)
     digest = hashlib.sha256()

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from aifactory_train.core.output import console, note, table
 from aifactory_train.data.pipeline import PreparedData
 from aifactory_train.data.report import rows_line
 from aifactory_train.data.store import TokenDataset
-from aifactory_train.output import console, note, table
 
 
 def report_tables(prepared: PreparedData) -> None:

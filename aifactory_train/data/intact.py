@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from aifactory_train.core.errors import UserError
 from aifactory_train.data.store import COLUMNS, Store, content_digest
-from aifactory_train.digests import sha256_of
-from aifactory_train.errors import UserError
 from aifactory_train.private import vault
+from aifactory_train.sources.digests import sha256_of
 
 PREPARED = "prepared.json"
 

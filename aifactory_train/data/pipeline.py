@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from aifactory_train import config as _config
-from aifactory_train.config import Recipe
+from aifactory_train.config import loading
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.core.output import note
 from aifactory_train.data import inputs as _inputs
 from aifactory_train.data import intact, language
 from aifactory_train.data import report as own_report
@@ -28,8 +30,6 @@ from aifactory_train.data.inputs import PREPARED_FORMAT, Input
 from aifactory_train.data.reading import no_collection, read_source
 from aifactory_train.data.selection import Selection, Words, select
 from aifactory_train.data.store import CACHE_FIX, Store, StoreWriter, TokenDataset, content_digest, disk_full
-from aifactory_train.errors import RunFailed, UserError
-from aifactory_train.output import note
 from aifactory_train.private import profile, vault
 from aifactory_train.private.permissions import folder_mode
 
@@ -86,7 +86,7 @@ def _prepare(
     spec = encoder_spec(tokenizer, recipe)
     info = tokenizer_info(tokenizer, spec)
     inputs = _inputs.resolve(recipe)
-    root = Path(cache_dir) if cache_dir is not None else _config.cache_dir() / "prepared"
+    root = Path(cache_dir) if cache_dir is not None else loading.cache_dir() / "prepared"
     target = root / _inputs.cache_key(recipe, spec, inputs)
     if target.exists():
         found = intact.faults(target, content=not trusted)

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from aifactory_train.core.errors import UserError
 from aifactory_train.data import documents, folders
 from aifactory_train.data.rows import parse_json
-from aifactory_train.errors import UserError
 from aifactory_train.private import vault
 
 BLOCK_BYTES = 1 << 18

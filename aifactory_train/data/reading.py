@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from aifactory_train.config import DataSource, Recipe
+from aifactory_train.config.schema import DataSource, Recipe
+from aifactory_train.core.errors import UserError
 from aifactory_train.data import documents, readers, split
 from aifactory_train.data.encoder import Encoder, EncoderSpec
 from aifactory_train.data.inputs import Input
 from aifactory_train.data.readers import Block
 from aifactory_train.data.rows import RowError, Unused, canonical, detect_format, to_user_error
 from aifactory_train.data.store import DROPPED, StoreWriter, pack_flags
-from aifactory_train.errors import UserError
 from aifactory_train.private import redact
 
 #: Below this many bytes of input, starting processes takes longer than the work.

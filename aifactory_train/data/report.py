@@ -390,7 +390,7 @@ def lines_of(own: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def print_own(own: dict[str, Any]) -> None:
-    from aifactory_train.output import note, table
+    from aifactory_train.core.output import note, table
 
     table("the rows", ["", "found"], [list(line) for line in lines_of(own)])
     note(f"  nearly: {own['duplicates']['rule']}")

@@ -28,7 +28,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from aifactory_train.errors import UserError, did_you_mean
+from aifactory_train.core.errors import UserError, did_you_mean
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 #: Names that other formats give to the roles (ShareGPT, OpenAI's old function calls).

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from aifactory_train.config import Recipe
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import UserError
 from aifactory_train.data import near, split
 from aifactory_train.data import report as own_report
 from aifactory_train.data.inputs import Input
 from aifactory_train.data.overlap import LENGTH, SHARE, near_duplicates
 from aifactory_train.data.sampler import hash_order, splitmix64
 from aifactory_train.data.store import DROPPED, Store
-from aifactory_train.errors import UserError
 
 
 class Words:

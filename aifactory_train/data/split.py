@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.data.rows import RowError
 from aifactory_train.data.sampler import splitmix64
-from aifactory_train.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from aifactory_train.config import DataConfig
+    from aifactory_train.config.schema import DataConfig
     from aifactory_train.data.store import Store
 
 #: Added to the number of a moment, so that dates and plain numbers are told apart and both keep their order as uint64.

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.private import vault
 
 #: Column files besides tokens, flags and rows, and their types.

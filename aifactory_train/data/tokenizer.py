@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aifactory_train.config import Recipe
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import UserError
 from aifactory_train.data.encoder import EncoderSpec, probe
 from aifactory_train.data.rows import RowError
-from aifactory_train.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +26,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    from aifactory_train import remote_code
-    from aifactory_train.sources import resolve_model
+    from aifactory_train.sources import remote_code, resolve_model
 
     folder = resolve_model(recipe.model)
     remote_code.warn(recipe, folder)  # the tokenizer is the first that can run any of it

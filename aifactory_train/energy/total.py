@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
-from aifactory_train.output import note
-from aifactory_train.record.aiact import significant
-from aifactory_train.record.missing import is_missing, missing
+from aifactory_train.core.errors import UserError
+from aifactory_train.core.figures import significant
+from aifactory_train.core.missing import is_missing, missing
+from aifactory_train.core.output import note
 
 KWH = 3.6e6  # joules
 #: Which reader speaks for a boundary where several do.

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from aifactory_train.core.errors import UserError
 from aifactory_train.data.store import TokenDataset
-from aifactory_train.errors import UserError
 
 
 def replayed_documents(base: TokenDataset) -> np.ndarray:

@@ -22,10 +22,10 @@ from aifactory_train.methods.preference_loss import SUMS, Judged
 from aifactory_train.methods.reference import AsInTraining, Reference, on_kernels, score
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
     from aifactory_train.data import PreparedData
-    from aifactory_train.parallel import DeviceBatch
-    from aifactory_train.train import Trainer
+    from aifactory_train.parallel.engine import DeviceBatch
+    from aifactory_train.training.trainer import Trainer
 
 #: Desirable answers times their weight over undesirable ones times theirs should lie here (Ethayarajh et al. 2024, section 4).
 BALANCE = (1.0, 4 / 3)

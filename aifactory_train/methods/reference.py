@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.methods.pairs import Mismatched, Some
-from aifactory_train.methods.preference_loss import TokenLogps
+from aifactory_train.model.token_logps import TokenLogps
 
 if TYPE_CHECKING:
-    from aifactory_train.train import Trainer
+    from aifactory_train.training.trainer import Trainer
 
 REFERENCE_FILE = "reference_logps.json"
 #: The sides of a held-out set that are scored: the set itself, the worse answers, the exchanged ones.
@@ -72,7 +72,7 @@ class Reference:
         return out
 
     def _held_out(self, trainer: Trainer, held: Any) -> dict[str, np.ndarray]:
-        """As :func:`aifactory_train.evaluate.evaluate` will score the policy: the same rows in the same micro-batches."""
+        """As :func:`aifactory_train.evaluation.evaluate.evaluate` will score the policy: the same rows in the same micro-batches."""
         trainer.attempt.beat(trainer.step, "reference")
         sides = {side: held if side == "own" else getattr(held, side, None) for side in SIDES}
         most = trainer.recipe.data.eval_rows
@@ -87,8 +87,8 @@ class Reference:
 
     def write(self, trainer: Trainer) -> None:
         """Into the run folder; called by rank 0."""
+        from aifactory_train.core.files import write_json
         from aifactory_train.metrics.bootstrap import packed
-        from aifactory_train.runs import write_json
 
         content: dict[str, Any] = {"what": "log-probabilities, float64, base64", **self._digests(trainer)}
         found = {"reference": self.train, "exchanged": self.exchanged}
@@ -101,8 +101,8 @@ class Reference:
 
     def read(self, trainer: Trainer, wanted: np.ndarray) -> tuple[str, str]:
         """What :meth:`write` left. Raises :class:`UserError` where it is of other rows, or does not cover this run's."""
+        from aifactory_train.core.files import read_json
         from aifactory_train.metrics.bootstrap import unpacked
-        from aifactory_train.runs import read_json
 
         path = trainer.run.path / REFERENCE_FILE
         found, here = read_json(path), self._digests(trainer)
@@ -130,7 +130,7 @@ class Reference:
         }
 
     def _digests(self, trainer: Trainer) -> dict[str, Any]:
-        from aifactory_train.resume import data_digest
+        from aifactory_train.data.digest import data_digest
 
         rows = trainer.recipe.data.eval_rows
         evals = {name: f"{data_digest(held)} {rows}" for name, held in trainer.data.evals.items()}
@@ -170,7 +170,7 @@ def on_kernels(trainer: Trainer) -> bool:
 
 def score(trainer: Trainer, documents: Any, *, most: int, module: Any = None) -> np.ndarray:
     """Log-probabilities of at most ``most`` documents (evenly spaced) as the model is now, float64, the same on all ranks."""
-    from aifactory_train.evaluate import held_out
+    from aifactory_train.evaluation.likelihood import held_out
 
     scored = held_out(
         module or trainer.engine.module,

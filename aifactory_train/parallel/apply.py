@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 
 if TYPE_CHECKING:
-    from aifactory_train.model import CausalLM
+    from aifactory_train.model.causal_lm import CausalLM
 
 
 def block_modules(core: nn.Module) -> list[nn.Module]:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aifactory_train.attention import Documents
 from aifactory_train.data import collate
-from aifactory_train.parallel import DeviceBatch
+from aifactory_train.model.attention import Documents
+from aifactory_train.parallel.engine import DeviceBatch
 
 if TYPE_CHECKING:
     from aifactory_train.data import TokenDataset

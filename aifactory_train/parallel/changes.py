@@ -7,8 +7,8 @@ import json
 import os
 from typing import Any
 
-from aifactory_train.config import PATH_KEYS
-from aifactory_train.errors import UserError
+from aifactory_train.config.loading import PATH_KEYS
+from aifactory_train.core.errors import UserError
 
 #: Keys that may differ between attempts: how the run is carried out and what it writes, not what it computes.
 MAY_CHANGE = (

@@ -11,15 +11,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from aifactory_train import compat
-from aifactory_train.errors import UserError
+from aifactory_train.core import compat
+from aifactory_train.core.errors import UserError
 from aifactory_train.parallel.state import Piece
 from aifactory_train.parallel.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
-    from aifactory_train.model import CausalLM, Precision
-    from aifactory_train.parallel import DeviceBatch
+    from aifactory_train.config.schema import Recipe
+    from aifactory_train.model.causal_lm import CausalLM
+    from aifactory_train.model.precision import Precision
+    from aifactory_train.parallel.engine import DeviceBatch
     from aifactory_train.parallel.world import World
 
 

@@ -19,17 +19,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from aifactory_train.errors import UserError
-from aifactory_train.optim import build_optimizer, parameter_groups
-from aifactory_train.parallel import materialise, zero_stage
+from aifactory_train.core.errors import UserError
+from aifactory_train.model.weight_files import file_name_of, read_tensor, tensors_in
 from aifactory_train.parallel.apply import block_modules
+from aifactory_train.parallel.capabilities import zero_stage
+from aifactory_train.parallel.optim import build_optimizer, parameter_groups
 from aifactory_train.parallel.state import Piece, Sharded, run_of
 from aifactory_train.parallel.torch_engine import clip_factor, multiply, state_keys, sum_of_squares
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
-    from aifactory_train.model import CausalLM, Precision
-    from aifactory_train.parallel import DeviceBatch
+    from aifactory_train.config.schema import Recipe
+    from aifactory_train.model.causal_lm import CausalLM
+    from aifactory_train.model.precision import Precision
+    from aifactory_train.parallel.engine import DeviceBatch
     from aifactory_train.parallel.world import World
 
 #: Elements of a gradient bucket: 50 M keeps the buffers of a 7B model at 200 MB in fp32.
@@ -116,8 +118,8 @@ def partition_while_reading(
     init = deepspeed.zero.Init(
         module=nn.Module(), config_dict_or_path=config, dtype=torch.bfloat16 if half else torch.float32
     )
-    places = materialise.tensors_in(folder)
-    stored = {n: materialise.file_name_of(n) for n, _ in core.named_parameters()}
+    places = tensors_in(folder)
+    stored = {n: file_name_of(n) for n, _ in core.named_parameters()}
     # One buffer for all tensors of the files: Gloo's threads let go of what they sent some time after the broadcast, and
     # on busy cores a tensor of its own for each parameter added up to most of a small model.
     largest = max(p.numel() for n, p in core.named_parameters() if stored[n] is not None)
@@ -130,7 +132,7 @@ def partition_while_reading(
         else:
             whole = buffers[dtypes[name]][: parameter.numel()].view(parameter.shape)
             if world.is_main:
-                whole.copy_(materialise.read_tensor(places[file_name], file_name, tuple(parameter.shape)))
+                whole.copy_(read_tensor(places[file_name], file_name, tuple(parameter.shape)))
             parameter.data = whole
         init._convert_to_zero_parameters([parameter])
 

@@ -1,7 +1,7 @@
 """FSDP2: parameters, gradients and optimizer state in shards; HSDP: shards within a group of ranks, copies of the groups.
 
 Every transformer block is one shard group. What lies outside the blocks (embedding, final norm, output layer) is the root
-group, gathered for the whole forward, because :class:`aifactory_train.model.CausalLM` reads the output weight itself and a
+group, gathered for the whole forward, because :class:`aifactory_train.model.causal_lm.CausalLM` reads the output weight itself and a
 tied embedding must be one parameter of one group.
 """
 
@@ -18,16 +18,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from aifactory_train import compat
-from aifactory_train.errors import UserError
+from aifactory_train.core import compat
+from aifactory_train.core.errors import UserError
 from aifactory_train.parallel.apply import block_modules
 from aifactory_train.parallel.state import Piece, rows_of
 from aifactory_train.parallel.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
-    from aifactory_train.model import CausalLM, Precision
-    from aifactory_train.parallel import DeviceBatch
+    from aifactory_train.config.schema import Recipe
+    from aifactory_train.model.causal_lm import CausalLM
+    from aifactory_train.model.precision import Precision
+    from aifactory_train.parallel.engine import DeviceBatch
     from aifactory_train.parallel.world import World
 
 

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aifactory_train.config import Recipe
-from aifactory_train.errors import RunFailed
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import RunFailed
 
 if TYPE_CHECKING:
-    from aifactory_train.parallel import Engine
+    from aifactory_train.parallel.engine import Engine
     from aifactory_train.parallel.world import World
-    from aifactory_train.train import Trainer
 
 #: How libraries say it whose errors are plain RuntimeErrors: the driver, cuBLAS and cuDNN, their counterparts of ROCm, NCCL and RCCL.
 #: Triton's OutOfResources is another matter: it is about a multiprocessor's shared memory, which no setting of a run changes.
@@ -105,20 +104,3 @@ def explain_memory(engine: Engine, recipe: Recipe, world: World) -> Iterator[Non
         resident = sum(p.numel() * p.element_size() for p in engine.core.parameters()) + sum(pieces)
         use = measure(world.device, resident)
         raise out_of_memory(error, recipe, use, world.size, 2 * sum(pieces)) from error
-
-
-def probe_largest_batch(trainer: Trainer) -> None:
-    """On a GPU, run the largest micro-batch once before the first step, so that running out of memory shows at once."""
-    if trainer.world.device == "cpu":
-        return
-    lengths = trainer.data.train.lengths
-    order = lengths.argsort()[::-1]
-    budget, chosen = trainer.recipe.train.micro_batch_tokens, []
-    for index in order:
-        if int(lengths[index]) > budget:
-            break
-        chosen.append(int(index))
-        budget -= int(lengths[index])
-    with explain_memory(trainer.engine, trainer.recipe, trainer.world):
-        trainer.engine.forward_backward(trainer.micro_batch(chosen or [int(order[0])]), 0.0, last=True)
-    trainer.engine.discard()

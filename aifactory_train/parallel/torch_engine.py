@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from aifactory_train.optim import build_optimizer, parameter_groups
+from aifactory_train.parallel.optim import build_optimizer, parameter_groups
 from aifactory_train.parallel.state import Piece, Sharded
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
-    from aifactory_train.model import CausalLM, Precision
-    from aifactory_train.parallel import DeviceBatch
+    from aifactory_train.config.schema import Recipe
+    from aifactory_train.model.causal_lm import CausalLM
+    from aifactory_train.model.precision import Precision
+    from aifactory_train.parallel.engine import DeviceBatch
     from aifactory_train.parallel.world import World
 
 

@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from aifactory_train import compat
-from aifactory_train.errors import UserError
+from aifactory_train.core import compat
+from aifactory_train.core.errors import UserError
 
 
 @dataclass(frozen=True)

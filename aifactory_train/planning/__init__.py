@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
     from aifactory_train.planning.job import Job
     from aifactory_train.sites import System
 
@@ -42,7 +42,7 @@ def plan_for(
 ) -> tuple[dict[str, Any], Job]:
     """``(plan, job)`` of a loaded recipe at a loaded system; ``nodes=None`` chooses them, ``given`` names keys set on the command line.
 
-    ``plan["overrides"]`` are the keys that ``train`` takes. Raises :class:`~aifactory_train.errors.UserError` where there is no plan.
+    ``plan["overrides"]`` are the keys that ``train`` takes. Raises :class:`~aifactory_train.core.errors.UserError` where there is no plan.
     """
     from aifactory_train.planning import dimensions, plan, size
 

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aifactory_train.errors import UserError
-from aifactory_train.planning import shapes
+from aifactory_train.core.errors import UserError
+from aifactory_train.model import shapes
 
 if TYPE_CHECKING:
-    from aifactory_train.config import ModelConfig
-    from aifactory_train.planning.shapes import Shape
+    from aifactory_train.config.schema import ModelConfig
+    from aifactory_train.model.shapes import Shape
 
 
 def of_model(model: ModelConfig, config_file: str | None = None) -> Shape:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from aifactory_train.errors import UserError
-from aifactory_train.planning.shapes import Shape
+from aifactory_train.core.errors import UserError
+from aifactory_train.model.shapes import Shape
 
 GIB = 2**30
 

@@ -14,8 +14,8 @@ import functools
 import math
 from dataclasses import dataclass, field, fields
 
+from aifactory_train.model.shapes import Shape, is_target
 from aifactory_train.planning.job import GIB, Job
-from aifactory_train.planning.shapes import Shape, is_target
 
 #: GiB that the driver's context, the kernels' code, cuBLAS/hipBLASLt workspaces hold outside torch's allocator (recalled; the
 #: device reading minus torch's reserved memory of small jobs). Several ranks add NCCL's or RCCL's channels and rings.

@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
+from aifactory_train.model.shapes import Shape
 from aifactory_train.planning import memory
 from aifactory_train.planning.job import STACKS, Bytes, Gpu, Job, Layout, Links
-from aifactory_train.planning.shapes import DATA, Shape
+
+DATA = Path(__file__).resolve().parent / "data"
 
 COLUMNS = [
     "id",

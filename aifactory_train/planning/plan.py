@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.planning import machine, search, workload
 from aifactory_train.planning import reasons as why
 from aifactory_train.planning.job import Job

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from aifactory_train.planning.size import Size
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
+    from aifactory_train.model.shapes import Shape
     from aifactory_train.planning.search import Candidate
-    from aifactory_train.planning.shapes import Shape
     from aifactory_train.sites import System
 
 

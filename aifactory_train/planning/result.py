@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from aifactory_train import flops
+from aifactory_train.model import flops
 from aifactory_train.planning import memory, search, settings, timing
 from aifactory_train.planning.job import Gpu
 from aifactory_train.planning.request import Request, Totals

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from aifactory_train.errors import UserError
-from aifactory_train.parallel import holds_quantised, zero_stage
+from aifactory_train.core.errors import UserError
+from aifactory_train.parallel.capabilities import holds_quantised, zero_stage
 from aifactory_train.planning import memory, timing
 from aifactory_train.planning.job import STACKS, Gpu, Job, Layout, Links
 from aifactory_train.planning.memory import Memory

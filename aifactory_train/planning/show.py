@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aifactory_train.output import console, table
+from aifactory_train.core.output import console, table
 
 
 def show(plan: dict[str, Any]) -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aifactory_train.config import cache_dir
+from aifactory_train.config.loading import cache_dir
 from aifactory_train.planning.workload import documents_of_a_row
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
 
 
 @dataclass(frozen=True)

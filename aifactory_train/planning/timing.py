@@ -10,12 +10,15 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass, fields
+from pathlib import Path
 
-from aifactory_train import flops
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
+from aifactory_train.model import flops
+from aifactory_train.model.shapes import is_target
 from aifactory_train.planning.job import Job
 from aifactory_train.planning.memory import NF4_BYTES, trains_head
-from aifactory_train.planning.shapes import DATA, is_target
+
+DATA = Path(__file__).resolve().parent / "data"
 
 #: Between host and GPU, bytes per second of one rank: what a PCIe 4 x16 slot gives in practice (recalled; Grace and MI250X are faster).
 BUS_BYTES_PER_S = 20e9
@@ -195,7 +198,7 @@ def matrix_rate(job: Job, constants: Constants, tokens: float) -> float:
 
 
 def executed_beside(job: Job, document: float, supervised: float) -> float:
-    """FLOPs per token that a preference method runs beside training's own (:func:`aifactory_train.flops.step`): forward passes without
+    """FLOPs per token that a preference method runs beside training's own (:func:`aifactory_train.model.flops.step`): forward passes without
     a backward, and the output layer once more in backward."""
     f = flops.forward(job.shape, document, adapter_parameters=job.adapter_parameters, supervised=supervised)
     return job.scored * (f.linear + f.adapters + f.attention_causal) + (job.judged + job.scored) * f.head

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.planning import memory, timing
 from aifactory_train.planning.job import Job
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from aifactory_train.planning.shapes import Shape
+    from aifactory_train.model.shapes import Shape
 
 MOST_RANKS = 4096
 
@@ -93,7 +93,7 @@ def build_core(job: Job, device: str = "meta", working: bool = False) -> nn.Modu
     import torch
     from transformers import AutoModelForCausalLM
 
-    from aifactory_train.model import CausalLM
+    from aifactory_train.model.causal_lm import CausalLM
 
     types = {4: torch.float32, 2: torch.bfloat16}
     trained, frozen = types[int(job.bytes.parameters)], types[int(job.bytes.frozen)]
@@ -198,7 +198,7 @@ def _flat(job: Job) -> tuple[int, int, int, int, int]:
 
     The padding is DeepSpeed's (stage_1_and_2.py: NCCL's 4-byte alignment, so two bf16 elements per rank).
     """
-    from aifactory_train.optim import parameter_groups
+    from aifactory_train.parallel.optim import parameter_groups
 
     core, world = build_core(job), job.layout.shard
     groups = parameter_groups(core.named_parameters(), weight_decay=0.1)

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
+from aifactory_train.model.shapes import Shape
 from aifactory_train.planning.job import Bytes
-from aifactory_train.planning.shapes import Shape
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
 
 
 def documents_of_a_row(preference: str | None) -> int:

@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aifactory_train import config as _config
-from aifactory_train import trackers
-from aifactory_train.errors import UserError
+from aifactory_train.config.loading import cache_dir
+from aifactory_train.core.errors import UserError
 from aifactory_train.private import egress, redact, vault
 from aifactory_train.private.permissions import exposures, group_id
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
 
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -37,7 +36,6 @@ def enforce(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
     with its self-test, messages without values, nothing telling on the command line or in the job's name, nobody else can read
     data, cache and outputs. ``restricted``: that, and every data source is encrypted, as are token cache, checkpoints and adapter.
     """
-    trackers.check(recipe)
     profile = recipe.privacy.profile
     allow = _allowed_group(recipe)
     if profile == "open":
@@ -180,7 +178,7 @@ def _open_vault(recipe: Recipe, run_dir: Path | None, *, seal: bool) -> None:
 def _paths(recipe: Recipe, run_dir: Path | None) -> list[Path]:
     """Local data, the token cache and the run folder, as far as they exist."""
     found = [Path(s.source) for s in [*recipe.data.train, *(recipe.data.eval or [])]]
-    found.append(_config.cache_dir() / "prepared")
+    found.append(cache_dir() / "prepared")
     if run_dir is not None:
         found.append(run_dir)
     if recipe.privacy.identity:

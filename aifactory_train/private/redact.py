@@ -26,7 +26,7 @@ def is_active() -> bool:
 
 def message(error: BaseException) -> str:
     """What may be said of ``error``: our own messages without what they quote; of others the type alone."""
-    from aifactory_train.errors import UserError
+    from aifactory_train.core.errors import UserError
 
     if not _active:
         return str(error)

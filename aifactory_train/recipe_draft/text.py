@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aifactory_train.recipe_draft.guesses import Draft
 
 if TYPE_CHECKING:
-    from aifactory_train.config import ModelConfig
+    from aifactory_train.config.schema import ModelConfig
 
 
 def recipe_text(

@@ -157,11 +157,3 @@ def bin_months(days: float) -> str:
     """Training time for national authorities (form, 7.1)."""
     months = days / 30.4375
     return "<1 month" if months < 1 else "1-3 months" if months <= 3 else "3-6 months" if months <= 6 else ">6 months"
-
-
-def significant(value: float, digits: int = 2) -> str:
-    """``value`` to so many significant figures, in plain or scientific notation."""
-    if value == 0:
-        return "0"
-    text = f"{value:.{digits - 1}e}"
-    return f"{float(text):g}" if 1e-4 <= abs(value) < 1e6 else text

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.core.missing import is_missing
 from aifactory_train.record.chain import Fault, differences, fold, printable, read_events
 from aifactory_train.record.digests import file_digest, inside
-from aifactory_train.record.missing import is_missing
-from aifactory_train.record.recorder import DATA_MANIFEST, EVENTS, RECORD
+from aifactory_train.record.files import DATA_MANIFEST, EVENTS, RECORD
 from aifactory_train.record.signing import check_manifest, compare
 
 
@@ -126,8 +126,8 @@ def _check_file(folder: Path, entry: dict[str, Any], what: str) -> Fault | None:
 
 
 def _check_inputs(record: dict[str, Any], notes: list[str], checked: dict[str, int]) -> list[Fault]:
-    from aifactory_train.config import DataSource, ModelConfig
-    from aifactory_train.errors import UserError
+    from aifactory_train.config.schema import DataSource, ModelConfig
+    from aifactory_train.core.errors import UserError
     from aifactory_train.sources import resolve_data, resolve_model
 
     faults: list[Fault] = []

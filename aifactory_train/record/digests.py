@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.digests import file_digest, sha256_of
+from aifactory_train.sources.digests import file_digest, sha256_of
 
 __all__ = ["describe", "file_digest", "files_below", "tree_digest"]
 
@@ -31,7 +31,7 @@ def is_regular(path: Path) -> bool:
 def describe(paths: Iterable[Path], root: Path, *, remembered: bool = False) -> list[dict[str, Any]]:
     """``{path (below root), bytes, sha256}`` of each file, in the order of their names.
 
-    ``remembered``: files that are untouched since they were last read are not read again (:mod:`aifactory_train.digests`).
+    ``remembered``: files that are untouched since they were last read are not read again (:mod:`aifactory_train.sources.digests`).
     """
     listed = sorted(paths)
     known = sha256_of(listed) if remembered else {p: file_digest(p) for p in listed}

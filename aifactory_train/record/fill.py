@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from aifactory_train.errors import UserError, did_you_mean
-from aifactory_train.record.collect import PEOPLE
+from aifactory_train.core.errors import UserError, did_you_mean
+from aifactory_train.record.people import PEOPLE
 
 
 def organisation_file(given: str | None) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import resource
@@ -19,19 +18,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aifactory_train import flops
+from aifactory_train.core.files import write_atomic
+from aifactory_train.core.missing import is_missing, missing
+from aifactory_train.model import flops
 from aifactory_train.record import aiact, collect
 from aifactory_train.record.chain import Chain, fold, now, plain, read_events
 from aifactory_train.record.digests import describe, files_below, tree_digest
-from aifactory_train.record.missing import is_missing, missing
-from aifactory_train.runs import RunFolder, read_json, write_atomic
+from aifactory_train.record.files import (
+    DATA_MANIFEST,
+    EVENTS,
+    RECORD,
+    exported_values,
+    load_record,
+    without_samples,
+    write_record,
+)
+from aifactory_train.record.totals import totals
+from aifactory_train.run.folder import RunFolder
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
     from aifactory_train.parallel.world import World
-    from aifactory_train.train import Trainer
+    from aifactory_train.training.trainer import Trainer
 
-RECORD, EVENTS, DATA_MANIFEST = "record.json", "events.jsonl", "data_manifest.json"
 #: Seconds between two progress events: what a kill can lose.
 PROGRESS_S = 60.0
 
@@ -48,25 +57,6 @@ def _never_breaks(method: Callable) -> Callable:
             return None
 
     return guarded
-
-
-def write_record(folder: Path) -> dict[str, Any]:
-    """Compute ``record.json`` from the events and write it; returns the record."""
-    events, _ = read_events(folder / EVENTS)
-    record = fold(events)
-    write_atomic(folder / RECORD, json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-    return record
-
-
-def load_record(folder: Path) -> dict[str, Any]:
-    """The record of a run. Raises :class:`UserError` when there is none."""
-    from aifactory_train.errors import UserError
-
-    if not (folder / RECORD).is_file():
-        raise UserError(
-            "this run has no record.json", where=str(folder), fix="records are kept by runs of this version onwards"
-        )
-    return read_json(folder / RECORD)
 
 
 def _content_of(key: str, section: Any) -> Any:
@@ -289,7 +279,7 @@ class Recorder:
 
     @_never_breaks
     def _open_trackers(self) -> None:
-        from aifactory_train.trackers import open_trackers
+        from aifactory_train.record.trackers import open_trackers
 
         self._trackers = open_trackers(self.run, self.recipe, self.failed)
 
@@ -299,8 +289,8 @@ class Recorder:
 
     def _counter(self, config: dict[str, Any]) -> Callable[..., flops.Work] | None:
         """What counts a step's FLOPs, or None for an architecture that the formulae do not cover (said in the record)."""
-        from aifactory_train.errors import UserError
-        from aifactory_train.planning import shapes
+        from aifactory_train.core.errors import UserError
+        from aifactory_train.model import shapes
 
         try:
             shape = shapes.from_config(config, self.recipe.model.base)
@@ -318,8 +308,8 @@ class Recorder:
 
     def _inference(self, config: dict[str, Any], tokens: int = 100_000, answer: int = 1000) -> dict[str, Any]:
         """Analytic FLOP of generating ``tokens`` tokens in answers of ``answer`` tokens with a key-value cache."""
-        from aifactory_train.errors import UserError
-        from aifactory_train.planning import shapes
+        from aifactory_train.core.errors import UserError
+        from aifactory_train.model import shapes
 
         try:
             shape = shapes.from_config(config, self.recipe.model.base)
@@ -565,7 +555,7 @@ class Recorder:
         self.progress(state, cause, kind="attempt-ended")
         self._active = False
         if state == "finished" and self.recipe.record.pack:
-            from aifactory_train.record.pack import write_pack
+            from aifactory_train.report.pack import write_pack
 
             write_pack(self.run, say=None)
 
@@ -588,109 +578,6 @@ class Recorder:
             return
         self._errors[where] = text
         print(f"record: {where} failed and is missing from the record: {text}", file=sys.stderr, flush=True)
-
-
-def exported_values(folder: Path, recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
-    """The record's ``artefact`` section from what lies below ``export/``."""
-    below = files_below(folder / "export")
-    files = describe(below, folder)
-    formats = {p.suffix.removeprefix(".") for p in below} & {"safetensors", "gguf"}
-    whole = {p.relative_to(folder / "export").parts[0] for p in below} - {"adapter"}
-    return {
-        "artefact": {
-            "files": files,
-            "tree_sha256": tree_digest(files),
-            "format": ", ".join(sorted(formats, reverse=True)) or "safetensors",
-            "adapter_only": recipe.adapter.kind != "none" and not whole,
-            "paths": {
-                k: Path(v).resolve().relative_to(folder.resolve()).as_posix()
-                for k, v in result.get("paths", {}).items()
-            },
-            "gate": result.get("gate"),
-            "created": now(),
-        }
-    }
-
-
-def without_samples(figures: Any) -> Any:
-    """Figures without prompts and answers, and without the bootstrap's replicates."""
-    if isinstance(figures, dict):
-        return {k: without_samples(v) for k, v in figures.items() if k not in ("samples", "replicates")}
-    return figures
-
-
-def totals(attempts: dict[str, Any], recipe: Recipe, before: dict[str, Any]) -> dict[str, Any]:
-    """Sums over all attempts, what was computed twice, and the cross-check of the FLOPs against 6 P D."""
-    ordered = [attempts[k] for k in sorted(attempts)]
-
-    def add(key: str) -> float:
-        return sum(a.get(key) or 0 for a in ordered)
-
-    repeated_steps, wasted_h = 0, 0.0
-    for old, new in itertools.pairwise(ordered):
-        again = max(0, old["last_step"] - new["first_step"])
-        if again and old["steps"]:
-            repeated_steps += again
-            wasted_h += old["device_hours"] * min(1.0, again / old["steps"])
-        elif not old["steps"]:
-            wasted_h += old["device_hours"]  # an attempt that never made a step
-    base, method = before.get("base", {}), before.get("method", {})
-    result: dict[str, Any] = {
-        "wall_s": round(add("wall_s"), 3),
-        "wall_days": add("wall_s") / 86400,
-        "device_hours": add("device_hours"),
-        "device_days": add("device_hours") / 24,
-        "steps": int(add("steps")),
-        "tokens_processed": {"real": int(add("tokens")), "with_padding": int(add("positions"))},
-        "supervised_tokens": int(add("supervised_tokens")),
-        "flop_model": add("flop_model"),
-        "flop_model_full_attention": add("flop_model_full_attention"),
-        "flop_executed": add("flop_executed"),
-        "flop_method": "counted per step from the tokens of each document: matrix products, attention causal inside documents; "
-        "executed adds padding and recomputation; evaluation and export are not counted",
-        "restarts": max(0, len(ordered) - 1),
-        "repeated_steps": repeated_steps,
-        "wasted_device_hours": wasted_h,
-        "peak_flops_used": None,
-        "mfu": None,
-    }
-    parameters = base.get("params_total")
-    if isinstance(parameters, (int, float)) and result["flop_model"]:
-        factor = 6 if method.get("kind") == "full" else 4
-        plain_count = factor * parameters * result["tokens_processed"]["real"]
-        off = 100 * (result["flop_model"] / plain_count - 1) if plain_count else 0.0
-        result["cross_check"] = {
-            "formula": f"{factor} x parameters x tokens",
-            "flop": plain_count,
-            "difference_pct": round(off, 1),
-            "more_than_30_pct": abs(off) > 30,
-            "why_it_may_differ": "the output layer runs at supervised positions only; attention and adapters are counted; the "
-            "formula counts embeddings as if they were multiplied",
-        }
-    _add_utilisation(result, before, add("train_s"), ordered)
-    return result
-
-
-def _add_utilisation(
-    result: dict[str, Any], before: dict[str, Any], train_s: float, ordered: list[dict[str, Any]]
-) -> None:
-    """MFU against the dense peak of a GPU that the catalogue knows; none is printed for any other device."""
-    device = before.get("compute", {}).get("device", {})
-    if device.get("kind") != "gpu" or not train_s:
-        return
-    import re
-
-    from aifactory_train.sites.profiles import gpu_catalogue
-
-    precision = "bf16" if "compute bf16" in str(before.get("hparams", {}).get("precision", "")) else "fp32"
-    for facts in gpu_catalogue().values():
-        if any(re.search(pattern, str(device.get("model"))) for pattern in facts.get("device_names") or ()):
-            peak = (facts.get("peak_tflops") or {}).get(precision)
-            if peak:
-                ranks = ordered[-1]["ranks"]
-                result["peak_flops_used"] = {"flop_per_s": peak * 1e12, "precision": precision, "sparsity": "dense"}
-                result["mfu"] = result["flop_model"] / (peak * 1e12 * train_s * ranks)
-            return
 
 
 def _processor() -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.record.chain import Fault, canonical, now, printable
 from aifactory_train.record.digests import file_digest, files_below, inside, is_regular
 

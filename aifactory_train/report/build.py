@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.record.missing import has_missing, is_missing, missing_places
+from aifactory_train.core.files import write_atomic
+from aifactory_train.core.missing import has_missing, is_missing, missing_places
 from aifactory_train.record.render.common import legal_basis, text_of
 from aifactory_train.report.svg import Curve, chart, duration, short, timeline
-from aifactory_train.runs import RunFolder, write_atomic
+from aifactory_train.run.folder import RunFolder
 
 HERE = Path(__file__).resolve().parent
 _METRICS = {

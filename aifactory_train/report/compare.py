@@ -8,11 +8,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
-from aifactory_train.record.missing import is_missing
+from aifactory_train.core.errors import UserError
+from aifactory_train.core.missing import is_missing
 from aifactory_train.report.build import page, read_metrics
 from aifactory_train.report.svg import Curve, chart
-from aifactory_train.runs import RunFolder, open_run
+from aifactory_train.run.folder import RunFolder, open_run
 
 #: key, heading, is a number
 COLUMNS: list[tuple[str, str, bool]] = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import http.server
 from typing import Any
 
-from aifactory_train.record.recorder import load_record
+from aifactory_train.record.files import load_record
 from aifactory_train.report.build import build
-from aifactory_train.runs import RunFolder
+from aifactory_train.run.folder import RunFolder
 
 
 def make_server(run: RunFolder, port: int) -> http.server.ThreadingHTTPServer:

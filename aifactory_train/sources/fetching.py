@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train import config
-from aifactory_train.config import DataSource, ModelConfig, Recipe
-from aifactory_train.errors import UserError
+from aifactory_train.config.loading import cache_dir
+from aifactory_train.config.schema import DataSource, ModelConfig, Recipe
+from aifactory_train.config.source_spec import Spec, parse
+from aifactory_train.core.errors import UserError
 from aifactory_train.sources import hub, packages
 from aifactory_train.sources.cache import (
     building,
@@ -27,7 +28,6 @@ from aifactory_train.sources.cache import (
 )
 from aifactory_train.sources.gguf import convert_gguf
 from aifactory_train.sources.resolving import resolve_data, resolve_model
-from aifactory_train.sources.spec import Spec, parse
 
 
 def fetch(
@@ -47,7 +47,7 @@ def fetch(
     items: list[dict[str, Any]] = []
     result: dict[str, Any] = {
         "recipe": recipe.id,
-        "cache": str(config.cache_dir()),
+        "cache": str(cache_dir()),
         "model": fetch_model(recipe.model, force=force, say=say) if model else None,
         "data": items,
     }
@@ -58,7 +58,7 @@ def fetch(
                 continue
             seen.add((source.source, source.revision))
             items.append(fetch_data(source, force=force, say=say))
-    target = config.cache_dir() / "manifests" / f"{recipe.id.replace('/', '--')}.json"
+    target = cache_dir() / "manifests" / f"{recipe.id.replace('/', '--')}.json"
     write_json(target, result)
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import RunFailed
+from aifactory_train.core.errors import RunFailed
 
 
 def convert_gguf(file: Path, target: Path) -> dict[str, Any]:

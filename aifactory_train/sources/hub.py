@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.config.source_spec import Spec
+from aifactory_train.core.errors import UserError
 from aifactory_train.sources.cache import (
     CACHE_FORMAT,
     MANIFEST,
@@ -21,7 +22,6 @@ from aifactory_train.sources.cache import (
     sha256,
     write_json,
 )
-from aifactory_train.sources.spec import Spec
 
 _MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICEN[CS]E*", "NOTICE*", "README.md"]
 

@@ -19,10 +19,10 @@ from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from aifactory_train import config
-from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.config.loading import RECIPES_DIR
+from aifactory_train.config.source_spec import Spec
+from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.sources.cache import disk_full, sha256
-from aifactory_train.sources.spec import Spec
 
 LICENCE_NAME = re.compile(r"(^|/)(licen[cs]e|copying|notice)([.-][^/]*)?$", re.IGNORECASE)
 
@@ -92,7 +92,7 @@ def get_package(spec: Spec, scratch: Path, say: Callable[[str], None]) -> Packag
 
 def known_digests() -> dict[str, str]:
     """sha256 of the archives that the recipes were written for (``recipes/digests.json``), by package reference."""
-    file = config.RECIPES_DIR / "digests.json"
+    file = RECIPES_DIR / "digests.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.config import DataSource, ModelConfig
-from aifactory_train.errors import UserError
+from aifactory_train.config.schema import DataSource, ModelConfig
+from aifactory_train.config.source_spec import parse
+from aifactory_train.core.errors import UserError
 from aifactory_train.sources import hub
 from aifactory_train.sources.cache import (
     MANIFEST,
@@ -19,7 +20,6 @@ from aifactory_train.sources.cache import (
     item_folder,
     model_folder,
 )
-from aifactory_train.sources.spec import parse
 
 
 def resolve_model(model: ModelConfig) -> Path:
@@ -31,7 +31,7 @@ def resolve_model(model: ModelConfig) -> Path:
     folder = _resolve_base(model)
     if model.vocabulary is None:
         return folder
-    from aifactory_train.methods.vocabulary import extended
+    from aifactory_train.sources.vocabulary import extended
 
     return extended(folder, model.vocabulary)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
-from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.core.errors import RunFailed, UserError
 
 SUBMIT_ELSEWHERE = "submit from a login node of the site; --dry-run prints the script anywhere"
 

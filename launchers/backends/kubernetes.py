@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import RunFailed
+from aifactory_train.core.errors import RunFailed
 from aifactory_train.launchers import request as rq
 from aifactory_train.launchers.backends import Job, accounting, failed_nodes, warn
 from aifactory_train.launchers.backends.commands import ask

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from aifactory_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, UserError
+from aifactory_train.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, UserError
 from aifactory_train.launchers.backends import Job, accounting, failed_nodes, warn
 from aifactory_train.launchers.programs import attempt
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.launchers.backends import Job, accounting, failed_nodes, warn
 from aifactory_train.launchers.backends.commands import ask
 from aifactory_train.launchers.submission import Line, Submission, quoted

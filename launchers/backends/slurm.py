@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.launchers.backends import Job
 from aifactory_train.launchers.backends.commands import ask
 from aifactory_train.launchers.submission import Line, Submission, quoted
@@ -89,7 +89,7 @@ def directives(sub: Submission) -> list[Line]:
     if shape.exclusive:
         given("exclusive", "--exclusive")
     given("time_s", f"--time={slurm_time(shape.time_s)}")
-    from aifactory_train.launchers.build import lead
+    from aifactory_train.launchers.shape import lead
 
     put(
         f"--signal=B:{system.policy.signal}@{lead(shape)}",

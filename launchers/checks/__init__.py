@@ -20,7 +20,7 @@ from aifactory_train.launchers.checks.rules import Context, Finding, Rule
 from aifactory_train.launchers.submission import Submission
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
 
 __all__ = ["CONFIRM_GPU_HOURS", "RULES", "Context", "Finding", "Rule", "check", "gpu_hours", "raise_refusals"]
 

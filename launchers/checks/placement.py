@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from aifactory_train.errors import did_you_mean
+from aifactory_train.core.errors import did_you_mean
 from aifactory_train.launchers.checks.rules import Context, Finding, batch_rule, refuse, rule, warn
 from aifactory_train.launchers.request import shown
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.launchers.request import Refusal, Request
 from aifactory_train.launchers.shape import Shape
 from aifactory_train.launchers.submission import Submission
@@ -15,7 +15,7 @@ from aifactory_train.sites.profiles import System
 from aifactory_train.sites.schema import Partition, Qos
 
 if TYPE_CHECKING:
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
 
 
 @dataclass(frozen=True)

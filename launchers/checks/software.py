@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.launchers.build import container_of, env_folder, uenv_of
 from aifactory_train.launchers.checks.rules import (
     Context,
@@ -182,7 +182,7 @@ def quantisation_supported(c: Context) -> Iterator[Finding]:
     """
     if c.recipe.adapter.quantise_base == "none":
         return
-    from aifactory_train.parallel import refuse_quantised
+    from aifactory_train.parallel.build import refuse_quantised
 
     engine = c.recipe.parallel.engine
     try:

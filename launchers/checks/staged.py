@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.launchers.checks.rules import Context, Finding, batch_rule, lies_in, not_checked, refuse, rule
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.recipes.common import chat, no_rows, parted, plain, read_text
 
 LABELS = ("Low", "Medium", "High", "Critical")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.recipes.common import check_part, choose, read_text, share_of, unescaped
 
 DIRECTIONS = ("term-to-definition", "definition-to-term", "term-to-synonyms")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.recipes.common import check_part, plain, read_text
 
 _SECTION = re.compile(r'<(header|article)(?: data-number="(\d+)")?[^>]*>(.*?)</\1>', re.DOTALL)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.recipes.common import chat, parted, read_text, some
 
 #: First parts of tags that have to do with moving people and goods.

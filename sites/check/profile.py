@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.errors import UserError, did_you_mean
+from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.sites.catalogue import shared_sources
 from aifactory_train.sites.check.faults import Fault, Report, at, keys_of
 from aifactory_train.sites.check.rules import RULES
 from aifactory_train.sites.paths import covering, dig, fact_leaves, leaves
-from aifactory_train.sites.profiles import resolve
 from aifactory_train.sites.reading import read_yaml
+from aifactory_train.sites.resolving import resolve
 from aifactory_train.sites.schema import FACT_SECTIONS, Source
 from aifactory_train.sites.system import System
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from aifactory_train.errors import UserError, did_you_mean
+from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.sites import index
 from aifactory_train.sites.catalogue import GPUS, ROOM, gpu_catalogue, merge_catalogue
 from aifactory_train.sites.check.faults import Fault, Report, at

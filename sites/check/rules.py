@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from aifactory_train.errors import did_you_mean
+from aifactory_train.core.errors import did_you_mean
 from aifactory_train.sites.catalogue import gpu_catalogue
 from aifactory_train.sites.check.faults import Fault, Place, at
 from aifactory_train.sites.schema import Gpu

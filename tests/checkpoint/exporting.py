@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.model.weight_files import TensorFiles
+
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "parallel")]
 
 
@@ -70,15 +72,15 @@ def loading_counted(out: dict[str, int], base: Path):
 def run_case(case: dict[str, Any], world) -> dict[str, Any]:
     import torch.distributed as dist
 
-    from aifactory_train import export, streaming
-    from aifactory_train.config import load_recipe
-    from aifactory_train.outcome import Attempt
-    from aifactory_train.runs import RunFolder
-    from aifactory_train.stopping import StopChannels
-    from aifactory_train.train import Trainer
+    from aifactory_train.config.loading import load_recipe
+    from aifactory_train.exporting import writer as export
+    from aifactory_train.run.folder import RunFolder
+    from aifactory_train.run.outcome import Attempt
+    from aifactory_train.training.stopping import StopChannels
+    from aifactory_train.training.trainer import Trainer
 
-    read = streaming.TensorFiles.__getitem__
-    streaming.TensorFiles.__getitem__ = lambda self, name: read(self, name).clone()  # type: ignore[method-assign]
+    read = TensorFiles.__getitem__
+    TensorFiles.__getitem__ = lambda self, name: read(self, name).clone()  # type: ignore[method-assign]
     export.MAX_SHARD_BYTES = case["shard"]
     recipe = load_recipe(case["recipe"], case["overrides"])
     run = RunFolder(Path(case["run"]))

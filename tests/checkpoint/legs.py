@@ -30,8 +30,8 @@ def run_legs(ranks: int, legs: list[dict[str, Any]], folder: Path, timeout: floa
 def run_leg(leg: dict[str, Any], world) -> dict[str, Any]:
     import torch
 
-    from aifactory_train.checkpoint import Checkpointer
-    from aifactory_train.errors import UserError
+    from aifactory_train.core.errors import UserError
+    from aifactory_train.training.checkpoint import Checkpointer
 
     case = {**leg, "train": {"seed": 3, **leg.get("train", {})}}
     engine = curves.build(case, world)

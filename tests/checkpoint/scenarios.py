@@ -52,8 +52,8 @@ def start(
 def seen(folder: Path, name: str, ranks: forked.Ranks) -> dict[str, Any]:
     """What a parent can know afterwards."""
     from aifactory_train.launchers.programs.attempt import diagnose
-    from aifactory_train.outcome import read_outcomes
     from aifactory_train.parallel.storage import faults, steps_in
+    from aifactory_train.run.outcome import read_outcomes
 
     run = folder / name / "run"
     attempt = run / "attempts" / "001"
@@ -146,7 +146,7 @@ def until_deadline(folder: Path, path: Path, save_s: float) -> dict[str, Any]:
 
 def slow_steps(seconds: float) -> None:
     """In a child: every micro-batch takes this much longer."""
-    from aifactory_train.outcome import Attempt
+    from aifactory_train.run.outcome import Attempt
 
     beat = Attempt.beat
 
@@ -165,7 +165,7 @@ def at_step(wanted: int, who: int, do: Callable[[], None]) -> Any:
     """``in_child`` that calls ``do`` on rank ``who`` when it begins the step after ``wanted``."""
 
     def in_child(rank: int, tell: Any) -> None:
-        from aifactory_train.outcome import Attempt
+        from aifactory_train.run.outcome import Attempt
 
         beat, done = Attempt.beat, []
 
@@ -285,7 +285,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     # The token cache is made once, before the scenarios ask for it together.
     _, first = next(iter(wanted.values()))
-    from aifactory_train.config import load_recipe
+    from aifactory_train.config.loading import load_recipe
     from aifactory_train.data import prepare
 
     prepare(load_recipe(str(first)))

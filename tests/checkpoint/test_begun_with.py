@@ -13,7 +13,7 @@ import helpers
 import pytest
 
 from aifactory_train.cli import main
-from aifactory_train.config import cache_dir
+from aifactory_train.config.loading import cache_dir
 from aifactory_train.parallel.storage import same_tensors
 from aifactory_train.record.check import verify
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_stopping import scenarios
 
-from aifactory_train.config import Recipe
+from aifactory_train.config.schema import Recipe
 from aifactory_train.parallel.memory_advice import MemoryUse, advise, is_out_of_memory, out_of_memory
 
 TIMEOUT_S = 15  # parallel.timeout_s of these runs

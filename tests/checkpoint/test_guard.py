@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from test_stopping import scenarios
 
-from aifactory_train.config import GuardConfig
-from aifactory_train.guard import ENOUGH, Guard
+from aifactory_train.config.schema import GuardConfig
+from aifactory_train.training.guard import ENOUGH, Guard
 
 
 def guard(**settings: Any) -> Guard:

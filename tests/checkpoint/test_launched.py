@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aifactory_train.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
+from aifactory_train.core.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
 
 ALL = list(range(1, 25))
 

@@ -15,17 +15,19 @@ from typing import Any
 
 import pytest
 
-from aifactory_train import ownership, runs
-from aifactory_train.errors import UserError
-from aifactory_train.ownership import Owner, TakenOver, living, process_age, process_lives, process_start
-from aifactory_train.runs import RunFolder, open_for_training
+from aifactory_train.core.errors import UserError
+from aifactory_train.run import folder as runs
+from aifactory_train.run import ownership
+from aifactory_train.run.folder import RunFolder
+from aifactory_train.run.opening import open_for_training
+from aifactory_train.run.ownership import Owner, TakenOver, living, process_age, process_lives, process_start
 
 #: A process that waits for a moment, claims, says how that went, and keeps what it has.
 CLAIM = """
 import sys, time
 from pathlib import Path
-from aifactory_train.errors import UserError
-from aifactory_train.ownership import Owner
+from aifactory_train.core.errors import UserError
+from aifactory_train.run.ownership import Owner
 run, at = Path(sys.argv[1]), float(sys.argv[2])
 time.sleep(max(0.0, at - time.time()))
 owner = Owner(run)

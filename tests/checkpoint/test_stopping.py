@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from aifactory_train.errors import EXIT_STOPPED, UserError
-from aifactory_train.stopping import StopChannels, deadline_from
+from aifactory_train.core.errors import EXIT_STOPPED, UserError
+from aifactory_train.training.stopping import StopChannels, deadline_from
 
 
 def scenarios(group: str, folder: Path, timeout: float) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aifactory_train.errors import RunFailed
-from aifactory_train.streaming import Scratch, ShardFiles
+from aifactory_train.core.errors import RunFailed
+from aifactory_train.exporting.streaming import Scratch, ShardFiles
 
 SHARD = 400_000  # bytes; the model below has 1.3 MB, its embedding 100 KB
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from chat_families import byte_tokenizer
 
-from aifactory_train.config import Recipe
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import UserError
 from aifactory_train.data import prepare
-from aifactory_train.errors import UserError
 
 GOOD = '{"prompt": "q%d", "completion": "a%d"}\n'
 ROWS = "".join(GOOD % (i, i) for i in range(20))
@@ -325,7 +325,7 @@ sys.path[:0] = [{tests!r}, {tests!r} + "/.."]
 from pathlib import Path
 from test_bad_input import byte_tokenizer, recipe
 from aifactory_train.data import prepare
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 tokenizer = byte_tokenizer()
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 cache = Path({cache!r})

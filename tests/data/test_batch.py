@@ -11,7 +11,7 @@ from chat_families import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aifactory_train.config import Recipe
+from aifactory_train.config.schema import Recipe
 from aifactory_train.data import collate, prepare
 
 

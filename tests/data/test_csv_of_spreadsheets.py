@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from aifactory_train.core.errors import UserError
 from aifactory_train.data import readers
-from aifactory_train.errors import UserError
 
 ROWS = [
     {"Frage": "Wie groß?\nBitte „M“", "Antwort": "5 €; pro Stück, bar"},

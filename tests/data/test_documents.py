@@ -13,9 +13,9 @@ from chat_families import byte_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aifactory_train.config import Recipe
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import UserError
 from aifactory_train.data import documents, prepare, readers
-from aifactory_train.errors import UserError
 
 
 def recipe(path: Path, **data) -> Recipe:

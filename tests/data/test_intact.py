@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from chat_families import byte_tokenizer
 
-from aifactory_train.config import Recipe
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import RunFailed
 from aifactory_train.data import intact, prepare
-from aifactory_train.errors import RunFailed
 
 ROWS = [{"prompt": f"question number {i}?", "completion": f"answer {i * 7}"} for i in range(40)]
 
@@ -154,7 +154,7 @@ def test_a_damaged_report_beside_the_cache_is_left_out_by_name(place: Path, capf
 def test_a_digest_is_remembered_only_while_the_file_is_untouched(tmp_path: Path, monkeypatch) -> None:
     import os
 
-    from aifactory_train import digests
+    from aifactory_train.sources import digests
 
     read: list[Path] = []
     true = digests.file_digest

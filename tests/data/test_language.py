@@ -74,7 +74,7 @@ def test_the_preparation_measures_rows_as_they_speak(make_recipe, tiny_model_dir
     """Stated languages and system turns arrive from the files of a recipe."""
     import helpers
 
-    from aifactory_train.config import load_recipe
+    from aifactory_train.config.loading import load_recipe
     from aifactory_train.data import prepare
 
     path = make_recipe()
@@ -96,8 +96,8 @@ def test_the_preparation_measures_rows_as_they_speak(make_recipe, tiny_model_dir
 def smollm2(real_cache, monkeypatch):
     from transformers import AutoTokenizer
 
-    from aifactory_train.config import load_recipe
-    from aifactory_train.errors import UserError
+    from aifactory_train.config.loading import load_recipe
+    from aifactory_train.core.errors import UserError
     from aifactory_train.sources import resolve_model
 
     monkeypatch.setenv("AIFACTORY_CACHE", str(real_cache))

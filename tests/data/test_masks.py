@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from chat_families import CASES, FAMILIES, PLAIN, TEMPLATES, TOOLS, byte_tokenizer, chat, unmark
 
-from aifactory_train.config import Recipe
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import UserError
 from aifactory_train.data.encoder import Encoder
 from aifactory_train.data.rows import RowError, canonical
 from aifactory_train.data.template import TEMPLATE_DATE, ChatTemplate
 from aifactory_train.data.tokenizer import encoder_spec, tokenizer_info
-from aifactory_train.errors import UserError
 
 
 def recipe(**data) -> Recipe:

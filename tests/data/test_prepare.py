@@ -16,7 +16,7 @@ from chat_families import FAMILIES, byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aifactory_train.config import Recipe
+from aifactory_train.config.schema import Recipe
 from aifactory_train.data import prepare, readers, reading
 from aifactory_train.data.store import TokenDataset
 from aifactory_train.data.tokenizer import encoder_spec
@@ -390,7 +390,7 @@ def test_other_processes_withhold_what_this_one_withholds(tmp_path, capfd):
 
 
 def test_error_in_a_worker_names_the_line(tmp_path, given_away):
-    from aifactory_train.errors import UserError
+    from aifactory_train.core.errors import UserError
 
     path = jsonl(tmp_path / "r.jsonl", PAIRS * 100)
     with path.open("a", encoding="utf-8") as file:

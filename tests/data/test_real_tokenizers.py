@@ -48,8 +48,8 @@ def cases(*families: str):
 def test_smollm2(case, real_cache, monkeypatch):
     from transformers import AutoTokenizer
 
-    from aifactory_train.config import load_recipe
-    from aifactory_train.errors import UserError
+    from aifactory_train.config.loading import load_recipe
+    from aifactory_train.core.errors import UserError
     from aifactory_train.sources import resolve_model
 
     monkeypatch.setenv("AIFACTORY_CACHE", str(real_cache))

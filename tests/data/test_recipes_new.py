@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from aifactory_train.cli import main
-from aifactory_train.config import load_recipe
+from aifactory_train.config.loading import load_recipe
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 import pytest
 from chat_families import FAMILIES, TEMPLATES, byte_tokenizer
 
-from aifactory_train.config import Recipe
+from aifactory_train.config.schema import Recipe
 from aifactory_train.data import pieces
 from aifactory_train.data.encoder import Encoder
 from aifactory_train.data.frames import Frames

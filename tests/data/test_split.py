@@ -14,10 +14,10 @@ from chat_families import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aifactory_train.config import Recipe
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import UserError
 from aifactory_train.data import prepare, split
 from aifactory_train.data.rows import RowError
-from aifactory_train.errors import UserError
 
 WORDS = [
     a + b for a in ("ka", "lo", "mi", "ru", "te", "vo", "zu", "pe") for b in ("ran", "del", "sim", "tok", "fur", "gel")

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from chat_families import CASES, FAMILIES, PLAIN, REASONING, TOOL_CHAT, TOOLS, byte_tokenizer, chat
 
-from aifactory_train.config import Recipe
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import UserError
 from aifactory_train.data.encoder import Encoder
 from aifactory_train.data.pipeline import PreparedData, prepare
 from aifactory_train.data.report import rows_line
 from aifactory_train.data.rows import canonical
 from aifactory_train.data.tokenizer import encoder_spec
 from aifactory_train.data.traces import Controls, lost
-from aifactory_train.errors import UserError
 
 OPEN, CLOSE = "<|im_start|>", "<|im_end|>\n"
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.config import load_recipe
-from aifactory_train.outcome import Attempt
+from aifactory_train.config.loading import load_recipe
 from aifactory_train.parallel.world import join_world, leave_world
-from aifactory_train.runs import RunFolder
-from aifactory_train.stopping import StopChannels
-from aifactory_train.train import Trainer
+from aifactory_train.run.folder import RunFolder
+from aifactory_train.run.outcome import Attempt
+from aifactory_train.training.stopping import StopChannels
+from aifactory_train.training.trainer import Trainer
 
 
 def plant(trainer: Trainer, bug: str) -> None:

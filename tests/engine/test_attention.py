@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aifactory_train import attention
-from aifactory_train.attention import Documents
-from aifactory_train.errors import UserError
-from aifactory_train.model import CausalLM
+from aifactory_train.core.errors import UserError
+from aifactory_train.model import attention
+from aifactory_train.model.attention import Documents
+from aifactory_train.model.causal_lm import CausalLM
 
 LENGTHS = [17, 1, 40, 5, 33]
 

@@ -10,8 +10,9 @@ import sys
 import helpers
 import pytest
 
-from aifactory_train import cli, output
-from aifactory_train.errors import UserError
+from aifactory_train import cli
+from aifactory_train.core import output
+from aifactory_train.core.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ def test_unknown_and_missing_commands(capsys):
 
 def test_exit_codes_follow_the_error(capsys, monkeypatch):
     from aifactory_train.commands import doctor
-    from aifactory_train.errors import RunFailed
+    from aifactory_train.core.errors import RunFailed
 
     for error, code in ((UserError("wrong", where="a.b", fix="c"), 2), (RunFailed("broke"), 1)):
         monkeypatch.setattr(doctor, "examine", lambda error=error: (_ for _ in ()).throw(error))

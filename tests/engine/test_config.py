@@ -12,8 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aifactory_train import config as c
-from aifactory_train.errors import UserError
+from aifactory_train.config.loading import RECIPES_DIR, from_tree, json_schema, load_recipe, recipe_ids, to_tree
+from aifactory_train.config.reading import _UniqueKeyLoader
+from aifactory_train.core.errors import UserError
 
 GOOD = """\
 id: test/config
@@ -143,8 +144,8 @@ def test_a_good_recipe_is_shown_resolved_and_reads_back(tmp_path):
     assert shown.returncode == 0, shown.stderr
     tree = yaml.safe_load(shown.stdout)
     assert tree["train"]["epochs"] == 3 and tree["data"]["train"][0]["source"] == "rows.jsonl"
-    again = c.from_tree(tree, "shown")
-    assert c.to_tree(again) == tree
+    again = from_tree(tree, "shown")
+    assert to_tree(again) == tree
     line = helpers.cli("config", "show", "recipe.yaml", "--set", "train.epochs=3", "--json", cwd=tmp_path).stdout
     assert line.count("\n") == 1 and json.loads(line) == tree
 
@@ -155,20 +156,20 @@ def test_a_good_recipe_is_shown_resolved_and_reads_back(tmp_path):
 def test_the_schema_beside_the_recipes_is_fresh():
     from aifactory_train.commands.config import schema_text
 
-    path = c.RECIPES_DIR / "recipe.schema.json"
+    path = RECIPES_DIR / "recipe.schema.json"
     assert path.read_text(encoding="utf-8") == schema_text(), "run: aifactory config schema --write"
 
 
-@pytest.mark.parametrize("recipe", c.recipe_ids())
+@pytest.mark.parametrize("recipe", recipe_ids())
 def test_recipes_follow_the_schema_and_point_to_it(recipe):
-    text = (c.RECIPES_DIR / f"{recipe}.yaml").read_text(encoding="utf-8")
-    jsonschema.validate(yaml.load(text, c._UniqueKeyLoader), c.json_schema())
+    text = (RECIPES_DIR / f"{recipe}.yaml").read_text(encoding="utf-8")
+    jsonschema.validate(yaml.load(text, _UniqueKeyLoader), json_schema())
     depth = recipe.count("/")
     assert text.splitlines()[0] == f"# yaml-language-server: $schema={'../' * depth}recipe.schema.json"
 
 
 def test_the_schema_refuses_what_the_loader_refuses():
-    schema = c.json_schema()
+    schema = json_schema()
     jsonschema.validate(yaml.safe_load(GOOD), schema)
     for name in ("unknown key", "word for a number", "unknown choice", "no base", "zero rank"):
         with pytest.raises(jsonschema.ValidationError):
@@ -178,7 +179,7 @@ def test_the_schema_refuses_what_the_loader_refuses():
 def test_schema_command(tmp_path):
     shown = helpers.cli("config", "schema", cwd=tmp_path)
     line = helpers.cli("config", "schema", "--json", cwd=tmp_path)
-    assert json.loads(shown.stdout) == json.loads(line.stdout) == c.json_schema()
+    assert json.loads(shown.stdout) == json.loads(line.stdout) == json_schema()
     assert line.stdout.count("\n") == 1
 
 
@@ -188,7 +189,7 @@ def test_schema_command(tmp_path):
 def load(folder, text, overrides=()):
     path = folder / "recipe.yaml"
     path.write_text(textwrap.dedent(text))
-    return c.load_recipe(str(path), list(overrides))
+    return load_recipe(str(path), list(overrides))
 
 
 def test_overrides_reach_every_kind_of_value(tmp_path):
@@ -241,7 +242,7 @@ def test_one_source_needs_no_number(tmp_path):
 )
 def test_a_file_of_any_name_is_a_recipe(tmp_path, name, wanted):
     (tmp_path / name).write_text(GOOD.replace("id: test/config\n", ""), encoding="utf-8")
-    assert c.load_recipe(str(tmp_path / name)).id == wanted
+    assert load_recipe(str(tmp_path / name)).id == wanted
 
 
 def test_a_recipe_beside_is_named_with_its_ending(tmp_path, monkeypatch):
@@ -249,7 +250,7 @@ def test_a_recipe_beside_is_named_with_its_ending(tmp_path, monkeypatch):
     (tmp_path / "acme" / "orders.yaml").write_text(GOOD)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"did you mean 'acme/orders\.yaml'"):
-        c.load_recipe("acme/orders")
+        load_recipe("acme/orders")
 
 
 @pytest.mark.parametrize(
@@ -324,11 +325,11 @@ def test_any_value_anywhere_is_taken_or_refused_never_a_crash(tmp_path_factory, 
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
     try:
-        recipe = c.load_recipe(str(path))
+        recipe = load_recipe(str(path))
     except UserError as error:
         assert str(error)
     else:
-        assert c.to_tree(c.from_tree(c.to_tree(recipe), "again")) == c.to_tree(recipe)
+        assert to_tree(from_tree(to_tree(recipe), "again")) == to_tree(recipe)
 
 
 @settings(max_examples=100, deadline=None)
@@ -342,7 +343,7 @@ def test_any_override_is_taken_or_refused_never_a_crash(tmp_path_factory, text):
 
 
 def test_on_and_off_are_words(tiny_recipe) -> None:
-    from aifactory_train.config import load_recipe
+    from aifactory_train.config.loading import load_recipe
 
     for word in ("on", "off", "auto"):
         assert load_recipe(str(tiny_recipe), [f"kernels.enabled={word}"]).kernels.enabled == word

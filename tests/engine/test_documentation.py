@@ -12,7 +12,8 @@ import pytest
 from pydantic import BaseModel
 
 from aifactory_train import cli
-from aifactory_train.config import Recipe, _block_of
+from aifactory_train.config.loading import _block_of
+from aifactory_train.config.schema import Recipe
 
 PAGES = [
     *sorted(helpers.ROOT.glob("*.md")),

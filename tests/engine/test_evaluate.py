@@ -12,12 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aifactory_train import evaluate as ev
-from aifactory_train.attention import PER_DOCUMENT, register
-from aifactory_train.config import load_recipe
+from aifactory_train.config.loading import load_recipe
+from aifactory_train.core.errors import UserError
 from aifactory_train.data import load_tokenizer, prepare
-from aifactory_train.errors import UserError
-from aifactory_train.model import CausalLM
+from aifactory_train.evaluation import evaluate as ev
+from aifactory_train.evaluation.answers import TEXT_PROMPT_TOKENS, answer_rows, answers, chat_template, question
+from aifactory_train.evaluation.likelihood import HeldOut, _micro_batches, choose_rows, held_out
+from aifactory_train.evaluation.memorisation import MEMORY_LEAST, MEMORY_TOKENS, memory_probe, probe_memory
+from aifactory_train.evaluation.results import SetResult
+from aifactory_train.model.attention import PER_DOCUMENT, register
+from aifactory_train.model.causal_lm import CausalLM
 
 ANSWERS = {"eval.metrics": ["bits_per_byte", "perplexity", "exact_match", "token_f1"], "eval.generate_rows": 5}
 
@@ -39,10 +43,10 @@ def wrapped(tiny_model_dir):
     return CausalLM(model)
 
 
-def score(module, prepared, **more) -> ev.HeldOut:
+def score(module, prepared, **more) -> HeldOut:
     _, _, data = prepared
     options = {"max_rows": 100, "batching": "packed", "pad_id": 3, "device": "cpu", "micro_batch_tokens": 512}
-    return ev.held_out(module, data.evals["eval"], **{**options, **more})
+    return held_out(module, data.evals["eval"], **{**options, **more})
 
 
 def by_hand(tokenizer) -> list[tuple[float, float, int, int, int]]:
@@ -126,8 +130,8 @@ def test_dropout_is_off_and_the_mode_comes_back(prepared):
 
 
 def test_rows_are_chosen_evenly():
-    assert ev.choose_rows(5, 10).tolist() == [0, 1, 2, 3, 4]
-    chosen = ev.choose_rows(1000, 11)
+    assert choose_rows(5, 10).tolist() == [0, 1, 2, 3, 4]
+    chosen = choose_rows(1000, 11)
     assert len(chosen) == 11
     assert chosen[0] == 0 and chosen[-1] == 999
     assert np.ptp(np.diff(chosen)) <= 1
@@ -136,7 +140,7 @@ def test_rows_are_chosen_evenly():
 def test_micro_batches_hold_every_row_once_within_the_budget():
     lengths = np.random.default_rng(0).integers(1, 200, 60)
     for batching in ("packed", "padded"):
-        batches = ev._micro_batches(lengths, 256, batching)
+        batches = _micro_batches(lengths, 256, batching)
         assert sorted(r for b in batches for r in b) == list(range(60))
         for b in batches:
             cost = lengths[b].sum() if batching == "packed" else lengths[b].max() * len(b)
@@ -145,7 +149,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
 
 def test_an_empty_set_is_refused(prepared, wrapped):
     with pytest.raises(UserError, match="no held-out rows"):
-        ev.held_out(
+        held_out(
             wrapped,
             _Empty(),
             max_rows=5,
@@ -192,10 +196,10 @@ class _Oracle(torch.nn.Module):
 def oracle(prepared, wrong: int = 0) -> _Oracle:
     """Knows the answers of the held-out rows but for the first ``wrong`` ones."""
     _, tokenizer, data = prepared
-    template = ev.chat_template(tokenizer)
+    template = chat_template(tokenizer)
     replies = {}
     for i in range(10):
-        q = ev.question(data.evals["eval"], i, tokenizer, template)
+        q = question(data.evals["eval"], i, tokenizer, template)
         replies[tuple(q.prompt_ids)] = tokenizer("nothing" if i < wrong else q.expected).input_ids
     return _Oracle(helpers.tiny_config("llama"), replies, tokenizer.convert_tokens_to_ids("<|im_end|>"))
 
@@ -204,12 +208,12 @@ def how(**more):
     return {"device": "cpu", "rank": 0, "world_size": 1, "autocast": None, "pad_id": 3, **more}
 
 
-def answered(prepared, recipe, wrong: int = 0) -> ev.SetResult:
+def answered(prepared, recipe, wrong: int = 0) -> SetResult:
     """All held-out rows, scored by nothing and answered by the oracle."""
     _, tokenizer, data = prepared
     rows = len(data.evals["eval"])
-    result = ev.SetResult(data.evals["eval"], ev.HeldOut(np.arange(rows), *np.ones((4, rows))))
-    result.asked, result.answers = ev._answered(
+    result = SetResult(data.evals["eval"], HeldOut(np.arange(rows), *np.ones((4, rows))))
+    result.asked, result.answers = answer_rows(
         oracle(prepared, wrong), tokenizer, result, recipe, data.tokenizer_info, how()
     )
     return result
@@ -230,7 +234,7 @@ def test_answers_are_matched_with_expectations(prepared):
 def test_every_metric_of_the_configuration_is_computed(prepared):
     import typing
 
-    from aifactory_train.config import MetricName
+    from aifactory_train.config.schema import MetricName
 
     recipe = _all_rows(prepared[0])
     recipe.eval.metrics = list(typing.get_args(MetricName))
@@ -298,7 +302,7 @@ def test_memorisation_is_found_where_it_is_and_not_on_held_out_rows(prepared):
     recipe.eval.generate_rows = 16
     known = {}
     for index in range(len(data.train)):
-        probe = ev.memory_probe(data.train, index)
+        probe = memory_probe(data.train, index)
         if probe is not None:
             known[tuple(probe[0])] = probe[1]
     assert len(known) > 20
@@ -312,7 +316,7 @@ def test_memorisation_is_found_where_it_is_and_not_on_held_out_rows(prepared):
 
     module = Recaller(helpers.tiny_config("llama"), {}, tokenizer.convert_tokens_to_ids("<|im_end|>"))
     figures = {"ci": {}, "replicates": {}}
-    out = ev._memorised(module, data, recipe, figures, how())
+    out = probe_memory(module, data, recipe, figures, how())
     assert out["memorisation"] == 1.0 and out["memorisation_held_out"] == 0.0
     assert out["memorisation_rows"] >= 8
     assert figures["ci"]["memorisation"] == (1.0, 1.0)
@@ -322,20 +326,20 @@ def test_memorisation_is_found_where_it_is_and_not_on_held_out_rows(prepared):
 def test_a_probe_cuts_what_carries_loss(prepared):
     _, _, data = prepared
     for index in range(len(data.train)):
-        probe = ev.memory_probe(data.train, index)
+        probe = memory_probe(data.train, index)
         places = np.flatnonzero(data.train.mask(index))
         if probe is None:
-            assert len(places) < 2 * ev.MEMORY_LEAST
+            assert len(places) < 2 * MEMORY_LEAST
             continue
         prompt, wanted = probe
         assert places[0] < len(prompt) < places[-1]
         whole = data.train.tokens(index).tolist()
         assert whole[: len(prompt) + len(wanted)] == [*prompt, *wanted]
-        assert ev.MEMORY_LEAST <= len(wanted) <= ev.MEMORY_TOKENS
+        assert MEMORY_LEAST <= len(wanted) <= MEMORY_TOKENS
 
 
 def test_general_text_is_scored_completely_whatever_the_sequence_length(prepared, wrapped):
-    from aifactory_train.metrics.general import general_documents, passages
+    from aifactory_train.evaluation.general import general_documents, passages
 
     recipe, tokenizer, _ = prepared
     whole = sum(len(row["text"].encode()) for row in passages())
@@ -403,8 +407,8 @@ def _all_rows(recipe):
 
 def test_ranks_share_the_questions(prepared, monkeypatch):
     _, tokenizer, data = prepared
-    template = ev.chat_template(tokenizer)
-    asked = [ev.question(data.evals["eval"], i, tokenizer, template) for i in range(10)]
+    template = chat_template(tokenizer)
+    asked = [question(data.evals["eval"], i, tokenizer, template) for i in range(10)]
     boxes = {}
 
     def gather(target, mine):
@@ -414,8 +418,8 @@ def test_ranks_share_the_questions(prepared, monkeypatch):
     monkeypatch.setattr(ev.dist, "all_gather_object", gather)
     options = {"max_new_tokens": 200, "stop_ids": [2], "pad_id": 3, "device": "cpu", "world_size": 2}
     with pytest.raises(KeyError):  # rank 0 alone does not hold the other half
-        ev.answers(oracle(prepared), tokenizer, asked, rank=0, **options)
-    texts = ev.answers(oracle(prepared), tokenizer, asked, rank=1, **options)
+        answers(oracle(prepared), tokenizer, asked, rank=0, **options)
+    texts = answers(oracle(prepared), tokenizer, asked, rank=1, **options)
     assert texts == [q.expected for q in asked]
     assert sorted([*boxes[0], *boxes[1]]) == list(range(10))
     assert not set(boxes[0]) & set(boxes[1])
@@ -443,19 +447,19 @@ def test_what_is_asked_of_a_row(tmp_path, tiny_model_dir):
 
     recipe = load_recipe(str(chats))
     tokenizer = load_tokenizer(recipe)
-    template = ev.chat_template(tokenizer)
+    template = chat_template(tokenizer)
     held = prepare(recipe, tokenizer).evals["eval"]
-    asked = ev.question(held, 0, tokenizer, template)
+    asked = question(held, 0, tokenizer, template)
     assert (asked.prompt, asked.expected) == ("Two?", "2")
     shown = tokenizer.decode(asked.prompt_ids)
     assert shown.startswith("<|im_start|>system\nBe brief.<|im_end|>")
     assert shown.endswith("<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n")
 
     held = prepare(load_recipe(str(texts)), tokenizer).evals["eval"]
-    found = [ev.question(held, i, tokenizer, template) for i in range(2)]
+    found = [question(held, i, tokenizer, template) for i in range(2)]
     assert sum(q is None for q in found) == 1  # the short text has no rest to ask for
     long = next(q for q in found if q is not None)
-    assert len(long.prompt_ids) == ev.TEXT_PROMPT_TOKENS
+    assert len(long.prompt_ids) == TEXT_PROMPT_TOKENS
     assert (long.prompt + long.expected).startswith("The harbour froze")
 
 

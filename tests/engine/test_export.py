@@ -12,14 +12,31 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from aifactory_train import export as ex
-from aifactory_train import model as m
-from aifactory_train import reload_check
-from aifactory_train.config import load_recipe
+from aifactory_train.config.loading import load_recipe
+from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.core.files import write_json
 from aifactory_train.data import load_tokenizer, prepare
-from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.exporting import reload_check
+from aifactory_train.exporting import writer as ex
+from aifactory_train.exporting.gate import (
+    BF16_KL,
+    BF16_TOP1,
+    GATE_POSITIONS,
+    gate_rows,
+    is_plain_fp32,
+    judge,
+    plain_logits,
+    reference_logits,
+    relative,
+    reload_logits,
+)
+from aifactory_train.model.base import claimed_name, public_base
+from aifactory_train.model.loading import build_model
+from aifactory_train.model.precision import choose_precision
+from aifactory_train.model.report import ModelReport
+from aifactory_train.model.trained import load_trained
 from aifactory_train.parallel.world import World
-from aifactory_train.runs import RunFolder, write_json
+from aifactory_train.run.folder import RunFolder
 
 CASES = {
     "lora": {"adapter.kind": "lora"},
@@ -44,9 +61,9 @@ class Trained:
         self.run = RunFolder(folder / "run")
         self.run.path.mkdir()
         self.run.save_config(self.recipe)
-        precision, _ = m.choose_precision(self.recipe, "cpu")
-        self.core = m.build_model(
-            self.recipe, base, self.tokenizer, device="cpu", precision=precision, report=m.ModelReport()
+        precision, _ = choose_precision(self.recipe, "cpu")
+        self.core = build_model(
+            self.recipe, base, self.tokenizer, device="cpu", precision=precision, report=ModelReport()
         )
         generator = torch.Generator().manual_seed(11)
         with torch.no_grad():
@@ -103,19 +120,19 @@ def exported(tmp_path_factory, bases):
             }
             checks.append({"name": f"{number}-{kind}", **target, "dtype": "float32"})
         runs[name] = (number, case, paths)
-    rows = ex.gate_rows(next(iter(runs.values()))[1].data)
-    return runs, rows, ex.reload_logits(checks, rows)
+    rows = gate_rows(next(iter(runs.values()))[1].data)
+    return runs, rows, reload_logits(checks, rows)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_fresh_process_computes_the_same_logits(exported, name):
     runs, rows, logits = exported
     number, case, paths = runs[name]
-    expected = ex.reference_logits(case.core, rows)
-    untrained = ex.plain_logits(untrained_model(case), rows)
-    assert ex._relative(expected, untrained) > 0.01  # the training changed the model: equality below means something
+    expected = reference_logits(case.core, rows)
+    untrained = plain_logits(untrained_model(case), rows)
+    assert relative(expected, untrained) > 0.01  # the training changed the model: equality below means something
     for kind in paths:
-        verdict = ex.judge(kind, "fp32", expected, logits[f"{number}-{kind}"])
+        verdict = judge(kind, "fp32", expected, logits[f"{number}-{kind}"])
         assert verdict.passed, verdict
         assert verdict.difference <= (1e-6 if kind == "adapter" else 1e-5)
         assert verdict.top1_agreement == 1.0
@@ -196,19 +213,19 @@ def test_what_the_base_is_called_elsewhere(tmp_path, tiny_model_dir, monkeypatch
         model = SimpleNamespace(base=str(base), revision=revision, start_from=None, vocabulary=None)
         return SimpleNamespace(model=model)
 
-    assert ex.public_base(asked("org/some-model", "abc123")) == ("org/some-model", "abc123")
-    assert ex.public_base(asked("pypi:llm-x==0.1#x/model.gguf")) == ("pypi:llm-x==0.1#x/model.gguf", None)
+    assert public_base(asked("org/some-model", "abc123")) == ("org/some-model", "abc123")
+    assert public_base(asked("pypi:llm-x==0.1#x/model.gguf")) == ("pypi:llm-x==0.1#x/model.gguf", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text(json.dumps({"_name_or_path": "org/Known-Model"}))
     for text in ("mine", "./mine", str(tmp_path / "mine"), "../" + tmp_path.name + "/mine"):
-        assert ex.public_base(asked(text, "main")) == (str(tmp_path / "mine"), None)
-        assert ex.claimed_name(asked(text)) == "org/Known-Model"
-    assert ex.public_base(asked(tiny_model_dir)) == (str(tiny_model_dir), None)
-    assert ex.claimed_name(asked("org/some-model")) is ex.claimed_name(asked(tiny_model_dir)) is None
+        assert public_base(asked(text, "main")) == (str(tmp_path / "mine"), None)
+        assert claimed_name(asked(text)) == "org/Known-Model"
+    assert public_base(asked(tiny_model_dir)) == (str(tiny_model_dir), None)
+    assert claimed_name(asked("org/some-model")) is claimed_name(asked(tiny_model_dir)) is None
     for odd in ("[]", '{"_name_or_path": 7}', '{"_name_or_path": "/a/b"}', '{"_name_or_path": "a/b`](x)"}', "no"):
         (tmp_path / "mine" / "config.json").write_text(odd)
-        assert ex.claimed_name(asked("mine")) is None
+        assert claimed_name(asked("mine")) is None
 
 
 def test_generation_settings_that_transformers_would_not_save(tmp_path, bases, in_process):
@@ -267,8 +284,8 @@ def test_a_training_that_diverged_is_one_message(tmp_path, bases, value, words):
 
 def test_zero_logits_pass_no_gate():
     nothing = [torch.zeros(3, 5)]
-    assert not ex.judge("merged", "fp32", nothing, nothing).passed
-    assert not ex.judge("merged", "bf16", nothing, [torch.ones(3, 5)]).passed
+    assert not judge("merged", "fp32", nothing, nothing).passed
+    assert not judge("merged", "bf16", nothing, [torch.ones(3, 5)]).passed
 
 
 # ---- the gate
@@ -294,12 +311,12 @@ def test_gate_passes_and_is_recorded_and_merging_later_gives_bf16(tmp_path, base
     outcome = case.export()
     verdict = json.loads((case.run.export / "adapter" / "verification.json").read_text())
     assert verdict == outcome["gate"]["adapter"]
-    assert verdict["passed"] and verdict["difference"] <= 1e-6 and verdict["places"] == 8 * ex.GATE_POSITIONS
+    assert verdict["passed"] and verdict["difference"] <= 1e-6 and verdict["places"] == 8 * GATE_POSITIONS
 
     later = ex.export_run(case.run, merge=True)  # what `aifactory export RUN --merge` does: from files alone
     gate = later["gate"]["merged"]
-    assert gate["dtype"] == "bf16" and gate["passed"] and gate["mean_kl"] <= ex.BF16_KL
-    assert gate["top1_agreement"] >= ex.BF16_TOP1
+    assert gate["dtype"] == "bf16" and gate["passed"] and gate["mean_kl"] <= BF16_KL
+    assert gate["top1_agreement"] >= BF16_TOP1
     state = load_file(case.run.export / "merged" / "model.safetensors")
     assert all(t.dtype == torch.bfloat16 for t in state.values())
     assert "lm_head.weight" not in state  # tied
@@ -358,19 +375,19 @@ def test_not_finite_is_not_equal():
     logits = [torch.randn(4, 9)]
     broken = [torch.full((4, 9), float("nan"))]
     for dtype in ("fp32", "bf16"):
-        assert ex.judge("merged", dtype, logits, logits).passed
-        assert not ex.judge("merged", dtype, logits, broken).passed
+        assert judge("merged", dtype, logits, logits).passed
+        assert not judge("merged", dtype, logits, broken).passed
 
 
 def test_bf16_verdict_ignores_ties_but_not_changes():
     generator = torch.Generator().manual_seed(0)
     clear = torch.randn(200, 50, generator=generator) * 4
     rounded = [clear.bfloat16().float()]
-    assert ex.judge("merged", "bf16", [clear], rounded).passed
+    assert judge("merged", "bf16", [clear], rounded).passed
     shuffled = [clear[:, torch.randperm(50, generator=generator)]]
-    assert not ex.judge("merged", "bf16", [clear], shuffled).passed
+    assert not judge("merged", "bf16", [clear], shuffled).passed
     weaker = [clear * 0.5]
-    assert not ex.judge("merged", "bf16", [clear], weaker).passed  # same best tokens, other probabilities
+    assert not judge("merged", "bf16", [clear], weaker).passed  # same best tokens, other probabilities
 
 
 # ---- other precisions, other ranks, nothing to export
@@ -379,7 +396,7 @@ def test_bf16_verdict_ignores_ties_but_not_changes():
 def test_a_bf16_base_is_exported_through_a_rebuilt_fp32_model(tmp_path, bases, in_process):
     """Training in bf16 compute: the model in memory is no fp32 reference, so one is rebuilt from the trained tensors."""
     case = trained(tmp_path, bases, {"precision.compute": "bf16"})
-    assert not ex._is_plain_fp32(case.core)
+    assert not is_plain_fp32(case.core)
     outcome = case.export()
     assert outcome["gate"]["adapter"]["difference"] <= 1e-6
     state = load_file(case.run.export / "adapter" / "adapter_model.safetensors")
@@ -390,7 +407,7 @@ def test_a_bf16_base_is_exported_through_a_rebuilt_fp32_model(tmp_path, bases, i
 
 def test_using_a_run_needs_an_export(tmp_path, bases):
     case = trained(tmp_path, bases)
-    for call in (lambda: ex.load_trained(case.run, "cpu"), lambda: ex.export_run(case.run, merge=True)):
+    for call in (lambda: load_trained(case.run, "cpu"), lambda: ex.export_run(case.run, merge=True)):
         with pytest.raises(UserError, match="exported nothing yet"):
             call()
 
@@ -399,15 +416,15 @@ def test_using_a_run_needs_an_export(tmp_path, bases):
 def test_what_chat_and_eval_load_is_the_trained_model(exported, name):
     runs, rows, _ = exported
     _, case, _ = runs[name]
-    loaded, tokenizer, recipe = ex.load_trained(case.run, "cpu")
-    assert ex._relative(ex.reference_logits(case.core, rows), ex.reference_logits(loaded, rows)) <= 1e-6
+    loaded, tokenizer, recipe = load_trained(case.run, "cpu")
+    assert relative(reference_logits(case.core, rows), reference_logits(loaded, rows)) <= 1e-6
     assert not any(p.requires_grad for p in loaded.parameters())
     assert tokenizer.chat_template == case.tokenizer.chat_template
     assert recipe == case.recipe
 
 
 def test_the_card_shows_figures_and_parents(tmp_path, bases):
-    from aifactory_train.model_card import model_card
+    from aifactory_train.exporting.model_card import model_card
 
     case = trained(tmp_path, bases, {"about": {"title": "Colours", "languages": ["en"], "risks": ["Not for driving."]}})
     figures = {"bits_per_byte": 1.5, "perplexity": 9.0, "rows": 12, "ci": {"bits_per_byte": [1.4, 1.6]}}

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aifactory_train import attention
-from aifactory_train.errors import UserError
-from aifactory_train.generate import BATCH_TOKENS, batches, generate
-from aifactory_train.model import CausalLM
+from aifactory_train.core.errors import UserError
+from aifactory_train.evaluation.generate import BATCH_TOKENS, batches, generate
+from aifactory_train.model import attention
+from aifactory_train.model.causal_lm import CausalLM
 
 
 def pair(family: str, **more):
@@ -104,7 +104,7 @@ def test_batches_hold_every_prompt_once_within_their_bounds(lengths, new, most):
 def test_the_cache_equals_a_concatenation_also_beyond_its_room():
     from transformers.cache_utils import DynamicLayer
 
-    from aifactory_train.decode_cache import ReservedLayer
+    from aifactory_train.evaluation.kv_cache import ReservedLayer
 
     ours, plain = ReservedLayer(5), DynamicLayer()
     generator = torch.Generator().manual_seed(1)

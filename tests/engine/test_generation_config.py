@@ -7,8 +7,8 @@ import json
 import pytest
 from transformers import GenerationConfig
 
-from aifactory_train.errors import UserError
-from aifactory_train.generation_config import loading, read_base
+from aifactory_train.core.errors import UserError
+from aifactory_train.model.generation_config import loading, read_base
 
 
 def base(folder, tree):

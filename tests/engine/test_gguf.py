@@ -21,12 +21,13 @@ import pytest
 import torch
 from test_export import Trained
 
-from aifactory_train import export as ex
-from aifactory_train import gguf_export as gx
-from aifactory_train import gguf_tokenizer as gt
-from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.exporting import gguf as gx
+from aifactory_train.exporting import gguf_tokenizer as gt
+from aifactory_train.exporting import writer as ex
+from aifactory_train.exporting.gate import gate_rows, plain_logits, reference_logits, relative, reload_logits
+from aifactory_train.model.weight_files import TensorFiles
 from aifactory_train.private import vault
-from aifactory_train.streaming import TensorFiles
 
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -79,29 +80,29 @@ def written(cases):
             settings = gx.unread_settings(config)
             place = {"base": str(file.parent), "adapter": None, "dtype": "float32", "gguf": file.name}
             checks.append({"name": f"{family}-{kind}", **place, "settings": settings})
-    rows = ex.gate_rows(next(iter(cases.values())).data)
-    found = ex.reload_logits(checks, rows)
+    rows = gate_rows(next(iter(cases.values())).data)
+    found = reload_logits(checks, rows)
     return files, rows, {tuple(name.split("-")): logits for name, logits in found.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_the_trained_model(written, cases, family):
     files, rows, found = written
-    trained = ex.reference_logits(cases[family].core, rows)
+    trained = reference_logits(cases[family].core, rows)
     content, file = files[family, "f32"]
     verdict = gx.compare(content, file, trained, rows, found[family, "f32"])
     assert verdict.difference <= 1e-5 and verdict.file_difference <= 1e-6 and verdict.greedy_agreement == 1.0
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(cases[family].recipe.model.base, dtype=torch.float32).eval()
-    assert ex._relative(trained, ex.plain_logits(base, rows)) > 0.01  # the equality above means something
+    assert relative(trained, plain_logits(base, rows)) > 0.01  # the equality above means something
 
 
 @pytest.mark.parametrize("kind", TYPES["llama"])
 def test_types_round_and_nothing_else(written, cases, kind):
     """The file's logits are those of weights rounded in the same way; narrower types are further from the trained model."""
     files, rows, found = written
-    trained = ex.reference_logits(cases["llama"].core, rows)
+    trained = reference_logits(cases["llama"].core, rows)
     content, file = files["llama", kind]
     verdict = gx.compare(content, file, trained, rows, found["llama", kind])
     assert verdict.file_difference <= 1e-6
@@ -474,8 +475,8 @@ def test_a_kill_leaves_nothing_visible_and_the_next_export_cleans_up(cases, tmp_
     case = cases["qwen2"]
     before = case.names()
     killing = (
-        "import os, signal, sys; from pathlib import Path; from aifactory_train import gguf_export as g;"
-        "from aifactory_train.runs import RunFolder; real = g.GgufFile.encode; n = [0]\n"
+        "import os, signal, sys; from pathlib import Path; from aifactory_train.exporting import gguf as g;"
+        "from aifactory_train.run.folder import RunFolder; real = g.GgufFile.encode; n = [0]\n"
         "def encode(self, name):\n"
         "    n[0] += 1\n"
         "    if n[0] == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -514,6 +515,6 @@ def test_whole_models_need_no_adapter(tmp_path, tiny_model_dir, monkeypatch):
         )
         return {"gguf": content.logits(content.read, rows)}
 
-    monkeypatch.setattr(ex, "reload_logits", in_this_process)
+    monkeypatch.setattr(gx, "reload_logits", in_this_process)
     verdict = gx.export_gguf(case.run, "f32")["gate"]["gguf-f32"]
-    assert verdict["passed"] and verdict["places"] == len(torch.cat(ex.reference_logits(case.core, seen.rows)))
+    assert verdict["passed"] and verdict["places"] == len(torch.cat(reference_logits(case.core, seen.rows)))

@@ -11,8 +11,9 @@ import pytest
 import yaml
 from test_export import Trained
 
-from aifactory_train import harness, metrics
-from aifactory_train.errors import UserError
+from aifactory_train import metrics
+from aifactory_train.core.errors import UserError
+from aifactory_train.evaluation import harness
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="the extra harness is not installed"
@@ -77,8 +78,8 @@ def test_protected_rows_are_not_written(case):
 def test_own_rows_agree_with_our_metric(case):
     """The harness's answers are ours to the letter, and so is its exact match; a third of the rows is what the model says."""
     from aifactory_train.data import prepare
-    from aifactory_train.evaluate import answers, chat_template, question, stop_ids
-    from aifactory_train.export import load_trained
+    from aifactory_train.evaluation.answers import answers, chat_template, question, stop_ids
+    from aifactory_train.model.trained import load_trained
 
     model, tokenizer, _ = load_trained(case.run, "cpu")
     info = case.data.tokenizer_info

@@ -12,10 +12,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from aifactory_train import attention, compat, products
-from aifactory_train.config import Recipe
-from aifactory_train.lean import apply_lean
-from aifactory_train.model import CausalLM, ModelReport, apply_operators
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core import compat
+from aifactory_train.model import attention
+from aifactory_train.model import cpu_matmul as products
+from aifactory_train.model.causal_lm import CausalLM
+from aifactory_train.model.cpu_operators import apply_lean
+from aifactory_train.model.operators import apply_operators
+from aifactory_train.model.report import ModelReport
 from aifactory_train.parallel.apply import apply_activation_checkpointing, keeps
 from aifactory_train.parallel.batches import CPU_MICRO_BATCH, micro_limit
 
@@ -137,7 +141,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     """In a process of its own: a large tensor comes from the heap, and the heap does not shrink when it is freed."""
     script = (
         "import re, torch\n"
-        "from aifactory_train.lean import keep_freed_memory\n"
+        "from aifactory_train.model.causal_lm.cpu_operators import keep_freed_memory\n"
         "def heap():\n"
         "    line = next(l for l in open('/proc/self/maps') if l.rstrip().endswith('[heap]'))\n"
         "    return [int(part, 16) for part in re.match('([0-9a-f]+)-([0-9a-f]+)', line).groups()]\n"

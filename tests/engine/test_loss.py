@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aifactory_train.loss import CHUNK_BYTES, chunk_rows, linear_cross_entropy, token_nll
+from aifactory_train.model.loss import CHUNK_BYTES, chunk_rows, linear_cross_entropy, token_nll
 
 
 def case(n: int, dim: int, vocabulary: int, seed: int = 0, dtype=torch.float32):

@@ -12,23 +12,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aifactory_train.attention import PER_DOCUMENT, register
-from aifactory_train.config import load_recipe
+from aifactory_train.config.loading import load_recipe
+from aifactory_train.core.errors import UserError
 from aifactory_train.data import Cursor, Sampler, collate, load_tokenizer, prepare
 from aifactory_train.data.rows import RowError, canonical, detect_format
-from aifactory_train.errors import UserError
-from aifactory_train.evaluate import held_out, memory_probe
-from aifactory_train.generate import generate
+from aifactory_train.evaluation.generate import generate
+from aifactory_train.evaluation.likelihood import held_out
+from aifactory_train.evaluation.memorisation import memory_probe
 from aifactory_train.methods import preference_loss as pref
 from aifactory_train.methods.goldfish import GoldfishTokens, withheld
-from aifactory_train.methods.neftune import mix32, noise_keys
+from aifactory_train.methods.neftune import noise_keys
 from aifactory_train.methods.pairs import Mismatched, PairedTokens
 from aifactory_train.methods.preference import Preference
 from aifactory_train.methods.reference import REFERENCE_FILE, Reference
-from aifactory_train.model import CausalLM
+from aifactory_train.model.answer_loss import dpo_loss, kto_loss, orpo_loss
+from aifactory_train.model.attention import PER_DOCUMENT, register
+from aifactory_train.model.causal_lm import CausalLM
+from aifactory_train.model.embedding_noise import mix32
+from aifactory_train.model.token_logps import token_logps
 from aifactory_train.parallel.batches import device_batch
-from aifactory_train.runs import RunFolder
-from aifactory_train.train import train
+from aifactory_train.run.folder import RunFolder
+from aifactory_train.training.trainer import train
 
 
 def pair_rows(count: int, start: int = 0) -> list[dict]:
@@ -87,8 +91,8 @@ def test_dpo_equals_its_formula(beta, smoothing):
     for (c, r), (rc, rr) in zip(policy.tolist(), reference.tolist(), strict=True):
         margin = beta * ((c - rc) - (r - rr))
         plain -= (1 - smoothing) * math.log(sigmoid(margin)) + smoothing * math.log(sigmoid(-margin))
-    assert pref.dpo_loss(policy, reference, beta, smoothing).item() == pytest.approx(plain, rel=1e-6)
-    assert pref.dpo_loss(policy, policy, beta).item() == pytest.approx(50 * math.log(2))  # nothing learnt yet
+    assert dpo_loss(policy, reference, beta, smoothing).item() == pytest.approx(plain, rel=1e-6)
+    assert dpo_loss(policy, policy, beta).item() == pytest.approx(50 * math.log(2))  # nothing learnt yet
 
 
 def test_orpo_equals_its_formula():
@@ -98,9 +102,9 @@ def test_orpo_equals_its_formula():
     for (c, r), (nc, nr) in zip(policy.tolist(), lengths.tolist(), strict=True):
         odds = [math.exp(x / n) / (1 - math.exp(x / n)) for x, n in ((c, nc), (r, nr))]
         plain += -c / nc - 0.3 * math.log(sigmoid(math.log(odds[0] / odds[1])))
-    assert pref.orpo_loss(policy, lengths, 0.3).item() == pytest.approx(plain, rel=1e-6)
+    assert orpo_loss(policy, lengths, 0.3).item() == pytest.approx(plain, rel=1e-6)
     certain = torch.zeros(1, 2, requires_grad=True)  # probability 1: infinite odds, still a finite loss and gradient
-    loss = pref.orpo_loss(certain, torch.ones(1, 2), 0.3)
+    loss = orpo_loss(certain, torch.ones(1, 2), 0.3)
     loss.backward()
     assert loss.isfinite() and certain.grad.isfinite().all()
 
@@ -112,7 +116,7 @@ def test_kto_equals_its_formula():
     for p, r, g in zip(policy.tolist(), reference.tolist(), good.tolist(), strict=True):
         gain = 0.2 * ((p - r) - 0.7)
         plain += 1.5 * (1 - sigmoid(gain)) if g else 0.5 * (1 - sigmoid(-gain))
-    assert pref.kto_loss(policy, reference, good, 0.7, 0.2, (1.5, 0.5)).item() == pytest.approx(plain, rel=1e-6)
+    assert kto_loss(policy, reference, good, 0.7, 0.2, (1.5, 0.5)).item() == pytest.approx(plain, rel=1e-6)
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -124,11 +128,11 @@ def test_token_log_probabilities_and_gradients_equal_full_logits(kernels):
     factors = torch.randn(37, generator=generator)
     plain = torch.log_softmax(1.5 * hidden @ weight.t(), 1).gather(1, labels[:, None]).squeeze(1)
     expected = torch.autograd.grad((plain * factors).sum(), (hidden, weight))
-    ours = pref.token_logps(hidden, weight, labels, scale=1.5, rows=8, kernels=kernels)
+    ours = token_logps(hidden, weight, labels, scale=1.5, rows=8, kernels=kernels)
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
     for a, b in zip(torch.autograd.grad((ours * factors).sum(), (hidden, weight)), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    empty = pref.token_logps(hidden[:0], weight, labels[:0], scale=1.0, rows=8, kernels=kernels)
+    empty = token_logps(hidden[:0], weight, labels[:0], scale=1.0, rows=8, kernels=kernels)
     assert empty.shape == (0,) and empty.sum().requires_grad  # a rank without work takes part in backward
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from test_methods import prepared, write_preferences
 
-from aifactory_train.attention import PER_DOCUMENT, register
 from aifactory_train.data import collate
 from aifactory_train.methods.pairs import LabelledTokens, Mismatched, PairedTokens
 from aifactory_train.methods.preference import Preference
-from aifactory_train.model import CausalLM
+from aifactory_train.model.attention import PER_DOCUMENT, register
+from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.parallel.batches import device_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,10 +12,11 @@ from test_preferences import trainer_of
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aifactory_train.config import VocabularyConfig, load_recipe
-from aifactory_train.errors import UserError
-from aifactory_train.methods.vocabulary import extended, learn_merges
-from aifactory_train.train import train
+from aifactory_train.config.loading import load_recipe
+from aifactory_train.config.schema import VocabularyConfig
+from aifactory_train.core.errors import UserError
+from aifactory_train.sources.vocabulary import extended, learn_merges
+from aifactory_train.training.trainer import train
 
 LINES = [
     "Hún er fædd á Íslandi og talar íslensku við börnin sín.",

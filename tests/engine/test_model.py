@@ -10,11 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aifactory_train import model as m
-from aifactory_train.attention import PER_DOCUMENT, Documents, register
-from aifactory_train.config import Recipe
-from aifactory_train.errors import UserError
-from aifactory_train.runs import RunFolder
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import UserError
+from aifactory_train.model import causal_lm as m
+from aifactory_train.model.attention import PER_DOCUMENT, Documents, register
+from aifactory_train.model.base import base_folder
+from aifactory_train.model.loading import build_model, check_vocabulary
+from aifactory_train.model.precision import choose_precision
+from aifactory_train.model.report import ModelReport
+from aifactory_train.run.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +38,10 @@ def recipe_for(base, **settings) -> Recipe:
     return Recipe.model_validate(tree)
 
 
-def build(base, **settings) -> tuple[m.CausalLM, m.ModelReport]:
-    recipe, report = recipe_for(base, **settings), m.ModelReport()
-    precision, _ = m.choose_precision(recipe, "cpu")
-    core = m.build_model(recipe, base, None, device="cpu", precision=precision, report=report)
+def build(base, **settings) -> tuple[m.CausalLM, ModelReport]:
+    recipe, report = recipe_for(base, **settings), ModelReport()
+    precision, _ = choose_precision(recipe, "cpu")
+    core = build_model(recipe, base, None, device="cpu", precision=precision, report=report)
     return core, report
 
 
@@ -142,9 +146,9 @@ def test_scaled_logits_and_output_biases(tmp_path):
 
 
 def test_precision_policy(tiny_model_dir):
-    everywhere, why = m.choose_precision(recipe_for(tiny_model_dir), "cpu")
+    everywhere, why = choose_precision(recipe_for(tiny_model_dir), "cpu")
     assert set(vars(everywhere).values()) == {torch.float32} and why == "CPU"
-    mixed, _ = m.choose_precision(recipe_for(tiny_model_dir, precision__compute="bf16"), "cpu")
+    mixed, _ = choose_precision(recipe_for(tiny_model_dir, precision__compute="bf16"), "cpu")
     assert (mixed.parameters, mixed.frozen, mixed.compute) == (torch.float32, torch.bfloat16, torch.bfloat16)
     core, _ = build(tiny_model_dir, precision__compute="bf16")
     for parameter in core.parameters():
@@ -181,7 +185,7 @@ def test_pickled_weights_missing_configurations_and_long_sequences_are_refused(t
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny_model_dir, tiny_tokenizer):
     small = helpers.tiny_model("llama", vocabulary=300)
     with pytest.raises(UserError, match="ids up to 399, the model's embedding has 300 rows"):
-        m.check_vocabulary(small, tiny_tokenizer)
+        check_vocabulary(small, tiny_tokenizer)
 
 
 # ---- starting from an earlier run
@@ -232,7 +236,7 @@ def test_whole_weights_become_the_new_base_also_for_later_adapters(tmp_path, tin
     assert torch.equal(frozen, tuned.model.layers[0].self_attn.q_proj.weight)
     # a third run that starts from the second one's adapter stands on the same weights
     run = earlier_run(tmp_path / "second", tiny_model_dir, second, model__start_from=str(whole.path))
-    assert m.base_folder(recipe_for(tiny_model_dir, model__start_from=str(run.path))) == whole.export / "model"
+    assert base_folder(recipe_for(tiny_model_dir, model__start_from=str(run.path))) == whole.export / "model"
 
 
 def test_runs_without_export_and_circles_are_refused(tmp_path, tiny_model_dir):
@@ -243,4 +247,4 @@ def test_runs_without_export_and_circles_are_refused(tmp_path, tiny_model_dir):
         build(tiny_model_dir, model__start_from="nowhere")
     loop = earlier_run(tmp_path / "loop", tiny_model_dir, model__start_from=str(tmp_path / "loop"))
     with pytest.raises(UserError, match="leads back to itself"):
-        m.base_folder(loop.load_config())
+        base_folder(loop.load_config())

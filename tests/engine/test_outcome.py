@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from aifactory_train.errors import RunFailed, UserError
-from aifactory_train.metrics_log import MetricsLog
-from aifactory_train.outcome import Attempt
-from aifactory_train.runs import RunFolder
+from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.run.folder import RunFolder
+from aifactory_train.run.outcome import Attempt
+from aifactory_train.training.metrics_log import MetricsLog
 
 
 def attempt(folder: Path, before: str | None, error: BaseException) -> str:
@@ -46,7 +46,7 @@ def test_a_refusal_leaves_the_state_as_it_was(before, error, after, tmp_path: Pa
 
 @pytest.mark.parametrize(("state", "done"), [("stopped", 7), ("failed", 7), ("finished", 7), ("finished", 6)])
 def test_a_run_is_not_continued_to_fewer_steps_than_it_made(state: str, done: int) -> None:
-    from aifactory_train.resume import restore
+    from aifactory_train.training.state import restore
 
     trainer = SimpleNamespace(run=SimpleNamespace(state=lambda: {"state": state}), total_steps=6)
     with pytest.raises(UserError, match=rf"{done} steps, and 6 are asked for"):
@@ -100,7 +100,7 @@ def test_a_step_that_was_left_out_is_always_logged(tmp_path: Path) -> None:
 
 
 def test_a_save_that_failed_without_a_name_of_a_file_says_what_is_known() -> None:
-    from aifactory_train.checkpoint import Checkpointer
+    from aifactory_train.training.checkpoint import Checkpointer
 
     saver = SimpleNamespace(world=SimpleNamespace(rank=3))
     describe = Checkpointer._describe
@@ -111,7 +111,7 @@ def test_a_save_that_failed_without_a_name_of_a_file_says_what_is_known() -> Non
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_first_ctrl_c_is_acknowledged_at_a_terminal(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aifactory_train import stopping
+    from aifactory_train.training import stopping
 
     said: list[bytes] = []
     monkeypatch.setattr(stopping.os, "isatty", lambda fd: terminal)

@@ -8,10 +8,11 @@ import helpers
 import pytest
 import yaml
 
-from aifactory_train.config import load_recipe
-from aifactory_train.errors import UserError
-from aifactory_train.model import base_folder
-from aifactory_train.runs import RunFolder, default_run_dir, open_for_training
+from aifactory_train.config.loading import load_recipe
+from aifactory_train.core.errors import UserError
+from aifactory_train.model.base import base_folder
+from aifactory_train.run.folder import RunFolder, default_run_dir
+from aifactory_train.run.opening import open_for_training
 from aifactory_train.sources import resolve_data, resolve_model, same_source
 
 

@@ -10,10 +10,13 @@ import helpers
 import pytest
 import torch
 
-from aifactory_train import model as m
-from aifactory_train import position_check as pc
-from aifactory_train.config import Recipe
-from aifactory_train.errors import UserError
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import UserError
+from aifactory_train.model import position_check as pc
+from aifactory_train.model.loading import build_model
+from aifactory_train.model.operators import apply_operators
+from aifactory_train.model.precision import choose_precision
+from aifactory_train.model.report import ModelReport
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 400,
@@ -266,14 +269,14 @@ def test_adapters_of_families_that_name_their_parts_otherwise(family, tmp_path):
     """The backbone is found below peft, routers that return several tensors get no adapter from all-linear, and a model may add
     to what our linear layers return."""
     base = write_base(tmp_path / "base", family, **ADAPTED[family])
-    report = m.ModelReport()
+    report = ModelReport()
     recipe = recipe_for(base)
-    precision, _ = m.choose_precision(recipe, "cpu")
-    core = m.build_model(recipe, base, None, device="cpu", precision=precision, report=report)
+    precision, _ = choose_precision(recipe, "cpu")
+    core = build_model(recipe, base, None, device="cpu", precision=precision, report=report)
     with torch.no_grad():  # before our operators: they are compared too
         ids = torch.randint(4, 400, (1, 12), generator=torch.Generator().manual_seed(1))
         logits = core.model(input_ids=ids).logits[0, :-1]
-    m.apply_operators(core, recipe, device="cpu", engine="ddp", report=report)
+    apply_operators(core, recipe, device="cpu", engine="ddp", report=report)
     bounds = torch.tensor([0, 12], dtype=torch.int32)
     loss = core(ids, torch.arange(12)[None], pc.Documents.of(bounds, "cpu"), torch.arange(11), ids[0, 1:])
     loss.backward()
@@ -288,14 +291,14 @@ def test_a_router_asked_for_by_name_is_refused(tmp_path):
     base = write_base(tmp_path / "base", "phimoe", **ADAPTED["phimoe"])
     recipe = recipe_for(base)
     recipe.adapter.targets = ["q_proj", "router"]
-    precision, _ = m.choose_precision(recipe, "cpu")
+    precision, _ = choose_precision(recipe, "cpu")
     with pytest.raises(UserError, match=r"router' returns more than") as caught:
-        m.build_model(recipe, base, None, device="cpu", precision=precision, report=m.ModelReport())
+        build_model(recipe, base, None, device="cpu", precision=precision, report=ModelReport())
     assert caught.value.where == "adapter.targets"
 
 
 def test_attention_returns_what_can_be_viewed():
-    from aifactory_train.attention import per_document_attention
+    from aifactory_train.model.attention import per_document_attention
 
     states = torch.randn(1, 4, 7, 8)
     documents = pc.Documents.of(torch.tensor([0, 3, 7]), "cpu")

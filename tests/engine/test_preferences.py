@@ -17,22 +17,22 @@ import torch
 import torch.nn.functional as F
 from test_methods import labelled_rows, pair_rows, write_preferences
 
-from aifactory_train.config import load_recipe
+from aifactory_train.config.loading import load_recipe
+from aifactory_train.config.objective import objective
+from aifactory_train.core.errors import UserError
 from aifactory_train.data import load_tokenizer, prepare
-from aifactory_train.errors import UserError
-from aifactory_train.evaluate import held_out
-from aifactory_train.methods import objective
-from aifactory_train.methods import preference_loss as pref
+from aifactory_train.evaluation.likelihood import held_out
 from aifactory_train.methods.pairs import HeldOutLabels, LabelledTokens, PairedTokens
 from aifactory_train.methods.preference import BALANCE, Preference
 from aifactory_train.methods.reference import REFERENCE_FILE
 from aifactory_train.metrics.bootstrap import unpacked
-from aifactory_train.outcome import Attempt
+from aifactory_train.model.answer_loss import dpo_loss, ipo_loss
 from aifactory_train.parallel.world import join_world, leave_world
 from aifactory_train.report.build import _curves
-from aifactory_train.runs import RunFolder
-from aifactory_train.stopping import Best, StopChannels
-from aifactory_train.train import Trainer, train
+from aifactory_train.run.folder import RunFolder
+from aifactory_train.run.outcome import Attempt
+from aifactory_train.training.stopping import Best, StopChannels
+from aifactory_train.training.trainer import Trainer, train
 
 QUIET = {
     "eval.before": False,
@@ -143,13 +143,13 @@ def test_label_smoothing_and_ipo_want_a_finite_margin_and_dpo_an_ever_larger_one
     smooth = math.log((1 - wrong) / wrong) / beta  # where sigmoid(beta m) is the share of pairs that are right
     ones = torch.ones(1, 2, dtype=torch.float64)
     for loss, optimum in (
-        (lambda p, r: pref.dpo_loss(p, r, beta, wrong), smooth),
-        (lambda p, r: pref.ipo_loss(p, r, ones, beta), 1 / (2 * beta)),
-        (lambda p, r: pref.ipo_loss(p, r, 4 * ones, beta), 4 / (2 * beta)),  # four tokens: a mean margin a token
+        (lambda p, r: dpo_loss(p, r, beta, wrong), smooth),
+        (lambda p, r: ipo_loss(p, r, ones, beta), 1 / (2 * beta)),
+        (lambda p, r: ipo_loss(p, r, 4 * ones, beta), 4 / (2 * beta)),  # four tokens: a mean margin a token
     ):
         assert gradient_at(loss, optimum) == pytest.approx(0, abs=1e-12)
         assert gradient_at(loss, 0.9 * optimum) < 0 < gradient_at(loss, 1.1 * optimum)
-    assert gradient_at(lambda p, r: pref.dpo_loss(p, r, beta), 50.0) < 0
+    assert gradient_at(lambda p, r: dpo_loss(p, r, beta), 50.0) < 0
 
 
 def test_ipo_equals_its_formula():
@@ -160,7 +160,7 @@ def test_ipo_equals_its_formula():
     plain = 0.0
     for (c, r), (rc, rr), (nc, nr) in zip(policy.tolist(), reference.tolist(), lengths.tolist(), strict=True):
         plain += ((c - rc) / nc - (r - rr) / nr - 1 / (2 * 0.3)) ** 2
-    assert pref.ipo_loss(policy, reference, lengths, 0.3).item() == pytest.approx(plain, rel=1e-6)
+    assert ipo_loss(policy, reference, lengths, 0.3).item() == pytest.approx(plain, rel=1e-6)
 
 
 def test_a_large_beta_keeps_the_policy_near_its_reference(tmp_path, tiny_model_dir):

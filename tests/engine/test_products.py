@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aifactory_train import products
+from aifactory_train.model import cpu_matmul as products
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 BOTH = ["torch", pytest.param("onednn", marks=pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no oneDNN"))]

@@ -9,11 +9,11 @@ from pathlib import Path
 import helpers
 import pytest
 
-from aifactory_train.config import load_recipe
-from aifactory_train.errors import UserError
-from aifactory_train.remote_code import code_of, recorded
+from aifactory_train.config.loading import load_recipe
+from aifactory_train.core.errors import UserError
 from aifactory_train.sources import sha256
-from aifactory_train.train import train
+from aifactory_train.sources.remote_code import code_of, recorded
+from aifactory_train.training.trainer import train
 
 CODE = """
 import sys

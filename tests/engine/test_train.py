@@ -115,7 +115,7 @@ def test_live_run_is_refused_and_unfinished_run_is_not_touched_unasked(tiny_reci
 def test_what_a_run_goes_back_behind_is_set_aside(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from aifactory_train.checkpoint import Checkpointer
+    from aifactory_train.training.checkpoint import Checkpointer
 
     for step in (80, 90, 100):
         (tmp_path / f"step-{step}").mkdir()

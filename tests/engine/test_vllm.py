@@ -12,8 +12,10 @@ import helpers
 import pytest
 from test_export import Trained
 
-from aifactory_train import vllm_check as vc
-from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.exporting import gate
+from aifactory_train.exporting import vllm_check as vc
+from aifactory_train.exporting.gate import plain_logits
 
 ADAPTER = {
     "r": 16,
@@ -108,8 +110,6 @@ def test_what_serves_another_model_fails(tmp_path, tiny_model_dir, monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from aifactory_train import export as ex
-
     case = Trained(tmp_path, tiny_model_dir)
     case.export(merge=True, dtype="fp32", verify=False)
     model = AutoModelForCausalLM.from_pretrained(case.run.export / "merged", dtype=torch.float32).eval()
@@ -129,10 +129,10 @@ def test_what_serves_another_model_fails(tmp_path, tiny_model_dir, monkeypatch):
 
     def in_this_process(checks, rows):
         with torch.no_grad():
-            return {"plain": ex.plain_logits(model, rows)}
+            return {"plain": plain_logits(model, rows)}
 
     monkeypatch.setattr(vc, "serve", serve)
-    monkeypatch.setattr(ex, "reload_logits", in_this_process)
+    monkeypatch.setattr(gate, "reload_logits", in_this_process)
     base = Path(case.recipe.model.base)
     verdict = vc.load_check(case.run, case.recipe, "merged", base, [], dtype="float32")
     assert verdict["passed"] and verdict["same_tokens"] == verdict["tokens"] == 4 * vc.TOKENS

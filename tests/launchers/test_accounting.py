@@ -13,7 +13,7 @@ from launcher_bench import FAKE, LAB, submitted, wait_for
 from slurm_lab import lab
 
 from aifactory_train import sites
-from aifactory_train.config import load_recipe
+from aifactory_train.config.loading import load_recipe
 from aifactory_train.launchers import checks
 from aifactory_train.launchers.backends import slurm
 from aifactory_train.launchers.build import build

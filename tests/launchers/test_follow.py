@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aifactory_train.errors import RunFailed
+from aifactory_train.core.errors import RunFailed
 from aifactory_train.launchers import backends
 from aifactory_train.launchers.backends import Job, slurm
 from aifactory_train.launchers.follow import status_of, stop

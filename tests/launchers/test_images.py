@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aifactory_train import sites
-from aifactory_train.config import load_recipe
+from aifactory_train.config.loading import load_recipe
 from aifactory_train.launchers import checks, software
 from aifactory_train.launchers.build import build
 from aifactory_train.launchers.request import Request

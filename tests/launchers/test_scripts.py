@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from aifactory_train import sites
-from aifactory_train.config import load_recipe
+from aifactory_train.config.loading import load_recipe
 from aifactory_train.launchers import directives
 from aifactory_train.launchers.build import build, finish
 from aifactory_train.launchers.explain import explain

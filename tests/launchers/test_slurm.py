@@ -293,7 +293,7 @@ def test_inherited_variables_do_not_change_the_job(cluster, lab_system, plain_re
 
 
 def test_wrong_directive_is_refused_by_the_real_scheduler(cluster, lab_system, plain_recipe, tmp_path):
-    from aifactory_train.errors import RunFailed
+    from aifactory_train.core.errors import RunFailed
 
     sub = prepared(fake_request(plain_recipe, tmp_path / "run", partition="dev", nodes=3), lab_system)
     with pytest.raises(RunFailed, match="sbatch refused"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aifactory_train import sites
-from aifactory_train.errors import RunFailed, UserError
+from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.launchers import software
 
 SYSTEMS = sites.names(usable=True)

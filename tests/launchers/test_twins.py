@@ -16,7 +16,7 @@ from launcher_bench import twin
 from slurm_lab import lab
 
 from aifactory_train import sites
-from aifactory_train.config import load_recipe, recipe_ids
+from aifactory_train.config.loading import load_recipe, recipe_ids
 from aifactory_train.launchers import checks
 from aifactory_train.launchers.build import build
 from aifactory_train.launchers.request import Request

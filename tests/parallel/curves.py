@@ -80,7 +80,7 @@ def run_cases(ranks: int, cases: list[dict[str, Any]], folder: Path, timeout: fl
 
 
 def make_recipe(case: dict[str, Any]):
-    from aifactory_train.config import Recipe
+    from aifactory_train.config.schema import Recipe
 
     return Recipe.model_validate(
         {
@@ -110,8 +110,11 @@ def make_core(case: dict[str, Any], recipe, precision):
     import helpers
     import torch
 
-    from aifactory_train import attention
-    from aifactory_train.model import CausalLM, ModelReport, apply_adapter, apply_precision
+    from aifactory_train.model import attention
+    from aifactory_train.model.adapters import apply_adapter
+    from aifactory_train.model.causal_lm import CausalLM
+    from aifactory_train.model.precision import apply_precision
+    from aifactory_train.model.report import ModelReport
 
     attention.register()
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -148,8 +151,8 @@ def make_batch(documents: list[tuple[list[int], int]], device: str):
     """The documents packed into one row; a batch without documents is one token without a loss."""
     import torch
 
-    from aifactory_train.attention import Documents
-    from aifactory_train.parallel import DeviceBatch
+    from aifactory_train.model.attention import Documents
+    from aifactory_train.parallel.engine import DeviceBatch
 
     tokens, places, positions, targets, edges = [], [], [], [], [0]
     for ids, supervised in documents:
@@ -207,8 +210,8 @@ def train_step(engine, case: dict[str, Any], world, step: int) -> tuple[float, f
 
 def build(case: dict[str, Any], world):
     """Recipe, engine of a case."""
-    from aifactory_train.model import choose_precision
-    from aifactory_train.parallel import build_engine
+    from aifactory_train.model.precision import choose_precision
+    from aifactory_train.parallel.build import build_engine
 
     recipe = make_recipe(case)
     precision, _ = choose_precision(recipe, "cpu")

@@ -17,11 +17,11 @@ def run_case(case: dict[str, Any], world) -> dict[str, Any]:
     import torch.distributed as dist
     from exporting import loading_counted
 
-    from aifactory_train.config import load_recipe
-    from aifactory_train.outcome import Attempt
-    from aifactory_train.runs import RunFolder
-    from aifactory_train.stopping import StopChannels
-    from aifactory_train.train import Trainer
+    from aifactory_train.config.loading import load_recipe
+    from aifactory_train.run.folder import RunFolder
+    from aifactory_train.run.outcome import Attempt
+    from aifactory_train.training.stopping import StopChannels
+    from aifactory_train.training.trainer import Trainer
 
     held: dict[str, int] = {}
     recipe = load_recipe(case["recipe"], case["overrides"])

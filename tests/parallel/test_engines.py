@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aifactory_train.config import Recipe
-from aifactory_train.errors import UserError
-from aifactory_train.model import Precision, choose_precision
-from aifactory_train.optim import parameter_groups
-from aifactory_train.parallel import build_engine, choose_engine, refuse_quantised
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import UserError
+from aifactory_train.model.precision import Precision, choose_precision
 from aifactory_train.parallel.apply import apply_compute_type, block_modules
+from aifactory_train.parallel.build import build_engine, choose_engine, refuse_quantised
 from aifactory_train.parallel.deepspeed import deepspeed_json
+from aifactory_train.parallel.optim import parameter_groups
 from aifactory_train.parallel.torch_engine import split_scale
 from aifactory_train.parallel.world import World, discover
 

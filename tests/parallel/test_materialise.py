@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from aifactory_train.parallel.materialise import file_name_of, skeleton, tensors_in, why_not
+from aifactory_train.model.weight_files import file_name_of, skeleton, tensors_in, why_not
 
 
 @pytest.fixture

@@ -11,11 +11,14 @@ import helpers
 import pytest
 import torch
 
-from aifactory_train import model as m
-from aifactory_train import quantise
-from aifactory_train.config import Recipe, load_recipe
+from aifactory_train.config.loading import load_recipe
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import UserError
 from aifactory_train.data import load_tokenizer
-from aifactory_train.errors import UserError
+from aifactory_train.model import quantise
+from aifactory_train.model.loading import build_model
+from aifactory_train.model.precision import choose_precision
+from aifactory_train.model.report import ModelReport
 
 
 def recipe(kind: str = "nf4") -> Recipe:
@@ -78,9 +81,9 @@ def test_a_four_bit_base_trains_and_its_adapter_is_exported(tmp_path: Path, tiny
     settings = {"adapter.quantise_base": "nf4", "train.max_steps": 6, "eval.before": False, "parallel.threads": 1}
     path = helpers.write_recipe(tmp_path / "data", tiny_model_dir, settings=settings)
     tiny = load_recipe(str(path))
-    precision, _ = m.choose_precision(tiny, "cpu")
-    core = m.build_model(
-        tiny, tiny_model_dir, load_tokenizer(tiny), device="cpu", precision=precision, report=m.ModelReport()
+    precision, _ = choose_precision(tiny, "cpu")
+    core = build_model(
+        tiny, tiny_model_dir, load_tokenizer(tiny), device="cpu", precision=precision, report=ModelReport()
     )
     kinds = {type(module).__name__ for module in core.modules()}
     assert "Linear4bit" in kinds

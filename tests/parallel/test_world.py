@@ -12,10 +12,11 @@ import forked
 import pytest
 import torch
 
-from aifactory_train import compat, outcome
-from aifactory_train.errors import UserError
+from aifactory_train.core import compat
+from aifactory_train.core.errors import UserError
 from aifactory_train.parallel import world
 from aifactory_train.parallel.memory_advice import is_out_of_memory
+from aifactory_train.run import outcome
 
 
 @pytest.fixture
@@ -102,8 +103,8 @@ def fail_on_rank_1(kind: str):
     def in_child(rank: int, tell) -> None:
         from dataclasses import replace
 
-        import aifactory_train.train as train
-        from aifactory_train.errors import RunFailed
+        import aifactory_train.training.trainer as train
+        from aifactory_train.core.errors import RunFailed
 
         join = train.join_world
         train.join_world = lambda *args: replace(join(*args), device="cuda:0")
@@ -190,7 +191,7 @@ def test_waiting_is_told_from_hanging(places, on_gpu, on_cpu) -> None:
 
 def asleep(folder: Path, rank: int, device: str) -> None:
     """One rank whose main thread sleeps: in our collate (rank 0), or where the device is asked for a result (rank 1)."""
-    from aifactory_train.runs import RunFolder
+    from aifactory_train.run.folder import RunFolder
 
     where = PACKAGE / ("data/batch.py" if rank == 0 else "train.py")
     code = compile("def item():\n    import time\n    time.sleep(60)\n", str(where), "exec")

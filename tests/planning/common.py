@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from aifactory_train import config
-from aifactory_train.planning import plan, shapes
+from aifactory_train.config import schema as config
+from aifactory_train.model import shapes
+from aifactory_train.planning import plan
 from aifactory_train.planning.job import STACKS, Bytes, Gpu, Job, Layout, Links
 from aifactory_train.planning.size import Size
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from aifactory_train.planning import calibrate, open_data
 from aifactory_train.planning.job import LOGIT_BYTES
 from aifactory_train.planning.memory import FRAGMENTATION
-from aifactory_train.planning.shapes import DATA
+from aifactory_train.planning.timing import DATA
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "planner_accuracy.py"

@@ -7,8 +7,9 @@ from common import job
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aifactory_train.errors import UserError
-from aifactory_train.planning import memory, shapes
+from aifactory_train.core.errors import UserError
+from aifactory_train.model import shapes
+from aifactory_train.planning import memory
 from aifactory_train.planning.job import GIB, Bytes, Layout
 
 P = 8_030_261_248  # Llama-3-8B, as published

@@ -5,7 +5,8 @@ from __future__ import annotations
 import helpers
 import pytest
 
-from aifactory_train.planning import memory, shapes
+from aifactory_train.model import shapes
+from aifactory_train.planning import memory
 from aifactory_train.planning.job import STACKS, Bytes, Gpu, Job, Layout, Links
 
 TOKENS, LAYERS, CHUNK = 192, 3, 32
@@ -16,8 +17,8 @@ def tracked(family: str, mode: str) -> tuple[int, int, shapes.Shape]:
     import torch
     from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
-    from aifactory_train import attention
-    from aifactory_train.model import CausalLM
+    from aifactory_train.model import attention
+    from aifactory_train.model.causal_lm import CausalLM
     from aifactory_train.parallel.apply import apply_activation_checkpointing
 
     attention.register()

@@ -7,9 +7,11 @@ from common import recipe, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aifactory_train import config, sites
-from aifactory_train.errors import UserError
-from aifactory_train.planning import machine, plan, shapes, workload
+from aifactory_train import sites
+from aifactory_train.config.loading import load_recipe
+from aifactory_train.core.errors import UserError
+from aifactory_train.model import shapes
+from aifactory_train.planning import machine, plan, workload
 
 SYSTEMS = [
     "lumi-g",
@@ -229,7 +231,7 @@ def test_overrides_are_keys_of_the_recipe(tmp_path):
             f"{k}={'null' if v is None else str(v).lower() if isinstance(v, bool) else v}"
             for k, v in found["overrides"].items()
         ]
-        loaded = config.load_recipe(str(path), texts)
+        loaded = load_recipe(str(path), texts)
         assert loaded.parallel.engine == found["engine"]
         assert loaded.train.micro_batch_tokens == found["micro_batch_tokens"]
         assert loaded.parallel.activation_checkpointing == found["activation_checkpointing"]
@@ -252,8 +254,8 @@ def test_unified_memory_keeps_a_part_for_the_host():
 def test_settings_equal_what_the_engine_builds():
     import torch
 
-    from aifactory_train.model import Precision
-    from aifactory_train.parallel import zero_stage
+    from aifactory_train.model.precision import Precision
+    from aifactory_train.parallel.capabilities import zero_stage
     from aifactory_train.parallel.deepspeed import deepspeed_json as engine_json
     from aifactory_train.planning.settings import deepspeed_json
 

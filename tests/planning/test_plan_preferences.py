@@ -11,10 +11,11 @@ from common import recipe, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aifactory_train import flops, sites
+from aifactory_train import sites
+from aifactory_train.core.errors import UserError
 from aifactory_train.data.sampler import split_step
-from aifactory_train.errors import UserError
-from aifactory_train.planning import machine, plan, search, shapes, timing, workload
+from aifactory_train.model import flops, shapes
+from aifactory_train.planning import machine, plan, search, timing, workload
 
 BASE = "meta-llama/Llama-3.1-8B"
 DPO: dict[str, Any] = {"kind": "dpo"}

@@ -7,8 +7,8 @@ import json
 import helpers
 import pytest
 
-from aifactory_train.errors import UserError
-from aifactory_train.planning import shapes
+from aifactory_train.core.errors import UserError
+from aifactory_train.model import shapes
 
 TABLE = shapes.known()
 GOOD = {

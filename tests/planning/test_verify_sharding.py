@@ -12,7 +12,7 @@ import pytest
 
 BUILD = """
 import json, resource, sys
-from aifactory_train.planning import shapes, verify_sharding
+from aifactory_train.model.causal_lm import shapes; from aifactory_train.planning import verify_sharding
 from aifactory_train.planning.job import STACKS, Bytes, Gpu, Job, Layout, Links
 ask = json.loads(sys.argv[1])
 shape = shapes.load(ask["base"]) if isinstance(ask["base"], str) else shapes.from_config(ask["base"], "tiny")
@@ -93,7 +93,7 @@ def test_ranks_hold_what_is_left():
 def test_refusals():
     from common import job
 
-    from aifactory_train.errors import UserError
+    from aifactory_train.core.errors import UserError
     from aifactory_train.planning import verify_sharding
 
     with pytest.raises(UserError, match="at most 4096"):

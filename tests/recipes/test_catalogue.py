@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from aifactory_train.commands import recipes as command
-from aifactory_train.config import RECIPES_DIR, load_recipe, recipe_ids
-from aifactory_train.errors import UserError
+from aifactory_train.config.loading import RECIPES_DIR, load_recipe, recipe_ids
+from aifactory_train.core.errors import UserError
 from aifactory_train.recipes import own_rows
 from aifactory_train.sites import members
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.recipes import common, own_rows
 from aifactory_train.recipes.agrifood import esco
 from aifactory_train.recipes.code import docstrings

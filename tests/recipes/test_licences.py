@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from aifactory_train import licences
-from aifactory_train.config import load_recipe, recipe_ids
-from aifactory_train.errors import UserError
+from aifactory_train.config.loading import load_recipe, recipe_ids
+from aifactory_train.core.errors import UserError
+from aifactory_train.sources import licences
 
 HEALTH = "health/phenotype-terms"
 
@@ -184,7 +184,7 @@ def test_the_use_travels_with_the_job():
 
 
 def test_the_model_card_carries_the_computed_licence():
-    from aifactory_train.model_card import _licence
+    from aifactory_train.exporting.model_card import _licence
 
     assert _licence({"licence": "Apache-2.0", "name": None}) == ("apache-2.0", None)
     assert _licence({"licence": "other", "name": "see-parents"}) == ("other", "see-parents")
@@ -193,7 +193,7 @@ def test_the_model_card_carries_the_computed_licence():
 
 def test_the_gate_imports_no_torch():
     code = (
-        "import sys; from aifactory_train import licences; from aifactory_train.config import load_recipe\n"
+        "import sys; from aifactory_train.sources import licences; from aifactory_train.config.schema.schema import load_recipe\n"
         f"licences.check(load_recipe('{HEALTH}')); print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import helpers
 import pytest
 
-from aifactory_train.config import load_recipe, recipe_ids
-from aifactory_train.errors import UserError
+from aifactory_train.config.loading import load_recipe, recipe_ids
+from aifactory_train.core.errors import UserError
 from aifactory_train.recipes.cybersecurity import attack, incidents
 
 ALERT = "Somebody sends mails with a login page that looks like ours, number {}"

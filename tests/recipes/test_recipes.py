@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from aifactory_train.commands.recipes import listed
-from aifactory_train.config import RECIPES_DIR, load_recipe, recipe_ids
-from aifactory_train.errors import UserError
+from aifactory_train.config.loading import RECIPES_DIR, load_recipe, recipe_ids
+from aifactory_train.core.errors import UserError
 from aifactory_train.recipes.health import phenotype
 from aifactory_train.recipes.language import udhr
 

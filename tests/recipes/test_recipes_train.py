@@ -14,7 +14,7 @@ import helpers
 import pytest
 
 from aifactory_train.commands.recipes import listed
-from aifactory_train.config import load_recipe
+from aifactory_train.config.loading import load_recipe
 
 EMBEDDED = [r["id"] for r in listed() if r["embedded"]]
 BROUGHT = [r["id"] for r in listed() if not r["embedded"]]

@@ -14,9 +14,10 @@ import helpers
 import numpy as np
 import pytest
 
-from aifactory_train.config import load_recipe
+from aifactory_train.config.loading import load_recipe
+from aifactory_train.core.files import write_json
 from aifactory_train.record.recorder import Recorder
-from aifactory_train.runs import RunFolder, write_json
+from aifactory_train.run.folder import RunFolder
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aifactory_train.core.figures import significant
 from aifactory_train.record import aiact
 
 # base, pretraining FLOP, GPAI by 1e23, third, H100 hours at 40 % of 989 TFLOP/s
@@ -93,4 +94,4 @@ def test_bins():
     ]
     assert aiact.bin_tokens(3e6).startswith("Less") and aiact.bin_tokens(2e13).startswith("More")
     assert aiact.bin_months(3) == "<1 month" and aiact.bin_months(200) == ">6 months"
-    assert aiact.significant(1234.5) == "1200" and aiact.significant(1.234e20) == "1.2e+20"
+    assert significant(1234.5) == "1200" and significant(1.234e20) == "1.2e+20"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aifactory_train.report.compare import row, short_base
-from aifactory_train.runs import RunFolder
+from aifactory_train.run.folder import RunFolder
 
 
 def test_the_speed_is_the_median_step_s(tmp_path: Path) -> None:

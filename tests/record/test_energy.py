@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aifactory_train.core.errors import UserError
+from aifactory_train.core.missing import is_missing
 from aifactory_train.energy import meter as meters
 from aifactory_train.energy import readers, total
-from aifactory_train.errors import UserError
-from aifactory_train.record.missing import is_missing
 
 
 @pytest.fixture(scope="session")

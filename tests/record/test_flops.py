@@ -6,8 +6,7 @@ import helpers
 import pytest
 import torch
 
-from aifactory_train import flops
-from aifactory_train.planning import shapes
+from aifactory_train.model import flops, shapes
 
 LENGTHS = [40, 17, 90]
 SUPERVISED = 60
@@ -19,11 +18,11 @@ def torch_count(family: str, targets, recompute: str) -> tuple[float, shapes.Sha
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from aifactory_train import attention
-    from aifactory_train.attention import Documents
-    from aifactory_train.model import CausalLM
+    from aifactory_train.model import attention
+    from aifactory_train.model.attention import Documents
+    from aifactory_train.model.causal_lm import CausalLM
+    from aifactory_train.model.cpu_matmul import as_torch
     from aifactory_train.parallel.apply import apply_activation_checkpointing
-    from aifactory_train.products import as_torch
 
     attention.register()
     model = helpers.tiny_model(family)

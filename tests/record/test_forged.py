@@ -10,12 +10,12 @@ from pathlib import Path
 import helpers
 import pytest
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.record import chain, signing
 from aifactory_train.record.chain import make_event, read_events
 from aifactory_train.record.check import verify
-from aifactory_train.record.pack import write_pack
-from aifactory_train.record.recorder import load_record, write_record
+from aifactory_train.record.files import load_record, write_record
+from aifactory_train.report.pack import write_pack
 
 
 @pytest.fixture

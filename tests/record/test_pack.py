@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from aifactory_train.core.missing import has_missing, is_missing, missing, missing_places
 from aifactory_train.record import fill
-from aifactory_train.record.missing import has_missing, is_missing, missing, missing_places
-from aifactory_train.record.pack import render, write_pack
-from aifactory_train.record.recorder import load_record
+from aifactory_train.record.files import load_record
 from aifactory_train.record.render import forms, machine
+from aifactory_train.report.pack import render, write_pack
 
 # number -> who fills it; the Model Documentation Form's list, in its order
 MDF = {
@@ -55,7 +55,7 @@ def test_every_field_is_auto_person_or_missing(record):
 
 
 def test_a_person_fills_and_nothing_is_invented(tell, tiny_model_dir):
-    from aifactory_train.record.collect import PEOPLE
+    from aifactory_train.record.people import PEOPLE
 
     fill.save(fill.organisation_file(None), {key: f"answer {key}" for key in PEOPLE})
     source = {"source": "./train.jsonl", "licence": "CC0-1.0", "facts": FACTS}

@@ -21,8 +21,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aifactory_train.config import load_recipe
-from aifactory_train.errors import UserError
+from aifactory_train.config.loading import load_recipe
+from aifactory_train.core.errors import UserError
+from aifactory_train.exporting.gate import reload_logits
 from aifactory_train.private import egress, permissions, profile, redact, rows, vault
 
 pyrage = pytest.importorskip("pyrage")
@@ -416,7 +417,7 @@ def test_tracebacks_warnings_and_logs_without_values(tmp_path):
     script.write_text(
         "import logging, warnings\n"
         "from aifactory_train.private import redact\n"
-        "from aifactory_train.errors import UserError\n"
+        "from aifactory_train.core.errors import UserError\n"
         "redact.activate()\n"
         "logging.basicConfig()\n"
         "secret = 'zebra' + '-7f3a'\n"
@@ -617,11 +618,11 @@ def export_again(run: Path, weights: dict[str, bytes], monkeypatch) -> None:
     """Another export of an encrypted checkpoint, a merge that is refused, and one where merged weights may be plain."""
     import yaml
 
-    from aifactory_train import export
-    from aifactory_train.runs import RunFolder
+    from aifactory_train.exporting import writer as export
+    from aifactory_train.run.folder import RunFolder
 
     looked = []
-    reload = export.reload_logits
+    reload = reload_logits
 
     def spy(*args, **named):
         links = [p for p in (run / "export").rglob("*.safetensors") if p.is_symlink()]

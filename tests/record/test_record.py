@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
+from aifactory_train.core.missing import is_missing, missing_places
 from aifactory_train.record import fill, signing
 from aifactory_train.record.chain import Chain, read_events
 from aifactory_train.record.check import verify
 from aifactory_train.record.collect import method_section
+from aifactory_train.record.files import exported_values, load_record, write_record
 from aifactory_train.record.lineage import changes
-from aifactory_train.record.missing import is_missing, missing_places
-from aifactory_train.record.pack import write_pack
-from aifactory_train.record.recorder import Recorder, exported_values, load_record, write_record
+from aifactory_train.record.recorder import Recorder
+from aifactory_train.report.pack import write_pack
 
 from .conftest import Pretend, attempt, step_record, world
 
@@ -355,7 +356,7 @@ def test_fill_refuses(values, words):
 def test_template_asks_everything_and_answers_nothing():
     import yaml
 
-    from aifactory_train.record.collect import PEOPLE
+    from aifactory_train.record.people import PEOPLE
 
     text = fill.template()
     assert yaml.safe_load(text) is None and all(f"#{key}:" in text for key in PEOPLE)

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aifactory_train.errors import UserError
-from aifactory_train.record.recorder import load_record
+from aifactory_train.core.errors import UserError
+from aifactory_train.record.files import load_record
 from aifactory_train.report import build
 from aifactory_train.report.compare import compare_page, find_runs, row
 from aifactory_train.report.serve import make_server

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from aifactory_train import trackers
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.private import egress
-from aifactory_train.record.recorder import load_record
+from aifactory_train.record import trackers
+from aifactory_train.record.files import load_record
 
 from .conftest import attempt
 
@@ -86,7 +86,7 @@ def test_wandb_offline_store(tell, no_network):
 def test_a_missing_package_is_refused_by_name(tell, monkeypatch):
     import importlib.util
 
-    from aifactory_train.config import load_recipe
+    from aifactory_train.config.loading import load_recipe
 
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else real(name, *a))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aifactory_train import sites
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.sites import catalogue, index, paths, schema
 
 USABLE = sites.names(usable=True)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aifactory_train import sites
-from aifactory_train.errors import UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.sites import Needs, broken_limit, catalogue, reading, select
 
 SYSTEMS = {name: sites.load(name, overlay=False) for name in sites.names(usable=True)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from aifactory_train.record.missing import is_missing
+from aifactory_train.core.missing import is_missing
 from aifactory_train.record.render.common import cell, footer, get, names, text_of
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")

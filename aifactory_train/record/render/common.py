@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.record.missing import has_missing, is_missing, missing
+from aifactory_train.core.missing import has_missing, is_missing, missing
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 ALL = ("AIO", "NCA", "DP")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from aifactory_train.core.figures import significant
+from aifactory_train.core.missing import is_missing, missing
 from aifactory_train.record import aiact
-from aifactory_train.record.missing import is_missing, missing
 from aifactory_train.record.render.common import ALL, AUTHORITIES, Field, get, names, text_of
 
 
 def _people(record: dict[str, Any], key: str) -> Any:
-    from aifactory_train.record.collect import PEOPLE
+    from aifactory_train.record.people import PEOPLE
 
     return get(record, f"people/{key}", PEOPLE[key][0])
 
@@ -33,9 +34,9 @@ def _parameters(record: dict[str, Any]) -> Any:
     if is_missing(total):
         return total
     extra = get(record, "method/trainable_params", "run")
-    text = aiact.significant(float(total), 3)
+    text = significant(float(total), 3)
     if get(record, "method/kind") != "full":
-        text += f" in the base, {aiact.significant(float(extra), 3)} in the adapter"
+        text += f" in the base, {significant(float(extra), 3)} in the adapter"
     return text
 
 
@@ -46,7 +47,7 @@ def _points(record: dict[str, Any], digits: int | None) -> Any:
         return sets
 
     def shown(value: float) -> str:
-        return f"{value:,}" if digits is None else aiact.significant(float(value), digits)
+        return f"{value:,}" if digits is None else significant(float(value), digits)
 
     return {name: f"{shown(s['rows'])} rows, {shown(s['tokens'])} tokens" for name, s in sets.items()}
 
@@ -87,7 +88,7 @@ def _days(record: dict[str, Any]) -> Any:
     totals = get(record, "compute/totals", "run")
     if is_missing(totals):
         return totals
-    return f"{aiact.significant(totals['wall_days'])} wall-clock days, {aiact.significant(totals['device_days'])} hardware-days"
+    return f"{significant(totals['wall_days'])} wall-clock days, {significant(totals['device_days'])} hardware-days"
 
 
 def _flop(record: dict[str, Any]) -> Any:
@@ -237,7 +238,7 @@ def model_documentation(record: dict[str, Any]) -> list[Field]:
             "7.2",
             "Amount of computation",
             "auto",
-            f"{aiact.significant(flop, 3)} FLOP" if isinstance(flop, (int, float)) else flop,
+            f"{significant(flop, 3)} FLOP" if isinstance(flop, (int, float)) else flop,
             AUTHORITIES,
             (
                 (
@@ -259,7 +260,7 @@ def model_documentation(record: dict[str, Any]) -> list[Field]:
             "8.3",
             "Benchmarked computation for inference (FLOP)",
             "auto",
-            f"{aiact.significant(inference, 3)} FLOP" if isinstance(inference, (int, float)) else inference,
+            f"{significant(inference, 3)} FLOP" if isinstance(inference, (int, float)) else inference,
             AUTHORITIES,
         ),
         Field(

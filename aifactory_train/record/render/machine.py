@@ -7,7 +7,7 @@ import datetime
 import uuid
 from typing import Any
 
-from aifactory_train.record.missing import is_missing
+from aifactory_train.core.missing import is_missing
 from aifactory_train.record.render.common import get, legal_basis, names, text_of
 
 # ---- CycloneDX

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from aifactory_train.kernels_apply import apply_kernels
+from aifactory_train.model.gpu_operators import apply_kernels
 
 SMALL = {
     "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

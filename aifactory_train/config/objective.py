@@ -1,0 +1,39 @@
+"""What a recipe minimises, in words for the record."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aifactory_train.config.schema import Recipe
+
+
+def objective(recipe: Recipe) -> str:
+    """What the training minimises, in words for the record: method, its settings, replay, noise."""
+    how, methods = recipe.methods.preference, recipe.methods
+    over = "assistant turns" if recipe.data.supervise == "assistant" else "all tokens"
+    likelihood = f"next-token cross-entropy over {over}"
+    replayed = [source.share for source in recipe.data.train if source.share is not None]
+    if how is None:
+        parts = [likelihood]
+        if methods.goldfish is not None:
+            parts.append(f"one token in {methods.goldfish.k} withheld (goldfish loss, arXiv 2406.10209)")
+        if replayed:
+            parts.append(f"{sum(replayed):.3g} of the tokens replayed")
+    else:
+        reference = "relative to the model before its first step"
+        ipo = how.kind == "dpo" and how.loss == "ipo"
+        names = {
+            "dpo": f"{'identity' if ipo else 'direct'} preference optimisation of pairs ({'IPO' if ipo else 'DPO'}, beta {how.beta:g}"
+            + (f", label smoothing {how.label_smoothing:g})" if how.label_smoothing else ")")
+            + f" {reference}",
+            "orpo": f"likelihood of chosen answers and {how.beta:g} x their log odds ratio to rejected ones (ORPO)",
+            "kto": f"prospect-theoretic value of judged answers (KTO, beta {how.beta:g}, weights {how.desirable_weight:g} and "
+            f"{how.undesirable_weight:g}) {reference}",
+        }
+        parts = [names[how.kind]]
+        if replayed:
+            parts.append(f"{how.replay_weight:g} x {likelihood} of replayed rows ({sum(replayed):.3g} of the tokens)")
+    if methods.neftune is not None:
+        parts.append(f"noise on the embeddings (NEFTune, alpha {methods.neftune.alpha:g})")
+    return "; ".join(parts)

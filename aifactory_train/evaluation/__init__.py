@@ -1,0 +1,1 @@
+"""Held-out figures: likelihood, answers, memorisation, general text."""

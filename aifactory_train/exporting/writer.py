@@ -1,0 +1,634 @@
+"""What a run leaves for the ecosystem: a PEFT adapter, whole weights or merged weights, each behind a logits gate.
+
+Every folder is written beside its place, reloaded by plain transformers and peft in a fresh process, compared with the trained
+model on held-out rows, and only then made visible. The comparison is between fp32 computations, whatever the training's
+precision was, so that it tests the exported files and nothing else.
+
+Weights pass through one tensor at a time (:mod:`aifactory_train.exporting.streaming`): from the ranks or a checkpoint into the files,
+from base and adapter into merged weights, and block by block through the reference model. Whole is only what the gate's fresh
+process loads, as any user of the export would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import gc
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core import compat
+from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.core.files import write_json
+from aifactory_train.core.output import note
+from aifactory_train.exporting.gate import (
+    DTYPES,
+    FP32_LIMIT,
+    Verdict,
+    gate_rows,
+    is_plain_fp32,
+    judge,
+    plain_logits,
+    reference_logits,
+    relative,
+    reload_logits,
+)
+from aifactory_train.exporting.streaming import Merged, Scratch, ShardFiles, Streamed, adapter_names, all_to_meta
+from aifactory_train.model.base import base_folder, public_base
+from aifactory_train.model.causal_lm import CausalLM
+from aifactory_train.model.generation_config import loading, read_base
+from aifactory_train.model.loading import build_model
+from aifactory_train.model.precision import Precision
+from aifactory_train.model.report import ModelReport
+from aifactory_train.model.trained import adapter_tensors, load_adapter, load_tensors, with_adapter
+from aifactory_train.model.weight_files import Source, TensorFiles
+from aifactory_train.private import profile, vault
+from aifactory_train.private.permissions import folder_mode
+from aifactory_train.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from aifactory_train.data import PreparedData
+    from aifactory_train.parallel.engine import Engine
+
+
+#: Largest safetensors file of an export; models above it are never whole in the exporting process.
+MAX_SHARD_BYTES = 5_000_000_000
+
+_FP32 = Precision(torch.float32, torch.float32, torch.float32, torch.float32)
+_TIED_DIFFER = "the merged input and output embeddings differ although the model ties them"
+
+
+def export_run(
+    run: RunFolder,
+    *,
+    merge: bool | None = None,
+    dtype: str | None = None,
+    engine: Engine | None = None,
+    tokenizer: Any = None,
+    data: PreparedData | None = None,
+    recipe: Recipe | None = None,
+    verify: bool | None = None,
+    step: int | None = None,
+) -> dict[str, Any]:
+    """Export what ``run`` trained; with ``engine`` all ranks must call this, and rank 0 writes.
+
+    Without ``engine`` (``aifactory export RUN``) the trained tensors come from the run's earlier export, or from the
+    checkpoint of ``step`` (default: the newest good one, of a run that has exported nothing).
+    ``dtype`` (fp32 or bf16) is that of whole and merged weights; adapters keep the precision they were trained in.
+
+    Returns ``{"paths": {"adapter" | "model" | "merged": folder}, "gate": {kind: figures}}``. Raises :class:`RunFailed` if an
+    exported folder does not reproduce the trained model; it is not made visible then.
+    """
+    recipe = recipe or run.load_config()
+    merge = recipe.export.merge if merge is None else merge
+    verify = recipe.export.verify if verify is None else verify
+    dtype = dtype or recipe.export.dtype
+    if engine is None:
+        profile.enforce(recipe, run.path)
+        trained = _trained_before(run, merge, step)
+        return _Export(run, recipe, trained, None, tokenizer, data, dtype, verify).run_all(merge)
+    from aifactory_train.parallel.world import from_main
+
+    with _trained_by(engine, run) as (source, core):
+        return from_main(
+            engine.world,  # type: ignore[attr-defined]
+            lambda: _Export(run, recipe, source, core, tokenizer, data, dtype, verify).run_all(merge),
+        )
+
+
+@contextlib.contextmanager
+def _trained_by(engine: Engine, run: RunFolder) -> Iterator[tuple[Source | None, CausalLM | None]]:
+    """``(trained tensors, the model)`` of a live engine, on rank 0. Collective.
+
+    Where every rank has whole fp32 parameters on the CPU they are read in place. Otherwise they are sent to rank 0 one by one,
+    which puts them into a file beside the exports; the model is None then.
+    """
+    from aifactory_train.parallel.world import from_main
+
+    if is_plain_fp32(engine.core):
+        names = {n: p.detach() for n, p in engine.core.named_parameters() if p.requires_grad}
+        yield names, engine.core
+        return
+    world = engine.world  # type: ignore[attr-defined]
+    kept: dict[str, torch.Tensor] = {}  # instead of the file where nothing plain may reach the disk
+    made: list[Scratch] = []
+    trouble: list[RunFailed] = []
+
+    def make() -> None:
+        with _named(run.export, "the trained weights cannot be collected"):
+            run.export.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=run.export, prefix=".trained-")
+            os.close(handle)
+            made.append(Scratch(Path(name)))
+
+    def take(name: str, tensor: torch.Tensor) -> None:
+        if not made:
+            kept[name] = tensor
+            return
+        with _named(run.export, "the trained weights cannot be collected"):
+            made[0].put(name, tensor)
+
+    def check() -> None:
+        if trouble:
+            raise trouble[0]
+
+    try:
+        if not vault.seals():
+            from_main(world, make)
+        for name, tensor in engine.full_parameters(trained_only=True):
+            if tensor is not None and not trouble:  # after a failure the others must still be able to send
+                try:
+                    take(name, tensor)
+                except RunFailed as error:
+                    trouble.append(error)
+            del tensor
+        from_main(world, check)
+        yield (made[0] if made else kept), None
+    finally:
+        for scratch in made:
+            scratch.close()
+
+
+def _trained_before(run: RunFolder, merge: bool, step: int | None) -> Source | None:
+    """Trained tensors of a checkpoint (``step``, or the newest good one of a run without an export); None: use the exported
+    adapter. Raises when there is nothing to export or nothing to do."""
+    if step is None and vault.holds(run.export / "adapter" / "adapter_model.safetensors"):
+        if merge:
+            return None
+        raise UserError(
+            "the adapter is exported already",
+            where=str(run.export / "adapter"),
+            fix="--merge writes merged weights, --step N exports another checkpoint",
+        )
+    if step is None and (run.export / "model" / "config.json").is_file():
+        raise UserError(
+            "this run trained all weights and its export is whole already",
+            where=str(run.export / "model"),
+            fix="use that folder with any tool that reads transformers models, or --step N for another checkpoint",
+        )
+    from aifactory_train.parallel.storage import StoredParameters, faults
+
+    known = run.complete_checkpoints()
+    if step is not None and step not in known:
+        raise UserError(
+            f"no complete checkpoint of step {step}",
+            where="--step",
+            fix=f"there are: {', '.join(map(str, known))}" if known else "this run has none",
+        )
+    found: list[str] = []
+    for number in [step] if step is not None else reversed(known):
+        folder = run.checkpoints / f"step-{number}"
+        trouble = faults(folder)
+        if not trouble:
+            note(f"exporting the checkpoint of step {number}")
+            return StoredParameters(folder)
+        found += trouble
+    if found:
+        raise UserError("damaged: " + "; ".join(found), where=str(run.checkpoints))
+    raise UserError(
+        "this run has exported nothing yet and has no checkpoint",
+        where=str(run.path),
+        fix="let it finish: the export follows the last step",
+    )
+
+
+class _Export:
+    """One export on rank 0: reference, folders, gate, card."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        recipe: Recipe,
+        trained: Source | None,
+        core: CausalLM | None,
+        tokenizer: Any,
+        data: PreparedData | None,
+        dtype: str,
+        verify: bool,
+    ):
+        from aifactory_train.data import load_tokenizer, prepare
+
+        self.run, self.recipe, self.trained, self.dtype, self.verify = run, recipe, trained, dtype, verify
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe)
+        self.data = data if data is not None else prepare(recipe, self.tokenizer)
+        self.base = base_folder(recipe)
+        self.generation = read_base(self.base)
+        if self.generation.mended and core is None:  # a training has said it at its start
+            note(f"{self.base / 'generation_config.json'}: {self.generation.describe()}")
+        self.rows = gate_rows(self.data) if verify else []
+        self.core = core
+        self.whole = self._why_whole()
+        if self.whole is not None and core is None:
+            note(f"the export holds the whole model in memory: {self.whole}")
+        self._expected: list[torch.Tensor] | None = None
+        self.paths: dict[str, str] = {}
+        self.verdicts: dict[str, Verdict] = {}
+
+    def run_all(self, merge: bool) -> dict[str, Any]:
+        if self.recipe.adapter.kind == "none":
+            with self._visible_when_good("model") as folder:
+                self._write_weights(folder)
+                self._check("model", folder, self.dtype)
+        elif self.trained is None:
+            self._write_merged(self.run.export / "adapter")
+        else:
+            with self._visible_when_good("adapter") as folder:
+                weights = folder / "adapter_model.safetensors"
+                with vault.in_memory(weights):  # under the privacy profile "restricted" only
+                    self._write_adapter(folder)
+                    self._check("adapter", folder, "fp32")
+                    vault.seal(weights)
+            if merge:
+                self._write_merged(Path(self.paths["adapter"]))
+        return {"paths": self.paths, "gate": {kind: asdict(v) for kind, v in self.verdicts.items()}}
+
+    # ---- the trained model in fp32, computed by our own code
+
+    def _why_whole(self) -> str | None:
+        """Why the weights cannot pass one tensor at a time; None: they can."""
+        from aifactory_train.model.loading import load_config
+        from aifactory_train.model.weight_files import why_not
+
+        if self.recipe.model.trust_remote_code:
+            return "the model's own code decides how it is loaded"
+        return why_not(load_config(self.base, self.recipe), self.base, "sdpa", torch.float32)
+
+    def reference(self) -> CausalLM:
+        """The trained model: the one in memory if it is unsharded fp32 on the CPU, else rebuilt from base and tensors."""
+        if self.core is not None:
+            return self.core
+        plain = self.recipe.model_copy(deep=True)
+        plain.adapter.quantise_base = "none"
+        plain.model.attention = "per_document"
+        plain.kernels.enabled = "off"
+        plain.model.start_from = None
+        if self.whole is None:
+            self.core = self._streamed_reference(plain)
+            return self.core
+        core = build_model(plain, self.base, None, device="cpu", precision=_FP32, report=ModelReport())
+        if self.trained is None:
+            load_adapter(core, self.run.export / "adapter")
+        else:
+            load_tensors(core, self.trained)
+        self.core = core
+        return core
+
+    def _streamed_reference(self, plain: Recipe) -> CausalLM:
+        """The same model without weights: it reads them when they are needed."""
+        from aifactory_train.model.adapters import apply_adapter
+        from aifactory_train.model.loading import empty_language_model
+        from aifactory_train.model.weight_files import file_name_of
+
+        bare = empty_language_model(self.base, plain, device="cpu", dtype=torch.float32, report=ModelReport())
+        all_to_meta(bare)
+        with torch.device("meta"):
+            model = apply_adapter(bare, plain, ModelReport())
+        all_to_meta(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        core = CausalLM(model)
+        base, trained = TensorFiles.of(self.base), self.trained
+        adapter = adapter_tensors(self.run.export / "adapter") if trained is None else {}
+        keys = {f"model.{p}": key for key, p in adapter_names(model).items()} if trained is None else {}
+
+        def read(name: str) -> torch.Tensor:
+            if trained is not None and name in trained:
+                return trained[name]
+            if name in keys:
+                return adapter[keys[name]]
+            stored = file_name_of(name)
+            if stored is None:
+                raise RunFailed(f"{name} is neither trained nor in the base model", where=str(self.base))
+            return base[stored]
+
+        Streamed(core, core.language_model, read, MAX_SHARD_BYTES)
+        return core
+
+    def expected(self) -> list[torch.Tensor]:
+        """fp32 ``[places, V]`` for each gate row, from our own attention and the weights in memory."""
+        if self._expected is None:
+            expected = reference_logits(self.reference(), self.rows)
+            if expected:  # there are no rows where nothing is to be compared
+                _refuse_ruined(expected, self.run)
+            self._expected = expected
+        return self._expected
+
+    # ---- what is written
+
+    def _write_adapter(self, folder: Path) -> None:
+        core = self.reference()
+        assert self.trained is not None
+        trained = self.trained
+        dtypes = {trained[name].dtype for name in trained}
+        common = next(iter(dtypes)) if len(dtypes) == 1 else None
+        # A tied embedding has two names in the model and one among the trained tensors.
+        one_name = {id(p): n for n, p in core.named_parameters()}
+        own = {n: one_name[id(p)] for n, p in core.named_parameters(remove_duplicate=False)}
+        names = {key: own[f"model.{name}"] for key, name in adapter_names(core.model).items()}
+        shapes = {n: tuple(p.shape) for n, p in core.named_parameters()}
+
+        def tensor_of(name: str) -> torch.Tensor:
+            return trained[name] if name in trained else core.get_parameter(name).detach()
+
+        plan = {key: (shapes[name], common or tensor_of(name).dtype) for key, name in names.items()}
+        total = sum(prod(shape) * dtype.itemsize for shape, dtype in plan.values())
+        files = ShardFiles(folder, plan, max_bytes=total, stem="adapter_model")  # peft reads one file
+        for key, name in names.items():
+            files.put(key, tensor_of(name))
+        files.finish()
+        config: Any = core.model.peft_config["default"]  # type: ignore[index]
+        before = (config.base_model_name_or_path, config.revision, config.inference_mode)
+        config.base_model_name_or_path, config.revision = public_base(self.recipe)
+        config.inference_mode = True
+        try:
+            config.save_pretrained(str(folder))
+        finally:
+            config.base_model_name_or_path, config.revision, config.inference_mode = before
+        _sort_sets(folder / "adapter_config.json")
+        self._write_companions(folder, "adapter")
+
+    def _write_weights(self, folder: Path) -> None:
+        """All weights of a full fine-tuning."""
+        assert self.trained is not None
+        trained = self.trained
+        if self.whole is not None:
+            self.expected()
+            model = self._load_plain()
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            with torch.no_grad():
+                for name in trained:
+                    parameters[name.removeprefix("model.")].copy_(trained[name])
+            self._save_whole(model, folder, "model")
+            return
+        weights = {name.removeprefix("model."): name for name in trained}
+        base = TensorFiles.of(self.base)
+        self._save(lambda name: trained[weights[name]] if name in weights else base[name], folder, "model")
+
+    def _write_merged(self, adapter: Path) -> None:
+        """Adapter added to the base weights in fp32, then rounded once to the wanted type."""
+        with self._visible_when_good("merged") as folder:
+            if self.whole is not None:
+                self._merge_whole(adapter, folder)
+            else:
+                self._save(self.merged(adapter).__getitem__, folder, "merged")
+            self._check("merged", folder, self.dtype)
+
+    def merged(self, adapter: Path) -> Merged:
+        """The plain model's fp32 weights with the exported ``adapter`` added, computed when they are asked for."""
+        source = Merged(self._bare(), TensorFiles.of(self.base), adapter, adapter_tensors(adapter))
+        for alias, name in self._tied().items():
+            if (alias in source.layers or alias in source.whole) and not torch.equal(source[alias], source[name]):
+                raise RunFailed(_TIED_DIFFER, where=str(adapter))
+        return source
+
+    def _bare(self) -> Any:
+        """The plain transformers model as meta tensors."""
+        from aifactory_train.model.loading import load_config
+        from aifactory_train.model.weight_files import skeleton
+
+        model = skeleton(load_config(self.base, self.recipe), "sdpa", torch.float32)
+        all_to_meta(model)
+        return model
+
+    def _tied(self) -> dict[str, str]:
+        """Second name of a tied weight -> the name that files have."""
+        model = self._bare()
+        first = {id(p): n for n, p in model.named_parameters()}
+        return {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != n}
+
+    def _save(self, read: Callable[[str], torch.Tensor], folder: Path, kind: str) -> None:
+        """Write the plain model whose weights ``read`` gives; judged in fp32 first: rounding must not hide a wrong merge."""
+        expected, wanted = self.expected(), DTYPES[self.dtype]
+        self.core = None  # no longer needed: what it holds can go
+        model = self._bare()
+        names = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        plan = {n: (shape, wanted) for n, shape in names.items()}
+        aliases = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+        kept = {n: t for n, t in model.state_dict().items() if n not in aliases}  # buffers that files carry
+        base = TensorFiles.of(self.base)
+        kept = {n: base.get(n, t) for n, t in kept.items()}
+        plan.update({n: (tuple(t.shape), wanted if t.is_floating_point() else t.dtype) for n, t in kept.items()})
+        files = ShardFiles(folder, plan, max_bytes=MAX_SHARD_BYTES)
+        for name in names:
+            files.put(name, read(name))
+        for name, tensor in kept.items():
+            files.put(name, tensor)
+        files.finish()
+        config = model.config
+        config.architectures, config.dtype = [type(model).__name__], wanted
+        config.save_pretrained(str(folder))
+        self._generation_config().save_pretrained(str(folder))
+        self._write_companions(folder, kind)
+        if self.verify and wanted != torch.float32:
+            Streamed(model, model, read, MAX_SHARD_BYTES)
+            self._before_rounding(expected, plain_logits(model, self.rows), kind)
+
+    def _before_rounding(self, expected: list[torch.Tensor], found: list[torch.Tensor], kind: str) -> None:
+        difference = relative(expected, found)
+        if not difference <= FP32_LIMIT:
+            raise RunFailed(
+                f"the {kind} weights give other logits before rounding: relative difference {difference:.2e}, limit {FP32_LIMIT:.0e}",
+                where=str(self.run.export / kind),
+            )
+
+    # ---- models that only transformers can load: whole in memory
+
+    def _load_plain(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(
+            self.base,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=self.recipe.model.trust_remote_code,
+            **loading(self.base),
+        )
+
+    def _merge_whole(self, adapter: Path, folder: Path) -> None:
+        self.expected()
+        with compat.quiet_peft():
+            merged = with_adapter(self._load_plain(), adapter).merge_and_unload(safe_merge=True)
+        for parameter in merged.parameters():
+            parameter.requires_grad_(False)
+        if getattr(merged.config, "tie_word_embeddings", False):
+            ours, theirs = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
+            if ours is not theirs and not torch.equal(ours, theirs):
+                raise RunFailed(_TIED_DIFFER, where=str(folder))
+            merged.tie_weights()
+        self._save_whole(merged, folder, "merged")
+
+    def _save_whole(self, model: Any, folder: Path, kind: str) -> None:
+        wanted = DTYPES[self.dtype]
+        if self.verify and wanted != torch.float32:
+            model.eval()
+            self._before_rounding(self.expected(), plain_logits(model, self.rows), kind)
+        model.to(wanted)
+        model.config.dtype = wanted
+        model.generation_config = self._generation_config()
+        model.save_pretrained(str(folder), max_shard_size=MAX_SHARD_BYTES)
+        self._write_companions(folder, kind)
+        del model
+        gc.collect()
+
+    def _generation_config(self):
+        """The base's own settings, mended where they contradict each other, with the end of turn that was supervised as EOS."""
+        config = copy.deepcopy(self.generation.config)
+        info = self.data.tokenizer_info
+        ends = [info["eos_id"]] if self._is_text() else [*info["stop_ids"]]
+        ends = [e for e in ends if e is not None]
+        if not ends:
+            raise RunFailed("no end-of-turn token is known, so the export could not stop", where=str(self.run.path))
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends
+        config.pad_token_id = info["pad_id"]
+        config.transformers_version = None
+        return config
+
+    def _is_text(self) -> bool:
+        return "text" in self.data.train.row(0)
+
+    def _write_companions(self, folder: Path, kind: str) -> None:
+        """Tokenizer, chat template, generation configuration and model card."""
+        from aifactory_train.exporting.model_card import model_card
+
+        self.tokenizer.save_pretrained(str(folder))
+        if kind == "adapter":
+            self._generation_config().save_pretrained(str(folder))
+        (folder / "README.md").write_text(
+            model_card(self.run, self.recipe, self.data, kind, self.dtype), encoding="utf-8"
+        )
+
+    # ---- the gate
+
+    def _check(self, kind: str, folder: Path, dtype: str) -> None:
+        if not self.verify:
+            return
+        expected = self.expected()
+        found = reload_logits(
+            [
+                {
+                    "name": kind,
+                    "base": str((self.base if kind == "adapter" else folder).resolve()),
+                    "adapter": str(folder.resolve()) if kind == "adapter" else None,
+                    "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+                    # a base that transformers only loads without its own generation settings (they do not touch the logits)
+                    "plain_generation": kind == "adapter" and not self.generation.loadable,
+                }
+            ],
+            self.rows,
+        )[kind]
+        verdict = judge(kind, dtype, expected, found)
+        self.verdicts[kind] = verdict
+        if not verdict.passed:
+            raise RunFailed(
+                f"the exported {kind}, reloaded by plain transformers and peft, is another model: relative difference "
+                f"{verdict.difference:.2e}, top-1 agreement {verdict.top1_agreement:.4f}, mean KL {verdict.mean_kl:.2e} nats "
+                f"({verdict.limit})",
+                where=str(self.run.export / kind),
+            )
+        write_json(folder / "verification.json", asdict(verdict))
+
+    @contextlib.contextmanager
+    def _visible_when_good(self, kind: str) -> Iterator[Path]:
+        """A folder beside ``export/KIND`` that takes its place when the block ends well and vanishes otherwise."""
+        target = self.run.export / kind
+        if kind != "adapter":
+            refuse_plain(self.run, kind)
+        folder = old = None
+        try:
+            with _named(target, "the export cannot be written"):
+                self.run.export.mkdir(parents=True, exist_ok=True)
+                _remove_left(self.run.export)
+                mine = f".{kind}-{platform.node()}-{os.getpid()}-"
+                folder = Path(tempfile.mkdtemp(dir=self.run.export, prefix=mine))
+                yield folder
+                folder.chmod(folder_mode())
+                if target.exists():
+                    old = folder.with_name(folder.name + "-old")
+                    os.replace(target, old)
+                os.replace(folder, target)
+                self.paths[kind] = str(target)
+        finally:
+            for left in (folder, old):
+                if left is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove what exports that were killed on this host left unfinished; nobody else can tell that they are dead."""
+    for path in folder.glob(f".*-{platform.node()}-*"):
+        number = path.name.rpartition(f"-{platform.node()}-")[2].split("-")[0]
+        if not number.isdecimal() or int(number) == os.getpid():
+            continue
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            continue  # it lives and is somebody else's
+
+
+def refuse_plain(run: RunFolder, kind: str) -> None:
+    """Whole weights are never written plain under the profile restricted."""
+    if vault.seals():
+        raise UserError(
+            f"{kind} weights would be written unencrypted, and the profile restricted refuses that",
+            where="privacy.profile",
+            fix=f"where they may be plain: set privacy.profile to sensitive in {run.path / 'run.yaml'} "
+            "(privacy.identity stays, it opens the adapter) and export again",
+        )
+
+
+@contextlib.contextmanager
+def _named(place: Path, what: str) -> Iterator[None]:
+    """A full disk or a missing permission becomes a :class:`RunFailed` that says what could not be done, and where."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "no space left on the disk (or quota)" if full else error.strerror or str(error)
+        raise RunFailed(f"{what}: {reason}", where=str(place)) from None
+
+
+def _sort_sets(config: Path) -> None:
+    """peft keeps module names in sets; sorted, the same run writes the same file."""
+    tree = json.loads(config.read_text(encoding="utf-8"))
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        if isinstance(tree.get(key), list):
+            tree[key].sort()
+    config.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# ---- logits
+
+
+def _refuse_ruined(expected: list[torch.Tensor], run: RunFolder) -> None:
+    """Nothing can be compared with a model whose logits are not numbers, or all zero: that is what a diverged training leaves."""
+    logits = torch.cat([e.flatten() for e in expected])
+    if not logits.isfinite().all():
+        what = "not finite (NaN or infinity)"
+    elif not logits.any():
+        what = "all zero"
+    else:
+        return
+    raise RunFailed(
+        f"the trained model is ruined, its logits on held-out rows are {what}: the training diverged. Nothing was exported",
+        where=str(run.path),
+        fix="train again with a lower train.learning_rate (or a longer warm-up, or train.max_grad_norm), or export an earlier checkpoint: "
+        f"aifactory export {run.path} --step N",
+    )
+
+
+# ---- using what was exported

@@ -1,0 +1,1 @@
+"""The model: loading, adapters, precision, attention, operators, loss."""

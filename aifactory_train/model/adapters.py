@@ -1,0 +1,111 @@
+"""Adapters: injected, or taken from an earlier run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core import compat
+from aifactory_train.core.errors import UserError
+from aifactory_train.model.causal_lm import _is_peft, _tuple_linears
+from aifactory_train.model.report import ModelReport
+from aifactory_train.run.folder import open_run
+
+if TYPE_CHECKING:
+    pass
+
+
+def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
+    """Inject the adapter through peft, or train all weights; returns the (wrapped) model."""
+    settings = recipe.adapter
+    if settings.kind == "none":
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        report.add("trained", "all weights", "adapter.kind none")
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        targets = settings.targets
+        routers = _tuple_linears(model)
+        spared = routers if targets == "all-linear" else []
+        saved = _embedding_modules(model) if settings.train_embeddings else None
+        try:
+            with compat.quiet_peft():
+                model = get_peft_model(
+                    model,
+                    LoraConfig(
+                        task_type="CAUSAL_LM",
+                        r=settings.rank,
+                        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft takes fractions too
+                        lora_dropout=settings.dropout,
+                        target_modules=targets,
+                        exclude_modules=spared or None,
+                        use_rslora=settings.kind == "rslora",
+                        use_dora=settings.kind == "dora",
+                        modules_to_save=saved,
+                        ensure_weight_tying=bool(saved) and bool(getattr(model.config, "tie_word_embeddings", False)),
+                    ),
+                    autocast_adapter_dtype=False,
+                )
+        except ValueError as error:
+            raise UserError(str(error).splitlines()[0], where="adapter.targets") from None
+        adapted = [n for n in routers if hasattr(model.get_base_model().get_submodule(n), "base_layer")]
+        if adapted:
+            raise UserError(
+                f"'{adapted[0]}' returns more than the product with its weights, an adapter cannot be put on it",
+                where="adapter.targets",
+                fix="leave it out, or --set adapter.targets=all-linear, which does",
+            )
+        shown = targets if isinstance(targets, str) else ", ".join(targets)
+        if spared:
+            shown += f" but {len(spared)} routers"
+        extra = " and the embeddings in full" if saved else ""
+        report.add(
+            "trained", f"{settings.kind} r={settings.rank} alpha={settings.alpha:g} on {shown}{extra}", "adapter"
+        )
+    report.parameters = sum(p.numel() for p in model.parameters())
+    report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return model
+
+
+def _embedding_modules(model: Any) -> list[str]:
+    """Names (last part) of the input and output embeddings, for peft's ``modules_to_save``."""
+    wanted = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if id(module) in wanted})
+    if getattr(model.config, "tie_word_embeddings", False):
+        names = [n for n in names if n != "lm_head"]
+    return names
+
+
+def start_from_adapter(model: nn.Module, recipe: Recipe, report: ModelReport) -> None:
+    """Load the adapter that an earlier run exported into ``model``: every tensor must have its place and its shape."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    from aifactory_train.private import vault
+
+    export = open_run(str(recipe.model.start_from)).export
+    file = export / "adapter" / "adapter_model.safetensors"
+    if not vault.holds(file):
+        if (export / "model" / "config.json").is_file():
+            return  # whole weights: base_folder() has taken them already
+        raise UserError("this run has no export to start from", where=f"model.start_from: {recipe.model.start_from}")
+    if not _is_peft(model):
+        raise UserError(
+            "the earlier run left an adapter, this recipe trains all weights",
+            where="model.start_from",
+            fix="--set adapter.kind=lora, or use the earlier run's merged weights as model.base",
+        )
+    earlier = vault.load_tensors(file)
+    here = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name in sorted({*earlier, *here}):
+        old, new = (tuple(t.shape) if (t := side.get(name)) is not None else None for side in (earlier, here))
+        if old != new:
+            raise UserError(
+                f"the earlier run's adapter does not fit: {name} is {old or 'absent'} there and {new or 'absent'} here",
+                where="model.start_from",
+                fix="use the earlier run's adapter block (kind, rank, targets, train_embeddings)",
+            )
+    set_peft_model_state_dict(model, earlier)
+    report.add("starting point", str(file), "model.start_from")

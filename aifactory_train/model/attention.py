@@ -1,0 +1,241 @@
+"""Attention that stays inside each document, on every backend.
+
+The functions are registered in transformers' attention registry, so no model code is changed. Documents are described by
+their boundaries in the flattened batch, not by a mask: work grows with the square of the document's length, never with the
+length of the pack. transformers is asked for no mask at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from aifactory_train.core import compat
+from aifactory_train.core.errors import UserError
+
+#: names in transformers' registry
+PER_DOCUMENT = "aifactory_per_document"
+VARLEN = "aifactory_varlen"
+FLASH = "aifactory_flash"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a batch lie, over its flattened ``B * T`` positions.
+
+    ``lengths`` are host integers that add up to ``B * T`` (padded tails count as documents of their own); ``cu_seqlens``
+    is the int32 tensor ``[num_documents + 1]`` on the device that the variable-length kernels read.
+    """
+
+    lengths: list[int]
+    cu_seqlens: torch.Tensor
+    max_length: int
+
+    @staticmethod
+    def of(cu_seqlens: torch.Tensor, device: torch.device | str) -> Documents:
+        """From cumulative lengths on the host (no device synchronisation)."""
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+        return Documents(lengths, cu_seqlens.to(device, dtype=torch.int32, non_blocking=True), max(lengths, default=0))
+
+
+def _flat(states: torch.Tensor) -> torch.Tensor:
+    """``[B, H, T, D]`` -> ``[1, H, B * T, D]``."""
+    if states.shape[0] == 1:
+        return states
+    batch, heads, length, dim = states.shape
+    return states.transpose(0, 1).reshape(1, heads, batch * length, dim)
+
+
+def _reject(module: torch.nn.Module, length: int, kwargs: dict) -> None:
+    """Variants of attention that the per-document kernels do not compute are refused, never ignored."""
+    window = kwargs.get("sliding_window") or None
+    if window is not None and length > window:
+        raise UserError(
+            f"this model attends over a window of {window} tokens and a document has {length}",
+            where="data.sequence_length",
+            fix=f"--set data.sequence_length={window}",
+        )
+    if kwargs.get("softcap") is not None:
+        raise UserError("attention with soft-capped logits is not supported", where="model.base")
+    if kwargs.get("s_aux") is not None or getattr(module, "sinks", None) is not None:
+        raise UserError("attention with sinks is not supported", where="model.base")
+
+
+def per_document_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    documents: Documents | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Causal SDPA on each document. query ``[B, H, T, D]``, key/value ``[B, H_kv, T, D]`` -> ``[B, T, H, D]``."""
+    if documents is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        # Generation (one document, a cache): transformers' own path with its own mask rules.
+        window = kwargs.get("sliding_window") or None
+        if attention_mask is None and ((window and key.shape[2] > window) or 1 < query.shape[2] < key.shape[2]):
+            # register() makes no mask where no attention_mask was passed: what needs one must say so.
+            raise ValueError("pass attention_mask: a window or a cache in use cannot be computed without a mask")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    _reject(module, documents.max_length, kwargs)
+    batch, heads, length, _ = query.shape
+    groups = heads // key.shape[1]
+    # split, not slices: the backward of split is one concatenation, that of a slice a full-size tensor per document
+    parts = zip(*(_flat(states).split(documents.lengths, dim=2) for states in (query, key, value)), strict=True)
+    outputs = [
+        F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=q.shape[2] > 1, scale=scaling, enable_gqa=groups > 1
+        )
+        for q, k, v in parts
+    ]
+    out = torch.cat(outputs, dim=2)  # [1, H, B*T, D]
+    # contiguous as transformers' own functions return it: some models (AFMoE) take a view of it
+    return out.squeeze(0).transpose(0, 1).reshape(batch, length, heads, -1).contiguous(), None
+
+
+#: Attention of ``[B * T, H, D]`` queries to ``[B * T, H_kv, D]`` keys and values, given the documents, dropout and scaling.
+_Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, float, float | None], torch.Tensor]
+
+
+def _over_documents(kernel: _Kernel) -> Callable[..., tuple[torch.Tensor, None]]:
+    """A variable-length kernel in transformers' form; without documents it is :func:`per_document_attention`."""
+
+    @functools.wraps(kernel)
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        documents: Documents | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        if documents is None:
+            return per_document_attention(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        _reject(module, documents.max_length, kwargs)
+        batch, heads, length, _ = query.shape
+        device = query.device.type
+        if torch.is_autocast_enabled(device):  # SDPA follows it by itself; these kernels refuse fp32 and mixed types
+            query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
+        q, k, v = (_flat(states).squeeze(0).transpose(0, 1).contiguous() for states in (query, key, value))
+        return kernel(q, k, v, documents, dropout, scaling).reshape(batch, length, heads, -1), None
+
+    return attention
+
+
+@_over_documents
+def varlen_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, dropout: float, scaling: float | None
+) -> torch.Tensor:
+    """One variable-length kernel over all documents (``torch.nn.attention.varlen``), which has no dropout."""
+    if dropout:
+        raise UserError(
+            f"this model drops {dropout:g} of its attention in training, torch's variable-length kernel cannot",
+            where="model.attention",
+            fix="--set model.attention=per_document",
+        )
+    heads, dim = q.shape[1:]
+    if scaling is not None and abs(scaling * dim**0.5 - 1) > 1e-6:
+        # varlen_attn scales by 1/sqrt(D) in the versions that lack a scale argument: fold the difference into q
+        q = q * (scaling * dim**0.5)
+    if heads != k.shape[1] and not compat.varlen_supports_gqa():
+        k, v = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (k, v))
+    attend = compat.varlen_attention()
+    assert attend is not None  # choose() lets this backend be taken only where torch has it
+    extra = {"enable_gqa": True} if heads != k.shape[1] else {}
+    bounds, longest = documents.cu_seqlens, documents.max_length
+    return attend(q, k, v, bounds, bounds, longest, longest, **_causal(attend), **extra)
+
+
+def _causal(attend: Any) -> dict:
+    """``varlen_attn``'s way to ask for causal attention changed from ``is_causal`` to a window."""
+    parameters = inspect.signature(attend).parameters
+    return {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
+
+
+@_over_documents
+def flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, dropout: float, scaling: float | None
+) -> torch.Tensor:
+    """The flash-attn package's variable-length function."""
+    from flash_attn import flash_attn_varlen_func
+
+    bounds, longest = documents.cu_seqlens, documents.max_length
+    return flash_attn_varlen_func(
+        q, k, v, bounds, bounds, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=True
+    )
+
+
+def register() -> None:
+    """Make the functions known to transformers under their names, with masks switched off for them."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    def mask(*args, **kwargs):
+        # Packed training passes no attention_mask and needs none. Generation with padded prompts does pass one.
+        if kwargs.get("attention_mask") is None:
+            return None
+        return sdpa_mask(*args, **kwargs)
+
+    for name, function in (
+        (PER_DOCUMENT, per_document_attention),
+        (VARLEN, varlen_attention),
+        (FLASH, flash_attention),
+    ):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, mask)
+
+
+def choose(setting: str, device: str, compute: torch.dtype = torch.bfloat16) -> tuple[str, str]:
+    """The registry name for ``model.attention`` on ``device`` and the reason, for the start-up report.
+
+    ``compute``: the type of arithmetic. FlashAttention, which is what both variable-length kernels are, has no fp32, and so none
+    on GPUs without bf16. Raises :class:`UserError` if the wanted backend cannot run here.
+    """
+    has_varlen = compat.varlen_attention() is not None
+    if setting in ("flash", "varlen") and device != "cpu" and compute == torch.float32:
+        raise UserError(
+            "variable-length attention kernels compute in bf16 only, this run computes in fp32",
+            where="model.attention",
+            fix="--set model.attention=per_document, or precision.compute=bf16 where the GPU has it",
+        )
+    if setting == "flash":
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "flash-attn is not installed", where="model.attention", fix="--set model.attention=auto"
+            ) from None
+        return FLASH, "asked for"
+    if setting == "varlen":
+        if device == "cpu" or not has_varlen:
+            raise UserError(
+                "torch's variable-length attention needs a GPU and torch >= 2.10",
+                where="model.attention",
+                fix="--set model.attention=per_document",
+            )
+        return VARLEN, "asked for"
+    if setting == "per_document":
+        return PER_DOCUMENT, "asked for"
+    if device != "cpu" and has_varlen and compute != torch.float32:
+        return VARLEN, "GPU and torch >= 2.10"
+    return PER_DOCUMENT, "SDPA on each document: no variable-length kernel for this device, torch and precision"

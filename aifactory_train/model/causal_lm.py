@@ -1,0 +1,213 @@
+"""The model: load it, check that this framework computes what the model computes, inject adapters, wrap it with its loss.
+
+``apply_*`` functions change the model in a fixed order (attention, adapters, trainable set, precision, kernels); what each
+did and why is collected in :class:`ModelReport`, printed once at start and stored in the run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from aifactory_train.core.errors import UserError
+from aifactory_train.model import attention
+from aifactory_train.model.loss import linear_cross_entropy, token_nll
+from aifactory_train.model.token_logps import token_logps
+
+if TYPE_CHECKING:
+    from aifactory_train.methods.preference_loss import Judged
+    from aifactory_train.model.embedding_noise import Noise
+    from aifactory_train.model.token_logps import TokenLogps
+
+#: Arguments of the configuration that change the logits in ways the chunked loss must know.
+_LOGIT_SOFTCAPS = ("final_logit_softcapping",)
+
+
+class CausalLM(nn.Module):
+    """A transformers causal language model (with or without peft) whose forward returns the summed loss.
+
+    The loss is part of the module so that sharding engines gather the output weight inside its forward, and so that one
+    call covers everything that needs gradients.
+    """
+
+    model: Any  # transformers' and peft's classes: their attributes are known at run time only
+
+    def __init__(self, model: nn.Module, loss_rows: int | None = None):
+        super().__init__()
+        self.model = model
+        self.loss_rows = loss_rows
+        #: folder whose weights an engine has yet to read shard by shard; None where they are in the parameters
+        self.unread: Path | None = None
+        #: rows of the embeddings below this one do not move (``model.vocabulary.train: new``)
+        self.first_moving_row = 0
+        self.logit_scale = _logit_scale(self.language_model.config)
+        _check_output_layer(self.language_model.get_output_embeddings())
+
+    @property
+    def language_model(self) -> Any:
+        """The transformers ``...ForCausalLM`` below peft's wrapper."""
+        base = getattr(self.model, "base_model", None)
+        return base.model if _is_peft(self.model) and base is not None else self.model
+
+    @property
+    def backbone(self) -> Any:
+        """The model below the output layer: it returns hidden states."""
+        inner = self.language_model.base_model
+        # Llama 4's text model names an attribute that it does not have, and is then its own base
+        return inner if inner is not self.language_model else self.language_model.model
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """``[V, D]``; the embedding itself where the weights are tied."""
+        head = self.language_model.get_output_embeddings()
+        return head.weight
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        documents: attention.Documents,
+        noise: Noise | None = None,
+    ) -> torch.Tensor:
+        """Last hidden states ``[B * T, D]`` after the final norm; ``noise`` goes onto the embeddings (NEFTune)."""
+        start: dict[str, torch.Tensor] = {"input_ids": input_ids}
+        if noise is not None or self.first_moving_row:
+            embedded = self.language_model.get_input_embeddings()(input_ids)
+            if self.first_moving_row:
+                moves = (input_ids >= self.first_moving_row).unsqueeze(-1)
+                embedded = torch.where(moves, embedded, embedded.detach())
+            start = {"inputs_embeds": embedded if noise is None else noise.add_to(embedded)}
+        out = self.backbone(
+            **start, position_ids=position_ids, attention_mask=None, use_cache=False, documents=documents
+        )
+        return out.last_hidden_state.flatten(0, 1)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        documents: attention.Documents | None = None,
+        positions: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        reduce: bool = True,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        cache=None,
+        noise: Noise | None = None,
+        judged: Judged | TokenLogps | None = None,
+    ) -> torch.Tensor:
+        """Loss over the supervised ``positions`` (int64 ``[N]`` into the flattened batch) with ``targets`` ``[N]``.
+
+        Returns the fp32 sum, or with ``reduce=False`` the NLL of each target, or with ``targets=None`` the logits
+        ``[N, V]`` at ``positions``, both without gradients. With a transformers ``cache`` it is one step of decoding
+        instead: input_ids ``[B, T]`` follow what the cache holds, attention_mask int64 ``[B, cached + T]`` is 0 on padding,
+        and the result is the logits ``[B, V]`` of the last position. All of it goes through forward, because sharding
+        engines gather parameters there.
+        """
+        if cache is not None:
+            return self._decode(input_ids, position_ids, attention_mask, cache)
+        assert documents is not None and positions is not None
+        hidden = self.hidden_states(input_ids, position_ids, documents, noise).index_select(0, positions)
+        if targets is None:
+            return self._logits(hidden.detach())
+        weight = self.output_weight
+        if self.first_moving_row:
+            weight = _StillRows.apply(weight, self.first_moving_row)
+        if weight.dtype != hidden.dtype:
+            weight = weight.to(hidden.dtype)
+        if judged is not None:  # a preference method: the loss is one of whole answers
+            options: dict[str, Any] = {"scale": self.logit_scale, "rows": self.loss_rows, "kernels": judged.kernels}
+            return judged.loss(token_logps(hidden, weight, targets, **options))
+        function = linear_cross_entropy if reduce else token_nll
+        return function(hidden, weight, targets, scale=self.logit_scale, rows=self.loss_rows)
+
+    @torch.no_grad()
+    def _decode(self, input_ids, position_ids, attention_mask, cache) -> torch.Tensor:
+        out = self.backbone(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return self._logits(out.last_hidden_state[:, -1])
+
+    @torch.no_grad()
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 ``[N, V]`` of a few hidden states ``[N, D]``."""
+        return (hidden @ self.output_weight.to(hidden.dtype).t()).float() * self.logit_scale
+
+
+class _StillRows(torch.autograd.Function):
+    """A matrix whose first rows get no gradient: what the optimizer is given for them is zero, so they stay to the bit."""
+
+    @staticmethod
+    def forward(ctx, weight, first: int):
+        ctx.first = first
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.cat([torch.zeros_like(grad[: ctx.first]), grad[ctx.first :]]), None
+
+
+def _is_peft(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "base_model")
+
+
+def _logit_scale(config) -> float:
+    """The factor between ``hidden @ weight.T`` and the logits; models with other arithmetic are refused."""
+    for name in _LOGIT_SOFTCAPS:
+        if getattr(config, name, None):
+            raise UserError(f"models with {name} are not supported by the chunked loss", where="model.base")
+    if getattr(config, "logits_scaling", None) not in (None, 1.0):  # Granite divides
+        return 1.0 / float(config.logits_scaling)
+    if getattr(config, "logit_scale", None) not in (None, 1.0):  # Cohere multiplies
+        return float(config.logit_scale)
+    return 1.0
+
+
+def _check_output_layer(head: nn.Module) -> None:
+    """The loss computes ``hidden @ weight.T``: an output layer that computes more is refused."""
+    if getattr(head, "bias", None) is not None:
+        raise UserError(
+            "models whose output layer has a bias are not supported by the chunked loss", where="model.base"
+        )
+    if hasattr(head, "base_layer"):
+        raise UserError(
+            "an adapter on the output layer is not supported by the chunked loss",
+            where="adapter.targets",
+            fix="leave the output layer out, or train it in full with adapter.train_embeddings",
+        )
+
+
+# ---- loading
+
+
+# ---- adapters and the trainable set
+
+
+def _tuple_linears(model: Any) -> list[str]:
+    """Names of linear layers that return more than one tensor (the routers of Llama 4 and Phi-MoE): adapters cannot wrap them."""
+    found = []
+    for name, module in model.named_modules():
+        own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        if own and type(module).__module__.startswith("transformers"):
+            weight = module.weight
+            with torch.no_grad():
+                out = module(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
+            if not isinstance(out, torch.Tensor):
+                found.append(name)
+    return found
+
+
+# ---- precision
+
+
+# ---- operators
+
+
+# ---- all of it

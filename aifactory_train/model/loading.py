@@ -1,0 +1,185 @@
+"""From a model folder to the model that is trained: read, check, adapt, cast."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import UserError
+from aifactory_train.model import attention, quantise
+from aifactory_train.model.adapters import apply_adapter, start_from_adapter
+from aifactory_train.model.base import base_folder
+from aifactory_train.model.causal_lm import CausalLM
+from aifactory_train.model.generation_config import loading
+from aifactory_train.model.precision import Precision, apply_precision, choose_precision
+from aifactory_train.model.report import ModelReport
+from aifactory_train.sources.vocabulary import first_new_row
+
+if TYPE_CHECKING:
+    pass
+
+
+def load_config(path: Path, recipe: Recipe):
+    """The transformers configuration in ``path``, checked against what the recipe asks for."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"no usable model configuration: {str(error).splitlines()[0]}", where=f"model.base: {recipe.model.base}"
+        ) from None
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and recipe.data.sequence_length > limit:
+        raise UserError(
+            f"sequences of {recipe.data.sequence_length} tokens, but the model was built for {limit} positions",
+            where="data.sequence_length",
+            fix=f"--set data.sequence_length={limit}",
+        )
+    return config
+
+
+def choose_attention(recipe: Recipe, device: str, report: ModelReport) -> str:
+    """The name of ``model.attention`` in transformers' registry, where our functions are from now on."""
+    attention.register()
+    name, why = attention.choose(recipe.model.attention, device, choose_precision(recipe, device)[0].compute)
+    report.add("attention", name.removeprefix("aifactory_"), why)
+    return name
+
+
+def load_language_model(
+    path: Path,
+    recipe: Recipe,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    report: ModelReport,
+    more: dict[str, Any] | None = None,
+) -> nn.Module:
+    """The transformers model with our attention, weights in ``dtype``, on ``device``; ``more`` goes to ``from_pretrained``."""
+    if device == "cpu":
+        # transformers imports DeepSpeed where it is installed, and that prints to standard output unless told the device.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # our own report says what was loaded
+
+    name = choose_attention(recipe, device, report)
+    config = load_config(path, recipe)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=name,
+            local_files_only=True,
+            trust_remote_code=recipe.model.trust_remote_code,
+            use_safetensors=True,  # never unpickle weights
+            **loading(path),
+            **(more or {}),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the model cannot be loaded: {str(error).splitlines()[0]}", where=f"model.base: {recipe.model.base}"
+        ) from None
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model if more else model.to(device)  # quantised weights are where they were made
+
+
+def check_vocabulary(model: Any, tokenizer) -> None:
+    """Every token id that the tokenizer can produce has an embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= rows:
+        raise UserError(
+            f"the tokenizer has ids up to {highest}, the model's embedding has {rows} rows",
+            where="model.base",
+            fix="use the tokenizer that belongs to this model",
+        )
+
+
+def build_model(
+    recipe: Recipe,
+    path: Path,
+    tokenizer,
+    *,
+    device: str,
+    precision: Precision,
+    report: ModelReport,
+    sharded: bool = False,
+) -> CausalLM:
+    """Load, check, adapt, cast and wrap, in this order.
+
+    ``sharded``: build without weights where the files allow it; the engine reads each rank's rows (``CausalLM.unread``).
+
+    ``path`` is the recipe's base (:func:`aifactory_train.sources.resolve_model`); with ``model.start_from`` the weights come
+    from :func:`base_folder` instead.
+    """
+    whole = recipe.adapter.kind == "none"
+    if recipe.model.start_from:
+        path = base_folder(recipe)
+        report.add("base weights", str(path), "model.start_from")
+    # Weights that will be trained are read in their own type: going through bf16 would round an fp32 base for good.
+    dtype = precision.parameters if whole else precision.frozen
+    unread = path if sharded and _loads_by_shard(path, recipe, device=device, dtype=dtype, report=report) else None
+    if unread is not None:
+        model = empty_language_model(path, recipe, device=device, dtype=dtype, report=report)
+    else:
+        more = quantise.loading(recipe, device, precision.compute)
+        if more:
+            report.add("base weights", "NF4, 4 bits, through bitsandbytes", "adapter.quantise_base")
+        model = load_language_model(path, recipe, device=device, dtype=dtype, report=report, more=more)
+    if tokenizer is not None:
+        check_vocabulary(model, tokenizer)
+    model = apply_adapter(model, recipe, report)
+    if recipe.model.start_from:
+        start_from_adapter(model, recipe, report)
+    apply_precision(model, precision)
+    core = CausalLM(model, recipe.train.loss_chunk_tokens)
+    core.unread = unread
+    if recipe.model.vocabulary is not None and recipe.model.vocabulary.train == "new":
+        core.first_moving_row = first_new_row(path)
+        report.add("embeddings", f"rows from {core.first_moving_row} on are trained", "model.vocabulary.train new")
+    return core
+
+
+def _loads_by_shard(path: Path, recipe: Recipe, *, device: str, dtype: torch.dtype, report: ModelReport) -> bool:
+    """Whether every rank may read its own rows of the weights alone; the reason if not goes into the report."""
+    from aifactory_train.model.weight_files import why_not
+
+    if recipe.adapter.kind == "dora":
+        reason: str | None = "DoRA starts from the norms of the base weights"
+    elif recipe.model.start_from and recipe.adapter.train_embeddings:
+        reason = "the embeddings come from an earlier run"
+    elif recipe.model.trust_remote_code:
+        reason = "the model's own code decides how it is loaded"
+    else:
+        reason = why_not(load_config(path, recipe), path, choose_attention(recipe, device, ModelReport()), dtype)
+    report.add(
+        "loading",
+        "each rank its shard" if reason is None else "the whole model on each rank",
+        reason or "sharded engine",
+    )
+    return reason is None
+
+
+def empty_language_model(
+    path: Path, recipe: Recipe, *, device: str, dtype: torch.dtype, report: ModelReport
+) -> nn.Module:
+    """The same model as :func:`load_language_model` without memory for its weights (stride-0 zeros on the host)."""
+    from aifactory_train.model.weight_files import skeleton
+
+    name = choose_attention(recipe, device, report)
+    model = skeleton(load_config(path, recipe), name, dtype)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model

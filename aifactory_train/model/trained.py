@@ -1,0 +1,88 @@
+"""A finished run's model, for evaluation, chat and export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core import compat
+from aifactory_train.core.errors import UserError
+from aifactory_train.model.base import base_folder
+from aifactory_train.model.causal_lm import CausalLM
+from aifactory_train.model.report import ModelReport
+from aifactory_train.model.weight_files import Source, TensorFiles
+from aifactory_train.private import profile, vault
+from aifactory_train.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    pass
+
+
+def load_tensors(core: CausalLM, tensors: Source) -> None:
+    parameters = dict(core.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def adapter_tensors(folder: Path) -> Source:
+    """Tensors of an exported adapter by their keys; an encrypted one is decrypted in memory."""
+    return TensorFiles.single(folder / "adapter_model.safetensors")
+
+
+def load_adapter(core: CausalLM, folder: Path) -> None:
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(core.model, vault.load_tensors(folder / "adapter_model.safetensors"))
+
+
+def with_adapter(base: Any, adapter: Path) -> Any:
+    """``base`` with the exported adapter; an encrypted one is decrypted in memory."""
+    from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+
+    weights = adapter / "adapter_model.safetensors"
+    if weights.is_file():
+        return PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
+    model = get_peft_model(base, PeftConfig.from_pretrained(str(adapter)), autocast_adapter_dtype=False)
+    set_peft_model_state_dict(model, vault.load_tensors(weights))
+    return model
+
+
+def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
+    """The trained model of a run for use (chat, eval): ``(model, tokenizer, recipe)``, with our attention, in eval mode.
+
+    Raises :class:`UserError` when the run has exported nothing.
+    """
+    from transformers import AutoTokenizer
+
+    from aifactory_train.model.loading import load_language_model
+    from aifactory_train.model.precision import choose_precision
+
+    recipe = run.load_config()
+    profile.enforce(recipe, run.path)
+    precision, _ = choose_precision(recipe, device)
+    report = ModelReport()
+    adapter, whole = run.export / "adapter", run.export / "model"
+    if vault.holds(adapter / "adapter_model.safetensors"):
+        base = load_language_model(base_folder(recipe), recipe, device=device, dtype=precision.frozen, report=report)
+        with compat.quiet_peft():
+            model: Any = with_adapter(base, adapter)
+        folder = adapter
+    elif (whole / "config.json").is_file():
+        model = load_language_model(whole, recipe, device=device, dtype=precision.compute, report=report)
+        folder = whole
+    else:
+        raise UserError(
+            "this run has exported nothing yet",
+            where=str(run.path),
+            fix="finish it (aifactory train ... --resume auto); the export follows the last step",
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
+    )
+    return CausalLM(model).eval(), tokenizer, recipe

@@ -1,0 +1,251 @@
+"""What each rank says about itself: a heartbeat while it works, one outcome file when it ends, a flight record if it hangs.
+
+Launchers hide causes (torchrun turns every failure into 1, srun into 143), so the files decide:
+``attempts/NNN/outcome-RANK.json`` and ``attempts/NNN/alive-RANK.json``. Standard library only.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from aifactory_train.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, UserError
+from aifactory_train.core.files import write_json
+from aifactory_train.core.output import note
+from aifactory_train.private import redact
+from aifactory_train.run.folder import RunFolder
+from aifactory_train.run.ownership import TakenOver
+
+#: A heartbeat is written at most this often.
+BEAT_EVERY_S = 2.0
+#: Phases in which every rank must make progress within the time-out; others (saving, evaluation) take as long as they take.
+WATCHED = ("forward", "reduce", "update")
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+#: Modules whose work is the host's alone: rows, tokens and files. A rank that stays there keeps the others waiting.
+HOST_WORK = (
+    f"data{os.sep}", f"record{os.sep}", f"sources{os.sep}", f"metrics{os.sep}", f"energy{os.sep}", f"private{os.sep}",
+    f"core{os.sep}", f"run{os.sep}", f"parallel{os.sep}storage.py", f"training{os.sep}metrics_log.py", f"training{os.sep}stopping.py",
+)  # fmt: skip
+
+
+class Attempt:
+    """One rank's record of one attempt. Use as a context manager and set ``code`` to the exit code."""
+
+    def __init__(
+        self, run: RunFolder, rank: int, local_rank: int, number: int | None, *, timeout_s: float, device: str = "cpu"
+    ):
+        self.run, self.rank, self.local_rank = run, rank, local_rank
+        self.host, self.started = socket.gethostname(), time.time()
+        self.code: int | None = None
+        self.step, self.phase = 0, "start"
+        self.signal: str | None = None
+        self.reason: str | None = None  # why it stopped, if it did
+        self.stop_request: str | None = None  # what the stop file said, if that was why
+        self.folder: Path | None = None
+        self.training = False  # this process is the one that trains in the folder: it may change the run's state
+        self._written = 0.0
+        self._recent: collections.deque[tuple[float, int, str]] = collections.deque(maxlen=64)
+        self._watchdog = Watchdog(self, timeout_s, device)
+        if number is not None:
+            self.begin(number)
+
+    def begin(self, number: int) -> None:
+        """Attempt ``number`` has a folder from now on."""
+        self.folder = self.run.attempt_dir(number)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._recent.append((time.time(), self.step, self.phase))
+        self._beat()
+
+    @property
+    def closed_by_launcher(self) -> bool:
+        """Whether a launcher keeps the books of this attempt: it closes it, and answers requests to stop."""
+        return self.folder is not None and (self.folder / "attempt.json").is_file()
+
+    def beat(self, step: int, phase: str) -> None:
+        """Progress: this rank is in ``phase`` of the step after ``step``."""
+        self.step, self.phase = step, phase
+        self._recent.append((time.time(), step, phase))
+        self._watchdog.seen()
+        if time.monotonic() - self._written >= BEAT_EVERY_S:
+            self._beat()
+
+    def _beat(self) -> None:
+        if self.folder is None:
+            return
+        self._written = time.monotonic()
+        write_json(
+            self.folder / f"alive-{self.rank}.json",
+            {
+                "rank": self.rank,
+                "host": self.host,
+                "pid": os.getpid(),
+                "step": self.step,
+                "phase": self.phase,
+                "time": time.time(),
+            },
+        )
+
+    def finish(self, status: str, code: int, exception: str | None = None, message: str | None = None) -> None:
+        """Write the outcome; the first one stays (a watchdog may have spoken already)."""
+        if self.folder is None:
+            return
+        path = self.folder / f"outcome-{self.rank}.json"
+        if path.exists():
+            return
+        write_json(
+            path,
+            {
+                "rank": self.rank,
+                "local_rank": self.local_rank,
+                "host": self.host,
+                "status": status,
+                "exit_code": code,
+                "step": self.step,
+                "exception": exception,
+                "message": message,
+                "signal": self.signal,
+                "stop_request": self.stop_request,
+                "started": self.started,
+                "ended": time.time(),
+            },
+        )
+
+    def _refused(self, error: BaseException) -> bool:
+        """Whether a request to go on was refused before anything was done: what the run had reached stays true."""
+        untouched = self.run.state()["state"] in ("finished", "stopped")
+        return untouched and isinstance(error, UserError) and error.exit_code == EXIT_REFUSED
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._watchdog.stop()
+        if self.folder is None:
+            return
+        try:
+            untouched = isinstance(error, TakenOver) or (error is not None and self._refused(error))
+            if error is not None and self.training and self.rank == 0 and not untouched:
+                self.run.set_state("failed", step=self.step, message=_short(error))
+            if error is None:
+                code = EXIT_DONE if self.code is None else self.code
+                status = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
+                self.finish(status, code, message=self.reason)
+            elif isinstance(error, UserError):
+                self.finish("failed", error.exit_code, type(error).__name__, redact.message(error))
+            elif isinstance(error, SystemExit):
+                code = error.code if isinstance(error.code, int) else EXIT_FAILED
+                self.finish("failed", code, "SystemExit", f"the process asked to end with {error.code!r}")
+            else:
+                where = _innermost(tb)
+                self.finish("failed", EXIT_FAILED, type(error).__name__, f"{_short(error)} ({where})")
+        except UserError as trouble:  # a full disk must not hide what happened
+            note(f"rank {self.rank}: the outcome could not be written: {trouble}")
+
+
+def _short(error: BaseException) -> str:
+    text = redact.message(error).strip()
+    return text if len(text) <= 2000 else text[:2000] + " …"
+
+
+def _innermost(tb: TracebackType | None) -> str:
+    frames = traceback.extract_tb(tb)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"
+
+
+def waits_for_others(stack: traceback.StackSummary, device: str) -> bool:
+    """Whether a rank whose main thread stands at ``stack`` (innermost frame last) waits for other ranks.
+
+    On the CPU a collective shows as a frame of torch.distributed. On a GPU the host runs ahead and stands wherever the device
+    is asked for a result or its queue is full, because a collective queued earlier does not end: every rank waits there,
+    unless it is in our own work on the host (data and files). A copy to the device is no such work.
+    """
+    if any("torch/distributed" in frame.filename for frame in stack):
+        return True
+    if device == "cpu":
+        return False
+    mine = [frame for frame in stack if frame.filename.startswith(_PACKAGE)]
+    if not mine or mine[-1].name in ("to", "move"):
+        return True
+    return not mine[-1].filename[len(_PACKAGE) :].startswith(HOST_WORK)
+
+
+class Watchdog:
+    """Ends a rank that makes no progress: writes ``flight-RANK.txt`` (all stacks, the last phases) and the outcome.
+
+    A rank that waits for others is told apart from the one they wait for: it says so, and it waits a little longer, so
+    that the true cause is written first.
+    """
+
+    def __init__(self, attempt: Attempt, timeout_s: float, device: str = "cpu"):
+        self.attempt, self.timeout_s, self.device = attempt, timeout_s, device
+        self._seen = time.monotonic()
+        self._stop = threading.Event()
+        self._main = threading.main_thread().ident
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def seen(self) -> None:
+        self._seen = time.monotonic()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(5.0, self.timeout_s / 10)):
+            idle = time.monotonic() - self._seen
+            if self.attempt.phase not in WATCHED or idle < 0.9 * self.timeout_s:
+                continue
+            stack = traceback.extract_stack(sys._current_frames()[self._main])  # type: ignore[index]
+            waits = waits_for_others(stack, self.device)
+            if waits and idle < 1.5 * self.timeout_s:
+                continue  # the collective's own time-out speaks before this
+            self._end(idle, stack, waits)
+
+    def _end(self, idle: float, stack: traceback.StackSummary, waits: bool) -> None:
+        attempt = self.attempt
+        place = f"{stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}"
+        what = f"no progress for {idle:.0f} s in phase '{attempt.phase}' after step {attempt.step}, at {place}"
+        if attempt.folder is not None:
+            lines = [f"rank {attempt.rank} on {attempt.host}: {what}", "", "last phases (seconds ago, step, phase):"]
+            now = time.time()
+            lines += [f"  {now - when:8.1f}  {step}  {phase}" for when, step, phase in attempt._recent]
+            for ident, frame in sys._current_frames().items():
+                name = next((t.name for t in threading.enumerate() if t.ident == ident), str(ident))
+                lines += ["", f"thread {name}:", *(line.rstrip() for line in traceback.format_stack(frame))]
+            (attempt.folder / f"flight-{attempt.rank}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            kind = "TimeoutError" if waits else "Hang"
+            text = f"timed out waiting for other ranks: {what}" if waits else what
+            attempt.finish("failed", EXIT_FAILED, kind, text)
+        note(f"rank {attempt.rank} on {attempt.host}: {what}")
+        os._exit(EXIT_FAILED)  # the main thread is stuck: nothing it holds can be released in order
+
+
+def new_attempt(run: RunFolder) -> int:
+    """The next free number, claimed by making its folder (rank 0, where no launcher gave one)."""
+    number = max(run.attempts(), default=0) + 1
+    while True:
+        try:
+            run.attempt_dir(number).mkdir(parents=True)
+            return number
+        except FileExistsError:
+            number += 1
+
+
+def read_outcomes(folder: Path) -> dict[int, dict[str, Any]]:
+    """Outcome by rank of one attempt's folder."""
+    from aifactory_train.core.files import read_json
+
+    found = {}
+    for path in folder.glob("outcome-*.json"):
+        outcome = read_json(path)
+        found[int(outcome["rank"])] = outcome
+    return found

@@ -1,0 +1,1 @@
+"""The loop: trainer, state, guard, checkpoints, stopping, metrics log."""

@@ -1,0 +1,447 @@
+"""Checkpoints: what a run needs to go on exactly where it was, on any number of ranks and under any engine.
+
+One folder a checkpoint, ``checkpoints/step-N``:
+
+    state-00000.safetensors …  the boxes of trained parameters and optimizer moments that one rank wrote
+    metadata.json              global shape and type of every tensor, and which file holds which box
+    rank-00000.json …          random-number states of one rank
+    trainer.json               step, data cursor, counters, and the whole configuration
+    COMPLETE                   written last: size and SHA-256 of every file above, and of itself
+
+The folder is written beside (``.writing-step-N``) and renamed when COMPLETE is in it: a reader sees all of it or nothing.
+The files are those of ``parallel/storage.py``; what may change between attempts is in ``parallel/changes.py``. See
+docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from aifactory_train.config.loading import to_tree
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.core.output import note
+from aifactory_train.parallel.changes import check_changes, config_digest
+from aifactory_train.parallel.state import Piece, Sharded
+from aifactory_train.parallel.storage import (
+    FORMAT,
+    MARKER,
+    PieceLoadPlanner,
+    PieceSavePlanner,
+    SafetensorsReader,
+    SafetensorsWriter,
+    faults,
+    json_bytes,
+    read_marker,
+    read_tree,
+    self_digest,
+    steps_in,
+    sync_folder,
+    write_file,
+)
+
+if TYPE_CHECKING:
+    from aifactory_train.parallel.engine import Engine
+    from aifactory_train.parallel.world import World
+
+#: A rank may be this late with its part of a save before the others give up.
+PATIENCE = datetime.timedelta(minutes=60)
+
+
+# ---- random numbers
+
+
+def random_state(device: str) -> dict[str, Any]:
+    """Every generator of this process, as JSON values."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+    }
+    if device != "cpu":
+        state["device"] = torch.cuda.get_rng_state(device).numpy().tobytes().hex()
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: str) -> None:
+    """The inverse of :func:`random_state`."""
+
+    def tensor(text: str) -> torch.Tensor:
+        return torch.frombuffer(bytearray(bytes.fromhex(text)), dtype=torch.uint8)
+
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensor(state["torch"]))
+    if device != "cpu" and "device" in state:
+        torch.cuda.set_rng_state(tensor(state["device"]), device)
+
+
+# ---- saving and loading
+
+
+class SaveFailed(RunFailed):
+    """A checkpoint could not be written; earlier ones are as they were."""
+
+
+class Checkpointer:
+    """Saves and loads the checkpoints of one run; every method is called by all ranks at the same place."""
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        recipe: Recipe,
+        engine: Engine,
+        world: World,
+        completed: Callable[[int], None] | None = None,
+    ):
+        """``completed``: called on rank 0 with the step of each checkpoint once it is complete."""
+        self.path, self.engine, self.world = checkpoints, engine, world
+        self.completed = completed
+        self.settings = recipe.checkpoint
+        self.seed = recipe.train.seed
+        self.tree = to_tree(recipe)
+        # A group of its own: the background save must not meet the training's collectives.
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.durations: list[float] = []  # seconds of finished saves, staging included
+        self.saved: set[int] = set()  # steps saved by this process
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    # ---- agreement within the checkpoint group
+
+    def _all(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _main(self, what: str, function: Callable[[], Any]) -> Any:
+        """Run on rank 0; its failure is raised on every rank."""
+        box: list[Any] = [None, None]
+        if self.world.is_main:
+            try:
+                box[0] = function()
+            except UserError as error:
+                box[1] = error
+            except OSError as error:
+                box[1] = SaveFailed(f"{what}: {error.strerror or error}", where=str(error.filename or self.path))
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    # ---- save
+
+    def prepare(self) -> None:
+        """Before the first step: the folder can be written, and what torn saves left is removed."""
+
+        def check() -> None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for left in [*self.path.glob(".writing-step-*"), *self.path.glob(".deleting-step-*")]:
+                note(f"removing {left}: a save or a deletion did not end")
+                shutil.rmtree(left)
+            probe = self.path / f".probe-{os.getpid()}"
+            probe.write_bytes(b"writable")
+            probe.unlink()
+
+        try:
+            self._main("checkpoints cannot be written", check)
+        except SaveFailed as error:
+            raise UserError(
+                error.what, where=error.where, fix="free space, mend the permissions, or --run-dir ELSEWHERE"
+            ) from None
+
+    def save(self, step: int, trainer: dict[str, Any], *, wait: bool, best: int | None = None) -> None:
+        """Save ``step``; returns when this rank's state is copied (``wait``: when the checkpoint is complete).
+
+        ``trainer`` are JSON values (cursor, counters). An earlier save is waited for first. Raises :class:`SaveFailed`.
+        """
+        self.wait()
+        if step in self.saved:
+            return
+        started = time.monotonic()
+        staged = self._stage()
+        files = {
+            f"rank-{self.world.rank:05d}.json": json_bytes(
+                {"rank": self.world.rank, "host": socket.gethostname(), "random": random_state(self.world.device)}
+            )
+        }
+        if self.world.is_main:
+            files["trainer.json"] = json_bytes(
+                {"step": step, "updates": self.engine.updates, **trainer, "config": self.tree}
+            )
+
+        def work() -> None:
+            try:
+                self._write(step, staged, files, best)
+                self.saved.add(step)
+                self.durations.append(time.monotonic() - started)
+            except BaseException as error:
+                self._error = error
+
+        if wait or not self.settings.asynchronous:
+            work()
+            self._raise()
+            return
+        self._thread = threading.Thread(target=work, name=f"save-step-{step}", daemon=True)
+        self._thread.start()
+
+    def _stage(self) -> dict[str, Sharded]:
+        """Copies, in host memory, of the pieces that this rank writes: the next step may change the originals at once."""
+        staged = {}
+        for name, entry in flat_state(self.engine).items():
+            pieces = [
+                Piece(p.offsets, torch.empty(p.tensor.shape, dtype=entry.dtype).copy_(p.tensor))
+                for p in (entry.pieces if entry.owned else ())
+            ]
+            staged[name] = Sharded(entry.shape, entry.dtype, pieces)
+        return staged
+
+    def _write(self, step: int, staged: dict[str, Sharded], files: dict[str, bytes], best: int | None) -> None:
+        beside, final = self.path / f".writing-step-{step}", self.path / f"step-{step}"
+        needed = sum(self._all(sum(entry.nbytes() for entry in staged.values()) + sum(map(len, files.values()))))
+
+        def begin() -> None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.path).free
+            if free < needed:
+                raise SaveFailed(
+                    f"no space for the checkpoint of step {step}: {needed:,} bytes needed, {free:,} free",
+                    where=str(self.path),
+                )
+            if beside.exists():
+                shutil.rmtree(beside)
+            beside.mkdir()
+
+        self._main("the checkpoint cannot be started", begin)
+        writer = SafetensorsWriter(beside)
+        trouble = None
+        try:
+            for name, content in files.items():
+                writer.written[name] = write_file(beside / name, iter([content]))
+        except OSError as error:
+            trouble = self._describe(error)
+        self._raise_any(trouble, step, beside)
+        own = dict(writer.written)
+        try:
+            dcp.save(staged, storage_writer=writer, planner=PieceSavePlanner(), process_group=self.group)
+        except dcp.api.CheckpointException as error:
+            rank, (cause, _) = sorted(error.failures.items())[0]
+            trouble = f"rank {rank}: {self._describe(cause) if rank == self.world.rank else cause}"
+        except OSError as error:
+            trouble = self._describe(error)
+        self._raise_any(trouble, step, beside)
+        parts = self._all({**own, **writer.written})
+
+        def finish() -> None:
+            marker = {
+                "format": FORMAT,
+                "step": step,
+                "engine": self.engine.name,
+                "world_size": self.world.size,
+                "config_digest": config_digest(self.tree),
+                "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "torch": torch.__version__,
+                "files": {name: entry for part in parts for name, entry in part.items()},
+            }
+            marker["sha256"] = self_digest(marker)
+            write_file(beside / MARKER, iter([json_bytes(marker)]))
+            sync_folder(beside)
+            if final.exists():  # an older one of the same step (damaged, or left behind by a roll-back)
+                os.rename(final, self.path / f".deleting-step-{step}")
+            os.rename(beside, final)
+            sync_folder(self.path)
+            if self.completed is not None:
+                self.completed(step)
+            self._prune(step, best)
+
+        self._main("the checkpoint cannot be completed", finish)
+
+    def _describe(self, error: BaseException) -> str:
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            text = error.strerror + (f": {error.filename}" if error.filename else "")
+        return f"{text} (rank {self.world.rank} on {socket.gethostname()})"
+
+    def _raise_any(self, trouble: str | None, step: int, beside: Path) -> None:
+        """If any rank is in trouble, remove the torn folder and raise the same error on all."""
+        troubles = [t for t in self._all(trouble) if t is not None]
+        if not troubles:
+            return
+        if self.world.is_main:
+            shutil.rmtree(beside, ignore_errors=True)  # its bytes may be all that is missing on a full disk
+        raise SaveFailed(f"the checkpoint of step {step} could not be written: {troubles[0]}", where=str(self.path))
+
+    def _prune(self, newest: int, best: int | None) -> None:
+        """Delete what is neither among the last ``keep`` complete checkpoints nor the best. Rank 0, after a good save."""
+        for left in self.path.glob(".deleting-step-*"):
+            shutil.rmtree(left)
+        complete = [s for s in steps_in(self.path) if (self.path / f"step-{s}" / MARKER).is_file() and s <= newest]
+        for step in complete[self.settings.keep :]:
+            if step == best:
+                continue
+            # Renamed first: a deletion that is cut short leaves no folder that looks complete.
+            doomed = self.path / f".deleting-step-{step}"
+            os.rename(self.path / f"step-{step}", doomed)
+            shutil.rmtree(doomed)
+
+    def drain(self) -> None:
+        """Until the background save has ended, well or not (see :meth:`failed`)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def failed(self) -> bool:
+        """Whether the background save failed (on this rank; agree before acting on it)."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Until the background save has ended; raises its error."""
+        self.drain()
+        self._raise()
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is None:
+            return
+        if isinstance(error, UserError):
+            raise error
+        raise SaveFailed(f"the checkpoint could not be written: {self._describe(error)}", where=str(self.path))
+
+    def save_estimate(self) -> float:
+        """Seconds that a save may take: the longest of the last five; 0 before the first."""
+        return max(self.durations[-5:], default=0.0)
+
+    # ---- load
+
+    def choose(self, wanted: int | None = None) -> int | None:
+        """The newest checkpoint without a fault (or ``wanted``); None where there is none at all.
+
+        Damaged ones are named and, once an older good one is found, set aside under another name, never deleted. Raises
+        :class:`UserError` where there are checkpoints but no good one (all stay where they are: the next attempt must find them
+        too), or ``wanted`` is missing or damaged.
+        """
+        steps = self._main("checkpoints cannot be listed", lambda: steps_in(self.path))
+        if wanted is not None:
+            if wanted not in steps:
+                known = ", ".join(map(str, sorted(steps))) or "none"
+                raise UserError(f"no checkpoint of step {wanted} (there are: {known})", where=str(self.path))
+            steps = [wanted]
+        named: list[str] = []
+        damaged: list[Path] = []
+        for step in steps:
+            folder = self.path / f"step-{step}"
+            found = [f for part in self._all(faults(folder, self.world.rank, self.world.size)) for f in part]
+            found = list(dict.fromkeys(found))
+            if not found:
+                for worse in damaged if self.world.is_main else []:
+                    self._set_aside(worse)
+                return step
+            named += found
+            damaged.append(folder)
+            if self.world.is_main:
+                for fault in found:
+                    note(f"damaged checkpoint: {fault}")
+        if not steps:
+            return None
+        raise UserError(
+            "no good checkpoint to go on from:\n    " + "\n    ".join(named),
+            where=str(self.path),
+            fix="the damaged checkpoints are left as they are: put good copies back; to start over use a new --name or --run-dir, "
+            "or --resume never (keeps the old files in replaced/)",
+        )
+
+    def leave_behind(self, step: int) -> None:
+        """The run goes on from ``step``: later checkpoints, where there are any, are those of a continuation that was given up.
+
+        Under their own names the next ``--resume auto`` would take them for the newest of this one. Nothing is deleted.
+        """
+        if self.world.is_main:
+            for later in steps_in(self.path):
+                if later > step:
+                    self._set_aside(self.path / f"step-{later}", "left")
+
+    def _set_aside(self, folder: Path, why: str = "damaged") -> None:
+        for number in range(1000):
+            target = folder.with_name(f"{why}-{folder.name}" + (f"-{number}" if number else ""))
+            if not target.exists():
+                try:
+                    os.rename(folder, target)
+                    note(f"set aside as {target}")
+                except OSError as error:
+                    note(f"{folder} cannot be set aside: {error.strerror}")
+                return
+
+    def values(self, step: int) -> dict[str, Any]:
+        """What the trainer gave to :meth:`save` of ``step``, without touching the engine."""
+        return read_tree(self.path / f"step-{step}", "trainer.json")
+
+    def load(self, step: int, *, same_rates: Callable[[dict[str, Any]], bool] | None = None) -> dict[str, Any]:
+        """Restore engine and random numbers from ``step``; returns the trainer's values (``cursor``, counters …).
+
+        The configuration is compared first: a change of meaning is refused (``same_rates`` judges a prolonged run, given
+        the old configuration tree). Another number of ranks or another engine is fine.
+        """
+        folder = self.path / f"step-{step}"
+        marker, trainer = read_marker(folder), read_tree(folder, "trainer.json")
+        before = trainer.pop("config")  # kept out of what the trainer gets back
+        lines = check_changes(before, self.tree, same_rates=same_rates is None or same_rates(before))
+        if self.world.is_main:
+            for line in lines:
+                note(f"changed since the checkpoint: {line}")
+        self.engine.prepare_state(trainer["updates"])
+        state = flat_state(self.engine)
+        reader = SafetensorsReader(folder)
+        self._check_shapes(state, reader.read_metadata().state_dict_metadata, folder)
+        dcp.load(state, storage_reader=reader, planner=PieceLoadPlanner(state), process_group=self.group)
+        self.engine.finish_load(trainer["updates"])
+        if marker["world_size"] == self.world.size:
+            mine = read_tree(folder, f"rank-{self.world.rank:05d}.json")
+            set_random_state(mine["random"], self.world.device)
+        else:
+            # Dropout masks depend on how documents are dealt to ranks: there is no exact continuation to restore.
+            torch.manual_seed(self.seed + 1_000_003 * (step + 1) + self.world.rank)
+            if self.world.is_main:
+                note(f"{marker['world_size']} ranks wrote the checkpoint, {self.world.size} go on: new random numbers")
+        if self.world.is_main and marker["engine"] != self.engine.name:
+            note(f"engine {marker['engine']} wrote the checkpoint, {self.engine.name} goes on")
+        return trainer
+
+    def _check_shapes(self, state: dict[str, Sharded], saved: dict[str, Any], folder: Path) -> None:
+        for name in sorted(state.keys() | saved.keys()):
+            if name not in saved or name not in state:
+                where = "the checkpoint" if name not in saved else "this model"
+                raise UserError(f"{where} has no {name}", where=str(folder), fix="use the same model and adapter")
+            if tuple(saved[name].size) != state[name].shape:
+                raise UserError(
+                    f"{name} is {list(saved[name].size)} in the checkpoint and {list(state[name].shape)} here",
+                    where=str(folder),
+                )
+            if saved[name].properties.dtype != state[name].dtype:
+                raise UserError(
+                    f"{name} is {saved[name].properties.dtype} in the checkpoint and {state[name].dtype} here",
+                    where="precision.parameters",
+                )
+
+
+def flat_state(engine: Engine) -> dict[str, Sharded]:
+    """The engine's state under the names of a checkpoint: ``model/NAME`` and ``optimizer/MOMENT/NAME``."""
+    state = engine.state()
+    return {f"{kind}/{name}": entry for kind, entries in state.items() for name, entry in entries.items()}

@@ -1,0 +1,155 @@
+"""What a run computes from besides its configuration: the base model's content, the tokenizer, the tokens of the rows.
+
+A checkpoint holds what was trained. Frozen weights, the tokenizer and the rows come from outside every time a run goes on, under names
+that the configuration keeps: the content behind a name can change. ``inputs.json`` in the run folder has the digests of the first
+attempt, and an attempt that goes on is compared with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import read_json, write_json
+from aifactory_train.run.folder import RunFolder
+from aifactory_train.sources.digests import sha256_of
+
+INPUTS, FORMAT = "inputs.json", 1
+#: Keys of config.json that say who wrote it, not what the model is.
+_WRITTEN_BY = ("_name_or_path", "transformers_version")
+
+
+def of_run(recipe: Recipe, data: Any, train_set: Any) -> dict[str, Any]:
+    """Digests of everything that decides what the steps of this run compute, as JSON values.
+
+    ``data`` is what :func:`aifactory_train.data.prepare` returned, ``train_set`` the view on its training set that the steps use.
+    """
+    from aifactory_train.model.base import base_folder
+    from aifactory_train.sources import resolve_model
+
+    base, own = base_folder(recipe), resolve_model(recipe.model)
+    files = weight_files(base)
+    if recipe.model.trust_remote_code:
+        files += sorted(base.glob("*.py"))
+    vocabulary = [own / "tokenizer.json"] if (own / "tokenizer.json").is_file() else []
+    digests = sha256_of([*files, *vocabulary])
+    info = data.tokenizer_info
+    train = {"tokens": data.train.digest}
+    desirable = getattr(train_set, "desirable", None)
+    if desirable is not None:  # which answers are to become likelier stands in the rows, not in their tokens
+        train["labels"] = hashlib.sha256(desirable.tobytes()).hexdigest()
+    held_out = {name: {"tokens": rows.digest} for name, rows in data.evals.items()}
+    return {
+        "format": FORMAT,
+        "base": {
+            "config": _config_digest(base / "config.json"),
+            "files": {os.path.relpath(p, base): digests[p] for p in files},
+        },
+        "tokenizer": {
+            "file": digests[vocabulary[0]] if vocabulary else None,
+            "content": info["tokenizer_sha256"],
+            "template": info["template_sha256"],
+            "ids": [info["eos_id"], info["stop_ids"], info["pad_id"]],
+        },
+        "data": {"train": train, "eval": held_out, "eval_rows": recipe.data.eval_rows},
+    }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a model folder's weights are read from, with the index that names them."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    found = {whole} if whole.is_file() else set()
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            found |= {index, *(folder / name for name in names)}
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError("is no index of weights", where=str(index), fix="fetch the model again") from None
+    return sorted(found) or sorted(folder.glob("*.safetensors"))
+
+
+def _config_digest(path: Path) -> str:
+    """Of what config.json says, however it is written."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(path)) from None
+    kept = {key: value for key, value in tree.items() if key not in _WRITTEN_BY} if isinstance(tree, dict) else tree
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def keep(run: RunFolder, inputs: dict[str, Any], *, fresh: bool) -> None:
+    """Write ``inputs.json`` where the run starts at step 1 (``fresh``), or has none yet."""
+    if fresh or not (run.path / INPUTS).is_file():
+        write_json(run.path / INPUTS, inputs)
+
+
+def check(run: RunFolder, recipe: Recipe, now: dict[str, Any]) -> list[str]:
+    """Compare with the first attempt; returns lines to be told. Raises :class:`UserError` naming what changed.
+
+    Where all weights are trained they all come from the checkpoint: a base whose weights changed is told and not refused.
+    """
+    path = run.path / INPUTS
+    if not path.is_file():
+        return [
+            f"the run has no {INPUTS}: whether base model, tokenizer and rows are those of its first attempt was not "
+            "checked (from now on it is)"
+        ]
+    try:
+        before = read_json(path)
+        changed, told = _differences(before, now, recipe)
+    except (KeyError, TypeError, AttributeError, UserError):
+        raise UserError("is damaged", where=str(path), fix=_without(run)) from None
+    if changed:
+        lines = "\n    ".join(f"{key}: {what}" for key, what in changed)
+        raise UserError(
+            f"the run was begun with other inputs:\n    {lines}",
+            where=", ".join(dict.fromkeys(key for key, _ in changed)),
+            fix=f"put back what the run was begun with, or start a new run (--name NEW or --run-dir NEW); {_without(run)}",
+        )
+    return told
+
+
+def _without(run: RunFolder) -> str:
+    return f"where you know that it makes no difference, move {run.path / INPUTS} away: the run then goes on unchecked"
+
+
+def _differences(
+    before: dict[str, Any], now: dict[str, Any], recipe: Recipe
+) -> tuple[list[tuple[str, str]], list[str]]:
+    changed: list[tuple[str, str]] = []
+    told: list[str] = []
+    if before["base"]["config"] != now["base"]["config"]:
+        changed.append(("model.base", f"config.json of {recipe.model.base} says something else"))
+    old, new = before["base"]["files"], now["base"]["files"]
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            how = "is gone" if name not in new else "was not there" if name not in old else "has other content"
+            what = f"{name} of {recipe.model.base} {how}"
+            if recipe.adapter.kind == "none" and not name.endswith(".py"):
+                told.append(f"{what} since the run began; all weights come from the checkpoint")
+            else:
+                changed.append(("model.base", what))
+    old, new = before["tokenizer"], now["tokenizer"]
+    # Another version of the libraries may write the same file out differently, and the same tokenizer lie in another file.
+    same = old["content"] == new["content"] or (old["file"] is not None and old["file"] == new["file"])
+    if not same or old["ids"] != new["ids"]:
+        changed.append(
+            ("model.base", f"the tokenizer of {recipe.model.base} is another one (tokenizer.json, special tokens)")
+        )
+    if old["template"] != new["template"]:
+        key = "model.chat_template" if recipe.model.chat_template else "model.base"
+        changed.append((key, "the chat template is another one"))
+    if before["data"]["train"] != now["data"]["train"]:
+        changed.append(("data.train", "the training rows, or their tokens, are others"))
+    # With another data.eval_rows, which may change, other rows are drawn: then there is nothing to compare.
+    old, new = before["data"]["eval"], now["data"]["eval"]
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name) and before["data"]["eval_rows"] == now["data"]["eval_rows"]:
+            changed.append(("data.eval", f"the held-out rows '{name}', or their tokens, are others"))
+    return changed, told

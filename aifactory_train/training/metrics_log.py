@@ -1,0 +1,230 @@
+"""What the run says while it trains: metrics.jsonl, TensorBoard, the progress line and the tables at start and end."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from typing import Any
+
+from aifactory_train.core import output
+from aifactory_train.core.files import read_json, write_atomic, write_json
+from aifactory_train.metrics import ANSWER_METRICS, LIKELIHOOD_METRICS, PREFERENCE_METRICS
+from aifactory_train.run.folder import RunFolder
+
+
+class MetricsLog:
+    """Appends records to ``metrics.jsonl`` and TensorBoard (rank 0 only; elsewhere every call does nothing)."""
+
+    def __init__(self, run: RunFolder, *, enabled: bool, tensorboard: bool):
+        self.run, self.enabled, self.tensorboard = run, enabled, tensorboard
+        self._file: Any = None
+        self._board: Any = None
+
+    def open(self, step: int) -> None:
+        """Start, or go on after ``step``: records of later steps belong to work that will be repeated and are dropped."""
+        if not self.enabled:
+            return
+        path = self.run.metrics_file
+        if path.is_file():
+            kept = []
+            for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: a row's id may hold U+2028
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # the line that was being written when the run was killed
+                if record.get("step", 0) <= step:
+                    kept.append(line)
+            write_atomic(path, "".join(line + "\n" for line in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.run.tensorboard), purge_step=step + 1 if step else None)
+
+    def write(self, record: dict[str, Any], *, every: int = 1, last: bool = False) -> None:
+        """One record. Of training steps every ``every``-th and the last one; a step that the guard left out is never dropped."""
+        trained = record.get("kind", "train") == "train"
+        if self._file is None or (trained and record.get("step", 0) % every and not last):
+            return
+        self._file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            kind = record.get("kind", "train")
+            for key, value in record.items():
+                if key not in ("step", "kind") and isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._board.add_scalar(f"{kind}/{key}", value, record.get("step", 0))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        self._file = self._board = None
+
+
+class Progress:
+    """A live line on a terminal; in a batch log one plain line every few seconds."""
+
+    PLAIN_EVERY_S = 15.0
+
+    def __init__(self, total: int, done: int, *, enabled: bool):
+        self.total, self.enabled = total, enabled
+        self._bar: Any = None
+        self._task: Any = None
+        self._done_at_start = done
+        self._started = self._printed = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self.enabled and sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("step"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=output.console(stderr=True),
+            )
+            self._task = self._bar.add_task("", total=self.total, completed=self._done_at_start)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, record: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
+        text = (
+            f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  lr {record['learning_rate']:.2e}  "
+            f"{record['tokens_per_s']:,.0f} tokens/s"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], description=text)
+            return
+        now, step = time.monotonic(), record["step"]
+        if step == self.total or step == self._done_at_start + 1 or now - self._printed >= self.PLAIN_EVERY_S:
+            self._printed = now
+            left = (now - self._started) / max(1, step - self._done_at_start) * (self.total - step)
+            output.note(f"step {step}/{self.total}  {text}  {_duration(left)} left")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def print_start(recipe, run: RunFolder, world, report, data, total_steps: int) -> None:
+    """What was chosen, and why, before any work is done."""
+    from aifactory_train.data.report import rows_line
+
+    train_set = data.train
+    count = "GPU" if world.device != "cpu" else "CPU process"
+    rows = [
+        ["recipe", recipe.id, recipe.about.title],
+        [
+            "model",
+            recipe.model.base,
+            f"{report.parameters / 1e6:,.1f} M parameters, {report.trainable / 1e6:,.2f} M trained",
+        ],
+        [
+            "ranks",
+            f"{world.size} {count}{'es' if world.device == 'cpu' else 's (on MI250X a GPU is one GCD)'}"
+            if world.size > 1
+            else f"1 {count}",
+            world.started_by,
+        ],
+        *[[what, choice, why] for what, choice, why in report.lines],
+        [
+            "data",
+            f"{len(train_set.lengths):,} documents, {int(train_set.lengths.sum()):,} tokens, "
+            f"{int(train_set.supervised.sum()):,} supervised",
+            ", ".join(f"{name}: {len(held.lengths):,} held out" for name, held in data.evals.items()),
+        ],
+        *([["rows", *rows_line(data.report)]] if "rows" in data.report else []),
+        [
+            "step",
+            f"{recipe.train.batch_rows} documents"
+            if recipe.train.batch_rows
+            else f"{recipe.train.batch_tokens} tokens",
+            f"{recipe.data.batching}; {total_steps} steps",
+        ],
+        ["run folder", str(run.path), ""],
+    ]
+    output.table(None, ["", "chosen", "why"], rows)
+    for warning in data.report.get("warnings", []):
+        output.note(f"warning: {warning}")
+
+
+def print_comparison(results: dict[str, Any], run: RunFolder, exported: dict[str, Any] | None) -> None:
+    """Held-out figures before and after, with the change, and where things lie."""
+    before, after = results.get("before") or {}, results.get("after") or {}
+    names = [k for k in (*LIKELIHOOD_METRICS, *ANSWER_METRICS, "memorisation") if k in before or k in after]
+    names += [k for k in PREFERENCE_METRICS if k in before or k in after]
+    rows = []
+    paired = results.get("change") or {}
+    for name in names:
+        old, new = before.get(name), after.get(name)
+        change = ""
+        if isinstance(old, float) and isinstance(new, float) and old and math.isfinite(old) and math.isfinite(new):
+            change = f"{100 * (new - old) / abs(old):+.1f} %"
+        ci = (paired.get(name) or {}).get("ci")
+        shown = f"{ci[0]:+.3g} to {ci[1]:+.3g}" if ci else ""
+        rows.append([name.replace("_", " "), _figure(old), _figure(new), change, shown])
+    if rows:
+        head = ["", "before", "after", "change", "95 % of the difference"]
+        output.table("held-out rows", head, rows, right=(1, 2, 3, 4))
+    forgotten = results.get("forgetting")
+    if forgotten:
+        if forgotten["warning"]:
+            output.note(f"warning: {forgotten['warning']}")
+        else:
+            print(
+                f"general text: {forgotten['before']:.3f} to {forgotten['after']:.3f} bits per byte ({forgotten['change']:+.1%})"
+            )
+    for label, path in (exported or {}).get("paths", {}).items():
+        print(f"{label}: {path}")
+    print(f"run folder: {run.path}")
+
+
+def compare_with_plan(run: RunFolder, world) -> dict[str, Any] | None:
+    """Write ``reality.json``: what the run measured over what its plan predicted. Nothing where there is no plan.
+
+    Speed is the median step after the first three (compilation, caches); peak memory is torch's on a GPU, the process's on a CPU.
+    """
+    import resource
+    import statistics
+
+    from aifactory_train.planning.reality import compare
+
+    if not (run.path / "plan.json").is_file():
+        return None
+    plan = read_json(run.path / "plan.json")
+    if not isinstance(plan, dict) or "tokens_per_s_per_gpu" not in plan:
+        return None  # the planner refused, and the job was sent all the same
+    steps = []
+    for line in filter(None, run.metrics_file.read_text(encoding="utf-8").split("\n")):
+        record = json.loads(line)
+        if record.get("kind") == "train":
+            steps.append(record["tokens"] / record["seconds"] / world.size)
+    speed = statistics.median(steps[3:]) if len(steps) > 3 else None
+    if world.device == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    else:
+        import torch
+
+        peak = torch.cuda.max_memory_reserved(world.device) / 2**30
+    found = compare(plan, speed, peak)
+    write_json(run.path / "reality.json", found)
+    return found
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else "not measured"

@@ -1,0 +1,106 @@
+"""From the tree of one YAML file to a checked system."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from aifactory_train.core.errors import UserError, did_you_mean
+from aifactory_train.sites.catalogue import READINESS, gpu_catalogue, gpu_provenance
+from aifactory_train.sites.reading import place_of, read_yaml, refusal
+from aifactory_train.sites.schema import FACT_SECTIONS, FactEntry, Overlay, Profile, Source
+from aifactory_train.sites.system import System
+
+
+def resolve(raw: Any, path: Path | None = None, overlay: Overlay | None = None) -> System:
+    """A raw profile (parsed YAML) → :class:`System`. ``path`` is only for messages.
+
+    An overlay's correction of ``null`` removes the key (a partition that does not exist there).
+    """
+    if not isinstance(raw, dict):
+        raise UserError("a profile is a mapping of keys to values", where=str(path or "profile"))
+    for key in raw:
+        if key not in _PROFILE_KEYS:
+            close = did_you_mean(str(key), _PROFILE_KEYS)
+            raise UserError(f"unknown key '{key}'{close}", where=place_of(path, (key,)))
+    raw = copy.deepcopy(raw)
+    if overlay is not None:
+        for dotted, value in overlay.corrections.items():
+            _correct(raw, dotted, value)
+        raw["user"] = overlay.user
+    gpu = raw.get("gpu") or {}
+    own_gpu = frozenset(gpu) if isinstance(gpu, dict) else frozenset()
+    sku = gpu.get("sku") if isinstance(gpu, dict) else None
+    gpu_table: dict[str, FactEntry] = {}
+    gpu_sources: dict[str, Source] = {}
+    if sku is not None:
+        catalogue = gpu_catalogue()
+        if not isinstance(sku, str) or sku not in catalogue:
+            raise UserError(
+                f"unknown GPU '{sku}'{did_you_mean(str(sku), catalogue)}",
+                where=place_of(path, ("gpu", "sku")),
+                fix=f"one of {', '.join(catalogue)}; a new one goes into sites/gpus.yaml",
+            )
+        raw["gpu"] = {**copy.deepcopy(catalogue[sku]), **gpu}
+        sources, tables = gpu_provenance()
+        gpu_table, gpu_sources = tables[sku], sources
+    try:
+        system = System.model_validate(raw)
+    except ValidationError as error:
+        raise refusal(error, Profile, path) from None
+    table = {p: entry for entry in system.facts for p in entry.at}
+    for dotted, value in overlay.corrections.items() if overlay is not None else ():
+        if value is not None:
+            table[dotted] = FactEntry(at=[dotted], source="user", confidence="user")
+    return system.attach(table, gpu_table, gpu_sources, own_gpu)
+
+
+_PROFILE_KEYS = frozenset(f.alias or n for n, f in Profile.model_fields.items())
+
+
+def _correct(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    keys = dotted.split(".")
+    if keys[0] not in FACT_SECTIONS:
+        raise UserError(
+            f"'{dotted}' is not a fact of a system{did_you_mean(keys[0], FACT_SECTIONS)}",
+            where=f"corrections: {dotted}",
+        )
+    target: Any = raw
+    while len(keys) > 1:
+        if isinstance(target, list):
+            if not keys[0].isdigit() or int(keys[0]) >= len(target):
+                raise UserError(f"'{dotted}' leads nowhere in the profile", where=f"corrections: {dotted}")
+            target, keys = target[int(keys[0])], keys[1:]
+        else:
+            # A key with dots in it (gpu.a100) is taken whole where the profile has it.
+            whole = next((n for n in range(len(keys), 0, -1) if ".".join(keys[:n]) in target), 1)
+            if whole == len(keys):
+                keys = [".".join(keys)]
+                break
+            key, keys = ".".join(keys[:whole]), keys[whole:]
+            target = target.setdefault(key, {})
+        if not isinstance(target, (dict, list)):
+            raise UserError(f"'{dotted}' leads into a plain value", where=f"corrections: {dotted}")
+    if isinstance(target, list):
+        raise UserError(f"'{dotted}' names a list entry; correct a key inside it", where=f"corrections: {dotted}")
+    if value is None:
+        target.pop(keys[-1], None)
+    else:
+        target[keys[-1]] = value
+
+
+@functools.lru_cache(maxsize=1)
+def _readiness_table() -> dict[str, dict[str, Any]]:
+    return (read_yaml(READINESS) or {}).get("systems", {}) if READINESS.is_file() else {}
+
+
+def readiness_of(system: Profile) -> tuple[str, str | None]:
+    """(level, evidence) from ``readiness.yaml``; without an entry a usable profile is *documented*, others *announced*."""
+    entry = _readiness_table().get(system.id)
+    if entry:
+        return entry["level"], f"{entry['evidence']} ({entry['date']})"
+    return ("documented" if system.status != "announced" else "announced"), None
