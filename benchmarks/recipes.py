@@ -158,7 +158,7 @@ def aifactory(*words: str) -> Done:
 
 def import_libraries() -> None:
     """What every run imports. No thread is started and no tensor made, so that a child may be forked safely."""
-    for name in ("torch", "transformers", "peft", "aifactory_train.training.trainer", "aifactory_train.data"):
+    for name in ("torch", "transformers", "peft", "aifactory_train.training.start", "aifactory_train.data"):
         importlib.import_module(name)
 
 

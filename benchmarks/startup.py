@@ -28,7 +28,7 @@ IMPORTS = (
     "aifactory_train.cli",
     "aifactory_train.config.schema",
     "aifactory_train.data",
-    "aifactory_train.training.trainer",
+    "aifactory_train.training.start",
 )
 
 

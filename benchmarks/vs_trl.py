@@ -148,11 +148,12 @@ def _recipe(spec: dict[str, Any]):
 
 
 def ours(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train with :func:`aifactory_train.training.trainer.train`, documents given; then time the matrix products of a step."""
+    """Train with :func:`aifactory_train.training.start.train`, documents given; then time the matrix products of a step."""
     import resource
 
     import aifactory_train.training.trainer as loop
     from aifactory_train.data import Cursor
+    from aifactory_train.training.start import train
 
     class Given(loop.Sampler):
         """The documents of every step as planned."""
@@ -181,7 +182,7 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
     loop.Sampler = Given
     loop.Trainer.train_step = timed
     folder = Path(spec["scratch"]) / f"run-{time.time_ns()}"
-    loop.train(_recipe(spec), folder, quiet=True)
+    train(_recipe(spec), folder, quiet=True)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     seconds, own_seconds, flop = products.time() if spec["ceiling"] else (0.0, 0.0, 0.0)

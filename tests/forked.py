@@ -35,7 +35,7 @@ def preload(*, deepspeed: bool = False) -> None:
 
     transformers.logging.disable_progress_bar()
     import aifactory_train.parallel.fsdp
-    import aifactory_train.training.trainer  # noqa: F401
+    import aifactory_train.training.start  # noqa: F401
 
     if deepspeed:
         from aifactory_train.parallel.deepspeed import import_deepspeed

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         recipe = load_recipe(args.recipe, licences.overrides(args))
         licences.gate(recipe)
         folder = args.run_dir or (default_run_dir(recipe, args.name) if args.name else None)
-        from aifactory_train.training.trainer import train
+        from aifactory_train.training.start import train
 
         return train(recipe, folder, resume=args.resume, quiet=args.quiet, attempt=args.attempt, stop_at=args.stop_at)
     except UserError as error:

@@ -20,28 +20,31 @@ import torch.distributed as dist
 from aifactory_train.methods.pairs import HeldOutLabels, LabelledTokens, Mismatched, PairedTokens, Some
 from aifactory_train.methods.preference_loss import SUMS, Judged
 from aifactory_train.methods.reference import AsInTraining, Reference, on_kernels, score
+from aifactory_train.methods.supervised import Supervised
+from aifactory_train.parallel.batches import micro_batch
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
     from aifactory_train.data import PreparedData
+    from aifactory_train.methods.base import RunContext, StepContext
     from aifactory_train.parallel.engine import DeviceBatch
-    from aifactory_train.training.trainer import Trainer
 
 #: Desirable answers times their weight over undesirable ones times theirs should lie here (Ethayarajh et al. 2024, section 4).
 BALANCE = (1.0, 4 / 3)
 
 
-class Preference:
+class Preference(Supervised):
     """The preference method of a run: its views on the data, its reference, batches and figures."""
 
     def __init__(self, recipe: Recipe):
         assert recipe.methods.preference is not None
-        self.recipe, self.settings = recipe, recipe.methods.preference
+        super().__init__(recipe)
+        self.settings = recipe.methods.preference
         self.paired = self.settings.kind != "kto"
         self.reference = Reference()
         self.mixed: Mismatched | None = None  # KTO: exchanged answers of the run's documents
         self.baseline = 0.0
-        self.units = self.replay_tokens = 1  # of the step
+        self.units_of_step = self.replay_tokens = 1
         self.replays = any(source.share is not None for source in recipe.data.train)
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
 
@@ -79,49 +82,49 @@ class Preference:
 
     # ---- the reference
 
-    def begin(self, trainer: Trainer, *, resumed: bool) -> None:
+    def prepare(self, run: RunContext, *, resumed: bool) -> list[tuple[str, str, str]]:
         """Compute the reference's log-probabilities of the run's documents, or read them when the run goes on."""
-        self.sums = self.sums.to(trainer.world.device)
+        self.sums = self.sums.to(run.world.device)
         if self.settings.kind == "orpo":
-            trainer.report.add("reference", "none", "ORPO needs none")
-            return
-        wanted = self._documents_of_run(trainer)
+            return [("reference", "none", "ORPO needs none")]
+        wanted = self._documents_of_run(run)
         if not self.paired:
-            base = trainer.data.train.base  # type: ignore[attr-defined]
+            base = run.data.train.base  # type: ignore[attr-defined]
             self.mixed = Mismatched(base, wanted, self.recipe.data.sequence_length)
         if resumed:
-            line = self.reference.read(trainer, wanted)
+            line = self.reference.read(run, wanted)
         else:
-            line = self.reference.compute(trainer, wanted, self.mixed)
-            if trainer.world.is_main:
-                self.reference.write(trainer)
-        trainer.report.add("reference", *line)
+            line = self.reference.compute(run, wanted, self.mixed)
+            if run.world.is_main:
+                self.reference.write(run)
         for name, sides in (self.reference.held or {}).items():
-            trainer.data.evals[name].reference = sides  # type: ignore[attr-defined]
+            run.data.evals[name].reference = sides  # type: ignore[attr-defined]
+        return [("reference", *line)]
 
-    def _documents_of_run(self, trainer: Trainer) -> np.ndarray:
+    def _documents_of_run(self, run: RunContext) -> np.ndarray:
         """Judged documents that the run's steps will use, int64, sorted."""
         from aifactory_train.data import Cursor
 
-        train_set: Any = trainer.data.train
+        train_set: Any = run.data.train
         seen = np.zeros(len(train_set), dtype=bool)
         seen[train_set.replayed] = True  # imitated, not judged
         cursor = Cursor(0, 0)
-        for _ in range(trainer.total_steps):
+        for _ in range(run.total_steps):
             if seen.all():
                 break
-            units, cursor = trainer.sampler.step(cursor)
+            units, cursor = run.sampler.step(cursor)
             seen[units] = True
         return train_set.documents(np.flatnonzero(seen & ~train_set.replayed))
 
     # ---- a step
 
-    def before_step(self, trainer: Trainer, units: np.ndarray) -> None:
+    def before_step(self, step: StepContext) -> None:
         """Count the step's units; KTO: z0, the mean log-ratio of exchanged answers over all of the step's questions, at least 0."""
-        train_set: Any = trainer.data.train
+        run, units = step.run, step.documents
+        train_set: Any = run.data.train
         self.sums.zero_()
         replayed = train_set.replayed[units]
-        self.units = max(1, int((~replayed).sum()))
+        self.units_of_step = max(1, int((~replayed).sum()))
         self.replay_tokens = max(1, int(train_set.supervised[units[replayed]].sum()))
         if self.settings.kind != "kto":
             return
@@ -130,18 +133,16 @@ class Preference:
         self.baseline = 0.0
         if len(judged):
             places = np.searchsorted(self.mixed.documents, judged)
-            now = score(trainer, Some(self.mixed, places), most=len(places), module=AsInTraining(trainer))
+            now = score(run, Some(self.mixed, places), most=len(places), module=AsInTraining(run))
             self.baseline = max(0.0, float((now - self.reference.exchanged[judged]).mean()))
 
-    def micro_batch(self, trainer: Trainer, share: np.ndarray) -> tuple[DeviceBatch, np.ndarray, np.ndarray]:
+    def micro_batch(self, run: RunContext, share: np.ndarray) -> tuple[DeviceBatch, np.ndarray, np.ndarray]:
         """(batch, its documents, their lengths) of the units ``share``; documents are those of the view's ``base``."""
-        from aifactory_train.parallel.batches import micro_batch
-
-        train_set: Any = trainer.data.train
-        device, base = trainer.world.device, train_set.base
+        train_set: Any = run.data.train
+        device, base = run.world.device, train_set.base
         units = np.asarray(share, dtype=np.int64)
         documents = train_set.documents(units)
-        batch = micro_batch(base, documents, self.recipe.data.batching, trainer.pad_id, device)
+        batch = micro_batch(base, documents, self.recipe.data.batching, run.pad_id, device)
         per_unit = np.where(train_set.replayed[units], 1, 2 if self.paired else 1)
         replayed = np.repeat(train_set.replayed[units], per_unit)
         counts = base.supervised[documents]
@@ -158,12 +159,16 @@ class Preference:
             replayed=torch.from_numpy(np.flatnonzero(replayed)).to(device),
             replay_tokens=int(counts[replayed].sum()),
             # the loop divides by the units of the step
-            replay_scale=self.settings.replay_weight * self.units / self.replay_tokens,
+            replay_scale=self.settings.replay_weight * self.units_of_step / self.replay_tokens,
             baseline=self.baseline,
             sums=self.sums,
-            kernels=on_kernels(trainer),
+            kernels=on_kernels(run),
         )
         return batch, documents, base.lengths[documents]
+
+    def units(self, supervised: int) -> int:
+        """The loss is a mean over the step's pairs (KTO: judged answers)."""
+        return self.units_of_step
 
     def figures(self) -> dict[str, float]:
         """Of the step, over all ranks: ``reward_margin`` (mean over good minus mean over bad answers), for pairs ``reward_accuracy``
@@ -186,7 +191,7 @@ class Preference:
             out["kl"] = self.baseline
         judged = found["good_answers"] + found["bad_answers"]
         if self.replays and judged:
-            out["preference_loss"] = found["preference_loss"] / self.units
+            out["preference_loss"] = found["preference_loss"] / self.units_of_step
         if found["replay_tokens"]:
             out["replay_loss"] = found["replay_nll"] / found["replay_tokens"]
         return out

@@ -20,7 +20,7 @@ from aifactory_train.methods.pairs import Mismatched, Some
 from aifactory_train.model.token_logps import TokenLogps
 
 if TYPE_CHECKING:
-    from aifactory_train.training.trainer import Trainer
+    from aifactory_train.methods.base import RunContext
 
 REFERENCE_FILE = "reference_logps.json"
 #: The sides of a held-out set that are scored: the set itself, the worse answers, the exchanged ones.
@@ -42,20 +42,20 @@ class Reference:
 
     # ---- computing it
 
-    def compute(self, trainer: Trainer, wanted: np.ndarray, mixed: Mismatched | None) -> tuple[str, str]:
+    def compute(self, run: RunContext, wanted: np.ndarray, mixed: Mismatched | None) -> tuple[str, str]:
         """Score the ``wanted`` documents, KTO's exchanged ones (``mixed``) and the held-out ones; collective.
 
         Returns what the start-up report says of it: what was done, and at what cost.
         """
         started = time.perf_counter()
-        base = trainer.data.train.base  # type: ignore[attr-defined]
-        self.train = self._score(trainer, Some(base, wanted), len(base), wanted)
+        base = run.data.train.base  # type: ignore[attr-defined]
+        self.train = self._score(run, Some(base, wanted), len(base), wanted)
         scored, tokens = len(wanted), int(base.lengths[wanted].sum())
         if mixed is not None:
-            self.exchanged = self._score(trainer, mixed, len(base), wanted)
+            self.exchanged = self._score(run, mixed, len(base), wanted)
             scored, tokens = 2 * scored, tokens + int(mixed.lengths.sum())
-        if evaluates(trainer):
-            self.held = {name: self._held_out(trainer, held) for name, held in trainer.data.evals.items()}
+        if evaluates(run):
+            self.held = {name: self._held_out(run, held) for name, held in run.data.evals.items()}
             scored += sum(int(np.isfinite(v).sum()) for sides in self.held.values() for v in sides.values())
         seconds = time.perf_counter() - started
         return (
@@ -63,20 +63,20 @@ class Reference:
             f"{tokens:,} training tokens once, without gradients; {self.nbytes() / 2**20:.3g} MiB kept in {REFERENCE_FILE}, no second model",
         )
 
-    def _score(self, trainer: Trainer, documents: Any, total: int, places: np.ndarray) -> np.ndarray:
+    def _score(self, run: RunContext, documents: Any, total: int, places: np.ndarray) -> np.ndarray:
         """Log-probabilities by the operator that training uses, in ``places`` of an array of ``total``."""
-        trainer.attempt.beat(trainer.step, "reference")
-        scored = score(trainer, documents, most=len(places), module=AsInTraining(trainer))
+        run.beat("reference")
+        scored = score(run, documents, most=len(places), module=AsInTraining(run))
         out = np.full(total, np.nan)
         out[places] = scored
         return out
 
-    def _held_out(self, trainer: Trainer, held: Any) -> dict[str, np.ndarray]:
+    def _held_out(self, run: RunContext, held: Any) -> dict[str, np.ndarray]:
         """As :func:`aifactory_train.evaluation.evaluate.evaluate` will score the policy: the same rows in the same micro-batches."""
-        trainer.attempt.beat(trainer.step, "reference")
+        run.beat("reference")
         sides = {side: held if side == "own" else getattr(held, side, None) for side in SIDES}
-        most = trainer.recipe.data.eval_rows
-        return {side: score(trainer, rows, most=most) for side, rows in sides.items() if rows is not None}
+        most = run.recipe.data.eval_rows
+        return {side: score(run, rows, most=most) for side, rows in sides.items() if rows is not None}
 
     def nbytes(self) -> int:
         """Bytes in memory."""
@@ -85,27 +85,27 @@ class Reference:
 
     # ---- keeping it
 
-    def write(self, trainer: Trainer) -> None:
+    def write(self, run: RunContext) -> None:
         """Into the run folder; called by rank 0."""
         from aifactory_train.core.files import write_json
         from aifactory_train.metrics.bootstrap import packed
 
-        content: dict[str, Any] = {"what": "log-probabilities, float64, base64", **self._digests(trainer)}
+        content: dict[str, Any] = {"what": "log-probabilities, float64, base64", **self._digests(run)}
         found = {"reference": self.train, "exchanged": self.exchanged}
         content.update({name: packed(values) for name, values in found.items() if values is not None})
         if self.held is not None:
             content["held_out"] = {
                 name: {side: packed(values) for side, values in sides.items()} for name, sides in self.held.items()
             }
-        write_json(trainer.run.path / REFERENCE_FILE, content)
+        write_json(run.folder.path / REFERENCE_FILE, content)
 
-    def read(self, trainer: Trainer, wanted: np.ndarray) -> tuple[str, str]:
+    def read(self, run: RunContext, wanted: np.ndarray) -> tuple[str, str]:
         """What :meth:`write` left. Raises :class:`UserError` where it is of other rows, or does not cover this run's."""
         from aifactory_train.core.files import read_json
         from aifactory_train.metrics.bootstrap import unpacked
 
-        path = trainer.run.path / REFERENCE_FILE
-        found, here = read_json(path), self._digests(trainer)
+        path = run.folder.path / REFERENCE_FILE
+        found, here = read_json(path), self._digests(run)
         if found["data"] != here["data"]:
             raise UserError("the reference was computed on other rows", where=str(path), fix=_FIX)
         self.train = unpacked(found["reference"])
@@ -115,7 +115,7 @@ class Reference:
             raise UserError(
                 f"the reference was not computed for {missing} of this run's documents", where=str(path), fix=_FIX
             )
-        if evaluates(trainer):
+        if evaluates(run):
             self._read_held_out(found, here, path)
         return ("the model before its first step, read", f"{path.name} of this run; not computed again")
 
@@ -129,25 +129,25 @@ class Reference:
             for name, sides in found["held_out"].items()
         }
 
-    def _digests(self, trainer: Trainer) -> dict[str, Any]:
+    def _digests(self, run: RunContext) -> dict[str, Any]:
         from aifactory_train.data.digest import data_digest
 
-        rows = trainer.recipe.data.eval_rows
-        evals = {name: f"{data_digest(held)} {rows}" for name, held in trainer.data.evals.items()}
-        return {"data": data_digest(trainer.data.train), "evals": evals}
+        rows = run.recipe.data.eval_rows
+        evals = {name: f"{data_digest(held)} {rows}" for name, held in run.data.evals.items()}
+        return {"data": data_digest(run.data.train), "evals": evals}
 
 
-def evaluates(trainer: Trainer) -> bool:
+def evaluates(run: RunContext) -> bool:
     """Whether the run looks at held-out rows at all."""
-    settings = trainer.recipe.eval
+    settings = run.recipe.eval
     return settings.before or settings.after or settings.every_steps is not None
 
 
 class AsInTraining:
     """The engine's module, scoring tokens by the operator that training uses: reference and policy then round alike."""
 
-    def __init__(self, trainer: Trainer):
-        self.module, self.how = trainer.engine.module, TokenLogps(on_kernels(trainer))
+    def __init__(self, run: RunContext):
+        self.module, self.how = run.engine.module, TokenLogps(on_kernels(run))
 
     @property
     def training(self) -> bool:
@@ -163,32 +163,32 @@ class AsInTraining:
         return -self.module(**batch, judged=self.how)
 
 
-def on_kernels(trainer: Trainer) -> bool:
+def on_kernels(run: RunContext) -> bool:
     """Whether log-probabilities come from the registered operator."""
-    return trainer.recipe.kernels.enabled != "off" and trainer.world.device != "cpu"
+    return run.recipe.kernels.enabled != "off" and run.world.device != "cpu"
 
 
-def score(trainer: Trainer, documents: Any, *, most: int, module: Any = None) -> np.ndarray:
+def score(run: RunContext, documents: Any, *, most: int, module: Any = None) -> np.ndarray:
     """Log-probabilities of at most ``most`` documents (evenly spaced) as the model is now, float64, the same on all ranks."""
     from aifactory_train.evaluation.likelihood import held_out
 
     scored = held_out(
-        module or trainer.engine.module,
+        module or run.engine.module,
         documents,
         max_rows=most,
-        batching=trainer.recipe.data.batching,
-        pad_id=trainer.pad_id,
-        device=trainer.world.device,
-        micro_batch_tokens=trainer.recipe.train.micro_batch_tokens,
-        rank=trainer.world.rank,
-        world_size=trainer.world.size,
-        autocast=autocast_of(trainer),
+        batching=run.recipe.data.batching,
+        pad_id=run.pad_id,
+        device=run.world.device,
+        micro_batch_tokens=run.recipe.train.micro_batch_tokens,
+        rank=run.world.rank,
+        world_size=run.world.size,
+        autocast=autocast_of(run),
     )
     return -scored.nll
 
 
-def autocast_of(trainer: Trainer) -> torch.dtype | None:
+def autocast_of(run: RunContext) -> torch.dtype | None:
     """The type that forward passes outside of the engine compute in; None where parameters have it already."""
-    policy = trainer.precision
+    policy = run.precision
     mixed = policy.compute != policy.parameters or policy.compute != policy.frozen
     return policy.compute if mixed else None

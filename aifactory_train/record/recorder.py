@@ -1,7 +1,7 @@
-"""The recorder: what the loop tells, written down as it happens.
+"""The recorder: what the loop says (:mod:`aifactory_train.record.events`), written down as it happens.
 
 Rank 0 writes the record; the first rank of every node measures that node's energy. No call can end a training: an error of the
-recorder is printed once, kept in the record, and the training goes on. No call takes part in a collective but :meth:`Recorder.start`.
+recorder is printed once, kept in the record, and the training goes on. No call takes part in a collective.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -23,7 +22,9 @@ from aifactory_train.core.missing import is_missing, missing
 from aifactory_train.model import flops
 from aifactory_train.record import aiact, collect
 from aifactory_train.record.chain import Chain, fold, now, plain, read_events
+from aifactory_train.record.devices import peak_memory
 from aifactory_train.record.digests import describe, files_below, tree_digest
+from aifactory_train.record.events import Evaluated, Event, Exported, Incident, RunEnded, RunStarted, StepDone
 from aifactory_train.record.files import (
     DATA_MANIFEST,
     EVENTS,
@@ -39,7 +40,6 @@ from aifactory_train.run.folder import RunFolder
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
     from aifactory_train.parallel.world import World
-    from aifactory_train.training.trainer import Trainer
 
 #: Seconds between two progress events: what a kill can lose.
 PROGRESS_S = 60.0
@@ -69,13 +69,21 @@ def _content_of(key: str, section: Any) -> Any:
 
 
 class Recorder:
-    """Writes the record of one attempt. Call :meth:`start` on every rank; the other calls do nothing off rank 0."""
+    """Writes the record of one attempt. It hears the events of every rank; off rank 0 it only measures energy."""
 
-    def __init__(self, run: RunFolder, world: World, recipe: Recipe, attempt: int | None = None):
+    def __init__(
+        self,
+        run: RunFolder,
+        world: World,
+        recipe: Recipe,
+        attempt: int | None = None,
+        write_pack: Callable[[RunFolder], Any] | None = None,
+    ):
         self.run, self.world, self.recipe = run, world, recipe
         self.chain = Chain(run.path / EVENTS)
         self.private = recipe.privacy.profile != "open"
         self._named_attempt = attempt
+        self._write_pack = write_pack  # after a finished run: report and evidence pack
         self.attempt = "001"
         self._errors: dict[str, str] = {}
         self._meter: Any = None
@@ -86,9 +94,6 @@ class Recorder:
         self._first = self._last = 0
         self._lengths: Any = None
         self._supervised: Any = None
-        self._trackers: list[Any] = []
-        self._protection: dict[str, Any] = {"profile": recipe.privacy.profile}
-        self._outcome: tuple[str, str | None] = ("failed", "the training ended without saying how")
         self._began, self._started = time.monotonic(), now()
         self._reported = self._began
         self._active = False
@@ -98,72 +103,33 @@ class Recorder:
         self._earlier = 0.0
         self._step_cost = 0.0
 
-    # ---- as a context: whatever way the training ends, the attempt is closed
+    # ---- what it hears
 
-    def under(self, protection: dict[str, Any]) -> Recorder:
-        """What the privacy profile put into force, for the record; gives the recorder back."""
-        self._protection = protection
-        return self
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def ended(self, code: int, reason: str | None = None) -> int:
-        """Remember how the training ended; gives ``code`` back."""
-        self._outcome = ({0: "finished", 75: "stopped"}.get(code, "failed"), reason)
-        return code
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            text = kind.__name__ if kind is not None and self.private else f"{type(error).__name__}: {error}"
-            self._outcome = ("failed", text.splitlines()[0][:500])
-        self.end(*self._outcome)
+    def hear(self, event: Event) -> None:
+        """Write down what the loop says; a listener of the run's event bus, on every rank."""
+        if isinstance(event, StepDone):
+            self.step(event.metrics, event.documents, event.shares)
+        elif isinstance(event, RunStarted):
+            self.start(event)
+        elif isinstance(event, Evaluated):
+            self.evaluated(event.when, event.figures, event.step)
+        elif isinstance(event, Incident):
+            self.incident(event.action, event.step, event.why, event.documents)
+        elif isinstance(event, Exported):
+            self.exported(event.result)
+        elif isinstance(event, RunEnded):
+            self.end(event.state, event.reason)
 
     # ---- start
 
-    def start(self, trainer: Trainer) -> None:
-        """All ranks: name the devices to each other, start the meters; rank 0 writes the first event of this attempt."""
-        devices = self._gather_devices()
-        self._first = self._last = trainer.step
-        self._start_meter(devices)
+    def start(self, event: RunStarted) -> None:
+        """All ranks: the first one of every node starts its meter; rank 0 writes the first event of this attempt."""
+        self.attempt = self._attempt_number() or "001"
+        self._nodes = len({host for host, _ in event.devices})
+        self._first = self._last = event.step
+        self._start_meter(event.devices)
         if self.world.is_main:
-            self._write_start(trainer, devices)
-
-    def _gather_devices(self) -> list[tuple[str, dict[str, Any]]]:
-        """``(host, device)`` of every rank, and the attempt's number from rank 0; the one collective."""
-        if self.world.is_main:
-            self.attempt = self._attempt_number() or "001"
-        mine = (self.world.host, self._device() or {"model": "unknown"}, self.attempt)
-        found: list[Any] = [mine]
-        if self.world.size > 1:
-            import torch.distributed as dist
-
-            found = [None] * self.world.size
-            dist.all_gather_object(found, mine)
-        self.attempt = found[0][2]
-        self._nodes = len({host for host, _, _ in found})
-        return [(host, device) for host, device, _ in found]
-
-    @_never_breaks
-    def _device(self) -> dict[str, Any]:
-        if self.world.device == "cpu":
-            return {"model": _processor(), "kind": "cpu"}
-        import torch
-
-        facts = torch.cuda.get_device_properties(self.world.device)
-        pci = None
-        if hasattr(facts, "pci_bus_id"):
-            pci = f"{getattr(facts, 'pci_domain_id', 0):04x}:{facts.pci_bus_id:02x}:{getattr(facts, 'pci_device_id', 0):02x}"
-        uuid = getattr(facts, "uuid", None)
-        return {
-            "model": facts.name,
-            "kind": "gpu",
-            "vendor": "amd" if torch.version.hip else "nvidia",
-            "uuid": str(uuid) if uuid else None,
-            "pci": pci,
-            "memory_bytes": facts.total_memory,
-            "runtime": torch.version.hip or torch.version.cuda,
-        }
+            self._write_start(event)
 
     @_never_breaks
     def _attempt_number(self) -> str:
@@ -174,7 +140,7 @@ class Recorder:
         return f"{max((int(n) for n in known), default=0) + 1:03d}"
 
     @_never_breaks
-    def _start_meter(self, devices: list[tuple[str, dict[str, Any]]]) -> None:
+    def _start_meter(self, devices: Sequence[tuple[str, dict[str, Any]]]) -> None:
         if not self.recipe.record.energy or self.world.local_rank != 0:
             return  # one reader per node
         from aifactory_train.energy import Device, NodeMeter, find_readers
@@ -186,11 +152,11 @@ class Recorder:
         self._meter.start()
 
     @_never_breaks
-    def _write_start(self, trainer: Trainer, devices: list[tuple[str, dict[str, Any]]]) -> None:
+    def _write_start(self, event: RunStarted) -> None:
         from aifactory_train.sources import resolve_model
 
-        recipe, report, data, resumed_at = self.recipe, trainer.report, trainer.data, trainer.step
-        config = trainer.engine.core.language_model.config.to_dict()
+        recipe, report, data, resumed_at = self.recipe, event.report, event.data, event.step
+        config = event.model_config
         before = self._known()
         values: dict[str, Any] = {}
         if "run" not in before:
@@ -217,12 +183,12 @@ class Recorder:
         values["hparams"] = collect.hparams_section(
             recipe,
             world_size=self.world.size,
-            engine=trainer.engine.name,
-            precision=trainer.precision.describe(),
-            total_steps=trainer.total_steps,
+            engine=event.engine,
+            precision=event.precision,
+            total_steps=event.total_steps,
             choices=report.lines,
         )
-        values["privacy"] = self._protection
+        values["privacy"] = event.protection or {"profile": recipe.privacy.profile}
         found: dict[str, Any] = {
             "data": collect.data_sections(recipe, data.report),
             "data_sets": collect.sets_section(data.report),
@@ -238,7 +204,7 @@ class Recorder:
             json.dumps(plain({"data": sections, "sets": values["data_sets"]}), ensure_ascii=False, indent=1) + "\n",
         )
         values["data_manifest"] = describe([manifest], self.run.path)[0]
-        kinds = [d for _, d in devices]
+        kinds = [d for _, d in event.devices]
         values["compute/device"] = {
             "model": kinds[0].get("model"),
             "kind": kinds[0].get("kind"),
@@ -249,7 +215,6 @@ class Recorder:
             "note": "a GPU is what the scheduler and the framework count: on MI250X one GCD, half a package",
         }
         self._active = True
-        self._open_trackers()
         self._lengths, self._supervised = data.train.lengths, data.train.supervised
         self._count = self._counter(config)
         values["deployment/inference"] = self._inference(config)
@@ -276,12 +241,6 @@ class Recorder:
             if differs:
                 values[f"run/input_changes/{self.attempt}/{key}"] = now_found
         return kept
-
-    @_never_breaks
-    def _open_trackers(self) -> None:
-        from aifactory_train.record.trackers import open_trackers
-
-        self._trackers = open_trackers(self.run, self.recipe, self.failed)
 
     def _known(self) -> dict[str, Any]:
         events, _ = read_events(self.run.path / EVENTS)
@@ -387,10 +346,7 @@ class Recorder:
     # ---- while it trains
 
     def step(self, record: dict[str, Any], documents: Any, shares: Sequence[Sequence[Any]]) -> None:
-        """After each optimizer step: its metrics, its documents, and how they were shared out (rank, micro-batch).
-
-        Adds ``memory_bytes`` (rank 0, at most so far) to the metrics.
-        """
+        """After each optimizer step: its metrics, its documents, and how they were shared out (rank, micro-batch)."""
         if not self._active:
             return
         began = time.perf_counter()
@@ -405,11 +361,7 @@ class Recorder:
             segments = []
             for batch in (b for rank in shares for b in rank if len(b)):
                 segments += [int(self._lengths[batch].max())] * len(batch)
-        record["memory_bytes"] = self._peak_memory()["bytes"]
         self._last = int(record["step"])
-        if self._last % self.recipe.logging.every_steps == 0:
-            for tracker in self._trackers:
-                tracker.log(record)
         sums = self._sums
         sums["steps"] += 1
         sums["tokens"] += int(record["tokens"])
@@ -472,23 +424,9 @@ class Recorder:
             "flop_model_full_attention": self._work.model_full_attention,
             "flop_executed": self._work.executed,
             "flop_counted": self._count is not None,
-            "peak_memory_bytes": self._peak_memory(),
+            "peak_memory_bytes": peak_memory(self.world.device),
             "recorder_s": round(self._step_cost, 4),
             "errors": dict(self._errors),
-        }
-
-    def _peak_memory(self) -> dict[str, Any]:
-        if self.world.device == "cpu":
-            return {
-                "kind": "resident set of rank 0",
-                "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            }
-        import torch
-
-        return {
-            "kind": "allocated on the device of rank 0",
-            "bytes": torch.cuda.max_memory_allocated(self.world.device),
-            "reserved": torch.cuda.max_memory_reserved(self.world.device),
         }
 
     def _energy(self, attempts: dict[str, Any]) -> dict[str, Any]:
@@ -512,8 +450,6 @@ class Recorder:
         if not self._active:
             return
         place = f"eval/{when}" if when != "during" else f"eval/during/{step:09d}"
-        for tracker in self._trackers:
-            tracker.log({**without_samples(figures), "kind": "eval", "step": step})
         self.chain.append("evaluated", {place: {"step": step, **without_samples(figures)}}, when)
 
     @_never_breaks
@@ -550,14 +486,10 @@ class Recorder:
         if self._digesting is not None:
             self._digesting.join(timeout=600)
         self._wait_for_other_nodes()
-        for tracker in self._trackers:
-            tracker.finish(state)
         self.progress(state, cause, kind="attempt-ended")
         self._active = False
-        if state == "finished" and self.recipe.record.pack:
-            from aifactory_train.report.pack import write_pack
-
-            write_pack(self.run, say=None)
+        if state == "finished" and self.recipe.record.pack and self._write_pack is not None:
+            self._write_pack(self.run)
 
     def _wait_for_other_nodes(self, patience_s: float = 5.0) -> None:
         """The other nodes' last readings, if they come soon."""
@@ -578,16 +510,6 @@ class Recorder:
             return
         self._errors[where] = text
         print(f"record: {where} failed and is missing from the record: {text}", file=sys.stderr, flush=True)
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        return "processor (unknown)"
-    return "processor (unknown)"
 
 
 __all__ = ["DATA_MANIFEST", "EVENTS", "RECORD", "Recorder", "is_missing", "load_record", "totals", "write_record"]

@@ -14,12 +14,33 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.record.events import Evaluated, Event, RunEnded, RunStarted, StepDone
+from aifactory_train.record.files import without_samples
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
     from aifactory_train.run.folder import RunFolder
 
 _NEEDS = "pip install -c constraints.txt 'aifactory-train[tracking]'"
+
+
+class Trackers:
+    """Listens to a run (rank 0) and hands its figures to the trackers that the recipe asks for."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, failed: Callable[[str, BaseException], None]):
+        self._every, self._open = recipe.logging.every_steps, lambda: open_trackers(run, recipe, failed)
+        self._trackers: list[Any] = []
+
+    def hear(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self._trackers = self._open()
+        for tracker in self._trackers:
+            if isinstance(event, StepDone) and int(event.metrics["step"]) % self._every == 0:
+                tracker.log(event.metrics)
+            elif isinstance(event, Evaluated):
+                tracker.log({**without_samples(event.figures), "kind": "eval", "step": event.step})
+            elif isinstance(event, RunEnded):
+                tracker.finish(event.state)
 
 
 def open_trackers(run: RunFolder, recipe: Recipe, failed: Callable[[str, BaseException], None]) -> list[Any]:

@@ -8,15 +8,11 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from aifactory_train.config.schema import GuardConfig
 from aifactory_train.core.errors import RunFailed
-from aifactory_train.core.output import note
-
-if TYPE_CHECKING:
-    from aifactory_train.data import Cursor
-    from aifactory_train.training.trainer import Trainer
 
 #: Losses that the median of a spike is taken over, and how many there must be before anything counts as one.
 WINDOW, ENOUGH = 32, 8
@@ -64,33 +60,10 @@ class Guard:
         self.losses, self.incidents = list(state["losses"]), int(state["incidents"])
 
 
-def leave_out(trainer: Trainer, verdict: Verdict, next_cursor: Cursor, documents: Any) -> dict[str, Any]:
-    """The guard objected: leave this step's batch out, after going back to the last good checkpoint if it says so.
-
-    Returns the step's record for the metrics. Raises :class:`RunFailed` where the policy is to stop.
-    """
-    trainer.engine.discard()
-    number, why = trainer.step + 1, verdict.why
-    action, at = verdict.action, f"step {number}: {why}"
-    if action == "rollback":
-        trainer.checkpoints.wait()
-        good = trainer.checkpoints.choose()
-        if good is None:
-            action, why = "stop", f"{why}; there is no checkpoint to roll back to"
-        else:
-            at += f"; weights of step {good}"
-            trainer.checkpoints.load(good)
-    if action == "stop":
-        raise RunFailed(
-            f"step {number}: {why}",
-            where=str(trainer.run.path),
-            fix="lower train.learning_rate, look at the rows with logging.row_ids, or set guard.on_nonfinite / on_spike",
-        )
-    if trainer.world.is_main:
-        note(f"{action}: {at}")
-        trainer.recorder.incident(action, number, why, documents)
-    trainer.cursor, trainer.step = next_cursor, number
-    record = {"kind": action, "step": number, "why": at, "rows": len(documents)}
-    if trainer.recipe.logging.row_ids:
-        record["row_ids"] = [trainer.data.train.row_id(int(i)) for i in documents]
-    return record
+def stopped_by_guard(step: int, why: str, run: Path) -> RunFailed:
+    """The error of a run whose policy is to stop."""
+    return RunFailed(
+        f"step {step}: {why}",
+        where=str(run),
+        fix="lower train.learning_rate, look at the rows with logging.row_ids, or set guard.on_nonfinite / on_spike",
+    )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
 import sys
 import time
 from typing import Any
@@ -11,15 +14,22 @@ from typing import Any
 from aifactory_train.core import output
 from aifactory_train.core.files import read_json, write_atomic, write_json
 from aifactory_train.metrics import ANSWER_METRICS, LIKELIHOOD_METRICS, PREFERENCE_METRICS
+from aifactory_train.record.events import Evaluated, Event, Incident, RunEnded, StepDone
 from aifactory_train.run.folder import RunFolder
 
 
 class MetricsLog:
-    """Appends records to ``metrics.jsonl`` and TensorBoard (rank 0 only; elsewhere every call does nothing)."""
+    """Appends rows to ``metrics.jsonl`` and TensorBoard (rank 0 only; elsewhere every call does nothing).
 
-    def __init__(self, run: RunFolder, *, enabled: bool, tensorboard: bool):
-        self.run, self.enabled, self.tensorboard = run, enabled, tensorboard
+    Rows that could not be written (a full disk) are kept and written before the next one, so that a run which outlives the trouble
+    has no hole in its curve.
+    """
+
+    def __init__(self, run: RunFolder, *, enabled: bool, tensorboard: bool, every: int = 1):
+        self.run, self.enabled, self.tensorboard, self.every = run, enabled, tensorboard, every
         self._file: Any = None
+        self._whole = 0  # bytes of the file that are whole rows
+        self._waiting: list[bytes] = []
         self._board: Any = None
 
     def open(self, step: int) -> None:
@@ -37,31 +47,61 @@ class MetricsLog:
                 if record.get("step", 0) <= step:
                     kept.append(line)
             write_atomic(path, "".join(line + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+        self._whole = self._file.seek(0, 2)
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self.run.tensorboard), purge_step=step + 1 if step else None)
 
-    def write(self, record: dict[str, Any], *, every: int = 1, last: bool = False) -> None:
-        """One record. Of training steps every ``every``-th and the last one; a step that the guard left out is never dropped."""
+    def hear(self, event: Event) -> None:
+        """Every step's figures, what the guard left out, and evaluations between steps."""
+        if isinstance(event, StepDone):
+            self.write(event.metrics, last=event.last)
+        elif isinstance(event, Incident):
+            self.write(event.metrics)
+        elif isinstance(event, Evaluated) and event.when == "during":
+            self.write({"kind": "eval", "step": event.step, **event.figures})
+        elif isinstance(event, RunEnded):
+            self.close()
+
+    def write(self, record: dict[str, Any], *, last: bool = False) -> None:
+        """One row. Of training steps every ``every``-th and the last one; a step that the guard left out is never dropped."""
         trained = record.get("kind", "train") == "train"
-        if self._file is None or (trained and record.get("step", 0) % every and not last):
+        if self._file is None or (trained and record.get("step", 0) % self.every and not last):
             return
-        self._file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-        self._file.flush()
+        self._waiting.append((json.dumps(record, ensure_ascii=False, default=str) + "\n").encode())
+        self._flush()
         if self._board is not None:
             kind = record.get("kind", "train")
             for key, value in record.items():
                 if key not in ("step", "kind") and isinstance(value, (int, float)) and not isinstance(value, bool):
                     self._board.add_scalar(f"{kind}/{key}", value, record.get("step", 0))
 
+    def _flush(self) -> None:
+        """All waiting rows, or none of a row: what was written of one that failed is taken back."""
+        while self._waiting:
+            row = self._waiting[0]
+            try:
+                if self._file.write(row) != len(row):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.run.metrics_file))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(self._whole)
+                raise
+            self._whole += len(row)
+            del self._waiting[0]
+
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            try:
+                self._flush()
+            finally:
+                self._file.close()
+                self._file = None
         if self._board is not None:
             self._board.close()
-        self._file = self._board = None
+            self._board = None
 
 
 class Progress:
@@ -97,6 +137,11 @@ class Progress:
     def __exit__(self, *exc) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def hear(self, event: Event) -> None:
+        """The line moves on with every optimizer step."""
+        if isinstance(event, StepDone):
+            self.update(event.metrics)
 
     def update(self, record: dict[str, Any]) -> None:
         if not self.enabled:

@@ -1,27 +1,17 @@
-"""Whether the largest micro-batch fits, before the first step."""
+"""Which documents make the largest micro-batch of a run, for a trial before the first step."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from aifactory_train.parallel.memory_advice import explain_memory
-
-if TYPE_CHECKING:
-    from aifactory_train.training.trainer import Trainer
+import numpy as np
 
 
-def probe_largest_batch(trainer: Trainer) -> None:
-    """On a GPU, run the largest micro-batch once before the first step, so that running out of memory shows at once."""
-    if trainer.world.device == "cpu":
-        return
-    lengths = trainer.data.train.lengths
-    order = lengths.argsort()[::-1]
-    budget, chosen = trainer.recipe.train.micro_batch_tokens, []
+def largest_micro_batch(lengths: np.ndarray, micro_batch_tokens: int) -> np.ndarray:
+    """Documents (int64 ``[K]``, at least one) that fill ``micro_batch_tokens`` with the longest of ``lengths`` (int ``[N]``)."""
+    order = np.asarray(lengths).argsort()[::-1]
+    budget, chosen = micro_batch_tokens, []
     for index in order:
         if int(lengths[index]) > budget:
             break
         chosen.append(int(index))
         budget -= int(lengths[index])
-    with explain_memory(trainer.engine, trainer.recipe, trainer.world):
-        trainer.engine.forward_backward(trainer.micro_batch(chosen or [int(order[0])]), 0.0, last=True)
-    trainer.engine.discard()
+    return np.asarray(chosen or [int(order[0])], dtype=np.int64)

@@ -3,27 +3,29 @@
 A step is defined by its documents, not by who computes them: the sampler names the documents, every rank knows the number of
 supervised tokens among all of them, and each micro-batch adds the gradient of ``sum of losses / that number``. The curve is
 therefore the same for any number of ranks, any accumulation, packed or padded, under every engine.
+
+What happens is said in events (:mod:`aifactory_train.record.events`); nobody else is given the trainer.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from aifactory_train import __version__
 from aifactory_train.config.schema import Recipe
-from aifactory_train.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunFailed, UserError
+from aifactory_train.core.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
 from aifactory_train.core.files import write_json
 from aifactory_train.core.output import note
 from aifactory_train.data import Cursor, PreparedData, Sampler, load_tokenizer, prepare, split_step
+from aifactory_train.data.digest import data_digest
 from aifactory_train.evaluation.evaluate import evaluate, results_file
-from aifactory_train.methods.chosen import Methods
+from aifactory_train.methods.base import RunContext, StepContext
+from aifactory_train.methods.build import method_of
 from aifactory_train.model import position_check
 from aifactory_train.model.base import base_folder
 from aifactory_train.model.generation_config import read_base
@@ -33,115 +35,38 @@ from aifactory_train.model.precision import choose_precision
 from aifactory_train.model.report import ModelReport
 from aifactory_train.parallel.batches import micro_limit
 from aifactory_train.parallel.build import build_engine, choose_engine
-from aifactory_train.parallel.engine import DeviceBatch
 from aifactory_train.parallel.memory_advice import explain_memory
 from aifactory_train.parallel.torch_engine import split_scale
-from aifactory_train.parallel.world import World, from_main, join_world, leave_alone, leave_world, leaves_alone
-from aifactory_train.private.profile import enforce
+from aifactory_train.parallel.world import World, from_main
+from aifactory_train.record.devices import gather_devices, peak_memory
+from aifactory_train.record.events import (
+    Evaluated,
+    EventBus,
+    Exported,
+    Incident,
+    PhaseBegan,
+    RunEnded,
+    RunStarted,
+    Saved,
+    StepDone,
+)
 from aifactory_train.record.recorder import Recorder
-from aifactory_train.run.folder import RunFolder, default_run_dir
-from aifactory_train.run.opening import open_for_training
-from aifactory_train.run.outcome import Attempt, new_attempt
-from aifactory_train.run.ownership import Owner, process_age
+from aifactory_train.record.trackers import Trackers
+from aifactory_train.report.pack import write_pack
+from aifactory_train.run.folder import RunFolder
+from aifactory_train.run.outcome import Attempt
+from aifactory_train.run.ownership import Owner
 from aifactory_train.run.saved import note_saved
 from aifactory_train.sources import resolve_model
 from aifactory_train.training import identity
 from aifactory_train.training.checkpoint import Checkpointer
-from aifactory_train.training.guard import Guard, leave_out
+from aifactory_train.training.guard import Guard, Verdict, stopped_by_guard
+from aifactory_train.training.listeners import Heartbeat, StateFile
 from aifactory_train.training.metrics_log import MetricsLog, Progress, compare_with_plan, print_comparison, print_start
-from aifactory_train.training.probe import probe_largest_batch
+from aifactory_train.training.probe import largest_micro_batch
 from aifactory_train.training.schedule import learning_rate
-from aifactory_train.training.state import restore, trainer_values
+from aifactory_train.training.state import LoopState, refuse_length, refuse_other_rows, same_rates
 from aifactory_train.training.stopping import Best, StopChannels
-
-
-def train(
-    recipe: Recipe,
-    folder: Path | None,
-    *,
-    resume: str | None = None,
-    quiet: bool = False,
-    attempt: int | None = None,
-    stop_at: float | None = None,
-) -> int:
-    """Train ``recipe`` in ``folder`` as one of the ranks that the launcher started; returns the exit code.
-
-    ``attempt`` is the launcher's number of this attempt (default: the next one), ``stop_at`` the end of the allocation in
-    seconds since the epoch.
-    """
-    protected = enforce(recipe, folder)  # before anything is read or written
-    stop = StopChannels(stop_at)  # first: a signal that comes while things are loaded must not be lost
-    world = join_world(recipe.parallel.timeout_s, recipe.parallel.threads)
-    try:
-        return _train_as(world, recipe, folder, stop, protected, resume, quiet, attempt)
-    except BaseException as error:
-        if leaves_alone(world):  # the outcome is written
-            _end_alone(world, error)
-        raise
-    finally:
-        leave_world()
-
-
-def _end_alone(world: World, error: BaseException) -> NoReturn:
-    """End this failed rank without the others, saying what the command line would have said."""
-    from aifactory_train.cli import told
-
-    if isinstance(error, UserError) and not isinstance(error, RunFailed) and not world.is_main:
-        leave_alone(error.exit_code)  # every rank meets the same refusal, and rank 0 prints it
-    if isinstance(error, SystemExit):
-        leave_alone(error.code if isinstance(error.code, int) else EXIT_FAILED)
-    code = EXIT_FAILED
-    try:
-        code = told("train", error)
-    except BaseException:  # what only a traceback explains
-        sys.excepthook(type(error), error, error.__traceback__)
-    leave_alone(code)
-
-
-def _train_as(
-    world: World,
-    recipe: Recipe,
-    folder: Path | None,
-    stop: StopChannels,
-    protected: Any,
-    resume: str | None,
-    quiet: bool,
-    attempt: int | None,
-) -> int:
-    """One rank's attempt. A function of its own: on return nothing holds the process groups any more (`leave_world`)."""
-    # The default name holds the time: one rank decides.
-    run = RunFolder(from_main(world, lambda: folder or default_run_dir(recipe, None)))
-    device = world.device if world.size > 1 else "cpu"  # a lone rank's GPU waits for nobody
-    timeout_s = recipe.parallel.timeout_s
-    owner = Owner(run.path, attempt)
-    with owner, Attempt(run, world.rank, world.local_rank, attempt, timeout_s=timeout_s, device=device) as record:
-        resume_from = from_main(world, lambda: open_for_training(run, resume, recipe, owner))
-        record.training = True
-        if attempt is None:
-            record.begin(from_main(world, lambda: new_attempt(run)))
-        if world.is_main:
-            # The launcher has dealt with earlier requests before it began this attempt. By hand, a later start is the newer word.
-            age = process_age(os.getpid())
-            started = record.started if age is None else time.time() - age
-            stop.watch_file(run.stop_file, since=None if record.closed_by_launcher else started)
-        try:
-            trainer = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet, owner)
-            with trainer.recorder.under(protected) as story:
-                record.code = story.ended(trainer.fit(), record.reason)
-        finally:
-            if world.is_main and not record.closed_by_launcher:
-                _take_stop(run, record)
-    return record.code
-
-
-def _take_stop(run: RunFolder, record: Attempt) -> None:
-    """Where no launcher closes the attempt: the request to stop is answered, and kept with the attempt. Under a launcher the file stays
-    for what judges the attempt, or a stop would look like the end of the time and the run would go on."""
-    try:
-        if record.folder is not None and run.stop_file.exists():
-            os.replace(run.stop_file, record.folder / "stop-request.txt")
-    except OSError as error:
-        note(f"{run.stop_file}: {error.strerror}")
 
 
 class Trainer:
@@ -157,29 +82,60 @@ class Trainer:
         resume: str | None,
         resume_from: int | None,
         quiet: bool,
-        owner: Owner,
+        owner: Owner | None = None,
+        protection: dict[str, Any] | None = None,
     ):
         recipe = recipe.model_copy(deep=True)  # what is settled below is this run's, not the caller's
-        self.owner = owner
         self.recipe, self.run, self.world, self.quiet = recipe, run, world, quiet or not world.is_main
-        self.stop, self.attempt = stop, attempt
-        torch.manual_seed(recipe.train.seed)  # the same adapters on every rank
-
-        generation = read_base(base_folder(recipe))  # first: what an export cannot do without must not fail at the end
-        self.tokenizer = load_tokenizer(recipe)
+        self.stop, self.attempt, self.owner, self.protection = stop, attempt, owner, protection or {}
         self.report = ModelReport()
-        # before the data is prepared, which may take long
-        verdict = from_main(world, lambda: position_check.check(recipe, base_folder(recipe), device=world.device))
-        settled = position_check.settle(recipe, verdict)
-        self.methods = Methods(recipe)
-        prepared = self._prepare()
-        self.data = self.methods.view(prepared)
-        self.inputs = from_main(world, lambda: identity.of_run(recipe, prepared, self.data.train))
-        self.precision, why = choose_precision(recipe, world.device)
-        self.report.add("precision", self.precision.describe(), why)
+        self.state = LoopState(Best(recipe), Guard(recipe.guard))
+        torch.manual_seed(recipe.train.seed)  # the same adapters on every rank
+        self._build_data()
+        self._build_model()
+        self._build_steps()
+        self.checkpoints = Checkpointer(run.checkpoints, recipe, self.engine, world, lambda s: note_saved(run, s))
+        self.checkpoints.prepare()
+        torch.manual_seed(recipe.train.seed * 1_000_003 + world.rank)  # from here on: dropout, different on every rank
+        self._listen()
+        self._try_largest_batch()
+        if resume_from is not None:
+            self._restore(self.checkpoints.choose(None if resume == "auto" else resume_from))
+        for line in self.method.prepare(self.context, resumed=self.step > 0):
+            self.report.add(*line)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
+
+    # ---- before the first step
+
+    def _build_data(self) -> None:
+        """Tokenizer, what the model can take, the method's view of the rows. Rank 0 reads the token cache through, and builds it if
+        need be, while the others wait."""
+        recipe, world = self.recipe, self.world
+        generation = read_base(base_folder(recipe))  # first: what an export cannot do without must not fail at the end
         if generation.mended:
             why = "the base's generation_config.json contradicts itself, and transformers would not save it"
             self.report.add("generation settings of the export", generation.describe(), why)
+        self.tokenizer = load_tokenizer(recipe)
+        # before the data is prepared, which may take long
+        verdict = from_main(world, lambda: position_check.check(recipe, base_folder(recipe), device=world.device))
+        settled = position_check.settle(recipe, verdict)
+        if settled is not None:
+            self.report.add(*settled)
+        self.method = method_of(recipe)
+        from_main(world, lambda: prepare(recipe, self.tokenizer) and None)
+        prepared = prepare(recipe, self.tokenizer, trusted=True)
+        self.data: PreparedData = self.method.view(prepared)
+        self.inputs = from_main(world, lambda: identity.of_run(recipe, prepared, self.data.train))
+
+    def _build_model(self) -> None:
+        """Precision, weights, adapters, operators, engine; what was chosen and why goes into the report."""
+        recipe, world = self.recipe, self.world
+        self.precision, why = choose_precision(recipe, world.device)
+        self.report.add("precision", self.precision.describe(), why)
         name, why = choose_engine(recipe, world)
         core = build_model(
             recipe,
@@ -190,15 +146,14 @@ class Trainer:
             report=self.report,
             sharded=name in ("fsdp2", "hsdp", "zero3"),
         )
-        if settled is not None:
-            self.report.add(*settled)
         apply_operators(core, recipe, device=world.device, engine=name, report=self.report)
         self.engine = build_engine(name, core, recipe, self.precision, world)
         for line in self.engine.describe():
             self.report.add(*line)
 
-        settings = recipe.train
-        train_set = self.data.train
+    def _build_steps(self) -> None:
+        """Which documents each step has, how many steps there are, and what a method may know of both."""
+        settings, train_set = self.recipe.train, self.data.train
         self.sampler = Sampler(
             train_set.lengths, train_set.weights, settings.seed, settings.batch_rows, settings.batch_tokens
         )
@@ -206,60 +161,105 @@ class Trainer:
         if (settings.warmup_steps or 0) > self.total_steps:
             why = f"train.warmup_steps {settings.warmup_steps} are more than the run's {self.total_steps} steps"
             self.report.add("learning rate", f"stays below {settings.learning_rate:g}", why)
-        self.cursor = Cursor(0, 0)
-        self.step = 0  # optimizer steps done
-        self.pad_id = self.data.tokenizer_info["pad_id"]
-        self.best = Best(recipe)
-        self.results: dict[str, Any] = {}
-        self.log = MetricsLog(run, enabled=world.is_main, tensorboard=recipe.logging.tensorboard)
-        self.recorder = Recorder(run, world, recipe, attempt=int(attempt.folder.name) if attempt.folder else None)
-        self.guard = Guard(recipe.guard)
-        self.checkpoints = Checkpointer(run.checkpoints, recipe, self.engine, world, lambda s: note_saved(run, s))
-        self.checkpoints.prepare()
-        torch.manual_seed(settings.seed * 1_000_003 + world.rank)  # from here on: dropout, different on every rank
-        probe_largest_batch(self)
-        if resume_from is not None:
-            restore(self, self.checkpoints.choose(None if resume == "auto" else resume_from))
-        self.methods.begin(self, resumed=self.step > 0)
+        self.context = RunContext(
+            recipe=self.recipe,
+            folder=self.run,
+            world=self.world,
+            data=self.data,
+            sampler=self.sampler,
+            engine=self.engine,
+            precision=self.precision,
+            total_steps=self.total_steps,
+            pad_id=self.data.tokenizer_info["pad_id"],
+            beat=self._phase,
+        )
 
-    # ---- before the first step
+    def _listen(self) -> None:
+        """Who hears of the run. The record is first: it is what others are judged by."""
+        recipe, run, main = self.recipe, self.run, self.world.is_main
+        number = int(self.attempt.folder.name) if self.attempt.folder else None
+        recorder = Recorder(run, self.world, recipe, attempt=number, write_pack=write_pack)
+        every, board = recipe.logging.every_steps, recipe.logging.tensorboard
+        self.log = MetricsLog(run, enabled=main, tensorboard=board, every=every)
+        self.progress = Progress(self.total_steps, self.step, enabled=not self.quiet)
+        self.events = EventBus(Heartbeat(self.attempt))
+        if main:
+            self.events.add(Trackers(run, recipe, recorder.failed))
+        self.events.add(recorder)
+        self.events.add(self.log)
+        self.events.add(self.progress)
+        if main:
+            self.events.add(StateFile(run))
 
-    def _prepare(self) -> PreparedData:
-        """Open the token cache; rank 0 reads it through, and builds it if need be, while the others wait."""
-        from_main(self.world, lambda: prepare(self.recipe, self.tokenizer) and None)
-        return prepare(self.recipe, self.tokenizer, trusted=True)
+    def _phase(self, name: str) -> None:
+        self.events.emit(PhaseBegan(self.step, name))
+
+    def _try_largest_batch(self) -> None:
+        """On a GPU, run the largest micro-batch once before the first step, so that running out of memory shows at once."""
+        if self.world.device == "cpu":
+            return
+        documents = largest_micro_batch(self.data.train.lengths, self.recipe.train.micro_batch_tokens)
+        with explain_memory(self.engine, self.recipe, self.world):
+            batch = self.method.batch(StepContext(self.context, 0, documents), documents)
+            self.engine.forward_backward(batch, 0.0, last=True)
+        self.engine.discard()
+
+    def _restore(self, step: int | None) -> None:
+        """Go on from the checkpoint of ``step``.
+
+        Raises :class:`UserError` if there is none (any more), if base model, tokenizer or rows are others than the run was begun with,
+        if the learning rates of the steps already made would be others under this configuration, or if a finished run is not to
+        be prolonged.
+        """
+        if step is None:
+            fix = "is another process at work here?"
+            raise UserError("the checkpoint to go on from is gone", where=str(self.run.checkpoints), fix=fix)
+        refuse_length(step, self.total_steps, finished=self.run.state()["state"] == "finished")
+        saved = self.checkpoints.values(step)
+        refuse_other_rows(saved, data_digest(self.data.train))
+        self.checkpoints.load(step, same_rates=same_rates(step, saved, self.recipe.train, self.total_steps))
+        remarks = from_main(self.world, lambda: identity.check(self.run, self.recipe, self.inputs))
+        self.checkpoints.leave_behind(step)
+        self.state.load(step, saved)
+        self.method.load(saved.get("method", {}))
+        if self.world.is_main:
+            for line in remarks:
+                note(line)
+            note(f"going on after step {step} of {self.total_steps}")
+
+    # ---- the run
+
+    def run_to_end(self) -> int:
+        """:meth:`fit`, and the last event however it ends. Returns the exit code."""
+        try:
+            code = self.fit()
+        except BaseException as error:
+            private = self.recipe.privacy.profile != "open"
+            text = type(error).__name__ if private else f"{type(error).__name__}: {error}"
+            self.events.emit(RunEnded("failed", text.splitlines()[0][:500]))
+            raise
+        state = {EXIT_DONE: "finished", EXIT_STOPPED: "stopped"}.get(code, "failed")
+        self.events.emit(RunEnded(state, self.attempt.reason))
+        return code
 
     def fit(self) -> int:
         """Evaluate, train, evaluate, export. Returns the exit code."""
-        recipe, world = self.recipe, self.world
-        if not self.quiet:
-            print_start(recipe, self.run, world, self.report, self.data, self.total_steps)
-        if world.is_main:
-            self.run.save_config(recipe)
-            identity.keep(self.run, self.inputs, fresh=self.step == 0)
-            for name, tree in self.engine.files.items():
-                write_json(self.run.path / name, tree)
-            self.run.set_state("running", step=self.step, version=__version__)
-        self.recorder.start(self)
-        if recipe.eval.before and "before" not in self.results:
-            self.results["before"] = self._evaluate(generate=True)
-            self.recorder.evaluated("before", self.results["before"], self.step)
+        recipe = self.recipe
+        self._begin()
+        if recipe.eval.before and "before" not in self.state.results:
+            self._evaluate("before", generate=True)
         self.log.open(self.step)
         every = recipe.checkpoint.every_steps
-        with Progress(self.total_steps, self.step, enabled=not self.quiet) as progress:
+        with self.progress:
             while self.step < self.total_steps:
-                record = self.train_step()
-                self.owner.check()
-                self.log.write(record, every=recipe.logging.every_steps, last=self.step == self.total_steps)
-                if record["kind"] == "train":
-                    progress.update(record)
-                if world.is_main:
-                    self.run.set_state("running", step=self.step, version=__version__)
+                self.train_step()
+                if self.owner is not None:
+                    self.owner.check()
                 if recipe.eval.every_steps and self.step % recipe.eval.every_steps == 0 and self._should_stop_early():
                     break
                 save_now = every and self.step % every == 0 and self.step < self.total_steps
                 if save_now:
-                    self.attempt.beat(self.step, "save")
+                    self._phase("save")
                     self.checkpoints.drain()  # before the clock is read: an earlier save may have taken long
                 self.stop.look(self.checkpoints.save_estimate())
                 agreed = self.stop.agree(self.checkpoints.failed())
@@ -272,13 +272,40 @@ class Trainer:
                     self._save(wait=False)
         return self._finish()
 
+    def _begin(self) -> None:
+        """What was chosen is printed and stored, and the listeners hear that the run begins."""
+        if not self.quiet:
+            print_start(self.recipe, self.run, self.world, self.report, self.data, self.total_steps)
+        devices = gather_devices(self.world)
+        if self.world.is_main:
+            self.run.save_config(self.recipe)
+            identity.keep(self.run, self.inputs, fresh=self.step == 0)
+            for name, tree in self.engine.files.items():
+                write_json(self.run.path / name, tree)
+            self.run.set_state(
+                "running", step=self.step, version=__version__
+            )  # a folder that cannot be written ends it here
+        self.events.emit(
+            RunStarted(
+                step=self.step,
+                total_steps=self.total_steps,
+                data=self.data,
+                report=self.report,
+                model_config=self.engine.core.language_model.config.to_dict(),
+                engine=self.engine.name,
+                precision=self.precision.describe(),
+                devices=devices,
+                protection=self.protection,
+            )
+        )
+
     # ---- one optimizer step
 
     def train_step(self) -> dict[str, Any]:
         """Fetch all micro-batches, count, forward/backward each, clip, step; returns the metrics of the step."""
         started = time.perf_counter()
-        settings, train_set = self.recipe.train, self.data.train
-        documents, next_cursor = self.sampler.step(self.cursor)
+        settings, train_set, state = self.recipe.train, self.data.train, self.state
+        documents, next_cursor = self.sampler.step(state.cursor)
         shares = split_step(
             documents,
             train_set.lengths,
@@ -287,38 +314,39 @@ class Trainer:
             micro_limit(settings.micro_batch_tokens, train_set.lengths[documents], self.world.device),
             self.recipe.data.batching,
         )
-        self.methods.before_step(self, documents)
-        batches = [self.micro_batch(share) for share in shares[self.world.rank]]
+        step = StepContext(self.context, self.step, documents)
+        self.method.before_step(step)
+        batches = [self.method.batch(step, share) for share in shares[self.world.rank]]
         supervised = int(train_set.supervised[documents].sum())  # over all ranks: the split is known to every rank
-        units = self.methods.units(supervised)  # what the loss is a mean over
+        units = self.method.units(supervised)  # what the loss is a mean over
         scale, rest = split_scale(1.0 / units)
         rate = learning_rate(self.step, self.total_steps, settings)
 
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for number, batch in enumerate(batches):
-            self.attempt.beat(self.step, "forward")
+            self._phase("forward")
             self.stop.look(self.checkpoints.save_estimate())
             with explain_memory(self.engine, self.recipe, self.world):
                 loss += self.engine.forward_backward(batch, scale, last=number == len(batches) - 1)
-        self.attempt.beat(self.step, "reduce")
+        self._phase("reduce")
         norm = self.engine.clip(settings.max_grad_norm, rest)
         dist.all_reduce(loss)
         mean_loss = loss.item() / units  # the step's one synchronisation with the device
-        verdict = self.guard.judge(mean_loss, float(norm))
+        verdict = state.guard.judge(mean_loss, float(norm))
         if verdict.action != "go":
-            return leave_out(self, verdict, next_cursor, documents)
-        self.attempt.beat(self.step, "update")
+            return self._leave_out(verdict, next_cursor, documents)
+        self._phase("update")
         with explain_memory(self.engine, self.recipe, self.world):
             self.engine.step(rate)
-        self.cursor, self.step = next_cursor, self.step + 1
+        state.cursor, state.step = next_cursor, state.step + 1
 
         seconds = time.perf_counter() - started
         self.stop.step_took(seconds)
         tokens = int(train_set.lengths[documents].sum())
-        record = {
+        metrics = {
             "kind": "train",
             "step": self.step,
-            "epoch": round(self.cursor.epoch + self.cursor.position / len(self.sampler.order(self.cursor.epoch)), 4),
+            "epoch": round(next_cursor.epoch + next_cursor.position / len(self.sampler.order(next_cursor.epoch)), 4),
             "loss": mean_loss,
             "grad_norm": float(norm),
             "learning_rate": rate,
@@ -328,24 +356,54 @@ class Trainer:
             "micro_batches": len(batches),
             "seconds": round(seconds, 4),
             "tokens_per_s": round(tokens / seconds, 1),
-            **self.methods.figures(),
+            **self.method.figures(),
+            **self._row_ids(documents),
+            "memory_bytes": peak_memory(self.world.device)["bytes"],
         }
-        if self.recipe.logging.row_ids:
-            record["row_ids"] = [train_set.row_id(int(i)) for i in documents]
-        self.recorder.step(record, documents, shares)
-        return record
+        self.events.emit(StepDone(metrics, documents, shares, last=self.step == self.total_steps))
+        return metrics
 
-    def micro_batch(self, share) -> DeviceBatch:
-        """The documents of one micro-batch as tensors on this rank's device."""
-        return self.methods.micro_batch(self, share)
+    def _row_ids(self, documents: np.ndarray) -> dict[str, Any]:
+        """Which rows a step used, where ``logging.row_ids`` asks for it."""
+        if not self.recipe.logging.row_ids:
+            return {}
+        return {"row_ids": [self.data.train.row_id(int(i)) for i in documents]}
+
+    def _leave_out(self, verdict: Verdict, next_cursor: Cursor, documents: np.ndarray) -> dict[str, Any]:
+        """The guard objected: leave this step's batch out, after going back to the last good checkpoint if it says so.
+
+        Returns the step's row for the metrics. Raises :class:`RunFailed` where the policy is to stop.
+        """
+        self.engine.discard()
+        number, why = self.step + 1, verdict.why
+        action, at = verdict.action, f"step {number}: {why}"
+        if action == "rollback":
+            self.checkpoints.wait()
+            good = self.checkpoints.choose()
+            if good is None:
+                action, why = "stop", f"{why}; there is no checkpoint to roll back to"
+            else:
+                at += f"; weights of step {good}"
+                self.checkpoints.load(good)
+        if action == "stop":
+            raise stopped_by_guard(number, why, self.run.path)
+        if self.world.is_main:
+            note(f"{action}: {at}")
+        self.state.cursor, self.state.step = next_cursor, number
+        metrics = {"kind": action, "step": number, "why": at, "rows": len(documents), **self._row_ids(documents)}
+        self.events.emit(Incident(action, number, why, documents, metrics))
+        return metrics
 
     # ---- checkpoints
 
     def _save(self, *, wait: bool) -> None:
         """Everything that is needed to go on from this step boundary."""
-        self.attempt.beat(self.step, "save")
-        self.owner.check(look=True)
-        self.checkpoints.save(self.step, trainer_values(self), wait=wait, best=self.best.step)
+        self._phase("save")
+        if self.owner is not None:
+            self.owner.check(look=True)
+        values = self.state.values(data_digest(self.data.train), self.total_steps, self.method.state())
+        self.checkpoints.save(self.step, values, wait=wait, best=self.state.best.step)
+        self.events.emit(Saved(self.step, whole=wait))
 
     def _stop_here(self, reason: str) -> int:
         """Asked to stop: a complete checkpoint of this step, then the exit code "stopped, resumable"."""
@@ -355,16 +413,15 @@ class Trainer:
         self.attempt.stop_request = self.stop.request
         if self.world.is_main:
             self.run.set_state("stopped", step=self.step, version=__version__, reason=reason)
-            self.log.close()
             note(f"stopped after step {self.step} ({reason}); go on with --resume auto")
         return EXIT_STOPPED
 
     # ---- evaluation and the end
 
-    def _evaluate(self, *, generate: bool) -> dict[str, Any]:
+    def _evaluate(self, when: str, *, generate: bool) -> dict[str, Any]:
         """Held-out figures of every evaluation set; all ranks take part."""
-        self.attempt.beat(self.step, "evaluate")
-        return evaluate(
+        self._phase("evaluate")
+        figures = evaluate(
             self.engine.module,
             self.tokenizer,
             self.data,
@@ -374,37 +431,41 @@ class Trainer:
             world_size=self.world.size,
             generate=generate,
         )
+        if when != "during":
+            self.state.results[when] = figures
+        self.events.emit(Evaluated(when, figures, self.step))
+        return figures
 
     def _should_stop_early(self) -> bool:
         """Evaluate, remember the best step by ``eval.best_by``, and say whether patience has run out."""
-        figures = self._evaluate(generate=False)
-        self.log.write({"kind": "eval", "step": self.step, **figures})
-        self.recorder.evaluated("during", figures, self.step)
+        figures = self._evaluate("during", generate=False)
+        best = self.state.best
         kept = self.recipe.checkpoint.every_steps or self.recipe.eval.early_stopping
-        if self.best.improves(figures, self.step) and kept:
+        if best.improves(figures, self.step) and kept:
             self._save(wait=False)  # kept as the best
-        return self.best.exhausted
+        return best.exhausted
 
     def _finish(self) -> int:
         from aifactory_train.exporting.writer import export_run
 
-        recipe, world = self.recipe, self.world
+        recipe, world, best = self.recipe, self.world, self.state.best
         if recipe.checkpoint.at_end:
             self._save(wait=True)
         self.checkpoints.wait()
-        if recipe.eval.early_stopping and self.best.step not in (None, self.step):
+        if recipe.eval.early_stopping and best.step not in (None, self.step):
             if not self.quiet:
-                note(f"evaluating and exporting the best checkpoint by held-out {self.best.by}, step {self.best.step}")
-            self.checkpoints.load(self.best.step)
+                note(f"evaluating and exporting the best checkpoint by held-out {best.by}, step {best.step}")
+            self.checkpoints.load(best.step)
         if recipe.eval.after:
-            self.results["after"] = self._evaluate(generate=True)
-            self.recorder.evaluated("after", self.results["after"], self.step)
+            self._evaluate("after", generate=True)
+        results = results_file(self.state.results, recipe)
         if world.is_main:
-            write_json(self.run.eval_file, results_file(self.results, recipe))
+            write_json(self.run.eval_file, results)
             compare_with_plan(self.run, world)
-        self.attempt.beat(self.step, "export")
-        exported = (
-            export_run(
+        self._phase("export")
+        exported = None
+        if recipe.export.automatic:
+            exported = export_run(
                 self.run,
                 merge=recipe.export.merge,
                 engine=self.engine,
@@ -412,13 +473,10 @@ class Trainer:
                 data=self.data,
                 recipe=recipe,
             )
-            if recipe.export.automatic
-            else None
-        )
-        self.recorder.exported(exported)
+        if exported is not None:
+            self.events.emit(Exported(exported))
         if world.is_main:
             self.run.set_state("finished", step=self.step, version=__version__)
-            self.log.close()
         if not self.quiet:
-            print_comparison(results_file(self.results, recipe), self.run, exported)
+            print_comparison(results, self.run, exported)
         return EXIT_DONE

@@ -32,7 +32,7 @@ from aifactory_train.model.embedding_noise import mix32
 from aifactory_train.model.token_logps import token_logps
 from aifactory_train.parallel.batches import device_batch
 from aifactory_train.run.folder import RunFolder
-from aifactory_train.training.trainer import train
+from aifactory_train.training.start import train
 
 
 def pair_rows(count: int, start: int = 0) -> list[dict]:

@@ -16,7 +16,7 @@ from aifactory_train.config.loading import load_recipe
 from aifactory_train.config.schema import VocabularyConfig
 from aifactory_train.core.errors import UserError
 from aifactory_train.sources.vocabulary import extended, learn_merges
-from aifactory_train.training.trainer import train
+from aifactory_train.training.start import train
 
 LINES = [
     "Hún er fædd á Íslandi og talar íslensku við börnin sín.",

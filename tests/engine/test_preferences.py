@@ -31,8 +31,9 @@ from aifactory_train.parallel.world import join_world, leave_world
 from aifactory_train.report.build import _curves
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.run.outcome import Attempt
+from aifactory_train.training.start import train
 from aifactory_train.training.stopping import Best, StopChannels
-from aifactory_train.training.trainer import Trainer, train
+from aifactory_train.training.trainer import Trainer
 
 QUIET = {
     "eval.before": False,
@@ -80,7 +81,7 @@ def test_the_reference_is_the_base(tmp_path, tiny_model_dir, adapter):
     with trainer_of(path, tmp_path / "run") as trainer:
         for _ in range(3):
             trainer.train_step()
-        kept, core = trainer.methods.preference.reference.train, trainer.engine.core
+        kept, core = trainer.method.reference.train, trainer.engine.core
         base, documents = trainer.data.train.base, np.arange(10)
         assert np.isfinite(kept).all() and len(kept) == 64
         moved = plain_logps(core.model, base, documents)
@@ -111,7 +112,7 @@ def test_the_reference_of_a_run_that_continues_another_is_that_run(tmp_path, tin
     with trainer_of(path, tmp_path / "run") as trainer:
         trainer.train_step()
         documents, base = np.arange(10), trainer.data.train.base
-        kept = trainer.methods.preference.reference.train[documents]
+        kept = trainer.method.reference.train[documents]
         original = plain_logps(helpers.tiny_model("llama"), base, documents)
     start = PeftModel.from_pretrained(helpers.tiny_model("llama"), tmp_path / "first" / "export" / "adapter")
     assert kept == pytest.approx(plain_logps(start, base, documents), rel=1e-6)
@@ -122,7 +123,7 @@ def test_orpo_needs_no_reference(tmp_path, tiny_model_dir):
     path = write_preferences(tmp_path, tiny_model_dir, "orpo", **QUIET)
     with trainer_of(path, tmp_path / "run") as trainer:
         trainer.train_step()
-        assert trainer.methods.preference.reference.train is None
+        assert trainer.method.reference.train is None
         assert ("reference", "none", "ORPO needs none") in trainer.report.lines
     assert not (tmp_path / "run" / REFERENCE_FILE).exists()
 
@@ -171,7 +172,7 @@ def test_a_large_beta_keeps_the_policy_near_its_reference(tmp_path, tiny_model_d
     for beta in (0.05, 5.0):
         with trainer_of(path, tmp_path / f"run-{beta}", f"methods.preference.beta={beta}") as trainer:
             last = [trainer.train_step() for _ in range(20)][-1]
-            base, kept = trainer.data.train.base, trainer.methods.preference.reference.train
+            base, kept = trainer.data.train.base, trainer.method.reference.train
             assert last["reward_accuracy"] == 1.0
             moved[beta] = abs(plain_logps(trainer.engine.core.model, base, range(32)) - kept[:32]).mean()
     assert moved[5.0] < 0.3 * moved[0.05]
@@ -212,7 +213,7 @@ def test_a_step_is_the_preference_loss_and_the_weighted_likelihood_of_replayed_r
         assert record["loss"] == pytest.approx(start + 0.5 * mean, rel=1e-5)
         later = trainer.train_step()
         assert later["loss"] == pytest.approx(later["preference_loss"] + 0.5 * later["replay_loss"], rel=1e-6)
-        assert not np.isfinite(trainer.methods.preference.reference.train[documents]).any()  # imitated, not judged
+        assert not np.isfinite(trainer.method.reference.train[documents]).any()  # imitated, not judged
 
 
 def test_units_are_pairs_and_replayed_documents(tmp_path, tiny_model_dir):

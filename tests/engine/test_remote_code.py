@@ -13,7 +13,7 @@ from aifactory_train.config.loading import load_recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.sources import sha256
 from aifactory_train.sources.remote_code import code_of, recorded
-from aifactory_train.training.trainer import train
+from aifactory_train.training.start import train
 
 CODE = """
 import sys

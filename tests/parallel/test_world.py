@@ -103,7 +103,7 @@ def fail_on_rank_1(kind: str):
     def in_child(rank: int, tell) -> None:
         from dataclasses import replace
 
-        import aifactory_train.training.trainer as train
+        import aifactory_train.training.start as train
         from aifactory_train.core.errors import RunFailed
 
         join = train.join_world

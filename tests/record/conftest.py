@@ -16,7 +16,10 @@ import pytest
 
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.core.files import write_json
+from aifactory_train.record.devices import device_of
+from aifactory_train.record.events import RunEnded, RunStarted
 from aifactory_train.record.recorder import Recorder
+from aifactory_train.report.pack import write_pack
 from aifactory_train.run.folder import RunFolder
 
 CONFIG = {
@@ -51,7 +54,7 @@ FIGURES = {
 
 
 class Pretend:
-    """What the recorder reads of a trainer."""
+    """A run as the recorder hears of it."""
 
     def __init__(self, recipe, *, step: int = 0, total_steps: int = 8):
         lengths = np.asarray([40, 17, 90, 33], dtype=np.int32)
@@ -93,10 +96,20 @@ class Pretend:
             train=SimpleNamespace(lengths=lengths, supervised=lengths // 3),
         )
         self.report = SimpleNamespace(parameters=107_840, trainable=8_192, lines=[("attention", "per_document", "CPU")])
-        self.precision = SimpleNamespace(describe=lambda: "compute fp32")
-        config = SimpleNamespace(to_dict=lambda: dict(CONFIG))
-        core = SimpleNamespace(language_model=SimpleNamespace(config=config))
-        self.engine = SimpleNamespace(name="ddp", core=core)
+        self.config = dict(CONFIG)
+
+    def started(self) -> RunStarted:
+        """What the loop says when it begins."""
+        return RunStarted(
+            step=self.step,
+            total_steps=self.total_steps,
+            data=self.data,  # type: ignore[arg-type]
+            report=self.report,  # type: ignore[arg-type]
+            model_config=self.config,
+            engine="ddp",
+            precision="compute fp32",
+            devices=[("node1", device_of("cpu"))],
+        )
 
 
 def world(**more: Any) -> SimpleNamespace:
@@ -113,9 +126,9 @@ def step_record(step: int) -> dict[str, Any]:
 
 def attempt(run: RunFolder, recipe, first: int, last: int, *, number: int, how: str = "finished") -> Recorder:
     """One attempt from step ``first`` to ``last``. ``how``: finished, stopped, killed, or an exception's text."""
-    recorder = Recorder(run, world(), recipe, attempt=number)
+    recorder = Recorder(run, world(), recipe, attempt=number, write_pack=write_pack)
     trainer = Pretend(recipe, step=first)
-    recorder.start(trainer)
+    recorder.hear(trainer.started())
     if first == 0:
         recorder.evaluated("before", FIGURES["before"], 0)
     with open(run.metrics_file, "a", encoding="utf-8") as metrics:
@@ -134,14 +147,11 @@ def attempt(run: RunFolder, recipe, first: int, last: int, *, number: int, how: 
         (adapter / "adapter_config.json").write_text("{}\n")
         write_json(run.eval_file, FIGURES)
         recorder.exported({"paths": {"adapter": str(adapter)}, "gate": {"adapter": {"passed": True}}})
-        recorder.ended(0)
-        recorder.__exit__(None, None, None)
+        recorder.hear(RunEnded("finished"))
     elif how == "stopped":
-        recorder.ended(75, "SIGUSR1")
-        recorder.__exit__(None, None, None)
+        recorder.hear(RunEnded("stopped", "SIGUSR1"))
     else:
-        error = RuntimeError(how)
-        recorder.__exit__(RuntimeError, error, None)
+        recorder.hear(RunEnded("failed", f"RuntimeError: {how}"))
     return recorder
 
 

@@ -15,6 +15,7 @@ from aifactory_train.record import fill, signing
 from aifactory_train.record.chain import Chain, read_events
 from aifactory_train.record.check import verify
 from aifactory_train.record.collect import method_section
+from aifactory_train.record.events import RunEnded
 from aifactory_train.record.files import exported_values, load_record, write_record
 from aifactory_train.record.lineage import changes
 from aifactory_train.record.recorder import Recorder
@@ -256,8 +257,8 @@ def test_changes_between_runs(tell):
 
 def test_a_full_disk_is_said_and_survived(tell, monkeypatch, capsys):
     def story(run, recipe):
-        recorder = Recorder(run, world(), recipe, attempt=1)
-        recorder.start(Pretend(recipe))
+        recorder = Recorder(run, world(), recipe, attempt=1, write_pack=write_pack)
+        recorder.hear(Pretend(recipe).started())
         real = Chain.append
 
         def full(self, *args, **kwargs):
@@ -269,8 +270,7 @@ def test_a_full_disk_is_said_and_survived(tell, monkeypatch, capsys):
         recorder.evaluated("after", {"loss": 1.0}, 3)
         recorder.evaluated("during", {"loss": 1.0}, 3)
         monkeypatch.setattr(Chain, "append", real)
-        recorder.ended(0)
-        recorder.__exit__(None, None, None)
+        recorder.hear(RunEnded("finished"))
 
     record = load_record(tell(story=story).path)
     assert capsys.readouterr().err.count("record: evaluated failed") == 1
@@ -280,13 +280,12 @@ def test_a_full_disk_is_said_and_survived(tell, monkeypatch, capsys):
 
 def test_an_unknown_architecture_is_said(tell, capsys):
     def story(run, recipe):
-        recorder = Recorder(run, world(), recipe, attempt=1)
+        recorder = Recorder(run, world(), recipe, attempt=1, write_pack=write_pack)
         trainer = Pretend(recipe)
-        trainer.engine.core.language_model.config.to_dict = lambda: {"model_type": "mamba"}
-        recorder.start(trainer)
+        trainer.config = {"model_type": "mamba"}
+        recorder.hear(trainer.started())
         recorder.step(step_record(1), [0, 1], [[[0, 1]]])
-        recorder.ended(0)
-        recorder.__exit__(None, None, None)
+        recorder.hear(RunEnded("finished"))
 
     run = tell(story=story)
     record = load_record(run.path)
@@ -300,15 +299,14 @@ def test_a_step_costs_little(tell):
     """Well under 1 % of a step of 0.1 s, with 64 documents in it."""
 
     def story(run, recipe):
-        recorder = Recorder(run, world(), recipe, attempt=1)
+        recorder = Recorder(run, world(), recipe, attempt=1, write_pack=write_pack)
         trainer = Pretend(recipe)
-        recorder.start(trainer)
+        recorder.hear(trainer.started())
         began = time.process_time()
         for step in range(1, 201):
             recorder.step(step_record(step), [0, 1, 2, 3] * 16, [[[0, 1]]])
         story.each = (time.process_time() - began) / 200
-        recorder.ended(75)
-        recorder.__exit__(None, None, None)
+        recorder.hear(RunEnded("stopped"))
 
     tell(story=story)
     assert story.each < 1e-3, f"{story.each * 1e3:.2f} ms"
@@ -319,8 +317,7 @@ def test_other_ranks_write_nothing(tell):
         recorder = Recorder(run, world(rank=1, local_rank=1, is_main=False), recipe, attempt=1)
         recorder.step(step_record(1), [0], [[[0]]])
         recorder.evaluated("after", {}, 1)
-        recorder.ended(0)
-        recorder.__exit__(None, None, None)
+        recorder.hear(RunEnded("finished"))
         assert not (run.path / "events.jsonl").exists() and not (run.path / "attempts").exists()
 
     tell(story=story)
@@ -388,11 +385,10 @@ def test_one_meter_a_node(tell):
 
 def test_what_the_guard_left_out_is_told_and_counted(tell):
     def story(run, recipe):
-        recorder = Recorder(run, world(), recipe, attempt=1)
-        recorder.start(Pretend(recipe))
+        recorder = Recorder(run, world(), recipe, attempt=1, write_pack=write_pack)
+        recorder.hear(Pretend(recipe).started())
         recorder.incident("skip", 3, "the loss is nan", [0, 1])
-        recorder.ended(0)
-        recorder.__exit__(None, None, None)
+        recorder.hear(RunEnded("finished"))
 
     run = tell(story=story)
     record = load_record(run.path)
