@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from aifactory_train.config.loading import load_recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.run import folder as runs
 from aifactory_train.run import ownership
@@ -282,18 +283,20 @@ def test_the_state_alone(tmp_path: Path, state: dict[str, Any], live: bool) -> N
     assert RunFolder(tmp_path).is_live() is live
 
 
-def test_the_launcher_goes_on_with_a_folder_of_before(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("{}")
-    run = RunFolder(tmp_path)
+def test_the_launcher_goes_on_with_a_folder_of_before(tmp_path: Path, tiny_recipe: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = RunFolder(folder)
+    run.save_config(load_recipe(str(tiny_recipe)))
     told = {"state": "running", "host": "othernode", "pid": 1, "time": time.time() - 5, "step": 0}
-    (tmp_path / "state.json").write_text(json.dumps(told))
+    (folder / "state.json").write_text(json.dumps(told))
     with pytest.raises(UserError, match="live here"):
-        open_for_training(run, "auto", None, Owner(tmp_path))
-    attempt(tmp_path, 1, job="18")
-    attempt(tmp_path, 2, job="18")
-    with Owner(tmp_path, 2) as owner:
+        open_for_training(run, "auto", None, Owner(folder))
+    attempt(folder, 1, job="18")
+    attempt(folder, 2, job="18")
+    with Owner(folder, 2) as owner:
         assert open_for_training(run, "auto", None, owner) is None
-    assert runs.RunFolder(tmp_path).is_live() is False
+    assert runs.RunFolder(folder).is_live() is False
 
 
 def test_processes_are_told_apart() -> None:

@@ -202,7 +202,7 @@ def test_preference_rows():
         ({"prompt": "Q", "chosen": "a", "rejected": " "}, "preference", "empty"),
         ({"prompt": "Q", "completion": "a"}, "feedback", "'label' is missing"),
         ({"prompt": "Q", "completion": "a", "label": 0.5}, "feedback", "not true or false"),
-        ({"chosen": "a", "rejected": "b"}, "preference", "not a list of turns"),
+        ({"chosen": "a", "rejected": "b"}, "preference", "the column 'prompt' is missing"),
     ],
 )
 def test_bad_preference_rows_are_named(row, fmt, word):

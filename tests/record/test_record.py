@@ -375,8 +375,7 @@ def test_one_meter_a_node(tell):
         assert files == {"energy-n0.json", "energy-n1.json"}
         assert [r for r, recorder in started.items() if recorder._meter is not None] == [0, 2]
         for recorder in started.values():
-            recorder.ended(0)
-            recorder.__exit__(None, None, None)
+            recorder.hear(RunEnded("finished"))
         final = [json.loads(p.read_text())["final"] for p in (run.path / "attempts" / "001").glob("energy-*.json")]
         assert final == [True, True]
 
