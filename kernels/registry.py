@@ -1,14 +1,19 @@
-"""Which implementation of an operator runs on which device, with which launch parameters, and how that is known.
+"""Which operators there are, and which implementation of one runs on which device, with which
+launch parameters, and how that is known.
+
+An operator is a folder with a ``space.py``; nothing else lists it.
 
 Configurations are data: ``configs/<SKU>.json``, ``configs/<arch>.json``, ``configs/wave64.json`` (or 32) and ``configs/default.json`` are
 asked in that order, each kernel on its own. An entry that was recorded with another Triton version or for another version of the
-kernel's source is skipped, and the selection says so. Imports no torch: planning on a login node uses the same function.
+kernel's source is skipped, and the selection says so. A kernel that no file names takes the first moderate configuration of its own
+space. Imports no torch: planning on a login node uses the same function.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import logging
 from collections.abc import Mapping
@@ -18,23 +23,26 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.kernels import hardware
-from aifactory_train.kernels.spec import Config, Kernel, Operator
+from aifactory_train.kernels.spec import PACKAGE, Config, Kernel, Operator, by_rule, folders
 
 log = logging.getLogger(__name__)
 
-OPERATORS = (
-    "rms_norm",
-    "rms_norm_residual",
-    "layer_norm",
-    "swiglu",
-    "geglu",
-    "rope",
-    "cross_entropy",
-    "linear_cross_entropy",
-    "lora_linear",
-    "adamw8bit",
-    "linear_dpo",
-)
+
+def _find() -> tuple[str, ...]:
+    """Names of the operators: every folder that has a ``space.py``, in alphabetical order. Nothing is imported."""
+    found: dict[str, Path] = {}
+    for folder in folders():
+        if not folder.is_dir():
+            raise ValueError(f"AIFACTORY_KERNELS names {folder}, which is no folder")
+        for space in sorted(folder.glob("*/space.py")):
+            name = space.parent.name
+            if name in found:
+                raise ValueError(f"two operators are named {name}: {found[name]} and {space.parent}; rename one")
+            found[name] = space.parent
+    return tuple(sorted(found))
+
+
+OPERATORS = _find()
 
 #: how a configuration came about, from least to most trustworthy
 STATUSES = ("default", "static-pruned", "modelled", "measured")
@@ -81,7 +89,20 @@ def operator(name: str) -> Operator:
     """The description of an operator. Raises ``KeyError`` for a name that is not in ``OPERATORS``."""
     if name not in OPERATORS:
         raise KeyError(f"unknown operator '{name}': known are {', '.join(OPERATORS)}")
-    return importlib.import_module(f"aifactory_train.kernels.{name}.space").OPERATOR
+    found = importlib.import_module(f"{PACKAGE}.{name}.space").OPERATOR
+    if found.name != name:
+        raise ValueError(f"the operator in the folder {name}/ calls itself {found.name!r}: both must be one name")
+    return found
+
+
+def part(name: str, module: str) -> Any:
+    """A module of an operator's folder (``op``, ``reference``; imports torch), or None where the folder has none of that name."""
+    if name not in OPERATORS:
+        raise KeyError(f"unknown operator '{name}': known are {', '.join(OPERATORS)}")
+    package = importlib.import_module(f"{PACKAGE}.{name}")
+    if not any((Path(p) / f"{module}.py").is_file() for p in package.__path__):
+        return None
+    return importlib.import_module(f"{PACKAGE}.{name}.{module}")
 
 
 @lru_cache(None)
@@ -130,11 +151,12 @@ def select(
     for kernel in spec.kernels:
         config[kernel.name], provenance[kernel.name] = _choose(
             kernel,
+            target,
             levels,
             kind,
             sizes,
             running,
-            configs or CONFIGS,
+            [configs] if configs else config_folders(),
             [] if device or not sku else [f"unknown SKU '{sku}'"],
         )
     return Selection(op, "triton", config, provenance, f"{arch}{' ' + device.name if device else ''}")
@@ -142,14 +164,15 @@ def select(
 
 def _choose(
     kernel: Kernel,
+    target: hardware.Target,
     levels: list[str],
     dtype: str,
     shape: dict[str, int],
     running: str | None,
-    folder: Path,
+    folders: list[Path],
     notes: list[str],
 ) -> tuple[Config, Provenance]:
-    for level in levels:
+    for level, folder in itertools.product(levels, folders):
         path = folder / f"{level}.json"
         data = load(path)
         if data is None:
@@ -170,9 +193,15 @@ def _choose(
             if recorded and not running:
                 notes.append(f"{path.name}: recorded with Triton {recorded}, none installed here")
             return dict(entry["config"]), Provenance(entry["status"], level, path.name, recorded, tuple(notes))
-    raise LookupError(
-        f"no configuration for {kernel.name} ({dtype}, {shape}) in {folder}: default.json must cover every kernel"
-    )
+    config = by_rule(target, kernel, dtype, shape)
+    if config is None:
+        raise LookupError(f"{kernel.name} ({dtype}, {shape}): no file names it and its space is empty for every size")
+    return config, Provenance("default", "space", "space.py", None, tuple(notes))
+
+
+def config_folders() -> list[Path]:
+    """Where configuration files are looked for: first ``configs`` in the folders of ``AIFACTORY_KERNELS``, then the shipped ones."""
+    return [f / "configs" for f in folders()[1:] if (f / "configs").is_dir()] + [CONFIGS]
 
 
 @lru_cache(None)

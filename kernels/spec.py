@@ -24,7 +24,12 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 #: configuration keys that go to the Triton compiler; every other key is the operator's own
 COMPILER_OPTIONS = ("num_warps", "num_stages", "waves_per_eu", "maxnreg")
 
-_ROOM = Path(__file__).resolve().parent
+PACKAGE = "aifactory_train.kernels"
+
+
+def folders() -> list[Path]:
+    """The folders that hold operators: this package, and what ``AIFACTORY_KERNELS`` names (see the package's ``__init__``)."""
+    return [Path(p) for p in importlib.import_module(PACKAGE).__path__]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,10 @@ class Kernel:
     ``constexprs(config, dtype, shape)`` are the compile-time arguments, used by launch and cross-compilation alike.
     ``space(target, dtype, shape)`` yields the configurations worth compiling. ``key`` is the size that configurations depend on.
     ``matrix`` is true when a matrix instruction must appear; ``inputs`` counts the activation-sized tensors it loads.
+
+    For tuning: ``ranges`` are the upper ends of the ranges of ``key`` that get configurations of their own (the last is open; by
+    default those that are usual for the key), ``tile(constexprs)`` the elements of each input that a block loads before it waits (by
+    default BLOCK x ROWS), ``partial(shape)`` the columns of one fp32 partial row where programs keep sums (by default ``key``).
     """
 
     name: str
@@ -47,15 +56,19 @@ class Kernel:
     key: str
     matrix: bool = False
     inputs: int = 1
+    ranges: tuple[int, ...] = ()
+    tile: Callable[[Mapping[str, Any]], int] | None = None
+    partial: Callable[[Shape], int] | None = None
 
     @property
     def source(self) -> Path:
-        return _ROOM / (self.function.split(":")[0].replace(".", "/") + ".py")
+        name = self.function.split(":")[0].replace(".", "/") + ".py"
+        return next((folder / name for folder in folders() if (folder / name).is_file()), folders()[0] / name)
 
     def load(self):
         """The Triton function itself (imports triton)."""
         module, name = self.function.split(":")
-        return getattr(importlib.import_module(f"aifactory_train.kernels.{module}"), name)
+        return getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)
 
     @property
     def digest(self) -> str:
@@ -70,10 +83,17 @@ def _digest(path: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """An operator: the sizes of its shape in order, its kernels, and its traffic.
+    """All that is said about an operator: the sizes of its shape in order, its kernels, its traffic, and how to try it.
 
     ``floor(direction, dtype, shape)`` is the number of HBM bytes that cannot be avoided, in the formula of the documentation;
     ``pointwise`` marks the operators whose counted traffic must stay within 1.10 of it. ``checks`` are the shapes to compile for.
+
+    ``inputs(make, shape)`` gives the positional arguments of the function ``op.NAME`` and of the oracle ``reference.NAME``; ``make`` is
+    a :class:`workbench.inputs.Make`, which draws the tensors. ``options`` are keyword arguments of the operator alone. ``small`` are
+    the shapes whose values are tested (by default a few that fit no block). ``counted`` are the directions whose bytes are counted,
+    and ``shrink`` the sizes to use there for what the vendor's GEMM does. ``flops`` is floating-point operations an element, which
+    places it on the roofline. ``eager``: whether ``kernels bench`` times the oracle beside it, eager and compiled; an optional
+    ``rivals.py`` with ``rivals()`` names other implementations.
     """
 
     name: str
@@ -81,8 +101,15 @@ class Operator:
     kernels: tuple[Kernel, ...]
     floor: Callable[[str, str, Shape], int]
     checks: tuple[dict[str, int], ...]
+    inputs: Callable[[Any, Shape], tuple[Any, ...]]
     pointwise: bool = True
     note: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    small: tuple[dict[str, int], ...] = ()
+    counted: tuple[str, ...] = ("forward", "backward")
+    shrink: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    flops: int | None = None
+    eager: bool = True
 
     def shape(self, shape: Mapping[str, int] | tuple[int, ...]) -> dict[str, int]:
         """A shape as named sizes; a tuple is read in the order of ``dims``."""
@@ -156,3 +183,23 @@ def tile_space(target: Target, dtype: str, width: int) -> Iterable[Config]:
         lanes = warps * target.wave
         if lanes <= 1024 and lanes * 16 <= block * ITEMSIZE[dtype] and block // lanes <= 16:
             yield {"block": block, "num_warps": warps, "num_stages": 1}
+
+
+def moderate(target: Target, kernel: Kernel, dtype: str, shape: Shape) -> list[Config]:
+    """A kernel's configurations in the order in which to try them where nothing is recorded: moderate sizes first, no pipelining."""
+    wanted = 8 if target.wave == 32 else 4
+    configs = list(kernel.space(target, dtype, shape))
+    plain = [c for c in configs if c.get("stages", 1) == 1 and c.get("grid_mult", 2) in (2, 4)]
+    return sorted(plain or configs,
+                  key=lambda c: (abs(c["num_warps"] - wanted), c.get("block", 0) > 8192, -c.get("rows", 1)))  # fmt: skip
+
+
+def by_rule(target: Target, kernel: Kernel, dtype: str, shape: Shape) -> Config | None:
+    """The first moderate configuration. A size that has none of its own takes that of the nearest size that has one; None: no size has."""
+    size = shape[kernel.key]
+    larger, smaller = [size << i for i in range(1, 24)], [size >> i for i in range(1, size.bit_length())]
+    for near in (size, *larger[:12], *smaller, *larger[12:]):
+        found = moderate(target, kernel, dtype, {**shape, kernel.key: near})
+        if found:
+            return found[0]
+    return None

@@ -6,6 +6,8 @@ from aifactory_train.kernels import runtime
 from aifactory_train.kernels.adamw8bit import reference, space
 from aifactory_train.kernels.spec import cdiv
 
+__all__ = ["AdamW8bit", "adamw8bit", "new_state"]
+
 NAME = "adamw8bit"
 _ARGUMENTS = "float lr, float beta1, float beta2, float eps, float weight_decay, float bias1, float bias2, int seed"
 

@@ -70,3 +70,12 @@ def step(param, grad, m, v, m_scale, v_scale, lr, beta1, beta2, eps, weight_deca
     v.copy_(cv.reshape(-1)[:n].view(v.shape))
     m_scale.copy_(sm)
     v_scale.copy_(sv)
+
+
+_step = step  # its name below, where `step` is the number of the step
+
+
+def adamw8bit(param, grad, state, *, step: int, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01) -> None:
+    """The operator of that name, without stochastic rounding."""
+    bias1, bias2 = 1 - betas[0] ** step, 1 - betas[1] ** step
+    _step(param, grad, *state.values(), lr, *betas, eps, weight_decay, bias1, bias2)

@@ -29,6 +29,14 @@ def floor(direction: str, dtype: str, shape: Shape) -> int:
     return 3 * ITEMSIZE[dtype] * n + 4 * n + 16 * n // 256
 
 
+def inputs(make, shape: Shape) -> tuple:
+    """Parameter, gradient and the zero state of a first step."""
+    from aifactory_train.kernels.adamw8bit.op import new_state
+
+    param = make.fixed(shape["numel"])
+    return param, make.fixed(shape["numel"]), new_state(param)
+
+
 KERNELS = (
     Kernel(
         "adamw8bit_step",
@@ -39,7 +47,11 @@ KERNELS = (
         space,
         "numel",
         inputs=4,
+        tile=lambda constants: 256 * constants["GROUPS"],
     ),
 )
 CHECKS = ({"numel": 4096 * 4096}, {"numel": 8192 * 28672})
-OPERATOR = Operator("adamw8bit", ("numel",), KERNELS, floor, CHECKS, note="an update in place; it has no backward")
+OPERATOR = Operator(
+    "adamw8bit", ("numel",), KERNELS, floor, CHECKS, inputs, note="an update in place; it has no backward",
+    options={"step": 1, "lr": 1e-3}, counted=("forward",), flops=20, eager=False,
+)  # fmt: skip

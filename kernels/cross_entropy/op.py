@@ -6,6 +6,8 @@ from aifactory_train.kernels import runtime
 from aifactory_train.kernels.cross_entropy import reference, space
 from aifactory_train.kernels.spec import cdiv
 
+__all__ = ["cross_entropy"]
+
 
 def cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, scale: float = 1.0, softcap: float | None = None, reduction: str = "sum"

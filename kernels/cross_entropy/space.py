@@ -52,10 +52,14 @@ def floor(direction: str, dtype: str, shape: Shape) -> int:
     return (1 if direction == "forward" else 2) * ITEMSIZE[dtype] * shape["rows"] * shape["vocab"]
 
 
+def inputs(make, shape: Shape) -> tuple:
+    return make.normal(shape["rows"], shape["vocab"]), make.labels(shape["rows"], classes=shape["vocab"])
+
+
 MODULE = "cross_entropy.triton_kernels"
 KERNELS = (
     Kernel("cross_entropy_fwd", "forward", f"{MODULE}:ce_fwd", forward_arguments, constexprs, row_space, "vocab"),
     Kernel("cross_entropy_bwd", "backward", f"{MODULE}:ce_bwd", backward_arguments, constexprs, tiles, "vocab"),
 )
 CHECKS = tuple({"rows": 4095, "vocab": v} for v in VOCABULARIES)
-OPERATOR = Operator("cross_entropy", ("rows", "vocab"), KERNELS, floor, CHECKS)
+OPERATOR = Operator("cross_entropy", ("rows", "vocab"), KERNELS, floor, CHECKS, inputs, options={"reduction": "none"}, flops=5)

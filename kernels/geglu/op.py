@@ -6,6 +6,8 @@ from aifactory_train.kernels import runtime
 from aifactory_train.kernels.geglu import reference
 from aifactory_train.kernels.swiglu import op as _registers_glu  # noqa: F401
 
+__all__ = ["geglu"]
+
 
 def geglu(gate: torch.Tensor, up: torch.Tensor, approximate: str = "tanh") -> torch.Tensor:
     """``gelu(gate) * up``. Both [..., I] of one shape and dtype, any row stride; differentiable in both; fp32 inside.

@@ -7,6 +7,8 @@ from aifactory_train.kernels.layer_norm import reference, space
 from aifactory_train.kernels.rms_norm.op import sum_columns
 from aifactory_train.kernels.spec import cdiv, grid_stride
 
+__all__ = ["layer_norm"]
+
 
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5

@@ -46,7 +46,14 @@ MODULE = "layer_norm.triton_kernels"
 KERNELS = (
     Kernel("layer_norm_fwd", "forward", f"{MODULE}:layer_norm_fwd", forward_arguments, forward_constexprs, space(False), "hidden"),
     Kernel("layer_norm_bwd", "backward", f"{MODULE}:layer_norm_bwd", backward_arguments, backward_constexprs, wider(space(True)),
-           "hidden", inputs=2),
+           "hidden", inputs=2, partial=lambda shape: 2 * shape["hidden"]),
     column_sum("layer_norm_sum"),
 )  # fmt: skip
-OPERATOR = Operator("layer_norm", ("rows", "hidden"), KERNELS, floor, CHECKS)
+
+
+def inputs(make, shape: Shape) -> tuple:
+    h = shape["hidden"]
+    return make.normal(shape["rows"], h), make.scale(h), make.normal(h), 1e-5
+
+
+OPERATOR = Operator("layer_norm", ("rows", "hidden"), KERNELS, floor, CHECKS, inputs, flops=6)

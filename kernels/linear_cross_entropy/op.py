@@ -13,6 +13,8 @@ from aifactory_train.kernels import runtime
 from aifactory_train.kernels.cross_entropy.reference import cross_entropy_backward, shape_logits
 from aifactory_train.kernels.linear_cross_entropy import space
 
+__all__ = ["linear_cross_entropy"]
+
 log = logging.getLogger(__name__)
 NAME = "linear_cross_entropy"
 

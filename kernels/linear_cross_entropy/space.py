@@ -22,6 +22,13 @@ def floor(direction: str, dtype: str, shape: Shape) -> int:
     return 2 * ITEMSIZE[dtype] * shape["rows"] * shape["vocab"]
 
 
+def inputs(make, shape: Shape) -> tuple:
+    n, h, v = shape["rows"], shape["hidden"], shape["vocab"]
+    return make.normal(n, h), make.normal(v, h, scale=h**-0.5), make.labels(n, classes=v)
+
+
+#: hidden size for which bytes are counted: the GEMMs over it are the vendor's and not part of the count
+SHRINK = {"hidden": 8}
 KERNELS = (
     Kernel(
         "linear_cross_entropy_fwd", "forward", f"{MODULE}:ce_fwd_bwd", fused_arguments, constexprs, row_space, "vocab"
@@ -29,6 +36,7 @@ KERNELS = (
 )
 CHECKS = tuple({"rows": 4095, "hidden": 4096, "vocab": v} for v in VOCABULARIES)
 OPERATOR = Operator(
-    "linear_cross_entropy", ("rows", "hidden", "vocab"), KERNELS, floor, CHECKS, pointwise=False,
+    "linear_cross_entropy", ("rows", "hidden", "vocab"), KERNELS, floor, CHECKS, inputs, pointwise=False,
+    counted=("forward",), shrink=SHRINK, eager=False,
     note="loss and gradient of a chunk in one kernel; forward only, backward scales what forward computed",
 )  # fmt: skip

@@ -14,6 +14,8 @@ from aifactory_train.kernels.linear_cross_entropy.op import accumulate, pick, pr
 from aifactory_train.kernels.linear_cross_entropy.space import chunk_rows
 from aifactory_train.kernels.linear_dpo import reference
 
+__all__ = ["linear_dpo", "linear_logps"]
+
 NAME = "linear_dpo"
 
 

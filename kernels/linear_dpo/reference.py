@@ -21,3 +21,10 @@ def dpo(logps: torch.Tensor, reference_logps: torch.Tensor, beta: float, smoothi
     sigmoid = torch.nn.functional.logsigmoid
     loss = -(1 - smoothing) * sigmoid(margin) - smoothing * sigmoid(-margin)
     return loss.sum(), chosen.detach(), rejected.detach()
+
+
+def linear_dpo(hidden, weight, labels, reference_logps, bias=None, beta=0.1, smoothing=0.0, scale=1.0, softcap=None):
+    """The operator of that name with all logits at once."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logps = linear_logps(rows, weight, labels.reshape(-1), bias, scale, softcap).view(labels.shape).sum(-1)
+    return dpo(logps, reference_logps.to(logps.dtype), beta, smoothing)

@@ -6,6 +6,8 @@ from aifactory_train.kernels import runtime
 from aifactory_train.kernels.lora_linear import reference, space
 from aifactory_train.kernels.spec import cdiv
 
+__all__ = ["lora_linear"]
+
 NAME = "lora_linear"
 
 

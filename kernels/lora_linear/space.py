@@ -39,10 +39,19 @@ def floor(direction: str, dtype: str, shape: Shape) -> int:
     return 2 * ITEMSIZE[dtype] * shape["rows"] * shape["out" if direction == "forward" else "in"]
 
 
+def inputs(make, shape: Shape) -> tuple:
+    n, k, m, r = shape["rows"], shape["in"], shape["out"], shape["rank"]
+    return make.normal(n, k), make.normal(m, k, scale=k**-0.5), make.normal(r, k, scale=k**-0.5), make.normal(m, r), 2.0
+
+
+def elements(constants) -> int:
+    return constants["BM"] * constants["BN"]
+
+
 MODULE = "lora_linear.triton_kernels:lora_epilogue"
 KERNELS = (
-    Kernel("lora_linear_fwd", "forward", MODULE, arguments, constexprs, space, "out", matrix=True),
-    Kernel("lora_linear_bwd", "backward", MODULE, backward_arguments, constexprs, space, "in", matrix=True),
+    Kernel("lora_linear_fwd", "forward", MODULE, arguments, constexprs, space, "out", matrix=True, tile=elements),
+    Kernel("lora_linear_bwd", "backward", MODULE, backward_arguments, constexprs, space, "in", matrix=True, tile=elements),
 )
 CHECKS = tuple(
     {"rows": 8191, "in": i, "out": o, "rank": r}
@@ -52,6 +61,7 @@ CHECKS = tuple(
     )
 )  # fmt: skip
 OPERATOR = Operator(
-    "lora_linear", ("rows", "in", "out", "rank"), KERNELS, floor, CHECKS, pointwise=False,
+    "lora_linear", ("rows", "in", "out", "rank"), KERNELS, floor, CHECKS, inputs, pointwise=False,
+    counted=("forward",), shrink={"in": 32}, eager=False,
     note="epilogue around the vendor's GEMM",
 )  # fmt: skip

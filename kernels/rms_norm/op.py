@@ -6,6 +6,8 @@ from aifactory_train.kernels import runtime
 from aifactory_train.kernels.rms_norm import reference, space
 from aifactory_train.kernels.spec import cdiv, grid_stride
 
+__all__ = ["rms_norm"]
+
 
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, offset: float = 0.0

@@ -2,6 +2,8 @@
 
 from aifactory_train.kernels.spec import ITEMSIZE, Config, Kernel, Operator, Shape, row_space, split_row
 
+#: floating-point operations an element
+FLOPS = 4
 HIDDEN = (128, 2048, 4096, 5120, 8192, 16384)
 
 
@@ -83,5 +85,9 @@ def floor(direction: str, dtype: str, shape: Shape) -> int:
     return (2 if direction == "forward" else 3) * ITEMSIZE[dtype] * shape["rows"] * shape["hidden"]
 
 
+def inputs(make, shape: Shape) -> tuple:
+    return make.normal(shape["rows"], shape["hidden"]), make.scale(shape["hidden"]), 1e-6
+
+
 CHECKS = tuple({"rows": 8191, "hidden": h} for h in HIDDEN)
-OPERATOR = Operator("rms_norm", ("rows", "hidden"), kernels("rms_norm", False), floor, CHECKS)
+OPERATOR = Operator("rms_norm", ("rows", "hidden"), kernels("rms_norm", False), floor, CHECKS, inputs, flops=FLOPS)

@@ -7,6 +7,8 @@ from aifactory_train.kernels.rms_norm.op import launch_backward, launch_forward
 from aifactory_train.kernels.rms_norm.reference import rms_norm_backward
 from aifactory_train.kernels.rms_norm_residual import reference
 
+__all__ = ["rms_norm_residual"]
+
 NAME = "rms_norm_residual"
 
 

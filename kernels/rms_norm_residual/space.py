@@ -9,4 +9,11 @@ def floor(direction: str, dtype: str, shape: Shape) -> int:
     return 4 * ITEMSIZE[dtype] * shape["rows"] * shape["hidden"]
 
 
-OPERATOR = Operator("rms_norm_residual", ("rows", "hidden"), kernels("rms_norm_residual", True), floor, CHECKS)
+def inputs(make, shape: Shape) -> tuple:
+    n, h = shape["rows"], shape["hidden"]
+    return make.normal(n, h), make.normal(n, h), make.scale(h), 1e-6
+
+
+OPERATOR = Operator(
+    "rms_norm_residual", ("rows", "hidden"), kernels("rms_norm_residual", True), floor, CHECKS, inputs, flops=5
+)

@@ -7,6 +7,8 @@ from aifactory_train.kernels.rms_norm.op import sum_columns
 from aifactory_train.kernels.rope import reference, space
 from aifactory_train.kernels.spec import grid_stride
 
+__all__ = ["rope"]
+
 
 def rope(
     q: torch.Tensor,

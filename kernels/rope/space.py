@@ -63,13 +63,27 @@ def floor(direction: str, dtype: str, shape: Shape) -> int:
     return 2 * ITEMSIZE[dtype] * shape["rows"] * (shape["heads"] + shape["kv_heads"]) * shape["head_dim"]
 
 
+def inputs(make, shape: Shape) -> tuple:
+    """Queries and keys as attention makes them: transposed views, so that the heads are strided."""
+    n, dim = shape["rows"], shape["head_dim"]
+    q, k = make.heads(n, shape["heads"], dim), make.heads(n, shape["kv_heads"], dim)
+    return q, k, *make.rotation(n, dim)
+
+
+def elements(constants) -> int:
+    return 2 * constants["HALF"] * constants["HEADS"]
+
+
 MODULE = "rope.triton_kernels"
 KERNELS = (
-    Kernel("rope_fwd", "forward", f"{MODULE}:rope_fwd", forward_arguments, constexprs(1, False), space, "head_dim"),
-    Kernel("rope_bwd", "backward", f"{MODULE}:rope_fwd", forward_arguments, constexprs(-1, False), space, "head_dim"),
+    Kernel("rope_fwd", "forward", f"{MODULE}:rope_fwd", forward_arguments, constexprs(1, False), space, "head_dim",
+           tile=elements),
+    Kernel("rope_bwd", "backward", f"{MODULE}:rope_fwd", forward_arguments, constexprs(-1, False), space, "head_dim",
+           tile=elements),
     Kernel("rope_norm_fwd", "forward", f"{MODULE}:rope_fwd", forward_arguments,
-           constexprs(1, True), space, "head_dim"),
-    Kernel("rope_norm_bwd", "backward", f"{MODULE}:rope_norm_bwd", backward_arguments, norm_constexprs, norm_space, "head_dim", inputs=2),
+           constexprs(1, True), space, "head_dim", tile=elements),
+    Kernel("rope_norm_bwd", "backward", f"{MODULE}:rope_norm_bwd", backward_arguments, norm_constexprs, norm_space, "head_dim", inputs=2,
+           tile=elements, partial=lambda shape: 2 * shape["head_dim"]),
     Kernel("rope_sum", "backward", "reduce:column_sum", sum_arguments, sum_constexprs, sum_space, "head_dim"),
 )  # fmt: skip
 
@@ -78,4 +92,4 @@ CHECKS = tuple(
     {"rows": 8191, "heads": h, "kv_heads": k, "head_dim": d}
     for h, k, d in ((32, 8, 64), (32, 8, 128), (40, 8, 128), (64, 8, 128), (128, 8, 128), (8, 4, 256))
 )
-OPERATOR = Operator("rope", ("rows", "heads", "kv_heads", "head_dim"), KERNELS, floor, CHECKS)
+OPERATOR = Operator("rope", ("rows", "heads", "kv_heads", "head_dim"), KERNELS, floor, CHECKS, inputs, flops=3)

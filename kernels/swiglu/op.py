@@ -7,6 +7,8 @@ from aifactory_train.kernels.geglu import reference as geglu_reference
 from aifactory_train.kernels.spec import cdiv
 from aifactory_train.kernels.swiglu import reference
 
+__all__ = ["swiglu"]
+
 NAMES = ("swiglu", "geglu", "geglu")  # by kind
 
 

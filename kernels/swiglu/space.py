@@ -28,7 +28,12 @@ def floor(direction: str, dtype: str, shape: Shape) -> int:
     return (3 if direction == "forward" else 5) * ITEMSIZE[dtype] * shape["rows"] * shape["width"]
 
 
-def build(op: str, kind: int, checks: tuple[dict[str, int], ...]) -> Operator:
+def inputs(make, shape: Shape) -> tuple:
+    n, w = shape["rows"], shape["width"]
+    return make.normal(n, w), make.normal(n, w)
+
+
+def build(op: str, kind: int, checks: tuple[dict[str, int], ...], flops: int) -> Operator:
     module = "swiglu.triton_kernels"
     kernels = (
         Kernel(
@@ -38,9 +43,9 @@ def build(op: str, kind: int, checks: tuple[dict[str, int], ...]) -> Operator:
             f"{op}_bwd", "backward", f"{module}:glu_bwd", backward_arguments, constexprs(kind), space, "width", inputs=3
         ),
     )
-    return Operator(op, ("rows", "width"), kernels, floor, checks)
+    return Operator(op, ("rows", "width"), kernels, floor, checks, inputs, flops=flops)
 
 
 WIDTHS = (2048, 4096, 5120, 8192, 14336, 16384, 28672)
 CHECKS = tuple({"rows": 8191, "width": w} for w in WIDTHS)
-OPERATOR = build("swiglu", 0, CHECKS)
+OPERATOR = build("swiglu", 0, CHECKS, flops=6)

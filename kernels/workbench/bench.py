@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from aifactory_train.kernels import hardware, ops, registry, runtime
+from aifactory_train.kernels import hardware, registry, runtime
 from aifactory_train.kernels.spec import Config, Kernel, Shape
-from aifactory_train.kernels.workbench import traffic
+from aifactory_train.kernels.workbench import inputs, traffic
 
 
 def measurement(
@@ -56,25 +56,19 @@ def time_configuration(op: str, kernel: Kernel, config: Config, dtype: str, shap
         if kernel.direction == "forward" or backward is None:
             return _time(forward)
         out = forward()
-        outs = out if isinstance(out, tuple) else (out,)
+        outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
         grads = [torch.randn_like(o) for o in outs]
         return _time(lambda: torch.autograd.backward(outs, grads, retain_graph=True))
 
 
-def rivals(op: str, sizes: dict[str, int], dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
-    """Forward functions to compare with, on the same inputs as ours: eager, torch.compile, Liger and torch's own where present."""
-    import importlib
-
-    if op in ("adamw8bit", "linear_dpo", "linear_cross_entropy", "lora_linear"):
-        reference = None
-    else:
-        module = importlib.import_module(f"aifactory_train.kernels.{op}.reference")
-        reference = getattr(module, op)
+def rivals(op: str) -> dict[str, Callable[..., Any]]:
+    """Functions to compare with, on the same inputs as ours: eager and torch.compile, and what the operator's ``rivals.py`` names."""
     found: dict[str, Callable[..., Any]] = {}
-    if reference is not None:
-        found["eager"] = reference
-        found["compile"] = torch.compile(reference)
-    return found
+    if registry.operator(op).eager:
+        found["eager"] = inputs.oracle(op)
+        found["compile"] = torch.compile(inputs.oracle(op))
+    others = registry.part(op, "rivals")
+    return found | (others.rivals() if others else {})
 
 
 def rows(operators: Iterable[str], n: int, hidden: int, dtype: str = "bf16") -> Iterator[dict[str, Any]]:
@@ -90,8 +84,8 @@ def rows(operators: Iterable[str], n: int, hidden: int, dtype: str = "bf16") -> 
             cases = _cases(op, sizes, traffic.DTYPES[dtype])
         for direction in ("forward", "backward"):
             us: dict[str, float | None] = {}
-            for who, (run, inputs) in cases.items():
-                us[who] = _direction(run, inputs, direction)
+            for who, (run, arguments) in cases.items():
+                us[who] = _direction(run, arguments, direction)
             if us["ours"] is None:
                 continue
             floor = operator.floor(direction, dtype, sizes)
@@ -103,12 +97,12 @@ def rows(operators: Iterable[str], n: int, hidden: int, dtype: str = "bf16") -> 
             }  # fmt: skip
 
 
-def _direction(run: Callable[..., Any], inputs: list[Any], direction: str) -> float | None:
+def _direction(run: Callable[..., Any], arguments: tuple[Any, ...], direction: str) -> float | None:
     """Microseconds of a forward or backward pass; None where there is no backward."""
     if direction == "forward":
         with torch.no_grad():
-            return _time(lambda: run(*inputs)) * 1e6
-    out = run(*inputs)
+            return _time(lambda: run(*arguments)) * 1e6
+    out = run(*arguments)
     outs = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, torch.Tensor) and o.requires_grad]
     if not outs:
         return None
@@ -116,58 +110,7 @@ def _direction(run: Callable[..., Any], inputs: list[Any], direction: str) -> fl
     return _time(lambda: torch.autograd.backward(outs, grads, retain_graph=True)) * 1e6
 
 
-def _cases(op: str, s: dict[str, int], dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
+def _cases(op: str, shape: dict[str, int], dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """implementation -> (function, inputs) on the GPU."""
-
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float32).to(dtype).requires_grad_()
-
-    n, h = s.get("rows", 0), s.get("hidden", s.get("width", 0))
-    inputs: list[Any]
-    if op in ("rms_norm", "layer_norm", "rms_norm_residual"):
-        inputs = {"rms_norm": [leaf(n, h), leaf(h), 1e-6], "layer_norm": [leaf(n, h), leaf(h), leaf(h), 1e-6],
-                  "rms_norm_residual": [leaf(n, h), leaf(n, h), leaf(h), 1e-6]}[op]  # fmt: skip
-    elif op in ("swiglu", "geglu"):
-        inputs = [leaf(n, h), leaf(n, h)]
-    elif op == "rope":
-        table = torch.randn(1, n, s["head_dim"]).to(dtype)
-        inputs = [leaf(1, s["heads"], n, s["head_dim"]), leaf(1, s["kv_heads"], n, s["head_dim"]), table, table]
-    elif op in ("cross_entropy", "linear_cross_entropy"):
-        labels = torch.randint(0, s["vocab"], (n,))
-        inputs = [leaf(n, s["vocab"]), labels] if op == "cross_entropy" else [leaf(n, h), leaf(s["vocab"], h), labels]
-    elif op == "lora_linear":
-        inputs = [leaf(n, s["in"]), leaf(s["out"], s["in"]), leaf(s["rank"], s["in"]), leaf(s["out"], s["rank"]), 2.0]
-    elif op == "linear_dpo":
-        inputs = [leaf(2, n // 2, h), leaf(s["vocab"], h), torch.randint(0, s["vocab"], (2, n // 2)), torch.zeros(2)]
-    else:
-        p, g = torch.randn(s["numel"]).to(dtype), torch.randn(s["numel"]).to(dtype)
-        state = ops.new_state(p)
-        return {"ours": (lambda: ops.adamw8bit(p, g, state, step=1, lr=1e-4), [])}
-    functions: dict[str, Callable[..., Any]] = {"ours": getattr(ops, op), **rivals(op, s, dtype)}
-    functional = torch.nn.functional
-    if op == "linear_cross_entropy":
-        functions["eager"] = lambda a, w, y: functional.cross_entropy((a @ w.t()).float(), y, reduction="sum")
-        if hasattr(functional, "linear_cross_entropy"):
-            functions["torch_linear_cross_entropy"] = lambda a, w, y: functional.linear_cross_entropy(
-                a, w, y, reduction="sum"
-            )
-    functions |= _liger(op)
-    return {who: (function, inputs) for who, function in functions.items()}
-
-
-def _liger(op: str) -> dict[str, Callable[..., Any]]:
-    """Liger's function of the same operator and arguments, where the package is installed and has one."""
-    import importlib.util
-
-    if importlib.util.find_spec("liger_kernel") is None:
-        return {}
-    from liger_kernel.transformers import functional as liger
-
-    table: dict[str, Callable[..., Any]] = {
-        "rms_norm": lambda x, w, eps: liger.liger_rms_norm(x, w, eps, in_place=False),
-        "layer_norm": lambda x, w, b, eps: liger.liger_layer_norm(x, w, b, eps),
-        "swiglu": liger.liger_swiglu,
-        "geglu": liger.liger_geglu,
-        "linear_cross_entropy": lambda a, w, y: liger.liger_fused_linear_cross_entropy(a, w, y, reduction="sum"),
-    }
-    return {"liger": table[op]} if op in table else {}
+    arguments = inputs.draw(op, shape, dtype)
+    return {who: (run, arguments) for who, run in ({"ours": inputs.function(op)} | rivals(op)).items()}

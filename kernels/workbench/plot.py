@@ -9,17 +9,13 @@ from typing import Any
 
 from aifactory_train.kernels import hardware, registry
 
-#: floating-point operations a byte of floor traffic, to place pointwise operators on the roofline (a few per element)
-_FLOP_PER_ELEMENT = {"rms_norm": 4, "rms_norm_residual": 5, "layer_norm": 6, "swiglu": 6, "geglu": 10, "rope": 3, "cross_entropy": 5,
-                     "adamw8bit": 20}  # fmt: skip
-
 
 def points(arch: str, sku: str | None, operators: Iterable[str]) -> list[dict[str, Any]]:
     """One point a kernel: intensity in FLOP/byte, the fraction of bandwidth that was measured (or None), and its configuration."""
     out = []
     for name in operators:
         operator = registry.operator(name)
-        if name not in _FLOP_PER_ELEMENT:
+        if operator.flops is None:
             continue
         chosen = registry.select(name, arch, sku, "bf16", operator.checks[min(1, len(operator.checks) - 1)])
         for kernel, source in chosen.provenance.items():
@@ -29,7 +25,7 @@ def points(arch: str, sku: str | None, operators: Iterable[str]) -> list[dict[st
             shape = operator.checks[min(1, len(operator.checks) - 1)]
             elements = operator.floor(direction, "bf16", shape) / 2
             out.append({
-                "kernel": kernel, "intensity": _FLOP_PER_ELEMENT[name] * elements / 2 / operator.floor(direction, "bf16", shape),
+                "kernel": kernel, "intensity": operator.flops * elements / 2 / operator.floor(direction, "bf16", shape),
                 "status": source.status, "level": source.level, "config": chosen.config[kernel],
             })  # fmt: skip
     return out

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from aifactory_train.kernels import ops, registry, runtime
+from aifactory_train.kernels import registry, runtime
 from aifactory_train.kernels.spec import ITEMSIZE
-from aifactory_train.kernels.workbench import interpreter
+from aifactory_train.kernels.workbench import inputs, interpreter
 
 #: the ratio that a pointwise operator must keep, and the others for information
 BOUND = 1.10
@@ -22,65 +22,28 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def shape_of(op: str, rows: int, hidden: int) -> dict[str, int]:
-    """The shape that is counted for: hidden is the row width of every operator (32 query and 8 key heads for RoPE)."""
+    """The shape that is counted for: hidden is the row width of every operator (32 query and 8 key heads for RoPE); a dimension that
+    has no usual size takes that of the operator's first shape to check."""
     sizes = {"rows": rows, "hidden": hidden, "width": hidden, "vocab": hidden, "heads": hidden // 128 or 1,
              "kv_heads": max(1, hidden // 512), "head_dim": 128, "in": hidden, "out": hidden, "rank": 16,
              "numel": rows * hidden}  # fmt: skip
-    return {d: sizes[d] for d in registry.operator(op).dims}
-
-
-def _leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*shape) * scale).to(dtype).requires_grad_()
+    operator = registry.operator(op)
+    return {d: sizes.get(d, operator.checks[0][d]) for d in operator.dims}
 
 
 def programs(
     op: str, shape: dict[str, int], dtype: torch.dtype
 ) -> tuple[Callable[[], Any], Callable[[Any], None] | None]:
     """(forward, backward of its result) of an operator on random inputs; no backward where there is none or it is part of forward."""
+    operator = registry.operator(op)
+    arguments = inputs.draw(op, shape | {d: v for d, v in operator.shrink.items() if d in shape}, dtype)
+    run = inputs.function(op)
 
-    def backward(out):
-        out = out if isinstance(out, tuple) else (out,)
-        torch.autograd.backward(out, [torch.randn_like(o) for o in out])
+    def backward(out: Any) -> None:
+        outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
+        torch.autograd.backward(outs, [torch.randn_like(o) for o in outs])
 
-    n = shape.get("rows", 0)
-    h = shape.get("hidden", shape.get("width", 0))
-    if op in ("rms_norm", "rms_norm_residual", "layer_norm"):
-        x, w = _leaf(n, h, dtype=dtype), _leaf(h, dtype=dtype)
-        if op == "rms_norm":
-            return lambda: ops.rms_norm(x, w), backward
-        if op == "layer_norm":
-            b = _leaf(h, dtype=dtype)
-            return lambda: ops.layer_norm(x, w, b), backward
-        r = _leaf(n, h, dtype=dtype)
-        return lambda: ops.rms_norm_residual(x, r, w), backward
-    if op in ("swiglu", "geglu"):
-        gate, up = _leaf(n, h, dtype=dtype), _leaf(n, h, dtype=dtype)
-        return lambda: getattr(ops, op)(gate, up), backward
-    if op == "rope":
-        dim = shape["head_dim"]
-        q, k = (
-            (torch.randn(1, n, shape[s], dim).to(dtype).transpose(1, 2)).requires_grad_() for s in ("heads", "kv_heads")
-        )
-        table = torch.randn(1, n, dim).to(dtype)
-        return lambda: ops.rope(q, k, table, table), backward
-    if op == "cross_entropy":
-        x, y = _leaf(n, shape["vocab"], dtype=dtype), torch.randint(0, shape["vocab"], (n,))
-        return lambda: ops.cross_entropy(x, y, reduction="none"), backward
-    if op == "linear_cross_entropy":
-        hidden, weight = _leaf(n, 8, dtype=dtype), _leaf(shape["vocab"], 8, dtype=dtype)
-        y = torch.randint(0, shape["vocab"], (n,))
-        return lambda: ops.linear_cross_entropy(hidden, weight, y), None
-    if op == "linear_dpo":
-        hidden, weight = _leaf(2, n // 2, 8, dtype=dtype), _leaf(shape["vocab"], 8, dtype=dtype)
-        y = torch.randint(0, shape["vocab"], (2, n // 2))
-        return lambda: ops.linear_dpo(hidden, weight, y, torch.zeros(2))[0], backward
-    if op == "lora_linear":
-        x, w = _leaf(n, 32, dtype=dtype), _leaf(shape["out"], 32, dtype=dtype)
-        a, b = _leaf(shape["rank"], 32, dtype=dtype), _leaf(shape["out"], shape["rank"], dtype=dtype)
-        return lambda: ops.lora_linear(x, w, a, b, 2.0), None
-    p, g = torch.randn(shape["numel"]).to(dtype), torch.randn(shape["numel"]).to(dtype)
-    state = ops.new_state(p)
-    return lambda: ops.adamw8bit(p, g, state, step=1, lr=1e-3), None
+    return lambda: run(*arguments), backward if "backward" in operator.counted else None
 
 
 def count(

@@ -16,7 +16,7 @@ from typing import Any
 
 from aifactory_train.kernels import hardware, registry
 from aifactory_train.kernels.hardware import Sku, Target
-from aifactory_train.kernels.spec import ITEMSIZE, Config, Kernel, Shape, grid_stride
+from aifactory_train.kernels.spec import ITEMSIZE, Config, Kernel, Operator, Shape, grid_stride, moderate
 from aifactory_train.kernels.workbench import compile as compiler
 from aifactory_train.kernels.workbench.check import is_aligned
 
@@ -51,10 +51,17 @@ class Candidate:
     measured: float | None = None
 
 
-def typical(kernel: Kernel, size: int) -> dict[str, int]:
+def ranges(kernel: Kernel, operator: Operator) -> tuple[int, ...]:
+    """Upper ends of the size ranges of a kernel: its own, the usual ones of its key, or one range at the operator's widest shape."""
+    return kernel.ranges or BUCKETS.get(kernel.key) or (max(shape[kernel.key] for shape in operator.checks),)
+
+
+def typical(kernel: Kernel, operator: Operator, size: int) -> dict[str, int]:
     """A shape in which ``kernel.key`` has the given size: 8192 rows (prime neighbours would only change masks), common heads."""
     shape = {"rows": 8192, "hidden": 4096, "width": 14336, "vocab": 128256, "numel": 1 << 24, "heads": 32, "kv_heads": 8,
              "head_dim": 128, "in": 4096, "out": 4096, "rank": 16}  # fmt: skip
+    # Sizes of no usual name: those of the operator's usual shape to check.
+    shape = dict(operator.checks[min(1, len(operator.checks) - 1)]) | shape
     return shape | {kernel.key: REPRESENTATIVE.get((kernel.key, size), size), "rows": 8191}
 
 
@@ -81,14 +88,9 @@ def gate(kernel: Kernel, dtype: str, shape: Shape, target: Target, configs: Iter
 def tile_bytes(kernel: Kernel, config: Config, dtype: str, shape: Shape) -> float:
     """Bytes that one block of the kernel requests before it waits: its tile in every input, times the pipeline's stages."""
     c = kernel.constexprs(config, dtype, shape)
-    if "BM" in c:
-        elements = c["BM"] * c["BN"]
-    elif "HALF" in c:
-        elements = 2 * c["HALF"] * c["HEADS"]
-    elif "GROUPS" in c:
-        elements = 256 * c["GROUPS"]
-    else:
-        elements = c["BLOCK"] * c.get("ROWS", 1)
+    if kernel.tile is None and "BLOCK" not in c:
+        raise ValueError(f"{kernel.name}: without a compile-time BLOCK its space.py must give the kernel a `tile`")
+    elements = kernel.tile(c) if kernel.tile else c["BLOCK"] * c.get("ROWS", 1)
     return elements * ITEMSIZE[dtype] * kernel.inputs * config.get("stages", 1)
 
 
@@ -106,9 +108,7 @@ def model(kernel: Kernel, candidates: list[Candidate], dtype: str, shape: Shape,
         if "grid_mult" in c.config:
             blocks = min(blocks, c.config["grid_mult"])
             programs = grid_stride(c.config, shape["rows"], sku.units)
-            width = shape.get("hidden", 2 * shape.get("head_dim", 0))
-            sums = 2 if kernel.name.startswith("layer_norm") else 1
-            c.extra_bytes = 8.0 * programs * width * sums
+            c.extra_bytes = 8.0 * programs * (kernel.partial(shape) if kernel.partial else shape[kernel.key])
         c.in_flight = blocks * tile_bytes(kernel, c.config, dtype, shape)
         reach = min(1.0, c.in_flight / needed) * min(1.0, c.use.load_bytes / 16)
         c.seconds = (floor + c.extra_bytes) / (sku.bandwidth * reach)
@@ -165,11 +165,10 @@ def tune_kernel(
     measure: Callable[[str, Kernel, Config, str, Shape], float] | None = None,
 ) -> Result:
     """All gates for one kernel; ``kept`` is best first. Raises ``LookupError`` when nothing is legal."""
-    shape = typical(kernel, size)
+    operator = registry.operator(op)
+    shape = typical(kernel, operator, size)
     configs = list(kernel.space(target, dtype, shape))
-    default = registry.select(op, target.name, None, dtype, {d: shape[d] for d in registry.operator(op).dims}).config[
-        kernel.name
-    ]
+    default = registry.select(op, target.name, None, dtype, {d: shape[d] for d in operator.dims}).config[kernel.name]
     candidates = gate(kernel, dtype, shape, target, configs if default in configs else [*configs, default])
     if sku:
         model(kernel, candidates, dtype, shape, sku, floor_of(kernel, op, dtype, shape))
@@ -202,7 +201,7 @@ def _gate_elsewhere(
     op: str, kernel: Kernel, dtype: str, size: int, target: Target, candidates: list[Candidate]
 ) -> None:
     """Hold legal candidates against the other shapes that ``kernels check`` compiles in the same size range (other head counts)."""
-    sizes = BUCKETS[kernel.key]
+    sizes = ranges(kernel, registry.operator(op))
     at = sizes.index(size)
     above, upto = (sizes[at - 1] if at else 0), (size if at < len(sizes) - 1 else 1 << 62)
     for shape in registry.operator(op).checks:
@@ -245,7 +244,7 @@ def tune(
     for op in operators:
         for kernel in registry.operator(op).kernels:
             for dtype in dtypes:
-                for size in BUCKETS[kernel.key]:
+                for size in ranges(kernel, registry.operator(op)):
                     try:
                         result = tune_kernel(op, kernel, dtype, size, target, sku, keep, measure)
                     except LookupError as error:
@@ -261,7 +260,7 @@ def entries(results: Iterable[Result], measured_note: dict[str, Any] | None = No
     """Configuration-file entries of the best candidates; equal neighbouring size ranges are merged by the loader's first match."""
     out: list[dict[str, Any]] = []
     for r in results:
-        best, sizes = r.kept[0], BUCKETS[r.kernel.key]
+        best, sizes = r.kept[0], ranges(r.kernel, registry.operator(r.op))
         assert best.use
         match: dict[str, Any] = {"dtype": HALF if r.dtype in HALF else [r.dtype]}
         if len(sizes) > 1:
@@ -323,9 +322,10 @@ def defaults(
                 continue
             seen.add(kernel.name)
             for dtype in dtypes:
-                sizes = BUCKETS[kernel.key]
+                sizes = ranges(kernel, registry.operator(op))
                 for at, size in enumerate(sizes):
-                    shapes = [typical(kernel, size)] + ([typical(kernel, 5120)] if size == 8192 else [])
+                    sized = [size, 5120] if size == 8192 else [size]
+                    shapes = [typical(kernel, registry.operator(op), s) for s in sized]
                     config = _first_legal(kernel, dtype, shapes, targets)
                     match: dict[str, Any] = {"dtype": HALF if dtype in HALF else [dtype]}
                     if len(sizes) > 1:
@@ -337,14 +337,7 @@ def defaults(
 
 
 def _first_legal(kernel: Kernel, dtype: str, shapes: list[dict[str, int]], targets: list[Target]) -> Config:
-    wanted = 8 if targets[0].wave == 32 else 4
-    configs = [
-        c
-        for c in kernel.space(targets[0], dtype, shapes[0])
-        if c.get("stages", 1) == 1 and c.get("grid_mult", 2) in (2, 4)
-    ]
-    configs.sort(key=lambda c: (abs(c["num_warps"] - wanted), c.get("block", 0) > 8192, -c.get("rows", 1)))
-    for config in configs:
+    for config in moderate(targets[0], kernel, dtype, shapes[0]):
         if all(not gate(kernel, dtype, s, t, [config])[0].problems for s in shapes for t in targets):
             return config
     raise LookupError(

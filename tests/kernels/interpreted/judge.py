@@ -32,9 +32,12 @@ def compare(label, ours, reference, inputs, wanted, seed=1):
         out = function(*args)
         out = out if isinstance(out, tuple) else (out,)
         generator = torch.Generator().manual_seed(seed)
-        grads = [torch.randn(o.shape, generator=generator).to(inputs[0].dtype).to(o.dtype) for o in out]
         leaves = [a for a, w in zip(args, wanted, strict=True) if w]
-        return out, torch.autograd.grad(out, leaves, grads, allow_unused=True)
+        if not leaves:
+            return out, ()
+        asked = [o for o in out if o.requires_grad]  # rewards and the like are detached
+        grads = [torch.randn(o.shape, generator=generator).to(inputs[0].dtype).to(o.dtype) for o in asked]
+        return out, torch.autograd.grad(asked, leaves, grads, allow_unused=True)
 
     def same(t):
         return t.detach()  # keeps strides: a strided input stays strided
