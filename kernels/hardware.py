@@ -68,7 +68,8 @@ class Sku:
     """One device as the scheduler counts it (an MI250X shows up as two GCDs, each a device).
 
     ``units`` = SMs or compute units, ``xcd`` = compute chiplets, ``bandwidth`` = peak HBM bytes/s, ``peak_bf16`` = dense FLOP/s.
-    ``recalled`` names the fields whose value no vendor page confirms: they steer rankings, never a claim.
+    ``recalled`` names the fields whose value no vendor page confirms: they steer rankings, never a claim. ``memory_gb`` (10^9 bytes)
+    is given by devices that were added (:func:`add`); the shipped ones carry it in their names.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Sku:
     peak_bf16: float
     xcd: int = 1
     recalled: tuple[str, ...] = ()
+    memory_gb: float | None = None
 
     @property
     def balance(self) -> float:
@@ -120,6 +122,16 @@ def sku(name: str | None, arch: str | None = None) -> Sku | None:
     return found if found and arch in (None, found.arch) else None
 
 
+def add(device: Sku) -> None:
+    """Make a device known in this process under its own name. Raises ``ValueError`` where another one has that name."""
+    known = sku(device.name)
+    if known is not None and known != device:
+        raise ValueError(f"{device.name} is already the name of another device ({known})")
+    if device.arch not in TARGETS:
+        raise ValueError(f"{device.name}: no target is named {device.arch}")
+    SKUS[device.name] = device
+
+
 def skus_of(arch: str) -> list[Sku]:
     """All known SKUs of one architecture (none for gfx125x, whose unit count is not public)."""
     return [s for s in SKUS.values() if s.arch == arch]
@@ -129,19 +141,30 @@ def identify(arch: str, units: int, memory_bytes: int, name: str = "") -> Sku | 
     """The SKU of a device from what the driver says: architecture, SM/CU count, memory size, marketing name.
 
     Marketing names alone do not tell an H100-64 from an H100-80, so the memory size decides between the SKUs of an architecture.
-    Returns None when nothing fits within 12 % of the memory or the unit count is wrong: an unknown device is not guessed.
+    Returns None when nothing fits within 12 % of the memory or the unit count is wrong: an unknown device is not guessed. ``units`` 0
+    is unknown. Devices that were added are asked last.
     """
     gigabytes = memory_bytes / 1e9
-    text = name.upper()
-    candidates = skus_of(arch)
+    shipped = _identify_shipped(arch, units, gigabytes, name.upper())
+    if shipped is not None:
+        return shipped
+    own = [s for s in skus_of(arch) if s.memory_gb and s.units == units]
+    close = [s for s in own if abs(gigabytes - (s.memory_gb or 0)) <= 0.12 * (s.memory_gb or 0)]
+    return min(close, key=lambda s: abs(gigabytes - (s.memory_gb or 0)), default=None)
+
+
+def _identify_shipped(arch: str, units: int, gigabytes: float, text: str) -> Sku | None:
+    candidates = [s for s in skus_of(arch) if s.memory_gb is None]
     if arch == "gfx942":
         candidates = [s for s in candidates if s.units == units]
-    if "GH200" in text:
+    if "GH200" in text and arch == "sm_90":
         return SKUS["GH200"]
     if len(candidates) == 1:
         return candidates[0] if arch != "gfx942" or candidates[0].units == units else None
     sizes = {s.name: float(m.group(1)) for s in candidates if (m := re.search(r"-(\d+)$", s.name))}
     sizes |= {"H200": 141.0}
+    # A part with fewer units is another product of that memory size (PCIe boards, parts for one market), except where ours is recalled.
+    candidates = [s for s in candidates if not units or units == s.units or "units" in s.recalled]
     close = [s for s in candidates if s.name in sizes and abs(gigabytes - sizes[s.name]) <= 0.12 * sizes[s.name]]
     return min(close, key=lambda s: abs(gigabytes - sizes[s.name]), default=None)
 

@@ -144,7 +144,7 @@ def select(
         known = ", ".join(hardware.TARGETS)
         return Selection(op, "torch", {}, {}, f"the kernels are proven for {known}, not for {arch}")
     running = triton or triton_version()
-    device = hardware.sku(sku, arch)
+    device = known_device(sku, arch)
     levels = [f"wave{target.wave}", "default"]
     levels = ([device.name] if device else []) + [arch, *levels]
     config, provenance = {}, {}
@@ -202,6 +202,30 @@ def _choose(
 def config_folders() -> list[Path]:
     """Where configuration files are looked for: first ``configs`` in the folders of ``AIFACTORY_KERNELS``, then the shipped ones."""
     return [f / "configs" for f in folders()[1:] if (f / "configs").is_dir()] + [CONFIGS]
+
+
+def known_device(name: str | None, arch: str | None = None) -> hardware.Sku | None:
+    """The SKU of that name: a shipped one, or one that a configuration file describes."""
+    found = hardware.sku(name, arch)
+    if found is None and name:
+        learn()
+        found = hardware.sku(name, arch)
+    return found
+
+
+@lru_cache(None)
+def learn() -> None:
+    """Make the devices known that configuration files were written for and that are not shipped, by the figures in the files' heads."""
+    for folder in config_folders():
+        for path in sorted(folder.glob("*.json")):
+            data = load(path) or {}
+            head = data.get("sku") or {}
+            if not {"name", "units", "hbm_TBps", "bf16_TFLOPs"} <= head.keys() or hardware.sku(head["name"]):
+                continue
+            hardware.add(hardware.Sku(
+                head["name"], data["arch"], head["units"], head["hbm_TBps"] * 1e12, head["bf16_TFLOPs"] * 1e12, head.get("xcd", 1),
+                tuple(head.get("recalled", ())), head.get("memory_GB"),
+            ))  # fmt: skip
 
 
 @lru_cache(None)

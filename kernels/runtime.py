@@ -47,6 +47,9 @@ def device_of(index: int) -> tuple[str, str | None, int]:
     arch = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
     found = hardware.identify(arch, p.multi_processor_count, p.total_memory, p.name)
     if found is None:
+        registry.learn()
+        found = hardware.identify(arch, p.multi_processor_count, p.total_memory, p.name)
+    if found is None:
         log.warning("%s (%s, %d units, %.0f GB) is no known SKU: the configuration of its architecture is used",
                     p.name, arch, p.multi_processor_count, p.total_memory / 1e9)  # fmt: skip
     return arch, found.name if found else None, p.multi_processor_count

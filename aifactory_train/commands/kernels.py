@@ -56,6 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     plot = command("plot", "roofline and configurations as a PNG or HTML file")
     plot.add_argument("--out", required=True, metavar="FILE", help="FILE.png or FILE.html")
+    new = commands.add_parser(
+        "new", help="write the folder of a new operator: a small one that works", allow_abbrev=False
+    )
+    new.add_argument("name", metavar="NAME", help="its name, as in rms_norm")
+    new.add_argument(
+        "--into", metavar="DIR", help="the folder to write NAME into (default: the first of AIFACTORY_KERNELS)"
+    )
+    new.add_argument("--json", action="store_true", help="one line of JSON on standard output")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,7 +73,15 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "Triton is already loaded in this process", fix="run `aifactory kernels traffic` as a command of its own"
         )
-    actions = {"list": _list, "check": _check, "tune": _tune, "bench": _bench, "traffic": _traffic, "plot": _plot}
+    actions = {
+        "list": _list,
+        "check": _check,
+        "tune": _tune,
+        "bench": _bench,
+        "traffic": _traffic,
+        "plot": _plot,
+        "new": _new,
+    }
     return actions[args.action](args)
 
 
@@ -87,7 +103,7 @@ def _operators(args: argparse.Namespace) -> list[str]:
 
 def _targets(args: argparse.Namespace, default: list[str] | None = None) -> list[tuple[str, str | None]]:
     """(architecture, SKU) pairs of --site, --target and --sku; the default, or every target with each of its SKUs."""
-    from aifactory_train.kernels import hardware
+    from aifactory_train.kernels import hardware, registry
 
     for name in args.target or ():
         if name not in hardware.TARGETS:
@@ -104,10 +120,10 @@ def _targets(args: argparse.Namespace, default: list[str] | None = None) -> list
             )
         return [_chip(args.site)]
     if args.sku:
-        found = hardware.sku(args.sku)
+        found = registry.known_device(args.sku) or _of_catalogue(args.sku)
         if found is None:
             raise UserError(f"unknown SKU '{args.sku}'{did_you_mean(args.sku, hardware.SKUS)}", where="--sku",
-                            fix=f"one of {', '.join(hardware.SKUS)}")  # fmt: skip
+                            fix=f"one of {', '.join(hardware.SKUS)}; for another device a profile with its figures: --site")  # fmt: skip
         if args.target and args.target != [found.arch]:
             raise UserError(
                 f"{found.name} is a {found.arch}, not a {', '.join(args.target)}",
@@ -128,20 +144,57 @@ def _chip(site: str) -> tuple[str, str | None]:
     from aifactory_train.sites import load
 
     gpu = load(site).gpu
-    arch = gpu.arch
-    if arch not in hardware.TARGETS:
-        raise UserError(f"the GPU of {site} is {arch or 'unknown'}: the kernels are proven for {', '.join(hardware.TARGETS)}",
+    if gpu.arch not in hardware.TARGETS:
+        raise UserError(f"the GPU of {site} is {gpu.arch or 'unknown'}: the kernels are proven for {', '.join(hardware.TARGETS)}",
                         where="--site", fix="choose another site, or --target for a compile check of another chip")  # fmt: skip
-    name = str(getattr(gpu, "sku", None) or "")
-    found = hardware.sku(name, arch) or hardware.identify(
-        arch, _units(arch, name), round(float(gpu.memory_gib or 0) * 1.0737e9), name
-    )
-    return arch, found.name if found else None
+    found = _device(gpu, site)
+    if found is None:
+        note(f"{site}: no known device fits its GPU, and its profile lacks compute_units, memory_bandwidth_gb_s or peak_tflops.bf16:"
+             f" only the architecture {gpu.arch} is used")  # fmt: skip
+    return gpu.arch, found.name if found else None
 
 
-def _units(arch: str, name: str) -> int:
-    """Unit count that tells MI300A from MI300X; other architectures are told apart by memory."""
-    return (228 if "300A" in name.upper() else 304) if arch == "gfx942" else 0
+def _device(gpu: Any, site: str) -> Any:
+    """The device that a profile's GPU is: a known one where name or figures say so, else one of the profile's own figures; None: neither.
+
+    A known SKU is taken by its name, or by memory size where the profile names a GPU of the catalogue. A GPU of the profile's own
+    must have the units and the bandwidth of a known device to be taken for it.
+    """
+    from aifactory_train.kernels import hardware
+
+    arch, name, units = str(gpu.arch), str(gpu.sku or ""), gpu.compute_units or 0
+    bandwidth = (gpu.memory_bandwidth_gb_s or 0) * 1e9
+
+    def fits(device: Any) -> bool:
+        same_units = not units or units == device.units or "units" in device.recalled
+        return same_units and (
+            bool(name) or (bool(units) and abs(bandwidth - device.bandwidth) <= 0.05 * device.bandwidth)
+        )
+
+    by_memory = hardware.identify(arch, units, round(float(gpu.memory_gib or 0) * 1.0737e9), name)
+    for found in (hardware.sku(name, arch), by_memory):
+        if found is not None and fits(found):
+            return found
+    peak = gpu.peak_tflops.get("bf16", 0) * 1e12
+    if not (units and bandwidth and peak):
+        return None
+    own = "".join(c if c.isalnum() or c in "._-" else "-" for c in (gpu.model or name or site)).strip("-.")
+    if hardware.sku(own) is not None or own in hardware.TARGETS:
+        own = f"{own}-{site}"
+    memory = round(float(gpu.memory_gib) * 1.0737, 1) if gpu.memory_gib else None
+    device = hardware.Sku(own, arch, units, bandwidth, peak, memory_gb=memory)
+    hardware.add(device)
+    note(f"{site}: its GPU is no known device; the figures of the profile are used, under the name {own}")
+    return device
+
+
+def _of_catalogue(name: str) -> Any:
+    """The device of a GPU in ``sites/gpus.yaml``, or None where it has none of that name."""
+    from aifactory_train.sites.catalogue import gpu_catalogue
+    from aifactory_train.sites.schema import Gpu
+
+    entry = next((e for sku, e in gpu_catalogue().items() if sku.lower() == name.lower()), None)
+    return _device(Gpu(**entry, sku=name.lower()), name) if entry and entry.get("arch") else None
 
 
 # ---- the actions
@@ -244,13 +297,47 @@ def _tune(args: argparse.Namespace) -> int:
     if args.write:
         path = Path(args.write) / f"{name or arch}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        tune.write(path, tune.describe(target, sku), entries)
+        try:
+            tune.write(path, tune.describe(target, sku), entries)
+        except ValueError as error:
+            raise UserError(
+                str(error), where="--write", fix="move the file away, or write into another folder"
+            ) from error
         note(f"wrote {path}")
     if args.json:
         print_json(summary)
     elif correlations:
         note(
             f"rank correlation of model and measurement: {summary['rank_correlation']:.2f} (mean of {len(correlations)} kernels)"
+        )
+    return EXIT_DONE
+
+
+def _new(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from aifactory_train.kernels.spec import folders
+    from aifactory_train.kernels.workbench import new
+
+    found = folders()
+    into = Path(args.into) if args.into else (found[1] if len(found) > 1 else None)
+    if into is None:
+        raise UserError("where shall it lie?", where="--into", fix=f"--into {found[0]} for an operator of this package, or a folder of"
+                        " your own, which AIFACTORY_KERNELS must then name")  # fmt: skip
+    try:
+        written = new.write(args.name, into)
+    except ValueError as error:
+        raise UserError(
+            str(error), where="NAME" if into.is_dir() else "--into", fix="another name or folder"
+        ) from error
+    prefix = "" if into.resolve() in [f.resolve() for f in found] else f"AIFACTORY_KERNELS={into} "
+    if args.json:
+        print_json({"op": args.name, "files": [str(p) for p in written]})
+    else:
+        for path in written:
+            note(f"wrote {path}")
+        note(
+            f"next: {prefix}aifactory kernels check --op {args.name} --subset; {prefix}aifactory kernels traffic --op {args.name}"
         )
     return EXIT_DONE
 

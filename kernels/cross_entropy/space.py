@@ -62,4 +62,6 @@ KERNELS = (
     Kernel("cross_entropy_bwd", "backward", f"{MODULE}:ce_bwd", backward_arguments, constexprs, tiles, "vocab"),
 )
 CHECKS = tuple({"rows": 4095, "vocab": v} for v in VOCABULARIES)
-OPERATOR = Operator("cross_entropy", ("rows", "vocab"), KERNELS, floor, CHECKS, inputs, options={"reduction": "none"}, flops=5)
+OPERATOR = Operator(
+    "cross_entropy", ("rows", "vocab"), KERNELS, floor, CHECKS, inputs, options={"reduction": "none"}, flops=5
+)

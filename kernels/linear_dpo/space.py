@@ -13,6 +13,7 @@ from aifactory_train.kernels.cross_entropy.space import (
 from aifactory_train.kernels.linear_cross_entropy.space import SHRINK
 from aifactory_train.kernels.spec import Kernel, Operator, Shape
 
+
 def inputs(make, shape: Shape) -> tuple:
     """Two sequences, chosen and rejected, of half the rows each, and the log-probabilities of the frozen reference."""
     n, h, v = shape["rows"] // 2, shape["hidden"], shape["vocab"]

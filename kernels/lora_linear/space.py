@@ -51,7 +51,9 @@ def elements(constants) -> int:
 MODULE = "lora_linear.triton_kernels:lora_epilogue"
 KERNELS = (
     Kernel("lora_linear_fwd", "forward", MODULE, arguments, constexprs, space, "out", matrix=True, tile=elements),
-    Kernel("lora_linear_bwd", "backward", MODULE, backward_arguments, constexprs, space, "in", matrix=True, tile=elements),
+    Kernel(
+        "lora_linear_bwd", "backward", MODULE, backward_arguments, constexprs, space, "in", matrix=True, tile=elements
+    ),
 )
 CHECKS = tuple(
     {"rows": 8191, "in": i, "out": o, "rank": r}

@@ -279,8 +279,30 @@ def entries(results: Iterable[Result], measured_note: dict[str, Any] | None = No
     return out
 
 
+def merged(path: Path, body: dict[str, Any], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The file's entries with those of the tuned kernels and dtypes replaced; an entry of another kernel or dtype is kept as it is.
+
+    A file is of one Triton version and one device. Raises ``ValueError`` where it holds entries of another that would stay in it.
+    """
+    before = registry.load(path)
+    if before is None:
+        return results
+    tuned = {(e["kernel"], d) for e in results for d in e["match"]["dtype"]}
+    kept = [e for e in before["entries"] if not all((e["kernel"], d) in tuned for d in e["match"].get("dtype", [None]))]
+    for key in ("arch", "sku"):
+        if kept and before.get(key) != body.get(key):
+            raise ValueError(f"{path} is for {before.get(key)}, not for {body.get(key)}")
+    ours, theirs = body["toolchain"]["triton"], (before.get("toolchain") or {}).get("triton")
+    if kept and ours != theirs:
+        raise ValueError(
+            f"{path} holds {len(kept)} entries recorded with Triton {theirs}; those made now are for {ours}"
+        )
+    return kept + results
+
+
 def write(path: Path, body: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    """Write a configuration file, one entry a line, so that a diff shows what changed."""
+    """Write a configuration file, one entry a line, so that a diff shows what changed; entries of other kernels stay (:func:`merged`)."""
+    results = merged(path, body, results)
     text = json.dumps({"schema": 1, **body, "entries": []}, indent=1)
     lines = ",\n".join("  " + json.dumps(e) for e in results)
     path.write_text(text.replace('"entries": []', f'"entries": [\n{lines}\n ]') + "\n", encoding="utf-8")
@@ -299,6 +321,8 @@ def describe(target: Target, sku: Sku | None) -> dict[str, Any]:
     if sku:
         body["sku"] = {"name": sku.name, "units": sku.units, "xcd": sku.xcd, "wave": target.wave, "hbm_TBps": sku.bandwidth / 1e12,
                        "recalled": list(sku.recalled)}  # fmt: skip
+        if sku.memory_gb:  # not a shipped device: with these figures the file is found again on the device itself
+            body["sku"] |= {"bf16_TFLOPs": sku.peak_bf16 / 1e12, "memory_GB": sku.memory_gb}
     return body
 
 

@@ -1,9 +1,12 @@
 """The torch path: what runs on a CPU, and what the registered operators do there. Gradients against finite differences in fp64."""
 
+import copy
+
 import pytest
 import torch
 
-from aifactory_train.kernels import ops, runtime
+from aifactory_train.kernels import ops, registry, runtime
+from aifactory_train.kernels.workbench import inputs
 
 aif = torch.ops.aifactory
 
@@ -93,6 +96,29 @@ def test_registered_operators_agree_with_the_torch_path(name):
     ours, theirs = (torch.autograd.grad(o, values, grads) for o in outs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", registry.OPERATORS)
+def test_every_operator_on_a_cpu(name):
+    """As its folder declares it, in fp64: the operator is its oracle, and its gradients are those of finite differences."""
+    torch.manual_seed(0)
+    shape = {d: min(size, 24) for d, size in inputs.small(registry.operator(name))[0].items()}
+    run, oracle, values = inputs.function(name), inputs.oracle(name), inputs.draw(name, shape, torch.float64)
+    wanted = [v for v in values if isinstance(v, torch.Tensor) and v.requires_grad]
+    if not wanted:  # an update in place
+        other = copy.deepcopy(values)
+        assert run(*values) is None and oracle(*other) is None
+        assert torch.equal(values[0], other[0])
+        return
+    ours, theirs = run(*values), oracle(*values)
+    torch.testing.assert_close(ours, theirs)
+
+    def first(*leaves):
+        left = iter(leaves)
+        out = run(*(next(left) if isinstance(v, torch.Tensor) and v.requires_grad else v for v in values))
+        return out[0] if isinstance(out, tuple) else out
+
+    assert torch.autograd.gradcheck(first, wanted, fast_mode=True)
 
 
 def test_a_cpu_takes_the_torch_path():

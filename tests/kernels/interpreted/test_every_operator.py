@@ -2,21 +2,14 @@
 
 import pytest
 import torch
+from calls import calls_of, copied
 from judge import compare
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from aifactory_train.kernels import ops, registry
 from aifactory_train.kernels.workbench import inputs
 
 OPERATORS = list(registry.OPERATORS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def copied(value):
-    """The same arguments for another run: an operator may update them in place."""
-    if isinstance(value, dict):
-        return {k: copied(v) for k, v in value.items()}
-    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
@@ -42,34 +35,6 @@ def test_values(op, dtype):
         )  # fmt: skip
 
 
-class Calls(TorchDispatchMode):
-    """Collects the calls of this project's registered operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "aifactory":
-            self.seen.append((func, tuple(copied(a) for a in args)))
-        return func(*args, **(kwargs or {}))
-
-
-def calls_of(op):
-    """(registered operator, arguments) of a forward and a backward pass; only those of the forward pass ask for gradients."""
-    operator = registry.operator(op)
-    shape = inputs.small(operator)[0]
-    arguments = inputs.draw(op, shape, torch.float32)
-    with Calls() as forward:
-        out = inputs.function(op)(*arguments)
-    outs = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, torch.Tensor) and o.requires_grad]
-    with Calls() as backward:
-        if outs:
-            torch.autograd.backward(outs, [torch.randn_like(o) for o in outs])
-    plain = [(f, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)) for f, args in backward.seen]
-    return forward.seen + plain
-
-
 @pytest.mark.parametrize("op", OPERATORS)
 def test_opcheck(op):
     found = calls_of(op)
@@ -92,7 +57,12 @@ def test_compiles_as_one_graph(op):
         outs = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, torch.Tensor)]
         asked = [a for a in given if isinstance(a, torch.Tensor) and a.requires_grad]
         total = sum(o.sum() for o in outs if o.requires_grad)
-        results.append(([*outs, *(a for a in given if isinstance(a, torch.Tensor))], torch.autograd.grad(total, asked) if asked else ()))
+        results.append(
+            (
+                [*outs, *(a for a in given if isinstance(a, torch.Tensor))],
+                torch.autograd.grad(total, asked) if asked else (),
+            )
+        )
     torch.testing.assert_close(results[1], results[0])
 
 
