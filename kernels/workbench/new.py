@@ -48,10 +48,15 @@ def inputs(make, shape: Shape) -> tuple:
     return make.normal(n, w), make.normal(n, w)
 
 
+MODULE = "NAME.triton_kernels"
 KERNELS = (
-    Kernel("NAME_fwd", "forward", "NAME.triton_kernels:forward", forward_arguments, constexprs, space, "width", inputs=2),
-    Kernel("NAME_bwd", "backward", "NAME.triton_kernels:backward", backward_arguments, constexprs, space, "width", inputs=3),
-)
+    Kernel(
+        "NAME_fwd", "forward", f"{MODULE}:forward", forward_arguments, constexprs, space, "width", inputs=2
+    ),
+    Kernel(
+        "NAME_bwd", "backward", f"{MODULE}:backward", backward_arguments, constexprs, space, "width", inputs=3
+    ),
+)  # fmt: skip
 CHECKS = tuple({"rows": 8191, "width": w} for w in (2048, 4096, 14336, 28672))
 OPERATOR = Operator("NAME", ("rows", "width"), KERNELS, floor, CHECKS, inputs, flops=5)
 '''
@@ -68,7 +73,7 @@ def NAME(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(gate)
 
 
-def NAME_backward(dy: torch.Tensor, x: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(dy: torch.Tensor, x: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(dx, dgate) in closed form, computed in at least fp32."""
     g, s = wide(dy), torch.sigmoid(wide(gate))
     return (g * s).to(x.dtype), (g * wide(x) * s * (1 - s)).to(gate.dtype)
@@ -122,7 +127,11 @@ def NAME(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return torch.ops.aifactory.NAME_fwd(x, gate)
 
 
-@torch.library.custom_op("aifactory::NAME_fwd", mutates_args=(), schema="(Tensor x, Tensor gate) -> Tensor")
+@torch.library.custom_op(
+    "aifactory::NAME_fwd",
+    mutates_args=(),
+    schema="(Tensor x, Tensor gate) -> Tensor",
+)
 def NAME_fwd(x, gate):
     if x.shape != gate.shape or x.dtype != gate.dtype:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} and gate {tuple(gate.shape)} {gate.dtype} must agree")
@@ -147,11 +156,13 @@ def _(x, gate):
 
 
 @torch.library.custom_op(
-    "aifactory::NAME_bwd", mutates_args=(), schema="(Tensor dy, Tensor x, Tensor gate) -> (Tensor, Tensor)"
+    "aifactory::NAME_bwd",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor gate) -> (Tensor, Tensor)",
 )
 def NAME_bwd(dy, x, gate):
     if not runtime.use_triton("NAME", x):
-        dx, dgate = reference.NAME_backward(dy, x, gate)
+        dx, dgate = reference.backward(dy, x, gate)
         return dx.contiguous(), dgate.contiguous()
     from aifactory_train.kernels.NAME.triton_kernels import backward as kernel
 
