@@ -11,7 +11,7 @@ from aifactory_train.kernels.spec import folders
 _INIT = '''"""``x * sigmoid(gate)``: an example to be changed."""
 '''
 
-_SPACE = '''"""What NAME says about itself: launch parameters, configurations worth compiling, traffic and inputs. No torch at import."""
+_SPACE = '''"""What NAME says about itself: launch parameters, traffic and inputs. No torch at import."""
 
 from aifactory_train.kernels.spec import ITEMSIZE, Config, Kernel, Operator, Shape, tile_space
 
@@ -51,10 +51,12 @@ def inputs(make, shape: Shape) -> tuple:
 MODULE = "NAME.triton_kernels"
 KERNELS = (
     Kernel(
-        "NAME_fwd", "forward", f"{MODULE}:forward", forward_arguments, constexprs, space, "width", inputs=2
+        "NAME_fwd", "forward", f"{MODULE}:forward", forward_arguments, constexprs, space, "width",
+        inputs=2,
     ),
     Kernel(
-        "NAME_bwd", "backward", f"{MODULE}:backward", backward_arguments, constexprs, space, "width", inputs=3
+        "NAME_bwd", "backward", f"{MODULE}:backward", backward_arguments, constexprs, space, "width",
+        inputs=3,
     ),
 )  # fmt: skip
 CHECKS = tuple({"rows": 8191, "width": w} for w in (2048, 4096, 14336, 28672))
@@ -121,7 +123,7 @@ __all__ = ["NAME"]
 
 
 def NAME(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """``x * sigmoid(gate)``. Both [..., W] of one shape and dtype, any row stride; differentiable in both; fp32 inside."""
+    """``x * sigmoid(gate)``. Both [..., W] of one shape and dtype; differentiable in both; fp32 inside."""
     if not runtime.use_triton("NAME", x):
         return reference.NAME(x, gate)
     return torch.ops.aifactory.NAME_fwd(x, gate)

@@ -13,7 +13,7 @@ import pytest
 from aifactory_train.kernels.workbench import new
 
 HERE = Path(__file__).parent
-NAME = "toy_gate"
+NAME = "toy_gate_of_tests"
 
 
 def start(*command, kernels, interpret="0", cwd=None, code=0):
