@@ -78,4 +78,5 @@ _step = step  # its name below, where `step` is the number of the step
 def adamw8bit(param, grad, state, *, step: int, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01) -> None:
     """The operator of that name, without stochastic rounding."""
     bias1, bias2 = 1 - betas[0] ** step, 1 - betas[1] ** step
-    _step(param, grad, *state.values(), lr, *betas, eps, weight_decay, bias1, bias2)
+    m, v, m_scale, v_scale = state.values()
+    _step(param, grad, m, v, m_scale, v_scale, lr, betas[0], betas[1], eps, weight_decay, bias1, bias2)
