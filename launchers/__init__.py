@@ -3,13 +3,13 @@
 The pipeline, one module a step::
 
     request.py      what a user may ask; hygiene of every text that enters a script
-    shape.py        nodes, tasks, cores, memory, time, placement, each with its origin
-    build.py        the whole submission: script, programs of node and rank, data files
+    shaping.py      the shape of the job (shape.py): nodes, tasks, cores, memory, time, placement, each with its origin
+    planned.py      the planner's settings for that shape
+    build.py        the whole submission, once: context.py (names of the templates), container.py, environment.py, files.py
     checks/         named rules that refuse a request before anything is submitted
     runs.py         the run folder
-    backends/       one module a scheduler: directives, submit, query, cancel
-    follow.py       status, logs, stop
+    backends/       one class and module a scheduler: what it can do, directives, submit, query, cancel
+    follow.py       status; attempts.py judges each attempt, stopping.py asks runs to stop, logs.py finds their logs
     explain.py      why each line is there, and which fact it rests on
-    twin.py         the controller configuration of a site's twin
     programs/       what runs inside the job: book-keeping and pre-flight (standard library; the pre-flight needs torch)
 """

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aifactory_train.launchers import backends
 from aifactory_train.launchers import request as rq
 from aifactory_train.launchers.shape import Shape
 from aifactory_train.launchers.submission import Line, Submission, quoted
@@ -26,16 +27,6 @@ OWNED = re.compile(
     r"|PBS_.*|PMI_.*|PMIX_.*|OMPI_.*|PALS_.*|AIFACTORY_(?!ALLOW_CPU$).*|PATH|HOME|USER|LOGNAME|SHELL|IFS|BASH_ENV|ENV|BASHOPTS|SHELLOPTS|PS4"
     r"|PROMPT_COMMAND|LD_PRELOAD|LD_AUDIT|PYTHONHOME|PYTHONSTARTUP|PYTHONINSPECT|POSIXLY_CORRECT|UID|EUID|PPID|BASH.*)"
 )
-#: What srun or sbatch would read as an option and the batch script never sets itself.
-SCRUBBED = (
-    "SLURM_CPU_BIND", "SLURM_CPU_BIND_LIST", "SLURM_CPU_BIND_TYPE", "SLURM_CPU_BIND_VERBOSE", "SLURM_MEM_BIND",
-    "SLURM_MEM_BIND_LIST", "SLURM_MEM_BIND_TYPE", "SLURM_GPU_BIND", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU",
-    "SLURM_WAIT", "SLURM_KILL_BAD_EXIT", "SLURM_IMMEDIATE", "SLURM_OVERLAP", "SLURM_EXACT", "SLURM_WHOLE",
-    "SLURM_STDOUTMODE", "SLURM_STDERRMODE", "SLURM_STDINMODE", "SLURM_LABELIO", "SLURM_MPI_TYPE", "SLURM_TIMELIMIT",
-    "SLURM_WORKING_DIR", "SLURM_NO_KILL", "SLURM_HINT", "SLURM_DISTRIBUTION", "SLURM_CONSTRAINT", "SLURM_RESERVATION",
-    "SLURM_MULTI_PROG", "SLURM_PROLOG", "SLURM_EPILOG", "SLURM_TASK_PROLOG", "SLURM_TASK_EPILOG", "SLURM_THREADS",
-    "SBATCH_EXPORT", "PMI_RANK", "PMI_SIZE", "PMIX_RANK", "PMIX_NAMESPACE",
-)  # fmt: skip
 
 
 def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None) -> list[Line]:
@@ -50,7 +41,7 @@ def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None)
         seen.add(name)
         out.append(sub.line(f"export {name}={quoted(value)}", why, fact))
 
-    remote = shape.backend not in ("local", "mpi")
+    remote = backends.get(shape.backend).batch
     if remote or system.environment.set:
         for name, value in system.environment.set.items():
             if name == "GLOO_SOCKET_FAMILY":

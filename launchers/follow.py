@@ -61,8 +61,10 @@ def status_of(folder: Path, *, ask: bool = True) -> dict[str, Any]:
 
 
 def _array_status(folder: Path, manifest: dict[str, Any], ask: bool) -> dict[str, Any]:
+    backend = backends.get(manifest["backend"])
+
     def jobs(task: int) -> list[str]:
-        return [f"{job}_{task}" if "_" not in job and not job.startswith("local") else job for job in jobs_of(folder)]
+        return [backend.task_job(job, task) for job in jobs_of(folder)]
 
     tasks = []
     for i, overrides in enumerate(manifest["array"]):
@@ -92,7 +94,9 @@ def _one_status(
     folder: Path, base: Path, manifest: dict[str, Any], ask: bool, jobs_now: Callable[[], list[str]]
 ) -> dict[str, Any]:
     backend_name = manifest.get("backend")
-    backend = backends.get(backend_name) if backend_name and backend_name != "kubernetes" else None
+    backend = backends.get(backend_name) if backend_name else None
+    if backend is not None and not backend.followed:
+        backend = None
     known: dict[str, Job | None] = {}
     # A folder without a file is a number that somebody is just claiming.
     numbers = [n for n in book.attempt_numbers(str(folder)) if _files(Path(book.attempt_dir(str(folder), n)))]

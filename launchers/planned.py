@@ -1,4 +1,4 @@
-"""The planner's word for a submission. Where it has none, launching goes on with the recipe's own settings, and that is said."""
+"""The planner's word for a job. Where it has none, launching goes on with the recipe's own settings, and that is said."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.launchers.submission import Submission
+from aifactory_train.launchers import backends
+from aifactory_train.launchers.request import Request
+from aifactory_train.launchers.shape import Shape
+from aifactory_train.sites.profiles import System
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
@@ -16,13 +19,14 @@ if TYPE_CHECKING:
 UNKNOWN = ("--site", "precision.compute", "model.base")
 
 
-def plan_for(sub: Submission, recipe: Recipe) -> tuple[dict[str, Any] | None, list[str], str | None]:
+def plan_for(
+    request: Request, system: System, shape: Shape, recipe: Recipe
+) -> tuple[dict[str, Any] | None, list[str], str | None]:
     """(plan.json or None, overrides ``key=value`` that it wants, a note for people or None).
 
     A plan with ``fits: False`` carries the planner's refusal; the rule ``plan-possible`` reports it.
     """
-    request, shape = sub.request, sub.shape
-    if shape.backend in ("local", "mpi"):
+    if not backends.get(shape.backend).batch:
         return None, [], None
     if importlib.util.find_spec("aifactory_train.planning") is None:
         return None, [], "no planner is installed: the recipe's own settings are taken as they are"
@@ -32,11 +36,11 @@ def plan_for(sub: Submission, recipe: Recipe) -> tuple[dict[str, Any] | None, li
     try:
         found, _ = plan(
             recipe,
-            sub.system,
+            system,
             shape.nodes,
             gpus_per_node=shape.gpus_per_node,
             partition=shape.partition_key,
-            qos=shape.qos if shape.qos in sub.system.qos else None,
+            qos=shape.qos if shape.qos in system.qos else None,
             given=given,
         )
     except UserError as error:

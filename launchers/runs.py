@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.launchers.build import finish
+from aifactory_train.launchers import backends
+from aifactory_train.launchers.files import finish
 from aifactory_train.launchers.request import Refusal
 from aifactory_train.launchers.submission import File, Submission
 
@@ -34,7 +35,7 @@ def write(sub: Submission) -> Path:
         raise UserError(
             f"cannot be written: {error.strerror}", where=str(error.filename or run), fix="choose another --run-dir"
         ) from None
-    return run / "submission" / ("job.yaml" if sub.shape.backend == "kubernetes" else "job.sh")
+    return run / "submission" / backends.get(sub.shape.backend).script_file
 
 
 def put(run: Path, file: File) -> None:

@@ -26,7 +26,8 @@ from typing import Any
 from aifactory_train import __version__
 from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.build import IMAGE_SUFFIXES, container_of, env_folder, templates
+from aifactory_train.launchers.container import IMAGE_SUFFIXES, container_of, env_folder
+from aifactory_train.launchers.rendering import templates
 from aifactory_train.launchers.request import Request
 from aifactory_train.launchers.submission import quoted
 from aifactory_train.sites.profiles import System

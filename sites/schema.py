@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
 
+from aifactory_train.sites.schedulers import Kind
+
 # -- times -------------------------------------------------------------------------------------------------------------
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -172,7 +174,7 @@ class Detect(_Model):
 
 
 class Scheduler(_Model):
-    kind: Literal["slurm", "pbspro", "torque", "kubernetes", "none"] | None = None
+    kind: Kind | None = None
     flavour: Literal["slurmd", "psslurm", "moab", "kueue"] | None = None
     version: Text | None = None
     launchers: list[str] = []  # process starters known to exist there (srun, mpiexec); empty = not published

@@ -114,32 +114,31 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     from aifactory_train import sites
     from aifactory_train.config.loading import load_recipe
-    from aifactory_train.launchers import checks
+    from aifactory_train.launchers import backends, checks
     from aifactory_train.launchers.build import build
+    from aifactory_train.launchers.planned import plan_for
+    from aifactory_train.launchers.shaping import shape_of
 
     request = request_of(args)
     system = load_site(args)
     recipe = load_recipe(args.recipe, args.overrides)
     licences.gate(recipe)
-    sub = build(request, system, recipe, files=not (args.dry_run or args.explain))
-    batch = sub.shape.backend not in ("local", "mpi")
-    here = (
-        not batch or system.id in ("lab",) or sites.identify() == system.id or (not args.dry_run and not args.explain)
-    )
+    shape = shape_of(request, system)
     submitting = not (args.dry_run or args.explain)
+    plan, wanted, told = None, [], None
     if not args.dry_run or args.json:
-        from aifactory_train.launchers.planned import plan_for
-
-        plan, wanted, told = plan_for(sub, recipe)
+        plan, wanted, told = plan_for(request, system, shape, recipe)
         if wanted:
-            # Built again with the planner's settings below the user's own, which win.
+            # The planner's settings lie below the user's own, which win.
             request = dataclasses.replace(request, overrides=(*wanted, *request.overrides))
             recipe = load_recipe(args.recipe, list(request.overrides))
-            sub = build(request, system, recipe, plan=plan, files=not (args.dry_run or args.explain))
-            sub.notes.append("settings of the planner: " + " ".join(wanted))
-        sub.plan = plan
-        if told:
-            sub.notes.append(told)
+    sub = build(request, system, recipe, shape=shape, plan=plan, files=submitting)
+    if wanted:
+        sub.notes.append("settings of the planner: " + " ".join(wanted))
+    if told:
+        sub.notes.append(told)
+    batch = backends.get(shape.backend).batch
+    here = not batch or system.id in ("lab",) or sites.identify() == system.id or submitting
     if not here:
         sub.notes.append(
             f"this is not {system.name}: paths in the script ({sub.run_dir}, caches, environment) are those of this machine; "
@@ -231,21 +230,21 @@ def request_of(args: argparse.Namespace):
 def load_site(args: argparse.Namespace):
     """The system, with the user's own values laid over it."""
     from aifactory_train import sites
+    from aifactory_train.launchers import backends
+    from aifactory_train.launchers.here import this_machine
 
-    if args.site is None and args.backend in (None, "local", "mpi", "torchrun", "mpirun"):
-        from aifactory_train.launchers.here import this_machine
-
+    asked = backends.find(args.backend) if args.backend is not None else None
+    if args.site is None and (args.backend is None or (asked is not None and not asked.batch)):
         return this_machine()
     name = args.site or "local"
     if name == "local" and args.site_file is None:
-        from aifactory_train.launchers.here import this_machine
-
         return this_machine()
     return sites.load(name, overlay=args.site_file) if args.site_file else sites.load(name)
 
 
 def _tell(args: argparse.Namespace, sub: Any, found: list[Any]) -> None:
     from aifactory_train.core.output import note
+    from aifactory_train.launchers import backends
 
     if args.json:
         return
@@ -257,7 +256,7 @@ def _tell(args: argparse.Namespace, sub: Any, found: list[Any]) -> None:
         elif finding.level == "not-checked":
             note(f"not checked here: [{finding.rule}] {finding.what}" + (f" ({finding.fix})" if finding.fix else ""))
     shape = sub.shape
-    if shape.backend not in ("local", "mpi"):
+    if backends.get(shape.backend).batch:
         from aifactory_train.launchers.checks import Context, gpu_hours
 
         hours = gpu_hours(Context(sub, None, False, False))  # type: ignore[arg-type]
@@ -316,7 +315,7 @@ def _submit(args: argparse.Namespace, sub: Any, found: list[Any]) -> int:
         else:
             note(f"the scheduler accepts {script}" + (f" ({told})" if told else ""))
         return 0
-    if sub.shape.backend in ("local", "mpi"):
+    if not backend.batch:
         note(f"run folder: {sub.run_dir}")
         code = backend.run(sub.run_dir)
         if args.json:
@@ -354,9 +353,8 @@ def _resume(args: argparse.Namespace) -> int:
         for earlier in ("stop", "cancelled"):  # this is the newer word; one that is asked from now on counts again
             (run / earlier).unlink(missing_ok=True)
         (run / "submission" / "again").write_text("")
-    backend_name = state["backend"] or "local"
-    backend = backends.get(backend_name)
-    if backend_name in ("local", "mpi"):
+    backend = backends.get(state["backend"]) if state["backend"] else backends.of_scheduler("none")
+    if not backend.batch:
         note(f"run folder: {folder}")
         return backend.run(folder)
     job = backend.submit(folder)

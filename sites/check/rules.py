@@ -9,6 +9,7 @@ from pathlib import Path
 from aifactory_train.core.errors import did_you_mean
 from aifactory_train.sites.catalogue import gpu_catalogue
 from aifactory_train.sites.check.faults import Fault, Place, at
+from aifactory_train.sites.schedulers import SCHEDULERS
 from aifactory_train.sites.schema import Gpu
 from aifactory_train.sites.system import System
 
@@ -182,32 +183,20 @@ def _limits(system: System, path: Path) -> Iterator[Fault]:
         yield Fault("default-partition", at(path, "default_partition"), told, f"one of {', '.join(system.partitions)}")
 
 
-_FORMS = {
-    "slurm": ("gpus-per-node", "gres", "gpus", "none"),
-    "pbspro": ("pbs-select", "none"),
-    "torque": ("torque-nodes", "none"),
-    "kubernetes": ("kubernetes",),
-    "none": ("none",),
-}
-
-
 def _scheduler(system: System, path: Path) -> Iterator[Fault]:
     kind, form = system.scheduler.kind, system.request.gpus
-    if kind and form and form not in _FORMS[kind]:
+    known = SCHEDULERS.get(kind or "")
+    if known and form and form not in known.gpu_requests:
         yield Fault(
             "scheduler",
             at(path, "request", "gpus"),
             f"'{form}' is not how {kind} takes GPUs",
-            f"one of {', '.join(_FORMS[kind])}",
+            f"one of {', '.join(known.gpu_requests)}",
         )
     if system.request.gres_type and form not in ("gres", "gpus-per-node", "gpus"):
         yield Fault("scheduler", at(path, "request", "gres_type"), f"gres_type without a GRES request ({form})")
     flavour = system.scheduler.flavour
-    if (
-        kind
-        and flavour
-        and flavour not in {"slurm": ("slurmd", "psslurm"), "torque": ("moab",), "kubernetes": ("kueue",)}.get(kind, ())
-    ):
+    if known and flavour and flavour not in known.flavours:
         yield Fault("scheduler", at(path, "scheduler", "flavour"), f"{flavour} is not a flavour of {kind}")
     if form == "pbs-select" and not system.request.pbs_select:
         yield Fault("scheduler", at(path, "request"), "pbs-select needs the chunk's resources (pbs_select)")

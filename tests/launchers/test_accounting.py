@@ -14,8 +14,7 @@ from slurm_lab import lab
 
 from aifactory_train import sites
 from aifactory_train.config.loading import load_recipe
-from aifactory_train.launchers import checks
-from aifactory_train.launchers.backends import slurm
+from aifactory_train.launchers import backends, checks
 from aifactory_train.launchers.build import build
 from aifactory_train.launchers.request import Request
 
@@ -97,6 +96,7 @@ def test_slurm_accepts_and_holds_for_ever_what_our_rules_refuse(
     from aifactory_train.launchers import runs
 
     runs.write(sub)
+    slurm = backends.get("slurm")
     slurm.submit(sub.run_dir, test_only=True)
     job = slurm.submit(sub.run_dir)
     try:
@@ -126,6 +126,7 @@ def test_status_reports_gpu_hours_from_accounting(accounting, full_system, plain
     submitted(request, full_system)
     found = wait_for(run, "done", "failed", seconds=150)
     assert found["state"] == "done" and found["gpu_hours"] > 0
+    slurm = backends.get("slurm")
     end = time.time() + 60
     while "gres/gpu=2" not in (account := slurm.accounting(found["jobs"][0]["id"]) or {}).get("AllocTRES", ""):
         assert time.time() < end, account

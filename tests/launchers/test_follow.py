@@ -9,7 +9,7 @@ import pytest
 
 from aifactory_train.core.errors import RunFailed
 from aifactory_train.launchers import backends
-from aifactory_train.launchers.backends import Job, slurm
+from aifactory_train.launchers.backends import Backend, Job, slurm
 from aifactory_train.launchers.follow import status_of, stop
 
 
@@ -97,8 +97,8 @@ def test_status_of_a_finished_run_names_the_refusal(tmp_path, cli):
 # ---- moments in which a job and its files do not say the same yet
 
 
-class Scheduler:
-    """Stands for a backend: the states of jobs, and what happens while it is asked."""
+class Scheduler(Backend):
+    """A backend: the states of jobs, and what happens while it is asked."""
 
     def __init__(self, **states: str):
         self.states, self.meanwhile = states, lambda: None
@@ -110,11 +110,11 @@ class Scheduler:
             raise RunFailed("the controller does not answer")
         return Job(id=job, state=state) if state else None
 
-    def accounting(self, job: str) -> None:
-        return None
+    def submit(self, run_dir: Path, *, test_only: bool = False) -> str:
+        raise AssertionError("nothing is submitted here")
 
-    def failed_nodes(self, nodes: str | None) -> list[str]:
-        return []
+    def cancel(self, job: str) -> None:
+        raise AssertionError("nothing is cancelled here")
 
 
 @pytest.fixture
@@ -219,8 +219,8 @@ def test_slurm_is_asked_again_where_it_does_not_answer(tmp_path, monkeypatch, sa
     monkeypatch.setenv("PATH", str(program.parent))  # no sacct either
     monkeypatch.setattr(slurm, "ANSWER_PAUSES_S", (0.0, 0.0, 0.0))
     if answers == 1:
-        assert slurm.query("18") is None
+        assert backends.get("slurm").query("18") is None
     else:
         with pytest.raises(RunFailed, match="Unable to contact"):
-            slurm.query("18")
+            backends.get("slurm").query("18")
     assert len(asked.read_text().splitlines()) == answers

@@ -12,12 +12,12 @@ import pytest
 
 from aifactory_train import sites
 from aifactory_train.config.loading import load_recipe
-from aifactory_train.launchers import directives
-from aifactory_train.launchers.build import build, finish
+from aifactory_train.launchers import backends, directives
+from aifactory_train.launchers.build import build
 from aifactory_train.launchers.explain import explain
+from aifactory_train.launchers.files import finish
 from aifactory_train.launchers.here import this_machine
 from aifactory_train.launchers.request import Request
-from aifactory_train.launchers.shape import BACKEND_OF, STYLES
 
 SYSTEMS = sites.names(usable=True)
 SLURM = [s for s in SYSTEMS if sites.load(s, overlay=False).scheduler.kind == "slurm"]
@@ -37,7 +37,7 @@ def variants(recipe: Path):
     """Every system × style × {1, 2 nodes}, and the local backends: (label, submission)."""
     for system_id in SYSTEMS:
         kind = sites.load(system_id, overlay=False).scheduler.kind
-        for style in STYLES[BACKEND_OF[kind or "none"]]:
+        for style in backends.of_scheduler(kind or "none").styles:
             for nodes in (1, 2) if kind in ("slurm", "pbspro") else (1,):
                 yield f"{system_id}-{style}-{nodes}", submission(system_id, recipe, style=style, nodes=nodes)
     yield "array", submission("vega", recipe, array=(("train.seed", ("1", "2")),))
@@ -286,7 +286,7 @@ def test_the_record_of_a_run_knows_its_site(system_id, plain_recipe):
 
 
 def test_node_local_folder_comes_from_the_profile(plain_recipe):
-    from aifactory_train.launchers.build import LOCAL_PATH
+    from aifactory_train.launchers.context import LOCAL_PATH
 
     said = [f.path for f in sites.load("perun", overlay=False).filesystems if f.role == "node-local"]
     assert said == ["/work/$SLURM_JOB_ID"]

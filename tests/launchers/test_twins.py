@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from launcher_bench import twin
 from slurm_lab import lab
+from slurm_lab.twin import UNKNOWN_NODES, config, corruptions, node_count
 
 from aifactory_train import sites
 from aifactory_train.config.loading import load_recipe, recipe_ids
 from aifactory_train.launchers import checks
 from aifactory_train.launchers.build import build
 from aifactory_train.launchers.request import Request
-from aifactory_train.launchers.twin import UNKNOWN_NODES, config, corruptions, node_count
 
 pytestmark = pytest.mark.slurm
 SLURM = [s for s in sites.names(usable=True) if sites.load(s, overlay=False).scheduler.kind == "slurm"]

@@ -1,0 +1,217 @@
+"""What the ranks run in: the container and what is mounted into it, or the Python environment of the host."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aifactory_train.launchers import backends
+from aifactory_train.launchers import request as rq
+from aifactory_train.launchers.request import Refusal, Request
+from aifactory_train.launchers.shape import Shape
+from aifactory_train.launchers.submission import Submission, quoted
+from aifactory_train.sites.profiles import System
+from aifactory_train.sites.schema import Container
+
+if TYPE_CHECKING:
+    from aifactory_train.config.schema import Recipe
+
+#: Where images have software of their own: a Python named there is the image's, and the host's folder must not cover it.
+IMAGE_ROOTS = ("/usr/", "/opt/")
+#: What the file of an image, or of its description, ends in; another path is a folder.
+IMAGE_SUFFIXES = (".sif", ".sqsh", ".img", ".toml")
+
+
+def container_of(request: Request, system: System) -> Container | None:
+    """The container that ranks run in: yours, else the profile's first with an image; none where you name a venv."""
+    own = request.container or system.user.container_image
+    if own is not None:
+        base = system.software.containers[0] if system.software.containers else Container(runtime="apptainer")
+        return base.model_copy(
+            update={
+                "image": rq.image(own, "--container"),
+                "pattern": "*.sif",  # the profile's pattern is for the site's own folder of images
+                "binds": [*base.binds, *system.user.container_binds],
+            }
+        )
+    if request.venv or system.user.venv or system.software.provides_torch:
+        return None
+    for container in system.software.containers:
+        if container.image:
+            return container.model_copy(update={"binds": [*container.binds, *system.user.container_binds]})
+    return None
+
+
+def python_of(sub: Submission, container: Container | None) -> str:
+    """The interpreter of the ranks; where nothing names one, the environment that ``aifactory env`` builds."""
+    request, system, shape = sub.request, sub.system, sub.shape
+    venv = request.venv or system.user.venv
+    if venv:
+        return str(rq.path(venv, "--venv") / "bin" / "python")
+    if container is not None:
+        sub.notes.append(
+            f"Python of the ranks: {env_folder(system)}/bin/python inside the container, which `aifactory env --site {system.id}` builds"
+        )
+        return f"{env_folder(system)}/bin/python"
+    software = backends.get(shape.backend).software
+    if software == "image":
+        return "python3"  # the pod's image is the environment
+    if software == "here" or system.id in ("local", "lab", "generic-slurm") or _at(system):
+        return sys.executable
+    if system.software.provides_torch:
+        return "python3"
+    sub.notes.append(
+        f"Python of the ranks: {env_folder(system)}/bin/python, which `aifactory env --site {system.id}` builds; --venv or user.venv names another"
+    )
+    return f"{env_folder(system)}/bin/python"
+
+
+def env_folder(system: System) -> str:
+    """Where ``aifactory env`` builds the environment of a site: below your work folder, else below ``~/aifactory``."""
+    root = system.user.work_dir or str(Path.home() / "aifactory")
+    return str(rq.path(f"{root}/env-{system.id}", "user.work_dir"))
+
+
+@functools.lru_cache(maxsize=4)
+def _at_id(system_id: str) -> bool:
+    from aifactory_train.sites import identify
+
+    return identify() == system_id
+
+
+def _at(system: System) -> bool:
+    return _at_id(system.id)
+
+
+def uenv_of(request: Request, system: System) -> str | None:
+    """The uenv that the job's directives name (CSCS: a plug-in of Slurm mounts it), or None."""
+    for flag in (*request.extra_flags, *system.request.flags):
+        if flag.startswith("--uenv="):
+            return flag.partition("=")[2]
+    return None
+
+
+def mounts_of(sub: Submission, recipe: Recipe, container: Container, python: str) -> list[str]:
+    """Every folder of the host that the ranks use inside the container, ``PATH`` or ``SOURCE:TARGET``, whatever the runtime.
+
+    Run folder, the environment that the ranks' Python lies in, your work folder, the cache, and local data of the recipe. A
+    folder below another of the list is left out: it is there already.
+    """
+    from aifactory_train.config.loading import to_tree
+    from aifactory_train.config.source_spec import parse
+
+    folders = [str(sub.run_dir)]
+    environment = str(Path(python).parent.parent)
+    if python.startswith("/") and not any(f"{environment}/".startswith(root) for root in IMAGE_ROOTS):
+        folders.append(environment)
+    if sub.system.user.work_dir:
+        folders.append(os.path.abspath(sub.system.user.work_dir))
+    folders.append(cache_folder(sub.system, sub.shape))
+    if os.environ.get("HF_HOME"):
+        folders.append(os.environ["HF_HOME"])
+    for source in (recipe.model.base, *[d.source for d in (*recipe.data.train, *(recipe.data.eval or []))]):
+        spec = parse(source)
+        # A relative path is looked for where the job is submitted: nothing to mount where that is not here.
+        if spec.kind == "local" and (spec.name.startswith("/") or os.path.exists(spec.name)):
+            folders.append(_folder_of(spec.name))
+    folders += [_folder_of(text) for text in _strings(to_tree(recipe)) if text.startswith("/") and os.path.exists(text)]
+    folders += [_folder_of(v) for _, values in sub.request.array for v in values if v.startswith("/")]
+    kept: list[str] = []
+    for folder in sorted(dict.fromkeys(folders), key=lambda f: len(Path(f).parts)):
+        if rq.PATH_FORBIDDEN.search(folder) or folder == "/":
+            sub.notes.append(f"{folder} is not mounted into the container: mounts cannot name it; use a plain path")
+        elif not any(folder == k or folder.startswith(k.rstrip("/") + "/") for k in kept):
+            kept.append(folder)
+    return [*kept, *[b for b in container.binds if b and b not in kept]]
+
+
+def _folder_of(name: str) -> str:
+    """The folder to mount for a local path: itself, or the one that a file lies in."""
+    path = Path(os.path.abspath(name))
+    file = path.is_file() or (path.suffix != "" and not path.is_dir())
+    return str(path.parent if file else path)
+
+
+def _strings(tree: Any) -> Iterator[str]:
+    """Every text in a tree of mappings and lists."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _strings(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _strings(value)
+
+
+def _mount(bind: str) -> str:
+    """A bind as ``SOURCE:TARGET``."""
+    return bind if ":" in bind else f"{bind}:{bind}"
+
+
+def container_context(sub: Submission, container: Container, binds: list[str]) -> dict[str, Any]:
+    """Image and the command prefix that enters it (empty for runtimes that srun itself drives)."""
+    image = container.image or ""
+    prefix = ""
+    if container.runtime in ("singularity", "apptainer"):
+        words = [
+            container.runtime,
+            "exec",
+            *([container.gpu_flag] if container.gpu_flag else []),
+            *container.exec_flags,
+        ]
+        words += [f"--bind={b}" for b in binds]
+        prefix = " ".join(quoted(w) for w in words) + ' "$AIFACTORY_IMAGE" '
+    elif container.runtime == "sarus":
+        words = [
+            "sarus",
+            "run",
+            *container.exec_flags,
+            *["--mount=type=bind,source={},destination={}".format(*_mount(b).split(":")[:2]) for b in binds],
+        ]
+        prefix = " ".join(quoted(w) for w in words) + ' "$AIFACTORY_IMAGE" '
+    elif container.runtime == "docker":
+        raise Refusal(
+            "container-runtime",
+            "docker cannot be started inside a batch job",
+            where="software.containers",
+            fix="convert the image for apptainer, or name a venv with --venv",
+        )
+    own = bool(sub.request.container or sub.system.user.container_image)
+    sub.line(f"image={quoted(image)}", "the image that holds torch", None if own else "software.containers")
+    if container.runtime == "cscs-ce" and image.endswith(".toml"):
+        sub.notes.append(f"{image} is taken as it is: its mounts must cover {', '.join(binds)}")
+    return {
+        "image": image,
+        # A registry's reference is no path of this machine: the runtime finds it.
+        "file": image.startswith(("/", ".", "~")) or image.endswith(IMAGE_SUFFIXES),
+        "directory": not image.endswith(IMAGE_SUFFIXES),
+        "pattern": container.pattern,
+        "own": own,
+        "prefix": prefix,
+        "runtime": container.runtime,
+        "mounts": [_mount(b) for b in binds],
+    }
+
+
+def edf(container: dict[str, Any]) -> str:
+    """The environment definition file of the CSCS Container Engine. Nothing of the host is inside but what it mounts."""
+    mounts = ", ".join(json.dumps(m, ensure_ascii=False) for m in container["mounts"])
+    return (
+        f"image = {json.dumps(container['image'])}\nmounts = [{mounts}]\nwritable = true\n\n"
+        '[annotations]\ncom.hooks.aws_ofi_nccl.enabled = "true"\ncom.hooks.aws_ofi_nccl.variant = "cuda-dl"\n'
+    )
+
+
+def cache_folder(system: System, shape: Shape) -> str:
+    """Where the job finds what `aifactory fetch` brought."""
+    from aifactory_train.config.loading import cache_dir
+
+    if os.environ.get("AIFACTORY_CACHE") or not backends.get(shape.backend).batch or not system.user.work_dir:
+        return str(cache_dir())
+    return f"{system.user.work_dir}/aifactory-cache"
