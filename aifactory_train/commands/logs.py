@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from aifactory_train.core.output import note
-    from aifactory_train.launchers.follow import LIVE, log_files, open_folder, status_of
+    from aifactory_train.launchers.attempts import LIVE
+    from aifactory_train.launchers.follow import open_folder, status_of
+    from aifactory_train.launchers.logs import log_files
 
     folder = open_folder(args.folder)
 

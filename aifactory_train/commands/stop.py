@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from aifactory_train.core.errors import RunFailed
     from aifactory_train.core.output import note, print_json
-    from aifactory_train.launchers.follow import LIVE, open_folder, status_of, stop
+    from aifactory_train.launchers.attempts import LIVE
+    from aifactory_train.launchers.follow import open_folder, status_of
+    from aifactory_train.launchers.stopping import stop
 
     folder = open_folder(args.folder)
     told = stop(folder, cancel=args.cancel)

@@ -56,7 +56,7 @@ def steps(run: Path) -> list[int]:
 
 def stopped_while_training(folder: Path) -> dict[str, Any]:
     """Somebody asks two ranks to stop, the time limit's warning comes in the same moment, and the run is resumed later."""
-    from aifactory_train.launchers.follow import ask_to_stop
+    from aifactory_train.launchers.stopping import ask_to_stop
 
     name = "training"
     run, path = folder / name / "run", recipe(folder, name, **SHORT)
@@ -99,7 +99,7 @@ def stopped_while_training(folder: Path) -> dict[str, Any]:
 
 def stopped_by_file_alone(folder: Path) -> dict[str, Any]:
     """A stop that rank 0 finds between two steps of a run of one process."""
-    from aifactory_train.launchers.follow import ask_to_stop
+    from aifactory_train.launchers.stopping import ask_to_stop
 
     name = "file"
     run, path = folder / name / "run", recipe(folder, name, **SHORT)
@@ -119,7 +119,7 @@ def stopped_by_file_alone(folder: Path) -> dict[str, Any]:
 
 def stopped_while_starting(folder: Path) -> dict[str, Any]:
     """The request is made after the attempt was begun and before the trainer looks for it."""
-    from aifactory_train.launchers.follow import ask_to_stop
+    from aifactory_train.launchers.stopping import ask_to_stop
 
     name = "starting"
     run, path = folder / name / "run", recipe(folder, name, **SHORT)

@@ -10,7 +10,8 @@ import pytest
 from aifactory_train.core.errors import RunFailed
 from aifactory_train.launchers import backends
 from aifactory_train.launchers.backends import Backend, Job, slurm
-from aifactory_train.launchers.follow import status_of, stop
+from aifactory_train.launchers.follow import status_of
+from aifactory_train.launchers.stopping import stop
 
 
 def unclosed(folder: Path, *, ranks: str, scheduler: str | None, world: int = 2) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from launcher_bench import fake_request, prepared, submitted, wait_for
 
-from aifactory_train.launchers import backends, follow, runs
+from aifactory_train.launchers import backends, follow, runs, stopping
 from aifactory_train.launchers.request import Restarts
 
 pytestmark = pytest.mark.slurm
@@ -162,7 +162,7 @@ def test_time_limit_saves_and_goes_on(cluster, lab_system, plain_recipe, tmp_pat
     assert first["state"] == "stopped" and first["next"] == how
     assert second["step_from"] == first["step_to"] > 0
     assert (second["job"] == first["job"]) is (how == "requeue")
-    follow.stop(run, cancel=True)
+    stopping.stop(run, cancel=True)
     assert wait_for(run, "cancelled", seconds=120)["cause"]["kind"] == "cancelled"
 
 
@@ -202,7 +202,7 @@ def test_lost_node(cluster, lab_system, plain_recipe, tmp_path):
         assert victim not in again["attempts"][1]["nodes"]
         first = again["attempts"][0]
         assert first["cause"]["kind"] == "node-failure" and first["cause"]["node"] == victim, first
-        follow.stop(run, cancel=True)
+        stopping.stop(run, cancel=True)
         wait_for(run, "cancelled", seconds=120)
     finally:
         subprocess.run(["slurmd", "-N", victim], check=True)
