@@ -30,35 +30,62 @@ OWNED = re.compile(
 
 
 def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None) -> list[Line]:
-    """``export`` lines with their reasons, in the order: communication, runtime, offline, threads."""
-    system, shape = sub.system, sub.shape
-    out: list[Line] = []
-    seen: set[str] = set()
-
-    def put(name: str, value: str, why: str, fact: str | None = None) -> None:
-        if name in seen or name in system.environment.avoid or f"{name}={value}" in system.environment.avoid:
-            return
-        seen.add(name)
-        out.append(sub.line(f"export {name}={quoted(value)}", why, fact))
-
-    remote = backends.get(shape.backend).batch
+    """``export`` lines with their reasons, in the order: communication, runtime, offline, caches, threads, the user's own."""
+    system = sub.system
+    remote = backends.get(sub.shape.backend).batch
+    put = _Exports(sub)
     if remote or system.environment.set:
-        for name, value in system.environment.set.items():
-            if name == "GLOO_SOCKET_FAMILY":
-                why = "left out: torch does not read it. Each rank takes an interface with an address of the family that NCCL is given"
-                out.append(Line(f"# {name} of the profile is {why}.", why, f"environment.set.{name}"))
-                continue
-            put(name, value, f"communication and runtime setting of {system.name}", f"environment.set.{name}")
+        _of_the_profile(system, put)
     if remote:
-        _communication(system, shape, put)
-        if shape.gpus_per_node:
-            fact = shape.reason("gpus_per_node").fact
-            put(
-                "AIFACTORY_EXPECT_GPUS",
-                str(shape.gpus_per_node),
-                "no rank trains on the CPU of a GPU job unnoticed",
-                fact,
-            )
+        _communication(system, sub.shape, put)
+        _expected_gpus(sub.shape, put)
+    _runtime(system, put)
+    if remote:
+        put("PYTHONNOUSERSITE", "1", "packages in ~/.local do not shadow the environment")
+        _offline(system, put)
+    put("HF_HUB_DISABLE_TELEMETRY", "1", "no telemetry from jobs")
+    if remote and rq.NAME.fullmatch(system.id):
+        put("AIFACTORY_SITE", system.id, "the run's record takes PUE and grid intensity from this profile")
+    _caches(system, cache, remote, put)
+    _threads(sub.shape, recipe, remote, put)
+    for name, value in system.user.env.items():
+        put(name, value, "from your site file (user.env)")
+    return put.lines
+
+
+class _Exports:
+    """Collects ``export`` lines: the first value of a name counts, and what breaks jobs at the site is left out."""
+
+    def __init__(self, sub: Submission):
+        self.sub = sub
+        self.lines: list[Line] = []
+        self.seen: set[str] = set()
+
+    def __call__(self, name: str, value: str, why: str, fact: str | None = None) -> None:
+        avoid = self.sub.system.environment.avoid
+        if name in self.seen or name in avoid or f"{name}={value}" in avoid:
+            return
+        self.seen.add(name)
+        self.lines.append(self.sub.line(f"export {name}={quoted(value)}", why, fact))
+
+
+def _of_the_profile(system: System, put: _Exports) -> None:
+    for name, value in system.environment.set.items():
+        if name == "GLOO_SOCKET_FAMILY":
+            why = "left out: torch does not read it. Each rank takes an interface with an address of the family that NCCL is given"
+            put.lines.append(Line(f"# {name} of the profile is {why}.", why, f"environment.set.{name}"))
+            continue
+        put(name, value, f"communication and runtime setting of {system.name}", f"environment.set.{name}")
+
+
+def _expected_gpus(shape: Shape, put: _Exports) -> None:
+    if shape.gpus_per_node:
+        fact = shape.reason("gpus_per_node").fact
+        why = "no rank trains on the CPU of a GPU job unnoticed"
+        put("AIFACTORY_EXPECT_GPUS", str(shape.gpus_per_node), why, fact)
+
+
+def _runtime(system: System, put: _Exports) -> None:
     put("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1", "a failed collective ends the rank instead of hanging it")
     put("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "a collective that timed out leaves a flight record")
     put("TORCH_FR_BUFFER_SIZE", "2000", "entries of the flight record")
@@ -73,20 +100,22 @@ def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None)
     put("PYTHONUNBUFFERED", "1", "lines reach the log when they are printed")
     put("PYTHONFAULTHANDLER", "1", "a crash in native code leaves a Python traceback")
     put("TOKENIZERS_PARALLELISM", "false", "tokenizer threads do not mix with forked workers")
-    if remote:
-        put("PYTHONNOUSERSITE", "1", "packages in ~/.local do not shadow the environment")
-    if system.offline and remote:
-        why = (
-            f"compute nodes of {system.name} have no internet"
-            if system.internet.compute == "none"
-            else "it is not published that compute nodes have internet: offline is the safe side"
-        )
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
-            put(name, "1", why, "internet.compute")
-        put("WANDB_MODE", "offline", why, "internet.compute")
-    put("HF_HUB_DISABLE_TELEMETRY", "1", "no telemetry from jobs")
-    if remote and rq.NAME.fullmatch(system.id):
-        put("AIFACTORY_SITE", system.id, "the run's record takes PUE and grid intensity from this profile")
+
+
+def _offline(system: System, put: _Exports) -> None:
+    if not system.offline:
+        return
+    why = (
+        f"compute nodes of {system.name} have no internet"
+        if system.internet.compute == "none"
+        else "it is not published that compute nodes have internet: offline is the safe side"
+    )
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        put(name, "1", why, "internet.compute")
+    put("WANDB_MODE", "offline", why, "internet.compute")
+
+
+def _caches(system: System, cache: str | None, remote: bool, put: _Exports) -> None:
     if cache:
         put(
             "AIFACTORY_CACHE",
@@ -97,12 +126,15 @@ def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None)
     if home:
         put("HF_HOME", home, "your Hugging Face cache when you launched")
     elif remote:
-        root = sub.system.user.work_dir
+        root = system.user.work_dir
         put(
             "HF_HOME",
             f"{root}/hf" if root else str(Path.home() / ".cache" / "huggingface"),
             "an explicit Hugging Face cache: XDG_CACHE_HOME points to the node's disk",
         )
+
+
+def _threads(shape: Shape, recipe: Recipe | None, remote: bool, put: _Exports) -> None:
     threads = recipe.parallel.threads if recipe is not None else None
     if threads:
         put("OMP_NUM_THREADS", str(threads), "the recipe's parallel.threads")
@@ -114,9 +146,6 @@ def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None)
             str(max(1, (os.cpu_count() or 1) // max(shape.ranks_per_node, 1))),
             "cores of this machine, shared by the ranks",
         )
-    for name, value in system.user.env.items():
-        put(name, value, "from your site file (user.env)")
-    return out
 
 
 def gloo_pattern(system: System) -> str:
@@ -126,7 +155,7 @@ def gloo_pattern(system: System) -> str:
     return named or ",".join(system.interconnect.socket_interfaces)
 
 
-def _communication(system: System, shape: Shape, put) -> None:
+def _communication(system: System, shape: Shape, put: _Exports) -> None:
     net = system.interconnect
     if net.socket_interfaces:
         put(

@@ -72,30 +72,14 @@ def shape_of(request: Request, system: System) -> Shape:
     if not backend.batch:
         return _local(request, system, backend, style, why)
 
-    gpus = request.gpus_per_node
-    if gpus is None:
-        gpus = system.node.gpus or 1
-        why["gpus_per_node"] = (
-            Value(gpus, f"a whole node of {system.name}", "node.gpus")
-            if system.node.gpus
-            else Value(gpus, "one, because the profile does not say how many GPUs a node has")
-        )
-    else:
-        why["gpus_per_node"] = Value(gpus, "you asked for it with --gpus-per-node")
+    gpus = _gpus(request, system, why)
     ranks = request.nproc if request.nproc is not None else max(gpus, 1)
     why["ranks_per_node"] = Value(ranks, "you asked for it with --nproc" if request.nproc else "one process per GPU")
     tasks = 1 if style == "torchrun" else ranks
     per_rank = _cpus_per_rank(system, gpus, ranks, why)
     per_task = per_rank * (ranks // max(tasks, 1)) if per_rank else None  # no process: the checks refuse it
     partition_key, partition, qos = _placement(request, system, why)
-    part = system.partitions.get(partition_key) if partition_key else None
-    constraint = request.constraint or system.user.constraint or (part.constraint if part else None)
-    if constraint:
-        why["constraint"] = (
-            Value(constraint, "you asked for it")
-            if request.constraint or system.user.constraint
-            else Value(constraint, "selects the nodes of this kind", f"partitions.{partition_key}.constraint")
-        )
+    constraint = _constraint(request, system, partition_key, why)
     whole = bool(system.node.gpus) and gpus == system.node.gpus
     exclusive = bool(system.request.exclusive) and whole
     if exclusive:
@@ -123,6 +107,32 @@ def shape_of(request: Request, system: System) -> Shape:
         exclusive=exclusive,
         why=why,
     )
+
+
+def _gpus(request: Request, system: System, why: dict[str, Value]) -> int:
+    gpus = request.gpus_per_node
+    if gpus is None:
+        gpus = system.node.gpus or 1
+        why["gpus_per_node"] = (
+            Value(gpus, f"a whole node of {system.name}", "node.gpus")
+            if system.node.gpus
+            else Value(gpus, "one, because the profile does not say how many GPUs a node has")
+        )
+    else:
+        why["gpus_per_node"] = Value(gpus, "you asked for it with --gpus-per-node")
+    return gpus
+
+
+def _constraint(request: Request, system: System, partition_key: str | None, why: dict[str, Value]) -> str | None:
+    part = system.partitions.get(partition_key) if partition_key else None
+    constraint = request.constraint or system.user.constraint or (part.constraint if part else None)
+    if constraint:
+        why["constraint"] = (
+            Value(constraint, "you asked for it")
+            if request.constraint or system.user.constraint
+            else Value(constraint, "selects the nodes of this kind", f"partitions.{partition_key}.constraint")
+        )
+    return constraint
 
 
 def _style(request: Request, system: System, backend: Backend, why: dict[str, Value]) -> str:

@@ -43,10 +43,6 @@ def manifest(sub: Submission) -> str:
             where="--nodes",
             fix=f"--nodes 1 with up to {system.node.gpus or 8} GPUs",
         )
-    image = sub.request.container or system.user.container_image
-    if not image:
-        image = NO_IMAGE  # the rule `container-needed` refuses to submit it
-    rq.image(image, "user.container_image")
     name = re.sub(r"[^a-z0-9-]+", "-", sub.name.lower()).strip("-")[:50].strip("-") or "run"
     namespace = shape.account
     claim = system.user.project or "aifactory"
@@ -59,10 +55,6 @@ def manifest(sub: Submission) -> str:
     if queue:
         labels["kueue.x-k8s.io/queue-name"] = f"{namespace}-{queue}" if namespace else queue
         labels["kueue.x-k8s.io/max-exec-time-seconds"] = str(shape.time_s)
-    resource = system.request.gres_name or "nvidia.com/gpu"
-    cpus = shape.cpus_per_task or 8 * shape.gpus_per_node
-    memory = f"{shape.memory[1] if shape.memory else 64 * shape.gpus_per_node}Gi"
-    asked = {resource: shape.gpus_per_node, "cpu": str(cpus), "memory": memory}
     data = {
         f.path.removeprefix("submission/"): f.content
         for f in sub.files
@@ -81,41 +73,63 @@ def manifest(sub: Submission) -> str:
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {**meta, "name": name},
-        "spec": {
-            "backoffLimit": 0,
-            "completions": 1,
-            "parallelism": 1,
-            "activeDeadlineSeconds": shape.time_s,
-            "template": {
-                "metadata": {"labels": labels},
-                "spec": {
-                    "restartPolicy": "Never",
-                    "terminationGracePeriodSeconds": max(30, shape.grace_s),
-                    "containers": [
-                        {
-                            "name": "train",
-                            "image": image,
-                            "command": ["bash", "-c", START, "start", str(sub.run_dir)],
-                            "env": [{"name": "USER", "value": "aifactory"}],
-                            "resources": {"limits": asked, "requests": asked},
-                            "volumeMounts": [
-                                {"name": "work", "mountPath": mount},
-                                {"name": "submission", "mountPath": "/aifactory/submission", "readOnly": True},
-                                {"name": "shm", "mountPath": "/dev/shm"},
-                            ],
-                        }
-                    ],
-                    "volumes": [
-                        {"name": "work", "persistentVolumeClaim": {"claimName": claim}},
-                        {"name": "submission", "configMap": {"name": f"{name}-submission", "defaultMode": 0o555}},
-                        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}},
-                    ],
-                },
-            },
-        },
+        "spec": _job_spec(sub, name, labels, claim, mount),
     }
     head = f"# {sub.name} at {system.id}: written by aifactory-train; submit with kubectl create --filename\n"
     return head + yaml.dump_all([config, job], Dumper=_plain_dumper(), sort_keys=False, allow_unicode=True)
+
+
+def _image(sub: Submission) -> str:
+    # Without one, the rule `container-needed` refuses to submit it.
+    image = sub.request.container or sub.system.user.container_image or NO_IMAGE
+    rq.image(image, "user.container_image")
+    return image
+
+
+def _resources(sub: Submission) -> dict[str, Any]:
+    """GPUs, cores and memory of the pod."""
+    shape = sub.shape
+    resource = sub.system.request.gres_name or "nvidia.com/gpu"
+    cpus = shape.cpus_per_task or 8 * shape.gpus_per_node
+    memory = f"{shape.memory[1] if shape.memory else 64 * shape.gpus_per_node}Gi"
+    return {resource: shape.gpus_per_node, "cpu": str(cpus), "memory": memory}
+
+
+def _job_spec(sub: Submission, name: str, labels: dict[str, str], claim: str, mount: str) -> dict[str, Any]:
+    """One pod that runs the job's script once, with the run folder's volume, the submission and shared memory mounted."""
+    shape, asked = sub.shape, _resources(sub)
+    return {
+        "backoffLimit": 0,
+        "completions": 1,
+        "parallelism": 1,
+        "activeDeadlineSeconds": shape.time_s,
+        "template": {
+            "metadata": {"labels": labels},
+            "spec": {
+                "restartPolicy": "Never",
+                "terminationGracePeriodSeconds": max(30, shape.grace_s),
+                "containers": [
+                    {
+                        "name": "train",
+                        "image": _image(sub),
+                        "command": ["bash", "-c", START, "start", str(sub.run_dir)],
+                        "env": [{"name": "USER", "value": "aifactory"}],
+                        "resources": {"limits": asked, "requests": asked},
+                        "volumeMounts": [
+                            {"name": "work", "mountPath": mount},
+                            {"name": "submission", "mountPath": "/aifactory/submission", "readOnly": True},
+                            {"name": "shm", "mountPath": "/dev/shm"},
+                        ],
+                    }
+                ],
+                "volumes": [
+                    {"name": "work", "persistentVolumeClaim": {"claimName": claim}},
+                    {"name": "submission", "configMap": {"name": f"{name}-submission", "defaultMode": 0o555}},
+                    {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}},
+                ],
+            },
+        },
+    }
 
 
 def _plain_dumper() -> Any:
