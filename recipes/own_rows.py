@@ -16,6 +16,7 @@ from typing import Any
 
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.data import readers
+from aifactory_train.data.read_json import parse_lines
 from aifactory_train.recipes.common import no_rows
 
 HERE = Path(__file__).resolve().parent
@@ -141,7 +142,7 @@ def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         )
     for block in readers.blocks(path):
         if block.lines is not None:
-            numbered = readers.parse_lines(block)
+            numbered = parse_lines(block)
         else:
             numbered = ((block.number(i), row) for i, row in enumerate(block.rows or []))
         for number, row in numbered:

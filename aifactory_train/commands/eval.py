@@ -86,7 +86,7 @@ def _harness(folder, args: argparse.Namespace) -> int:
 
 def scoring_recipe(recipe, args: argparse.Namespace):
     """The run's recipe with ``--data`` as its only rows; nothing is left out, repeated rows count as often as they stand."""
-    from aifactory_train.config.schema import DataSource
+    from aifactory_train.config.data_blocks import DataSource
     from aifactory_train.core.errors import UserError
 
     for name, value in (("--rows", args.rows), ("--max-new-tokens", args.max_new_tokens)):

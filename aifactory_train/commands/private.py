@@ -51,14 +51,15 @@ def _key(args: argparse.Namespace) -> int:
 
 def _encrypt(args: argparse.Namespace) -> int:
     from aifactory_train.core.errors import UserError
-    from aifactory_train.private.vault import Writer, sealed
+    from aifactory_train.private.sealed_file import SealedWriter
+    from aifactory_train.private.vault import sealed
 
     for path in args.files:
         if not path.is_file():
             raise UserError("no such file", where=str(path))
         target = sealed(path if args.out is None else args.out / path.name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with Writer(target, args.to) as out, open(path, "rb") as file:
+        with SealedWriter(target, args.to) as out, open(path, "rb") as file:
             while piece := file.read(1 << 20):
                 out.write(piece)
         target.chmod(0o600)

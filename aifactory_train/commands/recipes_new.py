@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.core.files import write_atomic
     from aifactory_train.core.output import note, print_json, table
     from aifactory_train.data import report as own
+    from aifactory_train.data.cells import Unused
     from aifactory_train.data.documents import Notes
-    from aifactory_train.data.rows import Unused
 
     out = _place(args)
     data = _local(args.data, "--data")

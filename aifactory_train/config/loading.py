@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from aifactory_train.config.data_blocks import as_sources
 from aifactory_train.config.reading import _UniqueKeyLoader, read_yaml
-from aifactory_train.config.schema import Recipe, _as_sources
+from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError, did_you_mean
 
 RECIPES_DIR = Path(__file__).resolve().parents[1] / "recipes"
@@ -166,7 +167,7 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
             value = raw  # a path with odd characters is still a string
         path = tuple(int(p) if p.isdecimal() else p for p in key.split("."))
         if path[:2] in (("data", "train"), ("data", "eval")) and len(path) > 2 and isinstance(tree.get("data"), dict):
-            tree["data"][path[1]] = _as_sources(tree["data"].get(path[1]))
+            tree["data"][path[1]] = as_sources(tree["data"].get(path[1]))
         if any(p == "" for p in path):
             raise UserError("an empty name in the key", where=f"--set {text}")
         node: Any = tree
@@ -230,7 +231,7 @@ def _numbered(tree: dict, key: str, replaced: dict[str, str]) -> str:
         return key
     whole = replaced.get(".".join(parts[:2]))
     data = tree.get("data")
-    sources = _as_sources(data.get(parts[1])) if isinstance(data, dict) else None
+    sources = as_sources(data.get(parts[1])) if isinstance(data, dict) else None
     one = isinstance(sources, list) and len(sources) == 1 if whole is None else not whole.lstrip().startswith("[")
     return ".".join([*parts[:2], "0", *parts[2:]]) if one else key
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.config.schema import DataSource, Recipe
+from aifactory_train.config.data_blocks import DataSource
+from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.data import folders
-from aifactory_train.data.encoder import EncoderSpec
+from aifactory_train.data.encoder_spec import EncoderSpec
 from aifactory_train.private import vault
 from aifactory_train.sources.digests import sha256_of
 

@@ -25,9 +25,12 @@ from aifactory_train.core.output import note
 from aifactory_train.data import inputs as _inputs
 from aifactory_train.data import intact, language
 from aifactory_train.data import report as own_report
-from aifactory_train.data.encoder import Encoder, EncoderSpec, forget_spare
+from aifactory_train.data.encode_block import no_collection
+from aifactory_train.data.encoder import Encoder
+from aifactory_train.data.encoder_spec import EncoderSpec
+from aifactory_train.data.end_of_turn import forget_spare
 from aifactory_train.data.inputs import PREPARED_FORMAT, Input
-from aifactory_train.data.reading import no_collection, read_source
+from aifactory_train.data.reading import read_source
 from aifactory_train.data.selection import Selection, Words, select
 from aifactory_train.data.store import CACHE_FIX, Store, StoreWriter, TokenDataset, content_digest, disk_full
 from aifactory_train.private import profile, vault

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aifactory_train.core.errors import UserError, did_you_mean
-from aifactory_train.data.rows import RowError
+from aifactory_train.data.cells import RowError
 from aifactory_train.data.sampler import splitmix64
 
 if TYPE_CHECKING:
-    from aifactory_train.config.schema import DataConfig
+    from aifactory_train.config.data_blocks import DataConfig
     from aifactory_train.data.store import Store
 
 #: Added to the number of a moment, so that dates and plain numbers are told apart and both keep their order as uint64.

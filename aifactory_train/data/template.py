@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from aifactory_train.data.rows import RowError
+from aifactory_train.data.cells import RowError
 
 #: What ``strftime_now`` returns: Llama 3's own default date. Were it today's, the same rows would give other tokens tomorrow.
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)

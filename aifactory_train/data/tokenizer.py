@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
-from aifactory_train.data.encoder import EncoderSpec, probe
-from aifactory_train.data.rows import RowError
+from aifactory_train.data.cells import RowError
+from aifactory_train.data.encoder_spec import EncoderSpec
+from aifactory_train.data.end_of_turn import probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

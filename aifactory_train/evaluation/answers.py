@@ -29,8 +29,8 @@ def question(dataset: TokenDataset, index: int, tokenizer, template) -> Question
 
     None where there is nothing to ask: the answer is a tool call, or the text is shorter than the beginning.
     """
-    from aifactory_train.data.rows import supervised_turns
     from aifactory_train.data.template import TemplateRefused
+    from aifactory_train.data.turns import supervised_turns
 
     row = dataset.row(index)
     if "text" in row:

@@ -16,7 +16,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
-    from aifactory_train.data.encoder import Document
+    from aifactory_train.data.masks import Document
 
 TEXT = Path(__file__).parent / "general_text.jsonl"
 
@@ -51,7 +51,8 @@ def passages() -> list[dict[str, Any]]:
 
 def general_documents(recipe: Recipe, tokenizer: Any) -> Documents:
     """The passages as this recipe's tokenizer and sequence length have them; a passage that is too long is split."""
-    from aifactory_train.data.encoder import Encoded, Encoder
+    from aifactory_train.data.encoder import Encoder
+    from aifactory_train.data.masks import Encoded
     from aifactory_train.data.tokenizer import encoder_spec
 
     spec = dataclasses.replace(encoder_spec(tokenizer, recipe), long_documents="split")

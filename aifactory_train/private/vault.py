@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import io
 import json
 import os
-import secrets
 import stat
 import struct
 from collections.abc import Iterable, Iterator
@@ -25,11 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.errors import UserError
-
-MAGIC = b"AFT1"
-PIECE = 1 << 20
-SUFFIXES = (".aft", ".age")
-_NEEDS = "pip install -c constraints.txt 'aifactory-train[private]'"
+from aifactory_train.private.sealed_file import (
+    PIECE,
+    SUFFIXES,
+    SealedWriter,
+    Sealer,
+    nonce,
+    piece_cipher,
+    pyrage,
+    read_header,
+)
 
 
 class Vault:
@@ -43,7 +46,7 @@ class Vault:
     @classmethod
     def from_identity(cls, path: Path) -> Vault:
         """From an age identity file (mode 600). New files are for its own recipient."""
-        age = _pyrage()
+        age = pyrage()
         try:
             mode = path.stat().st_mode
             text = path.read_text(encoding="utf-8")
@@ -79,13 +82,13 @@ class Vault:
 
         with open(path, "rb") as file:
             header, bound = read_header(file, path)
-            cipher = _cipher(self._unwrap(base64.b64decode(header["key"]), path))
+            cipher = piece_cipher(self._unwrap(base64.b64decode(header["key"]), path))
             number = 0
             piece = file.read(PIECE + 16)
             while True:
                 ahead = file.read(PIECE + 16)
                 try:
-                    yield cipher.decrypt(_nonce(number, last=not ahead), piece, bound)
+                    yield cipher.decrypt(nonce(number, last=not ahead), piece, bound)
                 except InvalidTag:
                     raise UserError(
                         f"piece {number} of the encrypted file was changed, or the file was cut off", where=str(path)
@@ -95,7 +98,7 @@ class Vault:
                 piece, number = ahead, number + 1
 
     def _unwrap(self, data: bytes, path: Path) -> bytes:
-        age = _pyrage()
+        age = pyrage()
         try:
             return age.decrypt(data, self.identities)
         except Exception:  # pyrage has one kind of error for a wrong key and for a damaged file
@@ -109,90 +112,9 @@ class Vault:
         with self.writer(path) as file:
             file.write(data)
 
-    def writer(self, path: Path) -> Writer:
+    def writer(self, path: Path) -> SealedWriter:
         """A file object that encrypts what is written to it; the file appears when it is closed."""
-        return Writer(path, self.recipients)
-
-
-class Sealer:
-    """Plain bytes in, the bytes of a ``.aft`` file out; holds at most one piece of plain text."""
-
-    def __init__(self, recipients: Iterable[str]):
-        age = _pyrage()
-        key = secrets.token_bytes(32)
-        names = list(recipients)
-        try:
-            keys = [age.x25519.Recipient.from_str(r) for r in names]
-        except Exception:
-            raise UserError("is not an age recipient (age1...)", where=", ".join(names)) from None
-        header = json.dumps(
-            {
-                "scheme": "AES-256-GCM, 1 MiB pieces",
-                "wrap": "age X25519",
-                "recipients": names,
-                "key": base64.b64encode(age.encrypt(key, keys)).decode(),
-            }
-        ).encode()
-        self.start = MAGIC + struct.pack(">I", len(header)) + header
-        self._bound = hashlib.sha256(MAGIC + header).digest()
-        self._cipher = _cipher(key)
-        self._held, self._number = bytearray(), 0
-
-    def add(self, data: memoryview | bytes) -> Iterator[bytes]:
-        """Encrypted pieces that ``data`` completes."""
-        view = memoryview(data).cast("B")
-        for at in range(0, len(view), PIECE):
-            self._held += view[at : at + PIECE]
-            while len(self._held) > PIECE:
-                yield self._piece(bytes(self._held[:PIECE]), last=False)
-                del self._held[:PIECE]
-
-    def end(self) -> bytes:
-        return self._piece(bytes(self._held), last=True)
-
-    def _piece(self, piece: bytes, *, last: bool) -> bytes:
-        number, self._number = self._number, self._number + 1
-        return self._cipher.encrypt(_nonce(number, last=last), piece, self._bound)
-
-
-class Writer(io.RawIOBase):
-    """A file that is encrypted as it is written; nothing plain reaches the disk."""
-
-    def __init__(self, path: Path, recipients: Iterable[str]):
-        super().__init__()
-        self.path, self._beside = path, path.with_name(f".{path.name}.{os.getpid()}.part")
-        self._sealer = Sealer(recipients)
-        self._file = open(self._beside, "wb")  # noqa: SIM115 - closed in close()
-        self._file.write(self._sealer.start)
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        for piece in self._sealer.add(data):
-            self._file.write(piece)
-        return memoryview(data).nbytes
-
-    def flush(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def close(self) -> None:
-        """Write the last piece and show the file under its name."""
-        if self.closed:
-            return
-        try:
-            self._file.write(self._sealer.end())
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._beside, self.path)
-        finally:
-            self._file.close()
-            super().close()
+        return SealedWriter(path, self.recipients)
 
 
 class Window:
@@ -207,7 +129,7 @@ class Window:
         self._file = open(path, "rb")  # noqa: SIM115 - closed in close()
         try:
             header, self._bound = read_header(self._file, path)
-            self._cipher = _cipher(vault._unwrap(base64.b64decode(header["key"]), path))
+            self._cipher = piece_cipher(vault._unwrap(base64.b64decode(header["key"]), path))
         except BaseException:
             self._file.close()
             raise
@@ -235,7 +157,7 @@ class Window:
             self._file.seek(self._begin + number * (PIECE + 16))
             try:
                 self._piece = self._cipher.decrypt(
-                    _nonce(number, last=number == self._count - 1), self._file.read(PIECE + 16), self._bound
+                    nonce(number, last=number == self._count - 1), self._file.read(PIECE + 16), self._bound
                 )
             except InvalidTag:
                 raise UserError(
@@ -249,46 +171,9 @@ class Window:
         self._at, self._piece = -1, b""
 
 
-def read_header(file: Any, path: Path) -> tuple[dict[str, Any], bytes]:
-    """``(header, what every piece is bound to)``; refuses what is not such a file."""
-    start = file.read(8)
-    if len(start) < 8 or start[:4] != MAGIC:
-        raise UserError("is not an encrypted file of this program", where=str(path))
-    length = struct.unpack(">I", start[4:])[0]
-    raw = file.read(length) if length < 1 << 20 else b""
-    try:
-        header = json.loads(raw)
-        if not isinstance(header["recipients"], list):
-            raise ValueError
-        base64.b64decode(header["key"], validate=True)
-    except (ValueError, KeyError, TypeError):
-        raise UserError("the header of the encrypted file is damaged", where=str(path)) from None
-    return header, hashlib.sha256(MAGIC + raw).digest()
-
-
-def _nonce(number: int, *, last: bool) -> bytes:
-    return number.to_bytes(11, "big") + (b"\1" if last else b"\0")
-
-
-def _cipher(key: bytes) -> Any:
-    try:
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-    except ImportError:
-        raise UserError("encrypted files need the package 'cryptography'", fix=_NEEDS) from None
-    return AESGCM(key)
-
-
-def _pyrage() -> Any:
-    try:
-        import pyrage
-    except ImportError:
-        raise UserError("encrypted files need the package 'pyrage' (age)", fix=_NEEDS) from None
-    return pyrage
-
-
 def make_identity(path: Path) -> str:
     """A new age identity (mode 600); returns its recipient. Never overwrites one."""
-    identity = _pyrage().x25519.Identity.generate()
+    identity = pyrage().x25519.Identity.generate()
     recipient = str(identity.to_public())
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.core.errors import UserError, did_you_mean
+from aifactory_train.data.read_json import parse_lines
 
 if TYPE_CHECKING:
+    from aifactory_train.data.cells import Unused
     from aifactory_train.data.documents import Notes
-    from aifactory_train.data.rows import Unused
 
 #: Rows that are read for the guesses and the report; beyond, ``aifactory prepare --report`` looks at all.
 MOST_ROWS = 200_000
@@ -94,7 +95,7 @@ def read(path: Path, notes: Notes) -> tuple[list[tuple[str, Any]], bool]:
     raw: list[tuple[str, Any]] = []
     for block in readers.blocks(path, notes=notes):
         if block.lines is not None:
-            raw += [(f"{block.file}:{number}", value) for number, value in readers.parse_lines(block)]
+            raw += [(f"{block.file}:{number}", value) for number, value in parse_lines(block)]
         else:
             raw += [(f"{block.file}:{block.number(i)}", row) for i, row in enumerate(block.rows or [])]
         if len(raw) > MOST_ROWS:
@@ -109,7 +110,8 @@ def canonical_rows(
 ) -> list[dict[str, Any]]:
     """The rows as training reads them; one that does not fit is a :class:`UserError` with its place. ``unused`` gathers what they
     hold and training does not use."""
-    from aifactory_train.data.rows import RowError, canonical, to_user_error
+    from aifactory_train.data.cells import RowError, to_user_error
+    from aifactory_train.data.rows import canonical
 
     rows = []
     for place, value in raw:
@@ -233,7 +235,8 @@ def _take(draft: Draft, form: str, columns: dict[str, str], question: str | None
 
 def _ratings(name: str, raw: list[tuple[str, Any]]) -> set[bool]:
     """What a column says of answers; empty where it holds anything but true and false."""
-    from aifactory_train.data.rows import RowError, desirable
+    from aifactory_train.data.cells import RowError
+    from aifactory_train.data.rows import desirable
 
     try:
         return {desirable({"label": row[name]}) for _, row in raw}
@@ -261,7 +264,8 @@ def _weigh(draft: Draft, rows: list[dict[str, Any]], place: str) -> None:
 
 def _guess_columns(draft: Draft, names: list[str], first: dict[str, Any], task: str | None, place: str) -> None:
     """Which columns are the question and the answer, or the text, when their names are not the ones that rows have."""
-    from aifactory_train.data.rows import RowError, detect_format
+    from aifactory_train.data.cells import RowError
+    from aifactory_train.data.rows import detect_format
 
     lower = {n.casefold(): n for n in names}
     question = next((lower[n] for n in _QUESTIONS if n in lower and isinstance(first[lower[n]], str)), None)
@@ -294,7 +298,8 @@ def _guess_columns(draft: Draft, names: list[str], first: dict[str, Any], task: 
 
 
 def _form(draft: Draft, roles: list[str], task: str | None, place: str) -> None:
-    from aifactory_train.data.rows import RowError, detect_format, to_user_error
+    from aifactory_train.data.cells import RowError, to_user_error
+    from aifactory_train.data.rows import detect_format
 
     if task == "text" and "text" not in roles:
         raise UserError("the task text needs a column of text", where=place, fix="--map COLUMN=text, or another --task")
@@ -331,7 +336,7 @@ def choose_split(
     draft: Draft, raw: list[tuple[str, Any]], rows: list[dict[str, Any]], args: argparse.Namespace
 ) -> None:
     """The split that was asked for, checked on every row; else a column that looks like a group or a time."""
-    from aifactory_train.data.rows import RowError, to_user_error
+    from aifactory_train.data.cells import RowError, to_user_error
     from aifactory_train.data.split import RowRules
 
     if args.held:
@@ -390,7 +395,7 @@ def _documents(raw: list[tuple[str, Any]]) -> bool:
 
 
 def _is_time(name: str, raw: list[tuple[str, Any]]) -> bool:
-    from aifactory_train.data.rows import RowError
+    from aifactory_train.data.cells import RowError
     from aifactory_train.data.split import moment
 
     try:

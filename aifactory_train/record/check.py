@@ -126,7 +126,8 @@ def _check_file(folder: Path, entry: dict[str, Any], what: str) -> Fault | None:
 
 
 def _check_inputs(record: dict[str, Any], notes: list[str], checked: dict[str, int]) -> list[Fault]:
-    from aifactory_train.config.schema import DataSource, ModelConfig
+    from aifactory_train.config.data_blocks import DataSource
+    from aifactory_train.config.schema import ModelConfig
     from aifactory_train.core.errors import UserError
     from aifactory_train.sources import resolve_data, resolve_model
 

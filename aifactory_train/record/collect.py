@@ -21,7 +21,8 @@ from aifactory_train.sites.schedulers import SCHEDULERS
 from aifactory_train.sources import remote_code
 
 if TYPE_CHECKING:
-    from aifactory_train.config.schema import DataSource, Recipe
+    from aifactory_train.config.data_blocks import DataSource
+    from aifactory_train.config.schema import Recipe
 
 RECORD_VERSION = "1.0"
 

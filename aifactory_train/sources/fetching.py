@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.config.data_blocks import DataSource
 from aifactory_train.config.loading import cache_dir
-from aifactory_train.config.schema import DataSource, ModelConfig, Recipe
+from aifactory_train.config.schema import ModelConfig, Recipe
 from aifactory_train.config.source_spec import Spec, parse
 from aifactory_train.core.errors import UserError
 from aifactory_train.sources import hub, packages

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.config.schema import DataSource, ModelConfig
+from aifactory_train.config.data_blocks import DataSource
+from aifactory_train.config.schema import ModelConfig
 from aifactory_train.config.source_spec import parse
 from aifactory_train.core.errors import UserError
 from aifactory_train.sources import hub

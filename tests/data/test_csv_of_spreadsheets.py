@@ -8,6 +8,7 @@ import pytest
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.data import readers
+from aifactory_train.data.read_csv import separator
 
 ROWS = [
     {"Frage": "Wie groß?\nBitte „M“", "Antwort": "5 €; pro Stück, bar"},
@@ -40,7 +41,7 @@ def test_columns_are_found_whatever_separates_them(tmp_path: Path, separator: st
     [("a", ","), ("a;b,c;d", ";"), ("a,b;c,d", ","), ('"x;y",b', ","), ('"x,y";b', ";"), ('"open;', ","), ("", ",")],
 )
 def test_names_in_quotes_do_not_count(header: str, found: str) -> None:
-    assert readers.separator(header) == found
+    assert separator(header) == found
 
 
 @pytest.mark.parametrize(("encoding", "told"), [("cp1252", "windows-1252"), ("utf-16", "utf-16")])

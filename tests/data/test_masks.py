@@ -8,8 +8,9 @@ from chat_families import CASES, FAMILIES, PLAIN, TEMPLATES, TOOLS, byte_tokeniz
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
+from aifactory_train.data.cells import RowError
 from aifactory_train.data.encoder import Encoder
-from aifactory_train.data.rows import RowError, canonical
+from aifactory_train.data.rows import canonical
 from aifactory_train.data.template import TEMPLATE_DATE, ChatTemplate
 from aifactory_train.data.tokenizer import encoder_spec, tokenizer_info
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aifactory_train.config.schema import Recipe
-from aifactory_train.data import prepare, readers, reading
+from aifactory_train.data import prepare, read_json, readers, reading
 from aifactory_train.data.store import TokenDataset
 from aifactory_train.data.tokenizer import encoder_spec
 
@@ -361,7 +361,7 @@ def given_away(monkeypatch) -> list:
 
     monkeypatch.setattr(reading, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(reading, "_PARALLEL_FROM", 0)
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(read_json, "BLOCK_BYTES", 1 << 14)
     return given
 
 
@@ -428,8 +428,6 @@ def test_padding_id_is_not_the_end_of_turn_where_there_is_a_choice(tmp_path, fam
 def test_snapshot_of_a_hub_data_set_is_read_offline_by_split(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from aifactory_train.data import readers
 
     (tmp_path / "ds" / "data").mkdir(parents=True)
     for split, n in (("train", 5), ("test", 2)):

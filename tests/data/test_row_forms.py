@@ -13,7 +13,8 @@ from chat_families import byte_tokenizer
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.data import prepare
-from aifactory_train.data.rows import RowError, Unused, canonical, desirable, parse_json
+from aifactory_train.data.cells import RowError, Unused, parse_json
+from aifactory_train.data.rows import canonical, desirable
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "depth", "arguments": {"at": "x"}}}

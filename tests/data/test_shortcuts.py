@@ -11,11 +11,12 @@ from chat_families import FAMILIES, TEMPLATES, byte_tokenizer
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.data import pieces
+from aifactory_train.data.cells import RowError
 from aifactory_train.data.encoder import Encoder
 from aifactory_train.data.frames import Frames
 from aifactory_train.data.offsets import Offsets, widths
 from aifactory_train.data.pieces import Pieces
-from aifactory_train.data.rows import RowError, canonical
+from aifactory_train.data.rows import canonical
 from aifactory_train.data.template import ChatTemplate, TemplateRefused
 from aifactory_train.data.tokenizer import encoder_spec
 
@@ -77,8 +78,8 @@ def test_every_shortcut_gives_the_same_documents(family, data):
     tokenizer = byte_tokenizer(family, merges=[("Ċ", "Ċ"), ("h", "e"), ("Ġ", "a"), (">", "Ċ")])
     recipe = Recipe.model_validate({"model": {"base": "x/y"}, "data": {"train": "rows.jsonl", **data}})
     fast, plain = (Encoder(encoder_spec(tokenizer, recipe)) for _ in range(2))
-    assert fast._widths is not None
-    plain._frames = plain._widths = plain._added = plain._pieces = None
+    assert fast.tokens.widths is not None
+    plain.renderer.frames = plain.tokens.widths = plain.tokens.added = plain.tokens.pieces = None
     sample = rows(150, seed=len(family))
     assert list(map(flat, fast.encode(sample))) == list(map(flat, plain.encode(sample)))
     said = [row.get("text", "a b") for row in sample]

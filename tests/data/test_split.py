@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.data import prepare, split
-from aifactory_train.data.rows import RowError
+from aifactory_train.data.cells import RowError
 
 WORDS = [
     a + b for a in ("ka", "lo", "mi", "ru", "te", "vo", "zu", "pe") for b in ("ran", "del", "sim", "tok", "fur", "gel")

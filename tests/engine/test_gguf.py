@@ -26,6 +26,7 @@ from aifactory_train.exporting import gguf as gx
 from aifactory_train.exporting import gguf_tokenizer as gt
 from aifactory_train.exporting import writer as ex
 from aifactory_train.exporting.gate import gate_rows, plain_logits, reference_logits, relative, reload_logits
+from aifactory_train.exporting.gguf_fields import context_length, extra_tensors, model_fields, unread_settings
 from aifactory_train.model.weight_files import TensorFiles
 from aifactory_train.private import vault
 
@@ -77,7 +78,7 @@ def written(cases):
             content.write(file)
             content.check(file)
             files[family, kind] = (content, file)
-            settings = gx.unread_settings(config)
+            settings = unread_settings(config)
             place = {"base": str(file.parent), "adapter": None, "dtype": "float32", "gguf": file.name}
             checks.append({"name": f"{family}-{kind}", **place, "settings": settings})
     rows = gate_rows(next(iter(cases.values())).data)
@@ -302,7 +303,7 @@ def test_llama3_frequencies_are_transformers(cases):
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     places = torch.arange(0, 16, 2) / 16
     plain = 1 / LLAMA3_ROPE["rope_theta"] ** places
-    factors = torch.from_numpy(gx.extra_tensors(config)["rope_freqs.weight"])
+    factors = torch.from_numpy(extra_tensors(config)["rope_freqs.weight"])
     torch.testing.assert_close(plain / factors, scaled, rtol=1e-6, atol=0)
     assert factors.max() == 8 and factors.min() == 1
 
@@ -408,10 +409,10 @@ def test_scalings_and_biases_without_a_field_are_refused():
         with pytest.raises(UserError, match=word):
             gx.check_model(helpers.tiny_config("llama", **more))
     yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
-    fields = gx.model_fields("qwen2", helpers.tiny_config("qwen2", rope_parameters=yarn), 400)
+    fields = model_fields("qwen2", helpers.tiny_config("qwen2", rope_parameters=yarn), 400)
     assert fields["qwen2.rope.scaling.type"] == "yarn" and fields["qwen2.rope.scaling.factor"] == 4.0
     window = helpers.tiny_config("mistral", sliding_window=128)
-    assert gx.context_length(window) == 128 and gx.context_length(helpers.tiny_config("qwen2")) == 512
+    assert context_length(window) == 128 and context_length(helpers.tiny_config("qwen2")) == 512
 
 
 def test_restricted_weights_are_refused_by_name(cases, monkeypatch):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.data import Cursor, Sampler, collate, load_tokenizer, prepare
-from aifactory_train.data.rows import RowError, canonical, detect_format
+from aifactory_train.data.cells import RowError
+from aifactory_train.data.rows import canonical, detect_format
 from aifactory_train.evaluation.generate import generate
 from aifactory_train.evaluation.likelihood import held_out
 from aifactory_train.evaluation.memorisation import memory_probe

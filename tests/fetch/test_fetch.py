@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 from aifactory_train import sources
-from aifactory_train.config.schema import DataSource, ModelConfig, Recipe
+from aifactory_train.config.data_blocks import DataSource
+from aifactory_train.config.schema import ModelConfig, Recipe
 from aifactory_train.core.errors import UserError
 
 ROWS = "".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(20))

@@ -25,6 +25,7 @@ from aifactory_train.config.loading import load_recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.exporting.gate import reload_logits
 from aifactory_train.private import egress, permissions, profile, redact, rows, vault
+from aifactory_train.private.sealed_file import PIECE, SealedWriter
 
 pyrage = pytest.importorskip("pyrage")
 pytest.importorskip("cryptography")
@@ -73,7 +74,7 @@ def as_before():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 3 * vault.PIECE + 5), st.integers(1, 700_000))
+@given(st.integers(0, 3 * PIECE + 5), st.integers(1, 700_000))
 def test_what_is_written_is_read(lock, size, chunk):
     box, folder = lock
     data = os.urandom(min(size, 64)) * (size // 64 + 1)
@@ -100,7 +101,7 @@ def test_any_change_is_noticed(lock, data):
     elif kind == "grow":
         raw += b"\0" * (1 + at % 40)
     else:
-        body, size = raw.index(b"}") + 1, vault.PIECE + 16
+        body, size = raw.index(b"}") + 1, PIECE + 16
         raw[body : body + 40], raw[body + size : body + size + 40] = (
             raw[body + size : body + size + 40],
             raw[body : body + 40],
@@ -126,7 +127,7 @@ def test_wrong_key_and_missing_key(keys, tmp_path):
 def test_several_recipients_and_plain_age(keys, tmp_path):
     box, recipient, _ = keys
     second = vault.make_identity(tmp_path / "second.txt")
-    with vault.Writer(tmp_path / "b.aft", [recipient, second]) as file:
+    with SealedWriter(tmp_path / "b.aft", [recipient, second]) as file:
         file.write(b"for both")
     assert vault.Vault.from_identity(tmp_path / "second.txt").read(tmp_path / "b.aft") == b"for both"
     whole = pyrage.encrypt(b"by any age tool", [pyrage.x25519.Recipient.from_str(recipient)])
@@ -149,7 +150,7 @@ def test_nothing_shows_before_it_is_whole(keys, tmp_path):
 @given(st.data())
 def test_any_part_can_be_read_alone(lock, data):
     box, folder = lock
-    size = data.draw(st.integers(0, 2 * vault.PIECE + 9))
+    size = data.draw(st.integers(0, 2 * PIECE + 9))
     plain = np.random.default_rng(size).bytes(size)
     box.write(folder / "w.aft", plain)
     window = vault.Window(box, folder / "w.aft")
@@ -168,11 +169,11 @@ def test_a_window_notices_changes_and_a_cut_at_a_piece(lock):
     box.write(path, b"zebra" * 600_000)
     raw = path.read_bytes()
     begin = 8 + int.from_bytes(raw[4:8], "big")
-    path.write_bytes(raw[: begin + 2 * (vault.PIECE + 16)])  # two whole pieces of three
+    path.write_bytes(raw[: begin + 2 * (PIECE + 16)])  # two whole pieces of three
     window = vault.Window(box, path)
     assert window.read(0, 5) == b"zebra"
     with pytest.raises(UserError, match="cut off"):
-        window.read(vault.PIECE, 5)
+        window.read(PIECE, 5)
     path.write_bytes(raw[: begin + 9] + bytes([raw[begin + 9] ^ 1]) + raw[begin + 10 :])
     with pytest.raises(UserError, match="piece 0"):
         vault.Window(box, path).read(0, 5)
@@ -438,7 +439,7 @@ def test_tracebacks_warnings_and_logs_without_values(tmp_path):
 )
 def test_no_value_of_a_row_gets_through_whatever_it_holds(value):
     """Labels, ids and groups are quoted in messages, and people's words hold apostrophes and line ends."""
-    from aifactory_train.data.rows import RowError, to_user_error
+    from aifactory_train.data.cells import RowError, to_user_error
     from aifactory_train.data.split import RowRules, moment
 
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": value}]}

@@ -1,0 +1,188 @@
+"""One raw row: its cells under the names that they have in this program, and which of them nobody read."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from aifactory_train.core.errors import UserError, did_you_mean
+
+#: Columns, and keys of a turn, whose text is wrong without what they hold.
+MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+#: Columns that every form reads.
+_COMMON = frozenset({"id", "group", "language", "label"})
+#: How a nested column, a number or a null is mended.
+FLAT = "write what is meant as text into a column of its own, or leave the row out"
+
+
+class RowError(ValueError):
+    """What is wrong with a row; the caller adds the file and the line."""
+
+    def __init__(self, what: str, fix: str | None = None):
+        super().__init__(what)
+        self.what, self.fix = what, fix
+
+
+@dataclass
+class Unused:
+    """What rows held and training does not use: columns and keys of turns by name, and remarks, each with the number of rows
+    (turns). Nulls and empty values are not counted."""
+
+    columns: collections.Counter = field(default_factory=collections.Counter)
+    turn_keys: collections.Counter = field(default_factory=collections.Counter)
+    remarks: collections.Counter = field(default_factory=collections.Counter)
+
+    def update(self, other: Unused) -> None:
+        """Add the counts of other rows."""
+        self.columns.update(other.columns)
+        self.turn_keys.update(other.turn_keys)
+        self.remarks.update(other.remarks)
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        """For the report: the most frequent names first."""
+        return {"columns": _most(self.columns), "turn_keys": _most(self.turn_keys)}
+
+
+#: Names of columns and keys in a report; where rows are keyed by their content there would be as many as rows.
+_MOST_NAMES = 100
+
+
+def _most(counts: collections.Counter) -> dict[str, int]:
+    listed = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    rest = sum(n for _, n in listed[_MOST_NAMES:])
+    return {**dict(listed[:_MOST_NAMES]), **({f"({len(listed) - _MOST_NAMES} more names)": rest} if rest else {})}
+
+
+def blank(value: Any) -> bool:
+    """Whether a cell holds nothing: null, not a number (a gap of pandas), empty text, list or object, or an object of nulls."""
+    if value is None or value == "" or value == [] or value == {}:
+        return True
+    if isinstance(value, float):
+        return value != value
+    if isinstance(value, str):
+        return value.isspace() or value in ("[]", "{}", "null")
+    if isinstance(value, dict):
+        return all(blank(v) for v in value.values())
+    return isinstance(value, list) and all(blank(v) for v in value)
+
+
+def parse_json(text: str) -> Any:
+    """``json.loads``, but an integer of more digits than Python converts (4,300) stays text. Raises :class:`ValueError`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return _patient.decode(text)
+
+
+def _integer(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+_patient = json.JSONDecoder(parse_int=_integer)
+
+
+class RawRow:
+    """One raw row under the names that its columns have in this program, and which of them were read."""
+
+    def __init__(self, raw: dict[str, Any], columns: dict[str, str], unused: Unused):
+        self.cells, self.unused = raw, unused
+        self.names: dict[str, str] = {}  # under which name a renamed column stands in the file
+        self.used: set[str] = set(_COMMON)
+        self.lost: list[str] = []
+        if columns:
+            self._rename(raw, columns)
+
+    def _rename(self, raw: dict[str, Any], columns: dict[str, str]) -> None:
+        """A column that the recipe names wins over one that bears the name already, and the first of two that the recipe names."""
+        self.cells = {}
+        for column, name in columns.items():
+            if column not in raw:
+                continue
+            value = raw[column]
+            if name in self.cells and (blank(value) or not blank(self.cells[name])):
+                self.lost += [] if blank(value) else [column]
+                continue
+            self.cells[name], self.names[name] = value, column
+        for column, value in raw.items():
+            if column in columns:
+                continue
+            if column not in self.cells or (self.cells[column] is None and value is not None):
+                self.cells[column] = value
+                self.names.pop(column, None)
+            elif not blank(value):
+                self.lost.append(column)
+        self.cells = {name: self.cells[name] for name in _in_order(raw, columns, self.cells)}
+        answer = self.cells.get("completion")
+        if "completion" in self.names and isinstance(answer, (int, float)) and not blank(answer):
+            # The recipe says that this column is the answer: labels are often numbers.
+            self.cells["completion"] = _number_as_text(answer)
+
+    def get(self, name: str) -> Any:
+        """The cell, which counts as read."""
+        self.used.add(name)
+        return self.cells.get(name)
+
+    def count(self, fmt: str, ruled: Collection[str]) -> None:
+        """Count what was not read, or refuse it. ``ruled``: columns (names in the file) that the split reads."""
+        self.unused.columns.update(name[:80] for name in self.lost if name not in ruled)
+        for name, value in self.cells.items():
+            if name in self.used or blank(value):
+                continue
+            column = str(self.names.get(name, name))
+            if name in MEDIA and fmt != "text" and not isinstance(value, (bool, int, float)):
+                raise RowError(
+                    f"the column '{column}' holds {kind_of(value)}: only text can be trained on",
+                    "leave the row out; where its text is right without it, name the column otherwise: "
+                    f"data.train.0.columns={{{column}: unused_{column}}}",
+                )
+            if column not in ruled:
+                self.unused.columns[column[:80]] += 1
+
+
+def _in_order(raw: dict[str, Any], columns: dict[str, str], cells: dict[str, Any]) -> list[str]:
+    """Names in the order of the file."""
+    return list(dict.fromkeys(name for c in raw if (name := columns.get(c, c)) in cells))
+
+
+def _number_as_text(value: int | float) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def yes_or_no(value: Any) -> bool | None:
+    """True, false, 1, 0, 1.0, 0.0 or one of them as text; None for anything else."""
+    if isinstance(value, (bool, int, float)):
+        return bool(value) if value in (0, 1) else None
+    if isinstance(value, str):
+        return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(
+            value.strip().lower()
+        )
+    return None
+
+
+def column_error(name: str, row: dict[str, Any]) -> RowError:
+    if name in row:
+        return RowError(
+            f"'{name}' is {kind_of(row[name])}, not text", FLAT if isinstance(row[name], (dict, list)) else None
+        )
+    return RowError(
+        f"the column '{name}' is missing{did_you_mean(name, map(str, row))} (found: {', '.join(map(str, list(row)[:12]))})"
+    )
+
+
+def kind_of(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
+    return "empty (null)" if value is None else names.get(type(value), type(value).__name__)
+
+
+def to_user_error(error: RowError, where: str) -> UserError:
+    return UserError(error.what, where=where, fix=error.fix)

@@ -1,0 +1,112 @@
+"""Tool calls and the schemas of tools, OpenAI's old form among them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aifactory_train.data.cells import (
+    RawRow,
+    RowError,
+    Unused,
+    blank,
+    kind_of,
+    parse_json,
+)
+
+
+def calls_of_turn(raw: dict[str, Any], where: str, unused: Unused) -> list[Any] | None:
+    """The tool calls of a turn, those in OpenAI's old form among them."""
+    calls = raw.get("tool_calls") or None
+    if isinstance(calls, str):
+        try:
+            calls = parse_json(calls) or None
+        except ValueError:
+            raise RowError(f"{where}: 'tool_calls' is text that is not valid JSON") from None
+    if calls is not None and not isinstance(calls, list):
+        raise RowError(f"{where}: 'tool_calls' is {kind_of(calls)}, not a list of calls")
+    old = raw.get("function_call")
+    if not old or (isinstance(old, dict) and all(value is None for value in old.values())):
+        return calls
+    call = _old_call(old, where)
+    if not calls:
+        return [call]
+    quiet = Unused()
+    if tool_call(call, where, quiet)["function"] not in [tool_call(c, where, quiet)["function"] for c in calls]:
+        unused.turn_keys["function_call"] += 1  # the newer key says what was called
+    return calls
+
+
+def _old_call(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            raise RowError(f"{where}: 'function_call' is text that is not valid JSON", _CALL) from None
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise RowError(f"{where}: 'function_call' is no call with a name", _CALL)
+    return {"function": value}
+
+
+_CALL = 'write it as {"name": ..., "arguments": {...}}, or as tool_calls'
+
+
+def calls_of_text(value: Any, where: str) -> list[Any]:
+    """Calls that stand as JSON in place of the text of a turn."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            raise RowError(f"{where}: the call is not valid JSON", _CALL) from None
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        raise RowError(f"{where} is no call with a name", _CALL)
+    return calls
+
+
+def tool_call(call: Any, where: str, unused: Unused) -> dict[str, Any]:
+    if not isinstance(call, dict):
+        raise RowError(f"{where} is {kind_of(call)}, not an object")
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError(f"{where}: a tool call needs function.name")
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = {}
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments) if arguments.strip() else {}
+        except ValueError:
+            raise RowError(f"{where}: function.arguments is not valid JSON") from None
+    if not isinstance(arguments, dict):
+        raise RowError(f"{where}: function.arguments is {kind_of(arguments)}, not an object")
+    if None in arguments.values():
+        unused.remarks["null in the arguments of a tool call, learnt as it is"] += 1
+    out: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    if isinstance(call.get("id"), str):
+        out["id"] = call["id"]
+    return out
+
+
+def tool_schemas(row: RawRow) -> list[Any] | None:
+    """The schemas of the tools, or of OpenAI's old ``functions``."""
+    raw, name = row.get("tools"), "tools"
+    if not raw:
+        raw, name = row.cells.get("functions"), "functions"
+        if blank(raw):
+            return None
+        row.used.add("functions")
+    if isinstance(raw, str):
+        try:
+            raw = parse_json(raw)
+        except ValueError:
+            raise RowError(f"'{name}' is text that is not valid JSON") from None
+    if isinstance(raw, list) and raw and all(isinstance(tool, str) for tool in raw):
+        try:
+            raw = [parse_json(tool) for tool in raw]
+        except ValueError:
+            raise RowError(f"'{name}' holds text that is not valid JSON") from None
+    if not isinstance(raw, list) or not all(isinstance(tool, dict) for tool in raw):
+        raise RowError(f"'{name}' is not a list of JSON schemas")
+    if name == "functions":
+        raw = [tool if "function" in tool else {"type": "function", "function": tool} for tool in raw]
+    return raw

@@ -1,0 +1,167 @@
+"""Turns of a conversation, in every form that they are written in, checked and made one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aifactory_train.core.errors import did_you_mean
+from aifactory_train.data.cells import (
+    MEDIA,
+    RowError,
+    Unused,
+    blank,
+    kind_of,
+    yes_or_no,
+)
+from aifactory_train.data.tool_calls import calls_of_text, calls_of_turn, tool_call
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+#: Names that other formats give to the roles (ShareGPT, OpenAI's old function calls).
+_OTHER_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
+}
+#: Roles of ShareGPT whose text is a call, or a list of calls, as JSON.
+_CALL_ROLES = ("function_call", "tool_call", "tool_calls")
+#: Keys of a turn that are read.
+_TURN_KEYS = frozenset(
+    {
+        *("role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name"),
+        *("reasoning_content", "reasoning", "thinking", "weight", "loss", "train"),
+    }
+)
+#: Keys of a turn that say whether it is learnt.
+_LEARN_KEYS = ("weight", "loss", "train")
+#: What stands in a text for a picture that comes with it.
+_PLACEHOLDERS = ("<image>", "<video>", "<audio>")
+
+
+def opening_system_turns(messages: list[dict[str, Any]]) -> int:
+    """How many system turns a conversation opens with."""
+    return next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), len(messages))
+
+
+def read_turns(raw: Any, where: str, unused: Unused) -> list[dict[str, Any]]:
+    if not isinstance(raw, list):
+        raise RowError(f"'{where}' is {kind_of(raw)}, not a list of turns")
+    if not raw:
+        raise RowError(f"'{where}' is an empty list")
+    return [_message(m, f"{where}[{i}]", unused) for i, m in enumerate(raw)]
+
+
+def _message(raw: Any, where: str, unused: Unused) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise RowError(f"{where} is {kind_of(raw)}, not an object with role and content")
+    role = raw.get("role")
+    if role is None:
+        role = raw.get("from")
+    content, content_key = raw.get("content"), "content"
+    if content is None:
+        content_key = next((key for key in ("value", "text") if raw.get(key) is not None), "content")
+        content = raw.get(content_key)
+    calls: Any = None
+    if isinstance(role, str) and role not in ROLES:
+        if role in _CALL_ROLES:
+            role, calls, content = "assistant", calls_of_text(content, f"{where} ({role})"), ""
+        else:
+            role = _OTHER_ROLES.get(role, role)
+    if role not in ROLES:
+        hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
+        raise RowError(f"{where}: unknown role {role!r}{hint}", f"roles are {', '.join(ROLES)}")
+    if isinstance(content, list):
+        content = _text_parts(content, where)
+    if content is None:
+        content = ""
+    if not isinstance(content, str):
+        raise RowError(f"{where}: 'content' is {kind_of(content)}, not text")
+    out: dict[str, Any] = {"role": role, "content": content}
+    calls = calls or calls_of_turn(raw, where, unused)
+    if calls:
+        if role != "assistant":
+            raise RowError(f"{where}: only the assistant has tool_calls")
+        out["tool_calls"] = [tool_call(call, f"{where}.tool_calls[{i}]", unused) for i, call in enumerate(calls)]
+    for key in ("name", "tool_call_id", "reasoning_content", "thinking"):
+        if raw.get(key) is not None:
+            if not isinstance(raw[key], str):
+                raise RowError(f"{where}: '{key}' is {kind_of(raw[key])}, not text")
+            out[key] = raw[key]
+    if not blank(raw.get("reasoning")):
+        _reasoning(raw["reasoning"], out, unused)
+    weight = _weight(raw, role, where, unused)
+    if weight is not None:
+        out["weight"] = weight
+    if not raw.keys() <= _TURN_KEYS:
+        for key, value in raw.items():
+            if key in _TURN_KEYS or key == content_key or blank(value):
+                continue
+            if key in MEDIA and not isinstance(value, (bool, int, float)):
+                raise RowError(f"{where}: '{key}' is not text", "only text can be trained on: leave the row out")
+            unused.turn_keys[str(key)[:80]] += 1
+    if content_key == "content" and raw.get("value") is not None and raw["value"] != content:
+        unused.turn_keys["value"] += 1
+    if role == "user" and "<" in content:
+        stripped = content.strip()
+        for mark in _PLACEHOLDERS:
+            if stripped.startswith(mark) or stripped.endswith(mark):
+                unused.remarks[f"a turn holds {mark}, but nothing but text is read"] += 1
+    if role == "assistant" and not content.strip() and not calls:
+        raise RowError(f"{where}: the assistant's turn is empty")
+    return out
+
+
+def _reasoning(value: Any, out: dict[str, Any], unused: Unused) -> None:
+    """``reasoning`` is what most templates call ``reasoning_content``."""
+    if isinstance(value, str) and not out.get("reasoning_content"):
+        if out.get("thinking") != value:
+            out["reasoning_content"] = value
+    elif value != out.get("reasoning_content"):
+        unused.turn_keys["reasoning"] += 1
+
+
+def _weight(raw: dict[str, Any], role: str, where: str, unused: Unused) -> int | None:
+    """Whether the turn is supervised, by any of the keys that say so; None where none does."""
+    said: dict[str, bool] = {}
+    for key in _LEARN_KEYS:
+        value = raw.get(key)
+        if value is None:
+            continue
+        learnt = yes_or_no(value)
+        if learnt is None:
+            raise RowError(f"{where}: '{key}' is {value!r:.60}; a turn is supervised (1, true) or not (0, false)")
+        said[key] = learnt
+    if not said:
+        return None
+    if len(set(said.values())) > 1:
+        words = " and ".join(f"'{key}' is {str(learnt).lower()}" for key, learnt in said.items())
+        raise RowError(f"{where}: {words}", "say once whether the turn is supervised")
+    learnt = next(iter(said.values()))
+    if role != "assistant" and learnt and "weight" not in said:
+        unused.turn_keys[f"{next(iter(said))} (of a turn that is not the assistant's)"] += 1
+    if "weight" in said or (role == "assistant" and not learnt):
+        return int(learnt)
+    return None
+
+
+def _text_parts(parts: list[Any], where: str) -> str:
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            kind = part.get("type") if isinstance(part, dict) else kind_of(part)
+            raise RowError(f"{where}: a content part of type '{kind}' is not text", "only text can be trained on")
+    return "".join(texts)
+
+
+def supervised_turns(messages: list[dict[str, Any]]) -> list[int]:
+    """Indices of the assistant turns that carry loss (weight 0 takes one out)."""
+    return [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1) != 0]
