@@ -21,17 +21,17 @@ NO_FILE = "neither file nor folder"
 
 
 @dataclass
-class Found:
+class FolderFiles:
     """Files in a stable order, and ``(path, why)`` of what is not read; hidden files and folders are in neither."""
 
     files: list[Path] = field(default_factory=list)
     left_out: list[tuple[Path, str]] = field(default_factory=list)
 
 
-def walk(root: Path) -> Found:
+def walk(root: Path) -> FolderFiles:
     """Everything below ``root``, which may be a link itself: the user named it. Raises :class:`UserError` for a folder that
     cannot be read."""
-    found, homes = Found(), _homes(root)
+    found, homes = FolderFiles(), _homes(root)
     waiting = [root]
     while waiting:
         folder = waiting.pop()
@@ -56,7 +56,7 @@ def walk(root: Path) -> Found:
                 found.files.append(path)
             else:
                 found.left_out.append((path, NO_FILE))
-    return Found(sorted(found.files), sorted(found.left_out))
+    return FolderFiles(sorted(found.files), sorted(found.left_out))
 
 
 def _homes(root: Path) -> list[Path]:

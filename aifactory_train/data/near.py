@@ -65,7 +65,7 @@ class Shingles:
     hashes: np.ndarray
     starts: np.ndarray
     whole: np.ndarray
-    _judged: dict[bytes, Judged] = field(default_factory=dict)
+    _judged: dict[bytes, Shingled] = field(default_factory=dict)
     _between: tuple[Any, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] | None = None
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class Shingles:
     def of(self, i: int) -> np.ndarray:
         return self.hashes[self.starts[i] : self.starts[i + 1]]
 
-    def judged(self, rows: np.ndarray) -> Judged:
+    def judged(self, rows: np.ndarray) -> Shingled:
         """What tells the texts ``rows`` apart: all texts without the sequences that too many of ``rows`` share."""
         common = self._common(rows)
         key = common.tobytes()
@@ -95,7 +95,7 @@ class Shingles:
 
 
 @dataclass
-class Judged:
+class Shingled:
     """Texts as their telling shingles: ``hashes`` uint64 [all], sorted and distinct inside a text, ``starts`` int64 [texts + 1] (a text that
     has too few is empty), ``bands`` uint64 [BANDS, texts] (equal entries: candidates)."""
 
@@ -210,7 +210,7 @@ def _ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.repeat(begins - ends + sizes, sizes) + np.arange(int(ends[-1]) if len(ends) else 0)
 
 
-def _judge(shingles: Shingles, common: np.ndarray) -> Judged:
+def _judge(shingles: Shingles, common: np.ndarray) -> Shingled:
     """All texts without the shingles ``common``, and with an empty set for each that has too few others."""
     n, hashes = len(shingles), shingles.hashes
     owner = np.repeat(np.arange(n), np.diff(shingles.starts))
@@ -225,7 +225,7 @@ def _judge(shingles: Shingles, common: np.ndarray) -> Judged:
     for at in range(0, n, 1024):  # what is worked on stays in the processor's cache
         end = min(n, at + 1024)
         bands[:, at:end] = _bands(signatures(hashes[starts[at] : starts[end]], np.diff(starts[at : end + 1]), at)).T
-    return Judged(hashes, starts, bands)
+    return Shingled(hashes, starts, bands)
 
 
 def signatures(hashes: np.ndarray, sizes: np.ndarray, number: int = 0) -> np.ndarray:

@@ -35,7 +35,7 @@ CONTEXT_BEFORE, CONTEXT_AFTER = 48, 16
 
 
 @dataclass
-class Report:
+class PersonalDataFound:
     """What :func:`scan` found: ``counts`` and ``rows`` (rows with at least one) per kind; ``possible``: numbers that pass the check of a weak
     kind with nothing beside them to say so, not contained in ``counts``; ``bytes`` (UTF-8) and ``texts`` that were read."""
 
@@ -55,13 +55,13 @@ def kinds() -> dict[str, str]:
     return dict(OTHER_KINDS) | {n.kind: n.source for n in NUMBERS + LETTERED}
 
 
-def scan(rows: Iterable[str], hint: str = "") -> Report:
+def scan(rows: Iterable[str], hint: str = "") -> PersonalDataFound:
     """Counts of personal data in ``rows``.
 
     ``hint`` is text that stands beside every row, such as the name of its column: it counts as context for numbers whose check alone says
     little. Raises TypeError for a row that is not a string (the message names its position, not its content).
     """
-    report = Report()
+    report = PersonalDataFound()
     counts: Counter[str] = Counter()
     in_rows: Counter[str] = Counter()
     weak: Counter[str] = Counter()

@@ -31,7 +31,7 @@ from aifactory_train.data.encoder_spec import EncoderSpec
 from aifactory_train.data.end_of_turn import forget_spare
 from aifactory_train.data.inputs import PREPARED_FORMAT, Input
 from aifactory_train.data.reading import read_source
-from aifactory_train.data.selection import Selection, Words, select
+from aifactory_train.data.selection import RowSelection, Words, select
 from aifactory_train.data.store import CACHE_FIX, Store, StoreWriter, TokenDataset, content_digest, disk_full
 from aifactory_train.private import profile, vault
 from aifactory_train.private.permissions import folder_mode
@@ -244,7 +244,7 @@ def _unused(sources: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _own(
-    recipe: Recipe, store: Store, selection: Selection, encoder: Encoder, words: Words, *, at_once: bool
+    recipe: Recipe, store: Store, selection: RowSelection, encoder: Encoder, words: Words, *, at_once: bool
 ) -> dict[str, Any]:
     """Languages and their cost in tokens (from a sample), and with little data, or when asked, the whole report on the rows."""
     # By place, not by name: rows held out of train.jsonl are called "train" as well.
@@ -277,7 +277,7 @@ def look_at(recipe: Recipe, tokenizer: Any, prepared: PreparedData) -> dict[str,
     if prepared.report.get("own") is not None:
         return prepared.report
     sets = {"train": prepared.train, **prepared.evals}
-    selection = Selection([(name, view._docs, {}) for name, view in sets.items()], {}, {}, {}, {})
+    selection = RowSelection([(name, view._docs, {}) for name, view in sets.items()], {}, {}, {}, {})
     encoder = Encoder(encoder_spec(tokenizer, recipe))
     store = prepared.train.store
     prepared.report |= _own(recipe, store, selection, encoder, Words(store), at_once=False)

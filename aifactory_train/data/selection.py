@@ -35,7 +35,7 @@ class Words:
 
 
 @dataclass
-class Selection:
+class RowSelection:
     sets: list[tuple[str, np.ndarray, dict[str, Any]]]  # the first one is the training set
     how: dict[str, Any]
     duplicates: dict[str, Any]
@@ -43,7 +43,7 @@ class Selection:
     rows: dict[str, Any]  # what became of the rows that were given for training
 
 
-def select(recipe: Recipe, store: Store, inputs: list[Input], words: Words) -> Selection:
+def select(recipe: Recipe, store: Store, inputs: list[Input], words: Words) -> RowSelection:
     data = recipe.data
     source = np.asarray(store.column("rowsource"))
     _refuse_duplicate_ids(store, source)
@@ -95,7 +95,9 @@ def select(recipe: Recipe, store: Store, inputs: list[Input], words: Words) -> S
     for number, ((name, docs, _), rows) in enumerate(zip(sets, [train_rows, *(r for _, r in evals)], strict=True)):
         if len(docs) == 0:
             raise _empty(name, number == 0, dropped if number == 0 else _without_documents(store, rows))
-    return Selection(sets, how, duplicates, overlap, {**fate, "dropped": {why: n for why, n in dropped.items() if n}})
+    return RowSelection(
+        sets, how, duplicates, overlap, {**fate, "dropped": {why: n for why, n in dropped.items() if n}}
+    )
 
 
 def _without_documents(store: Store, rows: np.ndarray) -> dict[str, int]:

@@ -31,7 +31,7 @@ class Unavailable(Exception):
 
 
 @dataclass(frozen=True)
-class Device:
+class MeteredDevice:
     """An accelerator that a rank of this node uses, as torch names it. Either name may be unknown."""
 
     uuid: str | None = None  # without the vendor's prefix
@@ -95,7 +95,7 @@ class Nvml(_Library):
 
     name, boundary = "nvml", "device"
 
-    def __init__(self, devices: Sequence[Device] = (), library: str = "libnvidia-ml.so.1"):
+    def __init__(self, devices: Sequence[MeteredDevice] = (), library: str = "libnvidia-ml.so.1"):
         super().__init__(library, "NVIDIA driver")
         self._call("nvmlInit_v2")
         count = ctypes.c_uint()
@@ -138,7 +138,7 @@ class AmdSmi(_Library):
 
     name, boundary = "amdsmi", "device"
 
-    def __init__(self, devices: Sequence[Device] = (), library: str = "libamd_smi.so"):
+    def __init__(self, devices: Sequence[MeteredDevice] = (), library: str = "libamd_smi.so"):
         super().__init__(library, "ROCm")
         self._call("amdsmi_init", ctypes.c_uint64(2))  # AMDSMI_INIT_AMD_GPUS
         dies = list(self._dies())
@@ -286,7 +286,7 @@ class Rapl:
 
 
 def find_readers(
-    devices: Sequence[Device], *, root: Path = Path("/"), nvml: str | None = None, amdsmi: str | None = None
+    devices: Sequence[MeteredDevice], *, root: Path = Path("/"), nvml: str | None = None, amdsmi: str | None = None
 ) -> tuple[list[Reader], dict[str, str]]:
     """``(readers that work here, why each of the others does not)``. ``root`` and the library names are for tests."""
     makers: dict[str, Any] = {

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TEXT = Path(__file__).parent / "general_text.jsonl"
 
 
-class Documents:
+class GeneralTexts:
     """Documents in memory behind the part of :class:`aifactory_train.data.TokenDataset` that scoring reads."""
 
     def __init__(self, name: str, documents: list[Document]):
@@ -49,7 +49,7 @@ def passages() -> list[dict[str, Any]]:
     return [json.loads(line) for line in TEXT.read_text(encoding="utf-8").splitlines()]
 
 
-def general_documents(recipe: Recipe, tokenizer: Any) -> Documents:
+def general_documents(recipe: Recipe, tokenizer: Any) -> GeneralTexts:
     """The passages as this recipe's tokenizer and sequence length have them; a passage that is too long is split."""
     from aifactory_train.data.encoder import Encoder
     from aifactory_train.data.masks import Encoded
@@ -57,7 +57,7 @@ def general_documents(recipe: Recipe, tokenizer: Any) -> Documents:
 
     spec = dataclasses.replace(encoder_spec(tokenizer, recipe), long_documents="split")
     encoded = Encoder(spec).encode([{"text": row["text"]} for row in passages()])
-    return Documents("general text", [d for e in encoded if isinstance(e, Encoded) for d in e.documents])
+    return GeneralTexts("general text", [d for e in encoded if isinstance(e, Encoded) for d in e.documents])
 
 
 def forgetting(before: dict[str, Any] | None, after: dict[str, Any] | None, limit: float) -> dict[str, Any] | None:

@@ -42,7 +42,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateVerdict:
     """Outcome of the gate for one exported folder; stored in its ``verification.json``."""
 
     kind: str  # adapter | model | merged
@@ -145,7 +145,7 @@ def relative(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     return max((e - f).abs().max().item() for e, f in zip(expected, found, strict=True)) / largest
 
 
-def judge(kind: str, dtype: str, expected: list[torch.Tensor], found: list[torch.Tensor]) -> Verdict:
+def judge(kind: str, dtype: str, expected: list[torch.Tensor], found: list[torch.Tensor]) -> GateVerdict:
     """Compare logits, lists of fp32 ``[places, V]``. Anything not finite fails."""
     reference, other = torch.cat(expected), torch.cat(found)
     difference = relative(expected, found)
@@ -163,7 +163,7 @@ def judge(kind: str, dtype: str, expected: list[torch.Tensor], found: list[torch
         passed = top1 >= BF16_TOP1 and kl <= BF16_KL
     passed = bool(passed) and math.isfinite(difference)
     places, decided = len(reference), int(decisive.sum())
-    return Verdict(kind, dtype, len(expected), places, decided, difference, top1, kl, limit, passed)
+    return GateVerdict(kind, dtype, len(expected), places, decided, difference, top1, kl, limit, passed)
 
 
 def is_plain_fp32(core: CausalLM) -> bool:

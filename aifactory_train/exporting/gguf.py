@@ -27,7 +27,7 @@ from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import RunFailed, UserError, did_you_mean
 from aifactory_train.core.files import write_json
 from aifactory_train.exporting import writer as ex
-from aifactory_train.exporting.gate import FP32_LIMIT, Verdict, judge, plain_logits, relative, reload_logits
+from aifactory_train.exporting.gate import FP32_LIMIT, GateVerdict, judge, plain_logits, relative, reload_logits
 from aifactory_train.exporting.gguf_fields import (
     add_general,
     add_model,
@@ -38,6 +38,7 @@ from aifactory_train.exporting.gguf_fields import (
     unread_settings,
 )
 from aifactory_train.exporting.gguf_tokenizer import WAY_OUT, read_tokenizer
+from aifactory_train.exporting.place import refuse_plain
 from aifactory_train.exporting.streaming import Streamed, all_to_meta
 from aifactory_train.model.base import base_folder
 from aifactory_train.model.loading import load_config
@@ -56,8 +57,8 @@ Read = Callable[[str], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class GgufVerdict(Verdict):
-    """What :class:`aifactory_train.exporting.writer.Verdict` says of the file against the trained model, and of the file itself."""
+class GgufVerdict(GateVerdict):
+    """What :class:`aifactory_train.exporting.gate.GateVerdict` says of the file against the trained model, and of the file itself."""
 
     file: str
     tensors: int
@@ -79,7 +80,7 @@ def export_gguf(
         )
     recipe = recipe or run.load_config()
     profile.enforce(recipe, run.path)
-    ex.refuse_plain(run, "gguf")
+    refuse_plain(run, "gguf")
     verify = recipe.export.verify if verify is None else verify
     check_model(load_config(base_folder(recipe), recipe))
     whole = recipe.adapter.kind == "none"
@@ -87,7 +88,7 @@ def export_gguf(
     done: dict[str, Any] = {"paths": {}, "gate": {}}
     if step is not None or not (folder / "README.md").is_file():
         done = ex.export_run(run, merge=False, step=step, verify=verify, recipe=recipe)
-    export = ex._Export(run, recipe, None, None, None, None, "fp32", verify)
+    export = ex.Export(run, recipe, None, None, None, None, "fp32", verify)
     if export.whole is not None:
         raise UserError(f"a GGUF file is written tensor by tensor: {export.whole}", where="model.base", fix=WAY_OUT)
     config = load_config(folder if whole else export.base, recipe)
@@ -95,7 +96,7 @@ def export_gguf(
     content = GgufFile(config, source, folder, kind)
     export.paths.update(done["paths"])
     verdict = None
-    with export._visible_when_good(f"gguf-{kind}") as target:
+    with export.visible_when_good(f"gguf-{kind}") as target:
         from aifactory_train.exporting.model_card import model_card
 
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.path.resolve().name) or "model"
@@ -105,8 +106,8 @@ def export_gguf(
         content.write(file)
         content.check(file)
         if verify:
-            trained = content.logits(content.read, export.rows) if whole else export.expected()
-            export.core = None  # what it holds can go
+            trained = content.logits(content.read, export.rows) if whole else export.reference.expected()
+            export.reference.core = None  # what it holds can go
             verdict = judge_file(content, file, trained, export.rows)
             write_json(target / "verification.json", asdict(verdict))
     gate = {**done["gate"], **({f"gguf-{kind}": asdict(verdict)} if verdict else {})}

@@ -61,7 +61,7 @@ INSTALL = (
 
 
 @dataclass(frozen=True)
-class Finding:
+class LoadFinding:
     """One question about the export. ``ok`` None: only vLLM itself can tell."""
 
     about: str
@@ -82,7 +82,7 @@ def exported_kinds(run: RunFolder) -> list[str]:
 # ---- without vLLM
 
 
-def static_findings(folder: Path, base: Path | None) -> list[Finding]:
+def static_findings(folder: Path, base: Path | None) -> list[LoadFinding]:
     """What vLLM :data:`VERSION` would say of an exported ``folder``; ``base``: the base model's folder, for an adapter."""
     config = _json((base or folder) / "config.json")
     out = [_architecture(config, base is not None), _dtype(config), _tokenizer(folder)]
@@ -96,39 +96,39 @@ def _json(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
 
-def _architecture(config: dict[str, Any], adapter: bool) -> Finding:
+def _architecture(config: dict[str, Any], adapter: bool) -> LoadFinding:
     name = (config.get("architectures") or ["none"])[0]
     if name not in ARCHITECTURES:
-        return Finding("architecture", None, f"{name} is not among those that were looked up in vLLM {VERSION}")
+        return LoadFinding("architecture", None, f"{name} is not among those that were looked up in vLLM {VERSION}")
     if adapter and not ARCHITECTURES[name]:
-        return Finding("architecture", False, f"vLLM serves {name}, but takes no adapters for it: export --merge")
-    return Finding("architecture", True, name)
+        return LoadFinding("architecture", False, f"vLLM serves {name}, but takes no adapters for it: export --merge")
+    return LoadFinding("architecture", True, name)
 
 
-def _dtype(config: dict[str, Any]) -> Finding:
+def _dtype(config: dict[str, Any]) -> LoadFinding:
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in ("float32", "float16", "bfloat16"):
-        return Finding("dtype", False, f"vLLM has no {dtype}")
+        return LoadFinding("dtype", False, f"vLLM has no {dtype}")
     said = f"{dtype}; vLLM serves it in 16 bits unless --dtype float32 is given" if dtype == "float32" else dtype
-    return Finding("dtype", True, said)
+    return LoadFinding("dtype", True, said)
 
 
-def _tokenizer(folder: Path) -> Finding:
+def _tokenizer(folder: Path) -> LoadFinding:
     absent = [n for n in ("tokenizer.json", "tokenizer_config.json") if not (folder / n).is_file()]
     if absent:
-        return Finding("tokenizer", False, f"{', '.join(absent)} missing")
+        return LoadFinding("tokenizer", False, f"{', '.join(absent)} missing")
     has = (folder / "chat_template.jinja").is_file() or _json(folder / "tokenizer_config.json").get("chat_template")
-    return Finding("tokenizer", True, "with chat template" if has else "no chat template: /v1/completions only")
+    return LoadFinding("tokenizer", True, "with chat template" if has else "no chat template: /v1/completions only")
 
 
-def _adapter(config: dict[str, Any]) -> list[Finding]:
+def _adapter(config: dict[str, Any]) -> list[LoadFinding]:
     rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     option = next((r for r in RANKS if r >= rank), None)
     if option is None:
-        found = [Finding("rank", False, f"{rank}; vLLM takes at most {RANKS[-1]}")]
+        found = [LoadFinding("rank", False, f"{rank}; vLLM takes at most {RANKS[-1]}")]
     else:
         said = f"{rank}" if rank <= DEFAULT_RANK else f"{rank}: start vLLM with --max-lora-rank {option}"
-        found = [Finding("rank", True, said)]
+        found = [LoadFinding("rank", True, said)]
     trouble = []
     kept = [m for m in config.get("modules_to_save") or [] if m not in ("classifier", "score")]
     if kept:
@@ -145,12 +145,12 @@ def _adapter(config: dict[str, Any]) -> list[Finding]:
         if config.get(key):
             trouble.append(key)
     refused = f"vLLM refuses {'; '.join(trouble)}: export --merge" if trouble else "plain LoRA"
-    found.append(Finding("adapter", not trouble, refused))
+    found.append(LoadFinding("adapter", not trouble, refused))
     targets = config.get("target_modules") or []
     names = {t.rpartition(".")[2] for t in targets} if isinstance(targets, list) else {str(targets)}
     unknown = sorted(names - LAYERS)
     said = f"{', '.join(unknown)}: not among {', '.join(sorted(LAYERS))}" if unknown else ", ".join(sorted(names))
-    found.append(Finding("layers", None if unknown else True, said))
+    found.append(LoadFinding("layers", None if unknown else True, said))
     return found
 
 

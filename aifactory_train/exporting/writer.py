@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import gc
 import json
 import os
@@ -30,29 +29,27 @@ import torch
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core import compat
-from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.core.errors import RunFailed
 from aifactory_train.core.files import write_json
 from aifactory_train.core.output import note
 from aifactory_train.exporting.gate import (
     DTYPES,
     FP32_LIMIT,
-    Verdict,
+    GateVerdict,
     gate_rows,
-    is_plain_fp32,
     judge,
     plain_logits,
-    reference_logits,
     relative,
     reload_logits,
 )
-from aifactory_train.exporting.streaming import Merged, Scratch, ShardFiles, Streamed, adapter_names, all_to_meta
+from aifactory_train.exporting.place import named, refuse_plain, remove_left
+from aifactory_train.exporting.reference import Reference
+from aifactory_train.exporting.streaming import Merged, ShardFiles, Streamed, adapter_names, all_to_meta
+from aifactory_train.exporting.trained_tensors import trained_before, trained_by
 from aifactory_train.model.base import base_folder, public_base
 from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.model.generation_config import loading, read_base
-from aifactory_train.model.loading import build_model
-from aifactory_train.model.precision import Precision
-from aifactory_train.model.report import ModelReport
-from aifactory_train.model.trained import adapter_tensors, load_adapter, load_tensors, with_adapter
+from aifactory_train.model.trained import adapter_tensors, with_adapter
 from aifactory_train.model.weight_files import Source, TensorFiles
 from aifactory_train.private import profile, vault
 from aifactory_train.private.permissions import folder_mode
@@ -66,7 +63,6 @@ if TYPE_CHECKING:
 #: Largest safetensors file of an export; models above it are never whole in the exporting process.
 MAX_SHARD_BYTES = 5_000_000_000
 
-_FP32 = Precision(torch.float32, torch.float32, torch.float32, torch.float32)
 _TIED_DIFFER = "the merged input and output embeddings differ although the model ties them"
 
 
@@ -97,114 +93,18 @@ def export_run(
     dtype = dtype or recipe.export.dtype
     if engine is None:
         profile.enforce(recipe, run.path)
-        trained = _trained_before(run, merge, step)
-        return _Export(run, recipe, trained, None, tokenizer, data, dtype, verify).run_all(merge)
+        trained = trained_before(run, merge, step)
+        return Export(run, recipe, trained, None, tokenizer, data, dtype, verify).run_all(merge)
     from aifactory_train.parallel.world import from_main
 
-    with _trained_by(engine, run) as (source, core):
+    with trained_by(engine, run) as (source, core):
         return from_main(
             engine.world,  # type: ignore[attr-defined]
-            lambda: _Export(run, recipe, source, core, tokenizer, data, dtype, verify).run_all(merge),
+            lambda: Export(run, recipe, source, core, tokenizer, data, dtype, verify).run_all(merge),
         )
 
 
-@contextlib.contextmanager
-def _trained_by(engine: Engine, run: RunFolder) -> Iterator[tuple[Source | None, CausalLM | None]]:
-    """``(trained tensors, the model)`` of a live engine, on rank 0. Collective.
-
-    Where every rank has whole fp32 parameters on the CPU they are read in place. Otherwise they are sent to rank 0 one by one,
-    which puts them into a file beside the exports; the model is None then.
-    """
-    from aifactory_train.parallel.world import from_main
-
-    if is_plain_fp32(engine.core):
-        names = {n: p.detach() for n, p in engine.core.named_parameters() if p.requires_grad}
-        yield names, engine.core
-        return
-    world = engine.world  # type: ignore[attr-defined]
-    kept: dict[str, torch.Tensor] = {}  # instead of the file where nothing plain may reach the disk
-    made: list[Scratch] = []
-    trouble: list[RunFailed] = []
-
-    def make() -> None:
-        with _named(run.export, "the trained weights cannot be collected"):
-            run.export.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=run.export, prefix=".trained-")
-            os.close(handle)
-            made.append(Scratch(Path(name)))
-
-    def take(name: str, tensor: torch.Tensor) -> None:
-        if not made:
-            kept[name] = tensor
-            return
-        with _named(run.export, "the trained weights cannot be collected"):
-            made[0].put(name, tensor)
-
-    def check() -> None:
-        if trouble:
-            raise trouble[0]
-
-    try:
-        if not vault.seals():
-            from_main(world, make)
-        for name, tensor in engine.full_parameters(trained_only=True):
-            if tensor is not None and not trouble:  # after a failure the others must still be able to send
-                try:
-                    take(name, tensor)
-                except RunFailed as error:
-                    trouble.append(error)
-            del tensor
-        from_main(world, check)
-        yield (made[0] if made else kept), None
-    finally:
-        for scratch in made:
-            scratch.close()
-
-
-def _trained_before(run: RunFolder, merge: bool, step: int | None) -> Source | None:
-    """Trained tensors of a checkpoint (``step``, or the newest good one of a run without an export); None: use the exported
-    adapter. Raises when there is nothing to export or nothing to do."""
-    if step is None and vault.holds(run.export / "adapter" / "adapter_model.safetensors"):
-        if merge:
-            return None
-        raise UserError(
-            "the adapter is exported already",
-            where=str(run.export / "adapter"),
-            fix="--merge writes merged weights, --step N exports another checkpoint",
-        )
-    if step is None and (run.export / "model" / "config.json").is_file():
-        raise UserError(
-            "this run trained all weights and its export is whole already",
-            where=str(run.export / "model"),
-            fix="use that folder with any tool that reads transformers models, or --step N for another checkpoint",
-        )
-    from aifactory_train.parallel.storage import StoredParameters, faults
-
-    known = run.complete_checkpoints()
-    if step is not None and step not in known:
-        raise UserError(
-            f"no complete checkpoint of step {step}",
-            where="--step",
-            fix=f"there are: {', '.join(map(str, known))}" if known else "this run has none",
-        )
-    found: list[str] = []
-    for number in [step] if step is not None else reversed(known):
-        folder = run.checkpoints / f"step-{number}"
-        trouble = faults(folder)
-        if not trouble:
-            note(f"exporting the checkpoint of step {number}")
-            return StoredParameters(folder)
-        found += trouble
-    if found:
-        raise UserError("damaged: " + "; ".join(found), where=str(run.checkpoints))
-    raise UserError(
-        "this run has exported nothing yet and has no checkpoint",
-        where=str(run.path),
-        fix="let it finish: the export follows the last step",
-    )
-
-
-class _Export:
+class Export:
     """One export on rank 0: reference, folders, gate, card."""
 
     def __init__(
@@ -228,23 +128,22 @@ class _Export:
         if self.generation.mended and core is None:  # a training has said it at its start
             note(f"{self.base / 'generation_config.json'}: {self.generation.describe()}")
         self.rows = gate_rows(self.data) if verify else []
-        self.core = core
-        self.whole = self._why_whole()
+        self.reference = Reference(run, recipe, self.base, trained, core, self.rows)
+        self.whole = self.reference.why_whole
         if self.whole is not None and core is None:
             note(f"the export holds the whole model in memory: {self.whole}")
-        self._expected: list[torch.Tensor] | None = None
         self.paths: dict[str, str] = {}
-        self.verdicts: dict[str, Verdict] = {}
+        self.verdicts: dict[str, GateVerdict] = {}
 
     def run_all(self, merge: bool) -> dict[str, Any]:
         if self.recipe.adapter.kind == "none":
-            with self._visible_when_good("model") as folder:
+            with self.visible_when_good("model") as folder:
                 self._write_weights(folder)
                 self._check("model", folder, self.dtype)
         elif self.trained is None:
             self._write_merged(self.run.export / "adapter")
         else:
-            with self._visible_when_good("adapter") as folder:
+            with self.visible_when_good("adapter") as folder:
                 weights = folder / "adapter_model.safetensors"
                 with vault.in_memory(weights):  # under the privacy profile "restricted" only
                     self._write_adapter(folder)
@@ -254,81 +153,10 @@ class _Export:
                 self._write_merged(Path(self.paths["adapter"]))
         return {"paths": self.paths, "gate": {kind: asdict(v) for kind, v in self.verdicts.items()}}
 
-    # ---- the trained model in fp32, computed by our own code
-
-    def _why_whole(self) -> str | None:
-        """Why the weights cannot pass one tensor at a time; None: they can."""
-        from aifactory_train.model.loading import load_config
-        from aifactory_train.model.weight_files import why_not
-
-        if self.recipe.model.trust_remote_code:
-            return "the model's own code decides how it is loaded"
-        return why_not(load_config(self.base, self.recipe), self.base, "sdpa", torch.float32)
-
-    def reference(self) -> CausalLM:
-        """The trained model: the one in memory if it is unsharded fp32 on the CPU, else rebuilt from base and tensors."""
-        if self.core is not None:
-            return self.core
-        plain = self.recipe.model_copy(deep=True)
-        plain.adapter.quantise_base = "none"
-        plain.model.attention = "per_document"
-        plain.kernels.enabled = "off"
-        plain.model.start_from = None
-        if self.whole is None:
-            self.core = self._streamed_reference(plain)
-            return self.core
-        core = build_model(plain, self.base, None, device="cpu", precision=_FP32, report=ModelReport())
-        if self.trained is None:
-            load_adapter(core, self.run.export / "adapter")
-        else:
-            load_tensors(core, self.trained)
-        self.core = core
-        return core
-
-    def _streamed_reference(self, plain: Recipe) -> CausalLM:
-        """The same model without weights: it reads them when they are needed."""
-        from aifactory_train.model.adapters import apply_adapter
-        from aifactory_train.model.loading import empty_language_model
-        from aifactory_train.model.weight_files import file_name_of
-
-        bare = empty_language_model(self.base, plain, device="cpu", dtype=torch.float32, report=ModelReport())
-        all_to_meta(bare)
-        with torch.device("meta"):
-            model = apply_adapter(bare, plain, ModelReport())
-        all_to_meta(model)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        core = CausalLM(model)
-        base, trained = TensorFiles.of(self.base), self.trained
-        adapter = adapter_tensors(self.run.export / "adapter") if trained is None else {}
-        keys = {f"model.{p}": key for key, p in adapter_names(model).items()} if trained is None else {}
-
-        def read(name: str) -> torch.Tensor:
-            if trained is not None and name in trained:
-                return trained[name]
-            if name in keys:
-                return adapter[keys[name]]
-            stored = file_name_of(name)
-            if stored is None:
-                raise RunFailed(f"{name} is neither trained nor in the base model", where=str(self.base))
-            return base[stored]
-
-        Streamed(core, core.language_model, read, MAX_SHARD_BYTES)
-        return core
-
-    def expected(self) -> list[torch.Tensor]:
-        """fp32 ``[places, V]`` for each gate row, from our own attention and the weights in memory."""
-        if self._expected is None:
-            expected = reference_logits(self.reference(), self.rows)
-            if expected:  # there are no rows where nothing is to be compared
-                _refuse_ruined(expected, self.run)
-            self._expected = expected
-        return self._expected
-
     # ---- what is written
 
     def _write_adapter(self, folder: Path) -> None:
-        core = self.reference()
+        core = self.reference.model()
         assert self.trained is not None
         trained = self.trained
         dtypes = {trained[name].dtype for name in trained}
@@ -364,7 +192,7 @@ class _Export:
         assert self.trained is not None
         trained = self.trained
         if self.whole is not None:
-            self.expected()
+            self.reference.expected()
             model = self._load_plain()
             parameters = dict(model.named_parameters(remove_duplicate=False))
             with torch.no_grad():
@@ -378,7 +206,7 @@ class _Export:
 
     def _write_merged(self, adapter: Path) -> None:
         """Adapter added to the base weights in fp32, then rounded once to the wanted type."""
-        with self._visible_when_good("merged") as folder:
+        with self.visible_when_good("merged") as folder:
             if self.whole is not None:
                 self._merge_whole(adapter, folder)
             else:
@@ -410,8 +238,8 @@ class _Export:
 
     def _save(self, read: Callable[[str], torch.Tensor], folder: Path, kind: str) -> None:
         """Write the plain model whose weights ``read`` gives; judged in fp32 first: rounding must not hide a wrong merge."""
-        expected, wanted = self.expected(), DTYPES[self.dtype]
-        self.core = None  # no longer needed: what it holds can go
+        expected, wanted = self.reference.expected(), DTYPES[self.dtype]
+        self.reference.core = None  # no longer needed: what it holds can go
         model = self._bare()
         names = {n: tuple(p.shape) for n, p in model.named_parameters()}
         plan = {n: (shape, wanted) for n, shape in names.items()}
@@ -458,7 +286,7 @@ class _Export:
         )
 
     def _merge_whole(self, adapter: Path, folder: Path) -> None:
-        self.expected()
+        self.reference.expected()
         with compat.quiet_peft():
             merged = with_adapter(self._load_plain(), adapter).merge_and_unload(safe_merge=True)
         for parameter in merged.parameters():
@@ -474,7 +302,7 @@ class _Export:
         wanted = DTYPES[self.dtype]
         if self.verify and wanted != torch.float32:
             model.eval()
-            self._before_rounding(self.expected(), plain_logits(model, self.rows), kind)
+            self._before_rounding(self.reference.expected(), plain_logits(model, self.rows), kind)
         model.to(wanted)
         model.config.dtype = wanted
         model.generation_config = self._generation_config()
@@ -515,7 +343,7 @@ class _Export:
     def _check(self, kind: str, folder: Path, dtype: str) -> None:
         if not self.verify:
             return
-        expected = self.expected()
+        expected = self.reference.expected()
         found = reload_logits(
             [
                 {
@@ -541,16 +369,16 @@ class _Export:
         write_json(folder / "verification.json", asdict(verdict))
 
     @contextlib.contextmanager
-    def _visible_when_good(self, kind: str) -> Iterator[Path]:
+    def visible_when_good(self, kind: str) -> Iterator[Path]:
         """A folder beside ``export/KIND`` that takes its place when the block ends well and vanishes otherwise."""
         target = self.run.export / kind
         if kind != "adapter":
             refuse_plain(self.run, kind)
         folder = old = None
         try:
-            with _named(target, "the export cannot be written"):
+            with named(target, "the export cannot be written"):
                 self.run.export.mkdir(parents=True, exist_ok=True)
-                _remove_left(self.run.export)
+                remove_left(self.run.export)
                 mine = f".{kind}-{platform.node()}-{os.getpid()}-"
                 folder = Path(tempfile.mkdtemp(dir=self.run.export, prefix=mine))
                 yield folder
@@ -566,42 +394,6 @@ class _Export:
                     shutil.rmtree(left, ignore_errors=True)
 
 
-def _remove_left(folder: Path) -> None:
-    """Remove what exports that were killed on this host left unfinished; nobody else can tell that they are dead."""
-    for path in folder.glob(f".*-{platform.node()}-*"):
-        number = path.name.rpartition(f"-{platform.node()}-")[2].split("-")[0]
-        if not number.isdecimal() or int(number) == os.getpid():
-            continue
-        try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            continue  # it lives and is somebody else's
-
-
-def refuse_plain(run: RunFolder, kind: str) -> None:
-    """Whole weights are never written plain under the profile restricted."""
-    if vault.seals():
-        raise UserError(
-            f"{kind} weights would be written unencrypted, and the profile restricted refuses that",
-            where="privacy.profile",
-            fix=f"where they may be plain: set privacy.profile to sensitive in {run.path / 'run.yaml'} "
-            "(privacy.identity stays, it opens the adapter) and export again",
-        )
-
-
-@contextlib.contextmanager
-def _named(place: Path, what: str) -> Iterator[None]:
-    """A full disk or a missing permission becomes a :class:`RunFailed` that says what could not be done, and where."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "no space left on the disk (or quota)" if full else error.strerror or str(error)
-        raise RunFailed(f"{what}: {reason}", where=str(place)) from None
-
-
 def _sort_sets(config: Path) -> None:
     """peft keeps module names in sets; sorted, the same run writes the same file."""
     tree = json.loads(config.read_text(encoding="utf-8"))
@@ -609,26 +401,3 @@ def _sort_sets(config: Path) -> None:
         if isinstance(tree.get(key), list):
             tree[key].sort()
     config.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-# ---- logits
-
-
-def _refuse_ruined(expected: list[torch.Tensor], run: RunFolder) -> None:
-    """Nothing can be compared with a model whose logits are not numbers, or all zero: that is what a diverged training leaves."""
-    logits = torch.cat([e.flatten() for e in expected])
-    if not logits.isfinite().all():
-        what = "not finite (NaN or infinity)"
-    elif not logits.any():
-        what = "all zero"
-    else:
-        return
-    raise RunFailed(
-        f"the trained model is ruined, its logits on held-out rows are {what}: the training diverged. Nothing was exported",
-        where=str(run.path),
-        fix="train again with a lower train.learning_rate (or a longer warm-up, or train.max_grad_norm), or export an earlier checkpoint: "
-        f"aifactory export {run.path} --step N",
-    )
-
-
-# ---- using what was exported

@@ -57,7 +57,7 @@ def digest(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Fault:
+class RecordFault:
     """Something that does not hold: ``kind`` is a stable name, ``where`` the file and line or place, ``what`` a sentence."""
 
     kind: str
@@ -79,21 +79,21 @@ def make_event(seq: int, prev: str, kind: str, values: dict[str, Any], note: str
     return {**body, "sha256": digest(body)}
 
 
-def read_events(path: Path) -> tuple[list[dict[str, Any]], list[Fault]]:
+def read_events(path: Path) -> tuple[list[dict[str, Any]], list[RecordFault]]:
     """The events of a chain and everything that is wrong with it, in file order.
 
     Reading goes on behind a fault, so that one edited line is named alone and not every line after it.
     """
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for without end
-            return [], [Fault("events-unreadable", path.name, "the event log is not a regular file")]
+            return [], [RecordFault("events-unreadable", path.name, "the event log is not a regular file")]
         raw = path.read_bytes()
     except FileNotFoundError:
-        return [], [Fault("events-missing", path.name, "there is no event log")]
+        return [], [RecordFault("events-missing", path.name, "there is no event log")]
     except OSError as error:
-        return [], [Fault("events-unreadable", path.name, f"the event log cannot be read: {error.strerror}")]
+        return [], [RecordFault("events-unreadable", path.name, f"the event log cannot be read: {error.strerror}")]
     events: list[dict[str, Any]] = []
-    faults: list[Fault] = []
+    faults: list[RecordFault] = []
     lines = raw.split(b"\n")
     torn = lines.pop()  # empty when the file ends with a newline
     expected, prev = 0, GENESIS
@@ -105,18 +105,22 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], list[Fault]]:
                 raise ValueError("not an event")
             found = digest({k: v for k, v in event.items() if k != "sha256"})
         except (ValueError, RecursionError):  # no UTF-8, no JSON, nested without end, numbers that JSON lacks
-            faults.append(Fault("unreadable-event", where, "this line is not an event: it was damaged or edited"))
+            faults.append(RecordFault("unreadable-event", where, "this line is not an event: it was damaged or edited"))
             expected, prev = expected + 1, ""  # the next event cannot be checked against this one
             continue
         if found != event["sha256"]:
             faults.append(
-                Fault("edited-event", where, f"event {event['seq']} ({event['kind']}) does not match its own digest")
+                RecordFault(
+                    "edited-event", where, f"event {event['seq']} ({event['kind']}) does not match its own digest"
+                )
             )
         elif prev and event["prev_sha256"] != prev:
-            faults.append(Fault("broken-chain", where, f"event {event['seq']} does not follow the line before it"))
+            faults.append(
+                RecordFault("broken-chain", where, f"event {event['seq']} does not follow the line before it")
+            )
         if event["seq"] != expected:
             faults.append(
-                Fault(
+                RecordFault(
                     "broken-chain", where, f"event {event['seq']} stands where event {expected} should: lines were lost"
                 )
             )
@@ -125,7 +129,7 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], list[Fault]]:
     if torn:
         where = f"{path.name}:{len(lines) + 1}"
         faults.append(
-            Fault(
+            RecordFault(
                 "torn-line", where, f"the last line is torn ({len(torn)} bytes): the writer was killed while writing it"
             )
         )

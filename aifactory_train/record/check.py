@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.missing import is_missing
-from aifactory_train.record.chain import Fault, differences, fold, printable, read_events
+from aifactory_train.record.chain import RecordFault, differences, fold, printable, read_events
 from aifactory_train.record.digests import file_digest, inside
 from aifactory_train.record.files import DATA_MANIFEST, EVENTS, RECORD
 from aifactory_train.record.signing import check_manifest, compare
@@ -20,7 +20,7 @@ def verify(folder: Path, *, key: Path | None = None, inputs: bool = False) -> di
     with ``inputs`` also the base model's files and the data's, where they still lie. The folder may be forged in any way: whatever
     stands in its files becomes a finding.
     """
-    faults: list[Fault] = []
+    faults: list[RecordFault] = []
     notes: list[str] = []
     checked = {"events": 0, "files": 0}
     events, chain_faults = read_events(folder / EVENTS)
@@ -33,7 +33,9 @@ def verify(folder: Path, *, key: Path | None = None, inputs: bool = False) -> di
         if events:
             faults += _check_record(folder / RECORD, events, record, notes)
     except RecursionError:
-        faults.append(Fault("record-unreadable", EVENTS, "the events are nested deeper than this program ever writes"))
+        faults.append(
+            RecordFault("record-unreadable", EVENTS, "the events are nested deeper than this program ever writes")
+        )
     for what, value in (
         ("artefact", _block(record, "artefact", faults).get("files")),
         ("data manifest", [record["data_manifest"]] if "data_manifest" in record else None),
@@ -59,21 +61,21 @@ def verify(folder: Path, *, key: Path | None = None, inputs: bool = False) -> di
     }
 
 
-def _block(record: dict[str, Any], name: str, faults: list[Fault]) -> dict[str, Any]:
+def _block(record: dict[str, Any], name: str, faults: list[RecordFault]) -> dict[str, Any]:
     """The block ``name`` of the record; a value of another type is a fault, and empty."""
     found = record.get(name, {})
     if isinstance(found, dict):
         return found
-    faults.append(Fault("record-unreadable", f"{RECORD}: {name}", "this is not a block as the program writes it"))
+    faults.append(RecordFault("record-unreadable", f"{RECORD}: {name}", "this is not a block as the program writes it"))
     return {}
 
 
-def _files(value: Any, what: str, faults: list[Fault]) -> list[dict[str, Any]]:
+def _files(value: Any, what: str, faults: list[RecordFault]) -> list[dict[str, Any]]:
     """The entries ``{path, bytes, sha256}`` of a list; what is none of them is a fault. Text stands for a list that is MISSING."""
     if value is None or is_missing(value):
         return []
     if not isinstance(value, list):
-        faults.append(Fault("record-unreadable", f"{RECORD}: {what}", "this is not a list of files"))
+        faults.append(RecordFault("record-unreadable", f"{RECORD}: {what}", "this is not a list of files"))
         return []
     good = []
     for number, entry in enumerate(value):
@@ -82,12 +84,16 @@ def _files(value: Any, what: str, faults: list[Fault]) -> list[dict[str, Any]]:
             good.append(entry)
         else:
             where = f"{RECORD}: {what}, entry {number}"
-            faults.append(Fault("record-unreadable", where, "this entry has no path, size and SHA-256 of their types"))
+            faults.append(
+                RecordFault("record-unreadable", where, "this entry has no path, size and SHA-256 of their types")
+            )
     return good
 
 
-def _check_record(path: Path, events: list[dict[str, Any]], record: dict[str, Any], notes: list[str]) -> list[Fault]:
-    unreadable = [Fault("record-unreadable", path.name, "the record is damaged or was edited")]
+def _check_record(
+    path: Path, events: list[dict[str, Any]], record: dict[str, Any], notes: list[str]
+) -> list[RecordFault]:
+    unreadable = [RecordFault("record-unreadable", path.name, "the record is damaged or was edited")]
     try:
         if path.exists() and not path.is_file():
             return unreadable  # a pipe would be waited for without end
@@ -95,7 +101,7 @@ def _check_record(path: Path, events: list[dict[str, Any]], record: dict[str, An
         count = written["log"]["events"]
     except FileNotFoundError:
         return [
-            Fault(
+            RecordFault(
                 "record-missing",
                 path.name,
                 "there is an event log but no record: aifactory record show RUN writes it again",
@@ -113,25 +119,25 @@ def _check_record(path: Path, events: list[dict[str, Any]], record: dict[str, An
         return []
     places = differences(record, written)
     return [
-        Fault("record-edited", f"{path.name}: {place}", "the record does not say here what its events say")
+        RecordFault("record-edited", f"{path.name}: {place}", "the record does not say here what its events say")
         for place in places
     ]
 
 
-def _check_file(folder: Path, entry: dict[str, Any], what: str) -> Fault | None:
+def _check_file(folder: Path, entry: dict[str, Any], what: str) -> RecordFault | None:
     path = inside(folder, entry["path"])
     if path is None:
-        return Fault("record-unreadable", entry["path"], f"this path of the {what} is none inside the folder")
+        return RecordFault("record-unreadable", entry["path"], f"this path of the {what} is none inside the folder")
     return compare(path, entry["sha256"], entry["path"], f"the record's {what}", entry["bytes"])
 
 
-def _check_inputs(record: dict[str, Any], notes: list[str], checked: dict[str, int]) -> list[Fault]:
+def _check_inputs(record: dict[str, Any], notes: list[str], checked: dict[str, int]) -> list[RecordFault]:
     from aifactory_train.config.data_blocks import DataSource
     from aifactory_train.config.schema import ModelConfig
     from aifactory_train.core.errors import UserError
     from aifactory_train.sources import resolve_data, resolve_model
 
-    faults: list[Fault] = []
+    faults: list[RecordFault] = []
     base = _block(record, "base", faults)
     try:
         folder = resolve_model(
@@ -141,14 +147,14 @@ def _check_inputs(record: dict[str, Any], notes: list[str], checked: dict[str, i
             checked["files"] += 1
             fault = _check_file(folder, entry, "base model file")
             if fault:
-                faults.append(Fault(fault.kind, f"base model: {fault.where}", fault.what))
+                faults.append(RecordFault(fault.kind, f"base model: {fault.where}", fault.what))
     except (UserError, KeyError) as error:
         notes.append(f"the base model was not checked: {error}")
     except (ValueError, TypeError, OSError):
-        faults.append(Fault("record-unreadable", f"{RECORD}: base", "this does not say which model was the base"))
+        faults.append(RecordFault("record-unreadable", f"{RECORD}: base", "this does not say which model was the base"))
     sources = record.get("data", [])
     if not isinstance(sources, list):
-        return [*faults, Fault("record-unreadable", f"{RECORD}: data", "this is not a list of sources")]
+        return [*faults, RecordFault("record-unreadable", f"{RECORD}: data", "this is not a list of sources")]
     for number, entry in enumerate(sources):
         try:
             found = _content(resolve_data(DataSource(source=entry["source"], revision=entry.get("revision"))))
@@ -157,11 +163,13 @@ def _check_inputs(record: dict[str, Any], notes: list[str], checked: dict[str, i
             notes.append(f"the data '{entry.get('name')}' was not checked: {error}")
             continue
         except (ValueError, TypeError, AttributeError, OSError):
-            faults.append(Fault("record-unreadable", f"{RECORD}: data, entry {number}", "this is not a source of data"))
+            faults.append(
+                RecordFault("record-unreadable", f"{RECORD}: data, entry {number}", "this is not a source of data")
+            )
             continue
         checked["files"] += 1
         if stated and found != stated:
-            faults.append(Fault("file-changed", f"data: {name}", "its content differs from what was trained on"))
+            faults.append(RecordFault("file-changed", f"data: {name}", "its content differs from what was trained on"))
     return faults
 
 

@@ -143,10 +143,10 @@ class Recorder:
     def _start_meter(self, devices: Sequence[tuple[str, dict[str, Any]]]) -> None:
         if not self.recipe.record.energy or self.world.local_rank != 0:
             return  # one reader per node
-        from aifactory_train.energy import Device, NodeMeter, find_readers
+        from aifactory_train.energy import MeteredDevice, NodeMeter, find_readers
 
         here = [d for host, d in devices if host == self.world.host and d.get("kind") == "gpu"]
-        found, why = find_readers([Device(d.get("uuid"), d.get("pci"), d["model"]) for d in here])
+        found, why = find_readers([MeteredDevice(d.get("uuid"), d.get("pci"), d["model"]) for d in here])
         path = self.run.attempt_dir(int(self.attempt)) / f"energy-{self.world.host}.json"
         self._meter = NodeMeter(path, found, why, devices=len(here))
         self._meter.start()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.record.chain import Fault, canonical, now, printable
+from aifactory_train.record.chain import RecordFault, canonical, now, printable
 from aifactory_train.record.digests import file_digest, files_below, inside, is_regular
 
 MANIFEST, ENVELOPE = "manifest.json", "manifest.dsse.json"
@@ -199,7 +199,9 @@ def write_manifest(folder: Path, record: dict[str, Any], key: Path | None) -> di
     return {"signed": True, "keyid": key_id(public)}
 
 
-def check_manifest(folder: Path, public: Path | None, expected: Iterable[str] = ()) -> tuple[list[Fault], list[str]]:
+def check_manifest(
+    folder: Path, public: Path | None, expected: Iterable[str] = ()
+) -> tuple[list[RecordFault], list[str]]:
     """Faults of the manifest against the files, and of the envelope against ``public``; and notes.
 
     ``expected`` are further files that the manifest must list (those that the record speaks of). With a key there must be a manifest and a
@@ -216,18 +218,18 @@ def check_manifest(folder: Path, public: Path | None, expected: Iterable[str] = 
             if key
             else "the signed manifest is gone"
         )
-        return [Fault("manifest-missing", f"evidence/{MANIFEST}", why)], [] if key else [note]
+        return [RecordFault("manifest-missing", f"evidence/{MANIFEST}", why)], [] if key else [note]
     try:
         content, listed = _listed(place)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return [Fault("manifest-unreadable", f"evidence/{MANIFEST}", "the manifest is damaged or was edited")], []
-    faults: list[Fault] = []
+        return [RecordFault("manifest-unreadable", f"evidence/{MANIFEST}", "the manifest is damaged or was edited")], []
+    faults: list[RecordFault] = []
     notes: list[str] = []
     for name, digest in listed.items():
         path = inside(folder, name)
         if path is None:
             what = f"'{printable(name, 200)}' is not a path inside the run folder"
-            faults.append(Fault("manifest-unreadable", f"evidence/{MANIFEST}", what))
+            faults.append(RecordFault("manifest-unreadable", f"evidence/{MANIFEST}", what))
             continue
         fault = compare(path, digest, name, "the manifest")
         if fault is not None:
@@ -235,18 +237,20 @@ def check_manifest(folder: Path, public: Path | None, expected: Iterable[str] = 
     for path in _below(folder, _ALWAYS):
         name = path.relative_to(folder).as_posix()
         if name not in listed:
-            faults.append(Fault("file-added", name, "the manifest does not list this file"))
+            faults.append(RecordFault("file-added", name, "the manifest does not list this file"))
     added = {f.where for f in faults}
     for name in dict.fromkeys([*_NEEDED, *expected]):
         if name not in listed and name not in added:
             faults.append(
-                Fault("manifest-incomplete", name, "the manifest does not list this file, which the run must have")
+                RecordFault(
+                    "manifest-incomplete", name, "the manifest does not list this file, which the run must have"
+                )
             )
     if not is_regular(envelope_file):
         notes.append("the manifest is not signed")
         if key is not None:
             faults.append(
-                Fault("signature-missing", f"evidence/{ENVELOPE}", "a key was given, but there is no signature")
+                RecordFault("signature-missing", f"evidence/{ENVELOPE}", "a key was given, but there is no signature")
             )
         return faults, notes
     faults += _check_envelope(envelope_file, content, key, notes)
@@ -265,18 +269,18 @@ def _listed(place: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return content, listed
 
 
-def compare(path: Path, digest: str, name: str, by: str, size: int | None = None) -> Fault | None:
+def compare(path: Path, digest: str, name: str, by: str, size: int | None = None) -> RecordFault | None:
     """What is wrong with a file of which ``by`` (the manifest, the record) states the digest, and perhaps the size."""
     if not is_regular(path):
-        return Fault("file-missing", name, f"{by} lists this file, but it is not here")
+        return RecordFault("file-missing", name, f"{by} lists this file, but it is not here")
     try:
         found = path.stat().st_size
         if size is not None and found != size:
-            return Fault("file-changed", name, f"this file has {found} bytes, {by} says {size}")
+            return RecordFault("file-changed", name, f"this file has {found} bytes, {by} says {size}")
         if file_digest(path) != digest:
-            return Fault("file-changed", name, f"its SHA-256 differs from that of {by}")
+            return RecordFault("file-changed", name, f"its SHA-256 differs from that of {by}")
     except OSError as error:
-        return Fault("file-unreadable", name, f"this file cannot be read: {error.strerror}")
+        return RecordFault("file-unreadable", name, f"this file cannot be read: {error.strerror}")
     return None
 
 
@@ -295,7 +299,7 @@ def not_covered(folder: Path, listed: set[str]) -> list[str]:
     return ["not covered by the signature, so anybody may have changed it: " + printable(", ".join(names), 2000)]
 
 
-def _check_envelope(path: Path, content: dict[str, Any], key: Any, notes: list[str]) -> list[Fault]:
+def _check_envelope(path: Path, content: dict[str, Any], key: Any, notes: list[str]) -> list[RecordFault]:
     where = f"evidence/{ENVELOPE}"
     try:
         envelope = json.loads(path.read_text(encoding="utf-8"))
@@ -306,10 +310,12 @@ def _check_envelope(path: Path, content: dict[str, Any], key: Any, notes: list[s
             raise TypeError("a type or a key id is not text")
         signed = pre_authentication(kind, payload)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return [Fault("signature-unreadable", where, "the envelope is damaged or was edited")]
+        return [RecordFault("signature-unreadable", where, "the envelope is damaged or was edited")]
     faults = []
     if payload != canonical(content):
-        faults.append(Fault("manifest-edited", f"evidence/{MANIFEST}", "the manifest is not the one that was signed"))
+        faults.append(
+            RecordFault("manifest-edited", f"evidence/{MANIFEST}", "the manifest is not the one that was signed")
+        )
     if key is None:
         notes.append(
             f"signed with key {printable(signatures[0][0][:16]) if signatures else '?'}: give --key PUBLIC.pub to check who signed"
@@ -320,12 +326,14 @@ def _check_envelope(path: Path, content: dict[str, Any], key: Any, notes: list[s
     wanted = key_id(key)
     if all(keyid != wanted for keyid, _ in signatures):
         signed_by = ", ".join(keyid[:16] for keyid, _ in signatures) or "nobody"
-        faults.append(Fault("wrong-key", where, f"signed with key {signed_by}, not with the given key {wanted[:16]}"))
+        faults.append(
+            RecordFault("wrong-key", where, f"signed with key {signed_by}, not with the given key {wanted[:16]}")
+        )
         return faults
     for keyid, signature in signatures:
         if keyid == wanted:
             try:
                 key.verify(signature, signed)
             except InvalidSignature:
-                faults.append(Fault("bad-signature", where, "the signature does not belong to this content"))
+                faults.append(RecordFault("bad-signature", where, "the signature does not belong to this content"))
     return faults

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.files import write_atomic
-from aifactory_train.core.missing import has_missing, is_missing, missing_places
-from aifactory_train.record.render.common import legal_basis, text_of
-from aifactory_train.report.svg import Curve, chart, duration, short, timeline
+from aifactory_train.core.missing import is_missing, missing_places
+from aifactory_train.record.render.common import legal_basis
+from aifactory_train.report.curves import curves
+from aifactory_train.report.page_parts import brief, page, show, table
+from aifactory_train.report.svg import duration, short, timeline
 from aifactory_train.run.folder import RunFolder
 
-HERE = Path(__file__).resolve().parent
 _METRICS = {
     "bits_per_byte": ("bits per byte", "less is better"),
     "perplexity": ("perplexity", "less is better"),
@@ -69,7 +70,7 @@ def build(run: RunFolder, record: dict[str, Any], *, live: bool = False) -> str:
     if title == "untitled":
         title = str(record.get("run", {}).get("recipe") or run.path.name)
     sections = [
-        ("curves", "Curves", _curves(metrics, record, plan)),
+        ("curves", "Curves", curves(metrics, record, plan)),
         ("evaluation", "Held-out evaluation", _evaluation(record, results)),
         ("compute", "Compute and energy", _compute(record)),
         ("attempts", "Attempts", _attempts(record)),
@@ -98,24 +99,6 @@ def build(run: RunFolder, record: dict[str, Any], *, live: bool = False) -> str:
     )
 
 
-def page(title: str, body: str, *, live: bool = False) -> str:
-    """The frame of every page: language, size, a policy that lets nothing be loaded, style and script inline."""
-    style = (HERE / "style.css").read_text(encoding="utf-8")
-    script = (HERE / "script.js").read_text(encoding="utf-8")
-    connect = ""
-    if live:
-        connect = "connect-src 'self'; "
-        script += (HERE / "live.js").read_text(encoding="utf-8")
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; {connect}style-src 'unsafe-inline'; "
-        "script-src 'unsafe-inline'; img-src data:\">\n"
-        f'<link rel="icon" href="data:,">\n<title>{html.escape(title)} · aifactory-train</title>\n<style>{style}</style>\n</head>\n'
-        f'<body>\n<a class="skip" href="#main">Skip to the content</a>\n{body}\n<script>{script}</script>\n</body>\n</html>\n'
-    )
-
-
 # ---- parts
 
 
@@ -125,22 +108,6 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _show(value: Any) -> str:
-    """A value as HTML; what is missing stands out."""
-    text = html.escape(text_of(value))
-    if has_missing(value):
-        return f'<span class="missing">{text}</span>'
-    return text
-
-
-def _brief(value: Any) -> str:
-    """As :func:`_show`; of what is missing only who owes it (the whole question stands at the end of the page)."""
-    if is_missing(value):
-        who = str(value)[9:-1].partition(":")[0]
-        return f'<span class="missing">MISSING ({html.escape(who)})</span>'
-    return _show(value)
 
 
 def _sentence(record: dict[str, Any]) -> str:
@@ -212,92 +179,6 @@ def _cards(record: dict[str, Any], results: dict[str, Any]) -> str:
     return f'<ul class="cards" aria-label="Key figures">{items}</ul>' if items else ""
 
 
-def _curves(metrics: list[dict[str, Any]], record: dict[str, Any], plan: dict[str, Any]) -> str:
-    train = [m for m in metrics if m.get("kind", "train") == "train" and "step" in m]
-    held = [m for m in metrics if m.get("kind") == "eval" and "step" in m]
-    if not train:
-        return "<p>No step is finished yet.</p>"
-
-    def curve(key: str, label: str) -> Curve:
-        return Curve(
-            label,
-            [m["step"] for m in train],
-            [m.get(key) if isinstance(m.get(key), (int, float)) else None for m in train],
-        )
-
-    # Under a preference method the training loss is one of pairs (or answers); beside replayed rows its own part is logged apart.
-    judged = any("preference_loss" in m or "reward_margin" in m for m in [*train, *held])
-    shown = "preference_loss" if any("preference_loss" in m for m in train) else "loss"
-    loss = [curve(shown, "training")]
-    if held:
-        key = "preference_loss" if judged else "loss"
-        loss.append(Curve("held-out", [m["step"] for m in held], [m.get(key) for m in held], dots=True))
-    unit = "preference loss of a pair or answer" if judged else "nats per supervised token"
-    charts = [
-        chart("loss", "Loss", unit, loss),
-        chart("rate", "Learning rate", "", [curve("learning_rate", "learning rate")], zero=True),
-        chart("norm", "Gradient norm", "L2, before clipping", [curve("grad_norm", "gradient norm")], zero=True),
-        chart("speed", "Throughput", "tokens/s", [curve("tokens_per_s", "tokens/s")], zero=True),
-    ]
-    if judged:
-        charts.append(chart("margin", "Reward margin", "good minus bad answers", [curve("reward_margin", "training")]))
-    memory = [m for m in train if isinstance(m.get("memory_bytes"), (int, float))]
-    planned = _planned_bytes(plan)
-    if memory:
-        charts.append(
-            chart(
-                "memory",
-                "Memory",
-                "GiB at most so far",
-                [Curve("rank 0", [m["step"] for m in memory], [m["memory_bytes"] / 2**30 for m in memory])],
-                zero=True,
-                reference=("plan", planned / 2**30) if planned else None,
-            )
-        )
-    return f'<div class="charts">{"".join(charts)}</div>{_memory_line(record, planned)}'
-
-
-def _planned_bytes(plan: dict[str, Any]) -> float | None:
-    """What the plan expected on a device, where a plan was made (GiB by purpose, with their total)."""
-    parts = plan.get("memory_gib")
-    if isinstance(parts, dict) and isinstance(parts.get("total"), (int, float)):
-        return float(parts["total"]) * 2**30
-    return None
-
-
-def _memory_line(record: dict[str, Any], planned: float | None) -> str:
-    attempts = record.get("compute", {}).get("attempts", {})
-    peaks = [a["peak_memory_bytes"] for a in attempts.values() if a.get("peak_memory_bytes")]
-    if not peaks:
-        return ""
-    most = max(peaks, key=lambda p: p["bytes"])
-    text = f"Memory at most: {most['bytes'] / 2**30:.3g} GiB ({most['kind']})"
-    text += f"; the plan expected {planned / 2**30:.3g} GiB" if planned else "; no plan was made for this run"
-    return f"<p>{html.escape(text)}.</p>"
-
-
-def _table(
-    caption: str, columns: list[str], rows: list[list[str]], right: tuple[int, ...] = (), stack: bool = True
-) -> str:
-    """``rows`` are HTML already; the first cell of a row is its heading."""
-    head = "".join(
-        f'<th scope="col"{" class=n" if i in right else ""}>{html.escape(c)}</th>' for i, c in enumerate(columns)
-    )
-    lines = []
-    for row in rows:
-        cells = [f'<th scope="row">{row[0]}</th>']
-        for i, text in enumerate(row[1:], 1):
-            cells.append(
-                f'<td{" class=n" if i in right else ""} data-label="{html.escape(columns[i], quote=True)}">{text}</td>'
-            )
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    kind = ' class="stack"' if stack else ""
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption, quote=True)}"><table{kind}><caption>{html.escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
 def _evaluation(record: dict[str, Any], results: dict[str, Any]) -> str:
     before, after = results.get("before") or {}, results.get("after") or {}
     rows = []
@@ -319,7 +200,7 @@ def _evaluation(record: dict[str, Any], results: dict[str, Any]) -> str:
     if not rows:
         return "<p>Nothing was evaluated yet.</p>"
     count = after.get("rows") or before.get("rows")
-    content = _table(
+    content = table(
         f"Held-out figures with 95 % bootstrap intervals over {count} rows", ["metric", "before", "after"], rows
     )
     samples = after.get("samples") or []
@@ -384,21 +265,21 @@ def _compute(record: dict[str, Any]) -> str:
         if key == "missing_readers" and str(energy.get("method", "")).startswith("no counter could be read"):
             continue  # the method says why, counter by counter
         if key in energy and energy[key] not in (None, {}, []):
-            rows.append([label, _sourced(energy[key]) if key in ("pue", "carbon") else _show(energy[key])])
+            rows.append([label, _sourced(energy[key]) if key in ("pue", "carbon") else show(energy[key])])
     law = record.get("aiact", {}).get("reasoning")
-    verdict = f"<h3>One-third test</h3><p>{_show(law)}</p>" if law else ""
-    return _table("Compute and energy of all attempts", ["quantity", "value"], rows) + verdict
+    verdict = f"<h3>One-third test</h3><p>{show(law)}</p>" if law else ""
+    return table("Compute and energy of all attempts", ["quantity", "value"], rows) + verdict
 
 
 def _sourced(factor: Any) -> str:
     """A site's factor with its unit and source: ``{"value" or "g_per_kwh", "source"}``."""
     if not isinstance(factor, dict) or "source" not in factor:
-        return _show(factor)
+        return show(factor)
     value, unit = factor.get("value"), ""
     if "g_per_kwh" in factor:
         value, unit = factor["g_per_kwh"], " g CO2e per kWh"
     if is_missing(value):
-        return f"{_show(value)} ({html.escape(str(factor['source']))})"
+        return f"{show(value)} ({html.escape(str(factor['source']))})"
     return f"{html.escape(str(value))}{unit} ({html.escape(str(factor['source']))})"
 
 
@@ -432,11 +313,11 @@ def _attempts(record: dict[str, Any]) -> str:
         [f"{int(step):,}", html.escape(i["action"]), html.escape(i["why"])]
         for step, i in sorted(record.get("incidents", {}).items())
     ]
-    guarded = _table("Batches that the guard left out", ["step", "action", "why"], incidents) if incidents else ""
+    guarded = table("Batches that the guard left out", ["step", "action", "why"], incidents) if incidents else ""
     return (
         timeline(bars)
         + guarded
-        + _table("Attempts and why they ended", ["attempt", "state", "started (UTC)", "time", "steps", "cause"], rows)
+        + table("Attempts and why they ended", ["attempt", "state", "started (UTC)", "time", "steps", "cause"], rows)
     )
 
 
@@ -446,26 +327,26 @@ def _data(record: dict[str, Any]) -> str:
         [
             html.escape(str(d["name"])),
             html.escape(d["role"]),
-            _show(d.get("rows")),
-            _show(d.get("tokens")),
-            _brief(d["licence"]),
-            _brief(d["origin"]),
-            _brief(d["personal_data"]),
+            show(d.get("rows")),
+            show(d.get("tokens")),
+            brief(d["licence"]),
+            brief(d["origin"]),
+            brief(d["personal_data"]),
             f"<code>{html.escape(str(d.get('sha256'))[:16])}</code>",
         ]
         for d in data
     ]
     if not rows:
         return ""
-    content = _table(
+    content = table(
         "Sources",
         ["source", "role", "rows", "tokens", "licence", "origin", "personal data", "SHA-256"],
         rows,
         right=(2, 3),
     )
     sets = record.get("data_sets", {})
-    facts = [[html.escape(k.replace("_", " ")), _show(v)] for k, v in sets.items() if k not in ("digests",)]
-    return content + _table("What became of them", ["stage", "result"], facts)
+    facts = [[html.escape(k.replace("_", " ")), show(v)] for k, v in sets.items() if k not in ("digests",)]
+    return content + table("What became of them", ["stage", "result"], facts)
 
 
 def _choices(record: dict[str, Any]) -> str:
@@ -475,15 +356,15 @@ def _choices(record: dict[str, Any]) -> str:
         for c in choices
     ]
     settings = [
-        [html.escape(k.replace("_", " ")), _show(v)]
+        [html.escape(k.replace("_", " ")), show(v)]
         for k, v in record.get("hparams", {}).items()
         if k != "choices" and v not in (None, {}, [])
     ]
-    content = _table("Chosen at start", ["what", "choice", "why"], rows) if rows else ""
+    content = table("Chosen at start", ["what", "choice", "why"], rows) if rows else ""
     return (
         content
         + "<details><summary>All hyperparameters</summary>"
-        + _table("Hyperparameters", ["setting", "value"], settings)
+        + table("Hyperparameters", ["setting", "value"], settings)
         + "</details>"
     )
 
@@ -498,7 +379,7 @@ def _evidence(run: RunFolder, record: dict[str, Any]) -> str:
     if rows:
         content += (
             f"<details><summary>{len(rows)} entries that only people can supply</summary>"
-            + _table("Missing entries", ["place in the record", "who must supply it"], rows)
+            + table("Missing entries", ["place in the record", "who must supply it"], rows)
             + "</details>"
         )
     return content

@@ -10,7 +10,8 @@ from typing import Any
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.missing import is_missing
-from aifactory_train.report.build import page, read_metrics
+from aifactory_train.report.build import read_metrics
+from aifactory_train.report.page_parts import page
 from aifactory_train.report.svg import Curve, chart
 from aifactory_train.run.folder import RunFolder, open_run
 

@@ -15,6 +15,7 @@ from aifactory_train.record.digests import describe, files_below, tree_digest
 from aifactory_train.record.files import EVENTS, write_record
 from aifactory_train.record.render import card, forms, machine
 from aifactory_train.record.render.common import RECIPIENTS, footer, form_markdown, legal_basis, text_of
+from aifactory_train.record.render.summary import public_summary
 from aifactory_train.record.signing import default_key, write_manifest
 from aifactory_train.run.folder import RunFolder
 
@@ -93,7 +94,7 @@ def refresh_artefacts(run: RunFolder, result: dict[str, Any]) -> None:
 def render(record: dict[str, Any]) -> dict[str, str]:
     """File name -> content of every document."""
     form = forms.model_documentation(record)
-    summary = forms.public_summary(record)
+    summary = public_summary(record)
     annexes, annex_iv = forms.annex_xi_xii(record), forms.annex_iv(record)
     basis = legal_basis()
 

@@ -122,7 +122,7 @@ def test_similar_texts_are_those_whose_sets_are_similar():
 
 def test_shingles_that_begin_alike_are_told_apart():
     close = np.asarray([5, 6, 7, 8, 1 << 63, 6, 7, 9, 10], dtype=np.uint64)
-    judged = near.Judged(close, np.asarray([0, 5, 5, 9]), np.zeros((near.BANDS, 3), dtype=np.uint64))
+    judged = near.Shingled(close, np.asarray([0, 5, 5, 9]), np.zeros((near.BANDS, 3), dtype=np.uint64))
     wanted = np.asarray([4, 5, 8, 9, 1 << 63, 5, 6, 9, 10, 11, 6], dtype=np.uint64)
     owner = np.asarray([0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 1])
     expected = [n in close[judged.starts[t] : judged.starts[t + 1]].tolist() for n, t in zip(wanted.tolist(), owner, strict=True)]  # fmt: skip

@@ -13,16 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aifactory_train.data import personal
+from aifactory_train.data.check_digits import iso7064_mod11_10, luhn, verhoeff
 from aifactory_train.data.personal import kinds, scan
-from aifactory_train.data.personal_numbers import (
-    IBAN_LENGTH,
-    LETTERED,
-    NUMBERS,
-    iban,
-    iso7064_mod11_10,
-    luhn,
-    verhoeff,
-)
+from aifactory_train.data.personal_numbers import IBAN_LENGTH, LETTERED, NUMBERS, iban
 
 # Examples that authorities or the pages named in the table publish.
 PUBLISHED = {

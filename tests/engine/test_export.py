@@ -332,7 +332,7 @@ def test_a_wrong_export_is_not_made_visible_and_the_old_one_stays(tmp_path, base
     case = trained(tmp_path, bases)
     case.export(verify=False)
     old = (case.run.export / "adapter" / "adapter_model.safetensors").read_bytes()
-    write = ex._Export._write_adapter
+    write = ex.Export._write_adapter
 
     def wrong(self, folder):
         write(self, folder)
@@ -341,7 +341,7 @@ def test_a_wrong_export_is_not_made_visible_and_the_old_one_stays(tmp_path, base
         state[name] = state[name] * 1.001  # a thousandth off in one of 28 tensors
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(ex._Export, "_write_adapter", wrong)
+    monkeypatch.setattr(ex.Export, "_write_adapter", wrong)
     with pytest.raises(RunFailed, match="is another model") as caught:
         case.export()
     assert caught.value.exit_code == 1
@@ -364,7 +364,7 @@ def test_a_wrong_merge_is_found_before_rounding_hides_it(tmp_path, bases):
 def test_an_export_that_cannot_be_loaded_says_why(tmp_path, bases, monkeypatch, in_process):
     case = trained(tmp_path, bases)
     monkeypatch.setattr(
-        ex._Export, "_write_adapter", lambda self, folder: (folder / "adapter_config.json").write_text("{}")
+        ex.Export, "_write_adapter", lambda self, folder: (folder / "adapter_config.json").write_text("{}")
     )
     with pytest.raises(RunFailed, match="cannot load the export"):
         case.export()

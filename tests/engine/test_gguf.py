@@ -69,7 +69,7 @@ def written(cases):
     """``{(family, type): (content, file)}``, and the logits of all files from one fresh process."""
     files, checks = {}, []
     for family, case in cases.items():
-        export = ex._Export(case.run, case.recipe, None, None, None, None, "fp32", True)
+        export = ex.Export(case.run, case.recipe, None, None, None, None, "fp32", True)
         adapter = case.run.export / "adapter"
         config = gx.load_config(export.base, case.recipe)
         for kind in TYPES.get(family, ("f32",)):

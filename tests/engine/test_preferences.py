@@ -28,7 +28,7 @@ from aifactory_train.methods.reference import REFERENCE_FILE
 from aifactory_train.metrics.bootstrap import unpacked
 from aifactory_train.model.answer_loss import dpo_loss, ipo_loss
 from aifactory_train.parallel.world import join_world, leave_world
-from aifactory_train.report.build import _curves
+from aifactory_train.report.curves import curves
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.run.outcome import Attempt
 from aifactory_train.training.start import train
@@ -352,7 +352,7 @@ def test_held_out_figures_agree_with_each_other_and_have_intervals(tmp_path, tin
         difference = figures["chosen_logp"] - figures["rejected_logp"]
         assert figures["preference_margin"] == pytest.approx(difference, abs=1e-9)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    page = _curves([*records, {"kind": "eval", "step": 4, **after}], {}, {})
+    page = curves([*records, {"kind": "eval", "step": 4, **after}], {}, {})
     assert "preference loss of a pair or answer" in page and "Reward margin" in page and "supervised token" not in page
     assert names <= set(results["change"])
     assert results["change"]["preference_loss"]["better"] is True

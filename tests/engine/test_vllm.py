@@ -38,7 +38,7 @@ def folder(path: Path, *, config=None, adapter=None, template=True) -> Path:
     return path
 
 
-def said(path: Path, base: Path | None = None) -> dict[str, vc.Finding]:
+def said(path: Path, base: Path | None = None) -> dict[str, vc.LoadFinding]:
     return {f.about: f for f in vc.static_findings(path, base)}
 
 

@@ -77,7 +77,7 @@ def metered(found, unavailable, path: Path, clock: Clock, devices: int = 0) -> m
 
 def test_nvml_counts_the_ranks_devices_only(node, library):
     node.gpus(1000, 5_000_000, 9_000_000)
-    mine = [readers.Device(uuid="00000001-aaaa-bbbb-cccc-dddddddddddd")]
+    mine = [readers.MeteredDevice(uuid="00000001-aaaa-bbbb-cccc-dddddddddddd")]
     reader = readers.Nvml(mine, library)
     assert reader.expected == 1
     assert reader.read() == {"gpu-00000001-aaaa-bbbb-cccc-dddddddddddd": 5000.0}
@@ -87,7 +87,7 @@ def test_nvml_counts_the_ranks_devices_only(node, library):
 @pytest.mark.parametrize("second", ["zero", "same"])
 def test_mi250x_package_is_counted_once(node, library, second):
     """Four GCDs are two packages, whether the second die reads 0 or repeats the first."""
-    gcds = [readers.Device(pci=f"0000:{0xC1 + i:02x}:00", model="AMD Instinct MI250X") for i in range(4)]
+    gcds = [readers.MeteredDevice(pci=f"0000:{0xC1 + i:02x}:00", model="AMD Instinct MI250X") for i in range(4)]
 
     def values(a, b):
         return (a, 0, b, 0) if second == "zero" else (a, a, b, b)
@@ -101,7 +101,7 @@ def test_mi250x_package_is_counted_once(node, library, second):
     assert sum(one.joules.values()) == pytest.approx(5_000_000 * 15.259e-6, rel=1e-6)
     assert reader.expected == 2 and one.covered_s == pytest.approx(10.0)
     # each GCD of an MI300X-like card is a device of its own
-    single = readers.AmdSmi([readers.Device(pci="0000:c1:00", model="AMD Instinct MI300X")], library)
+    single = readers.AmdSmi([readers.MeteredDevice(pci="0000:c1:00", model="AMD Instinct MI300X")], library)
     assert single.expected == 1 and len(single.read()) == 1
 
 

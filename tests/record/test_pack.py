@@ -15,6 +15,7 @@ from aifactory_train.core.missing import has_missing, is_missing, missing, missi
 from aifactory_train.record import fill
 from aifactory_train.record.files import load_record
 from aifactory_train.record.render import forms, machine
+from aifactory_train.record.render.summary import public_summary
 from aifactory_train.report.pack import render, write_pack
 
 # number -> who fills it; the Model Documentation Form's list, in its order
@@ -42,11 +43,11 @@ def record(tell):
 
 def test_forms_match_their_lists(record):
     assert {f.number: f.fill for f in forms.model_documentation(record)} == MDF
-    assert {f.number: f.fill for f in forms.public_summary(record)} == SUMMARY
+    assert {f.number: f.fill for f in public_summary(record)} == SUMMARY
 
 
 def test_every_field_is_auto_person_or_missing(record):
-    for field in [*forms.model_documentation(record), *forms.public_summary(record), *forms.annex_iv(record)]:
+    for field in [*forms.model_documentation(record), *public_summary(record), *forms.annex_iv(record)]:
         assert field.status in ("auto", "person", "partly MISSING", "MISSING"), field
         if field.fill in ("person", "base"):
             assert field.status in ("MISSING", "partly MISSING"), field.number  # nobody has filled anything in
@@ -102,10 +103,10 @@ def test_origins_decide_the_summary(tell):
 
     held = {"source": "./eval.jsonl", "licence": "CC0-1.0", "facts": FACTS}
     run = tell({"data.train": [source("public", "pub")], "data.eval": [held]}, name="a")
-    fields = {f.number: f for f in forms.public_summary(load_record(run.path))}
+    fields = {f.number: f for f in public_summary(load_record(run.path))}
     assert fields["2.1"].value.startswith("yes: train") and fields["2.3"].value == "no" and fields["2.5"].value == "no"
     run = tell({"data.train": [source(None, "pub")], "data.eval": [held]}, name="b")
-    fields = {f.number: f for f in forms.public_summary(load_record(run.path))}
+    fields = {f.number: f for f in public_summary(load_record(run.path))}
     assert is_missing(fields["2.1"].value) and is_missing(fields["2.3"].value)  # an unknown origin excludes nothing
 
 
