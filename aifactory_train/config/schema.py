@@ -407,9 +407,3 @@ class Recipe(Strict):
         for rule in RULES:
             rule(self)
         return self
-
-
-# ---- reading a recipe
-
-
-# ---- writing it out

@@ -36,7 +36,7 @@ class Task:
     rules: split.RowRules | None = None
 
 
-class Tally:
+class RowTally:
     """How often each thing was found, and in how many rows."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Tally:
         self.rows.update(set(things))
         self.times.update(things)
 
-    def update(self, other: Tally) -> None:
+    def update(self, other: RowTally) -> None:
         self.rows.update(other.rows)
         self.times.update(other.times)
 
@@ -66,8 +66,8 @@ class Done:
     docs: dict[str, np.ndarray] = field(default_factory=dict)
     counts: collections.Counter = field(default_factory=collections.Counter)
     unused: Unused = field(default_factory=Unused)
-    lost: Tally = field(default_factory=lambda: Tally())
-    controls: Tally = field(default_factory=lambda: Tally())
+    lost: RowTally = field(default_factory=lambda: RowTally())
+    controls: RowTally = field(default_factory=lambda: RowTally())
     empty_at: int | None = None  # line of the first row of whose answer nothing is left
     error: UserError | None = None
 

@@ -6,7 +6,7 @@ joined. A few questions get the usual answer (a text does not contain ``</think>
 empty), which becomes a condition of the frame; anything else that a template may do with a text (compare, split, measure, print through a
 filter) raises :class:`Looked`. A run that ends without it has taken no decision that depends on a text beyond those conditions, so what it
 wrote is the frame of all conversations that meet them. Otherwise there is none, and
-:class:`~aifactory_train.data.encoder.Encoder` renders each row, and each question, with the template.
+:class:`~aifactory_train.data.rendering.Renderer` renders each row, and each question, with the template.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from aifactory_train.core.errors import UserError
 from aifactory_train.data import documents, readers, split
 from aifactory_train.data.blocks import Block
 from aifactory_train.data.cells import RowError, Unused, to_user_error
-from aifactory_train.data.encode_block import Done, Tally, Task, process
+from aifactory_train.data.encode_block import Done, RowTally, Task, process
 from aifactory_train.data.encoder import Encoder
 from aifactory_train.data.encoder_spec import EncoderSpec
 from aifactory_train.data.inputs import Input
@@ -32,9 +32,6 @@ from aifactory_train.private import redact
 
 #: Below this many bytes of input, starting processes takes longer than the work.
 _PARALLEL_FROM = 8 << 20
-
-
-# ---- one block (runs in every process)
 
 
 _encoder: Encoder | None = None
@@ -69,7 +66,7 @@ class _Source:
         self.before = writer.rows, writer.docs, writer.tokens
         self.counts: collections.Counter = collections.Counter()
         self.unused = Unused()
-        self.lost, self.controls = Tally(), Tally()
+        self.lost, self.controls = RowTally(), RowTally()
         self.empty_at: str | None = None
 
     def tasks(self, stream: Iterator[Block], fmt: str, rules: split.RowRules | None) -> Iterator[Task]:
@@ -186,7 +183,7 @@ def _inside(file: str, source: Path) -> str | None:
     return rest if rest != file and rest[:1] in ("", "/", ":") else None
 
 
-def _worst(lost: Tally) -> str:
+def _worst(lost: RowTally) -> str:
     """What of the answers a template leaves out most often."""
     named = (what for what, _ in lost.rows.most_common() if what.startswith(("tool call", "answer text", "reasoning")))
     return next(named, "no text of theirs is in it")

@@ -258,7 +258,7 @@ class GgufFile:
             raise RunFailed(f"the written file does not hold what was meant: {wrong[0]}", where=file.name)
 
     def logits(self, read: Read, rows: list[list[int]]) -> list[torch.Tensor]:
-        """Logits of the plain transformers model whose weights ``read`` gives, as :func:`aifactory_train.exporting.writer.plain_logits`."""
+        """Logits of the plain transformers model whose weights ``read`` gives, as :func:`aifactory_train.exporting.gate.plain_logits`."""
         model = self.model()
         Streamed(model, model, read, ex.MAX_SHARD_BYTES)
         return plain_logits(model, rows)

@@ -43,8 +43,8 @@ from aifactory_train.exporting.gate import (
     reload_logits,
 )
 from aifactory_train.exporting.place import named, refuse_plain, remove_left
-from aifactory_train.exporting.reference import Reference
 from aifactory_train.exporting.streaming import Merged, ShardFiles, Streamed, adapter_names, all_to_meta
+from aifactory_train.exporting.trained_model import TrainedModel
 from aifactory_train.exporting.trained_tensors import trained_before, trained_by
 from aifactory_train.model.base import base_folder, public_base
 from aifactory_train.model.causal_lm import CausalLM
@@ -128,7 +128,7 @@ class Export:
         if self.generation.mended and core is None:  # a training has said it at its start
             note(f"{self.base / 'generation_config.json'}: {self.generation.describe()}")
         self.rows = gate_rows(self.data) if verify else []
-        self.reference = Reference(run, recipe, self.base, trained, core, self.rows)
+        self.reference = TrainedModel(run, recipe, self.base, trained, core, self.rows)
         self.whole = self.reference.why_whole
         if self.whole is not None and core is None:
             note(f"the export holds the whole model in memory: {self.whole}")

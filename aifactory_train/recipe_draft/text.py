@@ -45,7 +45,28 @@ def recipe_text(
     if draft.preference == "kto":
         batch = max(batch, 16)  # its KL estimate is a mean over the step
     epochs = {"text": 1, "labels": 3, "preference": 1, "feedback": 1}.get("labels" if draft.labels else draft.task, 2)
-    rate, why_rate = _rate(draft, small)
+    lines = _about(args, data, sector, draft, base, licence_missing, facts, rows, recipes)
+    lines += _adapter(draft)
+    lines += _data(args, out, data, draft, length, total)
+    lines += _method(draft)
+    lines += _training(
+        draft, small, max(1, -(-int(parts * 0.9) // batch)) * epochs, epochs, batch, _rate(draft, small), answers
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _about(
+    args: argparse.Namespace,
+    data: Path,
+    sector: str,
+    draft: Draft,
+    base: ModelConfig,
+    licence_missing: bool,
+    facts: dict[str, Any],
+    rows: int,
+    recipes: Path,
+) -> list[str]:
+    """What the recipe is for, and its model."""
     shares = [name for name in facts["languages"]["shares"] if name != "und"][:6]
     told = {
         "chat": "chat as in the rows",
@@ -84,14 +105,26 @@ def recipe_text(
         lines.append(
             "  # start_from: runs/FIRST   # best after a supervised run on good answers, with the same adapter block"
         )
+    return lines
+
+
+def _adapter(draft: Draft) -> list[str]:
     rank = 64 if draft.form == "text" else 16
     why_rank = "plain text has more to learn than a style of answers" if draft.form == "text" else "enough for a task"
-    lines += [
+    return [
         "",
         "adapter:            # LoRA on every linear layer",
         "  kind: lora",
         f"  rank: {rank}          # {why_rank}",
         f"  alpha: {2 * rank}",
+    ]
+
+
+def _data(
+    args: argparse.Namespace, out: Path, data: Path, draft: Draft, length: int, total: dict[str, int]
+) -> list[str]:
+    """Where the rows lie, how they are read and which are held out."""
+    lines = [
         "",
         "data:",
         "  train:",
@@ -129,15 +162,26 @@ def recipe_text(
     )
     if draft.form == "text":
         lines.append("  long_documents: paragraphs   # longer texts are cut between paragraphs; nothing is lost")
-    steps = max(1, -(-int(parts * 0.9) // batch)) * epochs
-    lines += _method(draft)
-    lines += ["", "train:"]
+    return lines
+
+
+def _training(
+    draft: Draft,
+    small: bool,
+    steps: int,
+    epochs: int,
+    batch: int,
+    rate: tuple[str, str],
+    answers: list[str],
+) -> list[str]:
+    """The optimisation and what is evaluated; ``rate`` with the reason for it."""
+    lines = ["", "train:"]
     if small and steps > 120:
         lines.append("  max_steps: 120    # a first look on a laptop; on a GPU: --set train.max_steps=null")
     lines += [
         f"  epochs: {epochs}         # about {steps:,} steps",
         f"  batch_rows: {batch}",
-        f"  learning_rate: {rate}   # {why_rate}",
+        f"  learning_rate: {rate[0]}   # {rate[1]}",
         "  schedule: cosine",
         "  warmup_ratio: 0.05",
         "",
@@ -147,7 +191,7 @@ def recipe_text(
     if draft.form != "text":
         longest = max((len(a) for a in answers), default=64)
         lines.append(f"  max_new_tokens: {min(256, max(8, _power(longest // 3 + 4)))}")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _quoted(text: str) -> str:

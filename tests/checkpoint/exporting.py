@@ -73,7 +73,7 @@ def run_case(case: dict[str, Any], world) -> dict[str, Any]:
     import torch.distributed as dist
 
     from aifactory_train.config.loading import load_recipe
-    from aifactory_train.exporting import reference
+    from aifactory_train.exporting import trained_model
     from aifactory_train.exporting import writer as export
     from aifactory_train.run.folder import RunFolder
     from aifactory_train.run.outcome import Attempt
@@ -82,7 +82,7 @@ def run_case(case: dict[str, Any], world) -> dict[str, Any]:
 
     read = TensorFiles.__getitem__
     TensorFiles.__getitem__ = lambda self, name: read(self, name).clone()  # type: ignore[method-assign]
-    export.MAX_SHARD_BYTES = reference.MAX_BLOCK_BYTES = case["shard"]
+    export.MAX_SHARD_BYTES = trained_model.MAX_BLOCK_BYTES = case["shard"]
     recipe = load_recipe(case["recipe"], case["overrides"])
     run = RunFolder(Path(case["run"]))
     run.path.mkdir(parents=True, exist_ok=True)

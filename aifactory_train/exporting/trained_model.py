@@ -25,7 +25,7 @@ MAX_BLOCK_BYTES = 5_000_000_000
 _FP32 = Precision(torch.float32, torch.float32, torch.float32, torch.float32)
 
 
-class Reference:
+class TrainedModel:
     """The trained model and its logits on the rows of the gate.
 
     ``core``: the model in memory; given where a training has just ended, dropped as soon as nothing needs it. ``why_whole``: why its
