@@ -9,7 +9,6 @@ The interface that other rooms rely on (all cheap, none imports torch; everythin
     system = sites.load("lumi-g")         # a resolved System; also a path, "local", "generic-slurm"; overlay=FILE|dict|False
     sites.detect()                        # this machine as a System called "local"
     sites.identify()                      # id of the known system we are on, or None
-    sites.select(system, sites.Needs(...))  # kernel key, precision, sharding, placement, environment, launcher, with reasons
     sites.broken_limit(system, partition, qos, nodes, seconds, gpus_per_node)  # first broken limit as a sentence, or None
 
 A :class:`System` holds plain Python values; ``None`` means *not published*, never a default:
@@ -78,21 +77,16 @@ _WHERE = {
     "Overlay": "schema",
     "slurm_time": "schema",
     "parse_duration": "schema",
-    "select": "selection",
-    "Needs": "selection",
-    "Selection": "selection",
-    "broken_limit": "selection",
-    "require_usable": "selection",
+    "broken_limit": "limits",
+    "require_usable": "limits",
     "detect": "detection",
     "identify": "detection",
 }
 
 __all__ = [
     "Fact",
-    "Needs",
     "Overlay",
     "Profile",
-    "Selection",
     "System",
     "broken_limit",
     "config_dir",
@@ -106,17 +100,16 @@ __all__ = [
     "read_overlay",
     "require_usable",
     "resolve",
-    "select",
     "slurm_time",
 ]
 
 if TYPE_CHECKING:
     from aifactory_train.sites.detection import detect, identify
     from aifactory_train.sites.finding import config_dir, find_member
+    from aifactory_train.sites.limits import broken_limit, require_usable
     from aifactory_train.sites.profiles import load, read_overlay
     from aifactory_train.sites.resolving import resolve
     from aifactory_train.sites.schema import Fact, Overlay, Profile, parse_duration, slurm_time
-    from aifactory_train.sites.selection import Needs, Selection, broken_limit, require_usable, select
     from aifactory_train.sites.system import System
 
 

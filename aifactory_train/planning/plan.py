@@ -19,7 +19,7 @@ from aifactory_train.planning.workload import Workload
 
 def make(request: Request) -> tuple[dict[str, Any], Job]:
     """``(plan as plain values, its job)``: the keys of ``aifactory plan --json``. Raises :class:`UserError` where there can be none."""
-    from aifactory_train.sites.selection import require_usable
+    from aifactory_train.sites.limits import require_usable
 
     system, recipe = request.system, request.recipe
     require_usable(system)

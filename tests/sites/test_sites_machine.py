@@ -125,8 +125,7 @@ def test_local_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert system.node.memory_gib and system.node.memory_gib > 0.5
     fact = system.provenance("node.cores")
     assert fact is not None and fact.confidence == "detected"
-    chosen = sites.select(system)
-    assert (chosen.precision, chosen.engine, chosen.launcher) == ("fp32", "ddp", "torchrun")
+    assert (system.gpu.peak_tflops, system.launch.style) == ({}, "torchrun")
 
 
 def test_local_with_gpus_as_the_driver_reports_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +138,7 @@ def test_local_with_gpus_as_the_driver_reports_them(tmp_path: Path, monkeypatch:
         "sm_80",
         81920,
     )
-    assert sites.select(system).precision == "bf16"
+    assert system.gpu.has_bf16
 
 
 def test_an_overlay_corrects_this_machine_too(monkeypatch: pytest.MonkeyPatch) -> None:

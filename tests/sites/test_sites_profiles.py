@@ -239,12 +239,11 @@ def test_a_wrong_key_in_a_profile_names_file_line_and_key(tmp_path: Path) -> Non
     assert "cores_usabel" in path.read_text().splitlines()[line - 1]
 
 
-def test_an_expired_profile_warns_where_it_is_used(tmp_path: Path) -> None:
+def test_a_profile_past_its_day_is_expired(tmp_path: Path) -> None:
     path = tmp_path / "vega.yaml"
     path.write_text(catalogue.SYSTEMS.joinpath("vega.yaml").read_text().replace("expires: 2027", "expires: 2020"))
     system = sites.load(str(path))
     assert system.expired
-    assert any("expired" in w for w in sites.select(system).warnings)
 
 
 def test_generic_slurm_becomes_usable_with_an_overlay() -> None:
@@ -259,8 +258,8 @@ def test_generic_slurm_becomes_usable_with_an_overlay() -> None:
     }
     system = sites.load("generic-slurm", overlay=overlay)
     assert system.node.gpus == 4
-    chosen = sites.select(system, sites.Needs(nodes=2, hours=3))
-    assert chosen.partition == "gpu" and chosen.launcher == "torchrun"
+    assert system.default_partition == "gpu" and system.user.partition == "gpu"
+    assert sites.broken_limit(system, "gpu", None, 2, 3 * 3600) is None
 
 
 def test_correction_of_the_gpu_brings_its_constants() -> None:
