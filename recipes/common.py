@@ -8,11 +8,13 @@ those are kept whose wording no training entry holds.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,20 +111,13 @@ def some(entries: Iterable[dict[str, Any]], path: Path, what: str) -> Iterator[d
         raise no_rows(path, what)
 
 
-def distinct(
-    entries: Iterable[dict[str, Any]], path: Path, what: str, min_words: int = 1, max_words: float = float("inf")
-) -> Iterator[dict[str, Any]]:
-    """Entries whose ``wording`` has that many words and has not come before; a :class:`UserError` if none has."""
-
-    def kept() -> Iterator[dict[str, Any]]:
-        seen: set[str] = set()
-        for entry in entries:
-            wording = entry["wording"]
-            if wording not in seen and min_words <= len(wording.split()) <= max_words:
-                seen.add(wording)
-                yield entry
-
-    return some(kept(), path, what)
+def distinct(entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of the entries with one ``wording`` the first."""
+    seen: set[str] = set()
+    for entry in entries:
+        if entry["wording"] not in seen:
+            seen.add(entry["wording"])
+            yield entry
 
 
 def chat(entry: dict[str, Any], key: str, prompt: str, completion: str, system: str) -> dict[str, Any]:
@@ -130,29 +125,66 @@ def chat(entry: dict[str, Any], key: str, prompt: str, completion: str, system: 
     return {"id": key, "group": entry["group"], "prompt": prompt, "completion": completion, "system": system}
 
 
+#: Joins the docstring of each converter that :func:`asked` makes.
+_OPTIONS = """
+    And as of every converter of this kind:
+        part: ``train`` or ``held_out``.
+        direction: {directions}.
+        held_out: share of the wordings (or of their groups) that is held out.
+        min_words, max_words: shorter and longer wordings are left out.
+"""
+
+
 def asked(
-    entries: Iterable[dict[str, Any]],
-    directions: Mapping[str, tuple[str, str]],
-    direction: str,
-    *,
-    part: str,
-    held_out: float,
     system: str,
-) -> Iterator[dict[str, Any]]:
-    """Rows that ask about the entries of one part in one direction, e.g. name to definition or definition to name.
+    directions: Mapping[str, tuple[str, str]],
+    *,
+    held_out: float = 0.15,
+    what: str | None = None,
+    words: tuple[float, float] = (1, float("inf")),
+    once: bool = True,
+) -> Callable[[Callable[..., Iterable[dict[str, Any]]]], Callable[..., Iterator[dict[str, Any]]]]:
+    """Make a converter of a function that reads entries: its rows ask about them in one of several directions.
+
+    The function takes the path, and by keyword the options of its source; its entries are as for :func:`parted`, each with an
+    ``id``. The converter takes the options of this module besides: ``part``, ``direction``, ``held_out``, ``min_words`` and
+    ``max_words``.
 
     Args:
-        entries: as for :func:`parted`, each with an ``id``.
-        directions: the converter's directions, each with the templates of prompt and completion; ``{name}`` is the
-            entry's value of that name.
-        direction: the one that is asked.
-        part, held_out: as for :func:`parted`.
         system: the system message of every row.
+        directions: each with the templates of prompt and completion; ``{name}`` is the entry's value of that name. The first one
+            is asked where the recipe names none.
+        held_out: default share of what is held out.
+        what: what a source without any entry holds none of, for the refusal; None: such a source is not refused.
+        words: default of the least and most words of a wording.
+        once: of the entries with one wording only the first is taken.
     """
-    prompt, completion = directions[choose(direction, directions, "direction")]
-    for entry in parted(entries, part, held_out):
-        key = f"{entry['id']}/{direction}"
-        yield chat(entry, key, prompt.format_map(entry), completion.format_map(entry), system)
+
+    def converter(entries: Callable[..., Iterable[dict[str, Any]]]) -> Callable[..., Iterator[dict[str, Any]]]:
+        common: dict[str, Any] = {"part": "train", "direction": next(iter(directions)), "held_out": held_out}
+        common |= {"min_words": words[0], "max_words": words[1]}
+
+        @functools.wraps(entries)
+        def rows(path: Path, **options: Any) -> Iterator[dict[str, Any]]:
+            given = {name: options.pop(name, default) for name, default in common.items()}
+            least, most, direction = given["min_words"], given["max_words"], given["direction"]
+            found: Iterable[dict[str, Any]] = entries(path, **options)
+            found = (entry for entry in found if least <= len(entry["wording"].split()) <= most)
+            found = distinct(found) if once else found
+            found = some(found, path, what) if what else found
+            prompt, completion = directions[choose(direction, directions, "direction")]
+            for entry in parted(found, given["part"], given["held_out"]):
+                key = f"{entry['id']}/{direction}"
+                yield chat(entry, key, prompt.format_map(entry), completion.format_map(entry), system)
+
+        first, *own = inspect.signature(entries).parameters.values()
+        shared = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in common.items()]
+        # Options are checked against the signature, and people are sent to the docstring.
+        rows.__signature__ = inspect.Signature([first, *shared, *own])  # type: ignore[attr-defined]
+        rows.__doc__ = f"{(entries.__doc__ or '').rstrip()}\n{_OPTIONS.format(directions=' or '.join(directions))}"
+        return rows
+
+    return converter
 
 
 def choose(value: str, known: Collection[str], option: str) -> str:

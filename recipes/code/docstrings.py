@@ -11,32 +11,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.recipes.common import asked, distinct, plain
-
-DIRECTIONS = {
-    "signature-to-docstring": ("Document: {signature}", "{wording}"),
-    "docstring-to-signature": ("Which signature? {wording}", "{signature}"),
-}
-SYSTEM = "Python documentation."
+from aifactory_train.recipes.common import asked, plain
 
 
-def rows(
-    path: Path, *, part: str = "train", direction: str = "signature-to-docstring", held_out: float = 0.15
-) -> Iterator[dict[str, Any]]:
-    """Rows of all ``*.py`` files in a folder, tests and docstrings of less than four words left out.
+@asked(
+    "Python documentation.",
+    {
+        "signature-to-docstring": ("Document: {signature}", "{wording}"),
+        "docstring-to-signature": ("Which signature? {wording}", "{signature}"),
+    },
+    what="documented function",
+    words=(4, float("inf")),
+)
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Public functions and methods of all ``*.py`` files in a folder, tests left out: ``{"id", "signature", "wording", "group"}``.
 
-    Args:
-        path: folder of Python source.
-        part: ``train`` or ``held_out``.
-        direction: one of :data:`DIRECTIONS`.
-        held_out: share of the modules that is held out.
+    The group is the module; the wording of some is empty.
     """
-    found = distinct(functions(path), path, "documented function", min_words=4)
-    return asked(found, DIRECTIONS, direction, part=part, held_out=held_out, system=SYSTEM)
-
-
-def functions(path: Path) -> Iterator[dict[str, Any]]:
-    """``{"id", "signature", "wording", "group"}`` of public functions and methods; the wording of some is empty."""
     for file in sorted(path.rglob("*.py")):
         module = file.relative_to(path).with_suffix("").as_posix()
         if "tests/" in f"/{module}/":

@@ -6,42 +6,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.recipes.common import asked, child, distinct, no_rows, plain, read_xml, tag
-
-DIRECTIONS = {
-    "node-to-description": ("Describe: {name} ({kind}, {spec})", "{wording}"),
-    "description-to-node": ("Which node? {wording}", "{name}"),
-}
-SYSTEM = "OPC UA."
+from aifactory_train.recipes.common import asked, child, no_rows, plain, read_xml, tag
 
 
-def rows(
-    path: Path,
-    *,
-    part: str = "train",
-    direction: str = "node-to-description",
-    files: list[str] | None = None,
-    held_out: float = 0.15,
-    min_words: int = 5,
-    max_words: int = 50,
-) -> Iterator[dict[str, Any]]:
-    """Rows of the node sets in a folder.
+@asked(
+    "OPC UA.",
+    {
+        "node-to-description": ("Describe: {name} ({kind}, {spec})", "{wording}"),
+        "description-to-node": ("Which node? {wording}", "{name}"),
+    },
+    what="node with a description",
+    words=(5, 50),
+)
+def rows(path: Path, *, files: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Nodes of the package's ``nodesets`` folder: ``{"id", "name", "kind", "spec", "wording"}``; the wording of some is empty.
 
     Args:
-        path: the package's ``nodesets`` folder.
-        part: ``train`` or ``held_out``.
-        direction: one of :data:`DIRECTIONS`.
         files: parts of file names that are read, e.g. ``[Robotics, MachineTool]``; default every companion specification
             (the base model of OPC UA itself is left out).
-        held_out: share of the descriptions that is held out.
-        min_words, max_words: shorter and longer descriptions are left out.
     """
-    found = distinct(nodes(path, files), path, "node with a description", min_words, max_words)
-    return asked(found, DIRECTIONS, direction, part=part, held_out=held_out, system=SYSTEM)
-
-
-def nodes(path: Path, files: list[str] | None) -> Iterator[dict[str, Any]]:
-    """``{"id", "name", "kind", "spec", "wording"}`` of every node; the wording of some is empty."""
     sources = sorted(p for p in path.glob("*.xml") if p.name != "Opc.Ua.NodeSet2.xml")
     if files:
         sources = [p for p in sources if any(word.lower() in p.name.lower() for word in files)]

@@ -10,39 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.recipes.common import asked, child, distinct, plain, read_xml, tag
-
-DIRECTIONS = {
-    "description-to-field": ("Which field? {wording}", "{name}"),
-    "field-to-description": ("Describe: {name}", "{wording}"),
-}
-SYSTEM = "NeXus."
+from aifactory_train.recipes.common import asked, child, plain, read_xml, tag
 
 
-def rows(
-    path: Path,
-    *,
-    part: str = "train",
-    direction: str = "description-to-field",
-    held_out: float = 0.15,
-    min_words: int = 5,
-    max_words: int = 50,
-) -> Iterator[dict[str, Any]]:
-    """Rows of a folder of ``*.nxdl.xml`` files.
-
-    Args:
-        path: e.g. the package's ``definitions/base_classes``.
-        part: ``train`` or ``held_out``.
-        direction: one of :data:`DIRECTIONS`.
-        held_out: share of the descriptions that is held out.
-        min_words, max_words: shorter and longer descriptions are left out.
-    """
-    found = distinct(fields(path), path, "documented NeXus field (*.nxdl.xml)", min_words, max_words)
-    return asked(found, DIRECTIONS, direction, part=part, held_out=held_out, system=SYSTEM)
-
-
-def fields(path: Path) -> Iterator[dict[str, Any]]:
-    """``{"id": "file/number", "name": "NXclass/group/field", "wording"}`` of each documented field and attribute."""
+@asked(
+    "NeXus.",
+    {
+        "description-to-field": ("Which field? {wording}", "{name}"),
+        "field-to-description": ("Describe: {name}", "{wording}"),
+    },
+    what="documented NeXus field (*.nxdl.xml)",
+    words=(5, 50),
+)
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Documented fields and attributes of a folder of ``*.nxdl.xml`` files: ``{"id": "file/number", "name": "NXclass/group/field", "wording"}``."""
     for file in sorted(path.glob("*.nxdl.xml")):
         root = read_xml(file)
         for number, (name, told) in enumerate(_documented(root, root.get("name", file.stem))):
