@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import errno
 import importlib
-import importlib.util
 import os
 import sys
 
@@ -69,7 +68,7 @@ TWO_WORDS = {("recipes", "new"): "recipes_new"}
 def two_words(argv: list[str]) -> argparse.Namespace | None:
     """The parsed arguments of a command of two words, or None."""
     name = TWO_WORDS.get((argv[0], argv[1])) if len(argv) > 1 else None
-    if name is None or importlib.util.find_spec(f"aifactory_train.commands.{name}") is None:
+    if name is None:
         return None
     module = importlib.import_module(f"aifactory_train.commands.{name}")
     parser = argparse.ArgumentParser(prog=f"aifactory {' '.join(argv[:2])}", allow_abbrev=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +27,6 @@ def plan_for(
     """
     if not backends.get(shape.backend).batch:
         return None, [], None
-    if importlib.util.find_spec("aifactory_train.planning") is None:
-        return None, [], "no planner is installed: the recipe's own settings are taken as they are"
     from aifactory_train.planning import plan_for as plan
 
     given = {text.partition("=")[0].strip() for text in request.overrides}

@@ -75,8 +75,8 @@ _WHERE = {
     "Fact": "schema",
     "Profile": "schema",
     "Overlay": "schema",
-    "slurm_time": "schema",
-    "parse_duration": "schema",
+    "slurm_time": "fields",
+    "parse_duration": "fields",
     "broken_limit": "limits",
     "require_usable": "limits",
     "detect": "detection",
@@ -105,11 +105,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from aifactory_train.sites.detection import detect, identify
+    from aifactory_train.sites.fields import parse_duration, slurm_time
     from aifactory_train.sites.finding import config_dir, find_member
     from aifactory_train.sites.limits import broken_limit, require_usable
     from aifactory_train.sites.profiles import load, read_overlay
     from aifactory_train.sites.resolving import resolve
-    from aifactory_train.sites.schema import Fact, Overlay, Profile, parse_duration, slurm_time
+    from aifactory_train.sites.schema import Fact, Overlay, Profile
     from aifactory_train.sites.system import System
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.sites.schema import slurm_time
+from aifactory_train.sites.fields import slurm_time
 from aifactory_train.sites.system import System
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.sites import probe
 from aifactory_train.sites.catalogue import gpu_catalogue
+from aifactory_train.sites.fields import compact_time, parse_duration
 from aifactory_train.sites.resolving import resolve
-from aifactory_train.sites.schema import compact_time, parse_duration
 
 Ask = Callable[[str], str]
 

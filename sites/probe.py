@@ -22,8 +22,8 @@ from aifactory_train.sites.detection import (
     parse_rocm_smi,
     run_tool,
 )
+from aifactory_train.sites.fields import compact_time
 from aifactory_train.sites.paths import dig
-from aifactory_train.sites.schema import compact_time
 from aifactory_train.sites.system import System
 
 SINFO = ["sinfo", "-h", "-e", "-o", "%R|%D|%c|%X|%Y|%Z|%m|%l|%L|%G|%f|%s"]

@@ -15,82 +15,11 @@ import re
 from datetime import date as Date
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
+from pydantic import Field, field_validator
 
+from aifactory_train.sites.fields import Positive, PositiveFloat, Seconds, Strict, Text
+from aifactory_train.sites.hardware import Gpu, Interconnect, Node
 from aifactory_train.sites.schedulers import Kind
-
-# -- times -------------------------------------------------------------------------------------------------------------
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def parse_duration(value: Any) -> int:
-    """Seconds from ``"48h"``, ``"30m"``, ``"2d"``, ``"1d12h"``, Slurm's ``"2-00:00:00"``/``"24:00:00"``, or an int of seconds.
-
-    >>> parse_duration("1d12h"), parse_duration("2-00:00:00"), parse_duration("00:30:00")
-    (129600, 172800, 1800)
-    """
-    if isinstance(value, bool):
-        raise ValueError("a time is needed, such as 48h, 30m or '2-00:00:00'")
-    if isinstance(value, int):
-        if value <= 0:
-            raise ValueError("a time must be positive")
-        return value
-    text = str(value).strip()
-    if re.fullmatch(r"(\d+[dhms])+", text):
-        seconds = sum(int(n) * _UNITS[u] for n, u in re.findall(r"(\d+)([dhms])", text))
-    else:
-        found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
-        if not found:
-            raise ValueError(f"'{text}' is not a time; write 48h, 30m, 2d or '2-00:00:00'")
-        days, hours, minutes, secs = (int(g or 0) for g in found.groups())
-        if minutes > 59 or secs > 59:
-            raise ValueError(f"'{text}' has more than 59 minutes or seconds")
-        seconds = days * 86400 + hours * 3600 + minutes * 60 + secs
-    if seconds <= 0:
-        raise ValueError("a time must be positive")
-    return seconds
-
-
-def slurm_time(seconds: int) -> str:
-    """``D-HH:MM:SS`` or ``HH:MM:SS``, the form that Slurm and PBS Pro both print and Slurm reads."""
-    days, rest = divmod(int(seconds), 86400)
-    clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
-    return f"{days}-{clock}" if days else clock
-
-
-def compact_time(seconds: int) -> str:
-    """The shortest form that profiles use: ``2d``, ``12h``, ``90m``, ``45s``."""
-    for unit in ("d", "h", "m"):
-        if seconds % _UNITS[unit] == 0 and (unit != "d" or seconds >= 2 * _UNITS["d"]):
-            return f"{seconds // _UNITS[unit]}{unit}"
-    return f"{seconds}s"
-
-
-_DURATION_SCHEMA = {
-    "type": ["string", "integer"],
-    "description": "48h, 30m, 2d, 1d12h or '2-00:00:00'; an integer is seconds",
-}
-Seconds = Annotated[int, BeforeValidator(parse_duration), WithJsonSchema(_DURATION_SCHEMA, mode="validation")]
-"""Whole seconds; written as a duration in YAML."""
-
-# A vendor's instruction-set name: sm_80 for NVIDIA, gfx90a for AMD. Mixing the two up is caught here and in `sites check`.
-Arch = Annotated[str, Field(pattern=r"^(sm_\d{2,3}|gfx[0-9a-f]{3,4})$")]
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-
-
-def _as_text(value: Any) -> Any:
-    """YAML reads 2026-08-20 as a date and 2026 as a number; both are kept as the text that was written."""
-    return str(value) if isinstance(value, (int, float, Date)) and not isinstance(value, bool) else value
-
-
-Text = Annotated[str, BeforeValidator(_as_text), WithJsonSchema({"type": ["string", "number"]}, mode="validation")]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
 
 # -- provenance --------------------------------------------------------------------------------------------------------
 
@@ -107,7 +36,7 @@ Confidence = Literal[
 ]
 
 
-class Source(_Model):
+class Source(Strict):
     """Where facts come from. ``date`` is the date of the source, or ``n.d.`` beside ``retrieved``."""
 
     title: str
@@ -116,7 +45,7 @@ class Source(_Model):
     retrieved: Annotated[Text, Field(pattern=r"^\d{4}-\d{2}(-\d{2})?$")] | None = None
 
 
-class FactEntry(_Model):
+class FactEntry(Strict):
     """``at`` lists dotted paths (a path covers everything below it; the longest match wins)."""
 
     at: list[str] = Field(min_length=1)
@@ -125,7 +54,7 @@ class FactEntry(_Model):
     note: str | None = None
 
 
-class Fact(_Model):
+class Fact(Strict):
     """One value with its provenance, as ``System.provenance`` returns it."""
 
     path: str
@@ -139,7 +68,7 @@ class Fact(_Model):
     note: str | None = None
 
 
-class Note(_Model):
+class Note(Strict):
     """A remark with a source: a trap, a contradiction between sources, or what was announced."""
 
     text: str
@@ -158,7 +87,7 @@ def _compiled(pattern: str) -> None:
         raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
 
 
-class Detect(_Model):
+class Detect(Strict):
     """How to recognise the machine: regular expressions for the full host name, Slurm's ClusterName, environment variables."""
 
     hostnames: list[str] = []
@@ -173,7 +102,7 @@ class Detect(_Model):
         return patterns
 
 
-class Scheduler(_Model):
+class Scheduler(Strict):
     kind: Kind | None = None
     flavour: Literal["slurmd", "psslurm", "moab", "kueue"] | None = None
     version: Text | None = None
@@ -181,7 +110,7 @@ class Scheduler(_Model):
     accounting: bool | None = None  # sacct answers
 
 
-class Access(_Model):
+class Access(Strict):
     """Account and QoS rules. ``example`` holds well-formed, made-up values for dry runs; never anyone's own."""
 
     account: Literal["required", "optional", "none"] | None = None
@@ -208,7 +137,7 @@ class Access(_Model):
 Purpose = Literal["train", "large", "long", "debug", "interactive", "low-priority", "data"]
 
 
-class Qos(_Model):
+class Qos(Strict):
     """Limits of one quality of service. Times in seconds; ``None`` = not published."""
 
     max_time: Seconds | None = None
@@ -220,7 +149,7 @@ class Qos(_Model):
     flags: list[str] = []  # further scheduler flags that this QoS needs, e.g. --reservation=gpudev
 
 
-class Partition(_Model):
+class Partition(Strict):
     """One way of being placed on the GPU nodes, keyed by the name that users say.
 
     ``implicit`` partitions are never named to the scheduler: the constraint, QoS or GPU request selects them.
@@ -243,7 +172,7 @@ class Partition(_Model):
     flags: list[str] = []
 
 
-class Request(_Model):
+class Request(Strict):
     """How GPUs, cores and memory are asked for (per node; the launcher renders the flags)."""
 
     gpus: Literal["gpus-per-node", "gres", "gpus", "none", "pbs-select", "torque-nodes", "kubernetes"] | None = None
@@ -262,30 +191,7 @@ class Request(_Model):
     never: list[str] = []  # flags that are known to break jobs there
 
 
-class Node(_Model):
-    """One GPU node **as the scheduler counts it**."""
-
-    count: Positive | None = None
-    gpus: Positive | None = None
-    cpu: str | None = None
-    isa: Literal["x86_64", "aarch64"] | None = None
-    login_isa: Literal["x86_64", "aarch64"] | None = None
-    sockets: Positive | None = None
-    cores: Positive | None = None
-    cores_usable: Positive | None = None
-    threads_per_core: Positive | None = None
-    cores_reserved: list[int] = []  # core numbers that the system keeps (low-noise mode), where published
-    memory_gib: PositiveFloat | None = None
-    memory_usable_gib: PositiveFloat | None = None  # what a job can ask for
-    numa_domains: Positive | None = None  # those with cores: GPU memory that shows as NUMA domains is not counted
-    gpu_numa: list[int] = []  # NUMA domain of GPU 0, 1, …
-    local_disk_gb: PositiveFloat | None = None
-    tmp_in_memory: bool | None = None  # /tmp is RAM-backed
-    power_cap_w: PositiveFloat | None = None  # per GPU or per superchip module, where the site caps it
-    features: list[str] = []  # node features that -C can name
-
-
-class HeadAddress(_Model):
+class HeadAddress(Strict):
     """How the rendezvous address is found, on the head node (see docs/sites.md for the strategies)."""
 
     strategy: Literal["hostname", "fqdn", "nodeaddr", "suffix", "interface", "command"] = "hostname"
@@ -296,7 +202,7 @@ class HeadAddress(_Model):
     resolve: bool = False  # turn the name into a numeric address before it is used
 
 
-class Launch(_Model):
+class Launch(Strict):
     """Starting processes inside a job."""
 
     style: Literal["torchrun", "srun", "mpi"] | None = None  # torchrun: one task a node; srun: one task a GPU
@@ -314,7 +220,7 @@ class Launch(_Model):
     output_must_not_be_under: list[str] = []
 
 
-class Policy(_Model):
+class Policy(Strict):
     """What the site allows between jobs. ``None`` = not published."""
 
     export: Literal["NONE", "ALL"] = "NONE"  # sbatch --export=; NONE goes with SLURM_EXPORT_ENV=ALL in the body
@@ -325,33 +231,10 @@ class Policy(_Model):
     unattended_submission: Literal["allowed", "human-needed"] | None = None
 
 
-# -- network, software, storage ----------------------------------------------------------------------------------------
+# -- software, storage, energy ----------------------------------------------------------------------------------------
 
 
-class InNode(_Model):
-    """GPU-to-GPU links inside a node, where the node differs from the GPU's data sheet."""
-
-    kind: str | None = None  # nvlink3, nvlink4, infinity-fabric, pcie4 …
-    pair_gb_s: PositiveFloat | None = None  # between two neighbours, one direction
-    slowest_pair_gb_s: PositiveFloat | None = None
-    all_to_all: bool | None = None  # a switch, or every pair directly linked
-
-
-class Interconnect(_Model):
-    fabric: Literal["slingshot-11", "infiniband", "omni-path", "ethernet"] | None = None
-    generation: str | None = None  # hdr, ndr, …
-    nics_per_node: Positive | None = None
-    nic_gbit_s: PositiveFloat | None = None  # per NIC, one direction
-    node_gbit_s: PositiveFloat | None = None  # injection bandwidth of a node, one direction
-    topology: str | None = None
-    hcas: list[str] = []
-    socket_interfaces: list[str] = []
-    in_node: InNode = InNode()
-    transport: str | None = None  # regular expression that NCCL's or RCCL's INFO log must match
-    plugin: str | None = None  # aws-ofi-nccl, aws-ofi-rccl: what carries NCCL over the fabric
-
-
-class Environment(_Model):
+class Environment(Strict):
     """Communication and runtime variables of a job."""
 
     set: dict[str, Text] = {}
@@ -359,7 +242,7 @@ class Environment(_Model):
     workarounds: dict[str, Text] = {}  # documented for a fault; not set by default
 
 
-class Container(_Model):
+class Container(Strict):
     runtime: Literal["singularity", "apptainer", "enroot-pyxis", "cscs-ce", "sarus", "docker"]
     gpu_flag: Literal["--nv", "--rocm"] | None = None
     image: str | None = None  # a site's own image, or the folder that holds its images
@@ -372,7 +255,7 @@ class Container(_Model):
     notes: str | None = None
 
 
-class Software(_Model):
+class Software(Strict):
     modules_system: Literal["lmod", "tmod", "none"] | None = None
     purge: bool = False
     use: list[str] = []  # module use PATH
@@ -387,7 +270,7 @@ class Software(_Model):
     wheels_isa: Literal["x86_64", "aarch64"] | None = None  # what an environment must be built for
 
 
-class Filesystem(_Model):
+class Filesystem(Strict):
     """``path`` is a template: ``$VARIABLE`` is the site's, ``{user}``, ``{project}``, ``{account}`` are filled from the overlay."""
 
     role: Literal["home", "project", "scratch", "fast", "node-local", "data", "archive"]
@@ -402,7 +285,7 @@ class Filesystem(_Model):
     note: str | None = None
 
 
-class Internet(_Model):
+class Internet(Strict):
     """Outbound connections. ``None`` = not published: offline settings are then used."""
 
     login: Literal["full", "proxy", "none"] | None = None
@@ -410,61 +293,17 @@ class Internet(_Model):
     transfer_host: str | None = None
 
 
-class Energy(_Model):
+class Energy(Strict):
     counter: str | None = None  # how a job's energy can be read
     pue: PositiveFloat | None = None
     grid_g_co2_per_kwh: Annotated[float, Field(ge=0)] | None = None
     grid_region: str | None = None
 
 
-# -- the GPU -----------------------------------------------------------------------------------------------------------
-
-
-class Gpu(_Model):
-    """Constants of one GPU as counted; from ``gpus.yaml``, with what a site documents otherwise laid over.
-
-    An unknown device has no peaks: print no utilisation rather than a guess.
-    """
-
-    sku: str | None = None
-    model: str | None = None
-    vendor: Literal["nvidia", "amd"] | None = None
-    arch: Arch | None = None
-    counted_as: str | None = None  # where the count differs from the product, e.g. one GCD of an MI250X
-    memory_gib: PositiveFloat | None = None  # nominal
-    memory_visible_mib: Positive | None = None  # what the driver reports, where known
-    memory_bandwidth_gb_s: PositiveFloat | None = None
-    peak_tflops: dict[Literal["fp64", "fp32", "tf32", "fp16", "bf16", "fp8", "fp4"], PositiveFloat] = {}  # dense
-    fp8_format: Literal["ocp", "fnuz"] | None = None
-    compute_units: Positive | None = None  # SMs or CUs
-    warp_size: Literal[32, 64] | None = None
-    shared_memory_kib: Positive | None = None  # per block (NVIDIA) or workgroup (AMD LDS)
-    l2_mib: PositiveFloat | None = None
-    link_gb_s: PositiveFloat | None = None  # all in-node links together, one direction
-    tdp_w: PositiveFloat | None = None
-    unified_memory: bool | None = None  # host and device share one memory
-    device_names: list[str] = []  # regular expressions for the driver's device string
-    min_cuda: Text | None = None
-
-    @property
-    def has_bf16(self) -> bool:
-        """Whether matrix units take bf16."""
-        return "bf16" in self.peak_tflops
-
-    @property
-    def has_fp8(self) -> bool:
-        return "fp8" in self.peak_tflops
-
-    @property
-    def usable_gib(self) -> float | None:
-        """What the driver shows where that is known, else the nominal size; the framework's own share still goes off it."""
-        return self.memory_visible_mib / 1024 if self.memory_visible_mib else self.memory_gib
-
-
 # -- a user's own values -----------------------------------------------------------------------------------------------
 
 
-class UserValues(_Model):
+class UserValues(Strict):
     """What a user adds to a profile: accounts, paths, software of their own. Kept outside the project."""
 
     account: str | None = None
@@ -487,7 +326,7 @@ class UserValues(_Model):
     mail: str | None = None
 
 
-class Overlay(_Model):
+class Overlay(Strict):
     """``~/.config/aifactory/sites/<system>.yaml`` or ``--site-file``: a user's values and corrections to one profile.
 
     ``corrections`` maps dotted paths to values (what ``aifactory sites probe`` prints); each is marked as the user's.
@@ -503,7 +342,7 @@ class Overlay(_Model):
 Status = Literal["usable", "announced", "unsuitable"]
 
 
-class Profile(_Model):
+class Profile(Strict):
     """One file in ``systems/``."""
 
     schema_: Literal[1] = Field(alias="schema")

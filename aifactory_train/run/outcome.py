@@ -15,7 +15,6 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from aifactory_train.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, UserError
 from aifactory_train.core.files import write_json
@@ -238,14 +237,3 @@ def new_attempt(run: RunFolder) -> int:
             return number
         except FileExistsError:
             number += 1
-
-
-def read_outcomes(folder: Path) -> dict[int, dict[str, Any]]:
-    """Outcome by rank of one attempt's folder."""
-    from aifactory_train.core.files import read_json
-
-    found = {}
-    for path in folder.glob("outcome-*.json"):
-        outcome = read_json(path)
-        found[int(outcome["rank"])] = outcome
-    return found

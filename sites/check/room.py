@@ -15,9 +15,10 @@ from aifactory_train.sites.catalogue import GPUS, ROOM, gpu_catalogue, merge_cat
 from aifactory_train.sites.check.faults import Fault, Report, at
 from aifactory_train.sites.check.profile import check_system, dated
 from aifactory_train.sites.check.rules import gpu_faults
+from aifactory_train.sites.hardware import Gpu
 from aifactory_train.sites.index import READINESS_WORDS
 from aifactory_train.sites.reading import line_of, read_yaml
-from aifactory_train.sites.schema import FactEntry, Gpu, Source
+from aifactory_train.sites.schema import FactEntry, Source
 from aifactory_train.sites.system import System
 
 #: Profiles that belong to no member.

@@ -9,8 +9,8 @@ from pathlib import Path
 from aifactory_train.core.errors import did_you_mean
 from aifactory_train.sites.catalogue import gpu_catalogue
 from aifactory_train.sites.check.faults import Fault, Place, at
+from aifactory_train.sites.hardware import Gpu
 from aifactory_train.sites.schedulers import SCHEDULERS
-from aifactory_train.sites.schema import Gpu
 from aifactory_train.sites.system import System
 
 

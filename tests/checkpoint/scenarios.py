@@ -51,9 +51,9 @@ def start(
 
 def seen(folder: Path, name: str, ranks: forked.Ranks) -> dict[str, Any]:
     """What a parent can know afterwards."""
+    from aifactory_train.core.files import read_json
     from aifactory_train.launchers.programs.attempt import diagnose
     from aifactory_train.parallel.storage import faults, steps_in
-    from aifactory_train.run.outcome import read_outcomes
 
     run = folder / name / "run"
     attempt = run / "attempts" / "001"
@@ -63,7 +63,7 @@ def seen(folder: Path, name: str, ranks: forked.Ranks) -> dict[str, Any]:
     log = (folder / name / "log" / "rank-0.log").read_text()
     return {
         "codes": {str(r): c for r, c in ranks.codes.items()},
-        "outcomes": {str(r): o for r, o in read_outcomes(attempt).items()},
+        "outcomes": {str(o["rank"]): o for o in map(read_json, attempt.glob("outcome-*.json"))},
         "complete": [s for s in steps_in(checkpoints) if not faults(checkpoints / f"step-{s}")],
         "state": state,
         "cause": cause,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aifactory_train import sites
 from aifactory_train.core.errors import UserError
-from aifactory_train.sites import catalogue, index, paths, schema
+from aifactory_train.sites import catalogue, fields, index, paths, schema
 
 USABLE = sites.names(usable=True)
 
@@ -298,14 +298,14 @@ def test_keys_with_dots_are_one_key(tmp_path: Path) -> None:
 
 @given(st.integers(min_value=1, max_value=400 * 86400))
 def test_times_survive_both_ways(seconds: int) -> None:
-    assert schema.parse_duration(schema.slurm_time(seconds)) == seconds
-    assert schema.parse_duration(schema.compact_time(seconds)) == seconds
+    assert fields.parse_duration(fields.slurm_time(seconds)) == seconds
+    assert fields.parse_duration(fields.compact_time(seconds)) == seconds
 
 
 @given(st.text(max_size=12))
 def test_any_text_is_a_time_or_refused(text: str) -> None:
     try:
-        assert schema.parse_duration(text) > 0
+        assert fields.parse_duration(text) > 0
     except ValueError as error:
         assert str(error)
 
