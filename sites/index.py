@@ -10,9 +10,10 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aifactory_train.sites.resolving import readiness_of, resolve
+if TYPE_CHECKING:
+    from aifactory_train.sites.system import System
 
 ROOM = Path(__file__).resolve().parent
 INDEX = ROOM / "index.json"
@@ -58,74 +59,75 @@ def load_index() -> dict[str, Any]:
 def build_index(current: str | None = None) -> dict[str, Any]:
     """The index from the YAML files."""
     from aifactory_train.sites import catalogue, reading
+    from aifactory_train.sites.resolving import resolve  # here: a fresh index is read without pydantic
 
-    systems = []
-    for path in sorted(catalogue.SYSTEMS.glob("*.yaml")):
-        system = resolve(reading.read_yaml(path), path)
-        level, evidence = readiness_of(system)
-        longest = [v for v in (system.limits(p)["max_time"] for p in system.partitions) if v]
-        qos_longest = [q.max_time for q in system.qos.values() if q.max_time]
-        systems.append(
-            {
-                "id": system.id,
-                "name": system.name,
-                "aliases": list(system.aliases),
-                "status": system.status,
-                "status_reason": system.status_reason,
-                "operator": system.operator,
-                "country": system.country,
-                "arch": system.gpu.arch,
-                "gpu": system.gpu.model,
-                "sku": system.gpu.sku,
-                "gpu_memory_gib": system.gpu.memory_gib,
-                "gpus_per_node": system.node.gpus,
-                "nodes": system.node.count,
-                "isa": system.node.isa,
-                "scheduler": system.scheduler.kind,
-                "partitions": list(system.partitions),
-                "max_time": max(longest + qos_longest) if longest or qos_longest else None,
-                "max_nodes": system.max_nodes,
-                "internet": system.internet.compute,
-                "readiness": level,
-                "readiness_evidence": evidence,
-                "complete": system.complete if system.usable else False,
-                "missing": list(system.missing),
-                "expires": system.expires.isoformat(),
-                "detect": system.detect.model_dump(),
-            }
-        )
+    systems = [_system_row(resolve(reading.read_yaml(path), path)) for path in sorted(catalogue.SYSTEMS.glob("*.yaml"))]
     raw = reading.read_yaml(catalogue.FACTORIES)
     status = {s["id"]: s["status"] for s in systems}
     by_id = {m["id"]: m for m in raw["members"]}
-    members = []
-    for m in raw["members"]:
-        linked = [
-            s
-            for link in m.get("links", [])
-            for s in by_id.get(link, {}).get("systems", [])
-            if status.get(s) == "usable"
-        ]
-        members.append(
-            {
-                "id": m["id"],
-                "name": m["name"],
-                "kind": m["kind"],
-                "country": m["country"],
-                "country_name": raw["countries"].get(m["country"], m["country"]),
-                "host": m["host"],
-                "wave": m.get("wave"),
-                "sectors": m.get("sectors", []),
-                "sectors_reason": m.get("sectors_reason"),
-                "focus": m.get("focus"),
-                "links": m.get("links", []),
-                "systems": [s for s in m.get("systems", []) if status.get(s) == "usable"],
-                "announced": [s for s in m.get("announced", []) if status.get(s) == "announced"],
-                "unsuitable": [s for s in m.get("unsuitable", []) if status.get(s) == "unsuitable"],
-                "linked_systems": list(dict.fromkeys(linked)),
-                "reason": m.get("reason"),
-            }
-        )
+    members = [_member_row(m, by_id, status, raw["countries"]) for m in raw["members"]]
     return {"format": FORMAT, "digest": current or digest(), "members": members, "systems": systems}
+
+
+def _system_row(system: System) -> dict[str, Any]:
+    from aifactory_train.sites.resolving import readiness_of
+
+    level, evidence = readiness_of(system)
+    longest = [v for v in (system.limits(p)["max_time"] for p in system.partitions) if v]
+    qos_longest = [q.max_time for q in system.qos.values() if q.max_time]
+    return {
+        "id": system.id,
+        "name": system.name,
+        "aliases": list(system.aliases),
+        "status": system.status,
+        "status_reason": system.status_reason,
+        "operator": system.operator,
+        "country": system.country,
+        "arch": system.gpu.arch,
+        "gpu": system.gpu.model,
+        "sku": system.gpu.sku,
+        "gpu_memory_gib": system.gpu.memory_gib,
+        "gpus_per_node": system.node.gpus,
+        "nodes": system.node.count,
+        "isa": system.node.isa,
+        "scheduler": system.scheduler.kind,
+        "partitions": list(system.partitions),
+        "max_time": max(longest + qos_longest) if longest or qos_longest else None,
+        "max_nodes": system.max_nodes,
+        "internet": system.internet.compute,
+        "readiness": level,
+        "readiness_evidence": evidence,
+        "complete": system.complete if system.usable else False,
+        "missing": list(system.missing),
+        "expires": system.expires.isoformat(),
+        "detect": system.detect.model_dump(),
+    }
+
+
+def _member_row(
+    m: dict[str, Any], by_id: dict[str, Any], status: dict[str, str], countries: dict[str, str]
+) -> dict[str, Any]:
+    linked = [
+        s for link in m.get("links", []) for s in by_id.get(link, {}).get("systems", []) if status.get(s) == "usable"
+    ]
+    return {
+        "id": m["id"],
+        "name": m["name"],
+        "kind": m["kind"],
+        "country": m["country"],
+        "country_name": countries.get(m["country"], m["country"]),
+        "host": m["host"],
+        "wave": m.get("wave"),
+        "sectors": m.get("sectors", []),
+        "sectors_reason": m.get("sectors_reason"),
+        "focus": m.get("focus"),
+        "links": m.get("links", []),
+        "systems": [s for s in m.get("systems", []) if status.get(s) == "usable"],
+        "announced": [s for s in m.get("announced", []) if status.get(s) == "announced"],
+        "unsuitable": [s for s in m.get("unsuitable", []) if status.get(s) == "unsuitable"],
+        "linked_systems": list(dict.fromkeys(linked)),
+        "reason": m.get("reason"),
+    }
 
 
 def write_index() -> Path:

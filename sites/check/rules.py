@@ -50,7 +50,7 @@ def _gpu(system: System, path: Path) -> Iterator[Fault]:
             )
 
 
-def _node(system: System, path: Path) -> Iterator[Fault]:
+def _cores(system: System, path: Path) -> Iterator[Fault]:
     node, request = system.node, system.request
     usable = node.cores_usable or node.cores
     if node.cores and node.cores_usable and node.cores_usable > node.cores:
@@ -85,6 +85,14 @@ def _node(system: System, path: Path) -> Iterator[Fault]:
             f"{request.cpus_are}",
             f"at most {most // node.gpus}",
         )
+    if node.gpu_numa and node.gpus and len(node.gpu_numa) != node.gpus:
+        yield Fault("binding", at(path, "node", "gpu_numa"), f"{len(node.gpu_numa)} NUMA domains for {node.gpus} GPUs")
+    if node.gpu_numa and node.numa_domains and max(node.gpu_numa) >= node.numa_domains:
+        yield Fault("binding", at(path, "node", "gpu_numa"), f"domain {max(node.gpu_numa)} of {node.numa_domains}")
+
+
+def _memory(system: System, path: Path) -> Iterator[Fault]:
+    node, request = system.node, system.request
     if node.memory_gib and node.memory_usable_gib and node.memory_usable_gib > node.memory_gib:
         yield Fault(
             "memory",
@@ -104,10 +112,9 @@ def _node(system: System, path: Path) -> Iterator[Fault]:
             at(path, "request", "memory"),
             f"memory is asked for with --{request.memory} but no amount is given",
         )
-    if node.gpu_numa and node.gpus and len(node.gpu_numa) != node.gpus:
-        yield Fault("binding", at(path, "node", "gpu_numa"), f"{len(node.gpu_numa)} NUMA domains for {node.gpus} GPUs")
-    if node.gpu_numa and node.numa_domains and max(node.gpu_numa) >= node.numa_domains:
-        yield Fault("binding", at(path, "node", "gpu_numa"), f"domain {max(node.gpu_numa)} of {node.numa_domains}")
+
+
+def _network(system: System, path: Path) -> Iterator[Fault]:
     net = system.interconnect
     if (
         net.node_gbit_s
@@ -130,11 +137,12 @@ def _node(system: System, path: Path) -> Iterator[Fault]:
         yield Fault(
             "network", at(path, "interconnect", "in_node"), "the slowest pair is faster than a pair of neighbours"
         )
-    wheels = system.software.wheels_isa
-    if wheels and node.isa and wheels != node.isa:
-        yield Fault(
-            "isa", at(path, "software", "wheels_isa"), f"environments for {wheels} do not run on {node.isa} nodes"
-        )
+
+
+def _software(system: System, path: Path) -> Iterator[Fault]:
+    wheels, isa = system.software.wheels_isa, system.node.isa
+    if wheels and isa and wheels != isa:
+        yield Fault("isa", at(path, "software", "wheels_isa"), f"environments for {wheels} do not run on {isa} nodes")
     vendor = system.gpu.vendor
     for i, box in enumerate(system.software.containers):
         if (box.gpu_flag == "--rocm" and vendor == "nvidia") or (box.gpu_flag == "--nv" and vendor == "amd"):
@@ -265,4 +273,4 @@ def _access(system: System, path: Path) -> Iterator[Fault]:
 
 
 #: Each takes a usable system and the path of its file.
-RULES = (_gpu, _node, _limits, _scheduler, _launch, _access)
+RULES = (_gpu, _cores, _memory, _network, _software, _limits, _scheduler, _launch, _access)
