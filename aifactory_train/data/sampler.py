@@ -144,7 +144,7 @@ class Sampler:
 def split_step(
     docs: np.ndarray,
     lengths: np.ndarray,
-    world_size: int,
+    data_ranks: int,
     grad_accum: int | str = "auto",
     micro_batch_tokens: int = 4096,
     batching: str = "packed",
@@ -154,6 +154,7 @@ def split_step(
     Args:
         docs: int [n], documents of the step.
         lengths: int [num_docs], tokens of each document of the whole data set.
+        data_ranks: ranks that have documents of their own (all of them, unless some share a sequence or a matrix).
         grad_accum: micro-batches per rank, or ``"auto"``: as few as keep each within ``micro_batch_tokens``.
         batching: ``packed`` (a micro-batch costs the sum of its tokens) or ``padded`` (rows times the longest).
 
@@ -168,23 +169,23 @@ def split_step(
     by_length = np.lexsort((np.arange(len(docs)), -own))
     if grad_accum == "auto":
         total = int(own.sum())
-        accum = max(1, math.ceil(total / (world_size * micro_batch_tokens)))
+        accum = max(1, math.ceil(total / (data_ranks * micro_batch_tokens)))
         while True:
-            slots = share(own, by_length, world_size * accum)
+            slots = share(own, by_length, data_ranks * accum)
             worst = max((_cost(own, s, batching) for s in slots), default=0)
             if worst <= micro_batch_tokens or accum >= len(docs):
                 break
             accum += 1
     else:
         accum = int(grad_accum)
-        slots = share(own, by_length, world_size * accum)
+        slots = share(own, by_length, data_ranks * accum)
     slots.sort(key=lambda s: (-_cost(own, s, batching), s[:1]))
-    out: list[list[np.ndarray]] = [[] for _ in range(world_size)]
-    spent = [0] * world_size
+    out: list[list[np.ndarray]] = [[] for _ in range(data_ranks)]
+    spent = [0] * data_ranks
     for micro in range(accum):
-        # Of the next `world_size` slots, the most expensive goes to the rank that has had the least so far.
-        ranks = sorted(range(world_size), key=lambda r: (spent[r], r))
-        for rank, slot in zip(ranks, slots[micro * world_size : (micro + 1) * world_size], strict=True):
+        # Of the next `data_ranks` slots, the most expensive goes to the rank that has had the least so far.
+        ranks = sorted(range(data_ranks), key=lambda r: (spent[r], r))
+        for rank, slot in zip(ranks, slots[micro * data_ranks : (micro + 1) * data_ranks], strict=True):
             spent[rank] += _cost(own, slot, batching)
             out[rank].append(docs[np.sort(np.asarray(slot, dtype=np.int64))])
     return out

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.model.report import ModelReport
 
-if TYPE_CHECKING:
-    pass
 
-
-def apply_operators(core: CausalLM, recipe: Recipe, *, device: str, engine: str, report: ModelReport) -> None:
+def apply_operators(
+    core: CausalLM, recipe: Recipe, *, device: str, engine: str, weights: str, report: ModelReport
+) -> None:
     """Our operators in place of the model's own, with a report of what was replaced and what was not.
 
+    ``weights``: when ``engine`` shows a whole weight, 'always', while its 'block' or only while its own 'module' runs.
     On a GPU the Triton kernels that the registry selects for this chip; on a CPU the torch path that keeps less for the
     backward pass (:mod:`aifactory_train.model.cpu_operators`).
     """
     if recipe.kernels.enabled == "off":
         report.add("operators", "the model's own", "kernels.enabled off")
     elif device != "cpu":
-        _apply_triton(core, engine=engine, report=report)
-    elif engine == "zero3":
-        why = "zero3 gathers weights when a layer is called, and these operators read them directly"
+        _apply_triton(core, weights=weights, report=report)
+    elif weights == "module":
+        why = f"{engine} gathers weights when a layer is called, and these operators read them directly"
         report.add("operators", "the model's own", why)
     elif recipe.parallel.compile:
         report.add("operators", "the model's own", "parallel.compile fuses by itself")
@@ -44,13 +42,13 @@ def apply_operators(core: CausalLM, recipe: Recipe, *, device: str, engine: str,
         report.add("matrix products", "oneDNN, called directly" if name == "onednn" else "torch's own choice", why)
 
 
-def _apply_triton(core: CausalLM, *, engine: str, report: ModelReport) -> None:
+def _apply_triton(core: CausalLM, *, weights: str, report: ModelReport) -> None:
     from aifactory_train.kernels.runtime import device_of
     from aifactory_train.model.gpu_operators import apply_kernels
 
     arch, sku, _ = device_of(torch.cuda.current_device())
-    # ZeRO-3 gathers a weight when its own module is called; these two read their children's weights directly.
-    skip = ("rms_norm_residual", "lora_linear") if engine == "zero3" else ()
+    # These two read their children's weights directly.
+    skip = ("rms_norm_residual", "lora_linear") if weights == "module" else ()
     dtype = next((p.dtype for p in core.parameters() if not p.requires_grad), torch.bfloat16)
     outcome = apply_kernels(core.model, arch=arch, sku=sku, dtype=dtype, skip=skip)
     shown = ", ".join(f"{count} {op} in {name}" for (op, name), count in sorted(outcome.replaced.items()))

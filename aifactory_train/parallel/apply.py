@@ -13,8 +13,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from aifactory_train.core.errors import UserError
-
 if TYPE_CHECKING:
     from aifactory_train.model.causal_lm import CausalLM
 
@@ -151,14 +149,8 @@ def apply_activation_checkpointing(core: nn.Module, mode: str) -> None:
 # ---- compilation
 
 
-def apply_compile(core: nn.Module, engine: str) -> None:
+def apply_compile(core: nn.Module) -> None:
     """``torch.compile`` of each block: the blocks are alike, so one compilation serves them all."""
-    if engine == "zero3":
-        raise UserError(
-            "ZeRO-3 gathers parameters by hooks inside each block, which a compiled block cannot contain",
-            where="parallel.compile",
-            fix="--set parallel.engine=fsdp2 (the same memory), or parallel.compile=false",
-        )
     # One block differs from the next by its weights alone; without this each block would be compiled again.
     torch._dynamo.config.inline_inbuilt_nn_modules = True
     for block in block_modules(core):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.parallel.capabilities import holds_quantised
 from aifactory_train.parallel.engine import Engine
+from aifactory_train.parallel.traits import DEFAULT, refuse_what_it_cannot_do, traits_of
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
@@ -27,44 +27,22 @@ def choose_engine(recipe: Recipe, world: World) -> tuple[str, str]:
             where="parallel.shard_size",
             fix="--set parallel.engine=hsdp, or leave parallel.shard_size out",
         )
-    return "ddp", "one copy of the model per rank" if world.size > 1 else "one process"
+    return DEFAULT, "one copy of the model per rank" if world.size > 1 else "one process"
 
 
 def build_engine(name: str, core: CausalLM, recipe: Recipe, precision: Precision, world: World) -> Engine:
     """Construct the engine; its imports happen here, so that DeepSpeed is needed only where it is used.
 
-    Order: compute type (DDP alone: the others cast gathered parameters), activation checkpointing, compilation, engine.
+    Order: compute type (where the engine does not cast what it gathers), activation checkpointing, compilation, engine.
     """
     from aifactory_train.parallel.apply import apply_activation_checkpointing, apply_compile, apply_compute_type
 
-    settings = recipe.parallel
-    refuse_quantised(recipe, name)
-    if name == "ddp":
+    settings, traits = recipe.parallel, traits_of(name)
+    refuse_what_it_cannot_do(recipe, name)
+    if traits.compute_copies:
         apply_compute_type(core, precision.compute)
     apply_activation_checkpointing(core, settings.activation_checkpointing)
     if settings.compile:
-        apply_compile(core, name)
+        apply_compile(core)
     core.train()
-    if name == "ddp":
-        from aifactory_train.parallel.ddp import DDPEngine
-
-        return DDPEngine(core, recipe, precision, world)
-    if name in ("fsdp2", "hsdp"):
-        from aifactory_train.parallel.fsdp import FSDPEngine
-
-        return FSDPEngine(core, recipe, precision, world, replicate=name == "hsdp")
-    if name in ("zero1", "zero2", "zero3"):
-        from aifactory_train.parallel.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(core, recipe, precision, world, stage=int(name[-1]))
-    raise UserError(f"unknown engine '{name}'", where="parallel.engine")
-
-
-def refuse_quantised(recipe: Recipe, name: str) -> None:
-    """Raise :class:`UserError` for a 4-bit base with an engine that cannot hold one."""
-    if recipe.adapter.quantise_base != "none" and not holds_quantised(name):
-        raise UserError(
-            f"engine {name} cannot hold a 4-bit base",
-            where="adapter.quantise_base",
-            fix="--set parallel.engine=ddp (the 4-bit base is small), or adapter.quantise_base=none",
-        )
+    return traits.load()(name, core, recipe, precision, world)

@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from aifactory_train.core import compat
-from aifactory_train.core.errors import UserError
 from aifactory_train.parallel.state import Piece
 from aifactory_train.parallel.torch_engine import TorchEngine
 
@@ -40,16 +39,8 @@ def _sum_hook(dtype: torch.dtype, bucket):  # DDP reads annotations as types, wh
 class DDPEngine(TorchEngine):
     """See :class:`aifactory_train.parallel.Engine`."""
 
-    name = "ddp"
-
-    def __init__(self, core: CausalLM, recipe: Recipe, precision: Precision, world: World):
-        super().__init__(core, recipe, precision, world)
-        if recipe.parallel.offload_optimizer:
-            raise UserError(
-                "engine ddp keeps the optimizer state beside the parameters",
-                where="parallel.offload_optimizer",
-                fix="--set parallel.engine=fsdp2 (or zero2, zero3), or parallel.offload_optimizer=false",
-            )
+    def __init__(self, name: str, core: CausalLM, recipe: Recipe, precision: Precision, world: World):
+        super().__init__(name, core, recipe, precision, world)
         self.module: nn.Module = core
         self.warns = world.size > 1
         if self.warns:
@@ -97,4 +88,4 @@ class DDPEngine(TorchEngine):
 
     def describe(self) -> list[tuple[str, str, str]]:
         how = f"{self.world.size} copies, gradients summed" if self.world.size > 1 else "one process"
-        return [("engine", "ddp", how)]
+        return [("engine", self.name, how)]

@@ -22,10 +22,11 @@ from torch import nn
 from aifactory_train.core.errors import UserError
 from aifactory_train.model.weight_files import file_name_of, read_tensor, tensors_in
 from aifactory_train.parallel.apply import block_modules
-from aifactory_train.parallel.capabilities import zero_stage
+from aifactory_train.parallel.dims import ParallelDims
 from aifactory_train.parallel.optim import build_optimizer, parameter_groups
 from aifactory_train.parallel.state import Piece, Sharded, run_of
 from aifactory_train.parallel.torch_engine import clip_factor, multiply, state_keys, sum_of_squares
+from aifactory_train.parallel.traits import traits_of, zero_stage
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
@@ -140,9 +141,11 @@ def partition_while_reading(
 class DeepSpeedEngine:
     """See :class:`aifactory_train.parallel.Engine`."""
 
-    def __init__(self, core: CausalLM, recipe: Recipe, precision: Precision, world: World, *, stage: int):
+    def __init__(self, name: str, core: CausalLM, recipe: Recipe, precision: Precision, world: World):
         deepspeed = import_deepspeed()
-        self.name = f"zero{stage}"
+        self.name, self.dims = name, ParallelDims.of(name, recipe, world.size, world.local_size)
+        stage = traits_of(name).zero_stage
+        assert stage is not None, f"{name} is no stage of ZeRO"
         half = precision.compute == torch.bfloat16
         runs = zero_stage(stage, bf16=half, offload_optimizer=recipe.parallel.offload_optimizer)
         self.instead = runs != stage

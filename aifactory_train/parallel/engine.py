@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from aifactory_train.model.attention import Documents
     from aifactory_train.model.causal_lm import CausalLM
+    from aifactory_train.parallel.dims import ParallelDims
     from aifactory_train.parallel.state import Sharded
 
 
@@ -44,9 +45,11 @@ class DeviceBatch:
 
 
 class Engine(Protocol):
-    """What the loop, the checkpoints and the export need of an engine."""
+    """What the loop, the checkpoints and the export need of an engine, built as ``class(name, core, recipe, precision, world)``."""
 
     name: str
+    #: how the ranks are divided; ``dims.data_ranks`` share the documents of a step
+    dims: ParallelDims
     #: callable like CausalLM.forward; all ranks must call it together
     module: nn.Module
     #: the CausalLM inside, whose parameters the engine may have sharded in place

@@ -19,10 +19,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 from aifactory_train.core import compat
-from aifactory_train.core.errors import UserError
 from aifactory_train.parallel.apply import block_modules
+from aifactory_train.parallel.dims import ParallelDims
 from aifactory_train.parallel.state import Piece, rows_of
 from aifactory_train.parallel.torch_engine import TorchEngine
+from aifactory_train.parallel.traits import traits_of
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
@@ -32,17 +33,11 @@ if TYPE_CHECKING:
     from aifactory_train.parallel.world import World
 
 
-def build_mesh(device: str, size: int, shard_size: int | None) -> DeviceMesh:
-    """``(shard,)`` over all ranks, or with ``shard_size`` ``(replicate, shard)``; names are the dimensions'."""
-    if shard_size is None:
-        return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
-    if size % shard_size:
-        raise UserError(
-            f"{size} ranks cannot be split into copies of {shard_size} ranks each",
-            where="parallel.shard_size",
-            fix=f"choose a divisor of {size}, or --set parallel.engine=fsdp2",
-        )
-    return init_device_mesh(device, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+def build_mesh(device: str, dims: ParallelDims, *, copies: bool) -> DeviceMesh:
+    """``(shard,)`` over all ranks, or where there may be ``copies`` ``(replicate, shard)``; names are the dimensions'."""
+    if not copies:
+        return init_device_mesh(device, (dims.dp_shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (dims.dp_replicate, dims.dp_shard), mesh_dim_names=("replicate", "shard"))
 
 
 def apply_fsdp(
@@ -72,11 +67,10 @@ def apply_fsdp(
 class FSDPEngine(TorchEngine):
     """See :class:`aifactory_train.parallel.Engine`."""
 
-    def __init__(self, core: CausalLM, recipe: Recipe, precision: Precision, world: World, *, replicate: bool):
-        super().__init__(core, recipe, precision, world)
-        self.name = "hsdp" if replicate else "fsdp2"
-        shard_size = (recipe.parallel.shard_size or world.local_size) if replicate else None
-        self.mesh = build_mesh(torch.device(world.device).type, world.size, shard_size)
+    def __init__(self, name: str, core: CausalLM, recipe: Recipe, precision: Precision, world: World):
+        super().__init__(name, core, recipe, precision, world)
+        copies = traits_of(name).shard_group == "chosen"
+        self.mesh = build_mesh(torch.device(world.device).type, self.dims, copies=copies)
         # On CPU ranks the state already lies in host memory.
         self.offload = recipe.parallel.offload_optimizer and world.device != "cpu"
         from aifactory_train.parallel import materialise
@@ -134,7 +128,7 @@ class FSDPEngine(TorchEngine):
 
     def describe(self) -> list[tuple[str, str, str]]:
         shards = self.mesh.size(-1)
-        if self.name == "hsdp":
+        if self.mesh.ndim == 2:
             how = f"{self.mesh.size(0)} copies of {shards} shards each"
         else:
             how = f"{shards} shards"

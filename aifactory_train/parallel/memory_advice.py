@@ -12,6 +12,7 @@ import torch
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import RunFailed
+from aifactory_train.parallel.traits import traits_of
 
 if TYPE_CHECKING:
     from aifactory_train.parallel.engine import Engine
@@ -73,10 +74,11 @@ def advise(recipe: Recipe, use: MemoryUse | None, world_size: int, trained_bytes
         lines.append(
             f"--set parallel.activation_checkpointing={step} (blocks keep less and compute it again: about 30 % slower)"
         )
-    if recipe.parallel.engine in ("auto", "ddp") and world_size > 1 and trained_bytes:
+    traits = traits_of(recipe.parallel.engine)
+    if not traits.shards_optimizer and world_size > 1 and trained_bytes:
         saved = trained_bytes * (world_size - 1) // world_size
         lines.append(f"--set parallel.engine=fsdp2 (frees about {saved / 2**30:.1f} GiB per rank of {world_size})")
-    elif not recipe.parallel.offload_optimizer and recipe.parallel.engine not in ("auto", "ddp"):
+    elif not recipe.parallel.offload_optimizer and traits.offloads_optimizer:
         lines.append("--set parallel.offload_optimizer=true (optimizer state in host memory: slower steps)")
     if tokens <= longest:
         lines.append(f"--set data.sequence_length={max(8, longest // 2)} (now {longest}; longer documents are cut)")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from aifactory_train.parallel.dims import ParallelDims
 from aifactory_train.parallel.optim import build_optimizer, parameter_groups
 from aifactory_train.parallel.state import Piece, Sharded
 
@@ -63,10 +64,10 @@ def split_scale(scale: float) -> tuple[float, float]:
 class TorchEngine:
     """Common part of the engines whose optimizer is torch's; see :class:`aifactory_train.parallel.Engine`."""
 
-    name: str
     module: nn.Module
 
-    def __init__(self, core: CausalLM, recipe: Recipe, precision: Precision, world: World):
+    def __init__(self, name: str, core: CausalLM, recipe: Recipe, precision: Precision, world: World):
+        self.name, self.dims = name, ParallelDims.of(name, recipe, world.size, world.local_size)
         self.core, self.recipe, self.precision, self.world = core, recipe, precision, world
         self.updates = 0
         self.files: dict[str, Any] = {}

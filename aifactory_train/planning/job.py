@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, replace
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.model.shapes import Shape
+from aifactory_train.parallel.traits import DEFAULT, ENGINES, EngineTraits, traits_of
 
 GIB = 2**30
 
-ENGINES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
+#: The default engine on one rank, which has nothing to spread.
+SINGLE = "single"
 CHECKPOINTING = ("none", "selective", "full")
 
 
@@ -58,10 +60,7 @@ class Layout:
     offload_parameters: bool = False
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise UserError(
-                f"unknown engine '{self.engine}'", where="parallel.engine", fix=f"one of {', '.join(ENGINES)}"
-            )
+        traits_of(self.setting)  # refuses an unknown one
         if self.world < 1 or self.shard < 1 or self.world % self.shard:
             raise UserError(
                 f"{self.world} ranks cannot be divided into groups of {self.shard}",
@@ -70,24 +69,33 @@ class Layout:
             )
 
     @property
+    def setting(self) -> str:
+        """The engine as ``parallel.engine`` names it."""
+        return DEFAULT if self.engine == SINGLE else self.engine
+
+    @property
+    def traits(self) -> EngineTraits:
+        return ENGINES[self.setting]
+
+    @property
     def replicas(self) -> int:
         return self.world // self.shard
 
     @property
     def shards_parameters(self) -> bool:
-        return self.engine in ("fsdp2", "hsdp", "zero3")
+        return self.traits.shards_parameters
 
     @property
     def shards_gradients(self) -> bool:
-        return self.engine in ("fsdp2", "hsdp", "zero2", "zero3")
+        return self.traits.shards_gradients
 
     @property
     def shards_optimizer(self) -> bool:
-        return self.engine in ("fsdp2", "hsdp", "zero1", "zero2", "zero3")
+        return self.traits.shards_optimizer
 
     @property
     def deepspeed(self) -> bool:
-        return self.engine.startswith("zero")
+        return self.traits.zero_stage is not None
 
 
 @dataclass(frozen=True)

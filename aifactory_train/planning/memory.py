@@ -248,12 +248,13 @@ def static_state(job: Job) -> State:
     block, root, trained_block, trained_root = _block_sizes(
         shape, job.method, job.lora_rank, job.targets, job.dora, job.train_embeddings
     )
-    shard = _shard_flat if layout.engine == "zero3" else _shard_rows
+    traits = layout.traits
+    shard = _shard_flat if traits.cuts == "elements" else _shard_rows
 
     def elements(per_block: list[tuple[int, int]], outside: list[tuple[int, int]], sharded: bool) -> float:
         if not sharded:
             return _shard_flat(per_block, 1) * shape.layers + _shard_flat(outside, 1)
-        if layout.engine in ("zero1", "zero2"):  # one flat buffer
+        if traits.cuts == "buffer":
             return math.ceil((_shard_flat(per_block, 1) * shape.layers + _shard_flat(outside, 1)) / layout.shard)
         return shard(per_block, layout.shard) * shape.layers + shard(outside, layout.shard)
 
@@ -270,7 +271,8 @@ def static_state(job: Job) -> State:
     here = elements(trained_block, trained_root, layout.shards_parameters)
     for_optimizer = elements(trained_block, trained_root, layout.shards_optimizer)
     gradients = elements(trained_block, trained_root, layout.shards_gradients) * b.gradients
-    if job.accumulates_whole and job.grad_accum > 1 and layout.engine in ("fsdp2", "hsdp") and layout.shard > 1:
+    late = traits.shards_gradients and traits.reduces == "last" and job.accumulates_whole
+    if late and job.grad_accum > 1 and layout.shard > 1:
         gradients = max(gradients, elements(trained_block, trained_root, False) * b.reduce)
     optimizer = for_optimizer * b.optimizer
     if layout.deepspeed:
@@ -282,7 +284,7 @@ def static_state(job: Job) -> State:
         parameters = here * b.parameters
         # compute copies live from a block's forward to its backward: all of them without checkpointing, one block's with
         copies = here if job.checkpointing == "none" else here / max(1, shape.layers)
-        working = copies * b.working if layout.engine in ("ddp", "single") else 0.0
+        working = copies * b.working if traits.compute_copies else 0.0
     host = 0.0
     if layout.offload_optimizer:
         host += optimizer
@@ -308,23 +310,24 @@ def static_state(job: Job) -> State:
 def communication_bytes(job: Job) -> tuple[float, float]:
     """Buffers that hold gathered parameters, and gradients on their way: ``(in forward, in backward)``, bytes."""
     shape, b, layout = job.shape, job.bytes, job.layout
-    if layout.world == 1 or (layout.shard == 1 and layout.engine != "ddp"):
+    traits = layout.traits
+    if layout.world == 1 or (layout.shard == 1 and traits.shards_optimizer):
         return 0.0, 0.0
     # NF4 blocks are gathered packed and unpacked block by block into the compute type
     block = shape.block_parameters * (NF4_BYTES if job.method == "qlora" else b.compute)
     unpacked = shape.block_parameters * b.compute if job.method == "qlora" else 0.0
     root = (shape.embedding_parameters + shape.head_parameters) * b.compute
-    if layout.engine in ("fsdp2", "hsdp"):
+    if traits.weights == "block":
         gathered = 2 * block + unpacked + root  # this block and the prefetched one; the root stays gathered
         # unsharded gradients of one block and their copy in the reduction's type, and the root's gradients
         grads = shape.block_parameters * (b.compute + b.reduce) + root if job.method == "full" else 0.0
         return gathered, gathered + grads
-    if layout.engine == "zero3":
+    if traits.weights == "module":
         live = max(min(ZERO_MAX_LIVE, shape.parameters) * b.compute, root + block) + unpacked
         if job.method == "full":
             live += 2 * job.zero_bucket * b.compute  # allocated from the start
         return live, live + (root if job.method == "full" else 0.0)
-    if layout.engine in ("zero1", "zero2"):
+    if traits.shards_optimizer:
         bucket = min(2 * job.zero_bucket, 2.0 * job.trained_parameters) * b.compute
         return 0.0, bucket
     bucket = min(25 * 2**20 * 2, job.trained_parameters * b.gradients)  # DDP: gradients live in the buckets
@@ -340,8 +343,7 @@ def predict(job: Job, *, context: bool = True, fragmentation: float = FRAGMENTAT
     gradients = state.gradients
     if job.gradient_in_backward:
         gradients = job.shape.block_parameters * job.bytes.gradients
-    # DDP, ZeRO-1 and ZeRO-2 keep flat gradient buffers from the start; elsewhere gradients appear in the first backward
-    buffers = job.layout.world > 1 and job.layout.engine in ("ddp", "zero1", "zero2")
+    buffers = job.layout.world > 1 and job.layout.traits.gradient_buffers
     early = gradients if job.grad_accum > 1 or buffers else 0.0
     checkpointed = job.checkpointing != "none"
     blocks = max(job.shape.layers, 1)

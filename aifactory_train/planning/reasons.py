@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from aifactory_train.planning import machine, memory, search
-from aifactory_train.planning.job import STACKS, Gpu, Links
+from aifactory_train.planning.job import SINGLE, STACKS, Gpu, Links
 from aifactory_train.planning.request import Request, Totals
 from aifactory_train.planning.search import Candidate
 from aifactory_train.planning.timing import Constants
@@ -44,15 +44,8 @@ def of_choice(
     else:
         rival = fastest(lambda c: c.job.layout.engine != layout.engine)
         name = rival.job.layout.engine if rival else ""
-        why = {
-            "single": "one GPU, nothing to spread",
-            "ddp": "the whole model fits on each GPU, so only gradients have to travel",
-            "fsdp2": "one copy of the model over all GPUs",
-            "hsdp": f"copies of the model on {layout.shard} GPUs each keep gathering on the fast links",
-            "zero1": "optimizer state in shards",
-            "zero2": "optimizer state and gradients in shards",
-            "zero3": "everything in shards",
-        }[layout.engine]
+        single = layout.engine == SINGLE
+        why = "one GPU, nothing to spread" if single else layout.traits.means.format(shard=layout.shard)
         lines.append(f"engine: {layout.engine}, {why}; {than(rival, name, 'no other engine fits')}")
     if layout.offload_optimizer:
         lines.append(

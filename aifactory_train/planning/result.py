@@ -58,7 +58,7 @@ def as_dict(
         "gpu": gpu.sku,
         "nodes": run.nodes,
         "gpus": run.gpus,
-        "engine": "ddp" if job.layout.engine == "single" else job.layout.engine,
+        "engine": job.layout.setting,
         "mesh": {"replicate": job.layout.replicas, "shard": job.layout.shard},
         "micro_batch": int(job.micro_batch),
         "micro_batch_tokens": int(job.tokens),
@@ -105,7 +105,7 @@ def as_dict(
             {
                 "nodes": t.nodes,
                 "gpus": t.gpus,
-                "engine": "ddp" if t.candidate.job.layout.engine == "single" else t.candidate.job.layout.engine,
+                "engine": t.candidate.job.layout.setting,
                 "step_seconds": round(t.candidate.step, 6),
                 "tokens_per_s": round(t.candidate.tokens_per_s * t.gpus, 1),
                 "hours": _rounded(t.hours),
@@ -143,7 +143,7 @@ def _alternatives(chosen: Candidate, fitting: list[Candidate]) -> list[dict[str,
     ranked = sorted(groups.values(), key=lambda c: (c.step, c.key()))[:6]
     return [
         {
-            "engine": "ddp" if c.job.layout.engine == "single" else c.job.layout.engine,
+            "engine": c.job.layout.setting,
             "mesh": {"replicate": c.job.layout.replicas, "shard": c.job.layout.shard},
             "activation_checkpointing": c.job.checkpointing,
             "offload_optimizer": c.job.layout.offload_optimizer,

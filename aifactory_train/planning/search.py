@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.parallel.capabilities import holds_quantised, zero_stage
+from aifactory_train.parallel.traits import DEFAULT, ENGINES, EngineTraits, engine_that_runs
 from aifactory_train.planning import memory, timing
-from aifactory_train.planning.job import STACKS, Gpu, Job, Layout, Links
+from aifactory_train.planning.job import SINGLE, STACKS, Gpu, Job, Layout, Links
 from aifactory_train.planning.memory import Memory
 from aifactory_train.planning.timing import Constants, Times
 from aifactory_train.planning.workload import Fixed, Workload
@@ -24,8 +24,6 @@ from aifactory_train.planning.workload import Fixed, Workload
 KERNEL_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "gfx90a", "gfx942", "gfx950")
 #: Share of a GPU's memory that a plan leaves free: the count of memory is itself uncertain (benchmarks/planner_accuracy.py).
 MARGIN = 0.05
-#: The simpler engine first.
-SIMPLICITY = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 #: GPUs of the largest plan.
 MOST_RANKS = 4096
@@ -60,7 +58,7 @@ class Candidate(Counted):
         layout = self.job.layout
         return (
             layout.offload_optimizer,
-            SIMPLICITY.index(layout.engine),
+            list(ENGINES).index(layout.setting),  # the simpler engine first
             memory_order(self.job.checkpointing),
             self.job.compiled,
             layout.shard,
@@ -86,54 +84,42 @@ def uses_kernels(work: Workload, gpu: Gpu) -> bool:
     return work.kernels != "off" and gpu.arch in KERNEL_ARCHS
 
 
-def engine_that_runs(engine: str, work: Workload, offload: bool) -> str:
-    """``engine``, but for a ZeRO stage that DeepSpeed runs as another one (:func:`aifactory_train.parallel.zero_stage`)."""
-    if not engine.startswith("zero"):
-        return engine
-    return f"zero{zero_stage(int(engine[-1]), bf16=work.bytes.compute == 2, offload_optimizer=offload)}"
-
-
 def layouts(work: Workload, world: int, per_node: int, fixed: Fixed, offload: bool) -> Iterator[Layout]:
     """Every way of spreading the model over ``world`` ranks that the recipe leaves open."""
-    wanted = fixed.engine
-    if work.method == "qlora":
-        if wanted is not None and not holds_quantised(wanted):
-            return
-        wanted = "ddp"
-    if world == 1:
-        if wanted in (None, "ddp"):
-            if not offload:
-                yield Layout("single", 1, 1)
-            return
-        yield Layout(engine_that_runs(wanted, work, offload), 1, 1, offload, offload and wanted in ("fsdp2", "hsdp"))
-        return
-    if wanted in (None, "ddp") and not offload:
-        yield Layout("ddp", world, 1)
-    if wanted in (None, "fsdp2"):
-        yield Layout("fsdp2", world, world, offload, offload)
-    if wanted in (None, "hsdp"):
-        if fixed.shard_size:
-            if world % fixed.shard_size:
-                raise UserError(
-                    f"{world} ranks cannot be divided into groups of {fixed.shard_size}",
-                    where="parallel.shard_size",
-                    fix=f"--set parallel.shard_size={math.gcd(world, fixed.shard_size)}",
-                )
-            sizes = [fixed.shard_size]
-        else:
-            sizes = [
-                s
-                for s in dict.fromkeys((per_node // 2, per_node, 2 * per_node, 4 * per_node, 8 * per_node))
-                if 1 < s < world
-            ]
-        for size in sizes:
-            if world % size == 0:
-                yield Layout("hsdp", world, size, offload, offload)
-    for engine in ("zero1", "zero2", "zero3"):
-        runs = engine_that_runs(engine, work, offload)
-        # left open: ZeRO keeps trained parameters in fp32, and what runs as another stage is not tried twice
-        if wanted == engine or (wanted is None and work.bytes.parameters == 4 and runs == engine):
-            yield Layout(runs, world, world, offload)
+    for name, traits in ENGINES.items():
+        if fixed.engine not in (None, name) or (offload and not traits.offloads_optimizer):
+            continue
+        if work.method == "qlora" and not traits.holds_quantised:
+            continue
+        runs = engine_that_runs(name, bf16=work.bytes.compute == 2, offload_optimizer=offload)
+        if fixed.engine is None:
+            if world == 1 and name != DEFAULT:
+                continue  # nothing to spread
+            if (traits.fp32_masters and work.bytes.parameters != 4) or runs != name:
+                continue  # what runs as another engine is not tried twice
+        if world == 1 and name == DEFAULT:
+            yield Layout(SINGLE, 1, 1)
+            continue
+        for shard in _shards(traits, world, per_node, fixed):
+            yield Layout(runs, world, shard, offload, offload and traits.offloads_parameters)
+
+
+def _shards(traits: EngineTraits, world: int, per_node: int, fixed: Fixed) -> list[int]:
+    """How many ranks may share one copy of what the engine shards."""
+    if world == 1 or traits.shard_group == "none":
+        return [1]
+    if traits.shard_group == "all":
+        return [world]
+    if not fixed.shard_size:
+        sizes = dict.fromkeys((per_node // 2, per_node, 2 * per_node, 4 * per_node, 8 * per_node))
+        return [size for size in sizes if 1 < size < world and world % size == 0]
+    if world % fixed.shard_size:
+        raise UserError(
+            f"{world} ranks cannot be divided into groups of {fixed.shard_size}",
+            where="parallel.shard_size",
+            fix=f"--set parallel.shard_size={math.gcd(world, fixed.shard_size)}",
+        )
+    return [fixed.shard_size]
 
 
 def candidates(
@@ -152,7 +138,7 @@ def candidates(
         for layout in layouts(work, world, links.gpus_per_node, fixed, offload):
             for mode in modes:
                 for micro, accumulation in _micro_batches(work, per_rank, fixed):
-                    compiled = bool(fixed.compile) and layout.engine != "zero3"
+                    compiled = bool(fixed.compile) and layout.traits.compiles
                     job = Job(
                         shape=work.shape,
                         gpu=gpu,
@@ -173,7 +159,7 @@ def candidates(
                         loss_chunk=chunk,
                         attention="flash",
                         accumulates_whole=True,
-                        overlaps=not layout.deepspeed,
+                        overlaps=layout.traits.overlaps,
                         compiled=compiled,
                         judged=work.preference is not None,
                         scored=work.scored,
@@ -218,10 +204,10 @@ def _micro_batches(work: Workload, per_rank: float, fixed: Fixed) -> Iterator[tu
 
 
 def best(found: list[Candidate]) -> Candidate:
-    """The fastest; among those within two per cent of it, the simplest. DeepSpeed, a package of its own, has to win by five per cent."""
+    """The fastest; among those within two per cent of it, the simplest. One with a package of its own (DeepSpeed) has to win by five per cent."""
 
     def handicapped(c: Candidate) -> float:
-        return c.step * (1.05 if c.job.layout.deepspeed else 1.0)
+        return c.step * (1.05 if c.job.layout.traits.package else 1.0)
 
     fastest = min(map(handicapped, found))
     return min((c for c in found if handicapped(c) <= fastest * 1.02), key=lambda c: (*c.key(), c.step))
@@ -366,9 +352,8 @@ def changes_that_fit(
 def overrides(candidate: Candidate, work: Workload) -> dict[str, Any]:
     """The configuration as keys of the recipe, as ``train --set`` takes them."""
     job = candidate.job
-    engine = "ddp" if job.layout.engine == "single" else job.layout.engine
     found: dict[str, Any] = {
-        "parallel.engine": engine,
+        "parallel.engine": job.layout.setting,
         "parallel.activation_checkpointing": job.checkpointing,
         "parallel.compile": job.compiled,
         "parallel.offload_optimizer": job.layout.offload_optimizer,
@@ -378,6 +363,6 @@ def overrides(candidate: Candidate, work: Workload) -> dict[str, Any]:
     }
     if job.stack.name == "fused":
         found["kernels.enabled"] = "auto"  # on wherever they run; where the recipe says off, it stays so
-    if engine == "hsdp":
+    if job.layout.traits.shard_group == "chosen":
         found["parallel.shard_size"] = job.layout.shard
     return found

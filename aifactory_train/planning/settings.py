@@ -15,8 +15,9 @@ _NAMES = {4: "fp32", 2: "bf16"}
 def of(job: Job) -> dict[str, Any]:
     """Settings of the job's engine."""
     layout, b = job.layout, job.bytes
-    if layout.engine in ("fsdp2", "hsdp"):
-        mesh: list[int] = [layout.shard] if layout.engine == "fsdp2" else [layout.replicas, layout.shard]
+    if layout.traits.cuts == "rows":
+        copies = layout.traits.shard_group == "chosen"
+        mesh: list[int] = [layout.replicas, layout.shard] if copies else [layout.shard]
         return {
             "fsdp2": {
                 "mesh": mesh,
@@ -36,7 +37,8 @@ def of(job: Job) -> dict[str, Any]:
 def deepspeed_json(job: Job) -> dict[str, Any]:
     """DeepSpeed's configuration for this job, as ``parallel/deepspeed.py`` generates it."""
     layout, bucket = job.layout, int(job.zero_bucket)
-    stage = int(layout.engine[-1])
+    stage = layout.traits.zero_stage
+    assert stage is not None, f"{layout.engine} is no stage of ZeRO"
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,

@@ -149,16 +149,17 @@ def collectives(job: Job) -> tuple[float, float]:
     frozen += (shape.embedding_parameters + shape.head_parameters) * b.compute
     weights = shape.parameters * b.compute if job.method == "full" else frozen + job.trained_parameters * b.compute
     grads = job.trained_parameters
-    if layout.engine in ("fsdp2", "hsdp", "zero3"):
+    each = layout.traits.reduces == "each"
+    if layout.shards_parameters:
         # forward and backward gather the weights; gradients are reduce-scattered once a step, by ZeRO-3 for every micro-batch
         scatter = grads * b.reduce * share
-        if layout.engine == "zero3":
+        if each:
             return (2 + job.scored) * weights * share + scatter, 0.0
         return (2 + job.scored) * weights * share, scatter
-    if layout.engine in ("zero1", "zero2"):
+    if layout.shards_optimizer:
         gather = grads * b.compute * share  # the updated weights, once a step
         scatter = grads * b.reduce * share
-        return (scatter, gather) if layout.engine == "zero2" else (0.0, gather + scatter)
+        return (scatter, gather) if each else (0.0, gather + scatter)
     return 0.0, 2 * grads * b.gradients * (layout.world - 1) / layout.world
 
 
@@ -283,7 +284,7 @@ def predict(job: Job, constants: Constants | None = None) -> Times:
     )
     gather = per_micro / shard_rate
     reduce = per_step / shard_rate
-    if job.layout.replicas > 1 and job.layout.shard > 1 and job.layout.engine in ("hsdp", "zero1", "zero2"):
+    if job.layout.replicas > 1 and job.layout.shard > 1:
         # each rank reduces its own shard with its peers in the other replicas; the ranks of a node share the NICs
         piece = 2 * job.trained_parameters * job.bytes.reduce / job.layout.shard
         peers = min(job.layout.shard, job.links.gpus_per_node)

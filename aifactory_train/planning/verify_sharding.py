@@ -150,14 +150,8 @@ def verify(job: Job, rank: int = 0) -> Sharding:
             fix="verify the plan of adapter.quantise_base=none",
         )
     started = time.perf_counter()
-    if layout.engine in ("fsdp2", "hsdp"):
-        counted = _fsdp(job, rank)
-    elif layout.engine == "zero3":
-        counted = _zero3(job, rank)
-    elif layout.engine in ("single", "ddp"):
-        counted = _replicated(job)
-    else:
-        counted = _flat(job)
+    count = {"whole": _replicated, "rows": _fsdp, "elements": _zero3, "buffer": _flat}[layout.traits.cuts]
+    counted = count(job, rank)
     gc.collect()
     return Sharding(layout.engine, layout.world, layout.shard, rank, *counted, seconds=time.perf_counter() - started)
 
@@ -185,7 +179,7 @@ def _local_bytes(tensor: torch.Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-def _replicated(job: Job) -> tuple[int, int, int, int, int]:
+def _replicated(job: Job, rank: int) -> tuple[int, int, int, int, int]:
     core = build_core(job)
     trained = [p for p in core.parameters() if p.requires_grad]
     gradients = sum(map(_local_bytes, trained))
@@ -193,7 +187,7 @@ def _replicated(job: Job) -> tuple[int, int, int, int, int]:
     return sum(map(_local_bytes, core.parameters())), gradients, _optimizer_bytes(trained, job), 0, reduced
 
 
-def _flat(job: Job) -> tuple[int, int, int, int, int]:
+def _flat(job: Job, rank: int) -> tuple[int, int, int, int, int]:
     """ZeRO-1 and 2: weights on every rank; the optimizer's groups flattened, padded to an even share per rank and split.
 
     The padding is DeepSpeed's (stage_1_and_2.py: NCCL's 4-byte alignment, so two bf16 elements per rank).
@@ -217,13 +211,15 @@ def _fsdp(job: Job, rank: int) -> tuple[int, int, int, int, int]:
     import torch
     from torch.distributed.fsdp import FSDPModule
 
+    from aifactory_train.parallel.dims import ParallelDims
     from aifactory_train.parallel.fsdp import apply_fsdp, build_mesh
 
     types = {4: torch.float32, 2: torch.bfloat16}
     layout = job.layout
     with fake_world(layout.world, rank):
         core = build_core(job)
-        mesh = build_mesh("cpu", layout.world, layout.shard if layout.engine == "hsdp" else None)
+        copies = layout.traits.shard_group == "chosen"
+        mesh = build_mesh("cpu", ParallelDims(layout.replicas, layout.shard), copies=copies)
         apply_fsdp(core, mesh, compute=types[int(job.bytes.compute)], reduce=types[int(job.bytes.reduce)])
         parameters = list(core.parameters())
         trained = [p for p in parameters if p.requires_grad]
@@ -346,16 +342,17 @@ def planned(job: Job) -> dict[str, float]:
     state = memory.static_state(job.with_(grad_accum=1))
     gathered, reduced = timing.collectives(job.with_(grad_accum=1))
     kept = state.parameters + state.adapters
-    if job.layout.engine == "zero3":
+    cuts = job.layout.traits.cuts
+    if cuts == "elements":
         scatter = job.trained_parameters * job.bytes.reduce * (job.layout.shard - 1) / job.layout.shard
         gathered, reduced = gathered - scatter, scatter
-    elif job.layout.engine in ("zero1", "zero2"):
+    elif cuts == "buffer":
         share = (job.layout.shard - 1) / job.layout.shard
         gathered, reduced = (
             job.trained_parameters * job.bytes.compute * share,
             job.trained_parameters * job.bytes.reduce * share,
         )
-    elif job.layout.engine in ("fsdp2", "hsdp"):
+    elif cuts == "rows":
         # the root stays gathered from forward to backward
         share = (job.layout.shard - 1) / job.layout.shard
         gathered -= job.shape.root_parameters * job.bytes.compute * share

@@ -37,6 +37,7 @@ from aifactory_train.parallel.batches import micro_limit
 from aifactory_train.parallel.build import build_engine, choose_engine
 from aifactory_train.parallel.memory_advice import explain_memory
 from aifactory_train.parallel.torch_engine import split_scale
+from aifactory_train.parallel.traits import traits_of
 from aifactory_train.parallel.world import World, from_main
 from aifactory_train.record.devices import gather_devices, peak_memory
 from aifactory_train.record.events import (
@@ -144,9 +145,10 @@ class Trainer:
             device=world.device,
             precision=self.precision,
             report=self.report,
-            sharded=name in ("fsdp2", "hsdp", "zero3"),
+            sharded=traits_of(name).shards_parameters,
         )
-        apply_operators(core, recipe, device=world.device, engine=name, report=self.report)
+        weights = traits_of(name).weights
+        apply_operators(core, recipe, device=world.device, engine=name, weights=weights, report=self.report)
         self.engine = build_engine(name, core, recipe, self.precision, world)
         for line in self.engine.describe():
             self.report.add(*line)
@@ -309,14 +311,14 @@ class Trainer:
         shares = split_step(
             documents,
             train_set.lengths,
-            self.world.size,
+            self.engine.dims.data_ranks,
             settings.grad_accum,
             micro_limit(settings.micro_batch_tokens, train_set.lengths[documents], self.world.device),
             self.recipe.data.batching,
         )
         step = StepContext(self.context, self.step, documents)
         self.method.before_step(step)
-        batches = [self.method.batch(step, share) for share in shares[self.world.rank]]
+        batches = [self.method.batch(step, share) for share in shares[self.engine.dims.data_rank(self.world.rank)]]
         supervised = int(train_set.supervised[documents].sum())  # over all ranks: the split is known to every rank
         units = self.method.units(supervised)  # what the loss is a mean over
         scale, rest = split_scale(1.0 / units)

@@ -182,11 +182,10 @@ def quantisation_supported(c: Context) -> Iterator[Finding]:
     """
     if c.recipe.adapter.quantise_base == "none":
         return
-    from aifactory_train.parallel.build import refuse_quantised
+    from aifactory_train.parallel.traits import refuse_quantised
 
-    engine = c.recipe.parallel.engine
     try:
-        refuse_quantised(c.recipe, "ddp" if engine == "auto" else engine)
+        refuse_quantised(c.recipe, c.recipe.parallel.engine)
     except UserError as error:
         yield refuse(error.what, fix=error.fix, where=error.where)
     own_environment = c.request.venv or c.system.user.venv

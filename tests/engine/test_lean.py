@@ -110,7 +110,7 @@ def test_merged_and_disabled_adapters_still_work() -> None:
 def test_recomputation_finds_the_products_as_they_were_made(family: str, settings: dict | None) -> None:
     def gradients(mode: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         core, _ = build(family, settings is not None, lean=False, **(settings or {}))
-        apply_operators(core, recipe_of(mode), device="cpu", engine="ddp", report=ModelReport())
+        apply_operators(core, recipe_of(mode), device="cpu", engine="ddp", weights="always", report=ModelReport())
         apply_activation_checkpointing(core, mode)
         core.train()
         torch.manual_seed(1)

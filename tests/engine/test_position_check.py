@@ -276,7 +276,7 @@ def test_adapters_of_families_that_name_their_parts_otherwise(family, tmp_path):
     with torch.no_grad():  # before our operators: they are compared too
         ids = torch.randint(4, 400, (1, 12), generator=torch.Generator().manual_seed(1))
         logits = core.model(input_ids=ids).logits[0, :-1]
-    apply_operators(core, recipe, device="cpu", engine="ddp", report=report)
+    apply_operators(core, recipe, device="cpu", engine="ddp", weights="always", report=report)
     bounds = torch.tensor([0, 12], dtype=torch.int32)
     loss = core(ids, torch.arange(12)[None], pc.Documents.of(bounds, "cpu"), torch.arange(11), ids[0, 1:])
     loss.backward()

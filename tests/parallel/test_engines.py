@@ -15,10 +15,11 @@ from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.model.precision import Precision, choose_precision
 from aifactory_train.parallel.apply import apply_compute_type, block_modules
-from aifactory_train.parallel.build import build_engine, choose_engine, refuse_quantised
+from aifactory_train.parallel.build import build_engine, choose_engine
 from aifactory_train.parallel.deepspeed import deepspeed_json
 from aifactory_train.parallel.optim import parameter_groups
 from aifactory_train.parallel.torch_engine import split_scale
+from aifactory_train.parallel.traits import refuse_quantised
 from aifactory_train.parallel.world import World, discover
 
 FP32 = Precision(torch.float32, torch.float32, torch.float32, torch.float32)

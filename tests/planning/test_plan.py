@@ -255,8 +255,8 @@ def test_settings_equal_what_the_engine_builds():
     import torch
 
     from aifactory_train.model.precision import Precision
-    from aifactory_train.parallel.capabilities import zero_stage
     from aifactory_train.parallel.deepspeed import deepspeed_json as engine_json
+    from aifactory_train.parallel.traits import zero_stage
     from aifactory_train.planning.settings import deepspeed_json
 
     site = sites.load("lumi-g", overlay=False)
