@@ -20,9 +20,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from planner import calibrate, open_data
+from planner.open_data import Row
+
 from aifactory_train.core.errors import UserError
-from aifactory_train.planning import calibrate, memory, open_data, timing
-from aifactory_train.planning.open_data import Row
+from aifactory_train.planning import memory, timing
 from aifactory_train.planning.timing import DATA, Constants
 
 MEASUREMENTS = DATA / "measurements.csv"

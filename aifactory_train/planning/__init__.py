@@ -7,7 +7,6 @@
     workload       what the recipe asks for;  size: how much there is to train on
     search         every configuration that fits, ranked
     plan           the plan (``aifactory plan --json``): request, plan, reasons, result
-    open_data      published measurements as jobs;  calibrate: fitting and validating the constants
     verify_sharding  the sharded model really built for up to 4,096 ranks (imports torch when called)
 
 For other rooms::

@@ -11,13 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aifactory_train.planning import calibrate, open_data
 from aifactory_train.planning.job import LOGIT_BYTES
 from aifactory_train.planning.memory import FRAGMENTATION
 from aifactory_train.planning.timing import DATA
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "planner_accuracy.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+from planner import calibrate, open_data  # noqa: E402
+
 ROWS = open_data.read_csv(DATA / "measurements.csv")
 
 

@@ -20,8 +20,7 @@ from aifactory_train.core.errors import UserError
 from aifactory_train.model.shapes import Shape
 from aifactory_train.planning import memory
 from aifactory_train.planning.job import STACKS, Bytes, Gpu, Job, Layout, Links
-
-DATA = Path(__file__).resolve().parent / "data"
+from aifactory_train.planning.timing import DATA
 
 COLUMNS = [
     "id",
@@ -251,7 +250,7 @@ def _bytes(row: Mapping[str, str], layout: Layout) -> tuple[Bytes, bool]:
         # adapters are so few that their type hardly counts
         return Bytes(parameters=2, working=0, gradients=2, optimizer=each or 4), True
     stated = "fp32" in notes
-    if layout.engine in ("zero2", "zero3"):
+    if layout.deepspeed and layout.shards_gradients:
         return Bytes(parameters=4, working=2, gradients=2, optimizer=each or 8), stated
     return Bytes(optimizer=each or 8), stated
 
@@ -424,7 +423,7 @@ def _fitting(job: Job, stated: bool) -> tuple[Job, str | None]:
     if not stated:
         pure = replace(job.bytes, parameters=2, working=0, gradients=2, optimizer=min(job.bytes.optimizer, 4))
         readings.append(("gradients in bf16", replace(job, bytes=replace(job.bytes, gradients=2))))
-        if job.layout.engine == "ddp":
+        if job.layout.world > 1 and job.layout.traits.shard_group == "none":
             sharded = replace(job.layout, engine="zero1", shard=job.layout.world)
             readings.append(("a distributed optimizer", replace(job, layout=sharded)))
         readings.append(("states in bf16", replace(job, bytes=pure)))

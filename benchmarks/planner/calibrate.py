@@ -1,4 +1,4 @@
-"""Fitting the few constants of :mod:`timing` to published measurements, and validating them on sources that were left out.
+"""Fitting the few constants of :mod:`aifactory_train.planning.timing` to published measurements, and validating them on sources that were left out.
 
 The fit minimises a Huber loss of the logarithm of predicted over measured tokens/s. Every *source* (repository or page) has the same
 weight however many rows it prints, and each constant is drawn towards a prior, which is what it is when no row speaks for it.
@@ -12,8 +12,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 from aifactory_train.planning import memory, timing
-from aifactory_train.planning.open_data import Row
 from aifactory_train.planning.timing import Constants
+from planner.open_data import Row
 
 #: Where each constant starts and what draws it there; the second number is the prior's standard deviation of the logarithm.
 #: Sources of the priors: matrix products of 60 to 75 % of the peak (more on consumer chips, whose peak is low for their clocks) and flash-attention rates as published with FlashAttention-2
