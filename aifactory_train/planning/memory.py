@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, field, fields
 
 from aifactory_train.model.shapes import Shape, is_target
-from aifactory_train.planning.job import GIB, Job
+from aifactory_train.planning.job import GIB, Job, Layout
 
 #: GiB that the driver's context, the kernels' code, cuBLAS/hipBLASLt workspaces hold outside torch's allocator (recalled; the
 #: device reading minus torch's reserved memory of small jobs). Several ranks add NCCL's or RCCL's channels and rings.
@@ -229,6 +229,18 @@ def _shard_flat(tensors: list[tuple[int, int]], shard: int) -> int:
     return sum(-(-(rows * columns) // shard) for rows, columns in tensors)
 
 
+def _share(
+    layout: Layout, block: list[tuple[int, int]], outside: list[tuple[int, int]], layers: int, sharded: bool
+) -> float:
+    """Elements of one rank's share of ``layers`` blocks and what lies outside them; of all of them unless ``sharded``."""
+    if not sharded:
+        return _shard_flat(block, 1) * layers + _shard_flat(outside, 1)
+    if layout.traits.cuts == "buffer":
+        return math.ceil((_shard_flat(block, 1) * layers + _shard_flat(outside, 1)) / layout.shard)
+    shard = _shard_flat if layout.traits.cuts == "elements" else _shard_rows
+    return shard(block, layout.shard) * layers + shard(outside, layout.shard)
+
+
 @dataclass(frozen=True)
 class State:
     """Elements and bytes of one rank's share of the model's state."""
@@ -249,14 +261,9 @@ def static_state(job: Job) -> State:
         shape, job.method, job.lora_rank, job.targets, job.dora, job.train_embeddings
     )
     traits = layout.traits
-    shard = _shard_flat if traits.cuts == "elements" else _shard_rows
 
     def elements(per_block: list[tuple[int, int]], outside: list[tuple[int, int]], sharded: bool) -> float:
-        if not sharded:
-            return _shard_flat(per_block, 1) * shape.layers + _shard_flat(outside, 1)
-        if traits.cuts == "buffer":
-            return math.ceil((_shard_flat(per_block, 1) * shape.layers + _shard_flat(outside, 1)) / layout.shard)
-        return shard(per_block, layout.shard) * shape.layers + shard(outside, layout.shard)
+        return _share(layout, per_block, outside, shape.layers, sharded)
 
     def quantised() -> float:
         """Bytes of frozen weights: under nf4 the blocks' matrices, not embeddings and vectors."""

@@ -20,8 +20,20 @@ def of_choice(
     """Each choice of the plan with its runner-up, then what the figures rest on."""
     chosen, job = run.candidate, run.candidate.job
     capacity = memory.capacity(job) or 0.0
+    lines = _of_spreading(chosen, fitting, fixed) + _of_operators(work, gpu, chosen, fixed)
+    margin = capacity - chosen.memory.total
+    lines.append(
+        f"memory: {chosen.memory.total:.1f} of {capacity:.1f} GiB, {margin:.1f} GiB to spare, in the worst-case micro-batch "
+        f"(a plan keeps {100 * search.MARGIN:.0f} % free)"
+    )
+    lines += _of_preference(work, run)
+    return lines + _of_figures(request, work, gpu, links)
+
+
+def _of_spreading(chosen: Candidate, fitting: list[Candidate], fixed: Fixed) -> list[str]:
+    """Engine, offload, checkpointing and micro-batch, each with its runner-up."""
+    job, layout = chosen.job, chosen.job.layout
     lines: list[str] = []
-    layout = job.layout
 
     def fastest(test: Any) -> Candidate | None:
         found = [c for c in fitting if test(c)]
@@ -72,6 +84,13 @@ def of_choice(
         f"micro-batch: {job.micro_batch:g} sequence(s) of {job.sequence} tokens, {job.grad_accum} a step; "
         + than(rival, name, "no other size fits or is needed")
     )
+    return lines
+
+
+def _of_operators(work: Workload, gpu: Gpu, chosen: Candidate, fixed: Fixed) -> list[str]:
+    """Kernels, loss and compilation."""
+    job = chosen.job
+    lines: list[str] = []
     if job.stack.name == "fused":
         eager = replace(job, stack=replace(STACKS["eager"], loss_bytes_per_logit=0.0))
         slower = search.timed(search.Counted(eager, chosen.memory), work, Constants.load()).step / chosen.step - 1
@@ -92,12 +111,12 @@ def of_choice(
             else "the kernels fuse what it would fuse, without its start-up time"
         )
     )
-    margin = capacity - chosen.memory.total
-    lines.append(
-        f"memory: {chosen.memory.total:.1f} of {capacity:.1f} GiB, {margin:.1f} GiB to spare, in the worst-case micro-batch "
-        f"(a plan keeps {100 * search.MARGIN:.0f} % free)"
-    )
-    lines += _of_preference(work, run)
+    return lines
+
+
+def _of_figures(request: Request, work: Workload, gpu: Gpu, links: Links) -> list[str]:
+    """What the figures rest on."""
+    lines: list[str] = []
     lines.append(f"dimensions: {work.shape.source or work.shape.name} ({work.shape.confidence or 'given'})")
     lines.append(f"size: {request.size.source}")
     if request.size.document is None:

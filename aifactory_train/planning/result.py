@@ -7,7 +7,7 @@ from typing import Any
 
 from aifactory_train.model import flops
 from aifactory_train.planning import memory, search, settings, timing
-from aifactory_train.planning.job import Gpu
+from aifactory_train.planning.job import Gpu, Job
 from aifactory_train.planning.request import Request, Totals
 from aifactory_train.planning.search import Candidate
 from aifactory_train.planning.timing import Constants
@@ -29,7 +29,7 @@ def as_dict(
     place: str | None,
 ) -> dict[str, Any]:
     """The plan: the keys of ``aifactory plan --json``."""
-    chosen, job, system = run.candidate, run.candidate.job, request.system
+    chosen, job = run.candidate, run.candidate.job
     mid = chosen.tokens_per_s
     low, high = timing.interval(job, mid, constants)
     per_token = flops.step(
@@ -43,21 +43,45 @@ def as_dict(
     )
     executed = per_token.executed + timing.executed_beside(job, work.document, work.supervised)
     peak = (gpu.bf16_tflops or 0) * 1e12
-    watts = min(w for w in (gpu.tdp_w, gpu.power_cap_w) if w) * POWER_SHARE if gpu.tdp_w else None
-    kwh = run.gpu_hours * watts / 1000 if run.gpu_hours is not None and watts else None
-    pue, grid = system.energy.pue, system.energy.grid_g_co2_per_kwh
-    price, allocation = system.user.price_per_gpu_hour, system.user.budget_gpu_hours
     return {
         "recipe": request.recipe.id,
         "base": work.shape.name,
         "method": work.method,
         "parameters": work.shape.parameters,
         "trained_parameters": job.trained_parameters,
-        "site": system.id,
+        "site": request.system.id,
         "partition": place,
         "gpu": gpu.sku,
         "nodes": run.nodes,
         "gpus": run.gpus,
+        **_configuration(job, gpu),
+        "memory_gib": {k: v for k, v in chosen.memory.as_dict().items() if k != "host"},
+        "host_memory_gib": round(chosen.memory.host, 3),
+        "capacity_gib": round(memory.capacity(job) or 0.0, 3),
+        "tokens_per_s_per_gpu": {"low": round(low, 1), "mid": round(mid, 1), "high": round(high, 1)},
+        "step_seconds": {k: round(v, 6) for k, v in vars(chosen.times).items()} | {"total": round(chosen.step, 6)},
+        "step_tokens": round(work.step_tokens, 1),
+        "steps": run.steps,
+        "reference_hours": _rounded(run.reference_s / 3600)
+        if work.reference_passes and run.steps is not None
+        else None,
+        **_time_and_cost(request, gpu, run, mid, low, high),
+        "mfu": _rounded(mid * per_token.model / peak),
+        "hfu": _rounded(mid * executed / peak),
+        "flops_per_token": {"model": per_token.model, "executed": executed},
+        "size": {"tokens_per_epoch": request.size.tokens, "source": request.size.source},
+        "overrides": search.overrides(chosen, work),
+        "settings": settings.of(job),
+        "reasons": reasons,
+        "alternatives": _alternatives(chosen, fitting),
+        "scaling": _scaling(curve),
+        "basis": "modelled: tensors counted, times from a roofline calibrated on published measurements (docs/planning.md)",
+    }
+
+
+def _configuration(job: Job, gpu: Gpu) -> dict[str, Any]:
+    """How the run is carried out."""
+    return {
         "engine": job.layout.setting,
         "mesh": {"replicate": job.layout.replicas, "shard": job.layout.shard},
         "micro_batch": int(job.micro_batch),
@@ -72,16 +96,17 @@ def as_dict(
             "key": f"{gpu.arch}/{gpu.sku}",
             "loss_chunk_tokens": job.loss_chunk,
         },
-        "memory_gib": {k: v for k, v in chosen.memory.as_dict().items() if k != "host"},
-        "host_memory_gib": round(chosen.memory.host, 3),
-        "capacity_gib": round(memory.capacity(job) or 0.0, 3),
-        "tokens_per_s_per_gpu": {"low": round(low, 1), "mid": round(mid, 1), "high": round(high, 1)},
-        "step_seconds": {k: round(v, 6) for k, v in vars(chosen.times).items()} | {"total": round(chosen.step, 6)},
-        "step_tokens": round(work.step_tokens, 1),
-        "steps": run.steps,
-        "reference_hours": _rounded(run.reference_s / 3600)
-        if work.reference_passes and run.steps is not None
-        else None,
+    }
+
+
+def _time_and_cost(request: Request, gpu: Gpu, run: Totals, mid: float, low: float, high: float) -> dict[str, Any]:
+    """Hours, energy and cost of the run; ``None`` where the size of the data or a price is not known."""
+    system = request.system
+    watts = min(w for w in (gpu.tdp_w, gpu.power_cap_w) if w) * POWER_SHARE if gpu.tdp_w else None
+    kwh = run.gpu_hours * watts / 1000 if run.gpu_hours is not None and watts else None
+    pue, grid = system.energy.pue, system.energy.grid_g_co2_per_kwh
+    price, allocation = system.user.price_per_gpu_hour, system.user.budget_gpu_hours
+    return {
         "hours": _rounded(run.hours),
         "gpu_hours": _rounded(run.gpu_hours),
         "gpu_hours_interval": None
@@ -93,28 +118,23 @@ def as_dict(
         if price is None or run.gpu_hours is None
         else {"amount": round(price * run.gpu_hours, 2), "currency": system.user.currency},
         "allocation_share": _rounded(run.gpu_hours / allocation) if allocation and run.gpu_hours is not None else None,
-        "mfu": _rounded(mid * per_token.model / peak),
-        "hfu": _rounded(mid * executed / peak),
-        "flops_per_token": {"model": per_token.model, "executed": executed},
-        "size": {"tokens_per_epoch": request.size.tokens, "source": request.size.source},
-        "overrides": search.overrides(chosen, work),
-        "settings": settings.of(job),
-        "reasons": reasons,
-        "alternatives": _alternatives(chosen, fitting),
-        "scaling": [
-            {
-                "nodes": t.nodes,
-                "gpus": t.gpus,
-                "engine": t.candidate.job.layout.setting,
-                "step_seconds": round(t.candidate.step, 6),
-                "tokens_per_s": round(t.candidate.tokens_per_s * t.gpus, 1),
-                "hours": _rounded(t.hours),
-                "gpu_hours": _rounded(t.gpu_hours),
-            }
-            for t in curve
-        ],
-        "basis": "modelled: tensors counted, times from a roofline calibrated on published measurements (docs/planning.md)",
     }
+
+
+def _scaling(curve: list[Totals]) -> list[dict[str, Any]]:
+    """The same run on other numbers of nodes."""
+    return [
+        {
+            "nodes": t.nodes,
+            "gpus": t.gpus,
+            "engine": t.candidate.job.layout.setting,
+            "step_seconds": round(t.candidate.step, 6),
+            "tokens_per_s": round(t.candidate.tokens_per_s * t.gpus, 1),
+            "hours": _rounded(t.hours),
+            "gpu_hours": _rounded(t.gpu_hours),
+        }
+        for t in curve
+    ]
 
 
 def _rounded(value: float | None) -> float | None:

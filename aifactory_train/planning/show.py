@@ -10,14 +10,34 @@ from aifactory_train.core.output import console, table
 def show(plan: dict[str, Any]) -> None:
     """Print the plan."""
     out = console()
-    speed = plan["tokens_per_s_per_gpu"]
-    mesh = plan["mesh"]
-    spread = f"{mesh['replicate']} x {mesh['shard']} (replicate x shard)"
     out.print(
         f"{plan['recipe']}: {plan['base']} ({plan['method']}) on {plan['nodes']} node(s), {plan['gpus']} GPU(s) of {plan['site']}",
         markup=False,
     )
     out.print()
+    _figures(plan)
+    out.print()
+    stack = [[name, f"{value:.2f}"] for name, value in plan["memory_gib"].items() if name != "total" and value]
+    stack.append(["total", f"{plan['memory_gib']['total']:.2f}"])
+    stack.append(["GPU", f"{plan['capacity_gib']:.2f}"])
+    table("Memory per GPU at the peak, GiB", ["component", "GiB"], stack, right=(1,))
+    out.print()
+    out.print("Why", style="bold")
+    for reason in plan["reasons"]:
+        out.print(f"  {reason}", markup=False)
+    _others(plan)
+    _verified(plan)
+    out.print()
+    out.print("To train with this plan:", style="bold")
+    settings = " ".join(f"--set {key}={_yaml(value)}" for key, value in plan["overrides"].items())
+    out.print(f"  {settings}", markup=False, soft_wrap=True)  # one line, so that it can be copied
+
+
+def _figures(plan: dict[str, Any]) -> None:
+    """The configuration, its speed, time and cost."""
+    speed = plan["tokens_per_s_per_gpu"]
+    mesh = plan["mesh"]
+    spread = f"{mesh['replicate']} x {mesh['shard']} (replicate x shard)"
     rows: list[list[Any]] = [
         ["engine", f"{plan['engine']}, {spread}"],
         ["micro-batch", f"{plan['micro_batch']} x {plan['sequence_length']} tokens, {plan['grad_accum']} a step"],
@@ -41,15 +61,11 @@ def show(plan: dict[str, Any]) -> None:
     if plan["allocation_share"] is not None:
         rows.append(["share of allocation", f"{100 * plan['allocation_share']:.2g} %"])
     table(None, ["what", "plan"], rows)
-    out.print()
-    stack = [[name, f"{value:.2f}"] for name, value in plan["memory_gib"].items() if name != "total" and value]
-    stack.append(["total", f"{plan['memory_gib']['total']:.2f}"])
-    stack.append(["GPU", f"{plan['capacity_gib']:.2f}"])
-    table("Memory per GPU at the peak, GiB", ["component", "GiB"], stack, right=(1,))
-    out.print()
-    out.print("Why", style="bold")
-    for reason in plan["reasons"]:
-        out.print(f"  {reason}", markup=False)
+
+
+def _others(plan: dict[str, Any]) -> None:
+    """Other configurations, and other numbers of nodes."""
+    out = console()
     if plan["alternatives"]:
         out.print()
         rows = [
@@ -84,6 +100,11 @@ def show(plan: dict[str, Any]) -> None:
             for t in plan["scaling"]
         ]
         table("Nodes", ["nodes", "GPUs", "engine", "tokens/s", "hours", "GPU-hours"], rows, right=(0, 1, 3, 4, 5))
+
+
+def _verified(plan: dict[str, Any]) -> None:
+    """Bytes of the sharded model that was built, where one was asked for."""
+    out = console()
     if plan.get("verified_sharding"):
         out.print()
         checked = plan["verified_sharding"]
@@ -97,10 +118,6 @@ def show(plan: dict[str, Any]) -> None:
             rows,
             right=(1, 2, 3),
         )
-    out.print()
-    out.print("To train with this plan:", style="bold")
-    settings = " ".join(f"--set {key}={_yaml(value)}" for key, value in plan["overrides"].items())
-    out.print(f"  {settings}", markup=False, soft_wrap=True)  # one line, so that it can be copied
 
 
 def _yaml(value: Any) -> str:

@@ -233,22 +233,13 @@ def attention_rate(job: Job, constants: Constants) -> float:
     return (job.gpu.bf16_tflops or 0) * 1e12 * share * min(1.0, power)
 
 
-def predict(job: Job, constants: Constants | None = None) -> Times:
-    """Seconds of one optimizer step. Raises :class:`UserError` where the GPU or the links lack a constant."""
-    c = constants or Constants.load()
-    shape, gpu = job.shape, job.gpu
-    tokens, micro = job.tokens, job.grad_accum
+def _compute_seconds(job: Job, c: Constants, rate: float, bandwidth: float) -> tuple[float, float, float, float]:
+    """Seconds of one micro-batch: ``(matrix products, attention, pointwise work, loss)``."""
+    shape, tokens = job.shape, job.tokens
     context = min(job.document or job.sequence, job.sequence)
     f = flops.forward(shape, context, adapter_parameters=job.adapter_parameters, supervised=job.supervised)
     trains_base = job.method == "full"
     again = recomputed_share(job)
-    rate = matrix_rate(job, c, tokens)
-    bandwidth = (gpu.bandwidth_gb_s or 0) * 1e9 * c.pointwise
-    if not bandwidth:
-        raise UserError(
-            f"the memory bandwidth of {gpu.sku} is not known", fix="give it in an overlay of the site profile"
-        )
-
     linear = f.linear * ((3 if trains_base else 2) + again) + f.adapters * (
         3 + (1 if job.checkpointing == "full" else 0)
     )
@@ -269,15 +260,11 @@ def predict(job: Job, constants: Constants | None = None) -> Times:
             / bandwidth
         )
     loss = tokens * (head / rate + job.supervised * shape.vocab * logit_passes(job) / bandwidth)
+    return matmul, attention, pointwise, loss
 
-    local = job.trained_parameters / (job.layout.shard if job.layout.shards_optimizer else 1)
-    host = 0.0
-    state = 2 * (job.bytes.optimizer + job.bytes.parameters) + job.bytes.gradients + job.bytes.compute
-    if job.layout.offload_optimizer:
-        optimizer, host = 0.0, local * c.host_ns * 1e-9
-    else:
-        optimizer = local * state / bandwidth
 
+def _collective_seconds(job: Job, c: Constants) -> tuple[float, float]:
+    """Seconds of :func:`collectives` with nothing hidden: ``(per micro-batch, once per step)``, the sum over copies included."""
     per_micro, per_step = collectives(job)
     shard_rate = (
         _rate(job, c, job.layout.shard if job.layout.shard > 1 else job.layout.world) if job.layout.world > 1 else 1.0
@@ -289,6 +276,30 @@ def predict(job: Job, constants: Constants | None = None) -> Times:
         piece = 2 * job.trained_parameters * job.bytes.reduce / job.layout.shard
         peers = min(job.layout.shard, job.links.gpus_per_node)
         reduce += piece * peers / _rate(job, c, job.layout.world)
+    return gather, reduce
+
+
+def predict(job: Job, constants: Constants | None = None) -> Times:
+    """Seconds of one optimizer step. Raises :class:`UserError` where the GPU or the links lack a constant."""
+    c = constants or Constants.load()
+    gpu, micro = job.gpu, job.grad_accum
+    rate = matrix_rate(job, c, job.tokens)
+    bandwidth = (gpu.bandwidth_gb_s or 0) * 1e9 * c.pointwise
+    if not bandwidth:
+        raise UserError(
+            f"the memory bandwidth of {gpu.sku} is not known", fix="give it in an overlay of the site profile"
+        )
+
+    matmul, attention, pointwise, loss = _compute_seconds(job, c, rate, bandwidth)
+    local = job.trained_parameters / (job.layout.shard if job.layout.shards_optimizer else 1)
+    host = 0.0
+    state = 2 * (job.bytes.optimizer + job.bytes.parameters) + job.bytes.gradients + job.bytes.compute
+    if job.layout.offload_optimizer:
+        optimizer, host = 0.0, local * c.host_ns * 1e-9
+    else:
+        optimizer = local * state / bandwidth
+
+    gather, reduce = _collective_seconds(job, c)
     compute = matmul + attention + pointwise + loss
     # what the other micro-batches and the last backward can hide
     hidden = c.hidden if job.overlaps else 0.0
