@@ -174,8 +174,10 @@ def main() -> int:
 
 def measure(args: argparse.Namespace, folder: Path, table: Any) -> dict[str, Any]:
     """All runs; prints one row per run and returns the summary."""
-    forked.preload(deepspeed=args.engine.startswith("zero"))
     from aifactory_train.parallel.storage import faults, same_tensors, steps_in
+    from aifactory_train.parallel.traits import traits_of
+
+    forked.preload(deepspeed=traits_of(args.engine).package == "deepspeed")
 
     recipe = recipe_for(folder, args.engine, args.adapter)
     with start(recipe, folder / "undisturbed", 1) as ranks:
