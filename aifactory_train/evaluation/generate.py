@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.model.causal_lm import Forward
 
 #: Prompts decoded together: at most this many, and no more than so many tokens with their answers (padding counts).
 BATCH_ROWS, BATCH_TOKENS = 64, 32_768
@@ -81,7 +82,7 @@ def _decode(
     rows = list(range(len(prompts)))  # of the prompts, in the order of the tensors
     running = set(rows)
     for left in range(max_new_tokens, 0, -1):
-        logits = module(tokens, position_ids, attention_mask=mask, cache=cache)
+        logits = module(tokens, position_ids, attention_mask=mask, cache=cache, task=Forward.DECODE)
         chosen = logits.argmax(dim=-1)
         for i, token in zip(rows, chosen.tolist(), strict=True):
             if i not in running:

@@ -14,9 +14,9 @@ from torch import nn
 
 from aifactory_train import metrics
 from aifactory_train.core.errors import UserError
-from aifactory_train.data import collate
 from aifactory_train.metrics.bootstrap import packed, ratio
-from aifactory_train.model.attention import Documents
+from aifactory_train.model.objective import TokenNLL
+from aifactory_train.parallel.batches import micro_batch
 
 if TYPE_CHECKING:
     from aifactory_train.data import TokenDataset
@@ -107,8 +107,8 @@ def held_out(
 ) -> HeldOut:
     """Likelihood of at most ``max_rows`` documents; the result does not depend on the number of ranks.
 
-    ``module`` is called like :meth:`CausalLM.forward` with ``reduce=False``, the same number of times on every rank (it may be
-    wrapped by DDP or sharded). The model's mode is restored; dropout is off meanwhile.
+    ``module`` is a (wrapped or sharded) :class:`CausalLM`, called the same number of times on every rank. The model's mode is
+    restored; dropout is off meanwhile.
     """
     documents = choose_rows(len(dataset), max_rows)
     if not len(documents):
@@ -157,24 +157,16 @@ def _score(
     autocast: torch.dtype | None,
 ) -> None:
     """Add the figures of ``rows`` to their columns of ``sums``; without rows the module is called on one padding token."""
-    batch = collate(dataset, [int(documents[r]) for r in rows], batching, pad_id)
-    labels = batch.labels.flatten()
-    positions = torch.nonzero(labels != -100).squeeze(1)
+    batch = micro_batch(dataset, documents[rows], batching, pad_id, device)
+    batch.objective = TokenNLL()
     context = torch.autocast(device.split(":")[0], dtype=autocast) if autocast is not None else contextlib.nullcontext()
     with context:
-        nll = module(
-            input_ids=batch.input_ids.to(device),
-            position_ids=batch.position_ids.to(device),
-            documents=Documents.of(batch.cu_seqlens, device),
-            positions=positions.to(device),
-            targets=labels[positions].to(device),
-            reduce=False,
-        )
+        nll = module(**batch.kwargs())
     if not rows:
         return
     values = nll.double().cpu().numpy()
-    edges = batch.cu_seqlens.numpy()
-    where = positions.numpy()
+    edges = np.concatenate([[0], np.cumsum(batch.documents.lengths)])
+    where = batch.positions.cpu().numpy()
     owner = np.searchsorted(edges, where, side="right") - 1  # one segment per document
     for k, row in enumerate(rows):
         mine = owner == k

@@ -16,7 +16,7 @@ import torch
 from aifactory_train.core.errors import RunFailed
 from aifactory_train.core.fresh_process import environment
 from aifactory_train.model.attention import Documents
-from aifactory_train.model.causal_lm import CausalLM
+from aifactory_train.model.causal_lm import CausalLM, Forward
 from aifactory_train.model.cpu_matmul import as_torch
 from aifactory_train.private import redact, vault
 
@@ -85,7 +85,8 @@ def reference_logits(core: CausalLM, rows: list[list[int]]) -> list[torch.Tensor
             documents = Documents.of(torch.tensor([0, len(row)]), "cpu")
             places = torch.arange(max(0, len(row) - GATE_POSITIONS), len(row))
             with as_torch():
-                out.append(core(ids, torch.arange(len(row)).unsqueeze(0), documents, places, None))
+                positions = torch.arange(len(row)).unsqueeze(0)
+                out.append(core(ids, positions, documents, places, task=Forward.LOGITS))
         return out
     finally:
         core.train(was_training)

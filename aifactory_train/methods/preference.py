@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from aifactory_train.methods.pairs import HeldOutLabels, LabelledTokens, Mismatched, PairedTokens, Some
 from aifactory_train.methods.preference_loss import SUMS, Judged
-from aifactory_train.methods.reference import AsInTraining, Reference, on_kernels, score
+from aifactory_train.methods.reference import Reference, score
 from aifactory_train.methods.supervised import Supervised
 from aifactory_train.parallel.batches import micro_batch
 
@@ -133,7 +133,7 @@ class Preference(Supervised):
         self.baseline = 0.0
         if len(judged):
             places = np.searchsorted(self.mixed.documents, judged)
-            now = score(run, Some(self.mixed, places), most=len(places), module=AsInTraining(run))
+            now = score(run, Some(self.mixed, places), most=len(places))
             self.baseline = max(0.0, float((now - self.reference.exchanged[judged]).mean()))
 
     def micro_batch(self, run: RunContext, share: np.ndarray) -> tuple[DeviceBatch, np.ndarray, np.ndarray]:
@@ -149,7 +149,7 @@ class Preference(Supervised):
         answers = np.flatnonzero(~replayed)
         judged = documents[answers]
         reference = np.zeros(len(judged)) if self.reference.train is None else self.reference.train[judged]
-        batch.extra["judged"] = Judged(
+        batch.objective = Judged(
             settings=self.settings,
             counts=[int(n) for n in counts],
             answers=torch.from_numpy(answers).to(device),
@@ -162,7 +162,6 @@ class Preference(Supervised):
             replay_scale=self.settings.replay_weight * self.units_of_step / self.replay_tokens,
             baseline=self.baseline,
             sums=self.sums,
-            kernels=on_kernels(run),
         )
         return batch, documents, base.lengths[documents]
 

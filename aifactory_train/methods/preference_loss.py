@@ -16,15 +16,7 @@ from aifactory_train.model.answer_loss import loss_of
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import PreferenceConfig
-
-
-# ---- losses of answers (each term is summed over pairs or answers, in the type of ``policy``)
-
-
-# ---- log-probabilities of tokens
-
-
-# ---- one micro-batch: what CausalLM.forward is given as ``judged``
+    from aifactory_train.model.objective import Likelihood
 
 
 #: What :attr:`Judged.sums` counts in a step: rewards and numbers of good and of bad answers, pairs in the wanted order (equal rewards
@@ -34,7 +26,7 @@ SUMS = ("good", "bad", "good_answers", "bad_answers", "in_order", "preference_lo
 
 @dataclasses.dataclass
 class Judged:
-    """What a forward pass needs to turn log-probabilities of tokens into the loss of a micro-batch.
+    """The objective of a micro-batch of answers (:class:`aifactory_train.model.objective.Objective`).
 
     counts: supervised tokens of each document, host integers; answers: int64 ``[A]``, the documents that are judged, pairs side by
     side and chosen first; lengths, reference fp32 ``[A]``; desirable bool ``[A]``; replayed: int64 documents that are imitated, each
@@ -52,25 +44,23 @@ class Judged:
     replay_scale: float
     baseline: float
     sums: torch.Tensor
-    kernels: bool
 
-    def loss(self, logps: torch.Tensor) -> torch.Tensor:
-        """The summed loss (fp32 scalar) of token log-probabilities ``[N]``."""
+    def loss(self, nll: Likelihood) -> torch.Tensor:
+        """The summed loss (fp32 scalar)."""
+        documents = -nll(reduction="documents", counts=self.counts)
         if not self.counts:
-            return logps.sum()
-        # One sum after the other: an index_add on a GPU adds in no fixed order, and a resumed run would differ in the last bits.
-        documents = torch.stack([part.sum() for part in logps.split(self.counts)])
-        total = torch.zeros((), dtype=logps.dtype, device=logps.device)
-        figures = torch.zeros(len(SUMS), dtype=torch.float64, device=logps.device)
+            return documents.sum()
+        total = torch.zeros((), dtype=documents.dtype, device=documents.device)
+        figures = torch.zeros(len(SUMS), dtype=torch.float64, device=documents.device)
         if len(self.answers):
             policy = documents.index_select(0, self.answers)
             total = loss_of(self.settings, policy, self.reference, self.lengths, self.desirable, self.baseline)
             figures[:5] = self._rewards(policy.detach())
             figures[5] = total.detach().double()
         if len(self.replayed):
-            nll = -documents.index_select(0, self.replayed).sum()
-            total = total + self.replay_scale * nll
-            figures[6] = nll.detach().double()
+            imitated = -documents.index_select(0, self.replayed).sum()
+            total = total + self.replay_scale * imitated
+            figures[6] = imitated.detach().double()
             figures[7] = self.replay_tokens
         self.sums += figures.to(self.sums)
         return total

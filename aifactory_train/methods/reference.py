@@ -17,7 +17,6 @@ import torch
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.methods.pairs import Mismatched, Some
-from aifactory_train.model.token_logps import TokenLogps
 
 if TYPE_CHECKING:
     from aifactory_train.methods.base import RunContext
@@ -64,9 +63,9 @@ class Reference:
         )
 
     def _score(self, run: RunContext, documents: Any, total: int, places: np.ndarray) -> np.ndarray:
-        """Log-probabilities by the operator that training uses, in ``places`` of an array of ``total``."""
+        """Log-probabilities, in ``places`` of an array of ``total``."""
         run.beat("reference")
-        scored = score(run, documents, most=len(places), module=AsInTraining(run))
+        scored = score(run, documents, most=len(places))
         out = np.full(total, np.nan)
         out[places] = scored
         return out
@@ -143,37 +142,12 @@ def evaluates(run: RunContext) -> bool:
     return settings.before or settings.after or settings.every_steps is not None
 
 
-class AsInTraining:
-    """The engine's module, scoring tokens by the operator that training uses: reference and policy then round alike."""
-
-    def __init__(self, run: RunContext):
-        self.module, self.how = run.engine.module, TokenLogps(on_kernels(run))
-
-    @property
-    def training(self) -> bool:
-        return self.module.training
-
-    def train(self, mode: bool = True) -> None:
-        self.module.train(mode)
-
-    def eval(self) -> None:
-        self.module.eval()
-
-    def __call__(self, *, reduce: bool, **batch: Any) -> torch.Tensor:
-        return -self.module(**batch, judged=self.how)
-
-
-def on_kernels(run: RunContext) -> bool:
-    """Whether log-probabilities come from the registered operator."""
-    return run.recipe.kernels.enabled != "off" and run.world.device != "cpu"
-
-
-def score(run: RunContext, documents: Any, *, most: int, module: Any = None) -> np.ndarray:
+def score(run: RunContext, documents: Any, *, most: int) -> np.ndarray:
     """Log-probabilities of at most ``most`` documents (evenly spaced) as the model is now, float64, the same on all ranks."""
     from aifactory_train.evaluation.likelihood import held_out
 
     scored = held_out(
-        module or run.engine.module,
+        run.engine.module,
         documents,
         max_rows=most,
         batching=run.recipe.data.batching,

@@ -44,7 +44,7 @@ class Supervised:
         noise = self.recipe.methods.neftune
         if noise is not None and len(share):
             moment = (self.recipe.train.seed, step.step)
-            batch.extra["noise"] = noise_keys(documents, lengths, batch, noise.alpha, moment, step.run.world.device)
+            batch.noise = noise_keys(documents, lengths, batch, noise.alpha, moment, step.run.world.device)
         return batch
 
     def micro_batch(self, run: RunContext, share: np.ndarray) -> tuple[DeviceBatch, Any, Any]:

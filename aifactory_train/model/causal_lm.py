@@ -6,6 +6,8 @@ did and why is collected in :class:`ModelReport`, printed once at start and stor
 
 from __future__ import annotations
 
+import enum
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,23 +16,31 @@ from torch import nn
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.model import attention
-from aifactory_train.model.loss import linear_cross_entropy, token_nll
-from aifactory_train.model.token_logps import token_logps
+from aifactory_train.model.loss import linear_cross_entropy
+from aifactory_train.model.objective import SUMMED_NLL, Objective
 
 if TYPE_CHECKING:
-    from aifactory_train.methods.preference_loss import Judged
     from aifactory_train.model.embedding_noise import Noise
-    from aifactory_train.model.token_logps import TokenLogps
 
 #: Arguments of the configuration that change the logits in ways the chunked loss must know.
 _LOGIT_SOFTCAPS = ("final_logit_softcapping",)
 
 
+class Forward(enum.Enum):
+    """What a call of the module computes: the method of :class:`CausalLM` that gets its arguments."""
+
+    LOSS = "loss"
+    LOGITS = "logits"
+    HIDDEN = "hidden"
+    DECODE = "decode"
+
+
 class CausalLM(nn.Module):
-    """A transformers causal language model (with or without peft) whose forward returns the summed loss.
+    """A transformers causal language model (with or without peft) whose forward returns the loss, unless asked for more.
 
     The loss is part of the module so that sharding engines gather the output weight inside its forward, and so that one
-    call covers everything that needs gradients.
+    call covers everything that needs gradients. Everything that computes is reached by calling the module (its wrapper),
+    never by its methods: engines gather parameters around the call.
     """
 
     model: Any  # transformers' and peft's classes: their attributes are known at run time only
@@ -39,6 +49,8 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.loss_rows = loss_rows
+        #: the vocabulary projection runs by the registered operators (:func:`aifactory_train.model.operators.apply_operators`)
+        self.kernels = False
         #: folder whose weights an engine has yet to read shard by shard; None where they are in the parameters
         self.unread: Path | None = None
         #: rows of the embeddings below this one do not move (``model.vocabulary.train: new``)
@@ -65,7 +77,46 @@ class CausalLM(nn.Module):
         head = self.language_model.get_output_embeddings()
         return head.weight
 
-    def hidden_states(
+    def forward(self, *inputs: Any, task: Forward = Forward.LOSS, **more: Any) -> torch.Tensor:
+        """Dispatch to :meth:`loss`, :meth:`logits`, :meth:`hidden` or :meth:`decode`, which say what the arguments are."""
+        return getattr(self, task.value)(*inputs, **more)
+
+    def loss(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        documents: attention.Documents,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        noise: Noise | None = None,
+        objective: Objective = SUMMED_NLL,
+    ) -> torch.Tensor:
+        """``objective`` of the supervised ``positions`` (int64 ``[N]`` into the flattened batch) with ``targets`` ``[N]``.
+
+        The fp32 sum of their negative log-likelihoods by default.
+        """
+        hidden = self.hidden(input_ids, position_ids, documents, noise).index_select(0, positions)
+        weight = self.output_weight
+        if self.first_moving_row:
+            weight = _StillRows.apply(weight, self.first_moving_row)
+        if weight.dtype != hidden.dtype:
+            weight = weight.to(hidden.dtype)
+        how: dict[str, Any] = {"scale": self.logit_scale, "rows": self.loss_rows, "kernels": self.kernels}
+        return objective.loss(functools.partial(linear_cross_entropy, hidden, weight, targets, **how))
+
+    @torch.no_grad()
+    def logits(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        documents: attention.Documents,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """fp32 ``[N, V]`` at ``positions``, without gradients."""
+        return self._logits(self.hidden(input_ids, position_ids, documents).index_select(0, positions))
+
+    def hidden(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
@@ -85,47 +136,14 @@ class CausalLM(nn.Module):
         )
         return out.last_hidden_state.flatten(0, 1)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        documents: attention.Documents | None = None,
-        positions: torch.Tensor | None = None,
-        targets: torch.Tensor | None = None,
-        reduce: bool = True,
-        *,
-        attention_mask: torch.Tensor | None = None,
-        cache=None,
-        noise: Noise | None = None,
-        judged: Judged | TokenLogps | None = None,
-    ) -> torch.Tensor:
-        """Loss over the supervised ``positions`` (int64 ``[N]`` into the flattened batch) with ``targets`` ``[N]``.
-
-        Returns the fp32 sum, or with ``reduce=False`` the NLL of each target, or with ``targets=None`` the logits
-        ``[N, V]`` at ``positions``, both without gradients. With a transformers ``cache`` it is one step of decoding
-        instead: input_ids ``[B, T]`` follow what the cache holds, attention_mask int64 ``[B, cached + T]`` is 0 on padding,
-        and the result is the logits ``[B, V]`` of the last position. All of it goes through forward, because sharding
-        engines gather parameters there.
-        """
-        if cache is not None:
-            return self._decode(input_ids, position_ids, attention_mask, cache)
-        assert documents is not None and positions is not None
-        hidden = self.hidden_states(input_ids, position_ids, documents, noise).index_select(0, positions)
-        if targets is None:
-            return self._logits(hidden.detach())
-        weight = self.output_weight
-        if self.first_moving_row:
-            weight = _StillRows.apply(weight, self.first_moving_row)
-        if weight.dtype != hidden.dtype:
-            weight = weight.to(hidden.dtype)
-        if judged is not None:  # a preference method: the loss is one of whole answers
-            options: dict[str, Any] = {"scale": self.logit_scale, "rows": self.loss_rows, "kernels": judged.kernels}
-            return judged.loss(token_logps(hidden, weight, targets, **options))
-        function = linear_cross_entropy if reduce else token_nll
-        return function(hidden, weight, targets, scale=self.logit_scale, rows=self.loss_rows)
-
     @torch.no_grad()
-    def _decode(self, input_ids, position_ids, attention_mask, cache) -> torch.Tensor:
+    def decode(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, *, attention_mask: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        """One step of decoding with a transformers ``cache``: fp32 logits ``[B, V]`` of the last position.
+
+        input_ids ``[B, T]`` follow what the cache holds; attention_mask int64 ``[B, cached + T]`` is 0 on padding.
+        """
         out = self.backbone(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -135,7 +153,6 @@ class CausalLM(nn.Module):
         )
         return self._logits(out.last_hidden_state[:, -1])
 
-    @torch.no_grad()
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 ``[N, V]`` of a few hidden states ``[N, D]``."""
         return (hidden @ self.output_weight.to(hidden.dtype).t()).float() * self.logit_scale
@@ -184,12 +201,6 @@ def _check_output_layer(head: nn.Module) -> None:
         )
 
 
-# ---- loading
-
-
-# ---- adapters and the trainable set
-
-
 def _tuple_linears(model: Any) -> list[str]:
     """Names of linear layers that return more than one tensor (the routers of Llama 4 and Phi-MoE): adapters cannot wrap them."""
     found = []
@@ -202,12 +213,3 @@ def _tuple_linears(model: Any) -> list[str]:
             if not isinstance(out, torch.Tensor):
                 found.append(name)
     return found
-
-
-# ---- precision
-
-
-# ---- operators
-
-
-# ---- all of it

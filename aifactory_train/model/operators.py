@@ -21,6 +21,7 @@ def apply_operators(
     if recipe.kernels.enabled == "off":
         report.add("operators", "the model's own", "kernels.enabled off")
     elif device != "cpu":
+        core.kernels = True
         _apply_triton(core, weights=weights, report=report)
     elif weights == "module":
         why = f"{engine} gathers weights when a layer is called, and these operators read them directly"

@@ -32,6 +32,7 @@ from aifactory_train.config.loading import cache_dir
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import write_atomic
 from aifactory_train.model.attention import PER_DOCUMENT, Documents, register
+from aifactory_train.model.causal_lm import Forward
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
@@ -236,7 +237,7 @@ def _logits(ours: CausalLM, ids: torch.Tensor, lengths: list[int]) -> torch.Tens
     """``[B * T, V]`` by the way that training takes: ids ``[B, T]`` whose documents have ``lengths``."""
     positions = torch.cat([torch.arange(n) for n in lengths]).view(ids.shape)
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0)
-    return ours(ids, positions, Documents.of(bounds, "cpu"), torch.arange(ids.numel()))
+    return ours(ids, positions, Documents.of(bounds, "cpu"), torch.arange(ids.numel()), task=Forward.LOGITS)
 
 
 def _limits(config: Any, small: Any, trust_remote_code: bool) -> dict[str, int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from aifactory_train.model.objective import SUMMED_NLL, Objective
 
 if TYPE_CHECKING:
     import torch
@@ -13,13 +15,14 @@ if TYPE_CHECKING:
 
     from aifactory_train.model.attention import Documents
     from aifactory_train.model.causal_lm import CausalLM
+    from aifactory_train.model.embedding_noise import Noise
     from aifactory_train.parallel.dims import ParallelDims
     from aifactory_train.parallel.state import Sharded
 
 
 @dataclass
 class DeviceBatch:
-    """One micro-batch on the device: arguments of :meth:`aifactory_train.model.causal_lm.CausalLM.forward`.
+    """One micro-batch on the device: arguments of :meth:`aifactory_train.model.causal_lm.CausalLM.loss`.
 
     input_ids and position_ids int64 ``[B, T]``; positions int64 ``[N]`` into the flattened batch; targets int64 ``[N]``.
     ``N`` may be 0: a rank with nothing to do still takes part in the collectives.
@@ -30,17 +33,21 @@ class DeviceBatch:
     documents: Documents
     positions: torch.Tensor
     targets: torch.Tensor
-    #: what a training method adds (:mod:`aifactory_train.methods`): ``noise``, ``judged``
-    extra: dict[str, Any] = field(default_factory=dict)
+    #: on the embeddings (NEFTune)
+    noise: Noise | None = None
+    #: what the forward pass computes from the targets' likelihoods; a preference method gives its own
+    objective: Objective = SUMMED_NLL
 
     def kwargs(self) -> dict[str, Any]:
+        """Arguments by name of :meth:`aifactory_train.model.causal_lm.CausalLM.loss`."""
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "documents": self.documents,
             "positions": self.positions,
             "targets": self.targets,
-            **self.extra,
+            "noise": self.noise,
+            "objective": self.objective,
         }
 
 

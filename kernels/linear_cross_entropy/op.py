@@ -221,15 +221,20 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
+def _times(tensor, factor, dtype):
+    """The product in ``dtype``, rounded once: the factor (one over a step's tokens, say) keeps its fp32 value."""
+    return torch.mul(tensor, factor.expand_as(tensor), out=torch.empty_like(tensor, dtype=dtype))
+
+
 def _backward(ctx, grad, *_):
     dh, dw, db = ctx.saved_tensors
     need_hidden, need_weight = ctx.needs
     weight_dtype, bias_dtype = ctx.dtypes
     return (
-        dh * grad.to(dh.dtype) if need_hidden else None,
-        (dw * grad).to(weight_dtype) if need_weight else None,
+        _times(dh, grad, dh.dtype) if need_hidden else None,
+        _times(dw, grad, weight_dtype) if need_weight else None,
         None,
-        (db * grad).to(bias_dtype) if need_weight and bias_dtype is not None else None,
+        _times(db, grad, bias_dtype) if need_weight and bias_dtype is not None else None,
         None, None, None, None, None, None,
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ def packed_model(family: str, **more) -> CausalLM:
 def logits_of(wrapped: CausalLM, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     """``[T, V]`` from the packed path."""
     shape = ids.shape
-    hidden = wrapped.hidden_states(ids, positions_of(lengths).reshape(shape), documents(lengths))
+    hidden = wrapped.hidden(ids, positions_of(lengths).reshape(shape), documents(lengths))
     return wrapped.logit_scale * hidden @ wrapped.output_weight.t()
 
 
@@ -70,7 +70,7 @@ def test_padded_rows_are_documents_with_a_tail(family):
         position_ids[i, :n] = torch.arange(n)
         lengths += [n, width - n] if n < width else [n]
     with torch.no_grad():
-        hidden = wrapped.hidden_states(ids, position_ids, documents(lengths)).view(3, width, -1)
+        hidden = wrapped.hidden(ids, position_ids, documents(lengths)).view(3, width, -1)
         for i, n in enumerate(real):
             alone = plain(ids[i : i + 1, :n]).logits[0]
             assert (hidden[i, :n] @ wrapped.output_weight.t() - alone).abs().max() <= 1e-5

@@ -21,7 +21,7 @@ from aifactory_train.evaluation.likelihood import HeldOut, _micro_batches, choos
 from aifactory_train.evaluation.memorisation import MEMORY_LEAST, MEMORY_TOKENS, memory_probe, probe_memory
 from aifactory_train.evaluation.results import SetResult
 from aifactory_train.model.attention import PER_DOCUMENT, register
-from aifactory_train.model.causal_lm import CausalLM
+from aifactory_train.model.causal_lm import CausalLM, Forward
 
 ANSWERS = {"eval.metrics": ["bits_per_byte", "perplexity", "exact_match", "token_f1"], "eval.generate_rows": 5}
 
@@ -180,7 +180,8 @@ class _Oracle(torch.nn.Module):
         self.replies, self.stop, self.vocabulary = replies, stop, config.vocab_size
         self.state: list[list[int]] = []
 
-    def forward(self, tokens, position_ids, *, attention_mask, cache):
+    def forward(self, tokens, position_ids, *, attention_mask, cache, task):
+        assert task is Forward.DECODE
         if tokens.shape[1] > 1:
             prompts = [tuple(row[mask.bool()].tolist()) for row, mask in zip(tokens, attention_mask, strict=True)]
             self.state = [[*self.replies[p], self.stop] for p in prompts]
@@ -308,11 +309,11 @@ def test_memorisation_is_found_where_it_is_and_not_on_held_out_rows(prepared):
     assert len(known) > 20
 
     class Recaller(_Oracle):
-        def forward(self, tokens, position_ids, *, attention_mask, cache):
+        def forward(self, tokens, position_ids, *, attention_mask, cache, task):
             if tokens.shape[1] > 1:
                 prompts = [tuple(row[mask.bool()].tolist()) for row, mask in zip(tokens, attention_mask, strict=True)]
                 self.replies = {p: known.get(p, [5, 6, 7]) for p in prompts}
-            return super().forward(tokens, position_ids, attention_mask=attention_mask, cache=cache)
+            return super().forward(tokens, position_ids, attention_mask=attention_mask, cache=cache, task=task)
 
     module = Recaller(helpers.tiny_config("llama"), {}, tokenizer.convert_tokens_to_ids("<|im_end|>"))
     figures = {"ci": {}, "replicates": {}}

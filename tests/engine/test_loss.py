@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aifactory_train.model.loss import CHUNK_BYTES, chunk_rows, linear_cross_entropy, token_nll
+from aifactory_train.model.loss import CHUNK_BYTES, GPU_CHUNK_BYTES, chunk_rows, linear_cross_entropy
 
 
 def case(n: int, dim: int, vocabulary: int, seed: int = 0, dtype=torch.float32):
@@ -35,19 +35,19 @@ def reference(hidden, weight, labels, scale):
     scale=st.sampled_from([1.0, 0.25, 3.0]),
     upstream=st.sampled_from([1.0, -0.5, 1e-3]),
     seed=st.integers(0, 2**16),
+    kernels=st.booleans(),
 )
-def test_value_and_gradients_equal_cross_entropy_on_full_logits(n, vocabulary, rows, scale, upstream, seed):
+def test_value_and_gradients_equal_cross_entropy_on_full_logits(n, vocabulary, rows, scale, upstream, seed, kernels):
     hidden, weight, labels = case(n, 16, vocabulary, seed)
-    loss = linear_cross_entropy(hidden, weight, labels, scale=scale, rows=rows)
+    loss = linear_cross_entropy(hidden, weight, labels, scale=scale, rows=rows, kernels=kernels)
     (upstream * loss).backward()
     nll, grad_hidden, grad_weight = reference(hidden, weight, labels, scale)
     assert loss.dtype == torch.float32
     assert abs(loss.item() - nll.sum().item()) <= 2e-6 * max(1.0, nll.sum().item())
     torch.testing.assert_close(hidden.grad.double(), upstream * grad_hidden, rtol=1e-4, atol=2e-5 * abs(upstream))
     torch.testing.assert_close(weight.grad.double(), upstream * grad_weight, rtol=1e-4, atol=2e-5 * abs(upstream))
-    torch.testing.assert_close(
-        token_nll(hidden, weight, labels, scale=scale, rows=rows).double(), nll, rtol=1e-5, atol=1e-5
-    )
+    each = linear_cross_entropy(hidden, weight, labels, reduction="none", scale=scale, rows=rows, kernels=kernels)
+    torch.testing.assert_close(each.detach().double(), nll, rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_weight_or_frozen_hidden_get_no_gradient_and_no_work():
@@ -70,14 +70,15 @@ def test_bf16_stays_within_its_rounding():
         assert (ours.double() - exact).norm() <= 2e-2 * exact.norm()
 
 
-def test_bf16_gradients_are_scaled_by_the_number_itself():
+@pytest.mark.parametrize("kernels", [False, True])
+def test_bf16_gradients_are_scaled_by_the_number_itself(kernels):
     """One over a step's tokens is 0.2 % off in bf16, but the product must not know."""
     labels = case(256, 32, 200)[2]
     for units in (385, 1000, 12345):
         found = []
         for scale in (1.0, 1 / units):
             hidden, weight, _ = case(256, 32, 200, dtype=torch.bfloat16)
-            (linear_cross_entropy(hidden, weight, labels) * scale).backward()
+            (linear_cross_entropy(hidden, weight, labels, kernels=kernels) * scale).backward()
             found.append((hidden.grad.double(), weight.grad.double()))
         for plain, scaled in zip(*found, strict=True):
             assert abs(float((plain * scaled).sum() / plain.square().sum()) * units - 1) < 5e-4
@@ -98,7 +99,7 @@ def test_no_supervised_position_is_zero_with_a_connected_graph():
     assert loss.item() == 0
     loss.backward()  # a rank without supervised tokens still takes part in the reduction
     assert weight.grad.abs().max() == 0
-    assert token_nll(hidden, weight, torch.zeros(0, dtype=torch.long)).shape == (0,)
+    assert linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.long), reduction="none").shape == (0,)
 
 
 class _Largest(TorchDispatchMode):
@@ -121,7 +122,7 @@ def test_the_full_logits_tensor_never_exists():
     hidden, weight, labels = case(n, dim, vocabulary)
     with _Largest(vocabulary) as largest:
         linear_cross_entropy(hidden, weight, labels, rows=rows).backward()
-        token_nll(hidden, weight, labels, rows=rows)
+        linear_cross_entropy(hidden, weight, labels, reduction="none", rows=rows).sum().backward()
     # weight.t() and grad.t() are views of [V, D]-shaped data: the only other tensors with V columns have dim or rows rows
     assert largest.rows <= rows
     with _Largest(vocabulary) as naive:  # the probe sees it where it does exist
@@ -135,3 +136,53 @@ def test_default_chunk_is_bounded_in_bytes():
         assert rows >= 32
         assert rows * vocabulary * 4 <= max(CHUNK_BYTES, 32 * vocabulary * 4)
     assert chunk_rows(1000, 7) == 7
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_on_a_gpu_a_chunk_hides_the_traffic_of_the_weights_gradient(monkeypatch, reduction):
+    """65 rows of a 256k vocabulary were 4 % of the machine's balance; loss_chunk_tokens still decides where it is given."""
+    for vocabulary in (400, 32_000, 128_256, 151_936, 262_144):
+        rows = chunk_rows(vocabulary, device="cuda")
+        assert 1024 <= rows <= 4096 and rows & (rows - 1) == 0
+        assert rows == 1024 or rows * vocabulary * 4 <= GPU_CHUNK_BYTES
+        known = chunk_rows(vocabulary, device="cuda:1")
+        assert known >= 1024
+    assert chunk_rows(128_256, 300, device="cuda") == 300
+    # what is asked of the operator is what chunk_rows says of the hidden states' device
+    seen = []
+    monkeypatch.setattr("aifactory_train.model.loss.chunk_rows", lambda v, rows, device: seen.append(device.type) or 7)
+    name = "linear_cross_entropy" if reduction == "sum" else "linear_logps"
+    asked = {}
+    monkeypatch.setattr(
+        f"aifactory_train.kernels.ops.{name}", lambda h, w, t, **how: asked.update(how) or torch.zeros(())
+    )
+    linear_cross_entropy(*case(5, 8, 30), reduction=reduction, scale=2.0, kernels=True)
+    assert asked == {"scale": 2.0, "chunk_size": 7} and seen == ["cpu"]
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_rows_weigh_what_the_objective_says(kernels):
+    """Per-token and per-document likelihoods: gradients of a loss that weighs them unequally are those of full logits."""
+    counts, factors = [5, 1, 9], torch.tensor([0.3, -2.0, 1.5])
+    for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        hidden, weight, labels = case(15, 16, 50, dtype=dtype)
+        h, w = (t.detach().double().requires_grad_(True) for t in (hidden, weight))
+        full = F.cross_entropy(1.5 * h @ w.t(), labels, reduction="none")
+        plain = torch.stack([part.sum() for part in full.split(counts)])
+        how = {"reduction": "documents", "counts": counts, "scale": 1.5, "rows": 4, "kernels": kernels}
+        found = linear_cross_entropy(hidden, weight, labels, **how)
+        torch.testing.assert_close(found.double(), plain, rtol=close, atol=close)
+        (found * factors).sum().backward()
+        (plain * factors).sum().backward()
+        for ours, exact in ((hidden.grad, h.grad), (weight.grad, w.grad)):
+            assert ours.dtype == dtype and (ours.double() - exact).norm() <= close * exact.norm()
+    assert linear_cross_entropy(hidden[:0], weight, labels[:0], reduction="documents", counts=[]).shape == (0,)
+
+
+def test_a_frozen_weight_of_weighed_rows_gets_no_gradient():
+    hidden, weight, labels = case(12, 8, 30)
+    weight.requires_grad_(False)
+    with _Largest(8) as largest:  # [V, D] would be the weight's gradient
+        linear_cross_entropy(hidden, weight, labels, reduction="none", rows=5).sum().backward()
+    assert weight.grad is None and largest.rows <= 12
+    torch.testing.assert_close(hidden.grad.double(), reference(hidden, weight, labels, 1.0)[1], rtol=1e-4, atol=1e-5)

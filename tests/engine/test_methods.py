@@ -30,7 +30,7 @@ from aifactory_train.model.answer_loss import dpo_loss, kto_loss, orpo_loss
 from aifactory_train.model.attention import PER_DOCUMENT, register
 from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.model.embedding_noise import mix32
-from aifactory_train.model.token_logps import token_logps
+from aifactory_train.model.loss import linear_cross_entropy
 from aifactory_train.parallel.batches import device_batch
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.training.start import train
@@ -129,11 +129,12 @@ def test_token_log_probabilities_and_gradients_equal_full_logits(kernels):
     factors = torch.randn(37, generator=generator)
     plain = torch.log_softmax(1.5 * hidden @ weight.t(), 1).gather(1, labels[:, None]).squeeze(1)
     expected = torch.autograd.grad((plain * factors).sum(), (hidden, weight))
-    ours = token_logps(hidden, weight, labels, scale=1.5, rows=8, kernels=kernels)
+    how = {"reduction": "none", "rows": 8, "kernels": kernels}
+    ours = -linear_cross_entropy(hidden, weight, labels, scale=1.5, **how)
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
     for a, b in zip(torch.autograd.grad((ours * factors).sum(), (hidden, weight)), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    empty = token_logps(hidden[:0], weight, labels[:0], scale=1.0, rows=8, kernels=kernels)
+    empty = linear_cross_entropy(hidden[:0], weight, labels[:0], **how)
     assert empty.shape == (0,) and empty.sum().requires_grad  # a rank without work takes part in backward
 
 
@@ -467,10 +468,10 @@ def test_neftune_noise_reaches_training_and_not_evaluation(tmp_path, tiny_model_
     _, _, data = prepared(helpers.write_recipe(tmp_path, tiny_model_dir))
     batch, noise = neftune_batch(data, np.arange(4))
     clean = wrapped(**batch.kwargs()).item()
-    batch.extra["noise"] = noise
+    batch.noise = noise
     assert wrapped(**batch.kwargs()).item() != clean
     silent = type(noise)(noise.keys, noise.scale * 0)
-    batch.extra["noise"] = silent
+    batch.noise = silent
     assert wrapped(**batch.kwargs()).item() == pytest.approx(
         clean, rel=1e-6
     )  # embeddings given directly: the same model

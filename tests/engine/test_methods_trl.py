@@ -18,6 +18,7 @@ from aifactory_train.methods.pairs import LabelledTokens, Mismatched, PairedToke
 from aifactory_train.methods.preference import Preference
 from aifactory_train.model.attention import PER_DOCUMENT, register
 from aifactory_train.model.causal_lm import CausalLM
+from aifactory_train.model.objective import TokenNLL
 from aifactory_train.parallel.batches import device_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -85,7 +86,7 @@ def log_probabilities(core: CausalLM, dataset: Any, documents: Any) -> np.ndarra
     found = []
     for document in documents:
         batch = device_batch(collate(dataset, [int(document)], "packed", 3), "cpu")
-        found.append(-float(core(**batch.kwargs(), reduce=False).double().sum()))
+        found.append(-float(core(**{**batch.kwargs(), "objective": TokenNLL()}).double().sum()))
     return np.asarray(found)
 
 

@@ -138,7 +138,8 @@ def test_scaled_logits_and_output_biases(tmp_path):
             expected = plain(ids).logits[0]
             plain.set_attn_implementation(PER_DOCUMENT)
             core = m.CausalLM(plain)
-            found = core(ids, torch.arange(12)[None], Documents.of(torch.tensor([0, 12]), "cpu"), torch.arange(12))
+            places, documents = torch.arange(12), Documents.of(torch.tensor([0, 12]), "cpu")
+            found = core(ids, places[None], documents, places, task=m.Forward.LOGITS)
         assert core.logit_scale != 1.0
         assert (found - expected).abs().max() <= 1e-6
     with pytest.raises(UserError, match="bias"):

@@ -1,0 +1,44 @@
+"""What a forward pass computes from the vocabulary projection: the loss of a training method, or the likelihood of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from aifactory_train.model.loss import Reduction
+
+
+class Likelihood(Protocol):
+    """:func:`aifactory_train.model.loss.linear_cross_entropy` of the supervised positions of one micro-batch."""
+
+    def __call__(self, *, reduction: Reduction = "sum", counts: Sequence[int] | None = None) -> torch.Tensor: ...
+
+
+class Objective(Protocol):
+    """Turns negative log-likelihoods of a micro-batch into what :meth:`CausalLM.loss` returns."""
+
+    def loss(self, nll: Likelihood) -> torch.Tensor:
+        """Calls ``nll`` once, with the reduction that it needs."""
+
+
+@dataclass(frozen=True)
+class SummedNLL:
+    """Imitation: the negative log-likelihood summed over all targets (fp32 scalar)."""
+
+    def loss(self, nll: Likelihood) -> torch.Tensor:
+        return nll(reduction="sum")
+
+
+@dataclass(frozen=True)
+class TokenNLL:
+    """The negative log-likelihood of each target, fp32 ``[N]``: what evaluation and the reference of preferences score by."""
+
+    def loss(self, nll: Likelihood) -> torch.Tensor:
+        return nll(reduction="none")
+
+
+#: The default of a micro-batch.
+SUMMED_NLL = SummedNLL()
