@@ -44,8 +44,10 @@ def apply_operators(
 
 
 def _apply_triton(core: CausalLM, *, weights: str, report: ModelReport) -> None:
+    from aifactory_train.kernels import hardware
     from aifactory_train.kernels.runtime import device_of
     from aifactory_train.model.gpu_operators import apply_kernels
+    from aifactory_train.model.loss import chunk_rows
 
     arch, sku, _ = device_of(torch.cuda.current_device())
     # These two read their children's weights directly.
@@ -59,3 +61,6 @@ def _apply_triton(core: CausalLM, *, weights: str, report: ModelReport) -> None:
     )
     for line in outcome.selections:
         report.add("", line, "")
+    rows = chunk_rows(core.language_model.config.get_text_config().vocab_size, core.loss_rows, device="cuda")
+    what = "fused with the vocabulary projection" if arch in hardware.TARGETS else f"torch (no kernels for {arch})"
+    report.add("loss", what, f"{rows} rows of logits at a time")

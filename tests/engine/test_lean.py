@@ -18,6 +18,7 @@ from aifactory_train.model import attention
 from aifactory_train.model import cpu_matmul as products
 from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.model.cpu_operators import apply_lean
+from aifactory_train.model.objective import TokenNLL
 from aifactory_train.model.operators import apply_operators
 from aifactory_train.model.report import ModelReport
 from aifactory_train.parallel.apply import apply_activation_checkpointing, keeps
@@ -162,3 +163,38 @@ def test_micro_batches_on_a_cpu_stay_small_and_hold_the_longest_document() -> No
     assert micro_limit(4096, lengths[[0, 2]], "cpu") == CPU_MICRO_BATCH
     assert micro_limit(64, lengths, "cpu") == 64  # what was asked for is the upper limit
     assert micro_limit(4096, lengths, "cuda:0") == 4096
+
+
+@pytest.mark.parametrize("enabled", ["auto", "off"])
+def test_on_a_gpu_supervised_training_goes_through_the_fused_loss(monkeypatch, enabled):
+    """The device is a name here, and the kernels take their torch path; which operator is asked does not depend on that."""
+    from aifactory_train.kernels import ops, runtime
+    from aifactory_train.model import causal_lm
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(runtime, "device_of", lambda index: ("sm_90", "H100-80", 132))
+    plain, _ = build("llama", lora=False, lean=False)
+    core, _ = build("llama", lora=False, lean=False)
+    asked = []
+    fused = ops.linear_cross_entropy
+    monkeypatch.setattr(ops, "linear_cross_entropy", lambda *a, **how: asked.append(how) or fused(*a, **how))
+    recipe = recipe_of("none")
+    recipe.kernels.enabled = enabled
+    report = ModelReport()
+    apply_operators(core, recipe, device="cuda", engine="ddp", report=report)
+    loss, gradients, _ = backward(core)
+    assert len(asked) == (enabled == "auto") and core.kernels is (enabled == "auto")
+    assert any("fused" in what for _, what, _ in report.lines) is (enabled == "auto")
+    wanted, expected, _ = backward(plain)
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    # likelihoods of tokens (evaluation, preferences) take its sibling
+    scored = []
+    monkeypatch.setattr(ops, "linear_logps", lambda h, w, t, **how: scored.append(how) or torch.zeros(len(t)))
+    ids, documents = torch.arange(5)[None], attention.Documents.of(torch.tensor([0, 5]), "cpu")
+    places = torch.arange(4)
+    core(ids, ids, documents, places, ids[0, 1:], objective=TokenNLL())
+    assert len(scored) == (enabled == "auto")
+    with pytest.raises(TypeError):
+        core(ids, ids, documents, places, task=causal_lm.Forward.LOSS)

@@ -170,6 +170,23 @@ def test_linear_cross_entropy(dtype, n, vocab, ignored):
         )
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none", "documents"])
+def test_the_loss_of_training_by_kernels_is_that_of_its_own_chunks(reduction):
+    from aifactory_train.model import loss
+
+    labels, counts = torch.randint(0, 300, (7,)), [3, 4] if reduction == "documents" else None
+    found = []
+    for kernels in (True, False):
+        generator = torch.Generator().manual_seed(1)
+        hidden, weight = (torch.randn(n, 32, generator=generator).requires_grad_() for n in (7, 300))
+        how = {"reduction": reduction, "counts": counts, "scale": 0.5, "rows": 3}
+        value = loss.linear_cross_entropy(hidden, weight, labels, kernels=kernels, **how)
+        (value * torch.arange(1, value.numel() + 1).view(value.shape)).sum().backward()
+        found.append((value.detach(), hidden.grad, weight.grad))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_linear_cross_entropy_announced_too_few():
     hidden, weight, labels = torch.randn(6, 32), torch.randn(50, 32), torch.arange(6)
     assert ops.linear_cross_entropy(hidden, weight, labels, supervised=5).isnan()
