@@ -181,7 +181,7 @@ def test_on_a_gpu_supervised_training_goes_through_the_fused_loss(monkeypatch, e
     recipe = recipe_of("none")
     recipe.kernels.enabled = enabled
     report = ModelReport()
-    apply_operators(core, recipe, device="cuda", engine="ddp", report=report)
+    apply_operators(core, recipe, device="cuda", engine="ddp", weights="always", report=report)
     loss, gradients, _ = backward(core)
     assert len(asked) == (enabled == "auto") and core.kernels is (enabled == "auto")
     assert any("fused" in what for _, what, _ in report.lines) is (enabled == "auto")
