@@ -4,6 +4,7 @@ import torch
 
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.adamw8bit import reference, space
+from aifactory_train.kernels.adamw8bit.reference import new_state
 from aifactory_train.kernels.spec import cdiv
 
 __all__ = ["AdamW8bit", "adamw8bit", "new_state"]
@@ -64,17 +65,6 @@ def adamw8bit(
         param, grad, state["m"], state["v"], state["m_scale"], state["v_scale"],
         lr, betas[0], betas[1], eps, weight_decay, 1 - betas[0] ** step, 1 - betas[1] ** step, seed,
     )  # fmt: skip
-
-
-def new_state(param: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Zero moments of a parameter: codes in its shape (int8 and uint8), one fp32 scale each per 256 elements."""
-    scales = reference.blocks(param.numel())
-    return {
-        "m": torch.zeros_like(param, dtype=torch.int8, memory_format=torch.contiguous_format),
-        "v": torch.zeros_like(param, dtype=torch.uint8, memory_format=torch.contiguous_format),
-        "m_scale": param.new_zeros(scales, dtype=torch.float32),
-        "v_scale": param.new_zeros(scales, dtype=torch.float32),
-    }
 
 
 class AdamW8bit(torch.optim.Optimizer):

@@ -15,6 +15,17 @@ def blocks(numel: int) -> int:
     return -(-numel // BLOCK)
 
 
+def new_state(param: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Zero moments of a parameter: codes in its shape (int8 and uint8), one fp32 scale each per 256 elements."""
+    scales = blocks(param.numel())
+    return {
+        "m": torch.zeros_like(param, dtype=torch.int8, memory_format=torch.contiguous_format),
+        "v": torch.zeros_like(param, dtype=torch.uint8, memory_format=torch.contiguous_format),
+        "m_scale": param.new_zeros(scales, dtype=torch.float32),
+        "v_scale": param.new_zeros(scales, dtype=torch.float32),
+    }
+
+
 def _blocked(x: torch.Tensor) -> torch.Tensor:
     flat = x.reshape(-1)
     return torch.nn.functional.pad(flat, (0, blocks(flat.numel()) * BLOCK - flat.numel())).view(-1, BLOCK)

@@ -31,7 +31,7 @@ def floor(direction: str, dtype: str, shape: Shape) -> int:
 
 def inputs(make, shape: Shape) -> tuple:
     """Parameter, gradient and the zero state of a first step."""
-    from aifactory_train.kernels.adamw8bit.op import new_state
+    from aifactory_train.kernels.adamw8bit.reference import new_state
 
     param = make.fixed(shape["numel"])
     return param, make.fixed(shape["numel"]), new_state(param)
