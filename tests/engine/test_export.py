@@ -16,7 +16,7 @@ from aifactory_train.config.loading import load_recipe
 from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.core.files import write_json
 from aifactory_train.data import load_tokenizer, prepare
-from aifactory_train.exporting import reload_check
+from aifactory_train.exporting import gate, reload_check
 from aifactory_train.exporting import writer as ex
 from aifactory_train.exporting.gate import (
     BF16_KL,
@@ -303,7 +303,7 @@ def in_process(monkeypatch):
             return SimpleNamespace(returncode=1, stderr=f"{type(error).__name__}: {error}")
         return SimpleNamespace(returncode=0, stderr="")
 
-    monkeypatch.setattr(ex.subprocess, "run", run)
+    monkeypatch.setattr(gate.subprocess, "run", run)
 
 
 def test_gate_passes_and_is_recorded_and_merging_later_gives_bf16(tmp_path, bases):
