@@ -45,6 +45,7 @@ lint: $(VENV)/.installed-test
 	@twice=$$(find tests -name 'test_*.py' -exec basename {} \; | sort | uniq -d); \
 	  [ -z "$$twice" ] || { echo "two test modules are called $$twice: pytest wants names of their own" >&2; exit 1; }
 	$(BIN)/aifactory sites check
+	$(PYTEST) tests/lint
 
 types: $(VENV)/.installed-test
 	$(BIN)/mypy aifactory_train sites launchers kernels recipes

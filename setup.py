@@ -68,6 +68,7 @@ TEST = [
     "hypothesis>=6.100",
     "ruff>=0.6",
     "mypy>=1.11",
+    "import-linter>=2.3",  # which room may import which
     "types-PyYAML",
     "build>=1.2",
     "trl>=1.16",

@@ -1,9 +1,16 @@
-"""Small listeners of a run: the watchdog's sign of life, and the state that others read."""
+"""Who hears of a run: record, trackers, the watchdog's sign of life, the state that others read, and what the trainer adds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from aifactory_train import __version__
-from aifactory_train.record.events import Event, Incident, PhaseBegan, RunStarted, StepDone
+from aifactory_train.config.schema import Recipe
+from aifactory_train.parallel.world import World
+from aifactory_train.record.events import Event, EventBus, Incident, Listener, PhaseBegan, RunStarted, StepDone
+from aifactory_train.record.recorder import Recorder
+from aifactory_train.record.trackers import Trackers
+from aifactory_train.report.pack import write_pack
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.run.outcome import Attempt
 
@@ -30,3 +37,17 @@ class StateFile:
             self.run.set_state("running", step=int(event.metrics["step"]), version=__version__)
         elif isinstance(event, (Incident, RunStarted)):
             self.run.set_state("running", step=event.step, version=__version__)
+
+
+def listen(recipe: Recipe, run: RunFolder, world: World, attempt: Attempt, more: Sequence[Listener]) -> EventBus:
+    """The event bus of one rank. The record hears first but for the heartbeat: it is what others are judged by."""
+    number = int(attempt.folder.name) if attempt.folder else None
+    recorder = Recorder(run, world, recipe, attempt=number, write_pack=write_pack)
+    bus = EventBus(Heartbeat(attempt))
+    if world.is_main:
+        bus.add(Trackers(run, recipe, recorder.failed))
+    for listener in (recorder, *more):
+        bus.add(listener)
+    if world.is_main:
+        bus.add(StateFile(run))
+    return bus

@@ -39,21 +39,8 @@ from aifactory_train.parallel.memory_advice import explain_memory
 from aifactory_train.parallel.torch_engine import split_scale
 from aifactory_train.parallel.traits import traits_of
 from aifactory_train.parallel.world import World, from_main
+from aifactory_train.record import events as ev
 from aifactory_train.record.devices import gather_devices, peak_memory
-from aifactory_train.record.events import (
-    Evaluated,
-    EventBus,
-    Exported,
-    Incident,
-    PhaseBegan,
-    RunEnded,
-    RunStarted,
-    Saved,
-    StepDone,
-)
-from aifactory_train.record.recorder import Recorder
-from aifactory_train.record.trackers import Trackers
-from aifactory_train.report.pack import write_pack
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.run.outcome import Attempt
 from aifactory_train.run.ownership import Owner
@@ -62,7 +49,7 @@ from aifactory_train.sources import resolve_model
 from aifactory_train.training import identity
 from aifactory_train.training.checkpoint import Checkpointer
 from aifactory_train.training.guard import Guard, Verdict, stopped_by_guard
-from aifactory_train.training.listeners import Heartbeat, StateFile
+from aifactory_train.training.listeners import listen
 from aifactory_train.training.metrics_log import MetricsLog, Progress, compare_with_plan, print_comparison, print_start
 from aifactory_train.training.probe import largest_micro_batch
 from aifactory_train.training.schedule import learning_rate
@@ -98,10 +85,13 @@ class Trainer:
         self.checkpoints = Checkpointer(run.checkpoints, recipe, self.engine, world, lambda s: note_saved(run, s))
         self.checkpoints.prepare()
         torch.manual_seed(recipe.train.seed * 1_000_003 + world.rank)  # from here on: dropout, different on every rank
-        self._listen()
         self._try_largest_batch()
         if resume_from is not None:
             self._restore(self.checkpoints.choose(None if resume == "auto" else resume_from))
+        every, board = recipe.logging.every_steps, recipe.logging.tensorboard
+        self.log = MetricsLog(run, enabled=world.is_main, tensorboard=board, every=every)
+        self.progress = Progress(self.total_steps, self.step, enabled=not self.quiet)
+        self.events = listen(recipe, run, world, attempt, [self.log, self.progress])
         for line in self.method.prepare(self.context, resumed=self.step > 0):
             self.report.add(*line)
 
@@ -176,45 +166,23 @@ class Trainer:
             beat=self._phase,
         )
 
-    def _listen(self) -> None:
-        """Who hears of the run. The record is first: it is what others are judged by."""
-        recipe, run, main = self.recipe, self.run, self.world.is_main
-        number = int(self.attempt.folder.name) if self.attempt.folder else None
-        recorder = Recorder(run, self.world, recipe, attempt=number, write_pack=write_pack)
-        every, board = recipe.logging.every_steps, recipe.logging.tensorboard
-        self.log = MetricsLog(run, enabled=main, tensorboard=board, every=every)
-        self.progress = Progress(self.total_steps, self.step, enabled=not self.quiet)
-        self.events = EventBus(Heartbeat(self.attempt))
-        if main:
-            self.events.add(Trackers(run, recipe, recorder.failed))
-        self.events.add(recorder)
-        self.events.add(self.log)
-        self.events.add(self.progress)
-        if main:
-            self.events.add(StateFile(run))
-
     def _phase(self, name: str) -> None:
-        self.events.emit(PhaseBegan(self.step, name))
+        self.events.emit(ev.PhaseBegan(self.step, name))
 
     def _try_largest_batch(self) -> None:
         """On a GPU, run the largest micro-batch once before the first step, so that running out of memory shows at once."""
-        if self.world.device == "cpu":
-            return
-        documents = largest_micro_batch(self.data.train.lengths, self.recipe.train.micro_batch_tokens)
-        with explain_memory(self.engine, self.recipe, self.world):
-            batch = self.method.batch(StepContext(self.context, 0, documents), documents)
-            self.engine.forward_backward(batch, 0.0, last=True)
-        self.engine.discard()
+        if self.world.device != "cpu":
+            documents = largest_micro_batch(self.data.train.lengths, self.recipe.train.micro_batch_tokens)
+            with explain_memory(self.engine, self.recipe, self.world):
+                batch = self.method.batch(StepContext(self.context, 0, documents), documents)
+                self.engine.forward_backward(batch, 0.0, last=True)
+            self.engine.discard()
 
     def _restore(self, step: int | None) -> None:
-        """Go on from the checkpoint of ``step``.
-
-        Raises :class:`UserError` if there is none (any more), if base model, tokenizer or rows are others than the run was begun with,
-        if the learning rates of the steps already made would be others under this configuration, or if a finished run is not to
-        be prolonged.
-        """
+        """Go on from the checkpoint of ``step``. Raises :class:`UserError` if there is none (any more), if base model, tokenizer or rows
+        are others than the run was begun with, if the steps already made would have other learning rates now, or if a finished run
+        is not to be prolonged."""
         if step is None:
-            fix = "is another process at work here?"
             raise UserError("the checkpoint to go on from is gone", where=str(self.run.checkpoints), fix=fix)
         refuse_length(step, self.total_steps, finished=self.run.state()["state"] == "finished")
         saved = self.checkpoints.values(step)
@@ -238,10 +206,10 @@ class Trainer:
         except BaseException as error:
             private = self.recipe.privacy.profile != "open"
             text = type(error).__name__ if private else f"{type(error).__name__}: {error}"
-            self.events.emit(RunEnded("failed", text.splitlines()[0][:500]))
+            self.events.emit(ev.RunEnded("failed", text.splitlines()[0][:500]))
             raise
         state = {EXIT_DONE: "finished", EXIT_STOPPED: "stopped"}.get(code, "failed")
-        self.events.emit(RunEnded(state, self.attempt.reason))
+        self.events.emit(ev.RunEnded(state, self.attempt.reason))
         return code
 
     def fit(self) -> int:
@@ -288,7 +256,7 @@ class Trainer:
                 "running", step=self.step, version=__version__
             )  # a folder that cannot be written ends it here
         self.events.emit(
-            RunStarted(
+            ev.RunStarted(
                 step=self.step,
                 total_steps=self.total_steps,
                 data=self.data,
@@ -362,20 +330,17 @@ class Trainer:
             **self._row_ids(documents),
             "memory_bytes": peak_memory(self.world.device)["bytes"],
         }
-        self.events.emit(StepDone(metrics, documents, shares, last=self.step == self.total_steps))
+        self.events.emit(ev.StepDone(metrics, documents, shares, last=self.step == self.total_steps))
         return metrics
 
     def _row_ids(self, documents: np.ndarray) -> dict[str, Any]:
         """Which rows a step used, where ``logging.row_ids`` asks for it."""
-        if not self.recipe.logging.row_ids:
-            return {}
-        return {"row_ids": [self.data.train.row_id(int(i)) for i in documents]}
+        wanted = self.recipe.logging.row_ids
+        return {"row_ids": [self.data.train.row_id(int(i)) for i in documents]} if wanted else {}
 
     def _leave_out(self, verdict: Verdict, next_cursor: Cursor, documents: np.ndarray) -> dict[str, Any]:
-        """The guard objected: leave this step's batch out, after going back to the last good checkpoint if it says so.
-
-        Returns the step's row for the metrics. Raises :class:`RunFailed` where the policy is to stop.
-        """
+        """The guard objected: leave this step's batch out, after going back to the last good checkpoint if it says so. Returns the
+        step's row for the metrics. Raises :class:`RunFailed` where the policy is to stop."""
         self.engine.discard()
         number, why = self.step + 1, verdict.why
         action, at = verdict.action, f"step {number}: {why}"
@@ -393,7 +358,7 @@ class Trainer:
             note(f"{action}: {at}")
         self.state.cursor, self.state.step = next_cursor, number
         metrics = {"kind": action, "step": number, "why": at, "rows": len(documents), **self._row_ids(documents)}
-        self.events.emit(Incident(action, number, why, documents, metrics))
+        self.events.emit(ev.Incident(action, number, why, documents, metrics))
         return metrics
 
     # ---- checkpoints
@@ -405,7 +370,7 @@ class Trainer:
             self.owner.check(look=True)
         values = self.state.values(data_digest(self.data.train), self.total_steps, self.method.state())
         self.checkpoints.save(self.step, values, wait=wait, best=self.state.best.step)
-        self.events.emit(Saved(self.step, whole=wait))
+        self.events.emit(ev.Saved(self.step, whole=wait))
 
     def _stop_here(self, reason: str) -> int:
         """Asked to stop: a complete checkpoint of this step, then the exit code "stopped, resumable"."""
@@ -435,7 +400,7 @@ class Trainer:
         )
         if when != "during":
             self.state.results[when] = figures
-        self.events.emit(Evaluated(when, figures, self.step))
+        self.events.emit(ev.Evaluated(when, figures, self.step))
         return figures
 
     def _should_stop_early(self) -> bool:
@@ -476,7 +441,7 @@ class Trainer:
                 recipe=recipe,
             )
         if exported is not None:
-            self.events.emit(Exported(exported))
+            self.events.emit(ev.Exported(exported))
         if world.is_main:
             self.run.set_state("finished", step=self.step, version=__version__)
         if not self.quiet:
