@@ -35,7 +35,6 @@ LAYERS = """
 #: What a room never imports, at any depth of it: login nodes have none of these.
 LIGHT = {
     "sites": ("torch", "transformers", "numpy", "jinja2"),
-    "core": ("torch", "transformers"),
     "config": ("torch", "transformers", "numpy"),
 }
 
