@@ -102,7 +102,7 @@ class _Counting(torch.nn.Module):
 def test_ranks_share_the_rows_and_call_the_model_equally_often(prepared, wrapped, monkeypatch, ranks):
     """Each rank's sums are captured where they would be reduced; together they are those of one process."""
     parts, calls = [], []
-    monkeypatch.setattr(ev.dist, "all_reduce", lambda tensor: parts.append(tensor.clone()))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: parts.append(tensor.clone()))
     for rank in range(ranks):
         module = _Counting(wrapped)
         score(module, prepared, rank=rank, world_size=ranks, micro_batch_tokens=128)
@@ -416,7 +416,7 @@ def test_ranks_share_the_questions(prepared, monkeypatch):
         boxes[len(boxes)] = mine
         target[:] = [boxes.get(i, {}) for i in range(len(target))]
 
-    monkeypatch.setattr(ev.dist, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     options = {"max_new_tokens": 200, "stop_ids": [2], "pad_id": 3, "device": "cpu", "world_size": 2}
     with pytest.raises(KeyError):  # rank 0 alone does not hold the other half
         answers(oracle(prepared), tokenizer, asked, rank=0, **options)
