@@ -183,7 +183,8 @@ class Trainer:
         are others than the run was begun with, if the steps already made would have other learning rates now, or if a finished run
         is not to be prolonged."""
         if step is None:
-            raise UserError("the checkpoint to go on from is gone", where=str(self.run.checkpoints), fix=fix)
+            why, fix = "the checkpoint to go on from is gone", "is another process at work here?"
+            raise UserError(why, where=str(self.run.checkpoints), fix=fix)
         refuse_length(step, self.total_steps, finished=self.run.state()["state"] == "finished")
         saved = self.checkpoints.values(step)
         refuse_other_rows(saved, data_digest(self.data.train))
