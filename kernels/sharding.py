@@ -8,6 +8,7 @@ dimension is not sharded unless the operator is elementwise.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,16 @@ whole, total = Replicate(), Partial()
 
 
 def rule(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function is the rule of the registered operator ``aifactory::name``; it gets the operator's arguments."""
-    return register_sharding(getattr(torch.ops.aifactory, name).default)
+    """Decorator: the function is the rule of the registered operator ``aifactory::name``; it gets the operator's arguments.
+
+    The operator is registered by ``op.py`` of the folder that the rule stands in, which is imported first.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        importlib.import_module(f"{function.__module__.rpartition('.')[0]}.op")
+        return register_sharding(getattr(torch.ops.aifactory, name).default)(function)
+
+    return register
 
 
 def rows(tensor: Any) -> range:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:  # the engines' table is read where there is no torch
+    import torch
 
-from aifactory_train.model.loss import Reduction
+    from aifactory_train.model.loss import Reduction
 
 
 class Likelihood(Protocol):

@@ -110,7 +110,7 @@ KEPT = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "torch_attn::_varlen_attn",  # torch.nn.attention.varlen
     "flash_attn::_flash_attn_varlen_forward",  # the flash-attn package
-    "mkldnn::_linear_pointwise",  # aifactory_train.products
+    "mkldnn::_linear_pointwise",  # model/cpu_matmul.py
     "aifactory::lora_linear_fwd",  # the product of base and adapter in one operator
 }
 

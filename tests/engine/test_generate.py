@@ -79,8 +79,8 @@ def test_rows_that_end_leave_the_batch_and_change_no_other_answer(window):
     free = [reference(plain, p, 16, {2}) for p in asked]
     stops = sorted({answer[k] for k, answer in enumerate(free[:9]) if k < len(answer)} | {2})
     sizes: list[int] = []
-    decode = CausalLM._decode
-    ours._decode = lambda ids, *rest: sizes.append(len(ids)) or decode(ours, ids, *rest)
+    decode = CausalLM.decode
+    ours.decode = lambda ids, *rest, **more: sizes.append(len(ids)) or decode(ours, ids, *rest, **more)
     found = generate(ours, asked, max_new_tokens=16, stop_ids=stops, pad_id=3, device="cpu")
     assert found == [reference(plain, p, 16, set(stops)) for p in asked]
     assert len({len(answer) for answer in found}) > 2 and sizes[0] == 12 > sizes[-1], (sizes, "rows have left")

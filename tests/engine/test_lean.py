@@ -142,7 +142,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     """In a process of its own: a large tensor comes from the heap, and the heap does not shrink when it is freed."""
     script = (
         "import re, torch\n"
-        "from aifactory_train.model.causal_lm.cpu_operators import keep_freed_memory\n"
+        "from aifactory_train.model.cpu_operators import keep_freed_memory\n"
         "def heap():\n"
         "    line = next(l for l in open('/proc/self/maps') if l.rstrip().endswith('[heap]'))\n"
         "    return [int(part, 16) for part in re.match('([0-9a-f]+)-([0-9a-f]+)', line).groups()]\n"

@@ -14,6 +14,7 @@ from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.run.outcome import Attempt
 from aifactory_train.training.metrics_log import MetricsLog
+from aifactory_train.training.state import refuse_length
 
 
 def attempt(folder: Path, before: str | None, error: BaseException) -> str:
@@ -46,11 +47,8 @@ def test_a_refusal_leaves_the_state_as_it_was(before, error, after, tmp_path: Pa
 
 @pytest.mark.parametrize(("state", "done"), [("stopped", 7), ("failed", 7), ("finished", 7), ("finished", 6)])
 def test_a_run_is_not_continued_to_fewer_steps_than_it_made(state: str, done: int) -> None:
-    from aifactory_train.training.state import restore
-
-    trainer = SimpleNamespace(run=SimpleNamespace(state=lambda: {"state": state}), total_steps=6)
     with pytest.raises(UserError, match=rf"{done} steps, and 6 are asked for"):
-        restore(trainer, done)  # type: ignore[arg-type]
+        refuse_length(done, 6, finished=state == "finished")
 
 
 def test_lines_end_where_json_lines_end(tmp_path: Path) -> None:
@@ -83,7 +81,7 @@ def test_report_reads_the_same_lines(tmp_path: Path) -> None:
 
 def test_a_step_that_was_left_out_is_always_logged(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    log = MetricsLog(run, enabled=True, tensorboard=False)
+    log = MetricsLog(run, enabled=True, tensorboard=False, every=3)
     log.open(0)
     for step, kind in [
         (1, "train"),
@@ -94,7 +92,7 @@ def test_a_step_that_was_left_out_is_always_logged(tmp_path: Path) -> None:
         (6, "train"),
         (7, "train"),
     ]:
-        log.write({"kind": kind, "step": step}, every=3, last=step == 7)
+        log.write({"kind": kind, "step": step}, last=step == 7)
     log.close()
     assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [2, 3, 5, 6, 7]
 

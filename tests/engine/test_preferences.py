@@ -383,7 +383,7 @@ def test_kto_counts_bits_and_answers_of_desirable_rows_alone(tmp_path, tiny_mode
             rows = [{**r, "completion": r["completion"] if r["label"] else "zzz " + r["prompt"] * 3} for r in rows]
         helpers.write_jsonl(tmp_path / name / "eval.jsonl", rows)
         with trainer_of(path, tmp_path / name / "run") as trainer:
-            figures[name] = trainer._evaluate(generate=True)
+            figures[name] = trainer._evaluate("after", generate=True)
     one, other = figures.values()
     for key in ("bits_per_byte", "perplexity", "loss", "rows", "tokens", "text_bytes", "chosen_logp", "samples"):
         assert one[key] == other[key], key

@@ -169,7 +169,7 @@ def test_file_that_the_package_lacks(tmp_path, index):
 FULL_DISK = """
 import resource, sys
 from aifactory_train import sources
-from aifactory_train.config.schema.schema import DataSource
+from aifactory_train.config.data_blocks import DataSource
 from aifactory_train.core.errors import UserError
 package = sources.packages.get_package
 def limited(*args):
@@ -368,7 +368,7 @@ def hub_model(name: str, files: dict[str, bytes]) -> dict[str, tuple[int, dict[s
 HUB = """
 import json, sys
 from aifactory_train import sources
-from aifactory_train.config.schema.schema import ModelConfig
+from aifactory_train.config.schema import ModelConfig
 from aifactory_train.core.errors import UserError
 model = ModelConfig(base=sys.argv[1], revision=None)
 try:

@@ -153,14 +153,14 @@ def test_a_failed_rank_on_a_gpu_is_gone_without_the_others(tmp_path: Path, make_
 # ---- who hangs
 
 
-PACKAGE = Path(outcome.__file__).parent
+PACKAGE = Path(outcome.__file__).parents[1]
 
 
 def stack(*places: tuple[Path | str, str]) -> traceback.StackSummary:
     return traceback.StackSummary.from_list([(str(file), 1, name, "") for file, name in places])
 
 
-TRAIN = (PACKAGE / "train.py", "train_step")
+TRAIN = (PACKAGE / "training/trainer.py", "train_step")
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,12 @@ TRAIN = (PACKAGE / "train.py", "train_step")
         ),
         ([TRAIN, (PACKAGE / "data/store.py", "tokens"), ("/x/numpy/core/memmap.py", "__getitem__")], False, False),
         ([TRAIN, (PACKAGE / "parallel/batches.py", "device_batch")], True, False),  # a copy waits for the device
-        ([TRAIN, (PACKAGE / "runs.py", "write_json")], False, False),
-        ([TRAIN, (PACKAGE / "stopping.py", "agree"), ("/x/torch/distributed/c10d_logger.py", "wrapper")], True, True),
+        ([TRAIN, (PACKAGE / "core/files.py", "write_json")], False, False),
+        (
+            [TRAIN, (PACKAGE / "training/stopping.py", "agree"), ("/x/torch/distributed/c10d_logger.py", "wrapper")],
+            True,
+            True,
+        ),
     ],
 )
 def test_waiting_is_told_from_hanging(places, on_gpu, on_cpu) -> None:
@@ -193,7 +197,7 @@ def asleep(folder: Path, rank: int, device: str) -> None:
     """One rank whose main thread sleeps: in our collate (rank 0), or where the device is asked for a result (rank 1)."""
     from aifactory_train.run.folder import RunFolder
 
-    where = PACKAGE / ("data/batch.py" if rank == 0 else "train.py")
+    where = PACKAGE / ("data/batch.py" if rank == 0 else "training/trainer.py")
     code = compile("def item():\n    import time\n    time.sleep(60)\n", str(where), "exec")
     names: dict = {}
     exec(code, names)
