@@ -17,8 +17,9 @@ import pytest
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.core.files import write_json
 from aifactory_train.record.devices import device_of
-from aifactory_train.record.events import RunEnded, RunStarted
+from aifactory_train.record.events import Evaluated, EventBus, RunEnded, RunStarted, StepDone
 from aifactory_train.record.recorder import Recorder
+from aifactory_train.record.trackers import Trackers
 from aifactory_train.report.pack import write_pack
 from aifactory_train.run.folder import RunFolder
 
@@ -127,31 +128,32 @@ def step_record(step: int) -> dict[str, Any]:
 def attempt(run: RunFolder, recipe, first: int, last: int, *, number: int, how: str = "finished") -> Recorder:
     """One attempt from step ``first`` to ``last``. ``how``: finished, stopped, killed, or an exception's text."""
     recorder = Recorder(run, world(), recipe, attempt=number, write_pack=write_pack)
+    bus = EventBus(Trackers(run, recipe, recorder.failed), recorder)
     trainer = Pretend(recipe, step=first)
-    recorder.hear(trainer.started())
+    bus.emit(trainer.started())
     if first == 0:
-        recorder.evaluated("before", FIGURES["before"], 0)
+        bus.emit(Evaluated("before", FIGURES["before"], 0))
     with open(run.metrics_file, "a", encoding="utf-8") as metrics:
         for step in range(first + 1, last + 1):
             record = step_record(step)
-            recorder.step(record, np.asarray([0, 1]), [[[0, 1]]])
+            bus.emit(StepDone(record, np.asarray([0, 1]), [[[0, 1]]]))
             metrics.write(json.dumps(record) + "\n")
     if how == "killed":
         recorder.progress()
         return recorder
     if how == "finished":
-        recorder.evaluated("after", FIGURES["after"], last)
+        bus.emit(Evaluated("after", FIGURES["after"], last))
         adapter = run.export / "adapter"
         adapter.mkdir(parents=True, exist_ok=True)
         (adapter / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 8)
         (adapter / "adapter_config.json").write_text("{}\n")
         write_json(run.eval_file, FIGURES)
         recorder.exported({"paths": {"adapter": str(adapter)}, "gate": {"adapter": {"passed": True}}})
-        recorder.hear(RunEnded("finished"))
+        bus.emit(RunEnded("finished"))
     elif how == "stopped":
-        recorder.hear(RunEnded("stopped", "SIGUSR1"))
+        bus.emit(RunEnded("stopped", "SIGUSR1"))
     else:
-        recorder.hear(RunEnded("failed", f"RuntimeError: {how}"))
+        bus.emit(RunEnded("failed", f"RuntimeError: {how}"))
     return recorder
 
 
