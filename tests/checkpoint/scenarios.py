@@ -162,20 +162,23 @@ def slow_steps(seconds: float) -> None:
 
 
 def at_step(wanted: int, who: int, do: Callable[[], None]) -> Any:
-    """``in_child`` that calls ``do`` on rank ``who`` when it begins the step after ``wanted``."""
+    """``in_child`` that calls ``do`` on rank ``who`` when it begins the step after ``wanted``.
+
+    In the step itself, not in a listener of its events: what a listener raises ends no run.
+    """
 
     def in_child(rank: int, tell: Any) -> None:
-        from aifactory_train.run.outcome import Attempt
+        from aifactory_train.training.trainer import Trainer
 
-        beat, done = Attempt.beat, []
+        began, done = Trainer._phase, []
 
-        def striking(self, step, phase):
-            beat(self, step, phase)
-            if rank == who and step == wanted and phase == "forward" and not done:
-                done.append(step)  # a step may have several micro-batches
+        def striking(self, name):
+            began(self, name)
+            if rank == who and self.step == wanted and name == "forward" and not done:
+                done.append(wanted)  # a step may have several micro-batches
                 do()
 
-        Attempt.beat = striking
+        Trainer._phase = striking
 
     return in_child
 

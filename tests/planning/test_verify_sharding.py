@@ -12,7 +12,8 @@ import pytest
 
 BUILD = """
 import json, resource, sys
-from aifactory_train.model.causal_lm import shapes; from aifactory_train.planning import verify_sharding
+from aifactory_train.model import shapes
+from aifactory_train.planning import verify_sharding
 from aifactory_train.planning.job import STACKS, Bytes, Gpu, Job, Layout, Links
 ask = json.loads(sys.argv[1])
 shape = shapes.load(ask["base"]) if isinstance(ask["base"], str) else shapes.from_config(ask["base"], "tiny")
