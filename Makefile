@@ -48,7 +48,7 @@ lint: $(VENV)/.installed-test
 	$(PYTEST) tests/lint
 
 types: $(VENV)/.installed-test
-	$(BIN)/mypy aifactory_train sites launchers kernels recipes
+	$(BIN)/mypy aifactory_train
 
 # The official validators of two formats of the evidence pack want older libraries than ours: an environment of their own.
 .validators/bin/python:

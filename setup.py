@@ -12,7 +12,14 @@ from setuptools import find_namespace_packages, setup
 ROOT = Path(__file__).parent
 ROOMS = ("kernels", "launchers", "recipes", "sites")
 
-packages = find_namespace_packages(include=["aifactory_train", "aifactory_train.*"])
+# In a checkout aifactory_train/sites and the three others are links to the folders at the top: Python, editors, import checkers
+# and `python -m aifactory_train` see one package without an installation. A wheel gets the folders themselves.
+linked = tuple(f"aifactory_train.{room}" for room in ROOMS)
+packages = [
+    name
+    for name in find_namespace_packages(include=["aifactory_train", "aifactory_train.*"])
+    if not f"{name}.".startswith(tuple(f"{link}." for link in linked))
+]
 package_dir = {"aifactory_train": "aifactory_train"}
 for room in ROOMS:
     package_dir[f"aifactory_train.{room}"] = room

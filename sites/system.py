@@ -128,11 +128,12 @@ class System(Profile):
     @property
     def max_nodes(self) -> int | None:
         """The largest job that any partition with its QoS admits; ``None`` where no limit is published."""
+        without: list[str | None] = [None]
         limits = [
             self.limits(name, qos)["max_nodes"]
             for name, part in self.partitions.items()
             if part.state != "down"
-            for qos in (part.qos or [None])
+            for qos in (part.qos or without)
         ]
         known = [n for n in limits if n is not None]
         return max(known) if known else self.node.count

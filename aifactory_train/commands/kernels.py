@@ -203,7 +203,7 @@ def _of_catalogue(name: str) -> Any:
 def _list(args: argparse.Namespace) -> int:
     from aifactory_train.kernels import registry
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for target, sku in _targets(args, default=["sm_90", "gfx942", "gfx90a"]):
         for name in _operators(args):
             operator = registry.operator(name)

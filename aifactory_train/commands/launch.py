@@ -125,7 +125,9 @@ def run(args: argparse.Namespace) -> int:
     licences.gate(recipe)
     shape = shape_of(request, system)
     submitting = not (args.dry_run or args.explain)
-    plan, wanted, told = None, [], None
+    plan: dict[str, Any] | None = None
+    wanted: list[str] = []
+    told: str | None = None
     if not args.dry_run or args.json:
         plan, wanted, told = plan_for(request, system, shape, recipe)
         if wanted:

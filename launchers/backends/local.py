@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 from aifactory_train.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, UserError
 from aifactory_train.launchers.backends.base import Backend, Job, register
@@ -23,7 +24,7 @@ class Local(Backend):
     name = "local"
     title = "this machine"
     aliases = ("torchrun",)
-    schedulers = ("none",)
+    schedulers: ClassVar[tuple[str, ...]] = ("none",)
     programs = ("bash",)
     batch = False
     software = "here"

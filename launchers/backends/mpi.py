@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import subprocess
+from typing import ClassVar
 
 from aifactory_train.launchers.backends.base import register
 from aifactory_train.launchers.backends.local import Local
@@ -49,7 +50,7 @@ class Mpi(Local):
     name = "mpi"
     title = "mpirun"
     aliases = ("mpirun",)
-    schedulers = ()
+    schedulers: ClassVar[tuple[str, ...]] = ()
     styles = ("mpi",)
 
     def missing_starter(self) -> tuple[str, str] | None:

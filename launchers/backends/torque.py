@@ -29,7 +29,7 @@ class Torque(Pbs):
             chunk.append(f"gpus={shape.gpus_per_node}")
         if select:
             chunk.append(select)
-        resources = [(":".join(chunk), "nodes, cores and GPUs", "request.gpus")]
+        resources: list[tuple[str, str, str | None]] = [(":".join(chunk), "nodes, cores and GPUs", "request.gpus")]
         if shape.memory:
             resources.append((f"mem={shape.memory[1]}gb", shape.reason("memory").why, "request.memory_gib"))
         return self.pbs_lines(sub, resources, array="-t", short_name="Torque allows 15 characters")

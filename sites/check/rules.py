@@ -11,6 +11,7 @@ from aifactory_train.sites.catalogue import gpu_catalogue
 from aifactory_train.sites.check.faults import Fault, Place, at
 from aifactory_train.sites.hardware import Gpu
 from aifactory_train.sites.schedulers import SCHEDULERS
+from aifactory_train.sites.schema import Partition, Qos
 from aifactory_train.sites.system import System
 
 
@@ -167,9 +168,10 @@ def _limits(system: System, path: Path) -> Iterator[Fault]:
                 yield Fault(
                     "qos", where, f"{name} names the QoS '{qos}'{did_you_mean(qos, system.qos)}, which is not defined"
                 )
-            elif system.qos[qos].max_time and part.max_time and system.qos[qos].max_time > part.max_time:
+            elif part.max_time and (system.qos[qos].max_time or 0) > part.max_time:
                 yield Fault("limits", where, f"QoS {qos} allows longer jobs than its partition {name}")
-    for name, limit in (*system.partitions.items(), *system.qos.items()):
+    limits: list[tuple[str, Partition | Qos]] = [*system.partitions.items(), *system.qos.items()]
+    for name, limit in limits:
         if limit.max_gpus and limit.min_nodes and limit.max_gpus < limit.min_nodes:
             where = at(path, "qos" if name in system.qos else "partitions", name)
             yield Fault("limits", where, f"{name}: {limit.min_nodes} nodes and more, but {limit.max_gpus} GPUs at most")

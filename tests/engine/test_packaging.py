@@ -59,13 +59,15 @@ def source(tmp_path_factory) -> Path:
         if not name.startswith(("tests/", "benchmarks/", "docs/")) and (helpers.ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(helpers.ROOT / name, target / name)
+    for room in ROOMS[1:]:
+        (target / "aifactory_train" / room).symlink_to(f"../{room}")
     return target
 
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    copy = shutil.copytree(source, out / "tree")
+    copy = shutil.copytree(source, out / "tree", symlinks=True)
     run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", out, copy]
     )
@@ -175,7 +177,7 @@ def test_console_script_and_data_files_of_an_installed_wheel(installed, lent, tm
 
 
 def test_an_editable_install_follows_the_source(source, lent, tmp_path):
-    tree = shutil.copytree(source, tmp_path / "tree")
+    tree = shutil.copytree(source, tmp_path / "tree", symlinks=True)
     binaries = environment_with(tmp_path / "venv", lent, "-e", str(tree))
     (tmp_path / "elsewhere").mkdir()
     probe = (
@@ -200,7 +202,9 @@ def test_the_source_tree_runs_without_any_installation(source, lent, tmp_path):
         "print(sys.modules['aifactory_train.kernels'].__path__[0])"
     )
     done = run([python, "-c", probe], cwd=source, env=lent)
-    assert done.stdout.strip() == str(source / "kernels")
+    assert Path(done.stdout.strip()).samefile(source / "kernels")
+    probe = "import importlib.util as u; assert not u.find_spec('aifactory_train.tests'), 'the folder of tests is no part of the package'"
+    run([python, "-c", probe], cwd=source, env=lent)
     # transformers looks for a package named kernels: from the root it must not take ours for it
     probe = "from transformers.utils import is_kernels_available; assert not is_kernels_available() or __import__('importlib.metadata').metadata.version('kernels')"
     run([python, "-c", probe], cwd=source, env=lent)

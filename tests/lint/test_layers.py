@@ -1,4 +1,4 @@
-"""Rooms import from below alone: import-linter over a view of the package that holds the sibling rooms, as an installed wheel does."""
+"""Rooms import from below alone: import-linter over the package, which holds the rooms at the top as links."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 
 pytest.importorskip("importlinter", reason="import-linter belongs to the extra test")
 
-ROOMS = ("kernels", "launchers", "recipes", "sites")
 #: Top to bottom. Rooms of one line do not import each other.
 LAYERS = """
     commands
@@ -39,26 +38,12 @@ LIGHT = {
 }
 
 
-@pytest.fixture(scope="module")
-def view(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``aifactory_train`` as a wheel installs it, made of links."""
-    folder = tmp_path_factory.mktemp("view")
-    package = folder / "aifactory_train"
-    package.mkdir()
-    for entry in (helpers.ROOT / "aifactory_train").iterdir():
-        if entry.name != "__pycache__":
-            (package / entry.name).symlink_to(entry)
-    for room in ROOMS:
-        (package / room).symlink_to(helpers.ROOT / room)
-    return folder
-
-
-def lint(view: Path, layers: str) -> subprocess.CompletedProcess[str]:
+def lint(folder: Path, layers: str) -> subprocess.CompletedProcess[str]:
     named = "\n".join(
         "    " + " : ".join(f"aifactory_train.{room.strip()}" for room in line.split(":"))
         for line in layers.strip().splitlines()
     )
-    (view / "imports.ini").write_text(
+    (folder / "imports.ini").write_text(
         "[importlinter]\nroot_package = aifactory_train\nexclude_type_checking_imports = False\n\n"
         f"[importlinter:contract:layers]\nname = Rooms import from below\ntype = layers\nlayers =\n{named}\n"
     )
@@ -70,24 +55,24 @@ def lint(view: Path, layers: str) -> subprocess.CompletedProcess[str]:
         "imports.ini",
         "--no-cache",
     ]
-    env = {**os.environ, "PYTHONPATH": str(view)}
-    return subprocess.run(command, cwd=view, env=env, capture_output=True, text=True, timeout=300, check=False)
+    env = {**os.environ, "PYTHONPATH": str(helpers.ROOT)}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_rooms_import_from_below(view: Path) -> None:
-    done = lint(view, LAYERS)
+def test_rooms_import_from_below(tmp_path: Path) -> None:
+    done = lint(tmp_path, LAYERS)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-def test_the_contract_can_fail(view: Path) -> None:
+def test_the_contract_can_fail(tmp_path: Path) -> None:
     """Turned over, it is broken: the linter sees the rooms."""
-    done = lint(view, "core\ncommands\nsites")
+    done = lint(tmp_path, "core\ncommands\nsites")
     assert done.returncode != 0 and "is not allowed to import" in done.stdout
 
 
 def test_every_room_has_a_layer() -> None:
     named = {room.strip() for line in LAYERS.strip().splitlines() for room in line.split(":")}
-    there = {p.name for p in (helpers.ROOT / "aifactory_train").iterdir() if (p / "__init__.py").is_file()} | set(ROOMS)
+    there = {p.name for p in (helpers.ROOT / "aifactory_train").iterdir() if (p / "__init__.py").is_file()}
     assert named == there
 
 
@@ -95,8 +80,7 @@ def test_every_room_has_a_layer() -> None:
 def test_light_rooms_name_no_heavy_package(room: str) -> None:
     import ast
 
-    folder = helpers.ROOT / room if room in ROOMS else helpers.ROOT / "aifactory_train" / room
-    for path in folder.rglob("*.py"):
+    for path in (helpers.ROOT / "aifactory_train" / room).resolve().rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
