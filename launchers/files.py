@@ -25,9 +25,8 @@ PROGRAMS = Path(__file__).resolve().parent / "programs"
 
 def add_files(sub: Submission, recipe: Recipe, context: dict[str, Any]) -> None:
     """Everything that lies in ``submission/`` beside the script, for the run or for each task of its array."""
-    import yaml
-
     from aifactory_train.config.loading import load_recipe, to_tree
+    from aifactory_train.core import yaml_text
 
     shape, request = sub.shape, sub.request
     rank = render("rank.sh.j2", context)
@@ -42,9 +41,7 @@ def add_files(sub: Submission, recipe: Recipe, context: dict[str, Any]) -> None:
     for prefix, tree in folders:
         here = f"{prefix}submission/"
         run = f"{base}/{prefix}".rstrip("/")
-        text = "# The recipe with your overrides applied: what the ranks read.\n" + yaml.safe_dump(
-            to_tree(tree), sort_keys=False, allow_unicode=True
-        )
+        text = "# The recipe with your overrides applied: what the ranks read.\n" + yaml_text.dump(to_tree(tree))
         sub.files.append(File(f"{here}recipe.yaml", text.encode()))
         sub.files.append(File(f"{here}arguments", nul_joined(arguments(sub, run))))
         sub.files.append(File(f"{here}environment", nul_joined([f"{k}={v}" for k, v in request.env])))

@@ -11,7 +11,6 @@ Nothing here installs anything on the machine that calls it, except ``verify_her
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ from typing import Any
 
 from aifactory_train import __version__
 from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.core.files import file_digest
 from aifactory_train.launchers import request as rq
 from aifactory_train.launchers.container import IMAGE_SUFFIXES, container_of, env_folder
 from aifactory_train.launchers.rendering import templates
@@ -285,7 +285,7 @@ def bundle(
     cached = staged(recipes, target / "cache", say)
     files = {}
     for path in sorted(p for p in target.rglob("*") if p.is_file()):
-        files[str(path.relative_to(target))] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+        files[str(path.relative_to(target))] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
     facts = {**manifest(system, way), "recipes": recipes, "cache": cached, "missing": missing, "files": files}
     (target / "manifest.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return facts
@@ -384,14 +384,6 @@ def foreign_wheels(folder: Path, isa: str | None) -> list[str]:
                     if machine and machine != isa:
                         out.append(wheel.name)
     return out
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def verify_here(python: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.core import yaml_text
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.sites import probe
 from aifactory_train.sites.catalogue import gpu_catalogue
@@ -236,13 +237,11 @@ def compose(
 
 def render(raw: dict[str, Any]) -> str:
     """The profile as YAML, in the order of the schema, with a blank line between sections."""
-    import yaml
-
     lines: list[str] = []
     for key, value in raw.items():
         block = isinstance(value, (dict, list)) and bool(value) and key != "missing"
         style = None if key == "missing" else False
-        text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=100, default_flow_style=style)
+        text = yaml_text.dump({key: value}, width=100, default_flow_style=style)
         lines.append(("\n" if block else "") + text)
     return "".join(lines)
 

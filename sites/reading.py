@@ -1,67 +1,27 @@
-"""A profile's text: YAML with line numbers, and refusals that name file, line and key."""
+"""A profile's text: what is read, and refusals that name file, line and key."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from aifactory_train.core import yaml_text
 from aifactory_train.core.errors import UserError, did_you_mean
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The safe loader, refusing a key that is written twice (plain YAML keeps the last one silently)."""
-
-    def construct_mapping(self, node, deep=False):
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' is written twice (first in line {seen[key]})", key_node.start_mark
-                )
-            seen[key] = key_node.start_mark.line + 1
-        return super().construct_mapping(node, deep=deep)
-
-
 def read_yaml(path: Path) -> Any:
-    """The file's content; a missing file, bad YAML or a doubled key is refused with file and line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"cannot be read: {reason}", where=str(path)) from None
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader subclass: plain data only
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"not valid YAML: {problem}", where=where) from None
+    """The file's content; what cannot be read is refused with file and line."""
+    return yaml_text.read(path).value
 
 
 def line_of(path: Path, keys: tuple[Any, ...]) -> int | None:
-    """The line where the value under ``keys`` (names and list indices) begins, or its nearest parent's."""
+    """The line of the value under ``keys`` (names and list indices), or of its nearest parent's."""
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, yaml.YAMLError):
+        return yaml_text.read(path).line(keys)
+    except UserError:
         return None
-    line = None
-    for key in keys:
-        child = None
-        if isinstance(node, yaml.MappingNode):
-            for key_node, value_node in node.value:
-                if key_node.value == str(key):
-                    child, line = value_node, key_node.start_mark.line + 1
-        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
-            child = node.value[key]
-            line = child.start_mark.line + 1
-        if child is None:
-            break
-        node = child
-    return line
 
 
 def place_of(path: Path | None, keys: tuple[Any, ...], label: str = "profile") -> str:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from aifactory_train.config.loading import RECIPES_DIR, json_schema, load_recipe, to_tree
-    from aifactory_train.core import output
+    from aifactory_train.core import output, yaml_text
     from aifactory_train.core.files import write_atomic
 
     if args.what == "show":
@@ -28,9 +28,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             output.print_json(tree)
         else:
-            import yaml
-
-            print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+            print(yaml_text.dump(tree), end="")
         return 0
     if args.write:
         path = RECIPES_DIR / "recipe.schema.json"

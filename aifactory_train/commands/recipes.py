@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from aifactory_train.config.loading import load_recipe, to_tree
+    from aifactory_train.core import yaml_text
     from aifactory_train.core.errors import UserError
     from aifactory_train.core.output import note, print_json, table
 
@@ -27,9 +28,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json({**summary(recipe), "recipe": to_tree(recipe)})
             return 0
-        import yaml
-
-        print(yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True, width=110), end="")
+        print(yaml_text.dump(to_tree(recipe), width=110), end="")
         return 0
     if args.overrides:
         raise UserError("--set needs a recipe to change", where="--set")
@@ -57,14 +56,12 @@ def run(args: argparse.Namespace) -> int:
 
 def listed() -> list[dict[str, Any]]:
     """One row a recipe, see :func:`summary`. The files are read without validation, which the tests and every other command do."""
-    import yaml
-
     from aifactory_train.config.loading import RECIPES_DIR, recipe_ids
+    from aifactory_train.core import yaml_text
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     rows = []
     for name in recipe_ids():
-        tree = yaml.load((RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8"), Loader=loader)
+        tree = yaml_text.read(RECIPES_DIR / f"{name}.yaml").value
         about, model, data = tree["about"], tree["model"], tree["data"]
         sources = [*_list(data["train"]), *_list(data.get("eval") or [])]
         rows.append(

@@ -61,8 +61,7 @@ def probe_system(words: list[str], args: argparse.Namespace) -> int:
     """Ask this machine, and print what differs from its profile as a patch."""
     from pathlib import Path
 
-    import yaml
-
+    from aifactory_train.core import yaml_text
     from aifactory_train.sites import detection, probe, profiles
 
     if len(words) > 1:
@@ -82,7 +81,7 @@ def probe_system(words: list[str], args: argparse.Namespace) -> int:
     if args.patch:
         try:
             with Path(args.patch).open("x", encoding="utf-8") as out:
-                out.write(yaml.safe_dump(patch, sort_keys=False))
+                out.write(yaml_text.dump(patch))
         except FileExistsError:
             raise UserError("the file exists", where=args.patch, fix="another name for --patch") from None
         except OSError as error:
@@ -116,7 +115,7 @@ def probe_system(words: list[str], args: argparse.Namespace) -> int:
             "gone": "not here",
         }
         print(f"#   {d.path}: {word[d.kind]} ({d.evidence})")
-    print(yaml.safe_dump(patch, sort_keys=False), end="")
+    print(yaml_text.dump(patch), end="")
     return 0
 
 

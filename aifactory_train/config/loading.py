@@ -8,12 +8,12 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from aifactory_train.config import wanted
 from aifactory_train.config.data_blocks import as_sources
-from aifactory_train.config.reading import _UniqueKeyLoader, read_yaml
 from aifactory_train.config.schema import Recipe
+from aifactory_train.core import yaml_text
 from aifactory_train.core.errors import UserError, did_you_mean
 
 RECIPES_DIR = Path(__file__).resolve().parents[1] / "recipes"
@@ -50,10 +50,10 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     Raises :class:`UserError` that names ``file:line`` or the override.
     """
     path = find_recipe(name)
-    tree, lines = read_yaml(path)
-    if not isinstance(tree, dict):
+    document = yaml_text.read(path)
+    if not isinstance(document.value, dict):
         raise UserError("a recipe is a mapping of keys", where=f"{path}:1", fix="see 'aifactory recipes RECIPE'")
-    tree = dict(tree)
+    tree = wanted.as_written(document.value, document, Recipe)
     if "id" not in tree:
         inside = path.resolve().is_relative_to(RECIPES_DIR.resolve())
         stem = (
@@ -66,7 +66,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise _readable(error, path, lines, origin) from None
+        raise _readable(error, path, document, origin) from None
 
 
 def _id_of(name: str) -> str:
@@ -131,7 +131,7 @@ def _absolute(text: str, folder: Path | None, *, beside: bool = False) -> str:
     if not text or "\0" in text or text.startswith(("pypi:", "npm:")):
         return text
     path = Path(os.path.expanduser(text))
-    if os.path.exists(path):
+    if os.path.exists(path) or (str(path) != text and text.startswith("~")):
         return os.path.abspath(path)
     if folder is None or path.is_absolute() or not os.path.exists(folder / path):
         return text
@@ -160,16 +160,13 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
     for text, key in zip(overrides, keys, strict=True):
         _, separator, raw = text.partition("=")
         if not separator or not key:
-            raise UserError("an override has the form a.b=c", where=f"--set {text}")
-        try:
-            value = yaml.load(raw, _UniqueKeyLoader) if raw.strip() else (None if raw == "" else raw)
-        except yaml.YAMLError:
-            value = raw  # a path with odd characters is still a string
+            raise UserError("an override has the form a.b=c", where=_shown(text))
         path = tuple(int(p) if p.isdecimal() else p for p in key.split("."))
+        value = wanted.given(raw, path, _shown(text))
         if path[:2] in (("data", "train"), ("data", "eval")) and len(path) > 2 and isinstance(tree.get("data"), dict):
             tree["data"][path[1]] = as_sources(tree["data"].get(path[1]))
         if any(p == "" for p in path):
-            raise UserError("an empty name in the key", where=f"--set {text}")
+            raise UserError("an empty name in the key", where=_shown(text))
         node: Any = tree
         for depth, part in enumerate(path[:-1]):
             if isinstance(node, list):
@@ -177,7 +174,7 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
                     block = ".".join(map(str, path[:depth]))
                     raise UserError(
                         f"'{block}' is a list of {len(node)}",
-                        where=f"--set {text}",
+                        where=_shown(text),
                         fix=f"say which one, counted from 0: {block}.0",
                     )
                 if not isinstance(node[part], dict):
@@ -192,7 +189,7 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
             if not isinstance(child, (dict, list)):
                 raise UserError(
                     f"'{'.'.join(map(str, path[: depth + 1]))}' is a value, not a block",
-                    where=f"--set {text}",
+                    where=_shown(text),
                 )
             node = child
         last = path[-1]
@@ -201,7 +198,7 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
                 block = key.rpartition(".")[0]
                 raise UserError(
                     f"'{block}' is a list of {len(node)}",
-                    where=f"--set {text}",
+                    where=_shown(text),
                     fix=f"say which one, counted from 0: {block}.0",
                 )
         else:
@@ -221,6 +218,11 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
         if path == ("model", "base") and isinstance(tree.get("model"), dict):
             _carry_option(tree["model"], given)
     return origin
+
+
+def _shown(override: str) -> str:
+    """An override as the place of a fault."""
+    return f"--set {override}" if len(override) <= 200 else f"--set {override[:200]}..."
 
 
 def _numbered(tree: dict, key: str, replaced: dict[str, str]) -> str:
@@ -247,7 +249,7 @@ def _carry_option(model: dict, given: set[str]) -> None:
 _UNION_MEMBERS = (("int",), ("float",), ("str",), ("bool",))
 
 
-def _readable(error: ValidationError, path: Path, lines: dict[tuple, int], origin: dict[tuple, str]) -> UserError:
+def _readable(error: ValidationError, path: Path, document: yaml_text.Document, origin: dict[tuple, str]) -> UserError:
     """The first validation error as one message with its place."""
     first = error.errors()[0]
     location = tuple(p for p in first["loc"])
@@ -274,17 +276,18 @@ def _readable(error: ValidationError, path: Path, lines: dict[tuple, int], origi
         message = f"'{key}' is missing"
     else:
         value = first.get("input")
-        shown = f" (got {value!r})" if isinstance(value, (str, int, float, bool)) or value is None else ""
-        message = f"{key}: {message}{shown}" if key else message
+        shown = repr(value) if isinstance(value, (str, int, float, bool)) or value is None else ""
+        message = f"{key}: {message}" if key else message
+        message += f" (got {shown if len(shown) <= 80 else shown[:80] + '...'})" if shown else ""
+        if value is None and wanted.takes_text(wanted.at(location)):
+            fix = "leave the key out; the word itself is written in quotes: 'null'"
     names = tuple(map(str, location))  # an override's 0 may be an index or, wrongly, a key
     for override_path, text in origin.items():
         given = tuple(map(str, override_path))
         if names[: len(given)] == given or given[: len(names)] == names:
-            return UserError(message, where=f"--set {text}", fix=fix)
-    for depth in range(len(location), -1, -1):
-        if location[:depth] in lines:
-            return UserError(message, where=f"{path}:{lines[location[:depth]]}", fix=fix)
-    return UserError(message, where=str(path), fix=fix)
+            return UserError(message, where=_shown(text), fix=fix)
+    line = document.line(location)
+    return UserError(message, where=f"{path}:{line}" if line else str(path), fix=fix)
 
 
 def _fields_at(location: tuple) -> list[str]:
@@ -319,12 +322,18 @@ def to_tree(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-def from_tree(tree: dict[str, Any], where: str) -> Recipe:
-    """The tree of a ``run.yaml``; the file was written by this program, so a fault in it is named as such."""
+def from_tree(tree: Any, where: str, document: yaml_text.Document | None = None) -> Recipe:
+    """The recipe of a resolved tree. Raises :class:`UserError` with the place in ``where``, whose text ``document`` is."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise _readable(error, Path(where), {}, {}) from None
+        raise _readable(error, Path(where), document or yaml_text.Document(None, None), {}) from None
+
+
+def read_run_config(path: Path) -> Recipe:
+    """The recipe of a ``run.yaml``, with everything resolved: no path in it is looked for again."""
+    document = yaml_text.read(path)
+    return from_tree(wanted.as_written(document.value, document, Recipe), str(path), document)
 
 
 def json_schema() -> dict[str, Any]:

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import file_digest
 from aifactory_train.parallel.state import Piece, Sharded
 from aifactory_train.private import vault
 
@@ -96,14 +97,6 @@ def _safetensors(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | byte
     yield struct.pack("<Q", len(text)) + text
     for tensor in tensors.values():
         yield from bytes_of(tensor)
-
-
-def file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def json_bytes(value: Any) -> bytes:

@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from aifactory_train.core import yaml_text
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.record.people import PEOPLE
 
@@ -36,10 +35,13 @@ def organisation_values(given: str | None) -> tuple[dict[str, Any], Path]:
 
 
 def read(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot be read: {str(error).splitlines()[0]}", where=str(path)) from None
+    document = yaml_text.read(path)
+    if not isinstance(document.value, dict):
+        return document.value
+    # Numbers are text here too (a telephone number begins with a nought); yes and no may be said as true and false.
+    return {
+        k: v if isinstance(v, bool) or v is None else document.written((k,)) or v for k, v in document.value.items()
+    }
 
 
 def check_values(values: Any, where: str) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def template() -> str:
 def save(path: Path, values: dict[str, Any]) -> None:
     """Write the answers, readable by the user alone (names and contacts are in it)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
+    text = yaml_text.dump(values)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write("# What only people know; aifactory record fill asks, every record takes it over.\n" + text)

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from aifactory_train.config.loading import from_tree, to_tree
-from aifactory_train.config.reading import read_yaml
+from aifactory_train.config.loading import read_run_config, to_tree
 from aifactory_train.config.schema import Recipe
+from aifactory_train.core import yaml_text
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import read_json, write_atomic, write_json
 from aifactory_train.run.ownership import (
@@ -120,13 +118,12 @@ class RunFolder:
     # ---- the resolved configuration
     def save_config(self, recipe: Recipe) -> None:
         header = "# Everything resolved. Repeat this run: aifactory train run.yaml --run-dir NEW\n"
-        write_atomic(self.config_file, header + yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True))
+        write_atomic(self.config_file, header + yaml_text.dump(to_tree(recipe)))
 
     def load_config(self) -> Recipe:
         if not self.config_file.is_file():
             raise UserError("is not a run folder: it has no run.yaml", where=str(self.path))
-        tree, _ = read_yaml(self.config_file)
-        return from_tree(tree, str(self.config_file))
+        return read_run_config(self.config_file)
 
 
 def open_run(name_or_path: str) -> RunFolder:

@@ -28,7 +28,8 @@ broken download or a full disk leaves nothing behind.
 from __future__ import annotations
 
 from aifactory_train.config.source_spec import Spec, parse, same_source
-from aifactory_train.sources.cache import CACHE_FORMAT, MANIFEST, sha256
+from aifactory_train.core.files import file_digest as sha256
+from aifactory_train.sources.cache import CACHE_FORMAT, MANIFEST
 from aifactory_train.sources.fetching import fetch, fetch_data, fetch_model
 from aifactory_train.sources.gguf import convert_gguf
 from aifactory_train.sources.packages import known_digests, safe_name, unpack_tar, unpack_wheel

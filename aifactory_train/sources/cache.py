@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 from aifactory_train.config.loading import cache_dir
 from aifactory_train.config.source_spec import Spec
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import file_digest, put_whole
 
 MANIFEST = "manifest.json"
 #: Raised when the layout of cached items changes; older items are then fetched again.
@@ -179,7 +179,7 @@ def finish(
 ) -> None:
     """Write the manifest of an item that was built in ``folder``."""
     files: list[dict[str, Any]] = [
-        {"path": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": sha256(p)}
+        {"path": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": file_digest(p)}
         for p in sorted(folder.rglob("*"))
         if p.is_file()
     ]
@@ -213,35 +213,17 @@ def local_manifest(spec: Spec, path: Path) -> dict[str, Any]:
         "licence": None,
         "licence_read_from": None,
         "files": [
-            {"path": p.relative_to(root).as_posix(), "bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
+            {"path": p.relative_to(root).as_posix(), "bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files
         ],
     }
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file in one piece: the old content or the new one, never half."""
+    """Write a file that every user of the cache may read, in one piece."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as sink:
-                json.dump(value, sink, ensure_ascii=False, indent=1)
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
+        put_whole(path, json.dumps(value, ensure_ascii=False, indent=1), 0o644)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise disk_full(str(path.parent)) from None
         raise UserError(f"the cache cannot be written: {error.strerror}", where=str(path), fix=MORE_SPACE) from None
-
-
-def sha256(path: Path) -> str:
-    """Hex sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +10,7 @@ from pathlib import Path
 
 from aifactory_train.config.loading import cache_dir
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import file_digest, put_whole
 
 #: Digests that are remembered; the oldest go first.
 KEPT = 5000
@@ -20,15 +18,6 @@ KEPT = 5000
 STREAMS = 8
 #: A file changed this recently could change again within the clock's resolution, unseen: it is not remembered yet.
 SETTLED_NS = 2_000_000_000
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces of 8 MiB."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(8 << 20):
-            found.update(piece)
-    return found.hexdigest()
 
 
 def sha256_of(paths: Iterable[Path], *, fresh: bool = False) -> dict[Path, str]:
@@ -90,9 +79,6 @@ def _remember(memory: Path, new: dict[str, str]) -> None:
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         known = {**_recall(memory), **new}
-        handle, name = tempfile.mkstemp(dir=memory.parent, prefix=".digests-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(dict(list(known.items())[-KEPT:]), file)
-        os.replace(name, memory)
+        put_whole(memory, json.dumps(dict(list(known.items())[-KEPT:])), 0o600)
     except OSError:
         return  # as above

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.config.source_spec import Spec
+from aifactory_train.core import yaml_text
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import file_digest
 from aifactory_train.sources.cache import (
     CACHE_FORMAT,
     MANIFEST,
@@ -19,7 +21,6 @@ from aifactory_train.sources.cache import (
     disk_full,
     hub_manifest_folder,
     not_fetched,
-    sha256,
     write_json,
 )
 
@@ -118,20 +119,18 @@ def fetch(spec: Spec, revision: str | None, kind: str, say: Callable[[str], None
 def _hub_file(path: Path, root: Path) -> dict[str, Any]:
     # In the hub's cache a large file is a link to a blob that is named by its sha256.
     blob = path.resolve().name
-    digest = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else sha256(path)
+    digest = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else file_digest(path)
     return {"path": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "sha256": digest}
 
 
 def _card_licence(path: Path) -> tuple[str | None, str | None]:
-    import yaml
-
     card = path / "README.md"
     if card.is_file():
         parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
         if len(parts) == 3 and not parts[0].strip():
-            with contextlib.suppress(yaml.YAMLError):
-                head = yaml.safe_load(parts[1])
+            with contextlib.suppress(UserError):
+                head = yaml_text.parse(parts[1], str(card), doubled=True).value
                 if isinstance(head, dict) and head.get("license"):
                     value = head["license"]
-                    return ", ".join(value) if isinstance(value, list) else str(value), "README.md: license"
+                    return ", ".join(map(str, value)) if isinstance(value, list) else str(value), "README.md: license"
     return None, None

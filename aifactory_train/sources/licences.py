@@ -78,12 +78,10 @@ def overrides(args: argparse.Namespace) -> list[str]:
 @functools.lru_cache(maxsize=1)
 def known() -> dict[str, Any]:
     """``recipes/licences.yaml``: ``{"read": date, "licences": {...}, "sources": {...}}``."""
-    import yaml
-
     from aifactory_train.config.loading import RECIPES_DIR
+    from aifactory_train.core import yaml_text
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load((RECIPES_DIR / FILE).read_text(encoding="utf-8"), Loader=loader)
+    return yaml_text.read(RECIPES_DIR / FILE).value
 
 
 def parents(recipe: Recipe) -> list[Parent]:

@@ -22,7 +22,8 @@ from typing import IO, Any
 from aifactory_train.config.loading import RECIPES_DIR
 from aifactory_train.config.source_spec import Spec
 from aifactory_train.core.errors import RunFailed, UserError
-from aifactory_train.sources.cache import disk_full, sha256
+from aifactory_train.core.files import file_digest
+from aifactory_train.sources.cache import disk_full
 
 LICENCE_NAME = re.compile(r"(^|/)(licen[cs]e|copying|notice)([.-][^/]*)?$", re.IGNORECASE)
 
@@ -60,7 +61,7 @@ def get_package(spec: Spec, scratch: Path, say: Callable[[str], None]) -> Packag
     if done.returncode != 0 or len(archives) != 1:
         raise _client_failed(spec, done.stderr + done.stdout)
     archive = archives[0]
-    digest = sha256(archive)
+    digest = file_digest(archive)
     expected = known_digests().get(spec.text.partition("#")[0])
     if expected is not None and expected != digest:
         raise UserError(

@@ -16,10 +16,10 @@ _MAPS = ("config.json", "tokenizer_config.json", "generation_config.json", "proc
 
 def code_of(folder: Path) -> list[dict[str, Any]]:
     """``{path, bytes, sha256}`` of the Python files in a model folder; ``{repository}`` of others that its classes are taken from."""
-    from aifactory_train.sources import sha256
+    from aifactory_train.core.files import file_digest
 
     files: list[dict[str, Any]] = [
-        {"path": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": sha256(p)}
+        {"path": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": file_digest(p)}
         for p in sorted(folder.rglob("*.py"))
         if p.is_file()
     ]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aifactory_train.config.loading import RECIPES_DIR, from_tree, json_schema, load_recipe, recipe_ids, to_tree
-from aifactory_train.config.reading import _UniqueKeyLoader
+from aifactory_train.core import yaml_text
 from aifactory_train.core.errors import UserError
 
 GOOD = """\
@@ -163,7 +163,7 @@ def test_the_schema_beside_the_recipes_is_fresh():
 @pytest.mark.parametrize("recipe", recipe_ids())
 def test_recipes_follow_the_schema_and_point_to_it(recipe):
     text = (RECIPES_DIR / f"{recipe}.yaml").read_text(encoding="utf-8")
-    jsonschema.validate(yaml.load(text, _UniqueKeyLoader), json_schema())
+    jsonschema.validate(yaml_text.parse(text, recipe).value, json_schema())
     depth = recipe.count("/")
     assert text.splitlines()[0] == f"# yaml-language-server: $schema={'../' * depth}recipe.schema.json"
 

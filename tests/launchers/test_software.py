@@ -14,6 +14,7 @@ import pytest
 
 from aifactory_train import sites
 from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.core.files import file_digest
 from aifactory_train.launchers import software
 
 SYSTEMS = sites.names(usable=True)
@@ -83,7 +84,7 @@ def test_bundle_holds_code_script_and_cache(tmp_path, cli):
         names = archive.getnames()
     assert "aifactory-train/setup.py" in names and "aifactory-train/launchers/build.py" in names
     assert not any("__pycache__" in n or ".git/" in n for n in names)
-    assert facts["files"]["code.tar.gz"]["sha256"] == software.sha256(target / "code.tar.gz")
+    assert facts["files"]["code.tar.gz"]["sha256"] == file_digest(target / "code.tar.gz")
     assert "--no-index" in (target / "build-env.sh").read_text()
     assert any("wheels" in m for m in facts["missing"])
     code, _, err = cli("env", "--site", "marenostrum5-acc", "--bundle", target, "--no-wheels")

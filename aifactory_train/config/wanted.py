@@ -1,0 +1,139 @@
+"""What kind of value each key of a recipe wants: text is taken as it was written, everything else by YAML's core schema.
+
+So a folder called ``2024``, a revision ``8e25123`` and the labels ``[01, 02]`` are text, in a recipe and after ``--set``.
+"""
+
+from __future__ import annotations
+
+import os
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from aifactory_train.config.data_blocks import DataSource
+from aifactory_train.config.schema import Recipe
+from aifactory_train.core import yaml_text
+from aifactory_train.core.errors import UserError
+
+#: Text in which spaces at the ends count.
+_EXACT = ("eval", "label_separator")
+
+
+def at(path: tuple) -> Any:
+    """The annotation of the value at ``path`` in the recipe's schema; None where the schema has no such key, or leaves it open."""
+    annotation: Any = Recipe
+    for part in path:
+        annotation = _below(annotation, part)
+    return annotation
+
+
+def as_written(value: Any, document: yaml_text.Document, annotation: Any, inside: tuple = ()) -> Any:
+    """``value`` (at ``inside`` in the document) with every number and boolean that stands where text is wanted as its written text."""
+    if isinstance(value, dict):
+        return {k: as_written(v, document, _below(annotation, k), (*inside, k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [as_written(v, document, _below(annotation, i), (*inside, i)) for i, v in enumerate(value)]
+    if isinstance(value, (bool, int, float)) and takes_text(annotation):
+        return document.written(inside)
+    return value
+
+
+def given(raw: str, path: tuple, where: str) -> Any:
+    """The value of ``--set KEY=raw``: text where ``path`` wants text, one item where it wants a list of texts; ``[...]`` is a list, and
+    a text in quotes is what the quotes hold. Raises :class:`UserError` that names ``where``."""
+    if not raw.strip():
+        return raw or None
+    if not raw.isascii() and raw != raw.encode("utf-8", "replace").decode():
+        raise UserError("not UTF-8 text", where=where.encode("utf-8", "replace").decode())
+    annotation = at(path)
+    members = _members(annotation)
+    if not takes_text(annotation):
+        try:
+            document = yaml_text.parse(raw, where)
+        except UserError as error:
+            if annotation is None or annotation is Any:
+                return raw  # open to any value, so to this text too
+            raise UserError(error.what, where=where) from None
+        return as_written(document.value, document, annotation)
+    text = raw if path == _EXACT else raw.strip()
+    if text in ("null", "Null", "NULL", "~"):
+        return None
+    if text[0] in "'\"" and text[-1] == text[0] and len(text) > 1:
+        value = _or_none(text, where)
+        text = value if isinstance(value, str) else text
+    elif text[0] in "[{" and (items := _listed(text, where, annotation)) is not None:
+        return items
+    return text if _takes_one(members) else [text]
+
+
+def takes_text(annotation: Any) -> bool:
+    """Whether text is wanted: alone, as one item of a list, or as a source; not where a number is wanted too."""
+    members = _members(annotation)
+    if any(m in (int, float, bool, Any) for m in members):
+        return False
+    return _takes_one(members) or any(get_origin(m) is list and takes_text(get_args(m)[0]) for m in members)
+
+
+def _listed(text: str, where: str, annotation: Any) -> Any:
+    """The list (or, of sources, the block) that ``text`` writes where one is allowed; None where it is a text that begins like one."""
+    members = _members(annotation)
+    sources = any(_is_source(m) for m in members)
+    if not sources and not (text[0] == "[" and any(get_origin(m) is list for m in members)):
+        return None
+    if os.path.exists(os.path.expanduser(text)):
+        return None
+    try:
+        document = yaml_text.parse(text, where)
+    except UserError as error:
+        fix = "close the brackets, or put a text in quotes"
+        raise UserError(f"not a list: {error.what}", where=where, fix=fix) from None
+    return as_written(document.value, document, annotation)
+
+
+def _or_none(text: str, where: str) -> Any:
+    try:
+        return yaml_text.parse(text, where).value
+    except UserError:
+        return None  # 'one' or 'two': not one text in quotes, so the quotes belong to it
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The alternatives of an annotation, without ``Annotated``."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [m for inner in get_args(annotation) for m in _members(inner)]
+    return [annotation]
+
+
+def _below(annotation: Any, part: Any) -> Any:
+    """The annotation of a block's key or a list's item; None where it has none."""
+    for member in _members(annotation):
+        if _is_source(member) and not isinstance(part, int):
+            member = DataSource  # a single one needs no list
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            field = member.model_fields.get(str(part))
+            if field is not None:
+                return field.annotation
+            continue
+        origin, inner = get_origin(member), get_args(member)
+        if origin in (list, tuple) and isinstance(part, int):
+            return inner[min(part, len(inner) - 1)]
+        if origin is dict:
+            return inner[1]
+    return None
+
+
+def _is_source(member: Any) -> bool:
+    """Sources of rows: each may be written as the text of its path or name."""
+    return member is DataSource or get_args(member)[:1] == (DataSource,)
+
+
+def _is_text(member: Any) -> bool:
+    return member is str or (get_origin(member) is Literal and all(isinstance(word, str) for word in get_args(member)))
+
+
+def _takes_one(members: list[Any]) -> bool:
+    return any(_is_text(m) or _is_source(m) for m in members)
