@@ -77,7 +77,8 @@ def load(name: str, overlay: Path | str | dict[str, Any] | bool | None = None) -
         path = find_file(name)
         raw = read_yaml(path)
     system_id = str(raw.get("id", name)) if isinstance(raw, dict) else name
-    system = resolve(raw, path, _overlay_for(system_id, overlay))
+    found, found_in = _overlay_for(system_id, overlay)
+    system = resolve(raw, path, found, found_in)
     level, evidence = readiness_of(system)
     return system.model_copy(update={"readiness": level, "readiness_evidence": evidence})
 
@@ -88,15 +89,16 @@ def _is_profile(path: Path) -> bool:
     return isinstance(raw, dict) and "schema" in raw and "overlay_for" not in raw
 
 
-def _overlay_for(system_id: str, overlay: Path | str | dict[str, Any] | bool | None) -> Overlay | None:
-    if overlay is False:
-        return None
+def _overlay_for(
+    system_id: str, overlay: Path | str | dict[str, Any] | bool | None
+) -> tuple[Overlay | None, Path | None]:
+    """The overlay and its file, if it has one."""
     if isinstance(overlay, (str, Path, dict)):
-        return read_overlay(overlay, system_id)
-    found = user_file(system_id)
+        return read_overlay(overlay, system_id), None if isinstance(overlay, dict) else Path(overlay)
+    found = user_file(system_id) if overlay is not False else None
     if found is None:
-        return None
+        return None, None
     raw = read_yaml(found)
     if isinstance(raw, dict) and "overlay_for" not in raw and "schema" in raw:
-        return None  # a private profile of that name, not an overlay
-    return read_overlay(found, system_id)
+        return None, None  # a private profile of that name, not an overlay
+    return read_overlay(found, system_id), found

@@ -16,8 +16,10 @@ from aifactory_train.sites.schema import FACT_SECTIONS, FactEntry, Overlay, Prof
 from aifactory_train.sites.system import System
 
 
-def resolve(raw: Any, path: Path | None = None, overlay: Overlay | None = None) -> System:
-    """A raw profile (parsed YAML) → :class:`System`. ``path`` is only for messages.
+def resolve(
+    raw: Any, path: Path | None = None, overlay: Overlay | None = None, overlay_path: Path | None = None
+) -> System:
+    """A raw profile (parsed YAML) → :class:`System`. ``path`` and ``overlay_path`` are only for messages.
 
     An overlay's correction of ``null`` removes the key (a partition that does not exist there).
     """
@@ -30,7 +32,11 @@ def resolve(raw: Any, path: Path | None = None, overlay: Overlay | None = None) 
     raw = copy.deepcopy(raw)
     if overlay is not None:
         for dotted, value in overlay.corrections.items():
-            _correct(raw, dotted, value)
+            try:
+                _correct(raw, dotted, value)
+            except UserError as error:
+                where = place_of(overlay_path, ("corrections", dotted), "overlay")
+                raise UserError(error.what, where=where, fix=error.fix) from None
         raw["user"] = overlay.user
     gpu = raw.get("gpu") or {}
     own_gpu = frozenset(gpu) if isinstance(gpu, dict) else frozenset()
@@ -51,7 +57,12 @@ def resolve(raw: Any, path: Path | None = None, overlay: Overlay | None = None) 
     try:
         system = System.model_validate(raw)
     except ValidationError as error:
-        raise refusal(error, Profile, path) from None
+        refused = refusal(error, Profile, path)
+        at = ".".join(str(key) for key in error.errors()[0]["loc"])
+        for dotted in overlay.corrections if overlay is not None else ():
+            if f"{at}.".startswith(f"{dotted}.") or f"{dotted}.".startswith(f"{at}."):
+                refused.where = place_of(overlay_path, ("corrections", dotted), "overlay")
+        raise refused from None
     table = {p: entry for entry in system.facts for p in entry.at}
     for dotted, value in overlay.corrections.items() if overlay is not None else ():
         if value is not None:
@@ -67,13 +78,12 @@ def _correct(raw: dict[str, Any], dotted: str, value: Any) -> None:
     if keys[0] not in FACT_SECTIONS:
         raise UserError(
             f"'{dotted}' is not a fact of a system{did_you_mean(keys[0], FACT_SECTIONS)}",
-            where=f"corrections: {dotted}",
         )
     target: Any = raw
     while len(keys) > 1:
         if isinstance(target, list):
             if not keys[0].isdigit() or int(keys[0]) >= len(target):
-                raise UserError(f"'{dotted}' leads nowhere in the profile", where=f"corrections: {dotted}")
+                raise UserError(f"'{dotted}' leads nowhere in the profile")
             target, keys = target[int(keys[0])], keys[1:]
         else:
             # A key with dots in it (gpu.a100) is taken whole where the profile has it.
@@ -84,9 +94,9 @@ def _correct(raw: dict[str, Any], dotted: str, value: Any) -> None:
             key, keys = ".".join(keys[:whole]), keys[whole:]
             target = target.setdefault(key, {})
         if not isinstance(target, (dict, list)):
-            raise UserError(f"'{dotted}' leads into a plain value", where=f"corrections: {dotted}")
+            raise UserError(f"'{dotted}' leads into a plain value")
     if isinstance(target, list):
-        raise UserError(f"'{dotted}' names a list entry; correct a key inside it", where=f"corrections: {dotted}")
+        raise UserError(f"'{dotted}' names a list entry; correct a key inside it")
     if value is None:
         target.pop(keys[-1], None)
     else:

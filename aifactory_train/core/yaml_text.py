@@ -194,12 +194,11 @@ def _check(node: yaml.Node, seen: dict[int, tuple[int, int] | None], most: int, 
     if isinstance(node, yaml.ScalarNode):
         seen[id(node)] = found = len(node.value) + 1, 0
         return found
-    mapping = isinstance(node, yaml.MappingNode)
-    if mapping:
+    children = [(None, child) for child in node.value] if isinstance(node, yaml.SequenceNode) else node.value
+    if isinstance(node, yaml.MappingNode):
         _check_keys(node, doubled)
     size, height = 1, 0
-    for child in node.value:
-        name, value = child if mapping else (None, child)
+    for name, value in children:
         more, below = _check(value, seen, most, doubled)
         size, height = size + more + (len(name.value) if name else 0), max(height, below + 1)
         if size > most:
