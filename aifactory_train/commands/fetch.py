@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from aifactory_train.config.loading import load_recipe
     from aifactory_train.core.output import note, print_json, table
-    from aifactory_train.sources import fetch
+    from aifactory_train.sources import fetch, parse
 
     recipe = load_recipe(args.recipe, licences.overrides(args))
     licences.gate(recipe)
@@ -30,11 +30,16 @@ def run(args: argparse.Namespace) -> int:
         print_json(manifest)
         return 0
     rows = []
+    by_recipe = {parse(s.source).text: s.licence for s in [*recipe.data.train, *(recipe.data.eval or [])]}
+    by_recipe[parse(recipe.model.base).text] = recipe.model.licence
     for kind, item in [("model", manifest["model"]), *(("data", entry) for entry in manifest["data"])]:
         if item is None:
             continue
         size = sum(f["bytes"] for f in item["files"]) / 1e6
-        licence = f"{item['licence']} ({item['licence_read_from']})" if item["licence"] else "not stated"
+        stated = by_recipe.get(item["source"], "unknown")
+        licence = "not stated" if stated == "unknown" else f"{stated} (the recipe)"
+        if item["licence"]:
+            licence = f"{item['licence']} ({item['licence_read_from']})"
         rows.append([kind, item["source"], item["resolved"], f"{size:,.1f} MB", licence])
     table(f"fetched for {recipe.id}", ["", "source", "resolved", "size", "licence (read from)"], rows, right=(3,))
     note(f"cache: {manifest['cache']}")

@@ -13,6 +13,7 @@ ACTIONS = ("compare", "check", "new", "probe", "schema")
 EPILOG = """\
   aifactory sites                        what runs today at each of the 32
   aifactory sites --sector health        those that focus on a sector
+  aifactory sites --country fi           those in a country
   aifactory sites lumi-g                 one system: every fact with its source (also a factory's or antenna's name)
   aifactory sites compare lumi-g leonardo-booster
   aifactory sites check [NAME|FILE]      schema, sources, arithmetic, limits, links, dates
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
     parser.add_argument("--sector", help="only members that focus on this sector")
+    parser.add_argument("--country", metavar="FI|finland", help="only members in this country")
     parser.add_argument("--site-file", metavar="FILE", help="your overlay, or a profile of your own")
     parser.add_argument(
         "--write-index", action="store_true", help="check: rebuild index.json and the exported schemas first"
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 _OPTIONS = {
-    "list": {"json", "sector"},
+    "list": {"json", "sector", "country"},
     "show": {"json", "site_file"},
     "compare": {"json"},
     "check": {"json", "write_index", "list"},
@@ -78,7 +80,7 @@ _OPTIONS = {
 
 
 def _refuse_stray_options(args: argparse.Namespace, action: str) -> None:
-    for name in ("sector", "site_file", "write_index", "list", "patch", "out", "partition", "no_probe"):
+    for name in ("sector", "country", "site_file", "write_index", "list", "patch", "out", "partition", "no_probe"):
         if getattr(args, name) and name not in _OPTIONS[action]:
             where = f"sites {action}" if action in ACTIONS else "sites" + (" SYSTEM" if action == "show" else "")
             raise UserError(
@@ -94,6 +96,8 @@ def _list(args: argparse.Namespace) -> int:
 
     index = load_index()
     members = index["members"]
+    if args.country:
+        members = _in_country(members, args.country)
     if args.sector:
         members = _of_sector(members, args.sector)
     if args.json:
@@ -127,9 +131,13 @@ def _list(args: argparse.Namespace) -> int:
     )
     factories = sum(m["kind"] == "factory" for m in members)
     print(
-        f"\n{factories} factories, {len(members) - factories} antennas. ? = not published. 'aifactory sites SYSTEM' shows facts and sources."
+        f"\n{_count(factories, 'factory', 'factories')}, {_count(len(members) - factories, 'antenna', 'antennas')}. ? = not published. 'aifactory sites SYSTEM' shows facts and sources."
     )
     return 0
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _plain_table(columns: list[str], rows: list[list[Any]]) -> None:
@@ -142,6 +150,19 @@ def _plain_table(columns: list[str], rows: list[list[Any]]) -> None:
                 widths[i] = max(widths[i], len(str(cell)))
     for row in [columns, *rows]:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _in_country(members: list[dict[str, Any]], country: str) -> list[dict[str, Any]]:
+    wanted = country.strip().lower()
+    found = [m for m in members if wanted in (m["country"].lower(), m["country_name"].lower())]
+    if not found:
+        known = {word: m for m in members for word in (m["country"], m["country_name"])}
+        raise UserError(
+            f"no member in '{country}'{did_you_mean(wanted.title(), known)}",
+            where="--country",
+            fix=f"one of {', '.join(sorted({m['country'] for m in members}))}",
+        )
+    return found
 
 
 def _of_sector(members: list[dict[str, Any]], sector: str) -> list[dict[str, Any]]:
@@ -204,6 +225,8 @@ def _show(name: str, args: argparse.Namespace) -> int:
     if system.usable:
         gaps = system.core_missing()
         print("complete" if not gaps else f"not known: {', '.join(gaps)}")
+    for label, told in _summary(system):
+        print(f"  {label:11} {told}")
     rows, legend = [], {}
     for fact in system.stated_facts():
         value = slurm_time(fact.value) if fact.path.endswith(("max_time", "default_time")) else fact.value
@@ -223,6 +246,40 @@ def _show(name: str, args: argparse.Namespace) -> int:
     for remark in system.notes:
         print(f"\n- {remark.text} [{remark.confidence}, {remark.source}]")
     return 0
+
+
+def _summary(system: Any) -> list[tuple[str, str]]:
+    """What a user asks first, a line each; what is not known has no line. Every fact with its source follows below."""
+    from aifactory_train.sites.fields import compact_time
+
+    node, gpu, access, internet = system.node, system.gpu, system.access, system.internet
+    memory = f", {gpu.memory_gib:g} GiB each" if gpu.memory_gib else ""
+    cores = [
+        f"{node.cores} cores" if node.cores else "",
+        f"{node.memory_gib:g} GiB of memory" if node.memory_gib else "",
+    ]
+    rows = [
+        ("GPUs a node", " x ".join(filter(None, [str(node.gpus or ""), gpu.model or gpu.sku])) + memory),
+        ("nodes", ", each with ".join(filter(None, [str(node.count or ""), " and ".join(filter(None, cores))]))),
+    ]
+    for name, part in system.partitions.items():
+        limit = system.limits(name)
+        other = part.max_time and limit["max_time"] and part.max_time > limit["max_time"]
+        longer = f" ({compact_time(part.max_time)} with another QoS)" if other else ""
+        told = [
+            "the default" if name == system.default_partition else "",
+            (f"at most {compact_time(limit['max_time'])}" if limit["max_time"] else "") + longer,
+            f"{limit['max_nodes']} node(s) a job" if limit["max_nodes"] else "",
+            {True: "nodes are shared", False: "whole nodes"}.get(part.shared, ""),
+        ]
+        rows.append(("partition", f"{name}: " + (", ".join(filter(None, told)) or "no limit is published")))
+    rows += [
+        ("scheduler", system.scheduler.kind),
+        ("account", ", ".join(filter(None, [access.account, access.account_form])) if access.account else ""),
+        ("login", ", ".join(access.login_hosts or [])),
+        ("internet", ", ".join(f"{k}: {v}" for k, v in (("login", internet.login), ("jobs", internet.compute)) if v)),
+    ]
+    return [(label, str(told)) for label, told in rows if told]
 
 
 def _show_member(member: dict[str, Any]) -> None:

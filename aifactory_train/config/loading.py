@@ -8,7 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from aifactory_train.config import wanted
 from aifactory_train.config.data_blocks import as_sources
@@ -130,6 +130,8 @@ def _absolute(text: str, folder: Path | None, *, beside: bool = False) -> str:
         return str((folder / text).resolve())
     if not text or "\0" in text or text.startswith(("pypi:", "npm:")):
         return text
+    if text.startswith(("hf:", _HUB_PAGE)):
+        return _hub_name(text)
     path = Path(os.path.expanduser(text))
     if os.path.exists(path) or (str(path) != text and text.startswith("~")):
         return os.path.abspath(path)
@@ -139,6 +141,19 @@ def _absolute(text: str, folder: Path | None, *, beside: bool = False) -> str:
 
     # What could be the id of a hub (org/name) stays one: what it means must not depend on what lies beside the recipe.
     return os.path.abspath(folder / path) if parse(text).kind == "local" else text
+
+
+_HUB_PAGE = "https://huggingface.co/"
+
+
+def _hub_name(text: str) -> str:
+    """``ORG/NAME`` of ``hf:ORG/NAME`` or of the page's address."""
+    name = text.removeprefix("hf:").removeprefix(_HUB_PAGE).removeprefix("datasets/").strip("/")
+    if name.count("/") != 1:
+        raise UserError("is no name of the hub", where=text, fix="hf:ORG/NAME, as the page shows it at its top")
+    if os.path.exists(name):
+        raise UserError(f"'{name}' lies in this folder too, and is taken first", where=text, fix="move one of the two")
+    return name
 
 
 def _run_folder(name: str, folder: Path | None) -> str:
@@ -252,6 +267,9 @@ _UNION_MEMBERS = (("int",), ("float",), ("str",), ("bool",))
 def _readable(error: ValidationError, path: Path, document: yaml_text.Document, origin: dict[tuple, str]) -> UserError:
     """The first validation error as one message with its place."""
     first = error.errors()[0]
+    if first["type"] == "missing":  # a word that is misspelt in the same block is the likelier fault
+        beside = (e for e in error.errors() if e["type"] == "extra_forbidden" and e["loc"][:-1] == first["loc"][:-1])
+        first = next(beside, first)
     location = tuple(p for p in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and not location:
@@ -269,8 +287,8 @@ def _readable(error: ValidationError, path: Path, document: yaml_text.Document, 
     key = ".".join(map(str, location))
     fix = None
     if first["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        message = f"unknown key '{key}'{did_you_mean(str(location[-1]), known)}"
+        known = wanted.keys(location[:-1])
+        message = f"unknown key '{key}'{wanted.meant(str(location[-1]), known)}"
         fix = f"known keys here: {', '.join(known)}" if known else None
     elif first["type"] == "missing":
         message = f"'{key}' is missing"
@@ -288,33 +306,6 @@ def _readable(error: ValidationError, path: Path, document: yaml_text.Document, 
             return UserError(message, where=_shown(text), fix=fix)
     line = document.line(location)
     return UserError(message, where=f"{path}:{line}" if line else str(path), fix=fix)
-
-
-def _fields_at(location: tuple) -> list[str]:
-    """Names of the keys that are allowed in the block at ``location``."""
-    model: Any = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            return []
-        model = _block_of(field.annotation)
-        if model is None:
-            return []
-    fields: dict[str, Any] = model.model_fields
-    return sorted(fields)
-
-
-def _block_of(annotation: Any) -> type[BaseModel] | None:
-    """The block (pydantic model) inside an annotation such as ``list[DataSource] | None``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _block_of(inner)
-        if found is not None:
-            return found
-    return None
 
 
 def to_tree(recipe: Recipe) -> dict[str, Any]:

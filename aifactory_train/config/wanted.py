@@ -14,7 +14,17 @@ from pydantic import BaseModel
 from aifactory_train.config.data_blocks import DataSource
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core import yaml_text
-from aifactory_train.core.errors import UserError
+from aifactory_train.core.errors import UserError, did_you_mean
+
+#: What transformers, peft, TRL and their users call some keys.
+_OTHER_NAMES = {
+    "lr": "learning_rate", "num_train_epochs": "epochs", "batch_size": "batch_rows", "per_device_train_batch_size": "batch_rows",
+    "gradient_accumulation_steps": "grad_accum", "lr_scheduler_type": "schedule", "lr_scheduler": "schedule",
+    "warmup_proportion": "warmup_ratio", "optim": "optimizer", "r": "rank", "lora_r": "rank", "lora_alpha": "alpha",
+    "lora_dropout": "dropout", "target_modules": "targets", "max_seq_length": "sequence_length", "max_length": "sequence_length",
+    "cutoff_len": "sequence_length", "gradient_checkpointing": "activation_checkpointing", "eval_steps": "every_steps",
+    "model_name_or_path": "base", "dataset": "train", "load_in_4bit": "quantise_base", "val_set_size": "eval_fraction",
+}  # fmt: skip
 
 #: Text in which spaces at the ends count.
 _EXACT = ("eval", "label_separator")
@@ -26,6 +36,25 @@ def at(path: tuple) -> Any:
     for part in path:
         annotation = _below(annotation, part)
     return annotation
+
+
+def keys(path: tuple) -> list[str]:
+    """The keys of the block at ``path``, or of the blocks in the list there, sorted; none where it has no fixed keys."""
+    for member in _members(at(path)):
+        block = DataSource if _is_source(member) else (get_args(member) or (member,))[0]
+        if isinstance(block, type) and issubclass(block, BaseModel):
+            return sorted(block.model_fields)
+    return []
+
+
+def meant(key: str, known: list[str]) -> str:
+    """`` (did you mean 'x'?)``: what other programs call a key, the nearest of the ``known`` ones, or the same word in another block."""
+    name = _OTHER_NAMES.get(key, key)
+    if name in known:
+        return f" (did you mean '{name}'?)"
+    there = [f"{block}.{name}" for block in keys(()) if name in keys((block,))]
+    close = did_you_mean(key, known) if name == key or not there else ""
+    return close or (f" (did you mean '{there[0]}'?)" if there else "")
 
 
 def as_written(value: Any, document: yaml_text.Document, annotation: Any, inside: tuple = ()) -> Any:

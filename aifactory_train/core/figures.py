@@ -9,3 +9,29 @@ def significant(value: float, digits: int = 2) -> str:
         return "0"
     text = f"{value:.{digits - 1}e}"
     return f"{float(text):g}" if 1e-4 <= abs(value) < 1e6 else text
+
+
+#: Held-out figures in the order in which they are shown: what people call them, and which way is better.
+FIGURES = {
+    "bits_per_byte": ("bits per byte", "less is better"),
+    "perplexity": ("perplexity", "less is better"),
+    "exact_match": ("exact match", "more is better"),
+    "token_f1": ("token F1", "more is better"),
+    "accuracy": ("accuracy", "more is better"),
+    "micro_f1": ("micro-F1", "more is better"),
+    "macro_f1": ("macro-F1", "more is better"),
+    "chrf": ("chrF", "more is better"),
+    "chrf_pp": ("chrF++", "more is better"),
+    "rouge_l": ("ROUGE-L", "more is better"),
+    "numeric_match": ("numeric match", "more is better"),
+    "valid_json": ("valid JSON", "more is better"),
+    "valid_xml": ("valid XML", "more is better"),
+    "memorisation": ("training rows continued word for word", "less is better"),
+    "preference_loss": ("preference loss", "less is better"),
+    "reward_accuracy": ("chosen answer has the higher reward", "more is better"),
+    "reward_margin": ("reward margin", "more is better"),
+    "preference_accuracy": ("chosen answer preferred", "more is better"),
+    "preference_margin": ("preference margin in nats", "more is better"),
+    "chosen_logp": ("log-probability of good answers in nats", "more is better"),
+    "rejected_logp": ("log-probability of bad answers in nats", "less is better"),
+}

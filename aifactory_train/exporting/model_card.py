@@ -8,18 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from aifactory_train import __version__
 from aifactory_train.config.schema import Recipe
+from aifactory_train.core.figures import FIGURES
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.sources import licences
 
 if TYPE_CHECKING:
     from aifactory_train.data import PreparedData
-
-_FIGURES = (
-    ("bits_per_byte", "bits per byte"),
-    ("perplexity", "perplexity"),
-    ("exact_match", "exact match"),
-    ("token_f1", "token F1"),
-)
 
 
 def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dtype: str) -> str:
@@ -52,7 +46,7 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
                 metric_name=label,
                 metric_value=round(float(results["after"][name]), 6),
             )
-            for name, label in _FIGURES
+            for name, (label, _) in FIGURES.items()
             if isinstance((results.get("after") or {}).get(name), (int, float))
         ]
         or None,
@@ -132,7 +126,7 @@ def _results(run: RunFolder) -> dict[str, Any]:
 def _table(results: dict[str, Any]) -> list[str]:
     before, after = results.get("before") or {}, results.get("after") or {}
     rows = []
-    for name, label in _FIGURES:
+    for name, (label, _) in FIGURES.items():
         if before.get(name) is None and after.get(name) is None:
             continue
         interval = (after.get("ci") or {}).get(name)

@@ -59,7 +59,7 @@ def make(request: Request) -> tuple[dict[str, Any], Job]:
     curve = _curve(nodes, totals, run, place, request)
     reasons += why.of_choice(request, work, gpu, links, run, fitting, fixed)
     reasons += why.slower(run, curve, work)
-    reasons += why.limits_of_time(run, place, request)
+    reasons += why.limits_of_time(run, place, request) + why.whole_nodes(request, place, per_node)
     return as_dict(request, work, gpu, run, fitting, reasons, curve, constants, place), chosen.job
 
 

@@ -177,3 +177,17 @@ def limits_of_time(run: Totals, place: str | None, request: Request) -> list[str
             f"time limit: {place} allows {most / 3600:g} h, so the run takes about {jobs} jobs, each resuming the one before"
         ]
     return []
+
+
+def whole_nodes(request: Request, place: str | None, per_node: int) -> list[str]:
+    """A part of a node where the partition gives whole ones: ``launch`` will refuse it."""
+    system = request.system
+    has = system.node.gpus
+    if place is None or system.partitions[place].shared is not False or not has or per_node >= has:
+        return []
+    shared = [name for name, part in system.partitions.items() if part.shared]
+    other = f", or --partition {' or '.join(shared)}" if shared else ""
+    return [
+        f"whole nodes: {place} gives (and bills) all {has} GPUs of a node, so 'aifactory launch' refuses {per_node}: "
+        f"--gpus-per-node {has}{other}"
+    ]

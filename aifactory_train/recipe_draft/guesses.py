@@ -145,7 +145,10 @@ def understand(
     roles = [draft.columns.get(n, n) for n in names]
     if not judged:
         _form(draft, roles, task, place)
-    rows = canonical_rows(raw, draft.form, draft.columns, unused)
+    try:
+        rows = canonical_rows(raw, draft.form, draft.columns, unused)
+    except UserError as error:
+        raise _forms_differ(raw) or error from None
     if len(rows) < 2:
         raise UserError(
             "one row cannot be split into training and held-out rows", where=place, fix="give more rows, or --eval"
@@ -154,6 +157,22 @@ def understand(
         _weigh(draft, rows, place)
     _guess_labels(draft, rows)
     return draft, rows
+
+
+def _forms_differ(raw: list[tuple[str, Any]]) -> UserError | None:
+    """The refusal for files whose rows have other columns than those of the first; None where all are alike."""
+    columns: dict[str, list[str]] = {}
+    for place, row in raw:
+        columns.setdefault(place.rpartition(":")[0], sorted(map(str, row)) if isinstance(row, dict) else [])
+    if len(set(map(tuple, columns.values()))) < 2:
+        return None
+    told = [f"{file} has {', '.join(names[:6]) or 'no columns'}" for file, names in columns.items()]
+    more = f"; and {len(told) - 6} more" if len(told) > 6 else ""
+    return UserError(
+        f"the files have different forms: {'; '.join(told[:6])}{more}",
+        where="--data",
+        fix=f"--data {next(iter(columns))}, then name the others as sources of their own: data.train: [{', '.join(list(columns)[:3])}]",
+    )
 
 
 def _judged(draft: Draft, raw: list[tuple[str, Any]], names: list[str], task: str | None) -> bool:

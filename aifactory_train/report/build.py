@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.core.figures import FIGURES
 from aifactory_train.core.files import write_atomic
 from aifactory_train.core.missing import is_missing, missing_places
 from aifactory_train.record.render.common import legal_basis
@@ -15,30 +16,6 @@ from aifactory_train.report.curves import curves
 from aifactory_train.report.page_parts import brief, page, show, table
 from aifactory_train.report.svg import duration, short, timeline
 from aifactory_train.run.folder import RunFolder
-
-_METRICS = {
-    "bits_per_byte": ("bits per byte", "less is better"),
-    "perplexity": ("perplexity", "less is better"),
-    "exact_match": ("exact match", "more is better"),
-    "token_f1": ("token F1", "more is better"),
-    "accuracy": ("accuracy", "more is better"),
-    "micro_f1": ("micro-F1", "more is better"),
-    "macro_f1": ("macro-F1", "more is better"),
-    "chrf": ("chrF", "more is better"),
-    "chrf_pp": ("chrF++", "more is better"),
-    "rouge_l": ("ROUGE-L", "more is better"),
-    "numeric_match": ("numeric match", "more is better"),
-    "valid_json": ("valid JSON", "more is better"),
-    "valid_xml": ("valid XML", "more is better"),
-    "memorisation": ("training rows continued word for word", "less is better"),
-    "preference_loss": ("preference loss", "less is better"),
-    "reward_accuracy": ("chosen answer has the higher reward", "more is better"),
-    "reward_margin": ("reward margin", "more is better"),
-    "preference_accuracy": ("chosen answer preferred", "more is better"),
-    "preference_margin": ("preference margin in nats", "more is better"),
-    "chosen_logp": ("log-probability of good answers in nats", "more is better"),
-    "rejected_logp": ("log-probability of bad answers in nats", "less is better"),
-}
 
 
 def write_report(run: RunFolder, record: dict[str, Any]) -> Path:
@@ -123,7 +100,7 @@ def _cards(record: dict[str, Any], results: dict[str, Any]) -> str:
     totals, energy, law = record.get("compute", {}).get("totals", {}), record.get("energy", {}), record.get("aiact", {})
     cards: list[tuple[str, str, str]] = []
     before, after = results.get("before") or {}, results.get("after") or {}
-    for name, (label, sense) in _METRICS.items():
+    for name, (label, sense) in FIGURES.items():
         if isinstance(after.get(name), (int, float)):
             old = before.get(name)
             change = ""
@@ -182,7 +159,7 @@ def _cards(record: dict[str, Any], results: dict[str, Any]) -> str:
 def _evaluation(record: dict[str, Any], results: dict[str, Any]) -> str:
     before, after = results.get("before") or {}, results.get("after") or {}
     rows = []
-    for name, (label, sense) in _METRICS.items():
+    for name, (label, sense) in FIGURES.items():
         if not any(isinstance(x.get(name), (int, float)) for x in (before, after)):
             continue
 

@@ -86,13 +86,16 @@ def known() -> dict[str, Any]:
 
 def parents(recipe: Recipe) -> list[Parent]:
     """The base model and every source of rows, each with what its licence allows. Reads no data and no network."""
-    found = [_judge("model", recipe.model.base, recipe.model.licence, "base")]
+    named = [(option.base, option.licence) for option in recipe.model.options]
+    by_recipe = (recipe.model.base, recipe.model.licence) in named
+    found = [_judge("model", recipe.model.base, recipe.model.licence, "base", by_recipe)]
     for role, sources in (("train", recipe.data.train), ("eval", recipe.data.eval or [])):
         found += [_judge(f"data.{role}.{i}", s.source, s.licence, role) for i, s in enumerate(sources)]
     return found
 
 
-def _judge(where: str, source: str, stated: str, role: str) -> Parent:
+def _judge(where: str, source: str, stated: str, role: str, by_recipe: bool = False) -> Parent:
+    """``by_recipe``: the licence came along with the name, so nobody says that he has read it."""
     from aifactory_train.sources import parse
 
     spec = parse(source)
@@ -130,9 +133,9 @@ def _judge(where: str, source: str, stated: str, role: str) -> Parent:
     elif licence.lower() in ("unknown", "other") or (terms is None and licence.lower() not in OWN):
         refused = f"its licence is {'not known' if licence == 'unknown' else repr(licence) + ', which nobody has read'}"
         refused += f" ({says})" if says else ""
-    elif entry is not None and entry["basis"] == "recalled":
+    elif entry is not None and entry["basis"] == "recalled" and (stated == "unknown" or by_recipe):
         refused = f"its licence ({licence}) was never checked"
-    elif entry is None:
+    elif entry is None or entry["basis"] == "recalled":
         asked = f"{where}: '{source}' is taken as {licence} because you say so; nobody has read it here"
     return Parent(where, source, licence, kind, role, refused, asked, alternative, (entry or {}).get("attribution"))
 

@@ -62,7 +62,11 @@ def resolve_data(source: DataSource) -> Path:
     if spec.kind == "local":
         path = Path(spec.name)
         if not path.exists():
-            raise UserError("no such file or folder", where=spec.text, fix="check the path of this data source")
+            raise UserError(
+                "no such file or folder",
+                where=spec.text,
+                fix="check the path; a data set of the Hugging Face hub is written ORG/NAME",
+            )
         return path
     item = complete_item(item_folder(spec), spec, "data")
     return inside(item / "files", spec)

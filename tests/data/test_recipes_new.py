@@ -293,6 +293,9 @@ def _files(folder: Path) -> None:
     (folder / "mixed").mkdir()
     (folder / "mixed/a.txt").write_text("text")
     (folder / "mixed/b.csv").write_text("text\nx\n")
+    (folder / "forms").mkdir()
+    helpers.write_jsonl(folder / "forms/chats.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])
+    helpers.write_jsonl(folder / "forms/alpaca.jsonl", 2 * [{"instruction": "a", "output": "b"}])
     (folder / "taken.yaml").write_text("mine: true\n")
     (folder / "noted.report.json").write_text("{}")
     (folder / "rows.docx").write_bytes(b"x")
@@ -341,6 +344,13 @@ NEW = [
     (["x", "--data", "empty", "--task", "qa"], ["the folder holds no data file"]),
     (["x", "--data", "scans"], ["none of the 1 documents can be used: 1 x PDF without a text layer", "OCR"]),
     (["x", "--data", "mixed"], ["tables (1, the first one is b.csv) and documents (1"]),
+    (
+        ["x", "--data", "forms"],
+        [
+            "different forms: forms/alpaca.jsonl has instruction, output; forms/chats.jsonl has messages",
+            "data.train: [",
+        ],
+    ),
     (["x", "--data", "one.jsonl"], ["one.jsonl:1: one row cannot be split"]),
     (["x", "--data", "hole.csv"], ["hole.csv:3: 'completion' is empty"]),
     (["x", "--data", "broken.jsonl"], ["broken.jsonl:2: not valid JSON"]),

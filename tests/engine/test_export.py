@@ -427,16 +427,30 @@ def test_the_card_shows_figures_and_parents(tmp_path, bases):
     from aifactory_train.exporting.model_card import model_card
 
     case = trained(tmp_path, bases, {"about": {"title": "Colours", "languages": ["en"], "risks": ["Not for driving."]}})
-    figures = {"bits_per_byte": 1.5, "perplexity": 9.0, "rows": 12, "ci": {"bits_per_byte": [1.4, 1.6]}}
+    figures = {
+        "bits_per_byte": 1.5,
+        "perplexity": 9.0,
+        "chrf": 0.25,
+        "rouge_l": 0.5,
+        "rows": 12,
+        "ci": {"bits_per_byte": [1.4, 1.6]},
+    }
     write_json(case.run.eval_file, {"before": {**figures, "bits_per_byte": 2.0}, "after": figures})
     card = model_card(case.run, case.recipe, case.data, "adapter", "fp32")
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["language"] == ["en"] and metadata["license"] == "apache-2.0"  # the base's: the rows are CC0
     results = metadata["model-index"][0]["results"][0]["metrics"]
-    assert {r["type"]: r["value"] for r in results} == {"bits_per_byte": 1.5, "perplexity": 9.0}
+    assert {r["type"]: r["value"] for r in results} == {
+        "bits_per_byte": 1.5,
+        "perplexity": 9.0,
+        "chrf": 0.25,
+        "rouge_l": 0.5,
+    }
     for words in (
         "# Colours",
         "| bits per byte | 2 | 1.5 | 1.4 to 1.6 |",
+        "| chrF | 0.25 | 0.25 |",
+        "| ROUGE-L | 0.5 | 0.5 |",
         "Not for driving.",
         "PeftModel.from_pretrained",
     ):

@@ -213,6 +213,37 @@ def test_honest_aliases_and_long_texts_are_read():
     assert len(yaml_text.parse(long, "f").value) == yaml_text.LARGEST // 90
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.lr=1e-4", "unknown key 'train.lr' (did you mean 'learning_rate'?)"),
+        ("adapter.lora_r=8", "(did you mean 'rank'?)"),
+        ("train.max_seq_length=8", "(did you mean 'data.sequence_length'?)"),
+        ("learning_rate=1", "(did you mean 'train.learning_rate'?)"),
+        ("train.lerning_rate=1", "(did you mean 'learning_rate'?)"),
+        ("data.train.0.wieght=1", "(did you mean 'weight'?)"),
+        ("methods.preference={knd: dpo}", "(did you mean 'kind'?)"),
+        ("train.qqq=1", "fix: known keys here: batch_rows"),
+    ],
+)
+def test_a_key_of_another_name_is_found(tmp_path, override, told):
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, override)
+    assert told in str(refused.value)
+
+
+def test_a_name_of_the_hub_may_be_said_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text in ("hf:openai/gsm8k", "https://huggingface.co/datasets/openai/gsm8k"):
+        assert load(tmp_path, f"data.train={text}").data.train[0].source == "openai/gsm8k"
+    assert load(tmp_path, "model.base=hf:org/model").model.base == "org/model"
+    with pytest.raises(UserError, match=r"hf:squad: is no name of the hub\n  fix: hf:ORG/NAME"):
+        load(tmp_path, "data.train=hf:squad")
+    (tmp_path / "openai" / "gsm8k").mkdir(parents=True)
+    with pytest.raises(UserError, match="lies in this folder too"):
+        load(tmp_path, "data.train=hf:openai/gsm8k")
+
+
 def test_a_fault_in_a_run_is_named_with_its_line(tmp_path):
     tree = to_tree(load(tmp_path))
     tree["train"]["seed"] = "x"

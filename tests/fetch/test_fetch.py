@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from aifactory_train import sources
+from aifactory_train.cli import main
 from aifactory_train.config.data_blocks import DataSource
 from aifactory_train.config.schema import ModelConfig, Recipe
 from aifactory_train.core.errors import UserError
@@ -560,6 +561,15 @@ def test_fetch_of_a_recipe_writes_one_manifest_and_the_command_prints_it(tmp_pat
     manifest = json.loads(line)
     assert manifest["data"][0]["resolved"] == "tiny-rows 1.0" and manifest["model"]["files"][0]["sha256"]
     assert json.loads((tmp_path / "cache" / "manifests" / "local--r.json").read_text()) == manifest
+
+
+def test_the_table_shows_the_licence_that_the_recipe_states(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("AIFACTORY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {base: ./model}\ndata: {train: {source: ./rows.jsonl, licence: own}}\n")
+    assert main(["fetch", str(recipe), "--only", "data"]) == 0
+    assert "own (the recipe)" in capsys.readouterr().out
 
 
 def test_only_fetch_may_use_the_network():

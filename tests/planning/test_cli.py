@@ -185,3 +185,22 @@ def test_the_overlay_names_partition_and_qos(recipe, tmp_path):
     assert refused.returncode == 2 and "small-g allows 4 node(s)" in refused.stderr
     other = run(recipe, *small, "8", "--partition", "standard-g", "--json")
     assert json.loads(other.stdout)["partition"] == "standard-g"
+
+
+def test_a_part_of_a_node_where_nodes_are_whole_is_said(recipe):
+    small = [
+        "--site",
+        "lumi-g",
+        "--nodes",
+        "1",
+        "--gpus-per-node",
+        "1",
+        "--tokens",
+        "1e9",
+        "--set",
+        "model.base=Qwen/Qwen3-0.6B",
+    ]
+    told = run(recipe, *small, "--set", "train.batch_rows=16").stdout
+    assert "whole nodes: standard-g gives (and bills) all 8 GPUs of a node" in " ".join(told.split())
+    assert "--partition small-g" in told
+    assert "whole nodes" not in run(recipe, *small, "--set", "train.batch_rows=16", "--partition", "small-g").stdout

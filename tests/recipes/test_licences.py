@@ -103,6 +103,11 @@ def test_own_files_are_never_refused_but_asked_about(tmp_path):
 def test_a_licence_that_the_user_read_counts_unless_we_read_another():
     (line,) = licences.check(load_recipe(HEALTH, ["data.train=somebody/something", "data.train.0.licence=mit"]))
     assert "because you say so" in line
+    read = ["data.train=openai/gsm8k", "data.train.0.licence=MIT"]
+    (line,) = licences.check(load_recipe(HEALTH, read))
+    assert "because you say so" in line, "we have the same from memory: he who read it knows"
+    with pytest.raises(UserError, match="was never checked"):
+        licences.check(load_recipe(HEALTH, read[:1]))
     with pytest.raises(UserError, match=r"MIT is stated, but its own page or package says CC-BY-NC-SA-3\.0"):
         licences.check(load_recipe(HEALTH, ["data.train=takala/financial_phrasebank", "data.train.0.licence=MIT"]))
     with pytest.raises(UserError, match="nobody has read"):

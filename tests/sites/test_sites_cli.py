@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from aifactory_train import sites
 from aifactory_train.cli import main
+from aifactory_train.commands.sites import _summary
 from aifactory_train.sites import catalogue, paths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +61,25 @@ def test_sector_filter(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 2 and "did you mean 'health'" in err
 
 
+def test_country_filter(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("fi", "FI", "finland"):
+        code, out, _ = run(capsys, "--country", word)
+        assert code == 0 and "lumi-g" in out and "1 factory, 0 antennas" in out
+    code, _, err = run(capsys, "--country", "finnland")
+    assert code == 2 and "did you mean 'Finland'" in err and "AT, " in err
+    assert run(capsys, "vega", "--country", "si")[0] == 2
+
+
+@pytest.mark.parametrize("name", sites.names(usable=True))
+def test_a_system_begins_with_what_people_ask_first(name: str) -> None:
+    system = sites.load(name, overlay=False)
+    told = dict(_summary(system))
+    assert "scheduler" in told
+    lines = "\n".join(text for _, text in _summary(system))
+    assert str(system.node.gpus or "") in told.get("GPUs a node", "") and "None" not in lines
+    assert all(f"{partition}: " in lines for partition in system.partitions)
+
+
 def test_system_json_is_the_resolved_profile_with_provenance(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "lumi-g", "--json")
     data = json.loads(out)
@@ -79,7 +100,14 @@ def test_system_json_is_the_resolved_profile_with_provenance(capsys: pytest.Capt
 def test_system_for_people_shows_sources_and_notes(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "jupiter-booster")
     assert code == 0
-    for text in ("node.gpus", "documented", "sources", "apps.fz-juelich.de", "--gpus-per-task breaks NCCL"):
+    for text in (
+        "GPUs a node 4 x",
+        "node.gpus",
+        "documented",
+        "sources",
+        "apps.fz-juelich.de",
+        "--gpus-per-task breaks NCCL",
+    ):
         assert text in out
 
 
@@ -105,13 +133,13 @@ def test_compare_shows_only_what_differs(capsys: pytest.CaptureFixture[str]) -> 
         (["compare", "vega"], "two systems are compared"),
         (["lumi-g", "--sector", "health"], "--sector does not go with this"),
         (["--site-file", "x.yaml"], "--site-file does not go with this"),
-        (["lumi-g", "--site-file", "nowhere.yaml"], "cannot be read"),
+        (["lumi-g", "--site-file", "nowhere.yaml"], "no such file"),
         (["new"], "needs an id"),
         (["new", "My Cluster"], "cannot be an id"),
         (["new", "lumi-g"], "exists already"),
         (["new", "my-x", "--out", "other.yaml", "--no-probe"], "called as its id"),
         (["schema", "overly"], "did you mean 'overlay'"),
-        (["check", "nowhere.yaml"], "cannot be read"),
+        (["check", "nowhere.yaml"], "no such file"),
     ],
 )
 def test_wrong_requests_are_refused(args: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import yaml
-
+from aifactory_train.core import yaml_text
+from aifactory_train.core.figures import FIGURES
 from aifactory_train.core.missing import is_missing
 from aifactory_train.record.render.common import cell, footer, get, names, text_of
 
@@ -15,17 +15,11 @@ _HUB_LICENCES = {
     "apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-3.0", "cc-by-sa-4.0", "cc-by-sa-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
     "bsd-3-clause", "bsd-2-clause", "gpl-3.0", "lgpl-3.0", "mpl-2.0", "eupl-1.2", "odbl", "unlicense", "isc", "openrail",
 }  # fmt: skip
-_METRICS = {
-    "bits_per_byte": "bits per byte",
-    "perplexity": "perplexity",
-    "exact_match": "exact match",
-    "token_f1": "token F1",
-}
 
 
 def card(record: dict[str, Any]) -> str:
     """YAML front matter that the hub reads, and the sections people look for."""
-    return f"---\n{yaml.safe_dump(metadata(record), sort_keys=False, allow_unicode=True)}---\n\n{_body(record)}"
+    return f"---\n{yaml_text.dump(metadata(record))}---\n\n{_body(record)}"
 
 
 def metadata(record: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +46,7 @@ def metadata(record: dict[str, Any]) -> dict[str, Any]:
         found["license_name"] = "missing" if is_missing(licence) else str(licence)
     results = []
     after = record.get("eval", {}).get("after", {})
-    for name, label in _METRICS.items():
+    for name, (label, _) in FIGURES.items():
         if isinstance(after.get(name), (int, float)):
             results.append({"type": name, "value": float(f"{after[name]:.6g}"), "name": label})
     model_name = get(record, "people/model_name", "provider")
@@ -108,7 +102,7 @@ def _body(record: dict[str, Any]) -> str:
             lines.append(f"- {key.replace('_', ' ')}: {text_of(value)}")
     lines += ["", "## Evaluation", "", "| metric | before | after | 95 % interval after |", "|---|---|---|---|"]
     before, after = record.get("eval", {}).get("before", {}), record.get("eval", {}).get("after", {})
-    for name, label in _METRICS.items():
+    for name, (label, _) in FIGURES.items():
         if isinstance(after.get(name), (int, float)):
             interval = (after.get("ci") or {}).get(name)
             lines.append(f"| {label} | {text_of(before.get(name))} | {text_of(after[name])} | {text_of(interval)} |")
