@@ -82,7 +82,7 @@ def _serve(folder, port: int) -> int:
         raise UserError(
             f"port {port} cannot be used: {error.strerror}", where="--port", fix="--port 0 takes a free one"
         ) from None
-    note(f"http://127.0.0.1:{server.server_address[1]}/ follows {folder.path}; Ctrl-C ends it")
+    note(f"{server.address} follows {folder.path}; who has this address can read the report; Ctrl-C ends it")
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +53,73 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False, default=str) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file that this program wrote; a fault in it is named."""
+def read_json(path: Path, shape: Any = None) -> Any:
+    """The value of a JSON file that anybody may have written; whatever is wrong with it is one :class:`UserError` that names it.
+
+    ``shape`` says what the value must be: a type, a tuple of types, or for an object a dictionary of its keys with the shape of each
+    (``"key?"`` may be missing or null). ``{"weight_map": dict}`` wants an object with an object under that key.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        # A pipe or a device would be waited for without end.
+        if path.exists() and not path.is_file():
+            raise UserError("is not a regular file", where=str(path))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError("no such file", where=str(path)) from None
+    except RecursionError:
+        raise UserError("cannot be read: it is nested too deeply", where=str(path)) from None
     except (ValueError, OSError) as error:
         raise UserError(f"cannot be read: {error}", where=str(path)) from None
+    wrong = misfit(value, shape)
+    if wrong:
+        raise UserError(f"was not written by this program, or is damaged: {wrong}", where=str(path))
+    return value
+
+
+def misfit(value: Any, shape: Any, place: str = "the whole") -> str | None:
+    """Why ``value`` is not what ``shape`` (see :func:`read_json`) wants, in words; None where it is."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{place} is {_kind(value)}, not an object"
+        for key, below in shape.items():
+            name, optional = key.removesuffix("?"), key.endswith("?")
+            if value.get(name) is None and (optional or (name in value and below is object)):
+                continue
+            if name not in value:
+                return f"'{name}' is missing"
+            found = misfit(value[name], below, f"'{name}'")
+            if found:
+                return found
+        return None
+    if shape is None or shape is object:
+        return None
+    kinds = shape if isinstance(shape, tuple) else (shape,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        return f"{place} is {_kind(value)}, not {' or '.join(_KINDS.get(k, k.__name__) for k in kinds)}"
+    return None
+
+
+_KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
+
+
+#: What reading a value of another shape than was expected raises.
+ODD_SHAPES = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError, AssertionError)
+
+
+@contextlib.contextmanager
+def reading(where: object, what: str, fix: str | None = None) -> Iterator[None]:
+    """Around code that takes apart what others may have written or damaged: what odd shapes raise becomes one :class:`UserError`.
+
+    AIFACTORY_DEBUG=1 lets the traceback through, for a fault that is ours.
+    """
+    try:
+        yield
+    except ODD_SHAPES as error:
+        if os.environ.get("AIFACTORY_DEBUG"):
+            raise
+        text = (str(error).strip().splitlines() or [""])[0][:300]
+        raise UserError(f"{what} ({type(error).__name__}: {text})", where=str(where), fix=fix) from error

@@ -7,6 +7,7 @@ ZeRO holds runs of the flattened tensor (cut into boxes here), DDP holds everyth
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -37,6 +38,16 @@ class Sharded:
     def nbytes(self) -> int:
         """Bytes of this rank's pieces."""
         return sum(p.tensor.numel() * p.tensor.element_size() for p in self.pieces)
+
+
+#: Bytes a second of a whole checkpoint that even a busy file system writes.
+SLOWEST = 20e6
+
+
+def patience(model: dict[str, Sharded], timeout_s: float) -> datetime.timedelta:
+    """How late a rank may be with its part of a save before the others give up: the time-out, and what writing may take
+    (every parameter in fp32, with two moments)."""
+    return datetime.timedelta(seconds=timeout_s + sum(12 * prod(entry.shape) for entry in model.values()) / SLOWEST)
 
 
 def boxes(shape: tuple[int, ...], start: int, numel: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:

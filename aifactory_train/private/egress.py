@@ -1,8 +1,10 @@
 """No connections but to the job's own nodes.
 
-A Python audit hook sees every socket that Python code opens and every name it looks up, whichever library asks. It does not bind
-native code: NCCL and MPI open their own sockets, on purpose, and a C extension could open others; the record says so, and says
-whether this network namespace has a way out at all.
+A Python audit hook sees every socket that Python code opens and every name or address it looks up, whichever library asks. A child process
+is told by an environment variable, and guards itself as soon as it imports this package: workers that multiprocessing spawns, and
+the processes that check an export. What is not bound: native code (NCCL and MPI open their own sockets, on purpose, and a C extension
+could open others), other programs, and Python children that never import this package or are given another environment; the record
+says so, and says whether this network namespace has a way out at all.
 """
 
 from __future__ import annotations
@@ -19,9 +21,13 @@ from typing import Any
 #: Reserved for documentation (RFC 5737): nobody's machine, so a guard that fails reaches no one.
 _NOBODY = "192.0.2.1"
 
+#: Tells child processes that they are guarded, and which nodes they may reach (names parted by commas).
+VARIABLE = "AIFACTORY_EGRESS_NODES"
+
 _allowed: set[str] | None = None  # None: the guard is open
 _hooked = False
 blocked = 0
+blocked_by_test = 0  # of these, those that the self-test tried on purpose
 
 
 class EgressBlocked(PermissionError):
@@ -31,8 +37,10 @@ class EgressBlocked(PermissionError):
 def close(nodes: Iterable[str] = ()) -> None:
     """From now on connections go to this host and ``nodes`` only. An audit hook cannot be taken away again."""
     global _allowed, _hooked
+    nodes = [node for node in nodes if node]
+    os.environ[VARIABLE] = ",".join(nodes)
     allowed = {"localhost", "localhost.localdomain", "", "0.0.0.0", "::", socket.gethostname(), socket.getfqdn()}
-    for node in nodes:
+    for node in (socket.gethostname(), *nodes):
         allowed.add(node)
         try:
             allowed |= {str(info[4][0]) for info in socket.getaddrinfo(node, None)}
@@ -48,6 +56,7 @@ def open_again() -> None:
     """Let everything through (tests)."""
     global _allowed
     _allowed = None
+    os.environ.pop(VARIABLE, None)
 
 
 def job_nodes(environment: dict[str, str] | None = None) -> list[str]:
@@ -88,6 +97,8 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
             _check(address[0])
     elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
         _check(args[0])
+    elif event == "socket.getnameinfo":  # asks the name server of an address: whoever runs that learns what it holds
+        _check(args[0][0] if isinstance(args[0], tuple) else args[0])
 
 
 def _check(host: Any) -> None:
@@ -114,11 +125,13 @@ def _is_loopback(text: str) -> bool:
 
 def self_test() -> dict[str, Any]:
     """Try what must not work. ``ok`` is False if anything got through."""
+    global blocked_by_test
     before = blocked
     attempts: dict[str, str] = {}
     for name, attempt in (
         ("connect", _try_connect),
         ("look up a name", _try_lookup),
+        ("look up an address", _try_reverse),
         ("send a datagram", _try_datagram),
     ):
         try:
@@ -128,12 +141,13 @@ def self_test() -> dict[str, Any]:
             attempts[name] = "blocked"
         except OSError as error:
             attempts[name] = f"NOT BLOCKED by the guard (the system answered {type(error).__name__})"
+    blocked_by_test += blocked - before
     return {
         "ok": all(v == "blocked" for v in attempts.values()),
         "attempts": attempts,
         "blocked_by_test": blocked - before,
         "way_out": way_out(),
-        "limits": "binds Python code; NCCL, MPI and other native code open their own sockets",
+        "limits": "binds Python code of this program and of its Python children; NCCL, MPI, other native code and other programs open their own sockets",
     }
 
 
@@ -145,6 +159,10 @@ def _try_connect() -> None:
 
 def _try_lookup() -> None:
     socket.getaddrinfo("example.invalid", 443)
+
+
+def _try_reverse() -> None:
+    socket.getnameinfo((_NOBODY, 443), 0)
 
 
 def _try_datagram() -> None:

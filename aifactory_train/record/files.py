@@ -33,7 +33,7 @@ def load_record(folder: Path) -> dict[str, Any]:
         raise UserError(
             "this run has no record.json", where=str(folder), fix="records are kept by runs of this version onwards"
         )
-    return read_json(folder / RECORD)
+    return read_json(folder / RECORD, dict)
 
 
 def exported_values(folder: Path, recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:

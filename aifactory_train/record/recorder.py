@@ -400,8 +400,7 @@ class Recorder:
         if self.private:
             from aifactory_train.private import egress
 
-            # besides the self-test's own three
-            values[f"privacy/refused_connections/{self.attempt}"] = egress.blocked - 3
+            values[f"privacy/refused_connections/{self.attempt}"] = egress.blocked - egress.blocked_by_test
         self.chain.append(kind, values, cause or "")
         write_record(self.run.path)
 

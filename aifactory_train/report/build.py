@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.figures import FIGURES
-from aifactory_train.core.files import write_atomic
+from aifactory_train.core.files import reading, write_atomic
 from aifactory_train.core.missing import is_missing, missing_places
 from aifactory_train.record.render.common import legal_basis
 from aifactory_train.report.curves import curves
@@ -26,20 +26,30 @@ def write_report(run: RunFolder, record: dict[str, Any]) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of ``metrics.jsonl``; a torn last line is left out."""
+    """The records of ``metrics.jsonl``; what is none (a torn last line) is left out."""
     found = []
     if path.is_file():
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    found.append(json.loads(line))
-                except ValueError:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
                     continue  # the line that is being written
+                if isinstance(row, dict):
+                    found.append(row)
     return found
 
 
 def build(run: RunFolder, record: dict[str, Any], *, live: bool = False) -> str:
-    """The page as text. ``live``: it asks its own server for news every few seconds (``aifactory report --serve``)."""
+    """The page as text. ``live``: it asks its own server for news every few seconds (``aifactory report --serve``).
+
+    Raises :class:`UserError` where record, metrics or figures are not as this program writes them.
+    """
+    with reading(run.path / "record.json", "the record, or what lies beside it, is damaged", "aifactory verify RUN"):
+        return _page(run, record, live)
+
+
+def _page(run: RunFolder, record: dict[str, Any], live: bool) -> str:
     metrics = read_metrics(run.metrics_file)
     results = _json(run.eval_file)
     plan = _json(run.path / "plan.json")
@@ -82,7 +92,7 @@ def build(run: RunFolder, record: dict[str, Any], *, live: bool = False) -> str:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -123,6 +123,10 @@ class Attempt:
         untouched = self.run.state()["state"] in ("finished", "stopped")
         return untouched and isinstance(error, UserError) and error.exit_code == EXIT_REFUSED
 
+    def _say_failed(self, error: BaseException) -> None:
+        if not isinstance(error, TakenOver) and not self._refused(error):
+            self.run.set_state("failed", step=self.step, message=_short(error))
+
     def __enter__(self) -> Attempt:
         return self
 
@@ -131,9 +135,11 @@ class Attempt:
         if self.folder is None:
             return
         try:
-            untouched = isinstance(error, TakenOver) or (error is not None and self._refused(error))
-            if error is not None and self.training and self.rank == 0 and not untouched:
-                self.run.set_state("failed", step=self.step, message=_short(error))
+            if error is not None and self.training and self.rank == 0:
+                self._say_failed(error)
+        except UserError as trouble:  # a full disk must not hide what happened
+            note(f"rank {self.rank}: the run's state could not be written: {trouble}")
+        try:
             if error is None:
                 code = EXIT_DONE if self.code is None else self.code
                 status = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
@@ -146,7 +152,7 @@ class Attempt:
             else:
                 where = _innermost(tb)
                 self.finish("failed", EXIT_FAILED, type(error).__name__, f"{_short(error)} ({where})")
-        except UserError as trouble:  # a full disk must not hide what happened
+        except UserError as trouble:
             note(f"rank {self.rank}: the outcome could not be written: {trouble}")
 
 
@@ -165,12 +171,15 @@ def waits_for_others(stack: traceback.StackSummary, device: str) -> bool:
 
     On the CPU a collective shows as a frame of torch.distributed. On a GPU the host runs ahead and stands wherever the device
     is asked for a result or its queue is full, because a collective queued earlier does not end: every rank waits there,
-    unless it is in our own work on the host (data and files). A copy to the device is no such work.
+    unless it is in our own work on the host (data and files). A copy to the device is no such work. A rank that is "alone" waits for nobody.
     """
+    if device == "alone":
+        return False
     if any("torch/distributed" in frame.filename for frame in stack):
         return True
     if device == "cpu":
-        return False
+        # DDP and FSDP reduce inside the backward pass: the wait for the others is native code below this frame.
+        return stack[-1].filename.endswith("torch/autograd/graph.py")
     mine = [frame for frame in stack if frame.filename.startswith(_PACKAGE)]
     if not mine or mine[-1].name in ("to", "move"):
         return True

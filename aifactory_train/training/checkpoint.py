@@ -36,7 +36,7 @@ from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.core.output import note
 from aifactory_train.parallel.changes import check_changes, config_digest
-from aifactory_train.parallel.state import Piece, Sharded
+from aifactory_train.parallel.state import Piece, Sharded, patience
 from aifactory_train.parallel.storage import (
     FORMAT,
     MARKER,
@@ -57,9 +57,6 @@ from aifactory_train.parallel.storage import (
 if TYPE_CHECKING:
     from aifactory_train.parallel.engine import Engine
     from aifactory_train.parallel.world import World
-
-#: A rank may be this late with its part of a save before the others give up.
-PATIENCE = datetime.timedelta(minutes=60)
 
 
 # ---- random numbers
@@ -119,7 +116,7 @@ class Checkpointer:
         self.seed = recipe.train.seed
         self.tree = to_tree(recipe)
         # A group of its own: the background save must not meet the training's collectives.
-        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.group = dist.new_group(backend="gloo", timeout=patience(engine.state()["model"], recipe.parallel.timeout_s))
         self.durations: list[float] = []  # seconds of finished saves, staging included
         self.saved: set[int] = set()  # steps saved by this process
         self._thread: threading.Thread | None = None

@@ -79,7 +79,7 @@ def _train_as(
     """One rank's attempt. A function of its own: on return nothing holds the process groups any more (`leave_world`)."""
     # The default name holds the time: one rank decides.
     run = RunFolder(from_main(world, lambda: folder or default_run_dir(recipe, None)))
-    device = world.device if world.size > 1 else "cpu"  # a lone rank's GPU waits for nobody
+    device = world.device if world.size > 1 else "alone"
     timeout_s = recipe.parallel.timeout_s
     owner = Owner(run.path, attempt)
     with owner, Attempt(run, world.rank, world.local_rank, attempt, timeout_s=timeout_s, device=device) as record:

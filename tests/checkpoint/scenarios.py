@@ -161,8 +161,8 @@ def slow_steps(seconds: float) -> None:
 # ---- failing
 
 
-def at_step(wanted: int, who: int, do: Callable[[], None]) -> Any:
-    """``in_child`` that calls ``do`` on rank ``who`` when it begins the step after ``wanted``.
+def at_step(wanted: int, who: int, do: Callable[[], None], phase: str = "forward") -> Any:
+    """``in_child`` that calls ``do`` on rank ``who`` when it begins ``phase`` of the step after ``wanted``.
 
     In the step itself, not in a listener of its events: what a listener raises ends no run.
     """
@@ -174,7 +174,7 @@ def at_step(wanted: int, who: int, do: Callable[[], None]) -> Any:
 
         def striking(self, name):
             began(self, name)
-            if rank == who and self.step == wanted and name == "forward" and not done:
+            if rank == who and self.step == wanted and name == phase and not done:
                 done.append(wanted)  # a step may have several micro-batches
                 do()
 
@@ -198,18 +198,27 @@ FAULTS: dict[str, Callable[[], None]] = {
     "exits": lambda: sys.exit(7),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "hangs": lambda: time.sleep(3600),
+    "frozen-saving": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "frozen-in-ddp": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }
+#: Where a scenario strikes elsewhere than in the forward pass, and what its run needs besides.
+PHASES = {"frozen-saving": "save"}
+MORE: dict[str, dict[str, Any]] = {"frozen-saving": {"checkpoint.every_steps": 3}, "frozen-in-ddp": {"parallel.engine": "ddp"}}
 
 
 def failing(kind: str) -> Scenario:
     def run(folder: Path, path: Path) -> dict[str, Any]:
         name, began = path.parent.name, time.monotonic()
-        with start(folder, name, path, in_child=at_step(3, 1, FAULTS[kind])) as ranks:
+        with start(folder, name, path, in_child=at_step(3, 1, FAULTS[kind], PHASES.get(kind, "forward"))) as ranks:
             ranks.until(lambda e: e.get("step") == 3, 250)
             struck = time.monotonic()
-            ranks.wait(200)
+            if kind.startswith("frozen"):  # it ends when a launcher kills it, after the others have ended
+                while 0 in ranks.running and time.monotonic() < struck + 200:
+                    ranks.poll()
+            else:
+                ranks.wait(200)
             ended = time.monotonic()
-            left = ranks.running
+            left = [rank for rank in ranks.running if rank != 1 or not kind.startswith("frozen")]
         return {**seen(folder, name, ranks), "seconds": ended - struck, "left": left, "whole": ended - began}
 
     return run
@@ -264,7 +273,7 @@ def group(name: str, folder: Path) -> dict[str, tuple[Scenario, Path]]:
         }
     if name == "fail":
         more = {"parallel.timeout_s": 15}
-        return {kind: (failing(kind), recipe(folder, kind, **more)) for kind in FAULTS}
+        return {kind: (failing(kind), recipe(folder, kind, **more, **MORE.get(kind, {}))) for kind in FAULTS}
     assert name == "guard"
     nan, short = float("nan"), {"train.max_steps": 14, "checkpoint.every_steps": 4}
     return {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -401,6 +403,49 @@ def test_loopback_and_the_jobs_nodes_pass():
         egress._check("10.0.0.7")
     egress._allowed.add("10.0.0.7")
     egress._check("10.0.0.7")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: socket.getnameinfo(("192.0.2.1", 0), 0),
+        lambda: socket.gethostbyaddr("192.0.2.1"),
+        lambda: socket.getfqdn("192.0.2.1"),
+        lambda: socket.gethostbyname_ex("secret.example.invalid"),
+    ],
+)
+def test_a_name_server_is_asked_nothing(ask):
+    """The address or the name could be chosen so that it tells something to who answers."""
+    egress.close()
+    before = egress.blocked
+    with contextlib.suppress(egress.EgressBlocked):  # getfqdn takes it for an unknown host
+        ask()
+    assert egress.blocked > before
+    socket.getnameinfo(("127.0.0.1", 0), socket.NI_NUMERICHOST)
+
+
+def _knock(queue) -> None:
+    try:
+        socket.create_connection(("192.0.2.1", 443), timeout=0.2)
+        queue.put("got through")
+    except OSError as error:
+        queue.put(type(error).__name__)
+
+
+def test_python_children_are_guarded():
+    egress.close(["10.0.0.7"])
+    code = "import aifactory_train, socket; from aifactory_train.private import egress; egress._check('10.0.0.7'); socket.getaddrinfo('example.invalid', 1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "EgressBlocked" in done.stderr
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    child = context.Process(target=_knock, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == "EgressBlocked"
+    child.join()
+    egress.open_again()
+    done = subprocess.run([sys.executable, "-c", code.replace("egress._check('10.0.0.7'); ", "")], capture_output=True, text=True, check=False)
+    assert "EgressBlocked" not in done.stderr
 
 
 def test_node_lists():

@@ -146,13 +146,24 @@ def test_serve_follows(tell):
     host, port = server.server_address[:2]
     assert host == "127.0.0.1"
 
-    def get(path: str, **headers: str) -> tuple[int, str]:
+    def ask(path: str, **headers: str) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         connection.request("GET", path, headers=headers)
-        answer = connection.getresponse()
+        return connection.getresponse()
+
+    def get(path: str, **headers: str) -> tuple[int, str]:
+        answer = ask(path, **{"Cookie": cookie, **headers})
         return answer.status, answer.read().decode()
 
     try:
+        cookie = f"{server.cookie}=guessed"
+        for path in ("/", "/state", "/?token=", "/?token=guessed", "/state?token=" + server.token):
+            assert get(path)[0] == 403 and ask(path).status == 403  # everybody on this machine reaches the port
+        first = ask(server.address.partition(str(port))[2])
+        assert first.status == 303 and first.headers["Location"] == "/"
+        cookie = first.headers["Set-Cookie"].partition(";")[0]
+        assert "HttpOnly" in first.headers["Set-Cookie"] and len(server.token) >= 32
+        assert ask(f"/?token={server.token}", Host="evil.example").status == 403
         status, page = get("/")
         assert status == 200 and "setInterval(news" in page and "connect-src 'self'" in page
         before = get("/state")[1]
@@ -162,6 +173,10 @@ def test_serve_follows(tell):
         assert "0.123" in get("/")[1]
         assert get("/../../etc/passwd")[0] == 404
         assert get("/", Host="evil.example")[0] == 403  # another site's page cannot read this one
+        for damage in ("{", "[]", "{}", '{"log": {"events": 1, "head_sha256": 2}, "compute": {"attempts": 7}, "data": [1]}'):
+            (run.path / "record.json").write_text(damage)
+            status, page = get("/")
+            assert status == 200 and "No report now" in page and "record.json" in page, damage
     finally:
         server.shutdown()
         server.server_close()
