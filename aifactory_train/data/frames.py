@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from aifactory_train.data.template_limits import CHECKED, SPEND
 from aifactory_train.data.template import TEMPLATE_ERRORS, compile_template
 from aifactory_train.data.turns import supervised_turns
 
@@ -173,9 +174,10 @@ def _watch_test(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
 def _adapt(environment: Any) -> None:
     environment.finalize = _finalize
     environment.concat = _concat
-    environment.filters = {name: _watch_filter(name, f) for name, f in environment.filters.items()}
+    environment.filters = {
+        name: f if name in (SPEND, CHECKED) else _watch_filter(name, f) for name, f in environment.filters.items()
+    }
     environment.tests = {name: _watch_test(name, t) for name, t in environment.tests.items()}
-    environment.globals.pop("lipsum", None)  # writes something else each time
 
 
 @dataclass
@@ -308,6 +310,7 @@ class Frames:
         return Frame(full, turns, asked, len(shape))
 
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> _Skeleton:
+        self._template.environment.budget.begin()
         values = {**self._always, "messages": messages, "add_generation_prompt": prompt}
         context = self._template.new_context(values, shared=True)
         pieces = self._template.root_render_func(context)

@@ -17,11 +17,22 @@ from typing import Any
 import jinja2
 
 from aifactory_train.data.cells import RowError
+from aifactory_train.data.template_limits import LimitedEnvironment
 
 #: What ``strftime_now`` returns: Llama 3's own default date. Were it today's, the same rows would give other tokens tomorrow.
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 #: What running a template on a row may raise.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError)
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ValueError,
+    ArithmeticError,
+    AssertionError,
+    RecursionError,
+    MemoryError,
+)
 
 
 class TemplateRefused(RowError):
@@ -43,6 +54,7 @@ class ChatTemplate:
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
         """The text of ``messages``; with ``prompt`` the header of the assistant's next turn follows."""
+        self._template.environment.budget.begin()
         try:
             values = {**self._always, "messages": messages, "tools": tools, "add_generation_prompt": prompt}
             context = self._template.new_context(values, shared=True)
@@ -58,7 +70,6 @@ def compile_template(source: str, adapt: Callable[[Any], None] | None = None) ->
     """The compiled ``jinja2.Template``. ``adapt`` may change the environment first (:mod:`frames` watches what a template does)."""
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
     from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
         """``{% generation %}...{% endgeneration %}`` marks assistant text for other tools; here it is plain text."""
@@ -81,7 +92,7 @@ def compile_template(source: str, adapt: Callable[[Any], None] | None = None) ->
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson
@@ -94,4 +105,8 @@ def compile_template(source: str, adapt: Callable[[Any], None] | None = None) ->
     except TemplateSyntaxError as error:
         raise RowError(
             f"the chat template is not valid Jinja: {error.message} (template line {error.lineno})"
+        ) from None
+    except (SyntaxError, *TEMPLATE_ERRORS) as error:  # of Python, for what Jinja made of it
+        raise RowError(
+            f"the chat template cannot be compiled, it is nested too deeply or broken ({type(error).__name__})"
         ) from None

@@ -179,7 +179,7 @@ def waits_for_others(stack: traceback.StackSummary, device: str) -> bool:
         return True
     if device == "cpu":
         # DDP and FSDP reduce inside the backward pass: the wait for the others is native code below this frame.
-        return stack[-1].filename.endswith("torch/autograd/graph.py")
+        return any(frame.filename.endswith("torch/autograd/graph.py") for frame in stack)
     mine = [frame for frame in stack if frame.filename.startswith(_PACKAGE)]
     if not mine or mine[-1].name in ("to", "move"):
         return True

@@ -25,8 +25,8 @@ CAUSES = {
     "exits": ("exception", "asked to end with 7"),
     "killed": ("lost", "the process vanished"),
     "hangs": ("hang", "no progress for"),
-    "frozen-saving": ("hang", "hung at step 3; the others gave up waiting"),
-    "frozen-in-ddp": ("hang", "hung at step 3; the others gave up waiting"),
+    "frozen-saving": ("hang", "the others gave up waiting"),
+    "frozen-in-ddp": ("hang", "the others gave up waiting"),
 }
 
 

@@ -170,7 +170,7 @@ TRAIN = (PACKAGE / "training/trainer.py", "train_step")
         (
             [TRAIN, (PACKAGE / "parallel/ddp.py", "forward_backward"), ("/x/torch/autograd/graph.py", "run")],
             True,
-            False,
+            True,  # DDP and FSDP reduce there
         ),
         ([TRAIN, ("/x/torch/distributed/distributed_c10d.py", "all_reduce")], True, True),
         (
@@ -191,6 +191,7 @@ TRAIN = (PACKAGE / "training/trainer.py", "train_step")
 def test_waiting_is_told_from_hanging(places, on_gpu, on_cpu) -> None:
     assert outcome.waits_for_others(stack(*places), "cuda:0") is on_gpu
     assert outcome.waits_for_others(stack(*places), "cpu") is on_cpu
+    assert not outcome.waits_for_others(stack(*places), "alone")
 
 
 def asleep(folder: Path, rank: int, device: str) -> None:
