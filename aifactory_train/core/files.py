@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -63,16 +64,25 @@ def read_json(path: Path, shape: Any = None) -> Any:
         # A pipe or a device would be waited for without end.
         if path.exists() and not path.is_file():
             raise UserError("is not a regular file", where=str(path))
-        value = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
     except FileNotFoundError:
         raise UserError("no such file", where=str(path)) from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    return parse_json(raw, path, shape)
+
+
+def parse_json(raw: bytes, where: object, shape: Any = None) -> Any:
+    """The JSON value in ``raw`` as :func:`read_json` gives it; ``where`` is what the message names."""
+    try:
+        value = json.loads(raw.decode("utf-8"))
     except RecursionError:
-        raise UserError("cannot be read: it is nested too deeply", where=str(path)) from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(path)) from None
+        raise UserError("cannot be read: it is nested too deeply", where=str(where)) from None
+    except ValueError as error:
+        raise UserError(f"cannot be read: {error}", where=str(where)) from None
     wrong = misfit(value, shape)
     if wrong:
-        raise UserError(f"was not written by this program, or is damaged: {wrong}", where=str(path))
+        raise UserError(f"is not what it should be, or damaged: {wrong}", where=str(where))
     return value
 
 
@@ -104,6 +114,27 @@ _KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number",
 
 def _kind(value: Any) -> str:
     return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
+
+
+@contextlib.contextmanager
+def foreign(where: object, what: str, fix: str | None = None, ours: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Around a library that is given files of others: whatever it raises becomes one :class:`UserError`, a panic of Rust code included.
+
+    Not: a lack of memory, of space or of a package, a signal, and errors of ours. AIFACTORY_DEBUG=1 lets the traceback through.
+    """
+    try:
+        yield
+    except (UserError, *ours, MemoryError, ModuleNotFoundError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        lack = "outofmemory" in type(error).__name__.lower() or "out of memory" in str(error)
+        lack |= isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if lack or os.environ.get("AIFACTORY_DEBUG"):
+            raise
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(f"{what}: {text}", where=str(where), fix=fix) from error
 
 
 #: What reading a value of another shape than was expected raises.

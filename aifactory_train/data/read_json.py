@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.unpacking import Growth, counted
 from aifactory_train.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Block
 from aifactory_train.data.cells import parse_json
 from aifactory_train.private import vault
@@ -19,25 +20,29 @@ from aifactory_train.private import vault
 def open_plain(path: Path) -> IO[bytes]:
     """For reading; an encrypted file is decrypted in memory."""
     file = vault.open_source(path)
-    return gzip.open(file, "rb") if vault.plain_name(path).suffix.lower() == ".gz" else file  # type: ignore[return-value]
+    if vault.plain_name(path).suffix.lower() != ".gz":
+        return file
+    growth = Growth(path.stat().st_size, path, "if that is right: gunzip it and give the unpacked file")
+    return counted(gzip.open(file, "rb"), growth)
 
 
 def json_lines(path: Path) -> Iterator[Block]:
     with open_plain(path) as file:
-        first, rest = 1, b""
+        first = 1
         start = file.read(3)
-        rest = b"" if start == b"\xef\xbb\xbf" else start  # a byte-order mark
+        rest = [] if start == b"\xef\xbb\xbf" else [start]  # a byte-order mark
         while chunk := file.read(BLOCK_BYTES):
             cut = chunk.rfind(b"\n")
             if cut < 0:
-                rest += chunk
+                rest.append(chunk)
                 continue
-            lines = rest + chunk[: cut + 1]
-            rest = chunk[cut + 1 :]
+            lines = b"".join([*rest, chunk[: cut + 1]])
+            rest = [chunk[cut + 1 :]]
             yield Block(str(path), first, lines=lines)
             first += lines.count(b"\n")
-        if rest.strip():
-            yield Block(str(path), first, lines=rest)
+        lines = b"".join(rest)
+        if lines.strip():
+            yield Block(str(path), first, lines=lines)
 
 
 def parse_lines(block: Block) -> Iterator[tuple[int, Any]]:

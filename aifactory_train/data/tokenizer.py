@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import foreign, read_json
 from aifactory_train.data.cells import RowError
 from aifactory_train.data.encoder_spec import EncoderSpec
 from aifactory_train.data.end_of_turn import probe
@@ -31,16 +31,11 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     folder = resolve_model(recipe.model)
     remote_code.warn(recipe, folder)  # the tokenizer is the first that can run any of it
-    try:
+    fix = "the model folder needs a whole tokenizer.json (fetch the whole repository)"
+    with foreign(recipe.model.base, "the tokenizer cannot be loaded", fix):
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"the tokenizer cannot be loaded: {str(error).splitlines()[0][:300]}",
-            where=recipe.model.base,
-            fix="the model folder needs tokenizer.json (fetch the whole repository)",
-        ) from None
     if recipe.model.chat_template is not None:
         tokenizer.chat_template = _read_template(Path(recipe.model.chat_template))
     if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -63,7 +58,7 @@ def _read_template(path: Path) -> str:
 
 
 def _embedding_rows(folder: Path) -> int | None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json", {"vocab_size?": int, "text_config?": dict})
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
@@ -99,7 +94,8 @@ def encoder_spec(tokenizer: Any, recipe: Recipe) -> EncoderSpec:
     stops: tuple[int, ...] = ()
     if template:
         try:
-            stops = probe(serialised, template, specials, tuple(special_ids))
+            with foreign(recipe.model.base, "the tokenizer fails on a short text", ours=(RowError,)):
+                stops = probe(serialised, template, specials, tuple(special_ids))
         except RowError as error:
             raise UserError(error.what, where=recipe.model.chat_template or recipe.model.base, fix=error.fix) from None
     return EncoderSpec(

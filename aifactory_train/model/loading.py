@@ -11,6 +11,7 @@ from torch import nn
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import foreign
 from aifactory_train.model import attention, quantise
 from aifactory_train.model.adapters import apply_adapter, start_from_adapter
 from aifactory_train.model.base import base_folder
@@ -28,16 +29,12 @@ def load_config(path: Path, recipe: Recipe):
     """The transformers configuration in ``path``, checked against what the recipe asks for."""
     from transformers import AutoConfig
 
-    try:
+    with foreign(f"model.base: {recipe.model.base}", "no usable model configuration"):
         config = AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"no usable model configuration: {str(error).splitlines()[0]}", where=f"model.base: {recipe.model.base}"
-        ) from None
     limit = getattr(config, "max_position_embeddings", None)
-    if limit and recipe.data.sequence_length > limit:
+    if isinstance(limit, int) and limit and recipe.data.sequence_length > limit:
         raise UserError(
             f"sequences of {recipe.data.sequence_length} tokens, but the model was built for {limit} positions",
             where="data.sequence_length",
@@ -74,7 +71,7 @@ def load_language_model(
 
     name = choose_attention(recipe, device, report)
     config = load_config(path, recipe)
-    try:
+    with foreign(f"model.base: {recipe.model.base}", "the model cannot be loaded"):
         model: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -86,10 +83,6 @@ def load_language_model(
             **loading(path),
             **(more or {}),
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"the model cannot be loaded: {str(error).splitlines()[0]}", where=f"model.base: {recipe.model.base}"
-        ) from None
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return model if more else model.to(device)  # quantised weights are where they were made

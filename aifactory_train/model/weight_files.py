@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,9 @@ import torch
 from torch import nn
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import read_json
 from aifactory_train.private import vault
+from aifactory_train.sources.model_folder import check_weight_index
 
 if TYPE_CHECKING:
     pass
@@ -39,7 +40,8 @@ def tensors_in(folder: Path) -> dict[str, Path]:
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        check_weight_index(folder)
+        places = read_json(index, {"weight_map": dict})["weight_map"]
         return {name: folder / file for name, file in places.items()}
     single = folder / "model.safetensors"
     if not single.is_file():

@@ -35,6 +35,7 @@ from aifactory_train.record.files import (
     write_record,
 )
 from aifactory_train.record.totals import totals
+from aifactory_train.sources.model_folder import weight_files
 from aifactory_train.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -330,7 +331,8 @@ class Recorder:
             values: dict[str, Any] = {}
             if folder is not None:
                 wanted = (".safetensors", ".json", ".model", ".jinja", ".txt", ".gguf")
-                files = describe(files_below(folder, lambda p: p.suffix in wanted), folder, remembered=True)
+                below = {*files_below(folder, lambda p: p.suffix in wanted), *weight_files(folder)}
+                files = describe(below, folder, remembered=True)
                 digest = tree_digest(files)
                 if self._begun_from is None:
                     values |= {"base/files": files, "base/tree_sha256": digest}

@@ -9,13 +9,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from aifactory_train.config.loading import cache_dir
 from aifactory_train.config.source_spec import Spec
 from aifactory_train.core.errors import UserError
-from aifactory_train.core.files import file_digest, put_whole
+from aifactory_train.core.files import file_digest, put_whole, read_json
+from aifactory_train.sources.model_folder import check_contents, check_weight_index
 
 MANIFEST = "manifest.json"
 #: Raised when the layout of cached items changes; older items are then fetched again.
@@ -49,16 +50,17 @@ def complete_item(folder: Path, spec: Spec, where: str) -> Path:
     """``folder`` if its manifest is there and every file has the size stated in it; a :class:`UserError` otherwise."""
     manifest = folder / MANIFEST
     try:
-        known = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_json(manifest, {"format": int, "files": list})
+        files = [(entry["path"], entry["bytes"]) for entry in known["files"]]
+    except (UserError, TypeError, KeyError):
         raise not_fetched(spec.text, where) from None
-    if known.get("format") != CACHE_FORMAT:
+    if known["format"] != CACHE_FORMAT:
         raise not_fetched(spec.text, where)
-    for entry in known["files"]:
-        path = folder / entry["path"]
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+    for name, size in files:
+        path = folder / str(name)
+        if not path.is_file() or path.stat().st_size != size:
             raise UserError(
-                f"the cached copy is damaged: {entry['path']}", where=spec.text, fix="run: aifactory fetch RECIPE"
+                f"the cached copy is damaged: {name}", where=spec.text, fix="run: aifactory fetch RECIPE"
             )
     return folder
 
@@ -95,38 +97,7 @@ def check_model_folder(path: Path, text: str) -> None:
             fix="convert the weights with save_pretrained (pickle files are not loaded)",
         )
     check_weight_index(path)
-
-
-def check_weight_index(path: Path) -> None:
-    """Refuse a model folder whose index of shards names anything but safetensors files inside the folder.
-
-    transformers opens whatever an index names, other forms through pickle, and from where it says.
-    """
-    for index in sorted(path.glob("*.safetensors.index.json")):
-        try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(places.values()))
-            if not all(isinstance(name, str) for name in names):
-                raise TypeError
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(
-                "is not an index of weights: a JSON object whose weight_map names a file for each tensor",
-                where=str(index),
-                fix="take the model folder anew from where it comes from, or save it again with save_pretrained",
-            ) from None
-        for name in names:
-            tensor = next(t for t, file in places.items() if file == name)
-            why = None
-            if name.startswith("/") or "\\" in name or "\0" in name or ".." in PurePosixPath(name).parts:
-                why = "lies outside the model folder"
-            elif not name.endswith(".safetensors"):
-                why = "is not a safetensors file (pickle files are not loaded)"
-            if why is not None:
-                raise UserError(
-                    f"weight_map names {name[:200]!r} for {tensor[:200]}, which {why}",
-                    where=str(index),
-                    fix="use the model as its publisher gives it, or convert the weights with save_pretrained",
-                )
+    check_contents(path)
 
 
 def inside(root: Path, spec: Spec) -> Path:
@@ -198,7 +169,7 @@ def finish(
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an item, with its ``path``."""
-    return {**json.loads((folder / MANIFEST).read_text(encoding="utf-8")), "path": str(folder)}
+    return {**read_json(folder / MANIFEST, dict), "path": str(folder)}
 
 
 def local_manifest(spec: Spec, path: Path) -> dict[str, Any]:

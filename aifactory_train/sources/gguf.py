@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.errors import RunFailed
+from aifactory_train.core.files import foreign
 
 
 def convert_gguf(file: Path, target: Path) -> dict[str, Any]:
     """Write the model in a GGUF file as a transformers folder: fp32 safetensors, config, tokenizer, chat template.
 
     transformers reads GGUF but refuses to save the model it read, so the weights are copied into a fresh model of the same
-    configuration. Returns ``{"architecture", "licence", "parameters", "quantisation"}`` read from the file.
+    configuration. Returns ``{"architecture", "licence", "parameters", "quantisation"}`` read from the file. Raises :class:`UserError`
+    for a file that is damaged or that transformers does not read.
     """
+    with foreign(file, "the GGUF file cannot be converted", "copy or fetch it again, or use the model's safetensors form"):
+        return _convert(file, target)
+
+
+def _convert(file: Path, target: Path) -> dict[str, Any]:
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer

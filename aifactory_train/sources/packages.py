@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import hashlib
 import io
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
@@ -22,8 +23,9 @@ from typing import IO, Any
 from aifactory_train.config.loading import RECIPES_DIR
 from aifactory_train.config.source_spec import Spec
 from aifactory_train.core.errors import RunFailed, UserError
-from aifactory_train.core.files import file_digest
-from aifactory_train.sources.cache import disk_full
+from aifactory_train.core.files import file_digest, foreign, read_json
+from aifactory_train.core.unpacking import Growth
+from aifactory_train.sources.cache import disk_full, sha256
 
 LICENCE_NAME = re.compile(r"(^|/)(licen[cs]e|copying|notice)([.-][^/]*)?$", re.IGNORECASE)
 
@@ -124,59 +126,75 @@ def safe_name(name: str, archive: Path) -> PurePosixPath:
 
 def unpack_wheel(archive: Path, root: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
     """Unpack the ``wanted`` members and check each against the sha256 that the wheel's RECORD states."""
-    try:
-        with zipfile.ZipFile(archive) as wheel:
-            names = [n for n in wheel.namelist() if not n.endswith("/")]
-            record = next((n for n in names if n.endswith(".dist-info/RECORD")), None)
-            stated: dict[str, str] = {}
-            if record is not None:
-                for row in csv.reader(io.StringIO(wheel.read(record).decode("utf-8"))):
-                    if len(row) >= 2 and row[1].startswith("sha256="):
-                        stated[row[0]] = row[1].removeprefix("sha256=")
-            for name in names:
-                target = root / safe_name(name, archive)
-                if not wanted(name):
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with wheel.open(name) as source, target.open("wb") as sink:
-                    raw = _copy_and_hash(source, sink)
-                digest = base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
-                if name in stated and stated[name].rstrip("=") != digest:
-                    raise UserError(f"'{name}' does not match the digest in the wheel's RECORD", where=archive.name)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile) as error:
-        raise UserError(f"the downloaded archive is broken: {error}", where=archive.name, fix="fetch again") from None
+    with _unpacking(archive) as growth, zipfile.ZipFile(archive) as wheel:
+        names = [n for n in wheel.namelist() if not n.endswith("/")]
+        stated = _record(wheel, names)
+        for name in names:
+            target = root / safe_name(name, archive)
+            if not wanted(name):
+                continue
+            raw = _take(wheel.open(name), target, growth)
+            digest = base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+            if name not in stated:
+                if not name.endswith(_UNSTATED):
+                    raise UserError(f"the wheel's RECORD does not list '{name}'", where=archive.name, fix="do not use it")
+            elif stated[name].rstrip("=") != digest:
+                raise UserError(f"'{name}' does not match the digest in the wheel's RECORD", where=archive.name)
+
+
+#: What a RECORD cannot or need not state: itself, and signatures of it.
+_UNSTATED = (".dist-info/RECORD", ".dist-info/RECORD.jws", ".dist-info/RECORD.p7s")
+
+
+def _record(wheel: zipfile.ZipFile, names: list[str]) -> dict[str, str]:
+    """sha256 by member, from the wheel's RECORD."""
+    record = next((n for n in names if n.endswith(".dist-info/RECORD")), None)
+    if record is None or wheel.getinfo(record).file_size > _MOST_RECORD:
+        return {}
+    rows = csv.reader(io.StringIO(wheel.read(record).decode("utf-8")))
+    return {row[0]: row[1].removeprefix("sha256=") for row in rows if len(row) >= 2 and row[1].startswith("sha256=")}
+
+
+#: Bytes of a RECORD: a line a file.
+_MOST_RECORD = 64 << 20
 
 
 def unpack_tar(archive: Path, root: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
     """Unpack the ``wanted`` regular files of an npm archive; its common first folder (``package/``) is left out."""
-    try:
-        with tarfile.open(archive, "r:*") as tar:
-            for member in tar:
-                path = safe_name(member.name, archive)
-                if member.isdir():
-                    continue
-                if not member.isreg():
-                    raise UserError(
-                        f"the archive holds a link or device: {member.name!r}", where=archive.name, fix="do not use it"
-                    )
-                name = "/".join(path.parts[1:])
-                if not name or not wanted(name):
-                    continue
-                target = root / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                source = tar.extractfile(member)
-                assert source is not None  # a regular file has content
-                with source, target.open("wb") as sink:
-                    _copy_and_hash(source, sink)
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"the downloaded archive is broken: {error}", where=archive.name, fix="fetch again") from None
+    with _unpacking(archive) as growth, tarfile.open(archive, "r:*") as tar:
+        for member in tar:
+            growth.add(512)
+            path = safe_name(member.name, archive)
+            if member.isdir():
+                continue
+            if not member.isreg():
+                raise UserError(
+                    f"the archive holds a link or device: {member.name!r}", where=archive.name, fix="do not use it"
+                )
+            name = "/".join(path.parts[1:])
+            if not name or not wanted(name):
+                growth.add(member.size)  # passing over it unpacks it
+                continue
+            source = tar.extractfile(member)
+            assert source is not None  # a regular file has content
+            _take(source, root / name, growth)
 
 
-def _copy_and_hash(source: IO[bytes], sink: IO[bytes]) -> bytes:
+@contextlib.contextmanager
+def _unpacking(archive: Path) -> Iterator[Growth]:
+    with foreign(archive.name, "the downloaded archive is broken", "fetch again"):
+        yield Growth(archive.stat().st_size, archive.name, "do not use it")
+
+
+def _take(source: IO[bytes], target: Path, growth: Growth) -> bytes:
+    """Write a member to ``target`` and return its sha256.."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    while block := source.read(1 << 20):
-        digest.update(block)
-        sink.write(block)
+    with source, target.open("wb") as sink:
+        while block := source.read(1 << 20):
+            growth.add(len(block))
+            digest.update(block)
+            sink.write(block)
     return digest.digest()
 
 
@@ -185,10 +203,10 @@ def _package_licence(root: Path, spec: Spec) -> tuple[str | None, str | None]:
     if spec.kind == "npm":
         file = root / "package.json"
         if file.is_file():
-            stated = json.loads(file.read_text(encoding="utf-8")).get("license")
+            stated = read_json(file, dict).get("license")
             if isinstance(stated, dict):
                 stated = stated.get("type")
-            return (stated, "package.json: license") if stated else (None, None)
+            return (stated[:100], "package.json: license") if stated and isinstance(stated, str) else (None, None)
         return None, None
     for file in root.glob("*.dist-info/METADATA"):
         head = HeaderParser().parsestr(file.read_text(encoding="utf-8", errors="replace"))

@@ -18,6 +18,7 @@ from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import read_json, write_json
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.sources.digests import sha256_of
+from aifactory_train.sources.model_folder import weight_files
 
 INPUTS, FORMAT = "inputs.json", 1
 #: Keys of config.json that say who wrote it, not what the model is.
@@ -60,26 +61,9 @@ def of_run(recipe: Recipe, data: Any, train_set: Any) -> dict[str, Any]:
     }
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that a model folder's weights are read from, with the index that names them."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    found = {whole} if whole.is_file() else set()
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            found |= {index, *(folder / name for name in names)}
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError("is no index of weights", where=str(index), fix="fetch the model again") from None
-    return sorted(found) or sorted(folder.glob("*.safetensors"))
-
-
 def _config_digest(path: Path) -> str:
     """Of what config.json says, however it is written."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(path)) from None
-    kept = {key: value for key, value in tree.items() if key not in _WRITTEN_BY} if isinstance(tree, dict) else tree
+    kept = {key: value for key, value in read_json(path, dict).items() if key not in _WRITTEN_BY}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

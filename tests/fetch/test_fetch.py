@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import contextlib
 import hashlib
 import io
@@ -27,6 +28,8 @@ from aifactory_train.config.data_blocks import DataSource
 from aifactory_train.config.schema import ModelConfig, Recipe
 from aifactory_train.core.errors import UserError
 
+#: A safetensors file without tensors.
+EMPTY = (2).to_bytes(8, "little") + b"{}"
 ROWS = "".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(20))
 
 
@@ -457,7 +460,7 @@ def test_local_model_folders(tmp_path):
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds no \.safetensors weights"):
         sources.resolve_model(ModelConfig(base=str(folder)))
-    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "model.safetensors").write_bytes(EMPTY)
     assert sources.resolve_model(ModelConfig(base=str(folder))) == folder
 
 
@@ -544,7 +547,7 @@ def test_fetch_of_a_recipe_writes_one_manifest_and_the_command_prints_it(tmp_pat
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"x")
+    (folder / "model.safetensors").write_bytes(EMPTY)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         "model: {base: ./model}\ndata: {train: {source: 'pypi:tiny-rows==1.0#tiny_rows/rows.jsonl', licence: MIT}}\n"
@@ -621,7 +624,7 @@ def test_an_index_that_leads_to_a_pickle_or_out_of_the_folder_is_refused(tmp_pat
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    (folder / "dummy.safetensors").write_bytes(b"")
+    (folder / "dummy.safetensors").write_bytes(EMPTY)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "dummy.safetensors", "norm.weight": name}}))
     with pytest.raises(UserError) as caught:
@@ -635,7 +638,7 @@ def test_an_index_that_is_none(tmp_path, text):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    (folder / "dummy.safetensors").write_bytes(b"")
+    (folder / "dummy.safetensors").write_bytes(EMPTY)
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match="is not an index of weights"):
         sources.resolve_model(ModelConfig(base=str(folder)))
@@ -645,8 +648,115 @@ def test_an_index_of_shards_in_the_folder_is_taken(tmp_path):
     folder = tmp_path / "model"
     (folder / "parts").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    (folder / "a.safetensors").write_bytes(b"")
-    (folder / "parts" / "b.safetensors").write_bytes(b"")
+    (folder / "a.safetensors").write_bytes(EMPTY)
+    (folder / "parts" / "b.safetensors").write_bytes(EMPTY)
     index = {"weight_map": {"x": "a.safetensors", "y": "parts/b.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert sources.resolve_model(ModelConfig(base=str(folder))) == folder
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"short", b"\xff" * 64, (10**9).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]",
+     (1 << 17).to_bytes(8, "little") + b"[" * (1 << 17), b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"]
+    + [len(h).to_bytes(8, "little") + h for h in (b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+       b'{"a": {"dtype": "F32", "shape": 1, "data_offsets": [0, 0]}}', b'{"a": {"data_offsets": [4, -4]}}')],
+)  # fmt: skip
+def test_weight_files_that_are_none(tmp_path, content):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        sources.resolve_model(ModelConfig(base=str(folder)))
+    assert "model.safetensors" in str(caught.value.where)
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["[]", "null", "[" * 100_000, "{", '{"num_hidden_layers": 1000000000}', '{"text_config": {"n_layer": 1e12}}', '{"a": ' + "9" * 5000 + "}"],
+)
+def test_configurations_that_are_none(tmp_path, config):
+    """A library that is told of a billion layers makes a list of them."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(config)
+    (folder / "model.safetensors").write_bytes(EMPTY)
+    with pytest.raises(UserError) as caught:
+        sources.resolve_model(ModelConfig(base=str(folder)))
+    assert "config.json" in str(caught.value.where)
+
+
+# ---- archives that are not what they seem
+
+
+def odd_wheel(path: Path, members: list[tuple[str, bytes]], *, record: bytes | None = None) -> Path:
+    lines = [
+        f"{name},sha256={base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b'=').decode()},{len(content)}"
+        for name, content in members
+    ]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        for name, content in members:
+            wheel.writestr(name, content)
+        wheel.writestr("w-1.dist-info/RECORD", "\n".join(lines).encode() if record is None else record)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("members", "record", "words"),
+    [
+        ([(".", b"x")], None, "broken"),
+        ([("a" * 300, b"x")], None, "broken"),
+        ([("a", b"x"), ("a/b", b"x")], None, "broken"),
+        ([("a/b", b"x"), ("a", b"x")], None, "broken"),
+        ([("a", b"x")], b"\xff\xfe", "broken"),
+        ([("a", b"x")], b"a" * 200_000, "broken"),
+        ([("a", b"x")], b"", "RECORD does not list 'a'"),
+        ([("a", b"x")], b"b,sha256=AAAA,1", "RECORD does not list 'a'"),
+    ],
+)
+def test_odd_wheels(tmp_path, members, record, words):
+    with pytest.raises(UserError, match=words):
+        sources.unpack_wheel(odd_wheel(tmp_path / "w.whl", members, record=record), tmp_path / "out")
+
+
+def test_archives_that_grow_without_end(tmp_path, monkeypatch):
+    from aifactory_train.core import unpacking
+    from aifactory_train.data.read_json import json_lines
+
+    monkeypatch.setattr(unpacking, "ALWAYS", 1 << 20)
+    zeros = bytes(8 << 20)
+    with pytest.raises(UserError, match="unpacks to more than"):
+        sources.unpack_wheel(odd_wheel(tmp_path / "w.whl", [("a", zeros)]), tmp_path / "out")
+    with tarfile.open(tmp_path / "p.tgz", "w:gz") as tar:
+        member = tarfile.TarInfo("package/a")
+        member.size = len(zeros)
+        tar.addfile(member, io.BytesIO(zeros))
+    for wanted in (True, False):  # a member that is passed over is unpacked, too
+        with pytest.raises(UserError, match="unpacks to more than"):
+            sources.unpack_tar(tmp_path / "p.tgz", tmp_path / "out", lambda name, wanted=wanted: wanted)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + zeros + b'"}'))
+    with pytest.raises(UserError, match=r"unpacks to more than .* times its size") as caught:
+        list(json_lines(tmp_path / "rows.jsonl.gz"))
+    assert "gunzip" in str(caught.value.fix)  # the way out where it is right
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "' + zeros + b'"}')
+    assert len(list(json_lines(tmp_path / "rows.jsonl"))) == 1
+
+
+def test_odd_tars(tmp_path):
+    with tarfile.open(tmp_path / "p.tgz", "w:gz") as tar:
+        for name in ("package/a", "package/a/b"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
+    with pytest.raises(UserError, match="broken"):
+        sources.unpack_tar(tmp_path / "p.tgz", tmp_path / "out")
+    whole = (tmp_path / "p.tgz").read_bytes()
+    (tmp_path / "p.tgz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="broken"):
+        sources.unpack_tar(tmp_path / "p.tgz", tmp_path / "out2")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 64, b"nothing of the kind" * 100])
+def test_gguf_files_that_are_none(tmp_path, content):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(UserError, match="GGUF file cannot be converted"):
+        sources.fetch_model(ModelConfig(base=str(tmp_path / "m.gguf")))
