@@ -20,9 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from aifactory_train.core import output
-    from aifactory_train.core.files import read_json
-    from aifactory_train.record.files import RECORD, load_record
+    from aifactory_train.core.files import reading
+    from aifactory_train.record.files import load_record
     from aifactory_train.run.folder import open_run
 
     folder = open_run(args.run_name)
@@ -33,10 +32,19 @@ def run(args: argparse.Namespace) -> int:
 
         print(write_report(folder, load_record(folder.path)))
         return 0
+    with reading(folder.path, "a file of this run is damaged", "aifactory verify RUN"):
+        return _show(folder, as_json=args.json)
+
+
+def _show(folder: Any, *, as_json: bool) -> int:
+    from aifactory_train.core import output
+    from aifactory_train.core.files import read_json
+    from aifactory_train.record.files import RECORD
+
     report = collect(folder)
-    if args.json:
+    if as_json:
         # The record, with what is only in the run's other files beside it.
-        record = read_json(folder.path / RECORD) if (folder.path / RECORD).is_file() else {}
+        record = read_json(folder.path / RECORD, dict) if (folder.path / RECORD).is_file() else {}
         output.print_json({**report, **record})
         return 0
     training = report["training"]
@@ -102,7 +110,7 @@ def collect(folder) -> dict[str, Any]:
 
     recipe = folder.load_config()
     state = folder.state()
-    results = read_json(folder.eval_file) if folder.eval_file.is_file() else {}
+    results = read_json(folder.eval_file, dict) if folder.eval_file.is_file() else {}
     adapter = recipe.adapter
     records = training_records(folder)
     below = folder.export.iterdir() if folder.export.is_dir() else ()
@@ -144,15 +152,17 @@ def training_records(folder) -> list[dict[str, Any]]:
 
     if not folder.metrics_file.is_file():
         return []
-    lines = folder.metrics_file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    lines = folder.metrics_file.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     records = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):
                 break
             raise UserError("is not JSON", where=f"{folder.metrics_file}:{number}") from None
+        if not isinstance(record, dict):
+            raise UserError("is no JSON object", where=f"{folder.metrics_file}:{number}")
         if record.get("kind", "train") == "train":
             records.append(record)
     return records

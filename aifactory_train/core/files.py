@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.core.errors import UserError
+from aifactory_train.core.errors import RunFailed, UserError
+
+_BREAKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
 
 
 def put_whole(path: Path, text: str, mode: int | None = None) -> None:
@@ -29,7 +31,8 @@ def put_whole(path: Path, text: str, mode: int | None = None) -> None:
             os.chmod(beside, mode)
         os.replace(beside, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise
 
 
@@ -38,7 +41,9 @@ def write_atomic(path: Path, text: str) -> None:
     try:
         put_whole(path, text)
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=str(path)) from None
+        # A disk that fills up or a file system that goes away is a failure of the work, not a wrong request.
+        kind = RunFailed if error.errno in _BREAKS else UserError
+        raise kind(f"cannot be written: {error.strerror}", where=str(path)) from None
 
 
 def file_digest(path: Path) -> str:

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.core.files import file_digest
+from aifactory_train.core.files import file_digest, misfit, read_json, reading
 from aifactory_train.parallel.state import Piece, Sharded
 from aifactory_train.private import vault
 
@@ -279,18 +279,19 @@ class SafetensorsReader(StorageReader):
 
 def read_tree(folder: Path, name: str) -> Any:
     """A JSON file of a checkpoint; faults are named."""
-    try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(folder / name)) from None
+    return read_json(folder / name, dict)
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
     """The COMPLETE marker. Raises :class:`UserError` where it is missing, damaged or of another format."""
     if not (folder / MARKER).is_file():
         raise UserError("has no COMPLETE marker: the save did not end", where=str(folder))
-    marker = read_tree(folder, MARKER)
-    if not isinstance(marker, dict) or marker.get("format") != FORMAT:
+    with reading(folder / MARKER, "is no marker of a checkpoint"):
+        return _checked_marker(folder, read_tree(folder, MARKER))
+
+
+def _checked_marker(folder: Path, marker: dict[str, Any]) -> dict[str, Any]:
+    if marker.get("format") != FORMAT:
         raise UserError(f"is not a marker of format {FORMAT}", where=str(folder / MARKER))
     if marker.get("sha256") != self_digest(marker):
         raise UserError("was changed after it was written (its digest differs)", where=str(folder / MARKER))
@@ -301,6 +302,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
         not isinstance(files, dict)
         or not files
         or not all(isinstance(f, dict) and f.keys() >= {"bytes", "sha256"} for f in files.values())
+        or not all(misfit(marker.get(key), kind) is None for key, kind in (("step", int), ("world_size", int), ("engine", str)))
     ):
         raise UserError("does not list the files of a checkpoint", where=str(folder / MARKER))
     return marker
@@ -320,14 +322,16 @@ def faults(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
         path = folder / name
         try:
             size = path.stat().st_size
-            if size != entry["bytes"]:
+            if not path.is_file():  # a pipe would be waited for without end
+                found.append(f"{path}: is no regular file")
+            elif size != entry["bytes"]:
                 found.append(f"{path}: has {size} bytes, {entry['bytes']} were written")
             elif file_digest(path) != entry["sha256"]:
                 found.append(f"{path}: its content was changed (SHA-256 differs)")
         except FileNotFoundError:
             found.append(f"{path}: is missing")
-        except OSError as error:
-            found.append(f"{path}: cannot be read: {error.strerror}")
+        except (OSError, ValueError) as error:
+            found.append(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
     return found
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import reading
 from aifactory_train.core.missing import is_missing
+from aifactory_train.core.output import note
 from aifactory_train.report.build import read_metrics
 from aifactory_train.report.page_parts import page
 from aifactory_train.report.svg import Curve, chart
@@ -47,7 +49,17 @@ def find_runs(folder: Path, names: list[str]) -> list[RunFolder]:
 
 
 def row(run: RunFolder) -> dict[str, Any]:
-    """One line of the table. What a run did not record is None, never a guess."""
+    """One line of the table. What a run did not record is None, never a guess; a run whose files are damaged says so and why
+    (``fault``), and keeps no other from being shown."""
+    try:
+        with reading(run.path, "a file of this run is damaged", "aifactory verify RUN"):
+            return _row(run)
+    except UserError as error:
+        note(str(error))
+        return {**{key: None for key, _, _ in COLUMNS}, "run": run.path.name, "state": "damaged", "fault": str(error)}
+
+
+def _row(run: RunFolder) -> dict[str, Any]:
     record = _load(run.path / "record.json")
     results = _load(run.eval_file)
     metrics = [m for m in read_metrics(run.metrics_file) if m.get("kind", "train") == "train"]
@@ -86,7 +98,7 @@ def short_base(base: Any) -> Any:
 def _load(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -112,7 +124,8 @@ def compare_page(runs: list[RunFolder], rows: list[dict[str, Any]]) -> str:
         for run in runs[start : start + 3]:
             train = [m for m in read_metrics(run.metrics_file) if m.get("kind", "train") == "train" and "step" in m]
             if train:
-                curves.append(Curve(run.path.name, [m["step"] for m in train], [m.get("loss") for m in train]))
+                with reading(run.metrics_file, "is damaged"):
+                    curves.append(Curve(run.path.name, [m["step"] for m in train], [m.get("loss") for m in train]))
         charts.append(
             chart(
                 f"loss-{start}",

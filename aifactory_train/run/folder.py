@@ -24,6 +24,8 @@ from aifactory_train.run.ownership import (
 
 #: A heartbeat older than this belongs to a run that is no longer alive.
 STALE_AFTER_S = 120
+#: What ``state.json`` holds.
+_STATE = {"state": str, "step?": int, "host?": str, "pid?": int, "time?": (int, float), "process_start?": str}
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class RunFolder:
         """``{"state": "new"|"running"|"stopped"|"failed"|"finished", "step": ...}`` of the last attempt."""
         if not self.state_file.is_file():
             return {"state": "new", "step": 0}
-        return read_json(self.state_file)
+        return read_json(self.state_file, _STATE)
 
     def set_state(self, state: str, **more: Any) -> None:
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "process_start": process_start(os.getpid())}
@@ -96,11 +98,11 @@ class RunFolder:
         state = self.state()
         if state.get("state") != "running":
             return False
-        ago = time.time() - float(state.get("time", 0))
+        ago = time.time() - float(state.get("time") or 0)
         if state.get("host") != socket.gethostname():
             # A stamp from the future is a clock that goes wrong: it must not keep the folder closed until its time comes.
             return 0 <= ago < STALE_AFTER_S
-        pid = int(state["pid"])
+        pid = state.get("pid") or 0  # none: nobody can be told from
         if pid == os.getpid() or not process_lives(pid, state.get("process_start")):
             return False
         age = process_age(pid)

@@ -63,10 +63,10 @@ def _refuse_live(run: RunFolder, attempt: int | None) -> None:
     if run.is_live():
         state = run.state()
         before = max((n for n in run.attempts() if attempt is not None and n < attempt), default=None)
-        if attempt is not None and state["host"] != socket.gethostname() and launcher_ended(run.path, before, attempt):
+        if attempt is not None and state.get("host") != socket.gethostname() and launcher_ended(run.path, before, attempt):
             return
         raise UserError(
-            f"a run is live here (process {state['pid']} on {state['host']})",
+            f"a run is live here (process {state.get('pid')} on {state.get('host')})",
             where=str(run.path),
             fix="follow it with 'aifactory status', end it with 'aifactory stop', or choose another --run-dir",
         )

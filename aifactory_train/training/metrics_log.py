@@ -39,12 +39,14 @@ class MetricsLog:
         path = self.run.metrics_file
         if path.is_file():
             kept = []
-            for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: a row's id may hold U+2028
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # not splitlines: a row's id may hold U+2028
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue  # the line that was being written when the run was killed
-                if record.get("step", 0) <= step:
+                if not isinstance(record, dict) or not isinstance(record.get("step", 0), int):
+                    output.note(f"{path}: a line that is no row of metrics is left out: {line[:80]!r}")
+                elif record.get("step", 0) <= step:
                     kept.append(line)
             write_atomic(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()

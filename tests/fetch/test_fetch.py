@@ -406,7 +406,7 @@ def hub(tmp_path: Path, name: str, action: str, endpoint: str, *, offline: bool 
 def test_hub_model_is_fetched_once_and_found_offline(tmp_path):
     files = {
         "config.json": b'{"model_type": "llama", "vocab_size": 8}',
-        "model.safetensors": b"\0" * 64,
+        "model.safetensors": EMPTY,
         "README.md": b"---\nlicense: apache-2.0\n---\n# tiny\n",
         "pytorch_model.bin": b"pickle, must not be fetched",
     }
