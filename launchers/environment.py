@@ -20,7 +20,6 @@ from aifactory_train.sites.profiles import System
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
 
-SECRET = re.compile(r"(TOKEN|SECRET|PASSW(OR)?D|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL)S?(_|$)", re.I)
 #: Variables that belong to launcher, scheduler or shell; a user's value would break the start of the ranks.
 OWNED = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|NODE_RANK|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*|SLURM_.*|SBATCH_.*|SRUN_.*"

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from aifactory_train.config.strict import Strict
+from aifactory_train.core.output import note
+from aifactory_train.core.secrets import without_secrets
+
+
+def _public_url(url: str | None) -> str | None:
+    """The address without password or token: it is copied into the record, the model card and every form."""
+    shown = None if url is None else without_secrets(url)
+    if shown != url:
+        note(f"warning: facts.url holds a password or a token, which is left out of the run and its record: {shown}")
+    return shown
 
 
 class DataFacts(Strict):
@@ -22,7 +32,7 @@ class DataFacts(Strict):
     obtained: str | None = Field(None, description="How the rows were obtained and selected.")
     collected_from: str | None = Field(None, description="YYYY-MM")
     collected_to: str | None = Field(None, description="YYYY-MM")
-    url: str | None = None
+    url: Annotated[str | None, AfterValidator(_public_url)] = None
 
 
 class DataSource(Strict):

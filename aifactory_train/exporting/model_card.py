@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aifactory_train import __version__
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.figures import FIGURES
+from aifactory_train.record.render.common import cell, inline
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.sources import licences
 
@@ -52,23 +53,23 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
         or None,
     )
     body = [
-        f"# {recipe.about.title if recipe.about.title != 'untitled' else recipe.id}",
+        f"# {inline(recipe.about.title if recipe.about.title != 'untitled' else recipe.id)}",
         "",
-        recipe.about.summary.strip() or f"{_KINDS[kind]} for: {recipe.about.task}.",
+        inline(recipe.about.summary.strip() or f"{_KINDS[kind]} for: {recipe.about.task}."),
         "",
-        f"{_KINDS[kind]} of `{_public(base)}`, made with aifactory-train {__version__} from the recipe `{recipe.id}`.",
+        f"{_KINDS[kind]} of {_code(base)}, made with aifactory-train {__version__} from the recipe `{recipe.id}`.",
         "",
         "## Made of",
         "",
         "| | source | licence |",
         "|---|---|---|",
-        f"| base model | `{_public(base)}` | {recipe.model.licence} |",
-        *[f"| data | `{_public(s.source)}` | {s.licence} |" for s in sources],
+        f"| base model | {_code(base)} | {cell(recipe.model.licence)} |",
+        *[f"| data | {_code(s.source)} | {cell(s.licence)} |" for s in sources],
         "",
         *_claim(claimed_name(recipe), base),
-        f"Licence of this model, from its parents: {result['name'] or result['licence']} ({result['because']})."
+        f"Licence of this model, from its parents: {inline(result['name'] or result['licence'])} ({inline(result['because'])})."
         + ("" if result["commercial"] else " Not for commercial use."),
-        *(f"{text}" for text in result["attribution"]),
+        *(inline(text) for text in result["attribution"]),
         "",
         "## Held-out rows",
         "",
@@ -91,7 +92,7 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
         f"{_training(recipe, data)}",
     ]
     if recipe.about.risks:
-        body += ["", "## Before you use it", "", *[f"- {risk}" for risk in recipe.about.risks]]
+        body += ["", "## Before you use it", "", *[f"- {inline(risk)}" for risk in recipe.about.risks]]
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(body) + "\n"))
 
 
@@ -112,7 +113,7 @@ def _claim(name: str | None, base: str) -> list[str]:
     """What a local base calls itself, said as what it is."""
     if name is None:
         return []
-    text = f"The configuration of `{_public(base)}` calls itself `{name}`. That is a claim of the folder: the weights were not compared."
+    text = f"The configuration of {_code(base)} calls itself `{name}`. That is a claim of the folder: the weights were not compared."
     return [text, ""]
 
 
@@ -204,6 +205,12 @@ def _is_hub(source: str) -> bool:
     from aifactory_train.sources import parse
 
     return parse(source).kind == "hub"
+
+
+def _code(source: str) -> str:
+    """A source as code in a line or a cell of Markdown."""
+    shown = " ".join(_public(source).replace("`", "'").split())
+    return f"`{shown}`".replace("|", "\\|")
 
 
 def _public(source: str) -> str:

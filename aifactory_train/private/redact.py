@@ -25,11 +25,13 @@ def is_active() -> bool:
 
 
 def message(error: BaseException) -> str:
-    """What may be said of ``error``: our own messages without what they quote; of others the type alone."""
+    """What may be said of ``error``: under the profile ``open`` all but secrets; else our own messages without what they quote, and of
+    others the type alone."""
     from aifactory_train.core.errors import UserError
+    from aifactory_train.core.secrets import without_secrets
 
     if not _active:
-        return str(error)
+        return without_secrets(str(error))
     if isinstance(error, UserError):
         what = _FROM_FIRST_TO_LAST.sub("[withheld]", _HINT.sub("", error.what))
         where, fix = (text and without_quotes(text) for text in (error.where, error.fix))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from aifactory_train.core.files import write_atomic
 from aifactory_train.core.missing import is_missing, missing
 from aifactory_train.model import flops
+from aifactory_train.private import redact
 from aifactory_train.record import aiact, collect
 from aifactory_train.record.chain import Chain, fold, now, plain, read_events
 from aifactory_train.record.devices import peak_memory
@@ -506,7 +507,7 @@ class Recorder:
 
     def failed(self, where: str, error: BaseException) -> None:
         """Keep and print an error of the recorder itself, each kind once."""
-        text = f"{type(error).__name__}: {error}" if not self.private else type(error).__name__
+        text = f"{type(error).__name__}: {redact.message(error)}" if not self.private else type(error).__name__
         if where in self._errors:
             return
         self._errors[where] = text

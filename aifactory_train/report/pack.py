@@ -14,7 +14,7 @@ from aifactory_train.record.chain import Chain, read_events
 from aifactory_train.record.digests import describe, files_below, tree_digest
 from aifactory_train.record.files import EVENTS, write_record
 from aifactory_train.record.render import card, forms, machine
-from aifactory_train.record.render.common import RECIPIENTS, footer, form_markdown, legal_basis, text_of
+from aifactory_train.record.render.common import RECIPIENTS, cell, footer, form_markdown, inline, legal_basis
 from aifactory_train.record.render.summary import public_summary
 from aifactory_train.record.signing import default_key, write_manifest
 from aifactory_train.run.folder import RunFolder
@@ -148,7 +148,7 @@ def _one_third(record: dict[str, Any]) -> str:
     lines = [
         "# Whose model is it? The one-third test",
         "",
-        str(found.get("reasoning", "MISSING (run: FLOPs were not counted)")),
+        inline(found.get("reasoning", "MISSING (run: FLOPs were not counted)")),
         "",
     ]
     lines += ["| | value |", "|---|---|"]
@@ -168,7 +168,7 @@ def _one_third(record: dict[str, Any]) -> str:
     }
     for key, label in labels.items():
         value = found.get(key)
-        lines.append(f"| {label} | {'unknown' if value is None else text_of(value)} |")
+        lines.append(f"| {label} | {'unknown' if value is None else cell(value)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -187,12 +187,12 @@ def _index(record: dict[str, Any], documents: dict[str, str]) -> str:
         "bom.cdx.json": "CycloneDX 1.7 ML-BOM",
         "croissant.json": "Croissant description of the data",
     }
-    lines = [f"# Evidence pack of run {record.get('run', {}).get('id')}", "", "| file | what it is |", "|---|---|"]
+    lines = [f"# Evidence pack of run {inline(record.get('run', {}).get('id'))}", "", "| file | what it is |", "|---|---|"]
     lines += [f"| [{name}]({name}) | {text} |" for name, text in what.items() if name in documents]
     lines += ["| manifest.json, manifest.dsse.json | digests of all files (in-toto), signed if a key was at hand |"]
     lines += ["| ../ro-crate-metadata.json | the run folder as a Process Run RO-Crate |", ""]
     lines += [f"## What is still MISSING ({len(owed)})", ""]
-    lines += [f"- `{place}`: {who}" for place, who in owed] or ["nothing"]
+    lines += [f"- `{place.replace('`', '')}`: {inline(who)}" for place, who in owed] or ["nothing"]
     lines += [
         "",
         "`aifactory record fill` asks for it once per organisation; facts of data sources belong into the recipe.",

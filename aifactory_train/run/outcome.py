@@ -161,6 +161,12 @@ def _short(error: BaseException) -> str:
     return text if len(text) <= 2000 else text[:2000] + " …"
 
 
+def in_one_line(error: BaseException, *, type_only: bool) -> str:
+    """An exception for the record, without secrets; ``type_only`` without its message."""
+    name = type(error).__name__
+    return name if type_only else f"{name}: {redact.message(error)}".splitlines()[0][:500]
+
+
 def _innermost(tb: TracebackType | None) -> str:
     frames = traceback.extract_tb(tb)
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"

@@ -42,7 +42,7 @@ from aifactory_train.parallel.world import World, from_main
 from aifactory_train.record import events as ev
 from aifactory_train.record.devices import gather_devices, peak_memory
 from aifactory_train.run.folder import RunFolder
-from aifactory_train.run.outcome import Attempt
+from aifactory_train.run.outcome import Attempt, in_one_line
 from aifactory_train.run.ownership import Owner
 from aifactory_train.run.saved import note_saved
 from aifactory_train.sources import resolve_model
@@ -206,8 +206,7 @@ class Trainer:
             code = self.fit()
         except BaseException as error:
             private = self.recipe.privacy.profile != "open"
-            text = type(error).__name__ if private else f"{type(error).__name__}: {error}"
-            self.events.emit(ev.RunEnded("failed", text.splitlines()[0][:500]))
+            self.events.emit(ev.RunEnded("failed", in_one_line(error, type_only=private)))
             raise
         state = {EXIT_DONE: "finished", EXIT_STOPPED: "stopped"}.get(code, "failed")
         self.events.emit(ev.RunEnded(state, self.attempt.reason))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from aifactory_train.core.secrets import NAME as SECRET
+from aifactory_train.core.secrets import holds_secret
 from aifactory_train.launchers.checks.rules import Context, Finding, batch_rule, lies_in, not_checked, refuse, rule
-from aifactory_train.launchers.environment import OWNED, SECRET
+from aifactory_train.launchers.environment import OWNED
 
 
 @batch_rule
@@ -71,10 +73,11 @@ def env_owned(c: Context) -> Iterator[Finding]:
 @rule
 def env_secret(c: Context) -> Iterator[Finding]:
     """No secret goes into the files of a submission."""
-    for name, _ in c.variables:
-        if SECRET.search(name):
+    for name, value in c.variables:
+        if SECRET.search(name) or holds_secret(value):
+            what = name if SECRET.search(name) else f"the value of {name}"
             yield refuse(
-                f"{name} looks like a secret; the files of a submission are kept and read by others",
+                f"{what} looks like a secret; the files of a submission are kept and read by others",
                 fix="jobs need none: fetch model and data on the login node with 'aifactory fetch'",
                 where=f"--env {name}",
             )

@@ -12,7 +12,7 @@ import pytest
 
 from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.run.folder import RunFolder
-from aifactory_train.run.outcome import Attempt
+from aifactory_train.run.outcome import Attempt, in_one_line
 from aifactory_train.training.metrics_log import MetricsLog
 from aifactory_train.training.state import refuse_length
 
@@ -122,3 +122,67 @@ def test_the_first_ctrl_c_is_acknowledged_at_a_terminal(terminal: bool, monkeypa
     assert [b"Ctrl-C again" in text for text in said] == [True] * terminal
     with pytest.raises(KeyboardInterrupt):
         channels._on_signal(signal.SIGINT, None)
+
+
+def test_no_secret_gets_into_state_outcome_or_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception of a library may quote the address or the variable that it used."""
+    monkeypatch.setenv("PROJECT_TOKEN", "s3cretvalue")
+    error = RuntimeError("no answer of https://me:s3cretpw@hub/x?sig=s3cretsig&a=1 with s3cretvalue and hf_s3cretABCDEFGHIJKLMN")
+    run = RunFolder(tmp_path)
+    with pytest.raises(RuntimeError), Attempt(run, 0, 0, 1, timeout_s=60) as record:
+        record.training = True
+        raise error
+    texts = [p.read_text() for p in tmp_path.rglob("*.json")]
+    assert len(texts) >= 2 and not any("s3cret" in text for text in texts)
+    assert "no answer of https://[withheld]@hub/x?sig=[withheld]&a=1" in run.state()["message"]
+    assert "s3cret" not in in_one_line(error, type_only=False)
+
+
+def test_the_address_of_data_keeps_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    from aifactory_train.config.data_blocks import DataFacts
+
+    facts = DataFacts(url="https://data.example/rows?token=abcdefgh&part=1")
+    assert facts.url == "https://data.example/rows?token=[withheld]&part=1"
+    assert "facts.url" in capsys.readouterr().err and DataFacts(url=facts.url).url == facts.url
+    assert DataFacts(url="https://data.example/rows?page=2").url == "https://data.example/rows?page=2"
+
+
+def test_a_full_disk_is_a_failure_and_each_file_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """``state.json`` cannot be written: exit code 1, and the outcome says what ended the run."""
+    from aifactory_train.core import files
+
+    replace = files.os.replace
+
+    def full(source: object, target: object) -> None:
+        if str(target).endswith("state.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)  # type: ignore[arg-type]
+
+    run = RunFolder(tmp_path)
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(RunFailed, match="No space left"), Attempt(run, 0, 0, 1, timeout_s=60) as record:
+        record.training = True
+        run.set_state("running")
+    said = json.loads((tmp_path / "attempts" / "001" / "outcome-0.json").read_text())
+    assert said["status"] == "failed" and said["exit_code"] == 1 and "No space left" in said["message"]
+    assert not list(tmp_path.glob(".state.json*"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", "null", '{"state": 1}', '{"state": "running", "pid": "x"}', '{"state": "running", "pid": [1]}', "[" * 50_000,
+     '{"state": "running", "time": "now"}'],
+)  # fmt: skip
+def test_a_state_of_another_shape_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        RunFolder(tmp_path).is_live()
+    assert caught.value.where == str(tmp_path / "state.json")
+
+
+@pytest.mark.parametrize("more", [{}, {"pid": 2**80}, {"pid": -1}, {"pid": None}])
+def test_a_state_without_a_process_is_nobodys(tmp_path: Path, more: dict) -> None:
+    import socket
+
+    (tmp_path / "state.json").write_text(json.dumps({"state": "running", "step": 1, "time": 1e300, "host": socket.gethostname(), **more}))
+    assert not RunFolder(tmp_path).is_live()

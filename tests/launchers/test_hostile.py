@@ -184,6 +184,16 @@ def test_secret_looking_variables_are_refused(cli, plain_recipe):
         assert "abc123" not in err + out
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["https://user:pw-abc123@host/x", "https://host/x?access_token=abc123", "hf_abc123abc123abc123abc123", "x=AKIAABCDEFGHIJKLMNOP"],
+)
+def test_values_that_hold_a_secret_are_refused(cli, plain_recipe, value):
+    code, out, err = cli("launch", plain_recipe, "--site", "vega", "--env", f"URL={value}", "--dry-run")
+    assert code == 2 and "[env-secret]" in err and "the value of URL" in err
+    assert value not in err + out
+
+
 def test_nothing_of_the_environment_leaks_into_scripts(tmp_path, plain_recipe, lab_system, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     sub = prepared(fake_request(plain_recipe, tmp_path / "run"), lab_system)

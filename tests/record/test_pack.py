@@ -193,3 +193,29 @@ def test_nothing_is_imported_that_a_login_node_lacks():
     code = "import sys; import aifactory_train.commands.record, aifactory_train.commands.verify, aifactory_train.record.check, aifactory_train.commands.private, aifactory_train.report.compare; print([m for m in ('torch', 'transformers', 'numpy', 'cryptography', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+HOSTILE = "<script>alert(1)</script>\n\n# A new section\n\n[click](http://x.invalid) | `rm` | ![i](http://x.invalid/i.png)"
+
+
+def test_texts_of_the_recipe_stay_texts(tell):
+    """Whoever writes a recipe cannot write sections, links or tags into the documents that are read as the program's."""
+    from aifactory_train.record.files import load_record
+
+    run = tell({"about.title": HOSTILE, "model.licence": HOSTILE})
+    record = load_record(run.path)
+    for place in ("people", "base", "run"):
+        record[place] = {key: HOSTILE if isinstance(value, str) else value for key, value in record[place].items()}
+    for entry in record["data"]:
+        entry.update({key: HOSTILE for key, value in entry.items() if isinstance(value, str) and key not in ("role", "name")})
+    record["aiact"]["reasoning"] = HOSTILE
+    clean = render(load_record(run.path))
+    for name, text in render(record).items():
+        if name.endswith(".md"):
+            text = text.split("---\n", 2)[2] if name == "model-card.md" else text
+            before = clean[name].split("---\n", 2)[2] if name == "model-card.md" else clean[name]
+            assert "<script" not in text and "](http://x" not in text.replace("\\](", ""), name
+            headings = [line for line in text.split("\n") if line.startswith("#")]
+            assert len(headings) == sum(line.startswith("#") for line in before.split("\n")), name
+            cells = [line.replace("\\|", "").count("|") for line in text.split("\n") if line.startswith("|")]
+            assert cells == [line.replace("\\|", "").count("|") for line in before.split("\n") if line.startswith("|")], name

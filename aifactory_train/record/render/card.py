@@ -8,7 +8,7 @@ from typing import Any
 from aifactory_train.core import yaml_text
 from aifactory_train.core.figures import FIGURES
 from aifactory_train.core.missing import is_missing
-from aifactory_train.record.render.common import cell, footer, get, names, text_of
+from aifactory_train.record.render.common import cell, footer, get, inline, names
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_LICENCES = {
@@ -77,16 +77,20 @@ def metadata(record: dict[str, Any]) -> dict[str, Any]:
 def _body(record: dict[str, Any]) -> str:
     title = get(record, "people/model_name", "provider")
     data = record.get("data", [])
-    lines = [f"# {get(record, 'run/title') if is_missing(title) else title}", ""]
+
+    def say(place: str, who: str = "run: not recorded") -> str:
+        return inline(get(record, place, who))
+
+    lines = [f"# {say('run/title') if is_missing(title) else inline(title)}", ""]
     lines += [
-        f"{get(record, 'method/kind')} fine-tuning of {get(record, 'base/id')} (revision {get(record, 'base/revision')}), made with "
-        f"aifactory-train {get(record, 'run/code/version')}, run {get(record, 'run/id')}.",
+        f"{say('method/kind')} fine-tuning of {say('base/id')} (revision {say('base/revision')}), made with "
+        f"aifactory-train {say('run/code/version')}, run {say('run/id')}.",
         "",
         "## Uses",
         "",
-        f"Intended: {get(record, 'people/intended_use', 'provider')}",
+        f"Intended: {say('people/intended_use', 'provider')}",
         "",
-        f"Restricted: {get(record, 'people/restricted_use', 'provider')}",
+        f"Restricted: {say('people/restricted_use', 'provider')}",
         "",
         "## Training data",
         "",
@@ -99,13 +103,13 @@ def _body(record: dict[str, Any]) -> str:
     lines += ["", "## Training procedure", ""]
     for key, value in {**record.get("method", {}), **record.get("hparams", {})}.items():
         if key != "choices" and value not in (None, [], {}):
-            lines.append(f"- {key.replace('_', ' ')}: {text_of(value)}")
+            lines.append(f"- {key.replace('_', ' ')}: {inline(value)}")
     lines += ["", "## Evaluation", "", "| metric | before | after | 95 % interval after |", "|---|---|---|---|"]
     before, after = record.get("eval", {}).get("before", {}), record.get("eval", {}).get("after", {})
     for name, (label, _) in FIGURES.items():
         if isinstance(after.get(name), (int, float)):
             interval = (after.get("ci") or {}).get(name)
-            lines.append(f"| {label} | {text_of(before.get(name))} | {text_of(after[name])} | {text_of(interval)} |")
+            lines.append(f"| {label} | {inline(before.get(name))} | {inline(after[name])} | {inline(interval)} |")
     if not after:
         lines.append("| MISSING (run: no evaluation) | | | |")
     totals = record.get("compute", {}).get("totals", {})
@@ -113,19 +117,19 @@ def _body(record: dict[str, Any]) -> str:
         "",
         "## Compute and environmental impact",
         "",
-        f"- Hardware: {get(record, 'compute/device/count')} x {get(record, 'compute/device/model')} on {get(record, 'run/host_site')}",
-        f"- Device hours: {text_of(totals.get('device_hours', 'MISSING (run)'))}",
-        f"- Training compute: {text_of(totals.get('flop_model', 'MISSING (run)'))} FLOP (executed: {text_of(totals.get('flop_executed', 'MISSING (run)'))})",
-        f"- Energy: {text_of(get(record, 'energy/measured_kwh', 'site'))} kWh; {get(record, 'energy/method', 'site')}",
-        f"- Facility energy: {text_of(get(record, 'energy/facility_kwh', 'site'))}; CO2e in kg: {text_of(get(record, 'energy/carbon_kg', 'site'))}",
+        f"- Hardware: {say('compute/device/count')} x {say('compute/device/model')} on {say('run/host_site')}",
+        f"- Device hours: {inline(totals.get('device_hours', 'MISSING (run)'))}",
+        f"- Training compute: {inline(totals.get('flop_model', 'MISSING (run)'))} FLOP (executed: {inline(totals.get('flop_executed', 'MISSING (run)'))})",
+        f"- Energy: {say('energy/measured_kwh', 'site')} kWh; {say('energy/method', 'site')}",
+        f"- Facility energy: {say('energy/facility_kwh', 'site')}; CO2e in kg: {say('energy/carbon_kg', 'site')}",
         "",
         "## Licences",
         "",
-        f"Result: {get(record, 'people/licence_of_result', 'provider')}. Base model: {get(record, 'base/licence')}. "
-        f"Training data: {text_of(names(d['licence'] for d in data if d['role'] == 'train'))}.",
+        f"Result: {say('people/licence_of_result', 'provider')}. Base model: {say('base/licence')}. "
+        f"Training data: {inline(names(d['licence'] for d in data if d['role'] == 'train'))}.",
         "",
         "## Contact",
         "",
-        f"{get(record, 'people/provider_legal_name', 'provider')}; {get(record, 'people/contact', 'provider')}",
+        f"{say('people/provider_legal_name', 'provider')}; {say('people/contact', 'provider')}",
     ]
     return "\n".join(lines) + "\n" + footer("mdf", record)

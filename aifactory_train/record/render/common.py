@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,20 @@ def text_of(value: Any) -> str:
     return str(value)
 
 
+_MARKS = str.maketrans({"\\": "\\\\", "<": "&lt;", "[": "\\[", "]": "\\]", "`": "\\`"})
+#: What makes a heading, a list, a quotation or a line of a paragraph's beginning.
+_BEGINS = re.compile(r"^([#>=~]|[-+*](?=[\s*-]|$)|\d+(?=[.)](?:\s|$)))")
+
+
+def inline(value: Any) -> str:
+    """A value as one line of Markdown text that stays text: no tags, links or code, no new paragraph, heading or list."""
+    text = " ".join(text_of(value).split()).translate(_MARKS)
+    return _BEGINS.sub(lambda found: f"{found[1]}\\" if found[1].isdigit() else f"\\{found[1]}", text)
+
+
 def cell(value: Any) -> str:
-    return text_of(value).replace("|", "\\|").replace("\n", " ")
+    """As :func:`inline`, for a cell of a table."""
+    return inline(value).replace("|", "\\|")
 
 
 def footer(rule: str, record: dict[str, Any]) -> str:
@@ -87,7 +100,7 @@ def footer(rule: str, record: dict[str, Any]) -> str:
         f"{basis['footer']}\n\n"
         f"Rule: {facts['title']}, {facts['version']} (applies to {facts['applies']}). "
         f"Text taken from: {facts['source']}. Legal status as of {basis['status']}.\n\n"
-        f"Rendered by aifactory-train {run.get('code', {}).get('version', '?')} from record {run.get('id', '?')}, "
+        f"Rendered by aifactory-train {run.get('code', {}).get('version', '?')} from record {inline(run.get('id', '?'))}, "
         f"event {record['log']['events']}, head {record['log']['head_sha256'][:16]}. Keep for 10 years.\n"
     )
 
