@@ -116,6 +116,12 @@ class StoreWriter:
                 continue  # a full disk may refuse the last flush; the folder goes away anyway
 
 
+def _gone(path: Path, error: OSError) -> RunFailed:
+    return RunFailed(
+        f"the token cache cannot be read any more: {error.strerror}", where=str(path), fix="start again: it is rebuilt"
+    )
+
+
 class Store:
     """A finished store, opened read-only. Columns are memory-mapped arrays named as in the table above.
 
@@ -145,9 +151,12 @@ class Store:
         decrypted = vault.content(path)
         if decrypted is not None:
             return np.frombuffer(decrypted, dtype=dtype)
-        if path.stat().st_size == 0:
-            return np.empty(0, dtype=dtype)
-        return np.memmap(path, dtype=dtype, mode="r")
+        try:
+            if path.stat().st_size == 0:
+                return np.empty(0, dtype=dtype)
+            return np.memmap(path, dtype=dtype, mode="r")
+        except OSError as error:
+            raise _gone(path, error) from None
 
     def column(self, name: str) -> np.ndarray:
         if name not in self._columns:
@@ -198,11 +207,7 @@ class Store:
             with path.open("rb") as file:
                 return os.pread(file.fileno(), b - a, a)
         except OSError as error:  # a cache may be cleared under a run that names its rows
-            raise RunFailed(
-                f"a row of the token cache cannot be read: {error.strerror}",
-                where=str(path),
-                fix="start again: it is rebuilt",
-            ) from None
+            raise _gone(path, error) from None
 
     def rows(self, rows: np.ndarray | None = None) -> Iterator[dict[str, Any]]:
         """Some canonical rows (None: all of them), from one opened file."""

@@ -72,8 +72,9 @@ def load_language_model(
     name = choose_attention(recipe, device, report)
     config = load_config(path, recipe)
     with foreign(f"model.base: {recipe.model.base}", "the model cannot be loaded"):
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             path,
+            output_loading_info=True,
             config=config,
             dtype=dtype,
             attn_implementation=name,
@@ -83,9 +84,24 @@ def load_language_model(
             **loading(path),
             **(more or {}),
         )
+    _check_complete(found, path, report)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return model if more else model.to(device)  # quantised weights are where they were made
+
+
+def _check_complete(found: dict[str, Any], path: Path, report: ModelReport) -> None:
+    """Refuse a model of which the files lack a part: transformers starts it with random numbers. What they hold besides is reported."""
+    missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"the weight files lack {', '.join(missing[:3])}{more}: the model would begin with random numbers there",
+            where=str(path),
+            fix="take the model folder anew from where it comes from; config.json must fit to its weights (tie_word_embeddings)",
+        )
+    if unused:
+        report.add("weights not used", f"{len(unused)} tensors: {', '.join(unused[:3])}", "the model has no such parts")
 
 
 def check_vocabulary(model: Any, tokenizer) -> None:

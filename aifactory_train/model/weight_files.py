@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.core.files import read_json
+from aifactory_train.core.files import foreign, read_json
 from aifactory_train.private import vault
 from aifactory_train.sources.model_folder import check_weight_index
 
@@ -36,8 +36,6 @@ def file_name_of(name: str) -> str | None:
 
 def tensors_in(folder: Path) -> dict[str, Path]:
     """Tensor name -> safetensors file of a model folder."""
-    from safetensors import safe_open
-
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         check_weight_index(folder)
@@ -46,7 +44,7 @@ def tensors_in(folder: Path) -> dict[str, Path]:
     single = folder / "model.safetensors"
     if not single.is_file():
         return {}
-    with safe_open(single, framework="pt") as shard:
+    with vault.open_tensors(single) as shard:
         return dict.fromkeys(shard.keys(), single)
 
 
@@ -54,7 +52,7 @@ def skeleton(config: Any, attention: str, dtype: torch.dtype) -> nn.Module:
     """The transformers model of ``config`` with stride-0 zeros in ``dtype`` for weights and real buffers."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with foreign("model.base", "no model can be built from its configuration"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     replaced: dict[int, nn.Parameter] = {}  # tied weights stay one
     for module in model.modules():
@@ -99,9 +97,7 @@ def why_not(config: Any, folder: Path, attention: str, dtype: torch.dtype) -> st
 
 def read_tensor(file: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """One whole tensor of a safetensors file. Raises :class:`UserError` if its shape is another."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as shard:
+    with vault.open_tensors(file) as shard:
         tensor = shard.get_tensor(name)
     same_shape(name, list(tensor.shape), shape, file)
     return tensor

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import foreign
 from aifactory_train.private.sealed_file import (
     PIECE,
     SUFFIXES,
@@ -307,7 +308,8 @@ def open_tensors(path: Path) -> Any:
         return SealedTensors(sealed(path))
     from safetensors import safe_open
 
-    return safe_open(path, framework="pt")
+    with foreign(path, "is not a whole safetensors file", "copy or fetch it again"):
+        return safe_open(path, framework="pt")
 
 
 def content(path: Path) -> bytes | None:

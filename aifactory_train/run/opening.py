@@ -30,6 +30,10 @@ def open_for_training(
     """
     if resume not in (None, "auto", "never") and not str(resume).isdigit():
         raise UserError(f"'{resume}' is neither auto, never nor a step", where="--resume")
+    try:
+        os.path.abspath(run.path).encode()
+    except UnicodeEncodeError:  # record and event log hold it as text
+        raise UserError("its path is not UTF-8", where=ascii(str(run.path)), fix="choose another --run-dir") from None
     if run.path.exists() and not run.path.is_dir():
         raise UserError("is a file, not a folder", where=str(run.path), fix="choose another --run-dir")
     try:

@@ -100,7 +100,7 @@ def _tensors(file: Path) -> int:
             raw = opened.read(length)
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(file), fix=_AGAIN) from None
-    header = parse_json(raw, file, dict)
+    header, covered = parse_json(raw, file, dict), 0
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -110,6 +110,9 @@ def _tensors(file: Path) -> int:
             raise _damaged(file, f"{name[:200]!r} does not lie inside the file")
         if not isinstance(entry.get("shape"), list) or not isinstance(entry.get("dtype"), str):
             raise _damaged(file, f"{name[:200]!r} has no shape or type")
+        covered += at[1] - at[0]  # type: ignore[index]
+    if covered != size - 8 - length:
+        raise _damaged(file, f"{size - 8 - length:,} bytes follow its header, its tensors have {covered:,}")
     return len(header) - ("__metadata__" in header)
 
 

@@ -206,3 +206,41 @@ def test_tools_reach_the_template():
     text = ChatTemplate((TEMPLATES / "qwen3.jinja").read_text(), {}).render(PLAIN, TOOLS)
     assert '"name": "add"' in text
     assert np.all(["<tools>" in text])
+
+
+# ---- what a template may cost
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 9 ** 999999999 }}",
+        "{% set ns = namespace(n=9) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+        "{{ 'a' * 10**10 }}",
+        "{{ [1] * 10**10 }}",
+        "{{ 'a'.ljust(10**10 if messages else 1) }}",
+        "{{ 'a'|center(10000000000) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{{ '{:10000000000}'.format(1) }}",
+        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}{% endfor %}",
+        "{{ range(99999)|join('a' * 99999) }}",
+        "{{ ('a' * 99999).join(['b'] * 99999) }}",
+        "{{ ('a' * 99999)|replace('a', 'b' * 99999) }}",
+        "{% for a in range(10**7) %}{% endfor %}",
+        "{{ 1 / 0 }}",
+        "{{ 2.0 ** 99999 }}",
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+        "{% for a in [1] %}" * 60 + "{% endfor %}" * 60,
+    ],
+)
+def test_a_template_without_end_is_one_message(source, monkeypatch):
+    from aifactory_train.data import template_limits
+
+    monkeypatch.setattr(template_limits, "MOST_PASSES", 20_000)
+    monkeypatch.setattr(template_limits, "MOST_SIZE", 1 << 20)
+    with pytest.raises(RowError, match="chat template"):
+        ChatTemplate(source, {}).render(PLAIN)

@@ -186,3 +186,14 @@ def test_a_state_without_a_process_is_nobodys(tmp_path: Path, more: dict) -> Non
 
     (tmp_path / "state.json").write_text(json.dumps({"state": "running", "step": 1, "time": 1e300, "host": socket.gethostname(), **more}))
     assert not RunFolder(tmp_path).is_live()
+
+
+def test_a_run_folder_whose_path_is_no_text_is_refused(tmp_path: Path) -> None:
+    import os
+
+    from aifactory_train.run.opening import open_for_training
+
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xff"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        open_for_training(RunFolder(folder), None)
+    assert not folder.exists()
