@@ -112,15 +112,18 @@ def _one_status(
     numbers = [n for n in book.attempt_numbers(str(folder)) if _files(Path(book.attempt_dir(str(folder), n)))]
     asked = _Asked(
         backend if ask and backend is not None and backend.followed else None,
-        lambda: bool(numbers and _decision(folder, numbers[-1]).get("final")),
+        lambda: bool(numbers and (_record(folder, numbers[-1]).get("decision") or {}).get("final")),
     )
-    attempts = [attempt_status(folder, n, n == numbers[-1], asked.backend, asked) for n in numbers]
-    reached = _reached(folder, attempts) if attempts else ("new", None)
+    # An attempt that was refused because another one is at work says nothing about the run.
+    counted = [n for n in numbers if not book.occupied(_record(folder, n))] or numbers
+    attempts = [attempt_status(folder, n, n == counted[-1], asked.backend, asked) for n in numbers]
+    judged = [a for a in attempts if a["number"] in counted]
+    reached = _reached(folder, judged) if judged else ("new", None)
     jobs = jobs_now()  # after the attempts: a job is closed before its successor is submitted
     alive = asked.live(jobs)
-    state, cause, newest = _state(base, reached, attempts, jobs, asked, alive)
+    state, cause, newest = _state(base, reached, judged, jobs, asked, alive)
     if ask and not alive:
-        state, cause = _stopped_between(folder, attempts, state, cause)
+        state, cause = _stopped_between(folder, judged, state, cause)
     marker = folder / "cancelled"
     if marker.exists() and state not in ("done", "running", "pending"):
         state = "cancelled"
@@ -133,7 +136,7 @@ def _one_status(
         "jobs": [{"id": j, "state": found.state if (found := asked.known.get(j)) else None} for j in jobs],
         "pending_reason": newest.reason if newest is not None and newest.state == "pending" else None,
         "step": book.latest_checkpoint(str(folder)),
-        "last_step": _last_step(folder, numbers),
+        "last_step": _last_step(folder, counted),
         "backend": backend_name,
         "site": manifest.get("site"),
         "gpu_hours": round(sum(a["gpu_hours"] or 0.0 for a in attempts), 4),
@@ -181,10 +184,9 @@ def _stopped_between(
     return "stopped", cause_of("stopped", f"asked to stop ({(pending or 'stop file')[:80]}){before}")
 
 
-def _decision(folder: Path, number: int) -> dict[str, Any]:
-    """What an attempt decided when it was closed; nothing while it is open."""
-    record = book.read_json(str(Path(book.attempt_dir(str(folder), number)) / "attempt.json")) or {}
-    return record.get("decision") or {}
+def _record(folder: Path, number: int) -> dict[str, Any]:
+    """The book's word on an attempt; nothing where no launcher began it."""
+    return book.read_json(str(Path(book.attempt_dir(str(folder), number)) / "attempt.json")) or {}
 
 
 def _files(where: Path) -> list[Path]:

@@ -8,7 +8,7 @@ the next event all the same.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -104,10 +104,11 @@ class Listener(Protocol):
 
 
 class EventBus:
-    """Hands each event to its listeners, in the order in which they were added."""
+    """Hands each event to its listeners, in the order in which they were added. ``over`` tells that the run folder belongs to
+    another process by now: then nothing is said any more, for what listeners write would stand among its rows and events."""
 
-    def __init__(self, *listeners: Listener):
-        self.listeners = list(listeners)
+    def __init__(self, *listeners: Listener, over: Callable[[], bool] = lambda: False):
+        self.listeners, self.over = list(listeners), over
         self._failed: set[tuple[str, str]] = set()
 
     def add(self, listener: Listener) -> None:
@@ -115,6 +116,8 @@ class EventBus:
 
     def emit(self, event: Event) -> None:
         """Give ``event`` to every listener; an error of one is said once for each kind of event and ends nothing."""
+        if not isinstance(event, PhaseBegan) and self.over():
+            return
         for listener in self.listeners:
             try:
                 listener.hear(event)

@@ -13,6 +13,7 @@ from aifactory_train.core.output import note
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.run.ownership import (
     Owner,
+    RunIsLive,
     current,
     launcher_ended,
 )
@@ -69,7 +70,7 @@ def _refuse_live(run: RunFolder, attempt: int | None) -> None:
         before = max((n for n in run.attempts() if attempt is not None and n < attempt), default=None)
         if attempt is not None and state.get("host") != socket.gethostname() and launcher_ended(run.path, before, attempt):
             return
-        raise UserError(
+        raise RunIsLive(
             f"a run is live here (process {state.get('pid')} on {state.get('host')})",
             where=str(run.path),
             fix="follow it with 'aifactory status', end it with 'aifactory stop', or choose another --run-dir",

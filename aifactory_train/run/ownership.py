@@ -33,6 +33,8 @@ from aifactory_train.core.output import note
 BEAT_S = 10.0
 #: A file of another machine that did not change for so long has no owner any more. Several beats: a busy file system may miss some.
 WATCH_S = 45.0
+#: Whether the folder has another owner is asked of the file system at most this often, where an old answer will do.
+LOOK_S = 1.0
 #: Where a file system has no hard links. Elsewhere a file appears with its content.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
@@ -85,6 +87,10 @@ def this_machine() -> str:
         return socket.gethostname()
 
 
+class RunIsLive(UserError):
+    """Another process trains in the run folder. The launcher's books know it by this name: the attempt did nothing."""
+
+
 class TakenOver(RunFailed):
     """Another start owns the run folder by now: this one changes nothing in it any more."""
 
@@ -101,7 +107,7 @@ class Owner:
         self.number = 0  # none
         self._token = os.urandom(8).hex()
         self._beats = 0
-        self._lost = False
+        self._lost, self._looked = False, 0.0
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -175,7 +181,7 @@ class Owner:
             before = self._newest()
             while True:
                 if before and (other := living(self.run, before, self.attempt)):
-                    raise UserError(
+                    raise RunIsLive(
                         f"a run is live here (process {other.get('pid')} on {other.get('host')})",
                         where=str(self.run),
                         fix="follow it with 'aifactory status', end it with 'aifactory stop', or choose another --run-dir",
@@ -235,14 +241,23 @@ class Owner:
                     note(f"{self._path(self.number)} could not be renewed: {error.strerror}; trying again")
                 told = True
 
-    def check(self, *, look: bool = False) -> None:
-        """Raise :class:`TakenOver` where another start owns the folder by now; ``look`` asks the file system, not the last heartbeat."""
-        if look and self.number and not self._lost:
+    def lost(self, *, look: bool = False) -> bool:
+        """Whether another start owns the folder by now. The file system was asked within :data:`LOOK_S`; ``look`` asks it now.
+
+        By the wall clock: a process that was stopped for a while asks before it does anything else.
+        """
+        due = look or abs(time.time() - self._looked) >= LOOK_S
+        if due and self.number and not self._lost:
+            self._looked = time.time()
             try:
                 self._lost = self._newest() > self.number
             except OSError as error:
                 note(f"{self.folder}: {error.strerror}")  # the heartbeat goes on asking
-        if self._lost:
+        return self._lost
+
+    def check(self, *, look: bool = False) -> None:
+        """Raise :class:`TakenOver` where the folder is :meth:`lost`."""
+        if self.lost(look=look):
             other = self._read(self._newest()) or {}
             raise TakenOver(
                 f"another start took this run over (process {other.get('pid')} on {other.get('host')}): this machine gave no sign of "

@@ -13,6 +13,7 @@ from aifactory_train.record.trackers import Trackers
 from aifactory_train.report.pack import write_pack
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.run.outcome import Attempt
+from aifactory_train.run.ownership import Owner
 
 
 class Heartbeat:
@@ -41,11 +42,13 @@ class StateFile:
             self.run.set_state("running", step=event.step, version=__version__)
 
 
-def listen(recipe: Recipe, run: RunFolder, world: World, attempt: Attempt, more: Sequence[Listener]) -> EventBus:
+def listen(
+    recipe: Recipe, run: RunFolder, world: World, attempt: Attempt, more: Sequence[Listener], owner: Owner
+) -> EventBus:
     """The event bus of one rank. The record hears first but for the heartbeat: it is what others are judged by."""
     number = int(attempt.folder.name) if attempt.folder else None
     recorder = Recorder(run, world, recipe, attempt=number, write_pack=write_pack)
-    bus = EventBus(Heartbeat(attempt))
+    bus = EventBus(Heartbeat(attempt), over=owner.lost)
     if world.is_main:
         bus.add(Trackers(run, recipe, recorder.failed))
     for listener in (recorder, *more):

@@ -75,7 +75,7 @@ class Trainer:
     ):
         recipe = recipe.model_copy(deep=True)  # what is settled below is this run's, not the caller's
         self.recipe, self.run, self.world, self.quiet = recipe, run, world, quiet or not world.is_main
-        self.stop, self.attempt, self.owner, self.protection = stop, attempt, owner, protection or {}
+        self.stop, self.attempt, self.owner, self.protection = stop, attempt, owner or Owner(run.path), protection or {}
         self.report = ModelReport()
         self.state = LoopState(Best(recipe), Guard(recipe.guard))
         torch.manual_seed(recipe.train.seed)  # the same adapters on every rank
@@ -91,7 +91,7 @@ class Trainer:
         every, board = recipe.logging.every_steps, recipe.logging.tensorboard
         self.log = MetricsLog(run, enabled=world.is_main, tensorboard=board, every=every)
         self.progress = Progress(self.total_steps, self.step, enabled=not self.quiet)
-        self.events = listen(recipe, run, world, attempt, [self.log, self.progress])
+        self.events = listen(recipe, run, world, attempt, [self.log, self.progress], self.owner)
         for line in self.method.prepare(self.context, resumed=self.step > 0):
             self.report.add(*line)
 
@@ -225,8 +225,7 @@ class Trainer:
         with self.progress:
             while self.step < self.total_steps:
                 self.train_step()
-                if self.owner is not None:
-                    self.owner.check()
+                self.owner.check()
                 if recipe.eval.every_steps and self.step % recipe.eval.every_steps == 0 and self._should_stop_early():
                     break
                 save_now = every and self.step % every == 0 and self.step < self.total_steps
@@ -368,8 +367,7 @@ class Trainer:
     def _save(self, *, wait: bool) -> None:
         """Everything that is needed to go on from this step boundary."""
         self._phase("save")
-        if self.owner is not None:
-            self.owner.check(look=True)
+        self.owner.check(look=True)
         values = self.state.values(data_digest(self.data.train), self.total_steps, self.method.state())
         self.checkpoints.save(self.step, values, wait=wait, best=self.state.best.step)
         self.events.emit(ev.Saved(self.step, whole=wait))
@@ -418,6 +416,7 @@ class Trainer:
         from aifactory_train.exporting.writer import export_run
 
         recipe, world, best = self.recipe, self.world, self.state.best
+        self.owner.check(look=True)
         if recipe.checkpoint.at_end:
             self._save(wait=True)
         self.checkpoints.wait()
@@ -432,6 +431,7 @@ class Trainer:
             write_json(self.run.eval_file, results)
             compare_with_plan(self.run, world)
         self._phase("export")
+        self.owner.check(look=True)
         exported = None
         if recipe.export.automatic:
             exported = export_run(

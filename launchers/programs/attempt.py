@@ -169,6 +169,36 @@ def take_stop(run, number):
     return read_text(kept) if os.path.exists(kept) else None
 
 
+def this_machine():
+    """What processes have in common that can look at each other: the boot of the machine and the name space of their numbers."""
+    try:
+        return "%s %s" % (
+            read_text("/proc/sys/kernel/random/boot_id") or socket.gethostname(),
+            os.readlink("/proc/self/ns/pid"),
+        )
+    except OSError:
+        return socket.gethostname()
+
+
+def process_start(pid):
+    """Start of a process of this machine in clock ticks, "" where it is gone (or only waits to be collected)."""
+    fields = read_text("/proc/%d/stat" % pid).rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
+
+
+def runs_here(record, shell):
+    """Whether an attempt that nobody closed is at work on this machine: its batch shell lives, and is not ``shell`` itself."""
+    theirs = record.get("shell") or {}
+    if "state" in record or theirs.get("machine") != this_machine() or theirs.get("pid") == shell:
+        return False
+    return bool(theirs.get("started")) and process_start(theirs["pid"]) == theirs["started"]
+
+
+def occupied(record):
+    """Whether an attempt was refused because another one trained in the folder: it did nothing, and says nothing about the run."""
+    return (record.get("cause") or {}).get("kind") == "occupied"
+
+
 def seconds(value):
     """A time stamp as epoch seconds (numbers and ISO texts are both in use), or None."""
     if isinstance(value, (int, float)):
@@ -334,6 +364,8 @@ def _first_cause(folder, outcome, gone, alive, world, hang):
             if kind and ("outofmemory" in kind.lower().replace("_", "") or (not own and MEMORY.search(text))):
                 entry = (when, rank, node, "out-of-memory", "%s: %s" % (kind, text), step)
                 raised.append(entry)
+            elif kind == "RunIsLive":
+                raised.append((when, rank, node, "occupied", text, step))
             elif kind == "Hang":
                 raised.append((when, rank, node, "hang", text, step))
             elif number and not kind:
@@ -433,7 +465,7 @@ def counters(run):
     """How often the run was started again, by kind, from the closed attempts."""
     count = {"time": 0, "node": 0, "crash": 0, "preempted": 0}
     for number in attempt_numbers(run):
-        record = read_json(os.path.join(attempt_dir(run, number), "attempt.json")) or {}
+        record = _record(run, number)
         kind = (record.get("decision") or {}).get("counted_as")
         if kind in count:
             count[kind] += 1
@@ -442,10 +474,9 @@ def counters(run):
 
 def decide(run, number, state, cause, stop_reason, policy):
     """{action, why, counted_as, exclude, final}: end | requeue | chain | next-link, by the kind of end and the counters."""
-    record = read_json(os.path.join(attempt_dir(run, number), "attempt.json")) or {}
-    earlier = [
-        read_json(os.path.join(attempt_dir(run, n), "attempt.json")) or {} for n in attempt_numbers(run) if n < number
-    ]
+    record = _record(run, number)
+    earlier = [_record(run, n) for n in attempt_numbers(run) if n < number]
+    earlier = [r for r in earlier if not occupied(r)]
     after = latest_checkpoint(run)
     moved = after > (record.get("step_from") or 0)
 
@@ -455,6 +486,8 @@ def decide(run, number, state, cause, stop_reason, policy):
     if state == "done":
         return end("the run is finished")
     kind = (cause or {}).get("kind")
+    if kind == "occupied":
+        return end("another attempt is at work in this folder; this one did nothing", final=False)
     if stop_reason and by_a_person(stop_reason):
         # Whatever else happened to the attempt: nobody wants another one.
         what = "stopped by request (%s); resumable" if state == "stopped" else "a stop was asked for (%s)"
@@ -514,37 +547,24 @@ def decide(run, number, state, cause, stop_reason, policy):
 
 def begin(args):
     """Close what an interrupted attempt left open, then claim the next number. Prints ``go NUMBER`` or ``end WHY``."""
-    run, policy = args.run, _policy(args.run)
-    numbers = attempt_numbers(run)
+    run = args.run
     again = os.path.join(run, "submission", "again")
-    fresh = os.path.exists(again)
-    if fresh and not _asked_after(run, again):
-        _drop_stop(run, lambda request: True)  # somebody resumed the run since then
-    if numbers:
-        folder = attempt_dir(run, numbers[-1])
-        record = read_json(os.path.join(folder, "attempt.json")) or {}
-        if "state" not in record:
-            # A request that is newer than the resumption is for the attempt that is about to begin.
-            request = None if fresh else take_stop(run, numbers[-1])
-            _close_interrupted(run, numbers[-1], folder, record, args, policy, request)
-            record = read_json(os.path.join(folder, "attempt.json")) or {}
-        decision = record.get("decision") or {}
-        if decision.get("final") and not fresh:
-            print("end %s" % decision.get("why"))
-            return 0
-    if not _drop_stop(run, lambda request: not by_a_person(request)):
-        # It stays where it is: jobs that are queued behind this one must see it, too.
-        print("end a stop was asked for: %s" % _short(pending_stop(run) or "stop file", 80))
-        return 0
-    if fresh:
-        os.unlink(again)
-    number = (numbers[-1] if numbers else 0) + 1
     while True:
+        numbers = attempt_numbers(run)
+        fresh = os.path.exists(again)
+        why = _nothing_to_do(args, numbers, again if fresh else None)
+        if why:
+            print("end %s" % why)
+            return 0
+        if fresh:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(again)
+        number = (numbers[-1] if numbers else 0) + 1
         try:
             os.makedirs(attempt_dir(run, number))
             break
         except FileExistsError:
-            number += 1
+            continue  # another one began it in this moment: all is to be judged again
     write_json(
         os.path.join(attempt_dir(run, number), "attempt.json"),
         {
@@ -559,10 +579,49 @@ def begin(args):
             "started": time.time(),
             "deadline": args.deadline,
             "step_from": latest_checkpoint(run),
+            "shell": args.shell
+            and {"pid": args.shell, "machine": this_machine(), "started": process_start(args.shell)},
         },
     )
     print("go %03d" % number)
     return 0
+
+
+def _nothing_to_do(args, numbers, again):
+    """Why no attempt is to begin now, or an empty text. ``again`` is the file of an explicit resumption, None where there is none."""
+    run = args.run
+    if again and not _asked_after(run, again):
+        _drop_stop(run, lambda request: True)  # somebody resumed the run since then
+    number = next((n for n in reversed(numbers) if not occupied(_claimed(run, n))), None)
+    if number is not None:
+        record = _record(run, number)
+        if runs_here(record, args.shell):
+            return "attempt %03d is at work on this machine (process %d)" % (number, record["shell"]["pid"])
+        if "state" not in record:
+            # A request that is newer than the resumption is for the attempt that is about to begin. One that another job sees
+            # stays where it is: that attempt may be at work elsewhere, and must hear of it.
+            same_job = record.get("job") == args.job
+            request = None if again else take_stop(run, number) if same_job else pending_stop(run)
+            _close_interrupted(run, number, attempt_dir(run, number), record, args, _policy(run), request)
+        decision = _record(run, number).get("decision") or {}
+        if decision.get("final") and not again:
+            return decision.get("why")
+    if not _drop_stop(run, lambda request: not by_a_person(request)):
+        # It stays where it is: jobs that are queued behind this one must see it, too.
+        return "a stop was asked for: %s" % _short(pending_stop(run) or "stop file", 80)
+    return ""
+
+
+def _record(run, number):
+    return read_json(os.path.join(attempt_dir(run, number), "attempt.json")) or {}
+
+
+def _claimed(run, number):
+    """The record of an attempt; an empty folder is a number that somebody is just claiming, whose record is waited for."""
+    end = time.time() + 5
+    while not os.listdir(attempt_dir(run, number)) and time.time() < end:
+        time.sleep(0.05)
+    return _record(run, number)
 
 
 def _asked_after(run, again):
@@ -680,7 +739,8 @@ def close(args):
     folder = attempt_dir(args.run, args.attempt)
     record = read_json(os.path.join(folder, "attempt.json")) or {"number": args.attempt}
     state, cause = diagnose(folder, record.get("world"), args.rc)
-    request = take_stop(args.run, args.attempt)
+    # A request is answered by the attempt that trained: one that was refused because of it leaves the file to it.
+    request = None if (cause or {}).get("kind") == "occupied" else take_stop(args.run, args.attempt)
     reason = _reason(folder, request) or args.reason
     if request is not None and _nothing_began(folder):
         state, cause = "stopped", _before_it_began(reason)  # the batch script starts no ranks then
@@ -804,6 +864,7 @@ def main(argv=None):
     one.add_argument("--gpus", type=int, default=0)
     one.add_argument("--deadline", type=int, default=None)
     one.add_argument("--node-state", default="")
+    one.add_argument("--shell", type=int, default=None)
     one.set_defaults(run_command=begin)
     two = commands.add_parser("close")
     two.add_argument("--run", required=True)

@@ -213,6 +213,28 @@ def test_an_owner_whose_place_was_taken_ends_and_changes_nothing(tmp_path: Path,
     assert "ended" not in json.loads((tmp_path / "starts" / "00001.json").read_text())
 
 
+def test_an_owner_whose_place_was_taken_says_nothing_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks of the heartbeat: the other one's record must not get this one's events."""
+    from aifactory_train.record import events as ev
+    from aifactory_train.record.chain import Chain, read_events
+
+    class Log:
+        def hear(self, event: ev.Event) -> None:
+            Chain(tmp_path / "events.jsonl").append(type(event).__name__)
+
+    with Owner(tmp_path) as owner:
+        owner.claim()
+        bus = ev.EventBus(Log(), over=owner.lost)
+        bus.emit(ev.Evaluated("before", {}, 0))
+        (tmp_path / "starts" / "00002.json").write_text(json.dumps({"pid": 7, "host": "othernode", "beat": 0}))
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 60)  # it was out of reach for a minute, and goes on
+        for event in (ev.Evaluated("during", {}, 4), ev.Saved(4, True), ev.RunEnded("failed")):
+            bus.emit(event)
+    events, faults = read_events(tmp_path / "events.jsonl")
+    assert [e["kind"] for e in events] == ["Evaluated"] and not faults
+
+
 def test_who_read_the_folder_too_early_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     """A listing from before number 1 was made: it makes number 1 again after that was withdrawn, and sees number 2."""
     live = claimer(tmp_path)

@@ -220,6 +220,76 @@ def test_a_resumption_is_newer_than_a_request_and_a_later_request_newer_still(ru
     assert run.begin(job=4)[0] == "go"
 
 
+def test_a_second_script_on_the_same_machine_does_nothing(run):
+    """Two `job.sh` of one folder started by hand: the second one must neither close the first one's attempt nor take its request."""
+    shell = subprocess.Popen(["sleep", "60"])
+    try:
+        assert run.begin(job="local:1", shell=shell.pid) == ["go", "001\n"]
+        before = (run.folder(1) / "attempt.json").read_text()
+        (run.path / "stop").write_text("user 12:00\n")
+        verdict, why = run.begin(job="local:2", shell=shell.pid + 1)
+        assert verdict == "end" and f"attempt 001 is at work on this machine (process {shell.pid})" in why
+        assert (run.folder(1) / "attempt.json").read_text() == before and (run.path / "stop").exists()
+    finally:
+        shell.kill()
+        shell.wait()
+    (run.path / "stop").unlink()
+    run.put(1, "alive-0.json", rank=0, host="x", step=4, time=1)
+    run.put(1, "exit-0.json", rank=0, exit_code=137, signal=9, terminated=False, ended=1.0)
+    assert run.begin(job="local:3", shell=1) == ["go", "002\n"], "it is gone by now"
+
+
+def test_of_many_scripts_at_once_one_begins(run):
+    import os
+
+    argv = [sys.executable, str(PROGRAM), "begin", "--run", str(run.path), "--world", "1", "--shell"]
+    shells = [subprocess.Popen(["sleep", "60"]) for _ in range(8)]
+    try:
+        started = [
+            subprocess.Popen([*argv, str(s.pid), "--job", str(s.pid)], stdout=subprocess.PIPE, text=True)
+            for s in shells
+        ]
+        said = [p.communicate()[0].split(None, 1) for p in started]
+    finally:
+        for shell in shells:
+            shell.kill()
+            shell.wait()
+    assert sorted(word for word, _ in said) == ["end"] * 7 + ["go"], said
+    assert os.listdir(run.path / "attempts") == ["001"]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_attempt_that_was_refused_beside_another_one_decides_nothing(run, asked):
+    """On two machines nobody can look at the other: the trainer finds out, and its refusal is not the end of the other's chain."""
+    run.begin(job=1)
+    for rank in range(4):
+        run.put(1, f"alive-{rank}.json", rank=rank, host="x", step=1, time=1)
+    assert run.begin(job=2) == ["go", "002\n"]
+    if asked:
+        (run.path / "stop").write_text("user 12:00\n")
+    live = {"exception": "RunIsLive", "message": "a run is live here (process 7 on a)", "exit_code": 2}
+    for rank in range(4):
+        run.put(2, f"outcome-{rank}.json", rank=rank, status="failed", ended=1.0, **live)
+    assert run.close(2)[0] == "end" and not run.record(2)["decision"]["final"]
+    assert run.record(2)["cause"]["kind"] == "occupied" and (run.path / "stop").exists() is asked
+    run.all(1, "stopped")
+    run.checkpoint(3)
+    assert run.close(1)[0] == ("end" if asked else "chain")
+    assert run.begin(job=3)[0] == ("end" if asked else "go")
+    if not asked:
+        run.all(3, "stopped")
+        assert run.close(3)[0] == "chain", "the refused one is no attempt that saved nothing"
+
+
+def test_another_jobs_look_at_an_open_attempt_leaves_the_request_where_it_is(run):
+    """The attempt may be at work on another machine: it must hear that it is to stop."""
+    run.begin(job=1)
+    (run.path / "stop").write_text("user 12:00\n")
+    assert run.begin(job=2)[0] == "end" and (run.path / "stop").exists()
+    run.all(1, "stopped", message="stopped after step 3: stop file", stop_request="user 12:00")
+    assert run.close(1)[:2] == ["end", "stopped"] and not (run.path / "stop").exists()
+
+
 @pytest.mark.parametrize(("resubmit", "action"), [("requeue", "requeue"), ("chain", "chain"), ("none", "end")])
 def test_the_sites_way_is_followed(tmp_path, resubmit, action):
     run = Run(tmp_path / "run", {"resubmit": resubmit})
