@@ -108,6 +108,10 @@ def interview(ask: Ask, say: Callable[[str], None], known: dict[str, Any]) -> di
     for key, question, read in QUESTIONS:
         if key in known:
             continue
+        if key == "sku" and known.get("gres_type"):
+            say(
+                f"Slurm calls these GPUs '{known['gres_type']}'; the catalogue has {', '.join(suggested(known['gres_type']))}"
+            )
         for attempt in range(3):
             text = ask(f"{question}: ")
             if key == "sku" and text.strip() == "?":
@@ -123,6 +127,13 @@ def interview(ask: Ask, say: Callable[[str], None], known: dict[str, Any]) -> di
                     ) from None
                 say(str(error))
     return answers
+
+
+def suggested(gres_type: str) -> list[str]:
+    """GPUs of the catalogue that a type of Slurm's may mean (``a100`` is several: their memory is not in the name)."""
+    word = re.sub(r"[^a-z0-9]", "", gres_type.lower())
+    alike = [sku for sku in gpu_catalogue() if re.sub(r"[^a-z0-9]", "", sku).startswith(word)]
+    return alike or [sku for sku in gpu_catalogue() if word.startswith(sku.split("-")[0])] or ["none of that name"]
 
 
 def bootstrap(seen: probe.Observation, partition: str | None = None) -> tuple[dict[str, Any], list[str]]:
@@ -158,10 +169,27 @@ def bootstrap(seen: probe.Observation, partition: str | None = None) -> tuple[di
         answers["isa"] = value["node.isa"]
     answers["request"] = "gres" if value.get("request.gres_type") else "gpus-per-node"
     answers["gres_type"] = value.get("request.gres_type")
+    others = {p: probe.partition_facts(p, seen.groups, seen.partitions.get(p, {})) for p in candidates if p != chosen}
+    answers["others"] = {p: _limits({k.rsplit(".", 1)[1]: v for k, (v, _) in f.items()}) for p, f in others.items()}
+    facts |= {k: v for f in others.values() for k, v in f.items()}
+    for key, path, rule in (
+        ("account", "access.account", probe.account_rule(seen)),
+        ("memory_rule", "request.memory", probe.memory_rule(seen, chosen)),
+    ):
+        if rule is not None:
+            answers[key] = rule[0]
+            facts[path] = rule
+    answers["min_nodes"] = value.get("min_nodes")
     answers["version"] = seen.version
     answers["cluster"] = seen.cluster
     kept = {k: v for k, v in answers.items() if v is not None or k in ("memory", "max_nodes")}
     return kept, [f"{path} = {v} ({evidence})" for path, (v, evidence) in facts.items()]
+
+
+def _limits(values: dict[str, Any]) -> dict[str, Any]:
+    """A partition's entry in a profile, from what was read of it."""
+    part = {k: values[k] for k in ("max_time", "min_nodes", "max_nodes", "nodes") if values.get(k)}
+    return part | ({"max_time": compact_time(part["max_time"])} if "max_time" in part else {})
 
 
 def compose(
@@ -204,14 +232,24 @@ def compose(
     name = get("partition")
     if name:
         raw["access"]["example"]["partition"] = name
-        part = {k: get(k) for k in ("max_time", "max_nodes", "nodes") if get(k) is not None}
-        raw["partitions"] = {name: part}
+        part = {k: get(k) for k in ("max_time", "min_nodes", "max_nodes", "nodes") if get(k) is not None}
+        raw["partitions"] = {name: part} | (get("others") or {})
+        read += [f"partitions.{other}.{key}" for other, limits in (get("others") or {}).items() for key in limits]
         raw["default_partition"] = name
         for key in part:
             (read if key in probed else told).append(f"partitions.{name}.{key}")
         (read if "partition" in probed else told).append("default_partition")
     put("request", "gpus", get("request") or "gpus-per-node", "request")
     put("request", "gres_type", get("gres_type"), "gres_type")
+    put("request", "memory", get("memory_rule"), "memory_rule")
+    if get("memory_rule") == "mem":
+        usable = get("memory_usable") or get("memory")
+        put(
+            "request",
+            "memory_gib",
+            int(usable) if usable else None,
+            "memory_usable" if get("memory_usable") else "memory",
+        )
     put("node", "gpus", get("gpus"), "gpus")
     put("node", "cores", get("cores"), "cores")
     put("node", "memory_gib", get("memory"), "memory")

@@ -59,6 +59,7 @@ class Observation:
     cluster: str | None = None
     groups: list[NodeGroup] = field(default_factory=list)
     partitions: dict[str, dict[str, str]] = field(default_factory=dict)
+    config: dict[str, str] = field(default_factory=dict)
     node: dict[str, str] = field(default_factory=dict)
     cpu: dict[str, Any] = field(default_factory=dict)
     devices: list[Device] = field(default_factory=list)
@@ -177,6 +178,7 @@ def observe() -> Observation:
     else:
         seen.groups = parse_sinfo(text)
         config = parse_config(run_tool(["scontrol", "show", "config"]) or "")
+        seen.config = config
         seen.version, seen.cluster = config.get("SLURM_VERSION"), config.get("ClusterName")
         for record in parse_scontrol(run_tool(["scontrol", "-o", "show", "partition"]) or ""):
             seen.partitions[record["PartitionName"]] = record
@@ -257,6 +259,32 @@ def partition_facts(name: str, groups: list[NodeGroup], record: dict[str, str]) 
     if over.startswith("EXCLUSIVE"):
         facts[f"{base}.shared"] = (False, "scontrol show partition OverSubscribe")
     return facts
+
+
+def memory_rule(seen: Observation, partition: str) -> tuple[str, str] | None:
+    """(``mem`` or ``none``, evidence): whether a job must ask for host memory. None where Slurm does not say.
+
+    Where memory is a resource of its own, a job that asks for none gets the default for each CPU or GPU, or all where there is no default;
+    a node's share in proportion to its GPUs is then asked for.
+    """
+    parameters = seen.config.get("SelectTypeParameters", "")
+    if not parameters or parameters.upper() in ("NONE", "(NULL)"):
+        return None
+    if "MEMORY" not in parameters.upper():
+        return "none", f"scontrol show config SelectTypeParameters={parameters}"
+    for record in (seen.partitions.get(partition, {}), seen.config):
+        for key in ("DefMemPerCPU", "DefMemPerGPU", "DefMemPerNode"):
+            if record.get(key, "").isdigit() and int(record[key]) > 0:
+                return "mem", f"{key}={record[key]}"
+    return "mem", f"scontrol show config SelectTypeParameters={parameters}"
+
+
+def account_rule(seen: Observation) -> tuple[str, str] | None:
+    """(``required``, evidence) where Slurm starts no job without an association; None where it does not say or does not enforce any."""
+    enforced = seen.config.get("AccountingStorageEnforce", "").lower()
+    if "associations" not in enforced:
+        return None
+    return "required", f"scontrol show config AccountingStorageEnforce={enforced}"
 
 
 #: Facts that a probe adds only where the profile already says something about them: they matter for rendering or arithmetic

@@ -33,7 +33,8 @@ def place_of(path: Path | None, keys: tuple[Any, ...], label: str = "profile") -
 
 
 def refusal(error: ValidationError, model: type, path: Path | None, label: str = "profile") -> UserError:
-    """The first fault of a pydantic error as a message with file, line, key and fix (how many more is said)."""
+    """The first fault of a pydantic error as a message with file, line, key and fix; the others by key and kind, so that one reading
+    mends all."""
     faults = error.errors(include_url=False)
     fault = faults[0]
     keys = tuple(k for k in fault["loc"] if not (isinstance(k, str) and k.startswith("function-")))
@@ -53,7 +54,10 @@ def refusal(error: ValidationError, model: type, path: Path | None, label: str =
         expected = fault["ctx"]["expected"]
         what = f"'{fault['input']}' is not one of {expected}"
     if len(faults) > 1:
-        what += f" (and {len(faults) - 1} more)"
+        kinds = {"missing": "missing", "extra_forbidden": "unknown"}
+        others = [f"{'.'.join(map(str, f['loc']))} {kinds.get(f['type'], 'not valid')}" for f in faults[1:]]
+        shown = ", ".join(others[:12]) + (" …" if len(others) > 12 else "")
+        what += f" (and {len(others)} more: {shown})"
     return UserError(what, where=place_of(path, keys, label), fix=fix)
 
 

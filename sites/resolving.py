@@ -21,7 +21,8 @@ def resolve(
 ) -> System:
     """A raw profile (parsed YAML) → :class:`System`. ``path`` and ``overlay_path`` are only for messages.
 
-    An overlay's correction of ``null`` removes the key (a partition that does not exist there).
+    An overlay's correction of ``null`` removes the key (a partition that does not exist there). A GPU of the profile's own is written as in
+    ``gpus.yaml``: ``id`` is its name, ``like`` the known one whose constants it has where the profile says nothing else.
     """
     if not isinstance(raw, dict):
         raise UserError("a profile is a mapping of keys to values", where=str(path or "profile"))
@@ -38,22 +39,29 @@ def resolve(
                 where = place_of(overlay_path, ("corrections", dotted), "overlay")
                 raise UserError(error.what, where=where, fix=error.fix) from None
         raw["user"] = overlay.user
+    like = name_gpu(raw)
     gpu = raw.get("gpu") or {}
     own_gpu = frozenset(gpu) if isinstance(gpu, dict) else frozenset()
     sku = gpu.get("sku") if isinstance(gpu, dict) else None
     gpu_table: dict[str, FactEntry] = {}
     gpu_sources: dict[str, Source] = {}
-    if sku is not None:
+    if sku is not None or like is not None:
+        base, key = (sku, "sku") if like is None else (like, "like")
         catalogue = gpu_catalogue()
-        if not isinstance(sku, str) or sku not in catalogue:
+        if not isinstance(base, str) or base not in catalogue:
             raise UserError(
-                f"unknown GPU '{sku}'{did_you_mean(str(sku), catalogue)}",
-                where=place_of(path, ("gpu", "sku")),
-                fix=f"one of {', '.join(catalogue)}; a new one goes into sites/gpus.yaml",
+                f"unknown GPU '{base}'{did_you_mean(str(base), catalogue)}",
+                where=place_of(path, ("gpu", key)),
+                fix=f"one of {', '.join(catalogue)}; one of your own: gpu: {{id: NAME, like: one of these, and what differs}}",
             )
-        raw["gpu"] = {**copy.deepcopy(catalogue[sku]), **gpu}
+        inherited = copy.deepcopy(catalogue[base])
+        if like is not None:
+            inherited.pop("device_names", None)  # another device answers to another name
+            if "memory_gib" in gpu:
+                inherited.pop("memory_visible_mib", None)
+        raw["gpu"] = {**inherited, **gpu}
         sources, tables = gpu_provenance()
-        gpu_table, gpu_sources = tables[sku], sources
+        gpu_table, gpu_sources = tables[base], sources
     try:
         system = System.model_validate(raw)
     except ValidationError as error:
@@ -68,6 +76,17 @@ def resolve(
         if value is not None:
             table[dotted] = FactEntry(at=[dotted], source="user", confidence="user")
     return system.attach(table, gpu_table, gpu_sources, own_gpu)
+
+
+def name_gpu(raw: dict[str, Any]) -> Any:
+    """Write a GPU's ``id`` as its ``model`` (as ``sku`` where the catalogue has it), in place, and take ``like`` out, which is returned."""
+    gpu = raw.get("gpu")
+    if not isinstance(gpu, dict):
+        return None
+    if "id" in gpu:
+        known = isinstance(gpu["id"], str) and gpu["id"] in gpu_catalogue()
+        raw["gpu"] = gpu = {"sku" if known else "model": gpu["id"], **{k: v for k, v in gpu.items() if k != "id"}}
+    return gpu.pop("like", None)
 
 
 _PROFILE_KEYS = frozenset(f.alias or n for n, f in Profile.model_fields.items())

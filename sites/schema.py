@@ -415,7 +415,7 @@ FACT_SECTIONS = (
 
 #: Facts that make a profile complete; each is a dotted path, `|` separates ways of meeting it.
 CORE_FACTS = {
-    "GPU model": "gpu.sku",
+    "GPU model": "gpu.sku|gpu.memory_gib",
     "architecture": "gpu.arch",
     "GPUs per node": "node.gpus",
     "cores per node": "node.cores|node.cores_usable|request.cpus_per_gpu",

@@ -14,7 +14,7 @@ from aifactory_train.sites.check.faults import Fault, Report, at, keys_of
 from aifactory_train.sites.check.rules import RULES
 from aifactory_train.sites.paths import covering, dig, fact_leaves, leaves
 from aifactory_train.sites.reading import read_yaml
-from aifactory_train.sites.resolving import resolve
+from aifactory_train.sites.resolving import name_gpu, resolve
 from aifactory_train.sites.schema import FACT_SECTIONS, Source
 from aifactory_train.sites.system import System
 
@@ -41,6 +41,7 @@ def check_system(path: Path, report: Report, today: datetime.date | None = None)
         name = "arch" if "architecture name" in error.what else "schema"
         faults.append(Fault(name, error.where or path.name, error.what, error.fix))
         return None
+    name_gpu(raw)
     report.systems += 1
     faults.extend(_identity(system, path, today))
     faults.extend(_provenance(system, raw, path, report, today))

@@ -259,3 +259,67 @@ def test_no_difference_where_a_partition_has_no_published_limits(monkeypatch: py
     assert by_path["partitions.accelerated-h100.max_time"].kind == "differs"
     assert by_path["partitions.accelerated-h100.max_time"].correction == "24h"
     assert by_path["node.cores"].kind == "new"
+
+
+def test_a_new_profile_says_what_slurm_enforces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every GPU partition, whether memory must be asked for, whether an account must, and what the type of the GPUs may mean."""
+    monkeypatch.setattr(probe, "run_tool", lambda command: None)
+    config = {"SelectTypeParameters": "CR_CORE_MEMORY", "AccountingStorageEnforce": "associations,limits,qos"}
+    seen = probe.Observation(groups=probe.parse_sinfo(SINFO), config=config)
+    seen.partitions = {"gpu": {"DefMemPerCPU": "1000", "MinNodes": "2"}, "gpu_dev": {"MaxNodes": "2"}}
+    answers, remarks = new.bootstrap(seen)
+    assert answers["account"] == "required" and answers["memory_rule"] == "mem"
+    assert any("DefMemPerCPU=1000" in r for r in remarks) and any("AccountingStorageEnforce" in r for r in remarks)
+    said: list[str] = []
+    asked = {k: "" for k, _, _ in new.QUESTIONS} | {
+        "name": "n",
+        "operator": "o",
+        "country": "FI",
+        "maintainer": "m",
+        "source": "first-hand",
+    }
+    prompts = {f"{question}: ": asked[key] for key, question, _ in new.QUESTIONS}
+    raw = new.compose("x", new.interview(prompts.__getitem__, said.append, answers), set(answers))
+    assert any("a100-40" in s and "a100-80" in s for s in said), said
+    assert set(raw["partitions"]) == {"gpu", "gpu_dev"} and raw["partitions"]["gpu"]["min_nodes"] == 2
+    assert raw["partitions"]["gpu_dev"] == {"max_time": "30m", "max_nodes": 2, "nodes": 4}
+    assert raw["request"]["memory"] == "mem" and raw["request"]["memory_gib"] == int(raw["node"]["memory_usable_gib"])
+    new.write(raw, tmp_path / "x.yaml")
+    system = sites.load(str(tmp_path / "x.yaml"))
+    assert system.partitions["gpu_dev"].max_nodes == 2
+    unmanaged = probe.Observation(config={"SelectTypeParameters": "CR_CORE", "AccountingStorageEnforce": "none"})
+    assert probe.memory_rule(unmanaged, "gpu") == ("none", "scontrol show config SelectTypeParameters=CR_CORE")
+    assert probe.account_rule(unmanaged) is None and probe.memory_rule(probe.Observation(), "gpu") is None
+
+
+def test_a_gpu_of_ones_own_is_written_as_in_the_catalogue(tmp_path: Path) -> None:
+    """``id`` and ``like``; and every fault of a profile is told at once."""
+    import yaml
+
+    from aifactory_train.sites import check
+    from aifactory_train.sites.resolving import resolve
+
+    raw = yaml.safe_load((sites.catalogue.SYSTEMS / "sofia.yaml").read_text())
+    raw["gpu"] = {"id": "H20-like", "like": "h100-80", "memory_gib": 96, "compute_units": 78}
+    for fact in raw["facts"]:
+        own = ["gpu.model", "gpu.memory_gib", "gpu.compute_units"]
+        fact["at"] = [p for path in fact["at"] for p in (own if path in ("gpu", "gpu.sku") else [path])]
+    gpu = resolve(raw).gpu
+    assert (gpu.sku, gpu.model, gpu.arch, gpu.memory_gib, gpu.compute_units) == (None, "H20-like", "sm_90", 96, 78)
+    assert (
+        gpu.memory_bandwidth_gb_s == 3350 and gpu.device_names == [] and "GPU model" not in resolve(raw).core_missing()
+    )
+    file = tmp_path / "sofia.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    assert not [f for f in check.check_file(file).faults if f.name in ("schema", "missing-list")]
+    with pytest.raises(UserError, match="unknown GPU 'h1'"):
+        resolve({**raw, "gpu": {"id": "x", "like": "h1"}})
+    with pytest.raises(UserError, match=r"unknown key 'colour'.* \(and 2 more: node.size unknown, gpu.speed unknown\)"):
+        resolve(
+            {
+                **raw,
+                "access": {**raw["access"], "colour": 1},
+                "node": {**raw["node"], "size": 2},
+                "gpu": {"sku": "h200-141", "speed": 3},
+            }
+        )
