@@ -182,13 +182,25 @@ def chunk_rows(device: Sku | None) -> int:
 
 
 def occupancy(target: Target, registers: int, shared: int, warps: int) -> int | None:
-    """Resident blocks on one SM or CU: the smallest of the register, thread, shared-memory and block limits.
+    """Resident blocks on one SM or CU: the smallest of :func:`block_limits`; None when the limits are not public."""
+    found = block_limits(target, registers, shared, warps)
+    return min(found.values()) if found else None
+
+
+def limiter(target: Target, registers: int, shared: int, warps: int) -> str | None:
+    """What keeps more blocks from being resident: the names of the smallest limits, joined by commas."""
+    found = block_limits(target, registers, shared, warps)
+    return ", ".join(name for name, blocks in found.items() if blocks == min(found.values())) if found else None
+
+
+def block_limits(target: Target, registers: int, shared: int, warps: int) -> dict[str, int]:
+    """Blocks that each resource of one SM or CU has room for: registers, LDS or shared memory, waves or threads, blocks.
 
     AMD: waves per SIMD = min(8, 512 // registers rounded up to 8), four SIMDs a CU. NVIDIA: registers are handed out to
-    a warp in granules of 256 and every block takes 1 KiB of shared memory for the system. None when the limits are not public.
+    a warp in granules of 256 and every block takes 1 KiB of shared memory for the system. Empty when the limits are not public.
     """
     if not target.unit_registers:
-        return None
+        return {}
     granule = max(8, -(-registers // 8) * 8)
     if target.backend == "hip":
         by_registers = min(8, 512 // granule) * 4 // warps if granule <= 512 else 0
@@ -196,4 +208,5 @@ def occupancy(target: Target, registers: int, shared: int, warps: int) -> int | 
         by_registers = target.unit_registers // (granule * warps * target.wave)
     by_threads = target.unit_threads // (warps * target.wave)
     by_memory = target.unit_memory // max(1, shared + target.reserved_memory)
-    return min(by_registers, by_threads, by_memory, target.unit_blocks)
+    memory, waves = ("LDS", "waves") if target.backend == "hip" else ("shared memory", "threads")
+    return {"registers": by_registers, waves: by_threads, memory: by_memory, "blocks": target.unit_blocks}

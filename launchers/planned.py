@@ -27,9 +27,10 @@ def plan_for(
     """
     if not backends.get(shape.backend).batch:
         return None, [], None
+    from aifactory_train.planning import keys_set
     from aifactory_train.planning import plan_for as plan
 
-    given = {text.partition("=")[0].strip() for text in request.overrides}
+    given = keys_set(request.overrides)
     try:
         found, _ = plan(
             recipe,

@@ -55,5 +55,6 @@ class Shape:
 
 
 def lead(shape: Shape) -> int:
-    """Seconds before the limit at which the warning signal is asked for: grace and slack, at most half of the job."""
-    return max(1, min(shape.grace_s + SIGNAL_SLACK_S, shape.time_s // 2))
+    """Seconds before the limit at which the warning signal is asked for: grace and slack (at most a tenth of a short job), at most half of
+    the job. The ranks watch the clock themselves, so the signal may be late in a short job, not early."""
+    return max(1, min(shape.grace_s + min(SIGNAL_SLACK_S, shape.time_s // 10), shape.time_s // 2))

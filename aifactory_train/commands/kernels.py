@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="two shapes an operator; without --target the three targets of the PR tests",
     )
+    check.add_argument("--asm", metavar="DIR", help="write the machine code of every kernel (amdgcn; ptx and sass) into DIR")
     tune = command(
         "tune", "choose launch parameters: legality, code quality, dominance, model; measured only where the GPU is"
     )
@@ -233,6 +234,8 @@ def _list(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     _need_triton()
+    from pathlib import Path
+
     from aifactory_train.kernels.workbench import check
 
     default = list(check.SUBSET_TARGETS) if args.quick else None
@@ -242,6 +245,10 @@ def _check(args: argparse.Namespace) -> int:
         if not args.json and row["status"] != "ok":
             note(f"{row['target']} {row['kernel']} {row['dtype']} {_sizes(row['shape'])}: {row['status']}")
     bad = [r for r in rows if r["status"] != "ok" and not r["status"].startswith("unsupported")]
+    if args.asm:
+        compiled = [r for r in rows if r["registers"] is not None]
+        files = [f for row in compiled for f in check.write_assembly(row, Path(args.asm))]
+        note(f"wrote {len(files)} files of machine code to {args.asm}")
     if args.json:
         print_json(rows)
     else:
@@ -255,12 +262,12 @@ def _check(args: argparse.Namespace) -> int:
 
 def _check_table(rows: list[dict[str, Any]]) -> None:
     body = [
-        [r["target"], r["kernel"], r["dtype"], _sizes(r["shape"]), r["registers"], r["spills"], r["shared_bytes"], r["occupancy"],
+        [r["target"], r["kernel"], r["dtype"], _sizes(r["shape"]), r["registers"], r["spills"], r["shared_bytes"], r["occupancy"], r["limiter"],
          r["load_bytes"], r["matrix"], r["atomics"], r["int32_hazards"], r["config_status"], r["status"]]
         for r in rows
     ]  # fmt: skip
-    table(None, ["target", "kernel", "dtype", "shape", "regs", "spill", "shared", "blocks", "load B", "matrix", "atomics", "int32",
-                 "config", "status"], body, right=(4, 5, 6, 7, 8, 9, 10, 11))  # fmt: skip
+    table(None, ["target", "kernel", "dtype", "shape", "regs", "spill", "shared", "blocks", "limited by", "load B", "matrix", "atomics",
+                 "int32", "config", "status"], body, right=(4, 5, 6, 7, 9, 10, 11, 12))  # fmt: skip
 
 
 def _sizes(shape: dict[str, int]) -> str:

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def build(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """The plan of the parsed arguments as plain values, and its chosen job."""
     from aifactory_train import sites
-    from aifactory_train.planning import plan_for
+    from aifactory_train.planning import keys_set, plan_for
 
     overrides = list(args.overrides)
     recipe = load_recipe(args.recipe, overrides)
@@ -96,7 +96,7 @@ def build(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         budget_gpu_hours=args.budget,
         tokens=args.tokens,
         model_config=args.model_config,
-        given=[text.partition("=")[0].strip() for text in overrides],
+        given=keys_set(overrides),
     )
 
 

@@ -15,6 +15,7 @@ from aifactory_train.config.data_blocks import as_sources
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core import yaml_text
 from aifactory_train.core.errors import UserError, did_you_mean
+from aifactory_train.core.output import note
 
 RECIPES_DIR = Path(__file__).resolve().parents[1] / "recipes"
 if not RECIPES_DIR.is_dir():
@@ -63,10 +64,28 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     _resolve_paths(tree, path.parent)
     origin = _apply_overrides(tree, overrides or [])
     _resolve_paths(tree, None)  # what --set brought
+    _settle_micro_batch(tree, origin)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise _readable(error, path, document, origin) from None
+
+
+def _settle_micro_batch(tree: dict, origin: dict[tuple, str]) -> None:
+    """``train.micro_batch_tokens: auto``, and a recipe file's figure that a longer ``data.sequence_length`` of the command line outgrew,
+    become the default or the least that holds a document. How a step is divided changes nothing of the training."""
+    train, data = tree.setdefault("train", {}), tree.get("data")
+    if not isinstance(train, dict) or not isinstance(data, dict):
+        return  # said by the schema
+    default = Recipe.model_fields["train"].annotation.model_fields["micro_batch_tokens"].default  # type: ignore[union-attr]
+    value, length = train.get("micro_batch_tokens", default), data.get("sequence_length", 0)
+    mine = ("train", "micro_batch_tokens") not in origin and ("data", "sequence_length") in origin
+    outgrown = mine and isinstance(value, int) and isinstance(length, int) and value < length
+    if value != "auto" and not outgrown:
+        return
+    train["micro_batch_tokens"] = max(default, length) if isinstance(length, int) else default
+    if outgrown:
+        note(f"train.micro_batch_tokens: {length} instead of {value}, for documents of data.sequence_length {length}")
 
 
 def _id_of(name: str) -> str:

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from aifactory_train.config.data_blocks import DataConfig
 from aifactory_train.config.strict import Strict
+
+#: What a file may hold where ``auto`` is settled when the recipe is read (:mod:`aifactory_train.config.loading`).
+_WHOLE_OR_AUTO = {"anyOf": [{"type": "integer", "minimum": 8}, {"const": "auto"}]}
 
 #: Rules across keys, in order; :mod:`aifactory_train.config.rules` adds them when the package is imported.
 RULES: list[Callable[[Any], Any]] = []
@@ -139,10 +142,11 @@ class TrainConfig(Strict):
         None, ge=8, description="Or: at most this many tokens per optimizer step, over all ranks."
     )
     grad_accum: int | Literal["auto"] = Field("auto", description="Micro-batches per rank and step.")
-    micro_batch_tokens: int = Field(
+    micro_batch_tokens: Annotated[int, WithJsonSchema(_WHOLE_OR_AUTO)] = Field(
         4096,
         ge=8,
-        description="With grad_accum auto: most tokens in one micro-batch of one rank; on a CPU at most max(1100, the step's longest document).",
+        description="With grad_accum auto: most tokens in one micro-batch of one rank; on a CPU at most max(1100, the step's longest "
+        "document). auto: the plan's, else the default or one document, whichever is longer.",
     )
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(2e-4, gt=0)

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from aifactory_train.sites import System
 
 
+def keys_set(overrides: Iterable[str]) -> set[str]:
+    """Keys that overrides (``a.b=c``) give a value; a micro-batch of ``auto`` is left to the plan."""
+    return {text.partition("=")[0].strip() for text in overrides if text.replace(" ", "") != "train.micro_batch_tokens=auto"}
+
+
 def plan_for(
     recipe: Recipe,
     system: System,

@@ -97,6 +97,12 @@ def _site_nodes(request: Request, place: str | None, per_node: int) -> int | Non
     return min((n for n in found if n), default=None)
 
 
+def _least_nodes(request: Request, place: str | None) -> int:
+    """The smallest number of nodes of a job that the site publishes for that partition and QoS."""
+    found = request.system.limits(place, request.qos)["min_nodes"] if place is not None else None
+    return found or 1
+
+
 def _most_nodes(request: Request, place: str | None, work: Workload, per_node: int) -> int:
     """The largest number of nodes that the site and the size of a step allow."""
     limits = [search.MOST_RANKS // per_node, math.floor(work.step_rows + 1e-9) // per_node]
@@ -105,15 +111,12 @@ def _most_nodes(request: Request, place: str | None, work: Workload, per_node: i
 
 def _auto(request: Request, work: Workload, per_node: int, place: str | None, totals: Any, reasons: list[str]) -> int:
     """How many nodes: the fewest that meet the deadline, the most that the budget pays, or else the cheapest."""
-    most = _most_nodes(request, place, work, per_node)
+    least = _least_nodes(request, place)
+    most = max(least, _most_nodes(request, place, work, per_node))
     tried: list[Totals] = []
     refused: UserError | None = None
-    count = 1
-    counts = []
-    while count < most:
-        counts.append(count)
-        count *= 2
-    for n in dict.fromkeys([*counts, most]):
+    powers = [1 << i for i in range(most.bit_length()) if least < 1 << i < most]
+    for n in sorted({least, *powers, most}):
         try:
             tried.append(totals(n))
         except UserError as error:
@@ -161,8 +164,9 @@ def _auto(request: Request, work: Workload, per_node: int, place: str | None, to
 
 
 def _curve(nodes: int, totals: Any, run: Totals, place: str | None, request: Request) -> list[Totals]:
-    """The same run on 1, 2, 4, … nodes up to twice as many, at most seven counts; counts that fit nothing are left out."""
-    counts, n = [], 1
+    """The same run on 1, 2, 4, … nodes up to twice as many, at most seven counts; counts that fit nothing, or that the partition takes
+    no job of, are left out."""
+    counts, n = [], _least_nodes(request, place)
     limit = _site_nodes(request, place, run.gpus // run.nodes)
     while n <= min(2 * nodes, limit or 2 * nodes):
         counts.append(n)

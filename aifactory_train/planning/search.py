@@ -331,9 +331,12 @@ def changes_that_fit(
     ranks, most = world, min(MOST_RANKS // links.gpus_per_node * links.gpus_per_node, most_ranks or MOST_RANKS)
     while ranks < most:
         ranks = links.gpus_per_node if ranks < links.gpus_per_node else min(ranks * 2, most)
-        if work.step_rows >= ranks and fits(work, ranks, fixed):
-            nodes = -(-ranks // links.gpus_per_node)
-            found.append(f"--nodes {nodes} ({ranks} GPUs)")
+        larger = work.with_rows(ranks)
+        if fits(larger, ranks, fixed):
+            nodes, key = -(-ranks // links.gpus_per_node), "batch_rows" if work.by_rows else "batch_tokens"
+            value = ranks if work.by_rows else math.ceil(larger.step_tokens)
+            changed = "" if larger is work else f" --set train.{key}={value}"
+            found.append(f"--nodes {nodes}{changed} ({ranks} GPUs{', larger steps' if changed else ''})")
             break
     length = work.sequence // 2
     while length >= 256:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from aifactory_train.core.errors import UserError
@@ -54,6 +54,12 @@ class Workload:
     def reference_passes(self) -> int:
         """Forward passes over the run's documents before the first step; KTO's also over the exchanged answers."""
         return {"dpo": 1, "kto": 2}.get(self.preference or "", 0)
+
+    def with_rows(self, rows: int) -> Workload:
+        """The same with steps of at least so many rows."""
+        if self.step_rows >= rows:
+            return self
+        return replace(self, step_rows=float(rows), step_tokens=self.step_tokens * rows / self.step_rows)
 
     def busiest(self, world: int) -> float:
         """Positions of the rank that has most of a step: rows are whole, and the others wait for it."""

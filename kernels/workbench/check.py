@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from aifactory_train.kernels import hardware, registry
@@ -50,12 +51,25 @@ def rows(
                         yield one(operator, kernel, selection, target, dtype, shape)
 
 
+def write_assembly(row: dict[str, Any], folder: Path) -> list[Path]:
+    """The machine code of a row of :func:`rows`, one file a form (``amdgcn``; ``ptx`` and ``sass``), named after the row."""
+    operator = registry.operator(row["op"])
+    kernel = next(k for k in operator.kernels if k.name == row["kernel"])
+    sizes = "-".join(f"{key}{value}" for key, value in row["shape"].items())
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for suffix, text in compiler.assembly(kernel, row["config"], row["dtype"], row["shape"], row["target"]).items():
+        written.append(folder / f"{row['kernel']}.{row['target']}.{row['dtype']}.{sizes}.{suffix}")
+        written[-1].write_text(text, encoding="utf-8")
+    return written
+
+
 def one(operator: Operator, kernel: Kernel, selection, target: str, dtype: str, shape: Shape) -> dict[str, Any]:
     """The row of one kernel in its selected configuration."""
     config, source = selection.config[kernel.name], selection.provenance[kernel.name]
     row = {
         "op": operator.name, "target": target, "dtype": dtype, "shape": dict(shape), "registers": None, "spills": None,
-        "shared_bytes": None, "occupancy": None, "load_bytes": None, "status": "ok", "kernel": kernel.name,
+        "shared_bytes": None, "occupancy": None, "limiter": None, "load_bytes": None, "status": "ok", "kernel": kernel.name,
         "direction": kernel.direction, "config": config, "config_status": source.status, "config_level": source.level,
         "notes": list(source.notes), "matrix": None, "atomics": None, "int32_hazards": None,
     }  # fmt: skip
@@ -69,6 +83,6 @@ def one(operator: Operator, kernel: Kernel, selection, target: str, dtype: str, 
     problems = compiler.findings(use, chip, kernel.matrix and dtype != "fp32", is_aligned(kernel, dtype, shape))
     return row | {
         "registers": use.registers, "spills": use.spills, "shared_bytes": use.shared, "occupancy": use.occupancy,
-        "load_bytes": use.load_bytes, "status": "; ".join(problems) or "ok", "matrix": sum(use.matrix.values()),
+        "limiter": hardware.limiter(chip, use.registers, use.shared, use.warps), "load_bytes": use.load_bytes, "status": "; ".join(problems) or "ok", "matrix": sum(use.matrix.values()),
         "atomics": sum(use.atomics.values()), "int32_hazards": len(use.hazards),
     }  # fmt: skip

@@ -100,8 +100,26 @@ def compile_kernel(kernel: Kernel, config: Config, dtype: str, shape: Shape, tar
 _memory: dict[Any, Compiled] = {}
 
 
+def assembly(kernel: Kernel, config: Config, dtype: str, shape: Shape, target: str) -> dict[str, str]:
+    """What the compiler made of a kernel, by suffix: ``amdgcn``, or ``ptx`` and ``sass`` (NVIDIA's machine code, disassembled)."""
+    fn, signature, constants, hints = _inputs(kernel, config, dtype, shape, TARGETS[target])
+    built = _build(fn, signature, constants, hints, {k: config[k] for k in COMPILER_OPTIONS if k in config}, target)
+    if "amdgcn" in built.asm:
+        return {"amdgcn": built.asm["amdgcn"]}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        done = subprocess.run([_tool("nvdisasm"), file.name], capture_output=True, text=True)
+    return {"ptx": built.asm["ptx"], "sass": done.stdout or f"// nvdisasm: {done.stderr.strip()[:200]}\n"}
+
+
 def compile_function(fn, signature, constants, hints, options, target: str) -> Compiled:
     """As :func:`compile_kernel`, for any Triton function (also another library's)."""
+    return read(_build(fn, signature, constants, hints, options, target), TARGETS[target])
+
+
+def _build(fn, signature, constants, hints, options, target: str):
+    """What Triton compiled. Raises :class:`Unsupported`, or RuntimeError with what the compiler said."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -111,13 +129,12 @@ def compile_function(fn, signature, constants, hints, options, target: str) -> C
     noise = io.StringIO()
     try:
         with contextlib.redirect_stdout(noise):  # a ptxas failure prints the whole PTX
-            built = triton.compile(source, target=GPUTarget(chip.backend, chip.capability, chip.wave), options=options)
+            return triton.compile(source, target=GPUTarget(chip.backend, chip.capability, chip.wave), options=options)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         if reason := lacking(target):
             raise Unsupported(f"Triton {triton.__version__} cannot compile for {target} here: {reason}") from error
         raise RuntimeError(text[:2000]) from error
-    return read(built, chip)
 
 
 def supported(target: str) -> bool:

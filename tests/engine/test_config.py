@@ -348,3 +348,30 @@ def test_on_and_off_are_words(tiny_recipe) -> None:
     for word in ("on", "off", "auto"):
         assert load_recipe(str(tiny_recipe), [f"kernels.enabled={word}"]).kernels.enabled == word
     assert load_recipe(str(tiny_recipe), ["model.trust_remote_code=true"]).model.trust_remote_code is True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens", "told"),
+    [
+        (["data.sequence_length=8192"], 8192, "8192 instead of 1024"),  # the recipe's figure suits the recipe's length
+        (["train.micro_batch_tokens=auto"], 4096, ""),
+        (["train.micro_batch_tokens=auto", "data.sequence_length=32768"], 32768, ""),
+        (["train.micro_batch_tokens=16384"], 16384, ""),
+    ],
+)
+def test_a_longer_sequence_makes_room_in_the_micro_batch(tmp_path, capsys, overrides, tokens, told):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "model: {base: a/b, licence: MIT}\ndata: {train: {source: c/d, licence: MIT}, sequence_length: 512}\n"
+        "train: {micro_batch_tokens: 1024}\n"
+    )
+    assert load_recipe(str(path), overrides).train.micro_batch_tokens == tokens
+    said = capsys.readouterr().err
+    assert told in said if told else said == ""
+
+
+def test_a_micro_batch_that_was_asked_for_is_not_changed(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {base: a/b, licence: MIT}\ndata: {train: {source: c/d, licence: MIT}}\n")
+    with pytest.raises(UserError, match="a document would not fit"):
+        load_recipe(str(path), ["data.sequence_length=8192", "train.micro_batch_tokens=4096"])

@@ -32,9 +32,12 @@ def rows(*words):
     return json.loads(done.stdout)
 
 
-def test_one_operator_on_one_chip():
+def test_one_operator_on_one_chip(tmp_path):
     """What every change compiles: RMSNorm on an MI300A, the whole row of facts."""
-    found = rows("check", "--sku", "MI300A", "--op", "rms_norm", "--dtype", "bf16", "--quick")
+    found = rows("check", "--sku", "MI300A", "--op", "rms_norm", "--dtype", "bf16", "--quick", "--asm", str(tmp_path))
+    dumps = list(tmp_path.iterdir())
+    assert len(dumps) == len(found) and all("s_endpgm" in dump.read_text() for dump in dumps)
+    assert {name for r in found for name in r["limiter"].split(", ")} <= {"registers", "waves", "LDS", "blocks"}
     assert {r["kernel"] for r in found} == {"rms_norm_fwd", "rms_norm_bwd", "rms_norm_sum"}
     for row in found:
         assert row.keys() >= ROW

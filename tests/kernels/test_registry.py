@@ -235,3 +235,23 @@ def test_occupancy_follows_the_published_cliffs():
     assert hardware.occupancy(mi300, 32, 32768, 4) == 2
     assert hardware.occupancy(hardware.TARGETS["sm_90"], 255, 0, 8) == 1
     assert hardware.occupancy(hardware.TARGETS["gfx1250"], 64, 0, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "warps", "limit"),
+    [
+        ("gfx942", 256, 0, 4, "registers"),
+        ("gfx942", 32, 40000, 4, "LDS"),
+        ("gfx942", 32, 0, 8, "registers, waves"),
+        ("sm_90", 255, 0, 8, "registers"),
+        ("sm_90", 32, 120000, 4, "shared memory"),
+        ("sm_90", 16, 0, 8, "threads"),
+        ("sm_90", 16, 0, 1, "blocks"),
+        ("gfx1250", 64, 0, 4, None),
+    ],
+)
+def test_what_limits_the_blocks_is_named(target, registers, shared, warps, limit):
+    chip = hardware.TARGETS[target]
+    assert hardware.limiter(chip, registers, shared, warps) == limit
+    limits = hardware.block_limits(chip, registers, shared, warps)
+    assert hardware.occupancy(chip, registers, shared, warps) == (min(limits.values()) if limits else None)

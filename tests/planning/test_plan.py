@@ -365,6 +365,26 @@ def test_an_offload_that_cannot_be_is_refused_with_what_mends_it(system, gpus, m
     plan.make(asked(**{"parallel__offload_optimizer": True, **change}))
 
 
+def test_automatic_nodes_keep_to_the_partitions_least():
+    """A QoS of 65 nodes and more takes no job of one: neither the choice nor its curve has fewer."""
+    site = sites.load("leonardo-booster", overlay=False)
+    asked = {"qos": "boost_qos_bprod", "tokens": 1e9, "train__batch_rows": 1024}
+    found, _ = plan.make(request(site, SIZES[0], None, "lora", **asked))
+    assert site.limits("boost_usr_prod", "boost_qos_bprod")["min_nodes"] == 65
+    assert found["nodes"] == 65 and min(p["nodes"] for p in found["scaling"]) == 65
+    free, _ = plan.make(request(site, SIZES[0], None, "lora", **{**asked, "qos": None}))
+    assert free["nodes"] < 65
+
+
+def test_more_nodes_are_offered_with_the_rows_that_they_need():
+    with pytest.raises(UserError) as caught:
+        plan.make(request(sites.load("leonardo-booster", overlay=False), SIZES[3], 1, "none", train__batch_rows=4))
+    fix = str(caught.value.fix)
+    assert "--nodes" in fix and "--set train.batch_rows=" in fix and "larger steps" in fix
+    nodes, rows = int(fix.split("--nodes ")[1].split()[0]), int(fix.split("batch_rows=")[1].split()[0])
+    plan.make(request(sites.load("leonardo-booster", overlay=False), SIZES[3], nodes, "none", train__batch_rows=rows))
+
+
 def test_more_nodes_than_the_site_has_are_not_proposed():
     site = sites.load("lumi-g", overlay=False)
 
