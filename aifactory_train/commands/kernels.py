@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="two shapes an operator; without --target the three targets of the PR tests",
     )
-    check.add_argument("--asm", metavar="DIR", help="write the machine code of every kernel (amdgcn; ptx and sass) into DIR")
+    check.add_argument(
+        "--asm", metavar="DIR", help="write the machine code of every kernel (amdgcn; ptx and sass) into DIR"
+    )
     tune = command(
         "tune", "choose launch parameters: legality, code quality, dominance, model; measured only where the GPU is"
     )

@@ -80,6 +80,10 @@ def advise(recipe: Recipe, use: MemoryUse | None, world_size: int, trained_bytes
         lines.append(f"--set parallel.engine=fsdp2 (frees about {saved / 2**30:.1f} GiB per rank of {world_size})")
     elif not recipe.parallel.offload_optimizer and traits.offloads_optimizer:
         lines.append("--set parallel.offload_optimizer=true (optimizer state in host memory: slower steps)")
+    if recipe.train.optimizer == "adamw" and "adamw8bit" in traits.optimizers and trained_bytes:
+        lines.append(
+            "--set train.optimizer=adamw8bit (moments in 8 bits: a quarter of their memory or less; another training)"
+        )
     if tokens <= longest:
         lines.append(f"--set data.sequence_length={max(8, longest // 2)} (now {longest}; longer documents are cut)")
     return lines

@@ -40,7 +40,14 @@ MARKER = "COMPLETE"
 #: Bytes written between two looks at the digest; also the size of the reads when digests are checked.
 CHUNK = 8 * 2**20
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 

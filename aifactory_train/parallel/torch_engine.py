@@ -26,6 +26,8 @@ def state_keys(recipe: Recipe) -> tuple[str, ...]:
     """Moments that the optimizer keeps of each parameter, as torch names them."""
     if recipe.train.optimizer == "sgd":
         return ("momentum_buffer",) if recipe.train.momentum else ()
+    if recipe.train.optimizer == "adamw8bit":
+        return ("m", "v", "m_scale", "v_scale")
     return ("exp_avg", "exp_avg_sq")
 
 
@@ -147,6 +149,11 @@ class TorchEngine:
                 self.optimizer.state.pop(parameter, None)
                 continue
             moments: dict[str, Any] = {}
+            if self.recipe.train.optimizer == "adamw8bit":
+                from aifactory_train.kernels.adamw8bit.op import new_state
+
+                moments = {**new_state(parameter), "step": 0}
+                keys = ()
             if self.recipe.train.optimizer == "adamw":
                 # torch's fused and capturable implementations want the count beside the parameter
                 moments["step"] = torch.tensor(0.0, dtype=torch.float32, device=self._local(parameter).device)
@@ -161,7 +168,9 @@ class TorchEngine:
         self.discard()
         for _, parameter in self.named:
             moments = self.optimizer.state.get(parameter, {})
-            if "step" in moments:
+            if isinstance(moments.get("step"), int):
+                moments["step"] = updates
+            elif "step" in moments:
                 moments["step"].fill_(updates)
 
     def full_parameters(self, trained_only: bool = True) -> Iterator[tuple[str, torch.Tensor | None]]:

@@ -51,6 +51,8 @@ class EngineTraits:
     overlaps: bool = True
     # ---- what it can hold
     holds_quantised: bool = False
+    #: values of ``train.optimizer`` whose state it can keep, save and cut
+    optimizers: tuple[str, ...] = ("adamw", "sgd")
     #: trained parameters are kept in fp32, whatever the precision policy says
     fp32_masters: bool = False
     # ---- compile, offload, packages
@@ -102,6 +104,8 @@ ENGINES: dict[str, EngineTraits] = {
         compute_copies=True,
         gradient_buffers=True,
         holds_quantised=True,  # a 4-bit weight is opaque bytes, which cannot be split or cast
+        # Blocks of 256 elements share a scale: where a tensor is cut, blocks would follow the cut, and a checkpoint its ranks.
+        optimizers=("adamw", "adamw8bit", "sgd"),
     ),
     "fsdp2": EngineTraits(means="one copy of the model over all GPUs", shard_group="all", **_FSDP),
     "hsdp": EngineTraits(
@@ -160,6 +164,7 @@ def refuse_what_it_cannot_do(recipe: Recipe, name: str) -> None:
     name = DEFAULT if name == "auto" else name
     traits = traits_of(name)
     refuse_quantised(recipe, name)
+    refuse_optimizer(recipe, name)
     if recipe.parallel.compile and not traits.compiles:
         raise UserError(
             traits.cannot_compile,
@@ -171,6 +176,18 @@ def refuse_what_it_cannot_do(recipe: Recipe, name: str) -> None:
             f"engine {name} keeps the optimizer state beside the parameters",
             where="parallel.offload_optimizer",
             fix="--set parallel.engine=fsdp2 (or zero2, zero3), or parallel.offload_optimizer=false",
+        )
+
+
+def refuse_optimizer(recipe: Recipe, name: str) -> None:
+    """Raise :class:`UserError` for an optimizer whose state engine ``name`` (``auto``: the default) cannot keep."""
+    wanted, traits = recipe.train.optimizer, traits_of(name)
+    if wanted not in traits.optimizers:
+        others = ", ".join(other for other, found in ENGINES.items() if wanted in found.optimizers)
+        raise UserError(
+            f"engine {name} cannot keep the state of {wanted}: it cuts tensors, and {wanted} keeps one scale for blocks of them",
+            where="train.optimizer",
+            fix=f"--set parallel.engine={others}, or train.optimizer={traits.optimizers[0]}",
         )
 
 

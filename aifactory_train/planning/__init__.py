@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 def keys_set(overrides: Iterable[str]) -> set[str]:
     """Keys that overrides (``a.b=c``) give a value; a micro-batch of ``auto`` is left to the plan."""
-    return {text.partition("=")[0].strip() for text in overrides if text.replace(" ", "") != "train.micro_batch_tokens=auto"}
+    return {
+        text.partition("=")[0].strip() for text in overrides if text.replace(" ", "") != "train.micro_batch_tokens=auto"
+    }
 
 
 def plan_for(

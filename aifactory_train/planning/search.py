@@ -89,7 +89,7 @@ def layouts(work: Workload, world: int, per_node: int, fixed: Fixed, offload: bo
     for name, traits in ENGINES.items():
         if fixed.engine not in (None, name) or (offload and not traits.offloads_optimizer):
             continue
-        if work.method == "qlora" and not traits.holds_quantised:
+        if (work.method == "qlora" and not traits.holds_quantised) or work.optimizer not in traits.optimizers:
             continue
         runs = engine_that_runs(name, bf16=work.bytes.compute == 2, offload_optimizer=offload)
         if fixed.engine is None:

@@ -39,6 +39,7 @@ class Workload:
     loss_chunk: int | None
     by_rows: bool  # the step is a number of rows (else of tokens)
     preference: str | None = None  # methods.preference.kind
+    optimizer: str = "adamw"
 
     @property
     def row_documents(self) -> int:
@@ -123,6 +124,7 @@ def of_recipe(recipe: Recipe, shape: Shape, document: float | None, supervised: 
         loss_chunk=train.loss_chunk_tokens,
         by_rows=train.batch_tokens is None,
         preference=preference,
+        optimizer=train.optimizer,
     )
 
 
@@ -138,7 +140,9 @@ def _bytes(recipe: Recipe) -> Bytes:
         )
     master = size.get(p.parameters, 4)
     if train.optimizer == "sgd":
-        moments = master if train.momentum else 0
+        moments: float = master if train.momentum else 0
+    elif train.optimizer == "adamw8bit":
+        moments = 2 + 2 * 4 / 256  # two codes of a byte, and two fp32 scales for 256 of them
     else:
         moments = 2 * master
     return Bytes(

@@ -176,18 +176,19 @@ def precision_supported(c: Context) -> Iterator[Finding]:
 
 @rule
 def quantisation_supported(c: Context) -> Iterator[Finding]:
-    """A 4-bit base has the engine and the packages that it needs.
+    """An 8-bit optimizer has the engine that it needs, a 4-bit base also the packages.
 
     Whether bitsandbytes can quantise on the device, GPU or CPU, is asked by training itself before it loads anything.
     """
+    from aifactory_train.parallel.traits import refuse_optimizer, refuse_quantised
+
+    for cannot in (refuse_optimizer, refuse_quantised):
+        try:
+            cannot(c.recipe, c.recipe.parallel.engine)
+        except UserError as error:
+            yield refuse(error.what, fix=error.fix, where=error.where)
     if c.recipe.adapter.quantise_base == "none":
         return
-    from aifactory_train.parallel.traits import refuse_quantised
-
-    try:
-        refuse_quantised(c.recipe, c.recipe.parallel.engine)
-    except UserError as error:
-        yield refuse(error.what, fix=error.fix, where=error.where)
     own_environment = c.request.venv or c.system.user.venv
     missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if missing and not c.batch and not own_environment:
