@@ -64,7 +64,7 @@ def test_forty_stops_at_random_moments_on_slurm(cluster, lab_system, tiny_recipe
             asked.append((time.time() + dice.uniform(0, 40), run))
         for when, run in sorted(asked):
             time.sleep(max(0.0, when - time.time()))
-            code, out, err = cli("stop", run, "--wait", "300", "--json")
+            code, _, err = cli("stop", run, "--wait", "300", "--json")
             if code != 0 and "nothing to stop" not in err:
                 faults.append(f"{run.name}: {err}")
         for _, run in asked:
