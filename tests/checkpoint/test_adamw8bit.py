@@ -60,6 +60,7 @@ def test_it_resumes_bit_by_bit(alone: tuple[Path, list[dict[str, Any]]]) -> None
     assert all(found[3]["losses"][str(s)] == found[1]["losses"][str(s)] for s in range(6, STEPS))
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_with_the_state_of_one(alone: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, found = alone
     (again,) = run_legs(2, [leg("adamw8bit", folder / "whole", resume=6, to=STEPS, every=99)], folder)
