@@ -2,14 +2,15 @@
 
 The functions are registered in transformers' attention registry, so no model code is changed. Documents are described by
 their boundaries in the flattened batch, not by a mask: work grows with the square of the document's length, never with the
-length of the pack. transformers is asked for no mask at all.
+length of the pack. transformers is asked for no mask at all; decoding, which needs them, goes by a name of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from aifactory_train.core.errors import UserError
 PER_DOCUMENT = "aifactory_per_document"
 VARLEN = "aifactory_varlen"
 FLASH = "aifactory_flash"
+#: with a mask and without documents: what :func:`decoding` puts in their place
+DECODING = "aifactory_decoding"
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,8 @@ def per_document_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal SDPA on each document. query ``[B, H, T, D]``, key/value ``[B, H_kv, T, D]`` -> ``[B, T, H, D]``."""
     if documents is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        # Generation (one document, a cache): transformers' own path with its own mask rules.
-        window = kwargs.get("sliding_window") or None
-        if attention_mask is None and ((window and key.shape[2] > window) or 1 < query.shape[2] < key.shape[2]):
-            # register() makes no mask where no attention_mask was passed: what needs one must say so.
-            raise ValueError("pass attention_mask: a window or a cache in use cannot be computed without a mask")
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        # transformers makes no mask for this name: padding would be attended to in silence.
+        raise ValueError("the attention of training needs documents; generate within aifactory_train.model.attention.decoding")
     _reject(module, documents.max_length, kwargs)
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
@@ -128,9 +123,7 @@ def _over_documents(kernel: _Kernel) -> Callable[..., tuple[torch.Tensor, None]]
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
         if documents is None:
-            return per_document_attention(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-            )
+            return per_document_attention(module, query, key, value, attention_mask)  # refuses
         _reject(module, documents.max_length, kwargs)
         batch, heads, length, _ = query.shape
         device = query.device.type
@@ -185,24 +178,57 @@ def flash_attention(
     )
 
 
+def masked_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Decoding (no documents, a cache): transformers' own SDPA with its own mask rules."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    window = kwargs.get("sliding_window") or None
+    if attention_mask is None and ((window and key.shape[2] > window) or 1 < query.shape[2] < key.shape[2]):
+        # register() makes no mask where no attention_mask was passed: what needs one must say so.
+        raise ValueError("pass attention_mask: a window or a cache in use cannot be computed without a mask")
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+@contextlib.contextmanager
+def decoding(model: Any) -> Iterator[None]:
+    """Within it a transformers ``model`` attends under masks (padding, a cache), as generation needs; documents are none of its."""
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = DECODING
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def register() -> None:
-    """Make the functions known to transformers under their names, with masks switched off for them."""
+    """Make the functions known to transformers under their names.
+
+    A mask function is registered for :data:`DECODING` alone. For the others transformers then returns before it looks at anything:
+    with one it would ask, in every forward, whether the positions are those of packed documents, and so have the host wait for the
+    device.
+    """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     def mask(*args, **kwargs):
-        # Packed training passes no attention_mask and needs none. Generation with padded prompts does pass one.
-        if kwargs.get("attention_mask") is None:
-            return None
-        return sdpa_mask(*args, **kwargs)
+        return None if kwargs.get("attention_mask") is None else sdpa_mask(*args, **kwargs)
 
     for name, function in (
         (PER_DOCUMENT, per_document_attention),
         (VARLEN, varlen_attention),
         (FLASH, flash_attention),
+        (DECODING, masked_attention),
     ):
         AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, mask)
+    AttentionMaskInterface.register(DECODING, mask)
 
 
 def choose(setting: str, device: str, compute: torch.dtype = torch.bfloat16) -> tuple[str, str]:

@@ -144,13 +144,14 @@ class CausalLM(nn.Module):
 
         input_ids ``[B, T]`` follow what the cache holds; attention_mask int64 ``[B, cached + T]`` is 0 on padding.
         """
-        out = self.backbone(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with attention.decoding(self.backbone):
+            out = self.backbone(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
         return self._logits(out.last_hidden_state[:, -1])
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -141,10 +141,15 @@ def test_our_attention_also_serves_transformers_generate():
     ids = torch.tensor([[3] * (width - len(p)) + p for p in asked])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in asked])
     options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 3}
-    assert torch.equal(ours.model.generate(ids, **options), plain.generate(ids, **options))
+    with attention.decoding(ours.model):
+        found = ours.model.generate(ids, **options)
+    assert torch.equal(found, plain.generate(ids, **options))
+    assert ours.model.config._attn_implementation == attention.PER_DOCUMENT
 
 
 def test_a_forward_without_mask_is_refused_where_it_would_be_wrong():
     ours, _ = pair("mistral", sliding_window=8)
-    with pytest.raises(ValueError, match="attention_mask"):
+    with pytest.raises(ValueError, match="attention_mask"), attention.decoding(ours.model):
         ours.model(torch.randint(4, 400, (1, 20)))
+    with pytest.raises(ValueError, match="documents"):  # a mask would not be looked at: padding would count as text
+        ours.model(torch.randint(4, 400, (1, 20)), attention_mask=torch.ones(1, 20))

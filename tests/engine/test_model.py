@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.model import causal_lm as m
-from aifactory_train.model.attention import PER_DOCUMENT, Documents, register
+from aifactory_train.model.attention import PER_DOCUMENT, Documents, decoding, register
 from aifactory_train.model.base import base_folder
 from aifactory_train.model.loading import build_model, check_vocabulary
 from aifactory_train.model.precision import choose_precision
@@ -77,7 +77,8 @@ def test_loss_and_gradients_are_those_of_the_peft_model(tiny_model_dir, untied_m
     loss.backward()
     ours = {n: p.grad.clone() for n, p in core.named_parameters() if p.requires_grad}
     core.zero_grad()
-    logits = core.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]
+    with decoding(core.model):
+        logits = core.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]
     expected = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
