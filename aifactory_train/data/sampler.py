@@ -9,6 +9,7 @@ number of GPUs sees the same documents in the same steps.
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass
 
@@ -163,75 +164,118 @@ def split_step(
     the ranks wait for each other. The result depends on the arguments alone.
     """
     docs = np.asarray(docs, dtype=np.int64)
-    own = np.asarray(lengths)[docs]
-    share = _share_padded if batching == "padded" else _share_packed
+    own = np.asarray(lengths)[docs].astype(np.int64)
     # Longest first; the place in the step breaks ties, so equal lengths keep their order.
-    by_length = np.lexsort((np.arange(len(docs)), -own))
+    by_length = np.argsort(-own, kind="stable")
+    sizes = own[by_length]
+    share = _share_padded if batching == "padded" else _share_packed
     if grad_accum == "auto":
-        total = int(own.sum())
-        accum = max(1, math.ceil(total / (data_ranks * micro_batch_tokens)))
+        accum = max(1, math.ceil(int(own.sum()) / (data_ranks * micro_batch_tokens)))
         while True:
-            slots = share(own, by_length, data_ranks * accum)
-            worst = max((_cost(own, s, batching) for s in slots), default=0)
-            if worst <= micro_batch_tokens or accum >= len(docs):
+            slot = share(sizes, data_ranks * accum)
+            cost = _costs(sizes, slot, data_ranks * accum, batching)
+            if int(cost.max()) <= micro_batch_tokens or accum >= len(docs):
                 break
             accum += 1
     else:
         accum = int(grad_accum)
-        slots = share(own, by_length, data_ranks * accum)
-    slots.sort(key=lambda s: (-_cost(own, s, batching), s[:1]))
-    out: list[list[np.ndarray]] = [[] for _ in range(data_ranks)]
-    spent = [0] * data_ranks
+        slot = share(sizes, data_ranks * accum)
+        cost = _costs(sizes, slot, data_ranks * accum, batching)
+    count = data_ranks * accum
+    first = np.full(count, -1, dtype=np.int64)  # the longest document of each slot; the empty ones come first among equals
+    first[slot[::-1]] = by_length[::-1]  # of several assignments the last one stays
+    dearest = np.lexsort((first, -cost))
+    place, spent = np.empty(count, dtype=np.int64), np.zeros(data_ranks, dtype=np.int64)
     for micro in range(accum):
         # Of the next `data_ranks` slots, the most expensive goes to the rank that has had the least so far.
-        ranks = sorted(range(data_ranks), key=lambda r: (spent[r], r))
-        for rank, slot in zip(ranks, slots[micro * data_ranks : (micro + 1) * data_ranks], strict=True):
-            spent[rank] += _cost(own, slot, batching)
-            out[rank].append(docs[np.sort(np.asarray(slot, dtype=np.int64))])
-    return out
+        ranks = np.argsort(spent, kind="stable")
+        mine = dearest[micro * data_ranks : (micro + 1) * data_ranks]
+        place[mine] = ranks * accum + micro
+        spent[ranks] += cost[mine]
+    placed = np.empty(len(docs), dtype=np.int64)
+    placed[by_length] = place[slot]
+    dealt = docs[np.argsort(placed, kind="stable")]
+    ends = np.concatenate([[0], np.cumsum(np.bincount(placed, minlength=count))]).tolist()
+    parts = [dealt[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [parts[rank * accum : (rank + 1) * accum] for rank in range(data_ranks)]
 
 
-def _cost(own: np.ndarray, slot: list[int], batching: str) -> int:
-    if not slot:
-        return 0
-    taken = own[np.asarray(slot)]
-    return int(taken.max()) * len(slot) if batching == "padded" else int(taken.sum())
+def _costs(sizes: np.ndarray, slot: np.ndarray, count: int, batching: str) -> np.ndarray:
+    """What each of ``count`` slots costs, int64; ``sizes`` descend, ``slot`` says where each document is."""
+    held = np.bincount(slot, minlength=count)
+    if batching != "padded":
+        return np.bincount(slot, weights=sizes, minlength=count).astype(np.int64)
+    longest = np.zeros(count, dtype=np.int64)
+    longest[slot[::-1]] = sizes[::-1]  # of several assignments the last one stays
+    return longest * held
 
 
-def _share_packed(own: np.ndarray, by_length: np.ndarray, count: int) -> list[list[int]]:
-    """Longest first into the slot with the least tokens (LPT: at most 4/3 of the best possible maximum; Graham 1969)."""
-    import heapq
-
-    heap = [(0, 0, i) for i in range(count)]
-    slots: list[list[int]] = [[] for _ in range(count)]
-    for j in by_length.tolist():
-        load, held, i = heapq.heappop(heap)
-        slots[i].append(j)
-        heapq.heappush(heap, (load + int(own[j]), held + 1, i))
-    return slots
+#: Below so many documents placed at once, one after the other is faster.
+_TOGETHER = 64
 
 
-def _share_padded(own: np.ndarray, by_length: np.ndarray, count: int) -> list[list[int]]:
-    """Neighbours in length together; the smallest bound on rows x longest that needs no more than ``count`` slots."""
-    order = by_length.tolist()
-    if not order:
-        return [[] for _ in range(count)]
+def _share_packed(sizes: np.ndarray, count: int) -> np.ndarray:
+    """Longest first into the slot with the least tokens (LPT: at most 4/3 of the best possible maximum; Graham 1969), among equals
+    with the fewest documents. ``sizes`` int64 ``[n]`` descend; returns each document's slot.
 
-    def cut(bound: int) -> list[list[int]]:
-        slots: list[list[int]] = []
-        for j in order:
-            if slots and int(own[slots[-1][0]]) * (len(slots[-1]) + 1) <= bound:
-                slots[-1].append(j)
-            else:
-                slots.append([j])
-        return slots
+    Many at once: in the order of their loads, slots take one document each as long as none before them is, with its new one, still
+    the least loaded.
+    """
+    n = len(sizes)
+    slot = np.empty(n, dtype=np.int64)
+    load, held, number = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64), np.arange(count)
+    done = 0
+    while done < n:
+        free = np.lexsort((number, held, load))[: n - done]
+        before = load[free]
+        after = before + sizes[done : done + len(free)]
+        # Of equal loads, the one with the fewer documents is first: a slot that has just taken one may come behind or before.
+        least = np.minimum.accumulate(after)[:-1]
+        late = np.flatnonzero(before[1:] >= least)
+        taken = int(late[0]) + 1 if len(late) else len(free)
+        if taken < min(_TOGETHER, n - done):
+            return _one_by_one(sizes, slot, done, load, held)
+        mine = free[:taken]
+        slot[done : done + taken] = mine
+        load[mine], held[mine] = after[:taken], held[mine] + 1
+        done += taken
+    return slot
 
-    low, high = int(own.max()), int(own.max()) * len(order)
+
+def _one_by_one(sizes: np.ndarray, slot: np.ndarray, done: int, load: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """The rest of :func:`_share_packed` from document ``done`` on."""
+    heap = list(zip(load.tolist(), held.tolist(), range(len(load)), strict=True))
+    heapq.heapify(heap)
+    for j, size in enumerate(sizes[done:].tolist(), start=done):
+        least, documents, i = heap[0]
+        slot[j] = i
+        heapq.heapreplace(heap, (least + size, documents + 1, i))
+    return slot
+
+
+def _share_padded(sizes: np.ndarray, count: int) -> np.ndarray:
+    """Neighbours in length together; the smallest bound on rows x longest that needs no more than ``count`` slots. ``sizes`` int64
+    ``[n]`` descend; returns each document's slot."""
+    n = len(sizes)
+    if not n:
+        return np.empty(0, dtype=np.int64)
+    longest = sizes.tolist()
+
+    def begins(bound: int) -> list[int]:
+        """Where each slot begins; cut short where they are too many."""
+        found, at = [], 0
+        while at < n and len(found) <= count:
+            found.append(at)
+            at += max(1, bound // longest[at]) if longest[at] else n
+        return found
+
+    low, high = longest[0], longest[0] * n
     while low < high:
         middle = (low + high) // 2
-        if len(cut(middle)) <= count:
+        if len(begins(middle)) <= count:
             high = middle
         else:
             low = middle + 1
-    slots = cut(low)
-    return slots + [[] for _ in range(count - len(slots))]
+    marks = np.zeros(n, dtype=np.int64)
+    marks[begins(low)[1:]] = 1
+    return np.cumsum(marks)
