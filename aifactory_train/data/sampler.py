@@ -79,12 +79,13 @@ class Sampler:
         return self._epoch(epoch)[0]
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._cached is None or self._cached[0] != epoch:
+        known = self._cached  # read once: another thread may ask for the next epoch meanwhile
+        if known is None or known[0] != epoch:
             docs = self._seen(epoch)
             docs = docs[hash_order(len(docs), self.seed, epoch)]
             ends = np.cumsum(self.lengths[docs], dtype=np.int64) if self.batch_tokens else np.empty(0, dtype=np.int64)
-            self._cached = (epoch, docs, ends)
-        return self._cached[1], self._cached[2]
+            self._cached = known = (epoch, docs, ends)
+        return known[1], known[2]
 
     def _seen(self, epoch: int) -> np.ndarray:
         n = len(self.lengths)
@@ -182,7 +183,9 @@ def split_step(
         slot = share(sizes, data_ranks * accum)
         cost = _costs(sizes, slot, data_ranks * accum, batching)
     count = data_ranks * accum
-    first = np.full(count, -1, dtype=np.int64)  # the longest document of each slot; the empty ones come first among equals
+    first = np.full(
+        count, -1, dtype=np.int64
+    )  # the longest document of each slot; the empty ones come first among equals
     first[slot[::-1]] = by_length[::-1]  # of several assignments the last one stays
     dearest = np.lexsort((first, -cost))
     place, spent = np.empty(count, dtype=np.int64), np.zeros(data_ranks, dtype=np.int64)

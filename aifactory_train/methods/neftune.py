@@ -17,6 +17,7 @@ import torch
 
 from aifactory_train.data.sampler import splitmix64
 from aifactory_train.model.embedding_noise import Noise
+from aifactory_train.parallel.batches import to_device
 
 if TYPE_CHECKING:
     from aifactory_train.parallel.engine import DeviceBatch
@@ -39,4 +40,5 @@ def noise_keys(
         keys[at : at + int(length)] = (each >> np.uint64(32)).astype(np.int64)
         scale[at : at + int(length)] = alpha / math.sqrt(int(length))
         at += int(segment)
-    return Noise(torch.from_numpy(keys.reshape(shape)).to(device), torch.from_numpy(scale.reshape(shape)).to(device))
+    parts = (torch.from_numpy(part.reshape(shape)) for part in (keys, scale))
+    return Noise(*(to_device(part, device) for part in parts))

@@ -21,7 +21,7 @@ from aifactory_train.methods.pairs import HeldOutLabels, LabelledTokens, Mismatc
 from aifactory_train.methods.preference_loss import SUMS, Judged
 from aifactory_train.methods.reference import Reference, score
 from aifactory_train.methods.supervised import Supervised
-from aifactory_train.parallel.batches import micro_batch
+from aifactory_train.parallel.batches import micro_batch, to_device
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
@@ -152,11 +152,11 @@ class Preference(Supervised):
         batch.objective = Judged(
             settings=self.settings,
             counts=[int(n) for n in counts],
-            answers=torch.from_numpy(answers).to(device),
-            lengths=torch.from_numpy(counts[answers].astype(np.float32)).to(device),
-            reference=torch.from_numpy(reference.astype(np.float32)).to(device),
-            desirable=torch.from_numpy(train_set.desirable[judged]).to(device),
-            replayed=torch.from_numpy(np.flatnonzero(replayed)).to(device),
+            answers=to_device(torch.from_numpy(answers), device),
+            lengths=to_device(torch.from_numpy(counts[answers].astype(np.float32)), device),
+            reference=to_device(torch.from_numpy(reference.astype(np.float32)), device),
+            desirable=to_device(torch.from_numpy(train_set.desirable[judged]), device),
+            replayed=to_device(torch.from_numpy(np.flatnonzero(replayed)), device),
             replay_tokens=int(counts[replayed].sum()),
             # the loop divides by the units of the step
             replay_scale=self.settings.replay_weight * self.units_of_step / self.replay_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from aifactory_train.data import collate
@@ -48,12 +49,22 @@ def empty_batch(pad_id: int, device: str) -> DeviceBatch:
 
 def device_batch(batch: Any, device: str) -> DeviceBatch:
     """A collated :class:`aifactory_train.data.Batch` on the device; supervised positions are found on the host."""
-    labels = batch.labels.flatten()
-    positions = torch.nonzero(labels != -100).squeeze(1)
+    labels = batch.labels.flatten().numpy()
+    positions = np.flatnonzero(labels != -100)
     return DeviceBatch(
-        input_ids=batch.input_ids.to(device, non_blocking=True),
-        position_ids=batch.position_ids.to(device, non_blocking=True),
-        documents=Documents.of(batch.cu_seqlens, device),
-        positions=positions.to(device, non_blocking=True),
-        targets=labels[positions].to(device, non_blocking=True),
+        input_ids=to_device(batch.input_ids, device),
+        position_ids=to_device(batch.position_ids, device),
+        documents=Documents.of(pinned(batch.cu_seqlens, device), device),
+        positions=to_device(torch.from_numpy(positions), device),
+        targets=to_device(torch.from_numpy(labels[positions]), device),
     )
+
+
+def pinned(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """A host tensor in memory that a GPU copies from by itself; as it is where there is no other device."""
+    return tensor if device == "cpu" else tensor.pin_memory()
+
+
+def to_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """A host tensor on ``device``. The host does not wait for the copy, nor for what the device was given to do before it."""
+    return pinned(tensor, device).to(device, non_blocking=True)

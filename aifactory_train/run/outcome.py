@@ -33,6 +33,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 HOST_WORK = (
     f"data{os.sep}", f"record{os.sep}", f"sources{os.sep}", f"metrics{os.sep}", f"energy{os.sep}", f"private{os.sep}",
     f"core{os.sep}", f"run{os.sep}", f"parallel{os.sep}storage.py", f"training{os.sep}metrics_log.py", f"training{os.sep}stopping.py",
+    f"training{os.sep}ahead.py",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
 from aifactory_train.core.files import write_json
 from aifactory_train.core.output import note
-from aifactory_train.data import Cursor, PreparedData, Sampler, load_tokenizer, prepare, split_step
+from aifactory_train.data import Cursor, PreparedData, Sampler, load_tokenizer, prepare
 from aifactory_train.data.digest import data_digest
 from aifactory_train.evaluation.evaluate import evaluate, results_file
 from aifactory_train.methods.base import RunContext, StepContext
@@ -33,7 +33,6 @@ from aifactory_train.model.loading import build_model
 from aifactory_train.model.operators import apply_operators
 from aifactory_train.model.precision import choose_precision
 from aifactory_train.model.report import ModelReport
-from aifactory_train.parallel.batches import micro_limit
 from aifactory_train.parallel.build import build_engine, choose_engine
 from aifactory_train.parallel.memory_advice import explain_memory
 from aifactory_train.parallel.torch_engine import split_scale
@@ -47,6 +46,7 @@ from aifactory_train.run.ownership import Owner
 from aifactory_train.run.saved import note_saved
 from aifactory_train.sources import resolve_model
 from aifactory_train.training import identity
+from aifactory_train.training.ahead import StepsAhead
 from aifactory_train.training.checkpoint import Checkpointer
 from aifactory_train.training.guard import Guard, Verdict, stopped_by_guard
 from aifactory_train.training.listeners import listen
@@ -165,6 +165,7 @@ class Trainer:
             pad_id=self.data.tokenizer_info["pad_id"],
             beat=self._phase,
         )
+        self.ahead = StepsAhead(self.context, self.method)
 
     def _phase(self, name: str) -> None:
         self.events.emit(ev.PhaseBegan(self.step, name))
@@ -208,6 +209,8 @@ class Trainer:
             private = self.recipe.privacy.profile != "open"
             self.events.emit(ev.RunEnded("failed", in_one_line(error, type_only=private)))
             raise
+        finally:
+            self.ahead.close()
         state = {EXIT_DONE: "finished", EXIT_STOPPED: "stopped"}.get(code, "failed")
         self.events.emit(ev.RunEnded(state, self.attempt.reason))
         return code
@@ -273,23 +276,15 @@ class Trainer:
     # ---- one optimizer step
 
     def train_step(self) -> dict[str, Any]:
-        """Fetch all micro-batches, count, forward/backward each, clip, step; returns the metrics of the step."""
+        """Forward and backward of each micro-batch, clip, step; returns the metrics of the step. The host waits for the device once."""
         started = time.perf_counter()
-        settings, train_set, state = self.recipe.train, self.data.train, self.state
-        documents, next_cursor = self.sampler.step(state.cursor)
-        shares = split_step(
-            documents,
-            train_set.lengths,
-            self.engine.dims.data_ranks,
-            settings.grad_accum,
-            micro_limit(settings.micro_batch_tokens, train_set.lengths[documents], self.world.device),
-            self.recipe.data.batching,
-        )
-        step = StepContext(self.context, self.step, documents)
+        settings, state = self.recipe.train, self.state
+        ready = self.ahead.take(self.step, state.cursor)
+        step, documents = ready.context, ready.context.documents
         self.method.before_step(step)
-        batches = [self.method.batch(step, share) for share in shares[self.engine.dims.data_rank(self.world.rank)]]
-        supervised = int(train_set.supervised[documents].sum())  # over all ranks: the split is known to every rank
-        units = self.method.units(supervised)  # what the loss is a mean over
+        mine = ready.shares[self.engine.dims.data_rank(self.world.rank)]
+        batches = ready.batches or [self.method.batch(step, share) for share in mine]
+        units = self.method.units(ready.supervised)  # what the loss is a mean over; all ranks know it
         scale, rest = split_scale(1.0 / units)
         rate = learning_rate(self.step, self.total_steps, settings)
 
@@ -302,36 +297,39 @@ class Trainer:
         self._phase("reduce")
         norm = self.engine.clip(settings.max_grad_norm, rest)
         dist.all_reduce(loss)
-        mean_loss = loss.item() / units  # the step's one synchronisation with the device
-        verdict = state.guard.judge(mean_loss, float(norm))
+        summed, grad_norm = torch.stack(
+            [loss, norm.to(loss)]
+        ).tolist()  # the step's one synchronisation with the device
+        mean_loss = summed / units
+        verdict = state.guard.judge(mean_loss, grad_norm)
         if verdict.action != "go":
-            return self._leave_out(verdict, next_cursor, documents)
+            return self._leave_out(verdict, ready.following, documents)
+        figures = self.method.figures()  # before the update: the device has just been waited for
         self._phase("update")
         with explain_memory(self.engine, self.recipe, self.world):
             self.engine.step(rate)
-        state.cursor, state.step = next_cursor, state.step + 1
+        state.cursor, state.step = ready.following, state.step + 1
 
         seconds = time.perf_counter() - started
         self.stop.step_took(seconds)
-        tokens = int(train_set.lengths[documents].sum())
         metrics = {
             "kind": "train",
             "step": self.step,
-            "epoch": round(next_cursor.epoch + next_cursor.position / len(self.sampler.order(next_cursor.epoch)), 4),
+            "epoch": round(ready.epochs, 4),
             "loss": mean_loss,
-            "grad_norm": float(norm),
+            "grad_norm": grad_norm,
             "learning_rate": rate,
             "rows": len(documents),
-            "tokens": tokens,  # real tokens: padding is not counted
-            "supervised_tokens": supervised,
+            "tokens": ready.tokens,  # real tokens: padding is not counted
+            "supervised_tokens": ready.supervised,
             "micro_batches": len(batches),
             "seconds": round(seconds, 4),
-            "tokens_per_s": round(tokens / seconds, 1),
-            **self.method.figures(),
+            "tokens_per_s": round(ready.tokens / seconds, 1),
+            **figures,
             **self._row_ids(documents),
             "memory_bytes": peak_memory(self.world.device)["bytes"],
         }
-        self.events.emit(ev.StepDone(metrics, documents, shares, last=self.step == self.total_steps))
+        self.events.emit(ev.StepDone(metrics, documents, ready.shares, last=self.step == self.total_steps))
         return metrics
 
     def _row_ids(self, documents: np.ndarray) -> dict[str, Any]:
