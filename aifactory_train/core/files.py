@@ -17,16 +17,19 @@ from aifactory_train.core.errors import RunFailed, UserError
 _BREAKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
 
 
-def put_whole(path: Path, text: str, mode: int | None = None) -> None:
-    """Write a small file so that readers see the old or the new content, never a part. Raises OSError; nothing is left beside."""
-    beside = path.with_name(
-        f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    )  # other nodes have this process id too
+def put_whole(path: Path, text: str, mode: int | None = None, *, sync: bool = True) -> None:
+    """Write a small file so that readers see the old or the new content, never a part. Raises OSError; nothing is left beside.
+
+    Without ``sync`` a machine that loses power may leave the file empty.
+    """
+    # other nodes have this process id too
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         if mode is not None:
             os.chmod(beside, mode)
         os.replace(beside, path)
@@ -36,10 +39,10 @@ def put_whole(path: Path, text: str, mode: int | None = None) -> None:
         raise
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str, *, sync: bool = True) -> None:
     """:func:`put_whole`, refused by name where the disk does not take it."""
     try:
-        put_whole(path, text)
+        put_whole(path, text, sync=sync)
     except OSError as error:
         # A disk that fills up or a file system that goes away is a failure of the work, not a wrong request.
         kind = RunFailed if error.errno in _BREAKS else UserError
@@ -55,8 +58,9 @@ def file_digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False, default=str) + "\n")
+def write_json(path: Path, value: Any, *, sync: bool = True) -> None:
+    text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False, default=str)
+    write_atomic(path, text + "\n", sync=sync)
 
 
 def read_json(path: Path, shape: Any = None) -> Any:
@@ -114,7 +118,14 @@ def misfit(value: Any, shape: Any, place: str = "the whole") -> str | None:
     return None
 
 
-_KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
 
 
 def _kind(value: Any) -> str:
@@ -143,7 +154,16 @@ def foreign(where: object, what: str, fix: str | None = None, ours: tuple[type[E
 
 
 #: What reading a value of another shape than was expected raises.
-ODD_SHAPES = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError, AssertionError)
+ODD_SHAPES = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    AssertionError,
+)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ number of GPUs sees the same documents in the same steps.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -199,7 +200,7 @@ def split_step(
     placed[by_length] = place[slot]
     dealt = docs[np.argsort(placed, kind="stable")]
     ends = np.concatenate([[0], np.cumsum(np.bincount(placed, minlength=count))]).tolist()
-    parts = [dealt[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    parts = [dealt[a:b] for a, b in itertools.pairwise(ends)]
     return [parts[rank * accum : (rank + 1) * accum] for rank in range(data_ranks)]
 
 

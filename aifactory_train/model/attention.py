@@ -85,7 +85,9 @@ def per_document_attention(
     """Causal SDPA on each document. query ``[B, H, T, D]``, key/value ``[B, H_kv, T, D]`` -> ``[B, T, H, D]``."""
     if documents is None:
         # transformers makes no mask for this name: padding would be attended to in silence.
-        raise ValueError("the attention of training needs documents; generate within aifactory_train.model.attention.decoding")
+        raise ValueError(
+            "the attention of training needs documents; generate within aifactory_train.model.attention.decoding"
+        )
     _reject(module, documents.max_length, kwargs)
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]

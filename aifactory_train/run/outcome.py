@@ -15,6 +15,7 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from aifactory_train.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, UserError
 from aifactory_train.core.files import write_json
@@ -23,8 +24,11 @@ from aifactory_train.private import redact
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.run.ownership import TakenOver
 
-#: A heartbeat is written at most this often.
-BEAT_EVERY_S = 2.0
+#: A heartbeat (and rank 0's ``state.json``) is written at most this often once an attempt has gone on for a while; after 1, 2, 4 and 8
+#: seconds at first, so that short runs can be followed.
+BEAT_EVERY_S = 10.0
+#: With many ranks less often: so many heartbeats a second are enough for one folder of a parallel file system, up to this long.
+BEATS_PER_S, BEAT_LATEST_S = 50.0, 60.0
 #: Phases in which every rank must make progress within the time-out; others (saving, evaluation) take as long as they take.
 WATCHED = ("forward", "reduce", "update")
 
@@ -38,10 +42,22 @@ HOST_WORK = (
 
 
 class Attempt:
-    """One rank's record of one attempt. Use as a context manager and set ``code`` to the exit code."""
+    """One rank's record of one attempt. Use as a context manager and set ``code`` to the exit code.
+
+    What is said while it trains is written by a thread, so that no step waits for a file system. The thread says what the training
+    reached, and when: it writes nothing while that stands still.
+    """
 
     def __init__(
-        self, run: RunFolder, rank: int, local_rank: int, number: int | None, *, timeout_s: float, device: str = "cpu"
+        self,
+        run: RunFolder,
+        rank: int,
+        local_rank: int,
+        number: int | None,
+        *,
+        timeout_s: float,
+        device: str = "cpu",
+        ranks: int = 1,
     ):
         self.run, self.rank, self.local_rank = run, rank, local_rank
         self.host, self.started = socket.gethostname(), time.time()
@@ -52,7 +68,13 @@ class Attempt:
         self.stop_request: str | None = None  # what the stop file said, if that was why
         self.folder: Path | None = None
         self.training = False  # this process is the one that trains in the folder: it may change the run's state
-        self._written = 0.0
+        self._beat_at = time.time()
+        self._written: tuple[int, str] | None = None
+        self._running: tuple[int, dict[str, Any]] | None = None
+        self._running_written: int | None = None
+        self._every_s = max(BEAT_EVERY_S, min(BEAT_LATEST_S, ranks / BEATS_PER_S))
+        self._quiet = threading.Event()
+        self._writer: threading.Thread | None = None
         self._recent: collections.deque[tuple[float, int, str]] = collections.deque(maxlen=64)
         self._watchdog = Watchdog(self, timeout_s, device)
         if number is not None:
@@ -64,6 +86,7 @@ class Attempt:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._recent.append((time.time(), self.step, self.phase))
         self._beat()
+        self._write_meanwhile()
 
     @property
     def closed_by_launcher(self) -> bool:
@@ -72,27 +95,66 @@ class Attempt:
 
     def beat(self, step: int, phase: str) -> None:
         """Progress: this rank is in ``phase`` of the step after ``step``."""
-        self.step, self.phase = step, phase
-        self._recent.append((time.time(), step, phase))
+        self.step, self.phase, self._beat_at = step, phase, time.time()
+        self._recent.append((self._beat_at, step, phase))
         self._watchdog.seen()
-        if time.monotonic() - self._written >= BEAT_EVERY_S:
+
+    def running(self, step: int, **more: Any) -> None:
+        """The run's state is "running" after ``step`` (rank 0)."""
+        self._running = step, more
+        self._write_meanwhile()
+
+    def set_state(self, state: str, **more: Any) -> None:
+        """How the run stands at the end of this attempt: written now, and nothing is written in the background any more."""
+        self._stop_writing()
+        self.run.set_state(state, **more)
+
+    def _write_meanwhile(self) -> None:
+        if self._writer is None and not self._quiet.is_set():
+            self._writer = threading.Thread(target=self._keep_writing, name="heartbeat", daemon=True)
+            self._writer.start()
+
+    def _keep_writing(self) -> None:
+        wait, told = 1.0, False
+        while not self._quiet.wait(min(wait, self._every_s)):
+            wait = min(2 * wait, self._every_s)
+            try:
+                self._write_down()
+                told = False
+            except UserError as trouble:  # a full disk: the training goes on, and this is tried again
+                if not told:
+                    note(f"rank {self.rank}: {trouble}")
+                told = True
+
+    def _write_down(self) -> None:
+        """Heartbeat and state, where there is something new to say."""
+        if (self.step, self.phase) != self._written:
             self._beat()
+        running = self._running
+        if running is not None and running[0] != self._running_written:
+            self.run.set_state("running", step=running[0], **running[1])
+            self._running_written = running[0]
+
+    def _stop_writing(self) -> None:
+        self._quiet.set()
+        if self._writer is not None:
+            self._writer.join()
 
     def _beat(self) -> None:
         if self.folder is None:
             return
-        self._written = time.monotonic()
-        write_json(
-            self.folder / f"alive-{self.rank}.json",
-            {
-                "rank": self.rank,
-                "host": self.host,
-                "pid": os.getpid(),
-                "step": self.step,
-                "phase": self.phase,
-                "time": time.time(),
-            },
-        )
+        step, phase, when = self.step, self.phase, self._beat_at
+        heartbeat = {
+            "rank": self.rank,
+            "host": self.host,
+            "pid": os.getpid(),
+            "step": step,
+            "phase": phase,
+            "time": when,
+        }
+        # Whoever reads it takes a torn file for one that is missing: it need not reach the disk at once.
+        write_json(self.folder / f"alive-{self.rank}.json", heartbeat, sync=False)
+        self._written = step, phase
 
     def finish(self, status: str, code: int, exception: str | None = None, message: str | None = None) -> None:
         """Write the outcome; the first one stays (a watchdog may have spoken already)."""
@@ -133,6 +195,7 @@ class Attempt:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._watchdog.stop()
+        self._stop_writing()
         if self.folder is None:
             return
         try:

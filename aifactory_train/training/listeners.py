@@ -30,16 +30,17 @@ class Heartbeat:
 
 
 class StateFile:
-    """Keeps ``state.json`` at "running" with the step (rank 0). How the run ends is written by the trainer, which must not fail at it."""
+    """Keeps ``state.json`` at "running" with the step (rank 0), a few seconds behind. How the run ends is written by the trainer, which
+    must not fail at it."""
 
-    def __init__(self, run: RunFolder):
-        self.run = run
+    def __init__(self, attempt: Attempt):
+        self.attempt = attempt
 
     def hear(self, event: Event) -> None:
         if isinstance(event, StepDone):
-            self.run.set_state("running", step=int(event.metrics["step"]), version=__version__)
+            self.attempt.running(int(event.metrics["step"]), version=__version__)
         elif isinstance(event, (Incident, RunStarted)):
-            self.run.set_state("running", step=event.step, version=__version__)
+            self.attempt.running(event.step, version=__version__)
 
 
 def listen(
@@ -54,5 +55,5 @@ def listen(
     for listener in (recorder, *more):
         bus.add(listener)
     if world.is_main:
-        bus.add(StateFile(run))
+        bus.add(StateFile(attempt))
     return bus

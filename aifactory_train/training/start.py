@@ -82,7 +82,8 @@ def _train_as(
     device = world.device if world.size > 1 else "alone"
     timeout_s = recipe.parallel.timeout_s
     owner = Owner(run.path, attempt)
-    with owner, Attempt(run, world.rank, world.local_rank, attempt, timeout_s=timeout_s, device=device) as record:
+    who = {"timeout_s": timeout_s, "device": device, "ranks": world.size}
+    with owner, Attempt(run, world.rank, world.local_rank, attempt, **who) as record:
         resume_from = from_main(world, lambda: open_for_training(run, resume, recipe, owner))
         record.training = True
         if attempt is None:

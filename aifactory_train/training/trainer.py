@@ -377,7 +377,7 @@ class Trainer:
         self.attempt.step, self.attempt.reason = self.step, f"stopped after step {self.step}: {reason}"
         self.attempt.stop_request = self.stop.request
         if self.world.is_main:
-            self.run.set_state("stopped", step=self.step, version=__version__, reason=reason)
+            self.attempt.set_state("stopped", step=self.step, version=__version__, reason=reason)
             note(f"stopped after step {self.step} ({reason}); go on with --resume auto")
         return EXIT_STOPPED
 
@@ -443,7 +443,7 @@ class Trainer:
         if exported is not None:
             self.events.emit(ev.Exported(exported))
         if world.is_main:
-            self.run.set_state("finished", step=self.step, version=__version__)
+            self.attempt.set_state("finished", step=self.step, version=__version__)
         if not self.quiet:
             print_comparison(results, self.run, exported)
         return EXIT_DONE

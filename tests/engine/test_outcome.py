@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.run import outcome
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.run.outcome import Attempt, in_one_line
 from aifactory_train.training.metrics_log import MetricsLog
@@ -127,7 +130,9 @@ def test_the_first_ctrl_c_is_acknowledged_at_a_terminal(terminal: bool, monkeypa
 def test_no_secret_gets_into_state_outcome_or_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception of a library may quote the address or the variable that it used."""
     monkeypatch.setenv("PROJECT_TOKEN", "s3cretvalue")
-    error = RuntimeError("no answer of https://me:s3cretpw@hub/x?sig=s3cretsig&a=1 with s3cretvalue and hf_s3cretABCDEFGHIJKLMN")
+    error = RuntimeError(
+        "no answer of https://me:s3cretpw@hub/x?sig=s3cretsig&a=1 with s3cretvalue and hf_s3cretABCDEFGHIJKLMN"
+    )
     run = RunFolder(tmp_path)
     with pytest.raises(RuntimeError), Attempt(run, 0, 0, 1, timeout_s=60) as record:
         record.training = True
@@ -147,7 +152,9 @@ def test_the_address_of_data_keeps_no_password(capsys: pytest.CaptureFixture[str
     assert DataFacts(url="https://data.example/rows?page=2").url == "https://data.example/rows?page=2"
 
 
-def test_a_full_disk_is_a_failure_and_each_file_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_a_failure_and_each_file_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """``state.json`` cannot be written: exit code 1, and the outcome says what ended the run."""
     from aifactory_train.core import files
 
@@ -184,7 +191,9 @@ def test_a_state_of_another_shape_is_named(tmp_path: Path, text: str) -> None:
 def test_a_state_without_a_process_is_nobodys(tmp_path: Path, more: dict) -> None:
     import socket
 
-    (tmp_path / "state.json").write_text(json.dumps({"state": "running", "step": 1, "time": 1e300, "host": socket.gethostname(), **more}))
+    (tmp_path / "state.json").write_text(
+        json.dumps({"state": "running", "step": 1, "time": 1e300, "host": socket.gethostname(), **more})
+    )
     assert not RunFolder(tmp_path).is_live()
 
 
@@ -197,3 +206,103 @@ def test_a_run_folder_whose_path_is_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not UTF-8"):
         open_for_training(RunFolder(folder), None)
     assert not folder.exists()
+
+
+# ---- what is written while a run trains
+
+
+def beats(folder: Path, rank: int = 0) -> dict:
+    return json.loads((folder / f"attempts/001/alive-{rank}.json").read_text())
+
+
+def test_no_step_waits_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that does not answer holds up the thread that writes, not the training."""
+    monkeypatch.setattr(outcome, "BEAT_EVERY_S", 0.02)
+    stuck, free = threading.Event(), threading.Event()
+    whole = outcome.write_json
+
+    def slow(path, value, **more):
+        if threading.current_thread() is not threading.main_thread():
+            stuck.set()
+            assert free.wait(30)
+        whole(path, value, **more)
+
+    with Attempt(RunFolder(tmp_path), 0, 0, 1, timeout_s=60) as attempt:
+        monkeypatch.setattr(outcome, "write_json", slow)
+        attempt.beat(1, "forward")
+        assert stuck.wait(30)
+        for step in range(2, 100):
+            attempt.beat(step, "forward")
+            attempt.running(step)
+        assert beats(tmp_path)["step"] == 0  # what is on the disk is older, and says so
+        free.set()
+        end = time.monotonic() + 30
+        while beats(tmp_path)["step"] != 99:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        attempt.set_state("stopped", step=99)
+        attempt.code = 75
+
+
+def test_a_heartbeat_tells_when_training_got_there_not_when_it_was_written(tmp_path: Path, monkeypatch) -> None:
+    """The hang's verdict looks for news: a thread that goes on writing must not make a rank that stands still look alive."""
+    with Attempt(RunFolder(tmp_path), 0, 0, 1, timeout_s=60) as attempt:
+        attempt.beat(5, "forward")
+        reached = time.time()
+        monkeypatch.setattr(outcome.time, "time", lambda: reached + 500)
+        attempt._write_down()
+        first = (tmp_path / "attempts/001/alive-0.json").stat().st_mtime_ns
+        assert beats(tmp_path) | {"step": 5, "phase": "forward"} == beats(tmp_path)
+        assert beats(tmp_path)["time"] <= reached
+        attempt._write_down()
+        assert (tmp_path / "attempts/001/alive-0.json").stat().st_mtime_ns == first
+        monkeypatch.undo()
+        attempt.code = 0
+
+
+def test_the_end_is_never_overwritten_by_a_thread_that_says_running(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(outcome, "BEAT_EVERY_S", 0.001)
+    run = RunFolder(tmp_path)
+    for state in ("finished", "stopped"):
+        with Attempt(run, 0, 0, 1, timeout_s=60) as attempt:
+            for step in range(300):
+                attempt.running(step)
+            attempt.set_state(state, step=300)
+            attempt.running(301)
+            time.sleep(0.02)
+            assert run.state()["state"] == state and run.state()["step"] == 300
+            attempt.code = 0
+    with pytest.raises(RuntimeError), Attempt(run, 0, 0, 1, timeout_s=60) as attempt:
+        attempt.training = True
+        attempt.running(5)
+        raise RuntimeError("of ours")
+    assert run.state()["state"] == "failed"
+
+
+@pytest.mark.parametrize(("ranks", "every_s"), [(1, 10), (64, 10), (1024, 20.48), (4096, 60)])
+def test_thousands_of_ranks_write_their_heartbeats_less_often(ranks: int, every_s: float, tmp_path: Path) -> None:
+    with Attempt(RunFolder(tmp_path), 0, 0, None, timeout_s=60, ranks=ranks) as attempt:
+        assert attempt._every_s == pytest.approx(every_s)
+        attempt.code = 0
+
+
+def test_a_full_disk_costs_a_heartbeat_not_the_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(outcome, "BEAT_EVERY_S", 0.005)
+    with Attempt(RunFolder(tmp_path), 0, 0, 1, timeout_s=60) as attempt:
+        whole, failed = outcome.write_json, threading.Event()
+
+        def full(path, value, **more):
+            failed.set()
+            raise UserError("cannot be written: No space left on device", where=str(path))
+
+        monkeypatch.setattr(outcome, "write_json", full)
+        attempt.beat(3, "forward")
+        assert failed.wait(30)
+        time.sleep(0.05)
+        monkeypatch.setattr(outcome, "write_json", whole)
+        end = time.monotonic() + 30
+        while beats(tmp_path)["step"] != 3:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        attempt.code = 0
+    assert capsys.readouterr().err.count("No space left") == 1

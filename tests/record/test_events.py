@@ -11,6 +11,7 @@ import pytest
 
 from aifactory_train.record.events import Evaluated, EventBus, Incident, PhaseBegan, RunEnded, Saved, StepDone
 from aifactory_train.run.folder import RunFolder
+from aifactory_train.run.outcome import Attempt
 from aifactory_train.training.listeners import StateFile
 from aifactory_train.training.metrics_log import MetricsLog
 
@@ -87,8 +88,11 @@ def test_rows_that_could_not_be_written_are_written_with_the_next(tmp_path, monk
 
 def test_the_state_follows_steps_and_incidents(tmp_path) -> None:
     run = RunFolder(tmp_path)
-    bus = EventBus(StateFile(run))
-    bus.emit(step(7))
-    assert run.state()["step"] == 7 and run.state()["state"] == "running"
-    bus.emit(Incident("skip", 8, "spike", [0], {}))
-    assert run.state()["step"] == 8
+    with Attempt(run, 0, 0, 1, timeout_s=60) as attempt:
+        bus = EventBus(StateFile(attempt))
+        bus.emit(step(7))
+        attempt._write_down()  # what its thread does
+        assert run.state()["step"] == 7 and run.state()["state"] == "running"
+        bus.emit(Incident("skip", 8, "spike", [0], {}))
+        attempt._write_down()
+        assert run.state()["step"] == 8
