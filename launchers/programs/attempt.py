@@ -347,12 +347,16 @@ def _preflight_cause(folder):
 def _first_cause(folder, outcome, gone, alive, world, hang):
     """The rank that broke first, told apart from those that broke because of it."""
     killed, raised, secondary, silent = [], [], [], []
+    told = [other.get("step") for other in outcome.values()]
     for rank in range(world):
         o, e, a = outcome.get(rank), gone.get(rank), alive.get(rank)
         node = next((f.get("node") or f.get("host") for f in (o, e, a) if f and (f.get("node") or f.get("host"))), None)
         step = (o or {}).get("step")
         if step is None:
             step = (a or {}).get("step")
+            if e is not None:
+                # A heartbeat may be some seconds old. Ranks make their steps together, and others could still tell theirs.
+                step = max((s for s in [step, *told] if isinstance(s, int)), default=None)
         if o is not None and o.get("status") in ("done", "stopped"):
             continue
         if o is not None:

@@ -416,6 +416,17 @@ def test_true_cause(tmp_path, case):
     assert state == "failed" and (cause["rank"], cause["kind"]) == (rank, kind), cause
 
 
+def test_the_step_of_a_killed_rank_is_what_the_others_reached(tmp_path):
+    """Its last heartbeat may be older, and two crashes at one step end the restarts."""
+    files = {"alive-1": {"step": 3, "time": 2.0}, "exit-1": {"exit_code": 137, "signal": 9, "ended": 10.0}}
+    files["outcome-0"] = {"status": "failed", "exception": "DistBackendError", "message": "NCCL error", "step": 5}
+    for name, value in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    assert attempt.diagnose(str(tmp_path), 2)[1]["step"] == 5
+    (tmp_path / "outcome-0.json").unlink()
+    assert attempt.diagnose(str(tmp_path), 2)[1]["step"] == 3
+
+
 #: Exception, text -> kind of the cause, what it is counted as (None: not started again).
 SAID = [
     ("AcceleratorError", "CUDA error: uncorrectable ECC error encountered", "gpu-fault", "node"),
