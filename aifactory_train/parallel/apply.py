@@ -1,6 +1,6 @@
-"""What is done to the model before an engine takes it: block by block, in this order: compute type, activation
-checkpointing, compilation. Each replaces the ``forward`` of a block (an instance attribute), so that parameter names and the
-hooks that engines add stay as they are."""
+"""What is done to the model before an engine takes it, block by block: compute type, activation checkpointing, compilation
+(:func:`prepare_blocks`). Each replaces the ``forward`` of a block (an instance attribute), so that parameter names and the hooks that
+engines add stay as they are."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from aifactory_train.core.output import note
 
 if TYPE_CHECKING:
     from aifactory_train.model.causal_lm import CausalLM
@@ -82,14 +85,36 @@ class ComputeCopies:
 
         return with_copies
 
+    def wrap_eager(self, forward: Callable) -> Callable:
+        """For inside a compiled region, whose own copies are around it: where it is not compiled after all, checkpointing computes
+        ``forward`` again after those are gone."""
+        with_copies = self.wrap(forward)
 
-def apply_compute_type(core: CausalLM, compute: torch.dtype) -> None:
-    """Compute in ``compute`` while parameters keep their type; used by engines that do not cast by themselves."""
+        @functools.wraps(forward)
+        def compiled_or_with_copies(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return forward(*args, **kwargs)
+            return with_copies(*args, **kwargs)
+
+        return compiled_or_with_copies
+
+
+def apply_compute_type(core: CausalLM, compute: torch.dtype, between: Callable[[], None] | None = None) -> None:
+    """Compute in ``compute`` while parameters keep their type; used by engines that do not cast by themselves.
+
+    ``between``: checkpointing and compilation, where blocks are compiled. The copies are then made around the compiled region, which
+    takes them as arguments: inside, tracing would meet a module that is written to, and one set of parameters for each block, and leave
+    most blocks as they are. They live from a block's forward to its backward, also with checkpointing.
+    """
     blocks = block_modules(core)
     inside = {id(m) for block in blocks for m in block.modules()}
-    for block in blocks:
-        copies = ComputeCopies(list(block.modules()), compute)
-        if copies.slots:
+    found = [(block, copies) for block in blocks if (copies := ComputeCopies(list(block.modules()), compute)).slots]
+    for block, copies in found:
+        how = copies.wrap if between is None else copies.wrap_eager
+        block.forward = how(block.forward)  # type: ignore[method-assign]
+    if between is not None:
+        between()
+        for block, copies in found:
             block.forward = copies.wrap(block.forward)  # type: ignore[method-assign]
     outside = ComputeCopies([m for m in core.modules() if id(m) not in inside], compute)
     if outside.slots:
@@ -155,3 +180,39 @@ def apply_compile(core: nn.Module) -> None:
     torch._dynamo.config.inline_inbuilt_nn_modules = True
     for block in block_modules(core):
         block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
+    _tell_what_was_not_compiled(core)
+
+
+def _tell_what_was_not_compiled(core: nn.Module) -> None:
+    """After the first forward of ``core``: torch.compile runs what it cannot trace as it is, and says so in a debug log alone."""
+    from torch._dynamo.utils import counters
+
+    before = sum(counters["graph_break"].values())
+
+    def look(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        handle.remove()
+        broken = sum(counters["graph_break"].values()) - before
+        if broken and not (dist.is_initialized() and dist.get_rank()):
+            reason = next(iter(counters["graph_break"])).splitlines()[0]
+            note(f"parallel.compile: {broken} places could not be compiled and run as they are ({reason})")
+
+    handle = core.register_forward_hook(look)
+
+
+def prepare_blocks(
+    core: CausalLM, *, compute: torch.dtype | None, checkpointing: str, compiled: bool
+) -> None:
+    """All of it. ``compute``: the type to compute in, None where the engine casts by itself."""
+
+    def rest() -> None:
+        apply_activation_checkpointing(core, checkpointing)
+        if compiled:
+            apply_compile(core)
+
+    if compute is None:
+        rest()
+    elif compiled:
+        apply_compute_type(core, compute, between=rest)
+    else:
+        apply_compute_type(core, compute)
+        rest()

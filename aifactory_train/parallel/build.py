@@ -31,18 +31,16 @@ def choose_engine(recipe: Recipe, world: World) -> tuple[str, str]:
 
 
 def build_engine(name: str, core: CausalLM, recipe: Recipe, precision: Precision, world: World) -> Engine:
-    """Construct the engine; its imports happen here, so that DeepSpeed is needed only where it is used.
-
-    Order: compute type (where the engine does not cast what it gathers), activation checkpointing, compilation, engine.
-    """
-    from aifactory_train.parallel.apply import apply_activation_checkpointing, apply_compile, apply_compute_type
+    """Construct the engine; its imports happen here, so that DeepSpeed is needed only where it is used."""
+    from aifactory_train.parallel.apply import prepare_blocks
 
     settings, traits = recipe.parallel, traits_of(name)
     refuse_what_it_cannot_do(recipe, name)
-    if traits.compute_copies:
-        apply_compute_type(core, precision.compute)
-    apply_activation_checkpointing(core, settings.activation_checkpointing)
-    if settings.compile:
-        apply_compile(core)
+    prepare_blocks(
+        core,
+        compute=precision.compute if traits.compute_copies else None,
+        checkpointing=settings.activation_checkpointing,
+        compiled=settings.compile,
+    )
     core.train()
     return traits.load()(name, core, recipe, precision, world)

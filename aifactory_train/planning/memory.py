@@ -289,8 +289,9 @@ def static_state(job: Job) -> State:
         working = 0.0
     else:
         parameters = here * b.parameters
-        # compute copies live from a block's forward to its backward: all of them without checkpointing, one block's with
-        copies = here if job.checkpointing == "none" else here / max(1, shape.layers)
+        # compute copies live from a block's forward to its backward: all of them without checkpointing and where a compiled block
+        # takes them as arguments, else one block's
+        copies = here if job.checkpointing == "none" or job.compiled else here / max(1, shape.layers)
         working = copies * b.working if traits.compute_copies else 0.0
     host = 0.0
     if layout.offload_optimizer:
