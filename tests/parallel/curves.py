@@ -118,6 +118,7 @@ def make_core(case: dict[str, Any], recipe, precision):
 
     attention.register()
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape["layers"] = case.get("layers", 2)
     model = helpers.tiny_model("llama", vocabulary=VOCABULARY, tied=case.get("tied", True), **shape)
     model.set_attn_implementation(attention.PER_DOCUMENT)
     model.config.use_cache = False
@@ -131,7 +132,12 @@ def make_core(case: dict[str, Any], recipe, precision):
                 if "lora_B" in name:
                     parameter.normal_(0, 0.05)
     apply_precision(model, precision)
-    return CausalLM(model, loss_rows=16)
+    core = CausalLM(model, loss_rows=16)
+    if not case.get("gpu_shaped"):
+        return core
+    import gpu_shaped
+
+    return gpu_shaped.use(core)
 
 
 def step_documents(step: int) -> list[tuple[list[int], int]]:
