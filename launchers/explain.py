@@ -33,7 +33,8 @@ def explain(sub: Submission) -> list[Explained]:
         if not stripped:
             previous_comment = False
             continue
-        if stripped.startswith("#") and not stripped.startswith(("#!", "#SBATCH", "#PBS")):
+        # A directive looks like a comment, but it has its own reason.
+        if stripped.startswith("#") and not stripped.startswith("#!") and stripped not in sub.lines:
             if "shellcheck" in stripped:
                 continue
             said = stripped.lstrip("# ")

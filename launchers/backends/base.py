@@ -63,8 +63,9 @@ class Backend(ABC):
     #: The template of the shell script, and the file of ``submission/`` that the scheduler gets.
     template: ClassVar[str] = "plain.sh.j2"
     script_file: ClassVar[str] = "job.sh"
-    #: Shell text within the script: the job's id, the task of an array, the line that sets ``nodes``, a node's rank, the address of
-    #: a node as the scheduler knows it, and the command that submits the next job and prints its id.
+    #: Shell text within the script: the job's id, the task of an array from 0, the line that sets ``nodes``, a node's rank (a constant:
+    #: torchrun starts on one node alone, more are refused), the address of a node as the scheduler knows it, and the command that
+    #: submits the next job and prints its id.
     job_id: ClassVar[str]
     array_index: ClassVar[str | None] = None
     node_list: ClassVar[str] = "nodes=$(hostname -s 2>/dev/null || hostname)"
@@ -73,6 +74,10 @@ class Backend(ABC):
     successor: ClassVar[str | None] = None
     #: Variables of the submitting shell that its commands would read as options, unset in the script.
     scrubbed: ClassVar[tuple[str, ...]] = ()
+
+    def spans(self, style: str) -> bool:
+        """The script can start ranks of ``style`` on several nodes: torchrun is told on each which node it is (``node_rank``)."""
+        return style != "torchrun" or self.node_rank != Backend.node_rank
 
     # ---- what stands in the script
 

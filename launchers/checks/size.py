@@ -37,6 +37,18 @@ def nodes_one_here(c: Context) -> Iterator[Finding]:
 
 
 @batch_rule
+def nodes_startable(c: Context) -> Iterator[Finding]:
+    """Several nodes only where the script can start ranks on each."""
+    if c.shape.nodes > 1 and not c.backend.spans(c.shape.style):
+        others = [style for style in c.backend.styles if c.backend.spans(style)]
+        yield refuse(
+            f"{c.shape.nodes} nodes: a script for {c.backend.title} starts '{c.shape.style}' on one node only",
+            fix=" or ".join([*(f"--style {style}" for style in others), "--nodes 1"]),
+            where="--nodes",
+        )
+
+
+@batch_rule
 def nodes_over_partition(c: Context) -> Iterator[Finding]:
     """No more nodes than the partition admits."""
     part, key = c.part, c.shape.partition_key

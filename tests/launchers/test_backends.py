@@ -6,6 +6,7 @@ And nobody outside ``launchers/backends`` asks for the name of one.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from aifactory_train.launchers.backends import Backend, Job
 from aifactory_train.launchers.backends.base import REGISTERED
 from aifactory_train.launchers.backends.commands import ask
 from aifactory_train.launchers.build import build
+from aifactory_train.launchers.explain import explain
 from aifactory_train.launchers.planned import plan_for
 from aifactory_train.launchers.request import Request
 from aifactory_train.launchers.shaping import shape_of
@@ -119,6 +121,37 @@ def test_what_it_cannot_do_is_refused_by_rule(toy, site, plain_recipe, tmp_path)
     recipe = load_recipe(str(plain_recipe))
     found = checks.check(build(request, site, recipe), recipe, here=True)
     assert any(f.rule == "array-size" and "arrays are not written for Toy" in f.what for f in found)
+
+
+def test_directives_of_any_form_have_their_own_reason(toy, site, plain_recipe, tmp_path):
+    request = Request(recipe=str(plain_recipe), account="acct", time_s=600, run_dir=str(tmp_path / "run"))
+    lines = {line.text: line for line in explain(build(request, site, load_recipe(str(plain_recipe))))}
+    assert lines["#TOY nodes=1 seconds=600"].why == "all that it wants to know"
+    assert not any("#TOY" in line.why or "TOY nodes" in line.why for line in lines.values())
+
+
+def test_several_nodes_are_refused_where_a_node_does_not_know_its_rank(toy, site, plain_recipe, tmp_path, monkeypatch):
+    recipe = load_recipe(str(plain_recipe))
+
+    def refused(nodes: int) -> list[str]:
+        request = Request(recipe=str(plain_recipe), account="acct", nodes=nodes, run_dir=str(tmp_path / "run"))
+        found = checks.check(build(request, site, recipe), recipe, here=True)
+        return [str(f.fix) for f in found if f.rule == "nodes-startable"]
+
+    assert refused(1) == [] and refused(2) == ["--nodes 1"]
+    monkeypatch.setattr(Toy, "styles", ("torchrun", "mpi"))
+    assert refused(2) == ["--style mpi or --nodes 1"]
+    monkeypatch.setattr(Toy, "node_rank", '"$TOY_NODE"')
+    assert refused(2) == []
+
+
+def test_one_torchrun_a_node_is_not_started_by_mpiexec(plain_recipe, tmp_path):
+    system, recipe = sites.load("hunter", overlay=False), load_recipe(str(plain_recipe))
+    request = Request(recipe=str(plain_recipe), site="hunter", style="torchrun", run_dir=str(tmp_path / "run"))
+    script = build(request, system, recipe).script
+    assert "start=()" in script and '"$submission/node.sh"' in script
+    mpi = build(dataclasses.replace(request, style="mpi"), system, recipe).script
+    assert "  mpiexec\n" in mpi and '"$submission/rank.sh"' in mpi
 
 
 def test_its_commands_are_missed_where_they_are_not(monkeypatch, site, plain_recipe, tmp_path):

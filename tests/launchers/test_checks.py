@@ -80,6 +80,7 @@ WRONG = [
     ("bf16 on a GPU without it", ["--site", "jean-zay-v100", "--account", "abc@v100", "--set", "precision.compute=bf16"], "precision-supported"),
     ("a shard size that divides nothing", [*LUMI, "--set", "parallel.engine=hsdp", "--set", "parallel.shard_size=3"], "engine-fits-ranks"),
     ("restarts of an unknown kind", [*LUMI, "--restarts", "reboot=2"], "restarts-form"),
+    ("torchrun on two nodes that do not know their rank", ["--site", "hunter", "--style", "torchrun", "--nodes", "2"], "nodes-startable"),
     ("two nodes of pods", ["--site", "eidf-gpu", "--account", "eidf000ns", "--container", "r/i:1", "--nodes", "2"], "kubernetes-one-node"),
 ]  # fmt: skip
 
