@@ -17,6 +17,7 @@ from aifactory_train.sites import probe
 from aifactory_train.sites.catalogue import gpu_catalogue
 from aifactory_train.sites.fields import compact_time, parse_duration
 from aifactory_train.sites.resolving import resolve
+from aifactory_train.sites.schedulers import SCHEDULERS
 
 Ask = Callable[[str], str]
 
@@ -76,6 +77,9 @@ def _name(text: str) -> str | None:
     return text.strip() or None
 
 
+#: How GPUs are asked for -> the kind of scheduler that takes this form; no two take the same one.
+KIND_OF = {form: kind for kind, known in SCHEDULERS.items() for form in known.gpu_requests if form != "none"}
+
 #: The interview: key, question, reader. An empty answer means unknown wherever the reader allows it.
 QUESTIONS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("name", "Name of the system, as people say it", _plain),
@@ -93,7 +97,7 @@ QUESTIONS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("memory", "Memory per node in GiB (empty: unknown)", _whole),
     ("isa", "CPU of the GPU nodes: x86_64 or aarch64 (empty: unknown)", _choice("x86_64", "aarch64")),
     ("account", "Account: required, optional or none (empty: unknown)", _choice("required", "optional", "none")),
-    ("request", "GPUs are asked for with: gpus-per-node, gres or gpus", _choice("gpus-per-node", "gres", "gpus")),
+    ("request", f"GPUs are asked for with: {', '.join(KIND_OF)} (empty: {next(iter(KIND_OF))})", _choice(*KIND_OF)),
     (
         "internet",
         "Internet on compute nodes: full, nat, proxy or none (empty: unknown)",
@@ -223,7 +227,8 @@ def compose(
     if get("cluster"):
         raw["detect"] = {"cluster_names": [answers["cluster"]]}
         read.append("detect.cluster_names")
-    put("scheduler", "kind", "slurm", "partition")
+    request = get("request") or next(iter(KIND_OF))
+    put("scheduler", "kind", KIND_OF[request], "partition")
     put("scheduler", "version", get("version"), "version")
     put("access", "account", get("account"), "account")
     raw.setdefault("access", {})["example"] = {}
@@ -239,7 +244,7 @@ def compose(
         for key in part:
             (read if key in probed else told).append(f"partitions.{name}.{key}")
         (read if "partition" in probed else told).append("default_partition")
-    put("request", "gpus", get("request") or "gpus-per-node", "request")
+    put("request", "gpus", request, "request")
     put("request", "gres_type", get("gres_type"), "gres_type")
     put("request", "memory", get("memory_rule"), "memory_rule")
     if get("memory_rule") == "mem":

@@ -1,5 +1,8 @@
 """The schedulers that a profile may name, and what is true of each wherever it runs: how GPUs are asked for, its flavours, and the
 variables that it gives to jobs. What this project can do with one is told by its backend (``launchers/backends``).
+
+Another kind is its words in the literals here and a row of ``SCHEDULERS``; then ``aifactory sites check --write-index`` writes the schema
+from which editors complete profiles.
 """
 
 from __future__ import annotations
@@ -9,6 +12,10 @@ from typing import Literal
 
 #: ``scheduler.kind`` of a profile.
 Kind = Literal["slurm", "pbspro", "torque", "kubernetes", "none"]
+#: ``request.gpus`` of a profile, the forms of all kinds.
+GpuRequest = Literal["gpus-per-node", "gres", "gpus", "none", "pbs-select", "torque-nodes", "kubernetes"]
+#: ``scheduler.flavour`` of a profile.
+Flavour = Literal["slurmd", "psslurm", "moab", "kueue"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,8 @@ class JobVariables:
 class Scheduler:
     """One kind. ``gpu_requests``: forms of ``request.gpus`` that it takes; ``flavours``: values of ``scheduler.flavour``."""
 
-    gpu_requests: tuple[str, ...]
-    flavours: tuple[str, ...] = ()
+    gpu_requests: tuple[GpuRequest, ...]
+    flavours: tuple[Flavour, ...] = ()
     variables: JobVariables | None = None
 
 

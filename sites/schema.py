@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 
 from aifactory_train.sites.fields import Positive, PositiveFloat, Seconds, Strict, Text
 from aifactory_train.sites.hardware import Gpu, Interconnect, Node
-from aifactory_train.sites.schedulers import Kind
+from aifactory_train.sites.schedulers import Flavour, GpuRequest, Kind
 
 # -- provenance --------------------------------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ class Detect(Strict):
 
 class Scheduler(Strict):
     kind: Kind | None = None
-    flavour: Literal["slurmd", "psslurm", "moab", "kueue"] | None = None
+    flavour: Flavour | None = None
     version: Text | None = None
     launchers: list[str] = []  # process starters known to exist there (srun, mpiexec); empty = not published
     accounting: bool | None = None  # sacct answers
@@ -175,7 +175,7 @@ class Partition(Strict):
 class Request(Strict):
     """How GPUs, cores and memory are asked for (per node; the launcher renders the flags)."""
 
-    gpus: Literal["gpus-per-node", "gres", "gpus", "none", "pbs-select", "torque-nodes", "kubernetes"] | None = None
+    gpus: GpuRequest | None = None
     gres_type: str | None = None  # gpu:<type>:<n>
     gres_name: str | None = None  # the resource as its scheduler names it, where not "gpu" (nvidia.com/gpu)
     node_selector: dict[str, Text] = {}  # Kubernetes: node labels that the job's pods must match

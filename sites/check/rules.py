@@ -209,7 +209,12 @@ def _scheduler(system: System, path: Path) -> Iterator[Fault]:
     if known and flavour and flavour not in known.flavours:
         yield Fault("scheduler", at(path, "scheduler", "flavour"), f"{flavour} is not a flavour of {kind}")
     if form == "pbs-select" and not system.request.pbs_select:
-        yield Fault("scheduler", at(path, "request"), "pbs-select needs the chunk's resources (pbs_select)")
+        yield Fault(
+            "scheduler",
+            at(path, "request"),
+            "pbs-select needs the chunk's resources",
+            "request.pbs_select: what one node is, such as ngpus=4:ncpus=64",
+        )
 
 
 def masks(cpu_bind: str | None) -> list[int]:

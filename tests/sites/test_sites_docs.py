@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from aifactory_train.sites import new, reading
+from aifactory_train.sites.schedulers import SCHEDULERS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "add-a-site.md"
@@ -141,6 +142,20 @@ def test_answers_that_are_wrong_are_explained_and_asked_again() -> None:
     )
     assert any("an answer is needed" in s for s in said) and any("two letters" in s for s in said)
     assert any("did you mean" in s for s in said) and any("not a time" in s for s in said)
+
+
+def test_the_scheduler_follows_from_how_gpus_are_asked_for() -> None:
+    told = {key: None for key, _, _ in new.QUESTIONS} | {
+        "name": "X", "operator": "Y", "country": "FI", "maintainer": "Z", "source": "first-hand",
+    }  # fmt: skip
+    assert set(new.KIND_OF.values()) == set(SCHEDULERS) - {"none"}, "a scheduler that no answer leads to"
+    assert len(new.KIND_OF) == sum(len(set(s.gpu_requests) - {"none"}) for s in SCHEDULERS.values()), (
+        "one form, two kinds"
+    )
+    assert new.compose("x", told, set())["scheduler"]["kind"] == "slurm"  # as before, where nothing is said
+    for form, kind in new.KIND_OF.items():
+        raw = new.compose("x", told | {"request": form}, set())
+        assert (raw["scheduler"]["kind"], raw["request"]["gpus"]) == (kind, form)
 
 
 def test_what_is_not_known_is_listed_not_guessed(tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ def test_a_stale_index_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exported_schemas_are_fresh_and_accept_the_profiles() -> None:
     for which, name in (("profile", "site.schema.json"), ("overlay", "overlay.schema.json")):
         stored = json.loads((catalogue.ROOM / name).read_text(encoding="utf-8"))
-        assert stored == json.loads(json.dumps(schema.json_schema(which)))
+        assert stored == json.loads(json.dumps(schema.json_schema(which))), "aifactory sites check --write-index"
     assert stored["properties"]["overlay_for"]["type"] == "string"
     profile = json.loads((catalogue.ROOM / "site.schema.json").read_text(encoding="utf-8"))
     assert profile["additionalProperties"] is False
