@@ -59,7 +59,7 @@ class Talker:
         self.device = compat.device_type()
         self.model, self.tokenizer, recipe = load_trained(folder, self.device)
         self.info = tokenizer_info(self.tokenizer, encoder_spec(self.tokenizer, recipe))
-        self.template = chat_template(self.tokenizer)
+        self.template = chat_template(self.tokenizer, recipe)
         self.max_new_tokens = max_new_tokens
         self.most = getattr(self.model.language_model.config, "max_position_embeddings", None) or 2**30
         if system and self.template is None:
@@ -103,5 +103,9 @@ class Talker:
         return answer
 
     def _ids(self) -> list[int]:
-        text = self.template.render(self.turns, prompt=True)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        from aifactory_train.data.cells import RowError, to_user_error
+
+        try:
+            return self.template.ask(self.turns)[1]
+        except RowError as error:
+            raise to_user_error(error, "--prompt") from None

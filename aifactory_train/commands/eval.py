@@ -131,7 +131,7 @@ def score(folder, recipe, *, generate: bool) -> tuple[dict[str, Any], list[dict[
         device=device,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
     )
-    template = chat_template(tokenizer)
+    template = chat_template(tokenizer, recipe)
     asked = {}
     if generate:
         for index in scored.documents.tolist():

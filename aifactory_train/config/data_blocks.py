@@ -127,6 +127,10 @@ class DataConfig(Strict):
         description="packed: documents laid end to end, isolated from each other; padded: one row each.",
     )
     supervise: Literal["assistant", "all"] = Field("assistant", description="Which turns of a chat carry loss.")
+    control_tokens_in_content: Literal["as_text", "as_tokens"] = Field(
+        "as_text",
+        description="Special tokens inside what a chat says (<|im_end|> in an answer): text like any other, or the template's own marks.",
+    )
     deduplicate: bool = True
     overlap: Literal["refuse", "drop", "allow"] = Field("drop", description="Rows that are in train and eval alike.")
     split_seed: int = Field(17, ge=0, lt=2**40)

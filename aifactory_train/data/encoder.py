@@ -10,16 +10,19 @@ masks are built at once, as arrays. A row for which either does not hold goes th
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from aifactory_train.data.block_tokens import BlockTokenizer
 from aifactory_train.data.cells import RowError
+from aifactory_train.data.control_text import ControlTokenizer, Disguise, refused
 from aifactory_train.data.encoder_spec import EncoderSpec
 from aifactory_train.data.end_of_turn import fast_tokenizer
 from aifactory_train.data.masks import Encoded, Masks
 from aifactory_train.data.offsets import Offsets
 from aifactory_train.data.rendering import Rendered, Renderer
 from aifactory_train.data.traces import Controls
+from aifactory_train.data.turns import supervised_turns
 
 
 class Encoder:
@@ -31,8 +34,9 @@ class Encoder:
         size = max(self.tokenizer.get_vocab_size(with_added_tokens=True), max(spec.special_ids, default=0) + 1)
         self._controls = Controls(filter(None, map(self.tokenizer.id_to_token, spec.special_ids)))
         stops = list(filter(None, map(self.tokenizer.id_to_token, frozenset(spec.stop_ids))))
-        learns_all = spec.supervise == "all"
-        self.renderer = Renderer(spec.template, spec.specials, self._controls, stops, learns_all=learns_all)
+        self._learns_all = spec.supervise == "all"
+        self.renderer = Renderer(spec, self._controls, stops)
+        self._disguise = Disguise.of(self.tokenizer, spec.special_ids)
         self.tokens = BlockTokenizer(self.tokenizer, size)
         self.masks = Masks(spec, self.tokenizer, size)
 
@@ -47,12 +51,13 @@ class Encoder:
         results: list[Encoded | RowError | None] = [None] * len(rows)
         chats: list[tuple[int, Rendered]] = []
         texts: list[int] = []
+        controls = [self._controls.of(row) for row in rows]
         for i, row in enumerate(rows):
             if "text" in row:
                 texts.append(i)
                 continue
             try:
-                rendered = self.renderer.render(row)
+                rendered = self._with_controls(row, controls[i]) if controls[i] else self.renderer.render(row)
             except RowError as error:
                 results[i] = error
                 continue
@@ -66,11 +71,36 @@ class Encoder:
             results[i] = found
         for i, found in zip(texts, self._texts([rows[i]["text"] for i in texts]), strict=True):
             results[i] = found
-        for row, result in zip(rows, results, strict=True):
-            controls = self._controls.of(row)
-            if controls and isinstance(result, Encoded):
-                result.controls = controls
+        for found_here, result in zip(controls, results, strict=True):
+            if found_here and isinstance(result, Encoded):
+                result.controls = found_here
         return results  # type: ignore[return-value]
+
+    def _with_controls(self, row: dict[str, Any], controls: tuple[str, ...]) -> Rendered:
+        """A chat row with special tokens in what it says, rendered. Raises :class:`RowError`."""
+        if self.spec.control_tokens == "as_tokens":
+            self._refuse_silence(row["messages"])
+            return self.renderer.render(row)
+        if self._disguise.hidden.keys().isdisjoint(controls):
+            return self.renderer.render(row)
+        rendered = self.renderer.render(self._disguise.row(row))
+        rendered.exchanged = self._disguise.exchanged(rendered.full)
+        rendered.full = self._disguise.shown(rendered.full)
+        return rendered
+
+    def _refuse_silence(self, messages: list[dict[str, Any]]) -> None:
+        """Refuse an answer of nothing but special tokens: the model would learn to end its turn at once."""
+        for k in () if self._learns_all else supervised_turns(messages):
+            message = messages[k]
+            if len(message) == 2 and not self._controls.without(message["content"]).strip():
+                raise RowError(
+                    f"messages[{k}]: the answer is nothing but special tokens, the model would learn to say nothing",
+                    "give it text, or leave the row out; data.control_tokens_in_content=as_text learns them as text",
+                )
+
+    @functools.cached_property
+    def _control(self) -> ControlTokenizer | None:
+        return self._disguise.tokenizer(self.spec.tokenizer_json, self.spec.special_ids)
 
     def _encode_pairs(self, rows: list[dict[str, Any]]) -> list[Encoded | RowError]:
         """Two documents of each row, the chosen answer's first; a row of which one is dropped or split is dropped."""
@@ -90,6 +120,27 @@ class Encoder:
         return results
 
     def _chats(self, rendered: list[Rendered]) -> list[Encoded | RowError]:
+        results: list[Encoded | RowError | None] = [None] * len(rendered)
+        for i, one in enumerate(rendered):
+            if one.exchanged is not None:
+                results[i] = self._as_text(one)
+        plain = [i for i, found in enumerate(results) if found is None]
+        for i, found in zip(plain, self._plain_chats([rendered[i] for i in plain]), strict=True):
+            results[i] = found
+        return results  # type: ignore[return-value]
+
+    def _as_text(self, rendered: Rendered) -> Encoded | RowError:
+        """A row in which special tokens that people wrote are text."""
+        assert rendered.exchanged is not None
+        if self._control is None:
+            return refused()
+        try:
+            (encoding,) = self._control.encode([rendered.exchanged])
+            return self.masks.chat(rendered, Offsets(encoding, len(rendered.full)), self._control.tokenizer)
+        except RowError as error:
+            return error
+
+    def _plain_chats(self, rendered: list[Rendered]) -> list[Encoded | RowError]:
         texts = [r.full for r in rendered]
         results: list[Encoded | RowError | None] = [None] * len(texts)
         offsets: list[Offsets | None] = [None] * len(texts)

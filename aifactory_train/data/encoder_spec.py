@@ -12,7 +12,8 @@ class EncoderSpec:
     """Everything that decides how a row becomes tokens; small, picklable, hashed into the cache key.
 
     ``tokenizer_json`` is the fast tokenizer serialised; ``special_ids`` all its special and added tokens; ``stop_ids`` those
-    that end an assistant's turn (found by :func:`probe`); ``eos_id`` ends a plain text.
+    that end an assistant's turn (found by :func:`probe`); ``eos_id`` ends a plain text; ``tool_template`` renders rows with tools where
+    the tokenizer has a template of its own for them; ``control_tokens``: ``data.control_tokens_in_content``.
     """
 
     tokenizer_json: str
@@ -24,6 +25,8 @@ class EncoderSpec:
     sequence_length: int
     long_documents: str
     supervise: str
+    tool_template: str | None = None
+    control_tokens: str = "as_text"
 
     def digest(self) -> str:
         rest = [getattr(self, name) for name in self.__dataclass_fields__ if name != "tokenizer_json"]

@@ -105,11 +105,13 @@ class Masks:
             results[i] = Encoded([document], None, tuple(sorted(rendered[i].flags)))
         return results
 
-    def chat(self, rendered: Rendered, tokens: Offsets) -> Encoded:
+    def chat(self, rendered: Rendered, tokens: Offsets, tokenizer: Any = None) -> Encoded:
+        """The row of one tokenised text. ``tokenizer``: the one that made ``tokens``, where it is not the usual one."""
         full, flags = rendered.full, set(rendered.flags)
         straddling = [t.start for t in rendered.turns if 0 < t.start < len(full) and tokens.straddles(t.start)]
         if straddling:
-            pieces = self._apart(full, straddling, tokens.ids)
+            read = full if rendered.exchanged is None else rendered.exchanged
+            pieces = self._apart(read, straddling, tokens.ids, tokenizer or self.tokenizer)
             if pieces is None:
                 flags.add("answer shares a token with the question")
             else:
@@ -117,11 +119,11 @@ class Masks:
                 tokens = pieces
         return self._build(rendered, tokens, flags)
 
-    def _apart(self, full: str, cuts: list[int], ids: list[int]) -> Offsets | None:
+    def _apart(self, full: str, cuts: list[int], ids: list[int], tokenizer: Any) -> Offsets | None:
         """Tokenise the sides of each cut apart; None when that would change the text (a tokenizer that adds a space)."""
         edges = [0, *cuts, len(full)]
         parts = [full[a:b] for a, b in itertools.pairwise(edges)]
-        encodings = self.tokenizer.encode_batch(parts, add_special_tokens=False)
+        encodings = tokenizer.encode_batch(parts, add_special_tokens=False)
         joined = [i for e in encodings for i in e.ids]
         if self.tokenizer.decode(joined, skip_special_tokens=False) != self.tokenizer.decode(
             ids, skip_special_tokens=False

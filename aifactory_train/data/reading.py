@@ -61,13 +61,23 @@ def _work(task: Task) -> Done:
 class _Source:
     """One source on its way into the store: its facts gather here, block by block."""
 
-    def __init__(self, item: Input, number: int, writer: StoreWriter, files: list[str], places: list[str | None]):
+    def __init__(
+        self,
+        item: Input,
+        number: int,
+        writer: StoreWriter,
+        files: list[str],
+        places: list[str | None],
+        *,
+        as_text: bool,
+    ):
         self.item, self.number, self.writer, self.files, self.places = item, number, writer, files, places
         self.before = writer.rows, writer.docs, writer.tokens
         self.counts: collections.Counter = collections.Counter()
         self.unused = Unused()
         self.lost, self.controls = RowTally(), RowTally()
         self.empty_at: str | None = None
+        self.as_text = as_text
 
     def tasks(self, stream: Iterator[Block], fmt: str, rules: split.RowRules | None) -> Iterator[Task]:
         """What is to be done with each block; ``files`` and ``places`` grow by the files met."""
@@ -132,6 +142,8 @@ class _Source:
             **({"files": notes.as_dict()} if notes.any() else {}),
             "template": self.lost.as_dict(),
             "control_tokens": self.controls.as_dict(),
+            # What is not a chat is taken as it stands.
+            "control_tokens_read_as": "text" if self.as_text and fmt != "text" else "tokens",
         }
 
 
@@ -167,7 +179,8 @@ def read_source(
         fix = f"{error.fix}; a file of the folder that holds no rows: move it out"
         raise UserError(error.what, where=error.where, fix=fix) from None
     rules = split.RowRules.of(recipe.data, recipe.eval.label_separator)
-    gathered = _Source(item, number, writer, files, places)
+    as_text = encoder.spec.control_tokens == "as_text"
+    gathered = _Source(item, number, writer, files, places, as_text=as_text)
     tasks = gathered.tasks(itertools.chain([head], stream), fmt, rules)
     for done in _run(tasks, encoder, _workers(recipe, item)):
         gathered.add(done)

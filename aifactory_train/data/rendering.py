@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aifactory_train.data.cells import RowError
+from aifactory_train.data.encoder_spec import EncoderSpec
 from aifactory_train.data.frames import Frame, Frames
 from aifactory_train.data.template import ChatTemplate, TemplateRefused
 from aifactory_train.data.traces import Controls, lost
@@ -46,29 +47,22 @@ class Rendered:
     flags: set[str] = field(default_factory=set)
     lost: tuple[str, ...] = ()
     empty: bool = False  # nothing is left of any answer
+    exchanged: str | None = None  # ``full`` for the tokenizer that reads special tokens in what people wrote as text
 
 
 class Renderer:
-    """Renders chat rows with one template.
+    """Renders chat rows with the templates of one tokenizer.
 
     Args:
-        template: None where the tokenizer has none.
         stops: texts of the tokens that end an assistant's turn.
-        learns_all: every token carries loss, so no answer is looked for.
     """
 
-    def __init__(
-        self,
-        template: str | None,
-        specials: dict[str, str],
-        controls: Controls,
-        stops: list[str],
-        *,
-        learns_all: bool,
-    ):
-        self.template = ChatTemplate(template, specials) if template else None
-        self.frames = Frames(template, specials) if template else None
-        self._controls, self._stops, self._learns_all = controls, stops, learns_all
+    def __init__(self, spec: EncoderSpec, controls: Controls, stops: list[str]):
+        some = spec.template or spec.tool_template
+        self.template = ChatTemplate(spec.template, spec.specials, spec.tool_template) if some else None
+        self.frames = Frames(spec.template, spec.specials) if spec.template else None
+        # Where every token carries loss, no answer is looked for.
+        self._controls, self._stops, self._learns_all = controls, stops, spec.supervise == "all"
 
     def render(self, row: dict[str, Any]) -> Rendered:
         """Render a chat row, find the assistant's turns in the text, and note what the template leaves out of it."""

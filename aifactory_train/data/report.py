@@ -324,22 +324,29 @@ def _missing(report: dict[str, Any]) -> list[str]:
         told = f"{did} {part} in" if did else f"leaves an {part.replace(' left', '')} in"
         often = f" ({found['times']:,} times)" if found["times"] != found["rows"] else ""
         out.append(f"the chat template {told} {found['rows']:,} of {total:,} rows{often}: {_TEMPLATE_FIX[part]}")
-    controls = found_in(report, "control_tokens")
-    if controls:
-        named = sorted(controls.items(), key=lambda item: -item[1]["rows"])
-        shown = ", ".join(f"{token!r} in {found['rows']:,} rows" for token, found in named[:5])
-        more = f", and {len(named) - 5} more (prepare --json names all)" if len(named) > 5 else ""
-        out.append(
-            f"special tokens stand in what the rows say ({shown}{more}): they are read as marks of the template, as if a turn began or "
-            "ended there; write them otherwise, or leave such rows out"
-        )
+    for read_as, told in _CONTROL_TOKENS.items():
+        controls = found_in(report, "control_tokens", read_as)
+        if controls:
+            named = sorted(controls.items(), key=lambda item: -item[1]["rows"])
+            shown = ", ".join(f"{token!r} in {found['rows']:,} rows" for token, found in named[:5])
+            more = f", and {len(named) - 5} more (prepare --json names all)" if len(named) > 5 else ""
+            out.append(f"special tokens stand in what the rows say ({shown}{more}): {told}")
     return out
 
 
-def found_in(report: dict[str, Any], key: str) -> dict[str, dict[str, int]]:
-    """``template`` or ``control_tokens`` of all sources of a report together."""
+#: How special tokens in what people wrote are read, and what to do about it.
+_CONTROL_TOKENS = {
+    "text": "they are encoded as the text that they are; data.control_tokens_in_content=as_tokens reads them as the template's own marks",
+    "tokens": "they are read as marks of the template, as if a turn began or ended there; write them otherwise, or leave such rows out",
+}
+
+
+def found_in(report: dict[str, Any], key: str, read_as: str | None = None) -> dict[str, dict[str, int]]:
+    """``template`` or ``control_tokens`` of all sources of a report together, or of those whose special tokens are read as ``read_as``."""
     out: dict[str, dict[str, int]] = {}
     for source in report.get("sources", []):
+        if read_as not in (None, source.get("control_tokens_read_as", "tokens")):
+            continue
         for what, found in source.get(key, {}).items():
             before = out.get(what, {"rows": 0, "times": 0})
             out[what] = {unit: before[unit] + found[unit] for unit in before}

@@ -40,25 +40,37 @@ class TemplateRefused(RowError):
 
 
 class ChatTemplate:
-    """One compiled template with the special tokens it refers to.
+    """The compiled template of a tokenizer with the special tokens it refers to.
 
-    ``specials`` maps ``bos_token``, ``eos_token``, ``pad_token``, ... to their text.
+    ``specials`` maps ``bos_token``, ``eos_token``, ``pad_token``, ... to their text. ``tool_use`` renders rows with tools where the
+    tokenizer names a template of its own for them; ``source`` is None where it has none for the others.
     """
 
-    def __init__(self, source: str, specials: dict[str, str]):
+    def __init__(self, source: str | None, specials: dict[str, str], tool_use: str | None = None):
         self.source = source
         self.specials = dict(specials)
-        self._template = compile_template(source)
+        self._plain = self._compiled(source) if source else None
+        self._tools = self._compiled(tool_use) if tool_use else self._plain
+
+    def _compiled(self, source: str) -> tuple[Any, dict[str, Any]]:
+        template = compile_template(source)
         # What every rendering sees, as one plain dictionary: Jinja would merge its layers of globals anew for each row.
-        self._always = {**self._template.globals, **self.specials, "documents": None}
+        return template, {**template.globals, **self.specials, "documents": None}
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
         """The text of ``messages``; with ``prompt`` the header of the assistant's next turn follows."""
-        self._template.environment.budget.begin()
+        chosen = self._tools if tools is not None else self._plain
+        if chosen is None:
+            raise RowError(
+                "the tokenizer has a chat template for rows with tools alone",
+                "name one for the others: model.chat_template=FILE.jinja",
+            )
+        template, always = chosen
+        template.environment.budget.begin()
         try:
-            values = {**self._always, "messages": messages, "tools": tools, "add_generation_prompt": prompt}
-            context = self._template.new_context(values, shared=True)
-            return "".join(self._template.root_render_func(context))
+            values = {**always, "messages": messages, "tools": tools, "add_generation_prompt": prompt}
+            context = template.new_context(values, shared=True)
+            return "".join(template.root_render_func(context))
         except jinja2.TemplateError as error:
             raise TemplateRefused(f"the chat template refuses this row: {error}") from None
         except TEMPLATE_ERRORS as error:

@@ -11,8 +11,10 @@ from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import foreign, read_json
 from aifactory_train.data.cells import RowError
+from aifactory_train.data.control_text import Prompts
 from aifactory_train.data.encoder_spec import EncoderSpec
 from aifactory_train.data.end_of_turn import probe
+from aifactory_train.data.template import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,27 +77,50 @@ def check_vocabulary(tokenizer: Any, embedding_rows: int | None, where: str) -> 
         )
 
 
-def chat_template_of(tokenizer: Any) -> str | None:
-    """The template text (of several named ones, ``default``)."""
+def chat_templates_of(tokenizer: Any) -> tuple[str | None, str | None]:
+    """The template for rows without tools, and the one for rows with them where it is another: of several named ones ``default`` and
+    ``tool_use``, as ``apply_chat_template`` chooses them."""
     template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, list):  # as tokenizer_config.json has them
+        template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, dict):
-        return template.get("default")
-    return template
+        return template.get("default"), template.get("tool_use")
+    return template, None
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    special_ids = {int(i) for i in tokenizer.all_special_ids}
+    # Control tokens that are listed as added but not as special ("</tool_call>") are text; those marked special are not.
+    return special_ids | {int(i) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+
+def prompts_of(tokenizer: Any, recipe: Recipe | None = None) -> Prompts | None:
+    """What a model is asked, in the words of its training; None where the tokenizer has no chat template."""
+    template, tool_use = chat_templates_of(tokenizer)
+    if not template and not tool_use:
+        return None
+    specials = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    as_text = recipe is None or recipe.data.control_tokens_in_content == "as_text"
+    return Prompts(
+        ChatTemplate(template, specials, tool_use),
+        tokenizer,
+        special_ids=sorted(_special_ids(tokenizer)),
+        as_text=as_text,
+    )
 
 
 def encoder_spec(tokenizer: Any, recipe: Recipe) -> EncoderSpec:
     """All that tokenising processes need. Raises :class:`UserError` when the template has no end-of-turn token."""
     serialised = _plain_offsets(tokenizer.backend_tokenizer.to_str())
     specials = {name: str(value) for name in _SPECIALS if (value := getattr(tokenizer, name, None)) is not None}
-    special_ids = {int(i) for i in tokenizer.all_special_ids}
-    # Control tokens that are listed as added but not as special ("</tool_call>") are text; those marked special are not.
-    special_ids |= {int(i) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    template = chat_template_of(tokenizer)
+    special_ids = _special_ids(tokenizer)
+    template, tool_template = chat_templates_of(tokenizer)
     stops: tuple[int, ...] = ()
-    if template:
+    for one in filter(None, (template, tool_template)):
         try:
             with foreign(recipe.model.base, "the tokenizer fails on a short text", ours=(RowError,)):
-                stops = probe(serialised, template, specials, tuple(special_ids))
+                found = probe(serialised, one, specials, tuple(special_ids))
+            stops = tuple(dict.fromkeys((*stops, *found)))
         except RowError as error:
             raise UserError(error.what, where=recipe.model.chat_template or recipe.model.base, fix=error.fix) from None
     return EncoderSpec(
@@ -108,6 +133,8 @@ def encoder_spec(tokenizer: Any, recipe: Recipe) -> EncoderSpec:
         sequence_length=recipe.data.sequence_length,
         long_documents=recipe.data.long_documents,
         supervise=recipe.data.supervise,
+        tool_template=tool_template,
+        control_tokens=recipe.data.control_tokens_in_content,
     )
 
 
@@ -123,6 +150,7 @@ def tokenizer_info(tokenizer: Any, spec: EncoderSpec) -> dict[str, Any]:
     """What the loop, the export and the report need to know (JSON-able)."""
     stop = spec.stop_ids[0] if spec.stop_ids else spec.eos_id
     taken = {stop, spec.eos_id}
+    templates = "\0".join(filter(None, (spec.template, spec.tool_template)))
     pad = tokenizer.pad_token_id
     separate = pad is not None and pad not in taken
     if not separate:
@@ -132,7 +160,7 @@ def tokenizer_info(tokenizer: Any, spec: EncoderSpec) -> dict[str, Any]:
     return {
         "class": type(tokenizer).__name__,
         "vocabulary": len(tokenizer),
-        "template_sha256": hashlib.sha256(spec.template.encode()).hexdigest() if spec.template else None,
+        "template_sha256": hashlib.sha256(templates.encode()).hexdigest() if templates else None,
         "tokenizer_sha256": hashlib.sha256(spec.tokenizer_json.encode()).hexdigest(),
         "eos_id": spec.eos_id,
         "end_of_turn_id": stop,

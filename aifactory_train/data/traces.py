@@ -250,13 +250,13 @@ class Controls:
         for message in row["messages"]:
             found = self.within(message["content"])
             if len(message) > 2:
-                own = _reasoning(message)
-                found += self.within(own) if own else []
-                if "tool_calls" in message:
-                    found += self.within(json.dumps(message["tool_calls"], ensure_ascii=False))
+                rest = {k: v for k, v in message.items() if k not in ("role", "content", "weight")}
+                found += self.within(json.dumps(rest, ensure_ascii=False)) if rest else []
             if found:
                 answer = message["role"] == "assistant"
                 out += [token for token in found if not (answer and MARKS.fullmatch(token))]
+        if "tools" in row:
+            out += self.within(json.dumps(row["tools"], ensure_ascii=False))
         return tuple(out)
 
     def without(self, text: str) -> str:

@@ -46,10 +46,9 @@ def question(dataset: TokenDataset, index: int, tokenizer, template) -> Question
         return None
     last = turns[-1]
     try:
-        text = template.render(messages[:last], row.get("tools"), prompt=True)
+        text, ids = template.ask(messages[:last], row.get("tools"))
     except TemplateRefused:
         return None
-    ids = tokenizer(text, add_special_tokens=False).input_ids
     asked = next((m["content"] for m in reversed(messages[:last]) if m["role"] == "user"), text)
     return Question(index, ids, asked, messages[last]["content"])
 
@@ -118,7 +117,7 @@ def answer_rows(
     """The questions of one set and their generated answers."""
     wanted = set(metrics.ANSWER_METRICS) & set(recipe.eval.metrics)
     count = recipe.eval.generate_rows if wanted else min(recipe.eval.generate_rows, recipe.eval.samples)
-    documents, template = result.scored.documents, chat_template(tokenizer)
+    documents, template = result.scored.documents, chat_template(tokenizer, recipe)
     asked: list[Question] = []
     for index in documents[choose_rows(len(documents), count)].tolist() if count else []:
         found = question(result.dataset, index, tokenizer, template)
@@ -138,13 +137,8 @@ def stop_ids(info: dict[str, Any]) -> list[int]:
     return found
 
 
-def chat_template(tokenizer):
-    """The tokenizer's chat template as the data path renders it (the same text as in training), or None."""
-    from aifactory_train.data.template import ChatTemplate
-    from aifactory_train.data.tokenizer import chat_template_of
+def chat_template(tokenizer, recipe: Recipe | None = None):
+    """Conversations as the data path renders and tokenises them (:class:`aifactory_train.data.control_text.Prompts`), or None."""
+    from aifactory_train.data.tokenizer import prompts_of
 
-    source = chat_template_of(tokenizer)
-    if not source:
-        return None
-    specials = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    return ChatTemplate(source, specials)
+    return prompts_of(tokenizer, recipe)

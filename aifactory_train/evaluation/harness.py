@@ -186,7 +186,7 @@ def own_tasks(run: RunFolder, recipe: Recipe, tokenizer: Any, folder: Path, rows
     from aifactory_train.evaluation.likelihood import choose_rows
 
     prepared = prepare(recipe, tokenizer)
-    template, lines = chat_template(tokenizer), []
+    template, lines = chat_template(tokenizer, recipe), []
     for name, dataset in prepared.evals.items():
         for index in choose_rows(len(dataset), min(rows or recipe.data.eval_rows, recipe.data.eval_rows)).tolist():
             asked = question(dataset, index, tokenizer, template) if "text" not in dataset.row(index) else None
