@@ -69,10 +69,37 @@ def blank(value: Any) -> bool:
     return isinstance(value, list) and all(blank(v) for v in value)
 
 
+#: What nobody sees: blanks, control characters, marks of width zero, letters without ink.
+_UNSEEN = "".join(
+    chr(c)
+    for a, b in (
+        *(
+            (0, 32),
+            (0x7F, 0xA0),
+            (0xAD, 0xAD),
+            (0x34F, 0x34F),
+            (0x61C, 0x61C),
+            (0x115F, 0x1160),
+            (0x1680, 0x1680),
+            (0x17B4, 0x17B5),
+        ),
+        *((0x180B, 0x180F), (0x2000, 0x200F), (0x2028, 0x202F), (0x205F, 0x206F), (0x2800, 0x2800), (0x3000, 0x3000)),
+        *((0x3164, 0x3164), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0), (0xFFF9, 0xFFFB)),
+    )
+    for c in range(a, b + 1)
+)
+
+
+def unseen(text: str) -> bool:
+    """Whether a text says nothing: it is empty, or none of its characters can be seen."""
+    return not ("!" <= text[:1] <= "~" or text.strip(_UNSEEN))
+
+
 def parse_json(text: str) -> Any:
-    """``json.loads``, but an integer of more digits than Python converts (4,300) stays text. Raises :class:`ValueError`."""
+    """``json.loads``, but an integer of more digits than Python converts (4,300) stays text, and NaN, with which pandas fills gaps, is
+    null. Raises :class:`ValueError`."""
     try:
-        return json.loads(text)
+        return _quick.decode(text)
     except json.JSONDecodeError:
         raise
     except ValueError:
@@ -86,7 +113,12 @@ def _integer(text: str) -> int | str:
         return text
 
 
-_patient = json.JSONDecoder(parse_int=_integer)
+def _constant(name: str) -> float | None:
+    return None if name == "NaN" else float(name)
+
+
+_quick = json.JSONDecoder(parse_constant=_constant)
+_patient = json.JSONDecoder(parse_int=_integer, parse_constant=_constant)
 
 
 class RawRow:
@@ -132,7 +164,8 @@ class RawRow:
 
     def count(self, fmt: str, ruled: Collection[str]) -> None:
         """Count what was not read, or refuse it. ``ruled``: columns (names in the file) that the split reads."""
-        self.unused.columns.update(name[:80] for name in self.lost if name not in ruled)
+        if self.lost:
+            self.unused.columns.update(name[:80] for name in self.lost if name not in ruled)
         for name, value in self.cells.items():
             if name in self.used or blank(value):
                 continue

@@ -220,7 +220,8 @@ class Frame:
         conditions: Iterable[tuple[Any, str, Any, bool]],
         messages: int,
     ):
-        self._literals, self._slots = full.literals, full.slots
+        self._slots = full.slots
+        self._pieces = [*itertools.chain.from_iterable((literal, "") for literal in full.literals)][:-1]
         self._turns = turns
         self._conditions = list(conditions)
         #: Every message has its place, without anything but the white space around it taken away.
@@ -237,17 +238,14 @@ class Frame:
             found = text if argument is None else getattr(text, question)(argument)
             if bool(found) is not answer:
                 return None
-        out, reach = [self._literals[0]], [0]
-        at = 0
-        for (message, strips), literal in zip(self._slots, self._literals[1:], strict=True):
-            text = messages[message]["content"]
-            if strips:
-                text = _stripped(text, strips)
-            at += len(text)
-            reach.append(at)
-            out.append(text)
-            out.append(literal)
-        return "".join(out), [
+        texts = [
+            _stripped(messages[message]["content"], strips) if strips else messages[message]["content"]
+            for message, strips in self._slots
+        ]
+        reach = [0, *itertools.accumulate(map(len, texts))]
+        pieces = self._pieces.copy()
+        pieces[1::2] = texts
+        return "".join(pieces), [
             (first[0] + reach[first[1]], last[0] + reach[last[1]], messages[k]["content"])
             for k, first, last in self._turns
         ]
@@ -265,14 +263,17 @@ class Frames:
     def __init__(self, source: str, specials: dict[str, str]):
         self._template = compile_template(source, _adapt)
         self._always = {**self._template.globals, **specials, "documents": None, "tools": None}
-        self._known: dict[tuple[tuple[str, int | None], ...], Frame | None] = {}
+        self._known: dict[tuple[str | tuple[str, int], ...], Frame | None] = {}
 
     def of(self, messages: list[dict[str, Any]]) -> Frame | None:
         """The frame of these messages (canonical ones, without tools), or None: render them with the template then."""
-        shape = []
+        shape: list[str | tuple[str, int]] = []
         for message in messages:
+            if len(message) == 2:
+                shape.append(message["role"])
+                continue
             weight = message.get("weight")
-            if len(message) != (2 if weight is None else 3):
+            if weight is None or len(message) != 3:
                 return None  # calls, names, reasoning: the template will want to look at them
             shape.append((message["role"], weight))
         key = tuple(shape)
@@ -286,12 +287,16 @@ class Frames:
         """Never use ``frame`` again."""
         self._known = {key: None if known is frame else known for key, known in self._known.items()}
 
-    def _prove(self, shape: tuple[tuple[str, int | None], ...]) -> Frame | None:
+    def _prove(self, shape: tuple[str | tuple[str, int], ...]) -> Frame | None:
+        """``shape``: the role of each message, with its weight where it has one."""
         messages: list[dict[str, Any]] = []
         asked: dict[tuple, None] = {}
-        for i, (role, weight) in enumerate(shape):
-            message: dict[str, Any] = {"role": role, "content": Text(((i, ()),), asked)}
-            messages.append(message if weight is None else {**message, "weight": weight})
+        for i, one in enumerate(shape):
+            text = Text(((i, ()),), asked)
+            if isinstance(one, str):
+                messages.append({"role": one, "content": text})
+            else:
+                messages.append({"role": one[0], "content": text, "weight": one[1]})
         try:
             full = self._render(messages)
             turns = []

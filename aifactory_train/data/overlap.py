@@ -98,10 +98,10 @@ def near_duplicates(store: Store, train: np.ndarray, held: np.ndarray) -> tuple[
     step = max(1, len(train) // _SAMPLE)
     sample = train[::step][:_SAMPLE]
     seen, doc = _sequences(store, sample, Sieve(hashes))
-    known = np.isin(seen, hashes)
+    known = _among(seen, hashes)
     often, times = np.unique(_once(seen[known], doc[known])[0], return_counts=True)
     common = often[times > max(_COMMON_LEAST, _COMMON_SHARE * len(sample))]
-    telling = ~np.isin(hashes, common)
+    telling = ~_among(hashes, common)
     hashes, owner = hashes[telling], owner[telling]
     counts = np.bincount(owner, minlength=len(held))
     needed = np.where(counts >= _LEAST, np.ceil(SHARE * counts), np.iinfo(np.int64).max).astype(np.float64)
@@ -115,7 +115,8 @@ def near_duplicates(store: Store, train: np.ndarray, held: np.ndarray) -> tuple[
         slot = np.minimum(np.searchsorted(table, found), len(table) - 1)
         hit = table[slot] == found
         if hit.any():
-            hits = np.unique(inner[hit] * len(table) + slot[hit])  # a sequence counts once per training document
+            hits = np.sort(inner[hit] * len(table) + slot[hit])
+            hits = hits[np.append(True, hits[1:] != hits[:-1])]  # a sequence counts once per training document
             document, slots = hits // len(table), hits % len(table)
             width = ends[slots] - begins[slots]
             docs = np.repeat(document, width)
@@ -125,6 +126,13 @@ def near_duplicates(store: Store, train: np.ndarray, held: np.ndarray) -> tuple[
             enough = shared >= needed[keys % len(held)]
             partner[at + keys[enough] // len(held)] = keys[enough] % len(held)
     return partner >= 0, partner
+
+
+def _among(numbers: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Which numbers are among some ascending ones, bool. (``np.isin`` would gather them in a hash table, many times slower.)"""
+    if len(ordered) == 0:
+        return np.zeros(len(numbers), dtype=bool)
+    return ordered[np.minimum(np.searchsorted(ordered, numbers), len(ordered) - 1)] == numbers
 
 
 def _once(hashes: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from aifactory_train.data.cells import (
     blank,
     kind_of,
     parse_json,
+    unseen,
 )
 from aifactory_train.data.turns import opening_system_turns, read_turns
 
@@ -58,7 +59,7 @@ def asked(row: RawRow, key: str) -> list[dict[str, Any]]:
         )
         messages = turns if same else messages + turns
     elif isinstance(prompt, str):
-        if not prompt.strip():
+        if unseen(prompt):
             raise RowError(f"'{key}' is empty")
         messages += _history(row)
         messages.append({"role": "user", "content": _question(row, key, prompt)})
@@ -114,7 +115,7 @@ def _history(row: RawRow) -> list[dict[str, Any]]:
 def answered(row: RawRow, asked: list[dict[str, Any]], answer: Any, key: str) -> tuple[list[dict[str, Any]], bool]:
     """The conversation with its answer, and whether the answer (a list of turns) repeated what was asked."""
     if isinstance(answer, str):
-        if not answer.strip():
+        if unseen(answer):
             raise RowError(f"'{key}' is empty: no assistant turn to learn from")
         return [*asked, {"role": "assistant", "content": answer}], False
     if not isinstance(answer, list):

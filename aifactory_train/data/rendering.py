@@ -180,12 +180,11 @@ class Renderer:
 
 def _find_text(full: str, start: int, end: int, content: str) -> tuple[int, int] | None:
     """Where the turn's content stands between ``start`` and ``end``: as written, or trimmed by the template."""
-    for text in (content, content.strip()):
-        if text:
-            at = full.find(text, start, end)
-            if at >= 0:
-                return at, at + len(text)
-    return None
+    at = full.find(content, start, end) if content else -1
+    if at < 0:
+        content = content.strip()
+        at = full.find(content, start, end) if content else -1
+    return (at, at + len(content)) if at >= 0 else None
 
 
 def _lead(ask: str | None, later: str | None, content: str, full: str, marked: int) -> int:

@@ -34,6 +34,7 @@ from aifactory_train.data.cells import (
     column_error,
     kind_of,
     parse_json,
+    unseen,
     yes_or_no,
 )
 from aifactory_train.data.questions import answered, asked, with_system
@@ -41,9 +42,9 @@ from aifactory_train.data.tool_calls import tool_schemas
 from aifactory_train.data.turns import read_turns, supervised_turns
 
 #: Columns of a question, for rows that judge answers.
-_QUESTIONS = ("prompt", "instruction", "question", "input")
+QUESTIONS = ("prompt", "instruction", "question", "input", "conversations", "messages")
 #: (prompt column, completion column) that are read as the prompt form, most specific first.
-_PROMPT_COLUMNS = [
+PROMPT_COLUMNS = [
     ("prompt", "completion"),
     ("prompt", "response"),
     ("instruction", "output"),
@@ -53,7 +54,7 @@ _PROMPT_COLUMNS = [
 ]
 KNOWN_COLUMNS = sorted(
     {"messages", "conversations", "text", "id", "group", "language", "label", "tools", "system"}
-    | {c for p in _PROMPT_COLUMNS for c in p}
+    | {c for p in PROMPT_COLUMNS for c in p}
 )
 
 
@@ -69,7 +70,7 @@ def detect_format(columns: list[str]) -> tuple[str, str]:
         return "messages", "there is a column 'messages'"
     if "conversations" in names:
         return "messages", "there is a column 'conversations' (ShareGPT)"
-    for prompt, completion in _PROMPT_COLUMNS:
+    for prompt, completion in PROMPT_COLUMNS:
         if prompt in names and completion in names:
             return "prompt", f"there are columns '{prompt}' and '{completion}'"
     if "text" in names:
@@ -102,7 +103,7 @@ def canonical(
         text = cells.get("text")
         if not isinstance(text, str):
             raise column_error("text", row)
-        if not text.strip():
+        if unseen(text):
             raise RowError("'text' is empty")
         out: dict[str, Any] = {"text": text}
     else:
@@ -152,7 +153,7 @@ def _from_messages(row: RawRow) -> list[dict[str, Any]]:
 def _judged(row: RawRow) -> list[dict[str, Any]]:
     """The conversation whose last answer ``label`` judges."""
     columns = row.cells
-    paired = any(p in columns and c in columns for p, c in _PROMPT_COLUMNS)
+    paired = any(p in columns and c in columns for p, c in PROMPT_COLUMNS)
     if paired or not any(columns.get(name) for name in ("messages", "conversations")):
         return _from_prompt(row)
     messages = _from_messages(row)
@@ -170,6 +171,8 @@ def _pair(row: RawRow) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         if name not in row.cells:
             raise column_error(name, row.cells)
     answers = {name: row.get(name) for name in ("chosen", "rejected")}
+    # LLaMA-Factory writes an answer as one turn.
+    answers = {name: [answer] if isinstance(answer, dict) else answer for name, answer in answers.items()}
     key = _question_of_pair(row, answers)
     sides, repeated = [], False
     for name, answer in answers.items():
@@ -205,7 +208,7 @@ def _question_of_pair(row: RawRow, answers: dict[str, Any]) -> str | None:
         openings = [a[0].get("role") or a[0].get("from") for a in answers.values()]
         if "assistant" not in openings and "gpt" not in openings:
             return None
-    for name in _QUESTIONS[1:]:
+    for name in QUESTIONS[1:]:
         if not blank(row.cells.get(name)):
             return name
     if any(isinstance(a, str) for a in answers.values()):
@@ -232,7 +235,7 @@ def desirable(row: dict[str, Any]) -> bool:
 
 
 def _from_prompt(row: RawRow) -> list[dict[str, Any]]:
-    for prompt_key, completion_key in _PROMPT_COLUMNS:
+    for prompt_key, completion_key in PROMPT_COLUMNS:
         if prompt_key in row.cells and completion_key in row.cells:
             break
     else:

@@ -11,13 +11,14 @@ from aifactory_train.data.cells import (
     Unused,
     blank,
     kind_of,
+    unseen,
     yes_or_no,
 )
 from aifactory_train.data.tool_calls import calls_of_text, calls_of_turn, tool_call
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 #: Names that other formats give to the roles (ShareGPT, OpenAI's old function calls).
-_OTHER_ROLES = {
+OTHER_ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -29,7 +30,9 @@ _OTHER_ROLES = {
     "observation": "tool",
 }
 #: Roles of ShareGPT whose text is a call, or a list of calls, as JSON.
-_CALL_ROLES = ("function_call", "tool_call", "tool_calls")
+CALL_ROLES = ("function_call", "tool_call", "tool_calls")
+#: Keys under which a turn's text stands, the one that counts first.
+TEXT_KEYS = ("content", "value", "text")
 #: Keys of a turn that are read.
 _TURN_KEYS = frozenset(
     {
@@ -38,7 +41,7 @@ _TURN_KEYS = frozenset(
     }
 )
 #: Keys of a turn that say whether it is learnt.
-_LEARN_KEYS = ("weight", "loss", "train")
+LEARN_KEYS = ("weight", "loss", "train")
 #: What stands in a text for a picture that comes with it.
 _PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 
@@ -53,7 +56,16 @@ def read_turns(raw: Any, where: str, unused: Unused) -> list[dict[str, Any]]:
         raise RowError(f"'{where}' is {kind_of(raw)}, not a list of turns")
     if not raw:
         raise RowError(f"'{where}' is an empty list")
-    return [_message(m, f"{where}[{i}]", unused) for i, m in enumerate(raw)]
+    return [_plain(m) or _message(m, f"{where}[{i}]", unused) for i, m in enumerate(raw)]
+
+
+def _plain(raw: Any) -> dict[str, Any] | None:
+    """A turn that is nothing but a role and text, as most are; None for any other."""
+    if type(raw) is dict and len(raw) == 2:
+        role, content = raw.get("role"), raw.get("content")
+        if type(content) is str and "!" <= content[:1] <= "~" and type(role) is str and role in ROLES:
+            return {"role": role, "content": content} if role != "user" or "<" not in content else None
+    return None
 
 
 def _message(raw: Any, where: str, unused: Unused) -> dict[str, Any]:
@@ -64,14 +76,14 @@ def _message(raw: Any, where: str, unused: Unused) -> dict[str, Any]:
         role = raw.get("from")
     content, content_key = raw.get("content"), "content"
     if content is None:
-        content_key = next((key for key in ("value", "text") if raw.get(key) is not None), "content")
+        content_key = next((key for key in TEXT_KEYS[1:] if raw.get(key) is not None), "content")
         content = raw.get(content_key)
     calls: Any = None
     if isinstance(role, str) and role not in ROLES:
-        if role in _CALL_ROLES:
+        if role in CALL_ROLES:
             role, calls, content = "assistant", calls_of_text(content, f"{where} ({role})"), ""
         else:
-            role = _OTHER_ROLES.get(role, role)
+            role = OTHER_ROLES.get(role, role)
     if role not in ROLES:
         hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
         raise RowError(f"{where}: unknown role {role!r}{hint}", f"roles are {', '.join(ROLES)}")
@@ -111,8 +123,10 @@ def _message(raw: Any, where: str, unused: Unused) -> dict[str, Any]:
         for mark in _PLACEHOLDERS:
             if stripped.startswith(mark) or stripped.endswith(mark):
                 unused.remarks[f"a turn holds {mark}, but nothing but text is read"] += 1
-    if role == "assistant" and not content.strip() and not calls:
-        raise RowError(f"{where}: the assistant's turn is empty")
+    if not calls and role in ("assistant", "user") and unseen(content):
+        if role == "assistant":
+            raise RowError(f"{where}: the assistant's turn is empty")
+        unused.remarks["a user's turn is empty"] += 1
     return out
 
 
@@ -128,9 +142,9 @@ def _reasoning(value: Any, out: dict[str, Any], unused: Unused) -> None:
 def _weight(raw: dict[str, Any], role: str, where: str, unused: Unused) -> int | None:
     """Whether the turn is supervised, by any of the keys that say so; None where none does."""
     said: dict[str, bool] = {}
-    for key in _LEARN_KEYS:
+    for key in LEARN_KEYS:
         value = raw.get(key)
-        if value is None:
+        if value is None or value != value:  # a gap of pandas
             continue
         learnt = yes_or_no(value)
         if learnt is None:
