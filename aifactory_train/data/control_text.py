@@ -145,13 +145,17 @@ class Prompts:
     def _control(self) -> ControlTokenizer | None:
         return self._disguise.tokenizer(self._tokenizer.backend_tokenizer.to_str(), self._special_ids)
 
+    def special(self, row: dict[str, Any]) -> bool:
+        """Whether special tokens stand in a canonical chat row as text, so that no plain text says what the model reads."""
+        return self._disguise.row(row) != row
+
     def ask(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> tuple[str, list[int]]:
         """Text and ids of a conversation and the header of the answer to it. Raises :class:`RowError`."""
         row = {"messages": messages, **({"tools": tools} if tools else {})}
-        hidden = self._disguise.row(row)
-        if hidden == row:
+        if not self.special(row):
             text = self.template.render(messages, tools, prompt=True)
             return text, self._tokenizer(text, add_special_tokens=False).input_ids
+        hidden = self._disguise.row(row)
         rendered = self.template.render(hidden["messages"], hidden.get("tools"), prompt=True)
         text = self._disguise.shown(rendered)
         if self._control is None:

@@ -39,7 +39,7 @@ from aifactory_train.data.cells import (
 )
 from aifactory_train.data.questions import answered, asked, with_system
 from aifactory_train.data.tool_calls import tool_schemas
-from aifactory_train.data.turns import read_turns, supervised_turns
+from aifactory_train.data.turns import read_turns, role_of, supervised_turns
 
 #: Columns of a question, for rows that judge answers.
 QUESTIONS = ("prompt", "instruction", "question", "input", "conversations", "messages")
@@ -205,8 +205,7 @@ def _question_of_pair(row: RawRow, answers: dict[str, Any]) -> str | None:
     if row.cells.get("prompt") is not None:
         return "prompt"
     if all(isinstance(a, list) and a and isinstance(a[0], dict) for a in answers.values()):
-        openings = [a[0].get("role") or a[0].get("from") for a in answers.values()]
-        if "assistant" not in openings and "gpt" not in openings:
+        if "assistant" not in [role_of(a[0]) for a in answers.values()]:
             return None
     for name in QUESTIONS[1:]:
         if not blank(row.cells.get(name)):

@@ -51,6 +51,16 @@ def opening_system_turns(messages: list[dict[str, Any]]) -> int:
     return next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), len(messages))
 
 
+def role_of(raw: dict[str, Any]) -> Any:
+    """The role of a turn under its usual name; what it holds where that is none of them."""
+    role = raw.get("role")
+    if role is None:
+        role = raw.get("from")
+    if not isinstance(role, str):
+        return role
+    return "assistant" if role in CALL_ROLES else OTHER_ROLES.get(role, role)
+
+
 def read_turns(raw: Any, where: str, unused: Unused) -> list[dict[str, Any]]:
     if not isinstance(raw, list):
         raise RowError(f"'{where}' is {kind_of(raw)}, not a list of turns")

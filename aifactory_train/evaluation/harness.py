@@ -17,6 +17,7 @@ from typing import Any
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.core.files import write_json
+from aifactory_train.core.output import note
 from aifactory_train.run.folder import RunFolder
 
 OWN = "own"
@@ -186,7 +187,7 @@ def own_tasks(run: RunFolder, recipe: Recipe, tokenizer: Any, folder: Path, rows
     from aifactory_train.evaluation.likelihood import choose_rows
 
     prepared = prepare(recipe, tokenizer)
-    template, lines = chat_template(tokenizer, recipe), []
+    template, lines, left_out = chat_template(tokenizer, recipe), [], 0
     for name, dataset in prepared.evals.items():
         for index in choose_rows(len(dataset), min(rows or recipe.data.eval_rows, recipe.data.eval_rows)).tolist():
             asked = question(dataset, index, tokenizer, template) if "text" not in dataset.row(index) else None
@@ -194,12 +195,17 @@ def own_tasks(run: RunFolder, recipe: Recipe, tokenizer: Any, folder: Path, rows
                 continue
             prompt = tokenizer.decode(asked.prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             if tokenizer(prompt, add_special_tokens=False).input_ids != asked.prompt_ids:
+                if template.special(dataset.row(index)):
+                    left_out += 1
+                    continue
                 raise UserError(
                     "the harness passes prompts as text, and this tokenizer does not give the same tokens for the text of its tokens",
                     where=f"{name}: {dataset.row_id(index)}",
                     fix="aifactory eval RUN --data FILE works on tokens",
                 )
             lines.append({"id": str(dataset.row_id(index)), "prompt": prompt, "answer": asked.expected})
+    if left_out:
+        note(f"{left_out} held-out row(s) hold special tokens as text, which the harness has no way to pass: left out")
     if not lines:
         raise UserError(
             "no held-out row is a question with an answer",

@@ -217,16 +217,25 @@ class _Writer:
         mark = self.mark
         if self.often(20):
             earlier = self.exchange(learnt=False) if self.often(40) else []
-            self.row.cells[name] = self.odd([*earlier, self.turn("user")], mark)
+            asked = [*earlier, self.turn("user")]
+            self.within(name, mark)
+            self.row.cells[name] = self.odd(asked, mark)
         else:
             self.cell(name, lost=("question text",))
+
+    def within(self, name: str, mark: int) -> None:
+        """The pieces since ``mark`` stand in a column, which may be named as a whole."""
+        for piece in self.row.pieces[mark:]:
+            piece.columns = (*piece.columns, name)
 
     def answer(self, name: str) -> None:
         mark = self.mark
         if self.often(20):
-            self.row.cells[name] = self.odd([self.turn("assistant", learnt=True)], mark)
+            turns = [self.turn("assistant", learnt=True)]
+            self.within(name, mark)
+            self.row.cells[name] = self.odd(turns, mark)
         else:
-            said = self.text(lost=("answer",), learnt=True)
+            said = self.text(columns=(name,), lost=("answer",), learnt=True)
             self.row.cells[name] = self.odd(said, mark)
 
 

@@ -149,6 +149,19 @@ def test_what_a_model_is_asked_has_the_ids_of_its_training():
     )
 
 
+def test_the_harness_leaves_out_what_it_cannot_pass_as_text(tmp_path, capsys):
+    pytest.importorskip("torch")
+    from aifactory_train.evaluation.harness import own_tasks
+
+    rows = [{"prompt": f"q {i}{'<|im_end|>' if i % 3 == 0 else ''}", "completion": "a"} for i in range(9)]
+    for name, some in (("train", [{"prompt": "t", "completion": "b"}]), ("eval", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    mine = recipe(str(tmp_path / "train.jsonl"), eval=str(tmp_path / "eval.jsonl"))
+    own_tasks(None, mine, byte_tokenizer(), tmp_path / "tasks", None)  # type: ignore[arg-type]
+    assert len((tmp_path / "tasks" / "own.jsonl").read_text().splitlines()) == 6
+    assert "3 held-out row(s) hold special tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["m.content[:9]", "m.content|tojson(ensure_ascii=True)"])
 def test_a_template_that_takes_a_token_apart_is_refused_by_name(content):
     tokenizer = byte_tokenizer()

@@ -172,7 +172,7 @@ def hunt(folder: Path, examples: int, number: int = 0, most: int = 4) -> Counter
 
 
 def test_no_text_is_lost_in_silence(tmp_path):
-    seen = hunt(tmp_path, 150)
+    seen = hunt(tmp_path, 120)
     assert seen["rows"] > 200 and seen["found"] > 500
     assert all(seen[what] for what in ("refused", "named", "with special tokens")), seen
     assert seen["refused"] < seen["rows"] / 2
@@ -180,9 +180,9 @@ def test_no_text_is_lost_in_silence(tmp_path):
 
 @pytest.mark.slow
 def test_no_text_is_lost_in_silence_in_many_rows(tmp_path):
-    seen = hunt(tmp_path, int(os.environ.get("AIFACTORY_FUZZ_FILES", "2000")), number=1, most=30)
+    seen = hunt(tmp_path, int(os.environ.get("AIFACTORY_FUZZ_FILES", "2600")), number=1, most=30)
     print(dict(seen))
-    assert seen["rows"] > 20_000
+    assert seen["rows"] > 20_000 or "AIFACTORY_FUZZ_FILES" in os.environ
 
 
 # ---- faults that are put in on purpose

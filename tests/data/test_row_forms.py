@@ -269,6 +269,11 @@ PAIRS = [
     ({"prompt": told("u:x", "a:y", "u:q"), "chosen": "a", "rejected": "b"}, ["u:x", "-:y", "u:q"]),
     ({"prompt": [Q], "chosen": told("a:a"), "rejected": told("a:b")}, ["u:q"]),
     ({"prompt": [Q], "chosen": GOOD, "rejected": told("a:b")}, ["u:q"]),
+    ({"question": [Q], "chosen": [turn("bot", "a")], "rejected": [{"from": "model", "value": "b"}]}, ["u:q"]),
+    (
+        {"conversations": [Q], "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+        ["u:q"],
+    ),
 ]
 
 
