@@ -36,4 +36,9 @@ def objective(recipe: Recipe) -> str:
             parts.append(f"{how.replay_weight:g} x {likelihood} of replayed rows ({sum(replayed):.3g} of the tokens)")
     if methods.neftune is not None:
         parts.append(f"noise on the embeddings (NEFTune, alpha {methods.neftune.alpha:g})")
+    # A block without words of its own is named with its settings: the record never calls another loss plain cross-entropy.
+    for name, block in methods:
+        if block is not None and name not in ("preference", "goldfish", "neftune"):
+            settings = ", ".join(f"{key} {value}" for key, value in block.model_dump().items())
+            parts.append(f"changed by methods.{name} ({settings})")
     return "; ".join(parts)

@@ -56,6 +56,9 @@ def _check_methods(recipe: Recipe) -> None:
         raise ValueError("data.train: every source has a share; the rows that are to be learnt need none")
     if sum(source.share or 0 for source in data.train) >= 1:
         raise ValueError("data.train: the shares of replayed sources add up to 1 or more")
+    chosen = [name for name, block in methods if block is not None and name not in methods.ADDITIONS]
+    if len(chosen) > 1:
+        raise ValueError(f"methods: {' and '.join(chosen)} are each a training method of their own; keep one block")
     preference = methods.preference
     wanted = None if preference is None else ("feedback" if preference.kind == "kto" else "preference")
     for source in [*data.train, *(data.eval or [])]:

@@ -8,7 +8,7 @@ tie several keys together live in one place (:mod:`aifactory_train.config.rules`
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, WithJsonSchema, model_validator
 
@@ -211,6 +211,9 @@ class NeftuneConfig(Strict):
 
 class MethodsConfig(Strict):
     """Methods beside plain fine-tuning; a block that is not given does nothing."""
+
+    #: Blocks that go with a method; every other is a method of its own (``METHODS`` in methods/build.py), at most one of which is given.
+    ADDITIONS: ClassVar[tuple[str, ...]] = ("goldfish", "neftune")
 
     preference: PreferenceConfig | None = None
     goldfish: GoldfishConfig | None = None

@@ -9,9 +9,44 @@ from pathlib import Path
 import pytest
 
 from aifactory_train.config.loading import load_recipe
+from aifactory_train.config.objective import objective
+from aifactory_train.config.schema import MethodsConfig
+from aifactory_train.config.strict import Strict
+from aifactory_train.core.errors import UserError
 from aifactory_train.methods import build
 from aifactory_train.methods.supervised import Supervised
 from aifactory_train.training.start import train
+
+
+class Focal(Strict):
+    gamma: float = 2.0
+
+
+class MoreMethods(MethodsConfig):
+    """A block that objective.py has no words for."""
+
+    focal: Focal | None = None
+
+
+def test_every_block_is_a_method_or_goes_with_one() -> None:
+    """A block that is neither would be accepted and do nothing."""
+    assert sorted(MethodsConfig.model_fields) == sorted([*build.METHODS, *MethodsConfig.ADDITIONS])
+
+
+def test_two_methods_are_refused(make_recipe, monkeypatch) -> None:
+    both = make_recipe(settings={"methods.goldfish": {"k": 4}, "methods.neftune": {"alpha": 5}})
+    load_recipe(str(both))
+    monkeypatch.setattr(MethodsConfig, "ADDITIONS", ())
+    with pytest.raises(UserError, match="goldfish and neftune are each a training method"):
+        load_recipe(str(both))
+
+
+def test_the_record_names_a_block_without_words_of_its_own(make_recipe) -> None:
+    recipe = load_recipe(str(make_recipe()))
+    assert "focal" not in objective(recipe)
+    recipe.__dict__["methods"] = MoreMethods(focal=Focal(gamma=3.0))
+    assert objective(recipe).endswith("changed by methods.focal (gamma 3.0)")
+
 
 SEEN: list[tuple[str, int]] = []
 

@@ -457,3 +457,4 @@ def test_the_objective_in_words(tiny_recipe, overrides, words):
     found = objective(load_recipe(str(tiny_recipe), overrides))
     assert words in found
     assert ("NEFTune, alpha 7" in found) == any("neftune" in o for o in overrides)
+    assert "changed by" not in found, "a block of ours has words of its own"
