@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from curves import run_cases
 
+from aifactory_train.parallel import traits
+
 FIRST, LOSS, NORM = 1e-6, 1e-5, 1e-4  # relative: first loss, every loss, every gradient norm before clipping
 METHODS = {
     "adamw full": {"adapter": "none", "optimizer": "adamw", "rate": 1e-2},
@@ -18,7 +20,7 @@ METHODS = {
     "sgd full": {"adapter": "none", "optimizer": "sgd", "rate": 0.1, "train": {"momentum": 0.9}},
     "sgd lora": {"adapter": "lora", "optimizer": "sgd", "rate": 0.3},
 }
-ENGINES = ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
+ENGINES = list(traits.ENGINES)
 Curve = dict[str, list[float]]
 
 
@@ -46,6 +48,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
     return dict(zip(METHODS, run_cases(1, cases, tmp_path_factory.mktemp("alone")), strict=True))
 
 
+def shards(ranks: int, engine: str) -> dict[str, int]:
+    """Two groups, where the size of a group is chosen."""
+    return {"shard_size": ranks // 2} if traits.ENGINES[engine].shard_group == "chosen" else {}
+
+
 def matrix(ranks: int, engines: list[str], methods: list[str], accumulations: list[int]) -> list[dict[str, Any]]:
     return [
         {
@@ -53,7 +60,7 @@ def matrix(ranks: int, engines: list[str], methods: list[str], accumulations: li
             "method": m,
             "engine": e,
             "accumulation": a,
-            **({"shard_size": ranks // 2} if e == "hsdp" else {}),
+            **shards(ranks, e),
         }
         for e in engines
         for m in methods
@@ -117,8 +124,7 @@ def check_half(ranks: int, engines: list[str], alone: dict[str, Curve], folder: 
     exact = alone["adamw full"]["losses"]
     allowed = 2 * max(relative(single["losses"], exact))
     assert allowed > 1e-6  # it does compute in bf16
-    split = {"hsdp": {"shard_size": ranks // 2}}
-    cases = [{**half, "engine": e, "accumulation": 2, **split.get(e, {})} for e in engines]
+    cases = [{**half, "engine": e, "accumulation": 2, **shards(ranks, e)} for e in engines]
     for case, curve in zip(cases, run_cases(ranks, cases, folder), strict=True):
         deviation = max(relative(curve["losses"], exact))
         print(f"{case['engine']}: {deviation:.2e}, one process {allowed / 2:.2e}")
