@@ -346,7 +346,8 @@ def _new(args: argparse.Namespace) -> int:
         for path in written:
             note(f"wrote {path}")
         note(
-            f"next: {prefix}aifactory kernels check --op {args.name} --subset; {prefix}aifactory kernels traffic --op {args.name}"
+            f"next: {prefix}aifactory kernels check --op {args.name} --subset; {prefix}aifactory kernels traffic --op {args.name}; "
+            "neither looks at values: docs/kernels.md, 'Adding an operator', has the test that does"
         )
     return EXIT_DONE
 
