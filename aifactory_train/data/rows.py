@@ -204,9 +204,9 @@ def _question_of_pair(row: RawRow, answers: dict[str, Any]) -> str | None:
     """The column of the question; None where both answers are conversations that hold it."""
     if row.cells.get("prompt") is not None:
         return "prompt"
-    if all(isinstance(a, list) and a and isinstance(a[0], dict) for a in answers.values()):
-        if "assistant" not in [role_of(a[0]) for a in answers.values()]:
-            return None
+    talks = all(isinstance(a, list) and a and isinstance(a[0], dict) for a in answers.values())
+    if talks and "assistant" not in [role_of(a[0]) for a in answers.values()]:
+        return None
     for name in QUESTIONS[1:]:
         if not blank(row.cells.get(name)):
             return name
