@@ -184,6 +184,41 @@ def test_a_placeholder_of_a_picture_is_counted(mark):
     assert not unused.remarks
 
 
+UNSEEN = ["", " \n", "\u200b", "\ufeff \u2060", "\u00ad\u3164", "\0\x1f", "\u2800"]
+
+
+@pytest.mark.parametrize("nothing", UNSEEN)
+def test_a_text_that_nobody_sees_is_empty(nothing):
+    for form, row in (
+        ("messages", {"messages": [Q, turn("assistant", nothing)]}),
+        ("prompt", {"prompt": nothing, "completion": "a"}),
+        ("prompt", {"prompt": "q", "completion": nothing}),
+        ("text", {"text": nothing}),
+        ("preference", {"prompt": "q", "chosen": nothing, "rejected": "b"}),
+        ("feedback", {**P, "completion": nothing, "label": True}),
+    ):
+        with pytest.raises(RowError, match="empty"):
+            read(row, form)
+    assert read({"messages": [turn("user", nothing), A]}, "messages")[1].remarks == {"a user's turn is empty": 1}
+    seen = f"{nothing}é{nothing}"
+    assert read({"prompt": "q", "completion": seen}, "prompt")[0]["messages"][1]["content"] == seen
+
+
+def test_gaps_that_pandas_filled_with_nan_are_gaps():
+    row = parse_json(
+        '{"messages": [{"role": "user", "content": "q", "name": NaN}, {"role": "assistant", "content": "a", "weight": NaN, "tool_calls": NaN}], '
+        '"tools": NaN, "system": NaN, "conversations": NaN, "score": -Infinity}'
+    )
+    out, unused = read(row, "messages")
+    assert out == {"messages": [Q, A]} and unused.columns == {"score": 1} and not unused.turn_keys
+    out, _ = read(
+        parse_json('{"prompt": NaN, "instruction": "q", "input": NaN, "system": NaN, "chosen": "a", "rejected": "b"}'),
+        "preference",
+    )
+    assert out["messages"] == [Q, A]
+    assert read({"messages": [Q, {**A, "weight": float("nan")}]}, "messages")[0]["messages"] == [Q, A]
+
+
 # ---- tools
 
 
