@@ -81,6 +81,14 @@ def read_json(path: Path, shape: Any = None) -> Any:
     return parse_json(raw, path, shape)
 
 
+def object_or_nothing(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where the file is missing or anything else: one witness of several."""
+    try:
+        return read_json(path, dict)
+    except UserError:
+        return {}
+
+
 def parse_json(raw: bytes, where: object, shape: Any = None) -> Any:
     """The JSON value in ``raw`` as :func:`read_json` gives it; ``where`` is what the message names."""
     try:

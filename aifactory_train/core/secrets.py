@@ -10,7 +10,8 @@ NAME = re.compile(r"(TOKEN|SECRET|PASSW(OR)?D|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|
 WITHHELD = "[withheld]"
 _USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s:@]*:[^/\s@]+@", re.I)
 _QUERY = re.compile(
-    r"([?&#;](?:[\w.-]*(?:token|secret|signature|password|passwd|credential|api_?key|access_?key)|sig|key|auth)=)[^&\s#;\"'<>]+", re.I
+    r"([?&#;](?:[\w.-]*(?:token|secret|signature|password|passwd|credential|api_?key|access_?key)|sig|key|auth)=)[^&\s#;\"'<>]+",
+    re.I,
 )
 #: Forms that publishers of keys chose so that they can be found: Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack, JSON Web Tokens.
 _FORMS = re.compile(

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from aifactory_train.data.template_limits import CHECKED, SPEND
 from aifactory_train.data.template import TEMPLATE_ERRORS, compile_template
+from aifactory_train.data.template_limits import CHECKED, SPEND
 from aifactory_train.data.turns import supervised_turns
 
 #: Conversations of more different shapes (roles and weights, one after another) than this are rendered with the template.

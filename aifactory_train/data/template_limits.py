@@ -79,6 +79,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         budget = self.budget = Budget()
 
         self.globals.pop("lipsum", None)  # writes any number of random words
+
         # Filters, not functions: a template calls them directly, without the sandbox's look at each call.
         @jinja2.pass_context  # so that it is not computed once and for all when the template is compiled
         def spend(context: Any, passes: int) -> str:

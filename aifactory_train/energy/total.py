@@ -3,7 +3,6 @@ up to what a full measurement might have shown."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.figures import significant
+from aifactory_train.core.files import read_json
 from aifactory_train.core.missing import is_missing, missing
 from aifactory_train.core.output import note
 
@@ -28,10 +28,10 @@ def read_nodes(attempts: Iterable[Path]) -> list[dict[str, Any]]:
     for folder in attempts:
         for path in sorted(folder.glob("energy-*.json")):
             try:
-                node = json.loads(path.read_text(encoding="utf-8"))
+                node = read_json(path, dict)
                 node["attempt"] = folder.name
-            except (OSError, ValueError) as error:
-                node = {"attempt": folder.name, "host": path.stem, "error": f"{path.name}: {error}", "readers": {}}
+            except UserError as error:
+                node = {"attempt": folder.name, "host": path.stem, "error": f"{path.name}: {error.what}", "readers": {}}
             found.append(node)
     return found
 

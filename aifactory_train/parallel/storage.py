@@ -309,7 +309,9 @@ def _checked_marker(folder: Path, marker: dict[str, Any]) -> dict[str, Any]:
         not isinstance(files, dict)
         or not files
         or not all(isinstance(f, dict) and f.keys() >= {"bytes", "sha256"} for f in files.values())
-        or not all(misfit(marker.get(key), kind) is None for key, kind in (("step", int), ("world_size", int), ("engine", str)))
+        or not all(
+            misfit(marker.get(key), kind) is None for key, kind in (("step", int), ("world_size", int), ("engine", str))
+        )
     ):
         raise UserError("does not list the files of a checkpoint", where=str(folder / MARKER))
     return marker

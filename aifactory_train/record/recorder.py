@@ -36,8 +36,8 @@ from aifactory_train.record.files import (
     write_record,
 )
 from aifactory_train.record.totals import totals
-from aifactory_train.sources.model_folder import weight_files
 from aifactory_train.run.folder import RunFolder
+from aifactory_train.sources.model_folder import weight_files
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe

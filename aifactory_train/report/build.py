@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.figures import FIGURES
-from aifactory_train.core.files import reading, write_atomic
+from aifactory_train.core.files import object_or_nothing, reading, write_atomic
 from aifactory_train.core.missing import is_missing, missing_places
 from aifactory_train.record.render.common import legal_basis
 from aifactory_train.report.curves import curves
@@ -51,8 +51,8 @@ def build(run: RunFolder, record: dict[str, Any], *, live: bool = False) -> str:
 
 def _page(run: RunFolder, record: dict[str, Any], live: bool) -> str:
     metrics = read_metrics(run.metrics_file)
-    results = _json(run.eval_file)
-    plan = _json(run.path / "plan.json")
+    results = object_or_nothing(run.eval_file)
+    plan = object_or_nothing(run.path / "plan.json")
     title = str(record.get("run", {}).get("title") or "untitled")
     if title == "untitled":
         title = str(record.get("run", {}).get("recipe") or run.path.name)
@@ -87,14 +87,6 @@ def _page(run: RunFolder, record: dict[str, Any], live: bool) -> str:
 
 
 # ---- parts
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _sentence(record: dict[str, Any]) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import html
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.core.files import reading
+from aifactory_train.core.files import object_or_nothing, reading
 from aifactory_train.core.missing import is_missing
 from aifactory_train.core.output import note
 from aifactory_train.report.build import read_metrics
@@ -60,8 +59,8 @@ def row(run: RunFolder) -> dict[str, Any]:
 
 
 def _row(run: RunFolder) -> dict[str, Any]:
-    record = _load(run.path / "record.json")
-    results = _load(run.eval_file)
+    record = object_or_nothing(run.path / "record.json")
+    results = object_or_nothing(run.eval_file)
     metrics = [m for m in read_metrics(run.metrics_file) if m.get("kind", "train") == "train"]
     state = run.state()
     totals = record.get("compute", {}).get("totals", {})
@@ -93,14 +92,6 @@ def short_base(base: Any) -> Any:
     if not isinstance(base, str) or not base.startswith(("/", ".", "~", "pypi:", "npm:")):
         return base
     return base.rstrip("/").rpartition("#")[2].rpartition("/")[2]
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def compare_page(runs: list[RunFolder], rows: list[dict[str, Any]]) -> str:

@@ -187,7 +187,12 @@ def _index(record: dict[str, Any], documents: dict[str, str]) -> str:
         "bom.cdx.json": "CycloneDX 1.7 ML-BOM",
         "croissant.json": "Croissant description of the data",
     }
-    lines = [f"# Evidence pack of run {inline(record.get('run', {}).get('id'))}", "", "| file | what it is |", "|---|---|"]
+    lines = [
+        f"# Evidence pack of run {inline(record.get('run', {}).get('id'))}",
+        "",
+        "| file | what it is |",
+        "|---|---|",
+    ]
     lines += [f"| [{name}]({name}) | {text} |" for name, text in what.items() if name in documents]
     lines += ["| manifest.json, manifest.dsse.json | digests of all files (in-toto), signed if a key was at hand |"]
     lines += ["| ../ro-crate-metadata.json | the run folder as a Process Run RO-Crate |", ""]

@@ -68,7 +68,11 @@ def _refuse_live(run: RunFolder, attempt: int | None) -> None:
     if run.is_live():
         state = run.state()
         before = max((n for n in run.attempts() if attempt is not None and n < attempt), default=None)
-        if attempt is not None and state.get("host") != socket.gethostname() and launcher_ended(run.path, before, attempt):
+        if (
+            attempt is not None
+            and state.get("host") != socket.gethostname()
+            and launcher_ended(run.path, before, attempt)
+        ):
             return
         raise RunIsLive(
             f"a run is live here (process {state.get('pid')} on {state.get('host')})",

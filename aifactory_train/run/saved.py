@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
-from aifactory_train.core.files import write_json
+from aifactory_train.core.files import object_or_nothing, write_json
 from aifactory_train.run.folder import RunFolder
 
 SAVED = "saved.json"
@@ -29,7 +28,7 @@ def evidence(run: RunFolder) -> str | None:
     """
     path = run.path / SAVED
     if path.is_file():
-        step = _tree(path).get("step")
+        step = object_or_nothing(path).get("step")
         return f"{SAVED}: the checkpoint of step {step} was complete" if step else f"{SAVED} is there, but damaged"
     # A folder gets its name when its checkpoint is complete; a save that was cut short lies in .writing-step-N.
     named = [p for kind in ("step-", "damaged-step-", "left-step-") for p in run.checkpoints.glob(f"{kind}*")]
@@ -37,9 +36,9 @@ def evidence(run: RunFolder) -> str | None:
         return f"{run.checkpoints.name}/{sorted(p.name for p in named)[0]}"
     for number in run.attempts():
         for outcome in sorted(run.attempt_dir(number).glob("outcome-*.json")):
-            if _tree(outcome).get("status") == "stopped":
+            if object_or_nothing(outcome).get("status") == "stopped":
                 return f"attempt {number} stopped with a checkpoint"
-    attempts = _tree(run.path / "record.json").get("compute", {}).get("attempts", {})
+    attempts = object_or_nothing(run.path / "record.json").get("compute", {}).get("attempts", {})
     for name, attempt in attempts.items():
         if attempt.get("first_step"):
             return f"attempt {name} went on after step {attempt['first_step']}"
@@ -72,12 +71,3 @@ def damage(run: RunFolder) -> list[str]:
         elif not path.name.startswith("."):
             found.append(f"{path}: was set aside")
     return found or [f"{run.checkpoints}: {'is empty' if run.checkpoints.is_dir() else 'is missing'}"]
-
-
-def _tree(path: Path) -> dict:
-    """A JSON object, or an empty one: a damaged file tells nothing, and here it is only one witness of several."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return tree if isinstance(tree, dict) else {}

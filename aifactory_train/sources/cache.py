@@ -59,9 +59,7 @@ def complete_item(folder: Path, spec: Spec, where: str) -> Path:
     for name, size in files:
         path = folder / str(name)
         if not path.is_file() or path.stat().st_size != size:
-            raise UserError(
-                f"the cached copy is damaged: {name}", where=spec.text, fix="run: aifactory fetch RECIPE"
-            )
+            raise UserError(f"the cached copy is damaged: {name}", where=spec.text, fix="run: aifactory fetch RECIPE")
     return folder
 
 

@@ -16,7 +16,9 @@ def convert_gguf(file: Path, target: Path) -> dict[str, Any]:
     configuration. Returns ``{"architecture", "licence", "parameters", "quantisation"}`` read from the file. Raises :class:`UserError`
     for a file that is damaged or that transformers does not read.
     """
-    with foreign(file, "the GGUF file cannot be converted", "copy or fetch it again, or use the model's safetensors form"):
+    with foreign(
+        file, "the GGUF file cannot be converted", "copy or fetch it again, or use the model's safetensors form"
+    ):
         return _convert(file, target)
 
 

@@ -137,7 +137,9 @@ def unpack_wheel(archive: Path, root: Path, wanted: Callable[[str], bool] = lamb
             digest = base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
             if name not in stated:
                 if not name.endswith(_UNSTATED):
-                    raise UserError(f"the wheel's RECORD does not list '{name}'", where=archive.name, fix="do not use it")
+                    raise UserError(
+                        f"the wheel's RECORD does not list '{name}'", where=archive.name, fix="do not use it"
+                    )
             elif stated[name].rstrip("=") != digest:
                 raise UserError(f"'{name}' does not match the digest in the wheel's RECORD", where=archive.name)
 

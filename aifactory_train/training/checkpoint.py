@@ -116,7 +116,9 @@ class Checkpointer:
         self.seed = recipe.train.seed
         self.tree = to_tree(recipe)
         # A group of its own: the background save must not meet the training's collectives.
-        self.group = dist.new_group(backend="gloo", timeout=patience(engine.state()["model"], recipe.parallel.timeout_s))
+        self.group = dist.new_group(
+            backend="gloo", timeout=patience(engine.state()["model"], recipe.parallel.timeout_s)
+        )
         self.durations: list[float] = []  # seconds of finished saves, staging included
         self.saved: set[int] = set()  # steps saved by this process
         self._thread: threading.Thread | None = None

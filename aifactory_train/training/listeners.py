@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from aifactory_train import __version__
 from aifactory_train.config.schema import Recipe
 from aifactory_train.parallel.world import World
-from aifactory_train.record.events import Event, EventBus, Incident, Listener, PhaseBegan, RunEnded, RunStarted, StepDone
+from aifactory_train.record.events import (
+    Event,
+    EventBus,
+    Incident,
+    Listener,
+    PhaseBegan,
+    RunEnded,
+    RunStarted,
+    StepDone,
+)
 from aifactory_train.record.recorder import Recorder
 from aifactory_train.record.trackers import Trackers
 from aifactory_train.report.pack import write_pack

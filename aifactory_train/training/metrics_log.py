@@ -39,7 +39,9 @@ class MetricsLog:
         path = self.run.metrics_file
         if path.is_file():
             kept = []
-            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # not splitlines: a row's id may hold U+2028
+            for line in path.read_text(encoding="utf-8", errors="replace").split(
+                "\n"
+            ):  # not splitlines: a row's id may hold U+2028
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError):

@@ -81,12 +81,15 @@ AUTOMATIC_STOPS = ("time-limit", "deadline", "preempted", "terminated")
 
 
 def read_json(path):
-    """The content of a JSON file, or None where it is missing or was cut off in the middle of being written."""
+    """The object in a JSON file, or None where it is missing, was cut off in the middle of being written, or is anything else."""
+    if not os.path.isfile(path):  # a pipe would be waited for without end
+        return None
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError):
+            value = json.load(file)
+    except (OSError, ValueError, RecursionError):
         return None
+    return value if isinstance(value, dict) else None
 
 
 def write_json(path, value):
@@ -98,6 +101,8 @@ def write_json(path, value):
 
 
 def read_text(path):
+    if not os.path.isfile(path):
+        return ""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read().strip()

@@ -203,7 +203,10 @@ FAULTS: dict[str, Callable[[], None]] = {
 }
 #: Where a scenario strikes elsewhere than in the forward pass, and what its run needs besides.
 PHASES = {"frozen-saving": "save"}
-MORE: dict[str, dict[str, Any]] = {"frozen-saving": {"checkpoint.every_steps": 3, "checkpoint.asynchronous": False}, "frozen-in-ddp": {"parallel.engine": "ddp"}}
+MORE: dict[str, dict[str, Any]] = {
+    "frozen-saving": {"checkpoint.every_steps": 3, "checkpoint.asynchronous": False},
+    "frozen-in-ddp": {"parallel.engine": "ddp"},
+}
 
 
 def failing(kind: str) -> Scenario:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -674,7 +674,15 @@ def test_weight_files_that_are_none(tmp_path, content):
 
 @pytest.mark.parametrize(
     "config",
-    ["[]", "null", "[" * 100_000, "{", '{"num_hidden_layers": 1000000000}', '{"text_config": {"n_layer": 1e12}}', '{"a": ' + "9" * 5000 + "}"],
+    [
+        "[]",
+        "null",
+        "[" * 100_000,
+        "{",
+        '{"num_hidden_layers": 1000000000}',
+        '{"text_config": {"n_layer": 1e12}}',
+        '{"a": ' + "9" * 5000 + "}",
+    ],
 )
 def test_configurations_that_are_none(tmp_path, config):
     """A library that is told of a billion layers makes a list of them."""

@@ -186,7 +186,12 @@ def test_secret_looking_variables_are_refused(cli, plain_recipe):
 
 @pytest.mark.parametrize(
     "value",
-    ["https://user:pw-abc123@host/x", "https://host/x?access_token=abc123", "hf_abc123abc123abc123abc123", "x=AKIAABCDEFGHIJKLMNOP"],
+    [
+        "https://user:pw-abc123@host/x",
+        "https://host/x?access_token=abc123",
+        "hf_abc123abc123abc123abc123",
+        "x=AKIAABCDEFGHIJKLMNOP",
+    ],
 )
 def test_values_that_hold_a_secret_are_refused(cli, plain_recipe, value):
     code, out, err = cli("launch", plain_recipe, "--site", "vega", "--env", f"URL={value}", "--dry-run")

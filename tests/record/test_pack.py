@@ -195,7 +195,9 @@ def test_nothing_is_imported_that_a_login_node_lacks():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-HOSTILE = "<script>alert(1)</script>\n\n# A new section\n\n[click](http://x.invalid) | `rm` | ![i](http://x.invalid/i.png)"
+HOSTILE = (
+    "<script>alert(1)</script>\n\n# A new section\n\n[click](http://x.invalid) | `rm` | ![i](http://x.invalid/i.png)"
+)
 
 
 def test_texts_of_the_recipe_stay_texts(tell):
@@ -207,7 +209,9 @@ def test_texts_of_the_recipe_stay_texts(tell):
     for place in ("people", "base", "run"):
         record[place] = {key: HOSTILE if isinstance(value, str) else value for key, value in record[place].items()}
     for entry in record["data"]:
-        entry.update({key: HOSTILE for key, value in entry.items() if isinstance(value, str) and key not in ("role", "name")})
+        entry.update(
+            {key: HOSTILE for key, value in entry.items() if isinstance(value, str) and key not in ("role", "name")}
+        )
     record["aiact"]["reasoning"] = HOSTILE
     clean = render(load_record(run.path))
     for name, text in render(record).items():
@@ -218,4 +222,6 @@ def test_texts_of_the_recipe_stay_texts(tell):
             headings = [line for line in text.split("\n") if line.startswith("#")]
             assert len(headings) == sum(line.startswith("#") for line in before.split("\n")), name
             cells = [line.replace("\\|", "").count("|") for line in text.split("\n") if line.startswith("|")]
-            assert cells == [line.replace("\\|", "").count("|") for line in before.split("\n") if line.startswith("|")], name
+            assert cells == [
+                line.replace("\\|", "").count("|") for line in before.split("\n") if line.startswith("|")
+            ], name

@@ -444,7 +444,12 @@ def test_python_children_are_guarded():
     assert queue.get(timeout=60) == "EgressBlocked"
     child.join()
     egress.open_again()
-    done = subprocess.run([sys.executable, "-c", code.replace("egress._check('10.0.0.7'); ", "")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("egress._check('10.0.0.7'); ", "")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "EgressBlocked" not in done.stderr
 
 

@@ -173,7 +173,12 @@ def test_serve_follows(tell):
         assert "0.123" in get("/")[1]
         assert get("/../../etc/passwd")[0] == 404
         assert get("/", Host="evil.example")[0] == 403  # another site's page cannot read this one
-        for damage in ("{", "[]", "{}", '{"log": {"events": 1, "head_sha256": 2}, "compute": {"attempts": 7}, "data": [1]}'):
+        for damage in (
+            "{",
+            "[]",
+            "{}",
+            '{"log": {"events": 1, "head_sha256": 2}, "compute": {"attempts": 7}, "data": [1]}',
+        ):
             (run.path / "record.json").write_text(damage)
             status, page = get("/")
             assert status == 200 and "No report now" in page and "record.json" in page, damage
