@@ -250,3 +250,17 @@ def test_runs_without_export_and_circles_are_refused(tmp_path, tiny_model_dir):
     loop = earlier_run(tmp_path / "loop", tiny_model_dir, model__start_from=str(tmp_path / "loop"))
     with pytest.raises(UserError, match="leads back to itself"):
         base_folder(loop.load_config())
+
+
+def test_a_model_whose_files_lack_weights_is_refused(tmp_path, tiny_model_dir):
+    """transformers would begin there with random numbers, and say so in a warning alone."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    recipe = Recipe.model_validate(
+        {"model": {"base": str(base)}, "data": {"train": ["x.jsonl"], "sequence_length": 64}}
+    )
+    precision = choose_precision(recipe, "cpu")[0]
+    with pytest.raises(UserError, match=r"the weight files lack lm_head\.weight"):
+        build_model(recipe, base, None, device="cpu", precision=precision, report=ModelReport())

@@ -209,17 +209,18 @@ def run_folder(tell) -> Path:
 def test_run_folders(run_folder, tmp_path):
     names = {"record.json", "events.jsonl", "state.json", "metrics.jsonl", "eval.json", "run.yaml", "data_manifest.json", "saved.json",
              "manifest.json", "verification.json", "attempt.json", "outcome-0.json", "plan.json"}  # fmt: skip
-    for copy, what in copies(run_folder, tmp_path, seeds(12, 300), lambda p: p.name in names):
-        told = [
-            command(what, "verify", str(copy)),
-            command(what, "report", str(copy)),
-            command(what, "report", str(copy), "--json"),
-            command(what, "report", str(copy), "--html"),
-            command(what, "runs", "--folder", str(tmp_path)),
-            command(what, "status", str(copy), "--offline"),
-            command(what, "record", "show", str(copy)),
+    for copy, what in copies(run_folder, tmp_path, seeds(10, 250), lambda p: p.name in names):
+        asked = [
+            ("verify", str(copy)),
+            ("report", str(copy)),
+            ("report", str(copy), "--json"),
+            ("report", str(copy), "--html"),
+            ("runs", "--folder", str(tmp_path)),
+            ("status", str(copy), "--offline"),
+            ("record", "show", str(copy)),
         ]
-        assert len(told) == 7
+        for argv in random.Random(what).sample(asked, 3):
+            command(what, *argv)
 
 
 def test_model_folders(tiny_model_dir, tmp_path):
@@ -245,7 +246,7 @@ def test_model_folders(tiny_model_dir, tmp_path):
             recipe, path, tokenizer, device="cpu", precision=choose_precision(recipe, "cpu")[0], report=ModelReport()
         )
 
-    for copy, what in copies(tiny_model_dir, tmp_path, seeds(4, 120)):
+    for copy, what in copies(tiny_model_dir, tmp_path, seeds(3, 100)):
         answer(what, lambda copy=copy: load(copy))
 
 

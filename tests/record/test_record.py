@@ -139,6 +139,26 @@ def test_inputs_are_checked_when_asked(tell, tiny_model_dir, tmp_path):
     assert [f["where"] for f in faults if f["where"].startswith("base")] == ["base model: model.safetensors"]
 
 
+def test_every_file_that_weights_are_read_from_is_listed(tell, tiny_model_dir, tmp_path):
+    """Also one that a look through the folder would pass over: the index names it."""
+    from safetensors import safe_open
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    (base / ".parts").mkdir()
+    (base / "model.safetensors").rename(base / ".parts" / "one.safetensors")
+    shutil.copy(base / ".parts" / "one.safetensors", base / "other.safetensors")
+    with safe_open(base / ".parts" / "one.safetensors", framework="pt") as shard:
+        places = dict.fromkeys(shard.keys(), ".parts/one.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    run = tell({"model.base": str(base)})
+    listed = {entry["path"] for entry in load_record(run.path)["base"]["files"]}
+    assert {".parts/one.safetensors", "model.safetensors.index.json"} <= listed
+    one_byte(base / ".parts" / "one.safetensors", -5)
+    faults = verify(run.path, inputs=True)["faults"]
+    assert [f["where"] for f in faults if f["where"].startswith("base")] == ["base model: .parts/one.safetensors"]
+
+
 # ---- signature
 
 
