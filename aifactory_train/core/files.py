@@ -146,9 +146,12 @@ def foreign(where: object, what: str, fix: str | None = None, ours: tuple[type[E
 
     Not: a lack of memory, of space or of a package, a signal, and errors of ours. AIFACTORY_DEBUG=1 lets the traceback through.
     """
+    passed: tuple[type[BaseException], ...] = (UserError, MemoryError, ModuleNotFoundError, *ours)
     try:
         yield
-    except (UserError, *ours, MemoryError, ModuleNotFoundError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except passed:
+        raise
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         lack = "outofmemory" in type(error).__name__.lower() or "out of memory" in str(error)

@@ -111,7 +111,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return super().wrap_str_format(value)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
+        tree: Any = super()._parse(source, name, filename)
         for loop in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
             cost = nodes.Const(1 if isinstance(loop, nodes.For) else _MACRO)
             loop.body.insert(0, nodes.ExprStmt(_through(SPEND, cost)).set_lineno(loop.lineno))
@@ -162,5 +162,5 @@ def _narrow_join(plain: Callable[..., Any]) -> Callable[..., Any]:
     return narrow
 
 
-def _through(name: str, value: nodes.Expr | None) -> nodes.Filter:
+def _through(name: str, value: Any) -> Any:
     return nodes.Filter(value, name, [], [], None, None).set_lineno(value.lineno if value is not None else 1)

@@ -72,7 +72,7 @@ def load_language_model(
     name = choose_attention(recipe, device, report)
     config = load_config(path, recipe)
     with foreign(f"model.base: {recipe.model.base}", "the model cannot be loaded"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             output_loading_info=True,
             config=config,
@@ -84,6 +84,7 @@ def load_language_model(
             **loading(path),
             **(more or {}),
         )
+    model, found = loaded
     _check_complete(found, path, report)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False

@@ -40,7 +40,7 @@ def close(nodes: Iterable[str] = ()) -> None:
     nodes = [node for node in nodes if node]
     os.environ[VARIABLE] = ",".join(nodes)
     allowed = {"localhost", "localhost.localdomain", "", "0.0.0.0", "::", socket.gethostname(), socket.getfqdn()}
-    for node in (socket.gethostname(), *nodes):
+    for node in nodes:
         allowed.add(node)
         try:
             allowed |= {str(info[4][0]) for info in socket.getaddrinfo(node, None)}

@@ -88,6 +88,8 @@ def _counts(tree: Any, depth: int = 0) -> list[tuple[str, float]]:
 
 def _tensors(file: Path) -> int:
     """Number of tensors in a safetensors file, whose header must fit to its size."""
+    if not file.is_file():  # a pipe would be waited for without end
+        raise UserError("is missing, or no regular file", where=str(file), fix=_AGAIN)
     try:
         with open(file, "rb") as opened:
             size = file.stat().st_size
