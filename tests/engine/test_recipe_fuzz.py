@@ -88,7 +88,7 @@ def number_values(annotation: type, limits: list[Any]) -> st.SearchStrategy[Valu
         forms = ["{0}", "+{0}", "00{0}", "{0:#x}", "'{0}'", "{0}.0"]
         return st.builds(lambda n, form: Value(n, form.format(n), form.format(n)), numbers, st.sampled_from(forms))
     first = 0.0 if low is None else float(low)
-    width = (1.0 if high is None else min(float(high), first + 1.0) - first)
+    width = 1.0 if high is None else min(float(high), first + 1.0) - first
     floats = st.sampled_from([first + width * share for share in (0.25, 0.5, 0.001)])
     forms = ["{0!r}", "{0:.17e}", "'{0!r}'"]
     return st.builds(lambda n, form: Value(n, form.format(n), form.format(n)), floats, st.sampled_from(forms))
@@ -121,7 +121,15 @@ def map_values(values: st.SearchStrategy[Value]) -> st.SearchStrategy[Value]:
 
 def any_values() -> st.SearchStrategy[Value]:
     """A converter's option: by the core schema alone."""
-    plain = [(17, "017"), (10, "010"), (1000.0, "1e3"), (True, "true"), ("yes", "yes"), ("2024-05-01", "2024-05-01"), ("1:30", "'1:30'")]
+    plain = [
+        (17, "017"),
+        (10, "010"),
+        (1000.0, "1e3"),
+        (True, "true"),
+        ("yes", "yes"),
+        ("2024-05-01", "2024-05-01"),
+        ("1:30", "'1:30'"),
+    ]
     return st.sampled_from(plain).map(lambda pair: Value(pair[0], pair[1], pair[1]))
 
 
@@ -216,7 +224,13 @@ def cases(draw: Any, sure: bool = False) -> Case:
 
 def written(indent: str, name: str, value: Value, block: bool) -> list[str]:
     """One key as lines: flow style, or a list in block style."""
-    if block and isinstance(value.means, list) and value.means and value.text.startswith("[") and all(isinstance(m, str) for m in value.means):
+    if (
+        block
+        and isinstance(value.means, list)
+        and value.means
+        and value.text.startswith("[")
+        and all(isinstance(m, str) for m in value.means)
+    ):
         return [f"{indent}{name}:", *(f"{indent}- {quoted(m, 'double')}" for m in value.means)]
     return [f"{indent}{name}: {value.text}"]
 
@@ -229,7 +243,9 @@ def sources(draw: Any, found: dict[str, Any]) -> str:
     for i in range(1 if kind != "list" else draw(st.integers(1, 2))):
         name = draw(text_values(("rows", "2024", "017", "1e3", "yes", "größe", "x,y", "a: b", "org/rows", "0x1F")))
         more = {}
-        for key, info in DataSource.model_fields.items() if kind == "block" or (kind == "list" and draw(st.booleans())) else ():
+        for key, info in (
+            DataSource.model_fields.items() if kind == "block" or (kind == "list" and draw(st.booleans())) else ()
+        ):
             if key not in ("source", "share", "format", "facts") and not draw(st.integers(0, 3)):
                 more[key] = draw(field_values(info))
                 found[f"data.train.{i}.{key}"] = more[key].means
@@ -262,7 +278,21 @@ def damage(draw: Any, lines: list[str], overrides: list[str]) -> None:
         elif how == "spell":
             lines[i] = lines[i].replace("e", "", 1)
         else:
-            key = draw(st.sampled_from(["train.lr", "data.train.9.x", "model", "data.train", "eval.metrics", "train.seed", "", "a.b", "about.title"]))
+            key = draw(
+                st.sampled_from(
+                    [
+                        "train.lr",
+                        "data.train.9.x",
+                        "model",
+                        "data.train",
+                        "eval.metrics",
+                        "train.seed",
+                        "",
+                        "a.b",
+                        "about.title",
+                    ]
+                )
+            )
             overrides.append(f"{key}={piece}")
 
 
@@ -315,7 +345,9 @@ def check(case: Case) -> None:
         tree = to_tree(recipe)
         if case.sure:
             for key, means in case.found.items():
-                assert agrees(at(tree, key), means), f"{key}: {means!r} was given, {at(tree, key)!r} was taken\n{case.text}\n{case.overrides}"
+                assert agrees(at(tree, key), means), (
+                    f"{key}: {means!r} was given, {at(tree, key)!r} was taken\n{case.text}\n{case.overrides}"
+                )
         run = Path(folder) / "run.yaml"
         run.write_text(loading.yaml_text.dump(tree), encoding="utf-8")
         assert read_run_config(run) == recipe, "a run.yaml reads back as another recipe"
@@ -328,12 +360,27 @@ def overlays(draw: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
     user = draw(block_value(UserValues))
     facts = draw(
         st.dictionaries(
-            st.sampled_from(["node.gpus", "node.memory_gib", "energy.pue", "access.account", "partitions.gpu.max_nodes", "node", "x.y", "gpu.sku"]),
+            st.sampled_from(
+                [
+                    "node.gpus",
+                    "node.memory_gib",
+                    "energy.pue",
+                    "access.account",
+                    "partitions.gpu.max_nodes",
+                    "node",
+                    "x.y",
+                    "gpu.sku",
+                ]
+            ),
             st.one_of(number_values(int, []), text_values(), any_values()),
             max_size=2,
         )
     )
-    lines = ["overlay_for: vega", f"user: {user.text}", "corrections: {" + ", ".join(f"{k}: {v.text}" for k, v in facts.items()) + "}"]
+    lines = [
+        "overlay_for: vega",
+        f"user: {user.text}",
+        "corrections: {" + ", ".join(f"{k}: {v.text}" for k, v in facts.items()) + "}",
+    ]
     for _ in range(draw(st.integers(0, 1))):
         i, piece = draw(st.integers(0, 2)), draw(st.sampled_from(DAMAGE))
         cut = draw(st.integers(0, len(lines[i])))
@@ -359,10 +406,14 @@ def check_overlay(made: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
         count("overlays loaded")
         for key, means in user.items():
             found = system.user.model_dump()[key]
-            assert agrees(found, means) or str(found) == str(means), f"user.{key}: {means!r} was given, {found!r} was taken"
+            assert agrees(found, means) or str(found) == str(means), (
+                f"user.{key}: {means!r} was given, {found!r} was taken"
+            )
         for key, means in facts.items():
             found = sites.dig(system, key)
-            assert agrees(found, means) or str(found) == str(means), f"{key}: {means!r} was given, {found!r} was taken\n{text}"
+            assert agrees(found, means) or str(found) == str(means), (
+                f"{key}: {means!r} was given, {found!r} was taken\n{text}"
+            )
 
 
 # ---- the runs
@@ -372,7 +423,13 @@ def how(few: int, many: int) -> Any:
     """Examples of the default suite (always the same) or of the long run."""
     quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     return settings(
-        max_examples=many if LONG else few, phases=(Phase.generate,), deadline=None, derandomize=not LONG, suppress_health_check=quiet, database=None, print_blob=False
+        max_examples=many if LONG else few,
+        phases=(Phase.generate,),
+        deadline=None,
+        derandomize=not LONG,
+        suppress_health_check=quiet,
+        database=None,
+        print_blob=False,
     )
 
 
@@ -392,3 +449,84 @@ def test_what_is_broken_is_refused_with_its_place(case):
 @given(overlays())
 def test_overlays_are_taken_or_refused_with_their_place(made):
     check_overlay(made)
+
+
+# ---- what the oracle is worth: faults that are put in on purpose are found
+
+
+def _seed_dropped_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = Recipe.model_validate
+
+    def dropping(tree: Any) -> Any:
+        tree.get("train", {}).pop("warmup_ratio", None)
+        tree.get("about", {}).pop("sector", None)
+        return true(tree)
+
+    monkeypatch.setattr(Recipe, "model_validate", dropping)
+
+
+def _seed_typed_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wanted, "as_written", lambda value, *more: value)
+
+
+def _seed_octal(monkeypatch: pytest.MonkeyPatch) -> None:
+    constructors = {**yaml_text._Loader.yaml_constructors, "tag:yaml.org,2002:int": yaml.SafeLoader.construct_yaml_int}
+    monkeypatch.setattr(yaml_text._Loader, "yaml_constructors", constructors)
+
+
+def _seed_override_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = loading._apply_overrides
+    monkeypatch.setattr(
+        loading, "_apply_overrides", lambda tree, given: true(tree, [o for o in given if "eval." not in o])
+    )
+
+
+def _seed_comment_in_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text of --set by YAML, as it once was: what follows '#' is lost."""
+    monkeypatch.setattr(wanted, "given", lambda raw, path, where: yaml_text.parse(raw, where).value)
+
+
+def _seed_unquoted_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        yaml_text, "dump", lambda value, **more: json.dumps(value).replace('"1e3"', "1e3").replace('"017"', "017")
+    )
+    monkeypatch.setattr(wanted, "as_written", lambda value, *more: value)
+
+
+def _seed_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_readable", lambda *more: UserError("something is wrong in it"))
+
+
+def _seed_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        yaml_text, "_check_keys", lambda node, doubled: {key.value: 0 for key, _ in node.value}["model"]
+    )
+
+
+def _seed_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "process_time", iter(range(0, 10**6, 4)).__next__)
+
+
+SEEDED = [value for name, value in sorted(globals().items()) if name.startswith("_seed_")]
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(
+            seed, marks=[] if seed in (_seed_dropped_key, _seed_no_place) else pytest.mark.slow, id=seed.__name__[6:]
+        )
+        for seed in SEEDED
+    ],
+)
+def test_a_fault_that_is_put_in_is_found(seed, monkeypatch):
+    seed(monkeypatch)
+
+    @settings(how(60, 60), max_examples=60)
+    @given(cases(sure=True), cases())
+    def search(sure, broken):
+        check(sure)
+        check(broken)
+
+    with pytest.raises((AssertionError, KeyError)):
+        search()
