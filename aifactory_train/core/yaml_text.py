@@ -104,16 +104,17 @@ class Document:
         found: dict[tuple, tuple[int, yaml.Node]] = {}
 
         def walk(node: yaml.Node, path: tuple) -> None:
+            pairs: list[tuple[Any, yaml.Node, yaml.Node]] = []
             if isinstance(
                 node, yaml.MappingNode
             ):  # what was merged stands first: a key of its own comes later and wins
-                for key, value in node.value:
-                    found[(*path, key.value)] = (key.start_mark.line + 1, value)
-                    walk(value, (*path, key.value))
+                pairs = [(key.value, key, value) for key, value in node.value]
             elif isinstance(node, yaml.SequenceNode):
-                for i, value in enumerate(node.value):
-                    found[(*path, i)] = (value.start_mark.line + 1, value)
-                    walk(value, (*path, i))
+                pairs = [(i, value, value) for i, value in enumerate(node.value)]
+            for name, begin, value in pairs:
+                here = (*path, name)
+                found[here] = (begin.start_mark.line + 1, value)
+                walk(value, here)
 
         if self.node is not None:
             found[()] = (self.node.start_mark.line + 1, self.node)

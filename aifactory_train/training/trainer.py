@@ -220,8 +220,6 @@ class Trainer:
         recipe = self.recipe
         self._begin()
         if recipe.eval.before and "before" not in self.state.results:
-            if not self.quiet:
-                note("scoring the held-out rows before the first step (eval.before)")
             self._evaluate("before", generate=True)
         self.log.open(self.step)
         every = recipe.checkpoint.every_steps

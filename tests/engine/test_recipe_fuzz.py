@@ -433,19 +433,19 @@ def how(few: int, many: int) -> Any:
     )
 
 
-@how(40, 1200)
+@how(25, 1200)
 @given(cases(sure=True))
 def test_what_is_given_is_found(case):
     check(case)
 
 
-@how(50, 1000)
+@how(35, 1000)
 @given(cases())
 def test_what_is_broken_is_refused_with_its_place(case):
     check(case)
 
 
-@how(25, 400)
+@how(15, 400)
 @given(overlays())
 def test_overlays_are_taken_or_refused_with_their_place(made):
     check_overlay(made)
