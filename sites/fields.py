@@ -6,7 +6,7 @@ import re
 from datetime import date as Date
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -68,8 +68,10 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 def _as_text(value: Any) -> Any:
-    """YAML reads 2026-08-20 as a date and 2026 as a number; both are kept as the text that was written."""
-    return str(value) if isinstance(value, (int, float, Date)) and not isinstance(value, bool) else value
+    """YAML reads 2026 and 010 as numbers; they are kept as the text that was written."""
+    if isinstance(value, (int, float, Date)) and not isinstance(value, bool):
+        return getattr(value, "written", None) or str(value)
+    return value
 
 
 Text = Annotated[str, BeforeValidator(_as_text), WithJsonSchema({"type": ["string", "number"]}, mode="validation")]
@@ -79,3 +81,10 @@ class Strict(BaseModel):
     """An unknown key is an error, and values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and "bool" not in str(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError(f"true and false are no value of '{info.field_name}'")
+        return value

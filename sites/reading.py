@@ -12,8 +12,8 @@ from aifactory_train.core.errors import UserError, did_you_mean
 
 
 def read_yaml(path: Path) -> Any:
-    """The file's content; what cannot be read is refused with file and line."""
-    return yaml_text.read(path).value
+    """The file's content; what cannot be read is refused with file and line. Numbers know how they were written, for text."""
+    return yaml_text.read(path, keep_written=True).value
 
 
 def line_of(path: Path, keys: tuple[Any, ...]) -> int | None:

@@ -306,24 +306,24 @@ class Energy(Strict):
 class UserValues(Strict):
     """What a user adds to a profile: accounts, paths, software of their own. Kept outside the project."""
 
-    account: str | None = None
-    partition: str | None = None
-    qos: str | None = None
-    reservation: str | None = None
-    constraint: str | None = None
-    project: str | None = None  # project name for path templates
-    work_dir: str | None = None  # runs, caches, data; must be visible on compute nodes
-    scratch_dir: str | None = None
-    container_image: str | None = None
-    container_binds: list[str] = []
-    venv: str | None = None
-    modules: list[str] | None = None  # replaces the profile's list
+    account: Text | None = None
+    partition: Text | None = None
+    qos: Text | None = None
+    reservation: Text | None = None
+    constraint: Text | None = None
+    project: Text | None = None  # project name for path templates
+    work_dir: Text | None = None  # runs, caches, data; must be visible on compute nodes
+    scratch_dir: Text | None = None
+    container_image: Text | None = None
+    container_binds: list[Text] = []
+    venv: Text | None = None
+    modules: list[Text] | None = None  # replaces the profile's list
     env: dict[str, Text] = {}
-    exclude_nodes: list[str] = []
+    exclude_nodes: list[Text] = []
     budget_gpu_hours: PositiveFloat | None = None
     price_per_gpu_hour: PositiveFloat | None = None
-    currency: str | None = None
-    mail: str | None = None
+    currency: Text | None = None
+    mail: Text | None = None
 
 
 class Overlay(Strict):

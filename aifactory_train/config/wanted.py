@@ -63,7 +63,9 @@ def as_written(value: Any, document: yaml_text.Document, annotation: Any, inside
         return {k: as_written(v, document, _below(annotation, k), (*inside, k)) for k, v in value.items()}
     if isinstance(value, list):
         return [as_written(v, document, _below(annotation, i), (*inside, i)) for i, v in enumerate(value)]
-    if isinstance(value, (bool, int, float)) and takes_text(annotation):
+    members = _members(annotation)
+    truth_for_a_number = isinstance(value, bool) and bool not in members and any(m in (int, float) for m in members)
+    if truth_for_a_number or (isinstance(value, (bool, int, float)) and takes_text(annotation)):
         return document.written(inside)
     return value
 

@@ -42,6 +42,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         for tag, make in yaml.SafeLoader.yaml_constructors.items()
         if tag is None or tag.removeprefix(_TAG) in (*_CORE, "str", "seq", "map")
     }
+    keeps_written = False
     _depth = 0
 
     def descend_resolver(self, parent: yaml.Node | None, index: Any) -> None:
@@ -67,16 +68,41 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 
 
+class WrittenInt(int):
+    """A number whose usual form is not the text that stands in the file: ``010``."""
+
+    written = ""
+
+
+class WrittenFloat(float):
+    """The same of ``1e3`` and ``1.50``."""
+
+    written = ""
+
+
 def _integer(loader: Any, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
     base = {"0x": 16, "0o": 8}.get(text[:2].lower(), 10)
-    return int(text[2:] if base != 10 else text, base)
+    return _kept(loader, WrittenInt, int(text[2:] if base != 10 else text, base), text)
+
+
+def _float(loader: Any, node: yaml.ScalarNode) -> float:
+    return _kept(loader, WrittenFloat, loader.construct_yaml_float(node), node.value)
+
+
+def _kept(loader: Any, kind: Any, value: Any, text: str) -> Any:
+    if not loader.keeps_written or text == str(value):
+        return value
+    value = kind(value)
+    value.written = text
+    return value
 
 
 for _name, (_pattern, _first) in _CORE.items():
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), _first)
 _Loader.add_implicit_resolver(_TAG + "merge", re.compile("^<<$"), ["<"])
 _Loader.add_constructor(_TAG + "int", _integer)
+_Loader.add_constructor(_TAG + "float", _float)
 _Loader.add_constructor(_TAG + "merge", yaml.SafeLoader.construct_yaml_str)
 
 
@@ -134,8 +160,8 @@ class Document:
         return node.value if isinstance(node, yaml.ScalarNode) else None
 
 
-def read(path: Path) -> Document:
-    """A YAML file. Raises :class:`UserError` with file and line: no file, not UTF-8, bad YAML, a key given twice, aliases that unfold
+def read(path: Path, *, keep_written: bool = False) -> Document:
+    """A YAML file; ``keep_written``: ``010`` is a :class:`WrittenInt`. Raises :class:`UserError` with file and line: no file, not UTF-8, bad YAML, a key given twice, aliases that unfold
     without end."""
     try:
         content = path.read_bytes()
@@ -150,14 +176,15 @@ def read(path: Path) -> Document:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError("not UTF-8 text", where=f"{path}:{line}", fix="save the file as UTF-8") from None
-    return parse(text, str(path))
+    return parse(text, str(path), keep_written=keep_written)
 
 
-def parse(text: str, where: str, *, doubled: bool = False) -> Document:
+def parse(text: str, where: str, *, doubled: bool = False, keep_written: bool = False) -> Document:
     """A YAML text; ``where`` names it in messages. Raises as :func:`read`; ``doubled``: of a key that stands twice the last counts, in
     what strangers wrote."""
     try:
         loader = _Loader(text)
+        loader.keeps_written = keep_written
         try:
             node = loader.get_single_node()
             if node is None:

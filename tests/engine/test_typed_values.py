@@ -99,6 +99,8 @@ def test_every_key_takes_what_it_wants(tmp_path, override, value):
         ("train.learning_rate=2,5e-4", "got '2,5e-4'"),
         ("train.seed=2024-13-45", "got '2024-13-45'"),
         ("train.seed=0b_", "got '0b_'"),
+        ("train.max_steps=true", "got 'true'"),
+        ("train.epochs=False", "got 'False'"),
         ("train.epochs=.inf", "finite"),
         ("train.seed=" + "9" * 5000, "(5000 characters) cannot be read as int"),
         ("train.seed=" + "9" * 4000, "9..."),
@@ -144,6 +146,21 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_wanted(tmp_path, monkeypa
         assert base in yaml_text.dump(to_tree(load(tmp_path, override))), override
     in_file = load(tmp_path, text="model: {base: ~/x}\ndata: {train: [~/x, {source: ~/x}]}\n")
     assert [in_file.model.base, *(s.source for s in in_file.data.train)] == [base] * 3
+
+
+def test_an_overlay_is_read_by_the_same_rules(tmp_path):
+    from aifactory_train import sites
+
+    path = tmp_path / "vega.yaml"
+    path.write_text(
+        "overlay_for: vega\nuser: {account: 0042, modules: [1.50], env: {A: 010, on: 1e3}, price_per_gpu_hour: 1e0}\n"
+    )
+    user = sites.load("vega", overlay=path).user
+    assert (user.account, user.modules, user.env) == ("0042", ["1.50"], {"A": "010", "on": "1e3"})
+    assert user.price_per_gpu_hour == 1.0
+    path.write_text("overlay_for: vega\ncorrections:\n  energy.pue: true\n")
+    with pytest.raises(UserError, match=r"vega\.yaml:3.*true and false are no value of 'pue'"):
+        sites.load("vega", overlay=path)
 
 
 def test_what_is_written_reads_back_by_both_versions_of_yaml():
