@@ -85,6 +85,8 @@ class Strict(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and "bool" not in str(cls.model_fields[info.field_name or ""].annotation):
-            raise ValueError(f"true and false are no value of '{info.field_name}'")
+        if isinstance(value, bool):
+            wanted = set(re.findall(r"\w+", str(cls.model_fields[info.field_name or ""].annotation)))
+            if wanted & {"int", "float"} and "bool" not in wanted:
+                raise ValueError(f"true and false are no value of '{info.field_name}'")
         return value
