@@ -73,17 +73,19 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
 def _settle_micro_batch(tree: dict, origin: dict[tuple, str]) -> None:
     """``train.micro_batch_tokens: auto``, and a recipe file's figure that a longer ``data.sequence_length`` of the command line outgrew,
-    become the default or the least that holds a document. How a step is divided changes nothing of the training."""
-    train, data = tree.setdefault("train", {}), tree.get("data")
+    become the default or the least that holds a document, whichever is more; the latter where it was outgrown. How a step is divided changes nothing of the training."""
+    train, data = tree.get("train", {}), tree.get("data")
     if not isinstance(train, dict) or not isinstance(data, dict):
         return  # said by the schema
     default = Recipe.model_fields["train"].annotation.model_fields["micro_batch_tokens"].default  # type: ignore[union-attr]
     value, length = train.get("micro_batch_tokens", default), data.get("sequence_length", 0)
     mine = ("train", "micro_batch_tokens") not in origin and ("data", "sequence_length") in origin
-    outgrown = mine and isinstance(value, int) and isinstance(length, int) and value < length
+    counts = isinstance(value, int) and isinstance(length, int) and train.get("grad_accum", "auto") == "auto"
+    outgrown = mine and counts and value < length
     if value != "auto" and not outgrown:
         return
-    train["micro_batch_tokens"] = max(default, length) if isinstance(length, int) else default
+    least = length if isinstance(length, int) else default
+    tree["train"] = {**train, "micro_batch_tokens": least if outgrown else max(default, least)}
     if outgrown:
         note(f"train.micro_batch_tokens: {length} instead of {value}, for documents of data.sequence_length {length}")
 
