@@ -37,6 +37,8 @@ import launched  # noqa: E402
 import scenarios  # noqa: E402
 
 STEPS, STEP_S = 24, 0.08
+#: Seconds within which a rank ends, on any machine.
+PATIENCE_S = 900
 #: What happens beside the stop, and in which order.
 CHANNELS = ("stop", "stop, USR1", "USR1, stop", "stop, TERM", "TERM, stop", "stop, KILL")
 BACKENDS = ("local", "mpi", "pbspro", "torque", "kubernetes")
@@ -86,13 +88,13 @@ class Stopped:
 
     def judge(self) -> None:
         with self.ranks as ranks:
-            codes = ranks.wait(300)
+            codes = dict(ranks.wait(PATIENCE_S))
         verdict, behind = launched.close(self.run, 1), launched.begin(self.run, "2", 1)
         from aifactory_train.launchers.programs import attempt as book
 
         made = launched.steps(self.run) if (self.run / "metrics.jsonl").exists() else []
         kept = book.latest_checkpoint(str(self.run))
-        self.check(bool(codes), f"the rank did not end: {self.channel}")
+        self.check(bool(codes), f"the rank did not end within {PATIENCE_S} s: {self.channel}")
         self.check(verdict[:1] == ["end"], f"something follows: {verdict}")
         self.check(behind[:1] == ["end"], f"a queued job goes on: {behind}")
         self.check(len(book.attempt_numbers(str(self.run))) == 1, "another attempt was begun")
@@ -105,7 +107,7 @@ class Stopped:
             (self.run / "submission" / "again").write_text("")
             again = launched.begin(self.run, "3", 1)
             with self.start("2") as ranks:
-                codes = ranks.wait(300)
+                codes = dict(ranks.wait(PATIENCE_S))
             finished = kept == STEPS
             self.check(again == ["go", "002"] and codes == {0: 2 if finished else 0}, f"resumed: {again} {codes}")
             self.check(launched.steps(self.run) == list(range(1, STEPS + 1)), "a step was lost or made twice")
@@ -134,7 +136,9 @@ def local(count: int, dice: random.Random, folder: Path, beside: int) -> dict[st
             one.judge()
             phases[one.phase] += 1
             channels[one.channel] += 1
-            faults += [f"{one.name} ({one.channel}, {one.phase}, step {one.at}): {f}" for f in one.faults]
+            found = [f"{one.name} ({one.channel}, {one.phase}, step {one.at}): {f}" for f in one.faults]
+            print("".join(f"FAULT {f}\n" for f in found), end="", file=sys.stderr)
+            faults += found
         print(f"{begin + len(runs) - 1} of {count} stops, {len(faults)} faults", file=sys.stderr, flush=True)
     return {"stops": count, "faults": faults, "phases": dict(phases), "channels": dict(channels)}
 
