@@ -85,7 +85,6 @@ def _expected_gpus(shape: Shape, put: _Exports) -> None:
 
 
 def _runtime(system: System, put: _Exports) -> None:
-    put("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1", "a failed collective ends the rank instead of hanging it")
     put("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "a collective that timed out leaves a flight record")
     put("TORCH_FR_BUFFER_SIZE", "2000", "entries of the flight record")
     put("NCCL_DEBUG", "WARN", "warnings of the communication library, into a file per process")

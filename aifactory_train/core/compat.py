@@ -53,6 +53,14 @@ def supports_bf16(device: str) -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
+def shares_memory(device: str) -> bool:
+    """Whether the GPU computes in the host's own memory (MI300A and other integrated ones)."""
+    if device == "cpu":
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return bool(getattr(properties, "is_integrated", False)) or "MI300A" in properties.name
+
+
 def sum_gradients(module: Any) -> None:
     """Make FSDP2 add the ranks' gradients and divide by nothing.
 

@@ -267,7 +267,8 @@ def _share_padded(sizes: np.ndarray, count: int) -> np.ndarray:
 
     def begins(bound: int) -> list[int]:
         """Where each slot begins; cut short where they are too many."""
-        found, at = [], 0
+        found: list[int] = []
+        at = 0
         while at < n and len(found) <= count:
             found.append(at)
             at += max(1, bound // longest[at]) if longest[at] else n

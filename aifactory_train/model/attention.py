@@ -91,6 +91,8 @@ def per_document_attention(
     _reject(module, documents.max_length, kwargs)
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
+    if groups > 1 and not shares_heads(query):
+        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
     # split, not slices: the backward of split is one concatenation, that of a slice a full-size tensor per document
     parts = zip(*(_flat(states).split(documents.lengths, dim=2) for states in (query, key, value)), strict=True)
     outputs = [
@@ -102,6 +104,14 @@ def per_document_attention(
     out = torch.cat(outputs, dim=2)  # [1, H, B*T, D]
     # contiguous as transformers' own functions return it: some models (AFMoE) take a view of it
     return out.squeeze(0).transpose(0, 1).reshape(batch, length, heads, -1).contiguous(), None
+
+
+def shares_heads(query: torch.Tensor) -> bool:
+    """Whether SDPA has a fast kernel for fewer key than query heads. On NVIDIA GPUs in fp32, and before Ampere, only its plain form
+    takes them, whose memory grows with the square of the length."""
+    if query.device.type != "cuda" or torch.version.hip:
+        return True
+    return query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 #: Attention of ``[B * T, H, D]`` queries to ``[B * T, H_kv, D]`` keys and values, given the documents, dropout and scaling.
@@ -233,11 +243,52 @@ def register() -> None:
     AttentionMaskInterface.register(DECODING, mask)
 
 
-def choose(setting: str, device: str, compute: torch.dtype = torch.bfloat16) -> tuple[str, str]:
+def trial(device: str, dtype: torch.dtype, heads: tuple[int, int, int]) -> str:
+    """Why torch's variable-length kernel does not run here, forward and backward over three documents; empty where it does.
+
+    ``heads``: query heads, key heads, numbers in each. Some builds of torch lack the kernel, and it has a largest head.
+    """
+    queries, keys, dim = heads
+    documents = Documents.of(torch.tensor([0, 1, 6, 16], dtype=torch.int32), device)
+    states = [
+        torch.zeros(16, count, dim, dtype=dtype, device=device, requires_grad=True) for count in (queries, keys, keys)
+    ]
+    try:
+        kernel = varlen_attention.__wrapped__  # type: ignore[attr-defined]
+        kernel(*states, documents, 0.0, None).sum().backward()
+        ran = all(bool(part.grad.isfinite().all()) for part in states)  # type: ignore[union-attr]
+        return "" if ran else "its gradients are not finite"
+    except Exception as error:  # whatever a build lacks
+        return (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            if str(error).strip()
+            else type(error).__name__
+        )
+
+
+def heads_of(config: Any) -> tuple[int, int, int] | None:
+    """Query heads, key heads, numbers in each, of a transformers configuration; None where it does not say."""
+    text = config.get_text_config()
+    queries, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
+    if not isinstance(queries, int) or not isinstance(hidden, int) or queries < 1:
+        return None
+    keys = getattr(text, "num_key_value_heads", None) or queries
+    return queries, int(keys), int(getattr(text, "head_dim", None) or hidden // queries)
+
+
+def choose(
+    setting: str,
+    device: str,
+    compute: torch.dtype = torch.bfloat16,
+    *,
+    heads: tuple[int, int, int] | None = None,
+    compiled: bool = False,
+) -> tuple[str, str]:
     """The registry name for ``model.attention`` on ``device`` and the reason, for the start-up report.
 
     ``compute``: the type of arithmetic. FlashAttention, which is what both variable-length kernels are, has no fp32, and so none
-    on GPUs without bf16. Raises :class:`UserError` if the wanted backend cannot run here.
+    on GPUs without bf16. ``heads`` (:func:`heads_of`): with them ``auto`` tries the kernel first. ``compiled``: blocks are compiled.
+    Raises :class:`UserError` if the wanted backend cannot run here.
     """
     has_varlen = compat.varlen_attention() is not None
     if setting in ("flash", "varlen") and device != "cpu" and compute == torch.float32:
@@ -265,5 +316,14 @@ def choose(setting: str, device: str, compute: torch.dtype = torch.bfloat16) -> 
     if setting == "per_document":
         return PER_DOCUMENT, "asked for"
     if device != "cpu" and has_varlen and compute != torch.float32:
+        if compiled and torch.version.hip:
+            # pytorch#187872: its stand-in in compiled code says another shape of the log-sum-exp than the kernel returns.
+            return (
+                PER_DOCUMENT,
+                "SDPA on each document: on AMD GPUs torch's variable-length kernel is not right in compiled blocks",
+            )
+        trouble = trial(device, compute, heads) if heads else ""
+        if trouble:
+            return PER_DOCUMENT, f"SDPA on each document: torch's variable-length kernel does not run here ({trouble})"
         return VARLEN, "GPU and torch >= 2.10"
     return PER_DOCUMENT, "SDPA on each document: no variable-length kernel for this device, torch and precision"

@@ -43,10 +43,16 @@ def load_config(path: Path, recipe: Recipe):
     return config
 
 
-def choose_attention(recipe: Recipe, device: str, report: ModelReport) -> str:
+def choose_attention(recipe: Recipe, config: Any, device: str, report: ModelReport) -> str:
     """The name of ``model.attention`` in transformers' registry, where our functions are from now on."""
     attention.register()
-    name, why = attention.choose(recipe.model.attention, device, choose_precision(recipe, device)[0].compute)
+    name, why = attention.choose(
+        recipe.model.attention,
+        device,
+        choose_precision(recipe, device)[0].compute,
+        heads=attention.heads_of(config),
+        compiled=recipe.parallel.compile,
+    )
     report.add("attention", name.removeprefix("aifactory_"), why)
     return name
 
@@ -69,8 +75,8 @@ def load_language_model(
 
     logging.disable_progress_bar()  # our own report says what was loaded
 
-    name = choose_attention(recipe, device, report)
     config = load_config(path, recipe)
+    name = choose_attention(recipe, config, device, report)
     with foreign(f"model.base: {recipe.model.base}", "the model cannot be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -173,7 +179,8 @@ def _loads_by_shard(path: Path, recipe: Recipe, *, device: str, dtype: torch.dty
     elif recipe.model.trust_remote_code:
         reason = "the model's own code decides how it is loaded"
     else:
-        reason = why_not(load_config(path, recipe), path, choose_attention(recipe, device, ModelReport()), dtype)
+        config = load_config(path, recipe)
+        reason = why_not(config, path, choose_attention(recipe, config, device, ModelReport()), dtype)
     report.add(
         "loading",
         "each rank its shard" if reason is None else "the whole model on each rank",
@@ -188,8 +195,8 @@ def empty_language_model(
     """The same model as :func:`load_language_model` without memory for its weights (stride-0 zeros on the host)."""
     from aifactory_train.model.weight_files import skeleton
 
-    name = choose_attention(recipe, device, report)
-    model = skeleton(load_config(path, recipe), name, dtype)
+    config = load_config(path, recipe)
+    model = skeleton(config, choose_attention(recipe, config, device, report), dtype)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return model

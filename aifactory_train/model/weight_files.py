@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +103,16 @@ def read_tensor(file: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = shard.get_tensor(name)
     same_shape(name, list(tensor.shape), shape, file)
     return tensor
+
+
+def forget_pages(folder: Path) -> None:
+    """Let the system drop what it kept in memory of the weight files in ``folder``, which have been read."""
+    for file in sorted(set(tensors_in(folder).values())):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def same_shape(name: str, stored: list[int], wanted: tuple[int, ...], file: Path) -> None:

@@ -199,9 +199,7 @@ def _tell_what_was_not_compiled(core: nn.Module) -> None:
     handle = core.register_forward_hook(look)
 
 
-def prepare_blocks(
-    core: CausalLM, *, compute: torch.dtype | None, checkpointing: str, compiled: bool
-) -> None:
+def prepare_blocks(core: CausalLM, *, compute: torch.dtype | None, checkpointing: str, compiled: bool) -> None:
     """All of it. ``compute``: the type to compute in, None where the engine casts by itself."""
 
     def rest() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aifactory_train.core import compat
 from aifactory_train.core.errors import UserError
+from aifactory_train.model.base import base_folder
+from aifactory_train.model.weight_files import forget_pages
 from aifactory_train.parallel.engine import Engine
 from aifactory_train.parallel.traits import DEFAULT, refuse_what_it_cannot_do, traits_of
 
@@ -43,4 +46,9 @@ def build_engine(name: str, core: CausalLM, recipe: Recipe, precision: Precision
         compiled=settings.compile,
     )
     core.train()
-    return traits.load()(name, core, recipe, precision, world)
+    engine = traits.load()(name, core, recipe, precision, world)
+    if world.local_rank == 0 and compat.shares_memory(world.device):
+        # Cached pages of the files would push the model's own memory away from its GPU; the engine's collectives said that all
+        # ranks have read them.
+        forget_pages(base_folder(recipe))
+    return engine

@@ -40,7 +40,7 @@ BUCKET_ELEMENTS = 50_000_000
 
 
 def deepspeed_json(
-    recipe: Recipe, precision: Precision, world_size: int, stage: int, hidden_size: int
+    recipe: Recipe, precision: Precision, world_size: int, stage: int, hidden_size: int, device: str = "cuda"
 ) -> dict[str, Any]:
     """DeepSpeed's configuration for our settings. Pure: also used to show it before a run.
 
@@ -57,7 +57,7 @@ def deepspeed_json(
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
-        "overlap_comm": False,
+        "overlap_comm": device != "cpu",
         "reduce_scatter": True,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
@@ -68,7 +68,7 @@ def deepspeed_json(
         zero["stage3_param_persistence_threshold"] = 10 * hidden_size
         zero["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
     if recipe.parallel.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device != "cpu"}
     return {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
@@ -153,7 +153,7 @@ class DeepSpeedEngine:
         self.core, self.recipe, self.precision, self.world = core, recipe, precision, world
         self.updates = 0
         hidden = core.language_model.config.get_text_config().hidden_size
-        self.config = deepspeed_json(recipe, precision, world.size, stage, hidden)
+        self.config = deepspeed_json(recipe, precision, world.size, stage, hidden, world.device)
         self.files: dict[str, Any] = {"deepspeed.json": self.config}
         #: full shapes by name: ZeRO-3 empties the parameters themselves
         self.shapes = {n: tuple(p.shape) for n, p in core.named_parameters()}
@@ -173,7 +173,8 @@ class DeepSpeedEngine:
         self.zero = self.engine.optimizer
         # DeepSpeed's bf16 mode also casts buffers; rotary frequencies in bf16 would bend the positions.
         for name, buffer in core.named_buffers():
-            buffer.data = buffers[name].to(buffer.device)
+            # ... and leaves those of a model that it partitioned itself on the host, where each forward would fetch them anew.
+            buffer.data = buffers[name].to(world.device)
         self.module: nn.Module = self.engine
         #: stage 3 divides the sum of gradients by the number of ranks and cannot be told not to
         self.undo_mean = float(world.size) if stage == 3 else 1.0
@@ -189,6 +190,8 @@ class DeepSpeedEngine:
     def _gradients(self) -> list[torch.Tensor]:
         """This rank's partition of the summed gradients (views; padding is zero)."""
         if self.recipe.parallel.offload_optimizer:
+            if self.world.device != "cpu":
+                torch.cuda.synchronize(self.world.device)  # DeepSpeed copies them to pinned memory without waiting
             flats = (
                 self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
             )

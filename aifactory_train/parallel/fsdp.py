@@ -8,6 +8,7 @@ tied embedding must be one parameter of one group.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -161,22 +162,42 @@ def agree_on_trained(core: nn.Module) -> None:
             dist.broadcast(parameter.data, 0)
 
 
+#: Bytes that rank 0 receives at once when a whole parameter is gathered: evaluation and export come when a GPU is full.
+GATHER_BYTES = 256 * 2**20
+
+
 def gather_rows(parameter: nn.Parameter, mesh: DeviceMesh, world: World) -> torch.Tensor | None:
     """The whole of a row-sharded parameter in rank 0's host memory; the others send their rows and get None."""
     if not isinstance(parameter, DTensor):
         return parameter.detach().cpu() if world.is_main else None
-    local = parameter.to_local().detach().contiguous()
+    local = parameter.to_local().detach()
     group, shards = mesh.get_group("shard"), mesh.size(-1)
     if shards == 1:
         return local.cpu() if world.is_main else None
-    rows = parameter.shape[0]
-    each = -(-rows // shards)
-    padded = local.new_zeros((each, *parameter.shape[1:]))
-    padded[: local.shape[0]] = local
-    if padded.device.type == "cpu":
-        parts: Any = [torch.empty_like(padded) for _ in range(shards)] if mesh.get_local_rank("shard") == 0 else None
-        dist.gather(padded, parts, dst=dist.get_global_rank(group, 0), group=group)
-    else:
-        parts = [torch.empty_like(padded) for _ in range(shards)]
-        dist.all_gather(parts, padded, group=group)
-    return torch.cat(parts)[:rows].cpu() if world.is_main else None
+    receives = mesh.get_local_rank("shard") == 0
+    whole = collect_rows(local, parameter.shape, shards, group, dist.get_global_rank(group, 0), receives)
+    return whole if world.is_main else None
+
+
+def collect_rows(
+    local: torch.Tensor, shape: torch.Size, shards: int, group: Any, first: int, receives: bool
+) -> torch.Tensor | None:
+    """The tensor of ``shape`` whose rows are dealt to ``shards`` ranks as torch.chunk does, in host memory of rank ``first``.
+
+    No more than :data:`GATHER_BYTES` are on its way at once, on the sender's and the receiver's device.
+    """
+    rows, each = shape[0], -(-shape[0] // shards)
+    whole = torch.empty(shape, dtype=local.dtype) if receives else None
+    step = max(1, GATHER_BYTES // max(1, shards * math.prod(shape[1:]) * local.element_size()))
+    for start in range(0, each, step):
+        part = local.new_zeros((min(step, each - start), *shape[1:]))
+        mine = local[start : start + len(part)]
+        part[: len(mine)] = mine
+        parts = [torch.empty_like(part) for _ in range(shards)] if receives else None
+        dist.gather(part, parts, dst=first, group=group)
+        if whole is not None and parts is not None:
+            for shard, got in enumerate(parts):
+                begin = shard * each + start
+                count = max(0, min(rows - begin, len(got)))
+                whole[begin : begin + count] = got[:count]
+    return whole

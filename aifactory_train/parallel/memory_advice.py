@@ -89,6 +89,24 @@ def advise(recipe: Recipe, use: MemoryUse | None, world_size: int, trained_bytes
     return lines
 
 
+def held(engine: Engine) -> tuple[int, int]:
+    """Bytes on this rank: what stays between steps (parameters, optimizer state), and of the trained parameters with their gradients."""
+    state = {kind: sum(entry.nbytes() for entry in entries.values()) for kind, entries in engine.state().items()}
+    parameters = sum(_local_bytes(p) for p in engine.core.parameters())
+    # ZeRO's masters are beside the parameters that it computes with; elsewhere they are those parameters.
+    masters = state["model"] if traits_of(engine.name).fp32_masters else 0
+    return parameters + masters + state["optimizer"], 2 * state["model"] + state["optimizer"]
+
+
+def _local_bytes(parameter: torch.Tensor) -> int:
+    """Of a parameter whose rows other ranks share (FSDP2), or that ZeRO-3 emptied while it is not in use, this rank's part."""
+    if hasattr(parameter, "ds_tensor"):
+        parameter = parameter.ds_tensor
+    elif hasattr(parameter, "to_local"):
+        parameter = parameter.to_local()
+    return parameter.numel() * parameter.element_size()
+
+
 def out_of_memory(error: BaseException, recipe: Recipe, use: MemoryUse | None, ranks: int, trained: int) -> RunFailed:
     """The error to raise instead: what ran out, and what to change by how much."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -106,7 +124,6 @@ def explain_memory(engine: Engine, recipe: Recipe, world: World) -> Iterator[Non
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        pieces = [entry.nbytes() for kind in engine.state().values() for entry in kind.values()]
-        resident = sum(p.numel() * p.element_size() for p in engine.core.parameters()) + sum(pieces)
+        resident, trained = held(engine)
         use = measure(world.device, resident)
-        raise out_of_memory(error, recipe, use, world.size, 2 * sum(pieces)) from error
+        raise out_of_memory(error, recipe, use, world.size, trained) from error

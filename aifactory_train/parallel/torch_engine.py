@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,10 +34,19 @@ def state_keys(recipe: Recipe) -> tuple[str, ...]:
 def sum_of_squares(tensors: list[torch.Tensor], device: str) -> torch.Tensor:
     """fp32 scalar on ``device``: the squared L2 norm of all tensors together."""
     total = torch.zeros((), dtype=torch.float32, device=device)
-    for tensor in tensors:
-        if tensor.numel():
-            total += torch.linalg.vector_norm(tensor, dtype=torch.float32).square().to(device)
+    for _, group in _by_place(t for t in tensors if t.numel()):
+        norms = torch._foreach_norm(group, 2, dtype=torch.float32)
+        total += torch.stack(norms).square().sum().to(device)
     return total
+
+
+def _by_place(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[torch.dtype, list[torch.Tensor]]]:
+    """Tensors of one device and type together: a few kernels serve them all, where each would need its own."""
+    groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for (_, dtype), group in groups.items():
+        yield dtype, group
 
 
 def clip_factor(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor:
@@ -48,9 +57,14 @@ def clip_factor(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor:
 
 
 def multiply(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
-    """In place, by an fp32 scalar. Expanded, or it would be rounded to the type of bf16 gradients before the product."""
-    for gradient in gradients:
-        torch.mul(gradient, factor.to(gradient.device).expand_as(gradient), out=gradient)
+    """In place, by an fp32 scalar."""
+    for dtype, group in _by_place(gradients):
+        here = factor.to(group[0].device)
+        if dtype == torch.float32:
+            torch._foreach_mul_(group, here)
+            continue
+        for gradient in group:  # expanded, or the factor would be rounded to their type before the product
+            torch.mul(gradient, here.expand_as(gradient), out=gradient)
 
 
 def split_scale(scale: float) -> tuple[float, float]:

@@ -91,7 +91,6 @@ _ZERO: dict[str, Any] = {
     "shard_group": "all",
     "cuts": "buffer",
     "gradient_buffers": True,
-    "overlaps": False,  # our DeepSpeed JSON switches it off
     "fp32_masters": True,
     "offloads_optimizer": True,
     "package": "deepspeed",

@@ -179,7 +179,7 @@ class Job:
     compiled: bool = False
     #: FSDP2 as our engine accumulates: no reduction per micro-batch, so whole gradients live on every rank until the last one
     accumulates_whole: bool = False
-    overlaps: bool = True  # collectives run beside computation (our DeepSpeed JSON switches its overlap off)
+    overlaps: bool = True  # collectives run beside computation
     zero_bucket: float = 5e7  # elements of DeepSpeed's gradient and gather buckets; its own default is ten times ours
     judged: bool = (
         False  # a preference loss of whole answers: backward makes the logits again (methods/preference_loss.py)

@@ -42,7 +42,7 @@ def deepspeed_json(job: Job) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
-        "overlap_comm": False,
+        "overlap_comm": True,
         "reduce_scatter": True,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
@@ -52,7 +52,7 @@ def deepspeed_json(job: Job) -> dict[str, Any]:
         zero["stage3_param_persistence_threshold"] = 10 * job.shape.hidden
         zero["stage3_prefetch_bucket_size"] = bucket
     if layout.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {
         "train_batch_size": layout.world,
         "train_micro_batch_size_per_gpu": 1,

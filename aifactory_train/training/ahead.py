@@ -80,17 +80,17 @@ class StepsAhead:
         except BaseException as error:  # told to the loop when it wants the step
             self._made = error
 
-    def _make(self, step: int, cursor: Cursor) -> ReadyStep:
-        run, train_set, settings = self.run, self.run.data.train, self.run.recipe.train
+    def shares(self, cursor: Cursor) -> tuple[np.ndarray, Cursor, list[list[np.ndarray]]]:
+        """(documents of the step at ``cursor``, the cursor behind it, ``[rank][micro] -> documents``)."""
+        run, lengths, settings = self.run, self.run.data.train.lengths, self.run.recipe.train
         documents, following = run.sampler.step(cursor)
-        shares = split_step(
-            documents,
-            train_set.lengths,
-            run.engine.dims.data_ranks,
-            settings.grad_accum,
-            micro_limit(settings.micro_batch_tokens, train_set.lengths[documents], run.world.device),
-            run.recipe.data.batching,
-        )
+        most = micro_limit(settings.micro_batch_tokens, lengths[documents], run.world.device)
+        ranks, batching = run.engine.dims.data_ranks, run.recipe.data.batching
+        return documents, following, split_step(documents, lengths, ranks, settings.grad_accum, most, batching)
+
+    def _make(self, step: int, cursor: Cursor) -> ReadyStep:
+        run, train_set = self.run, self.run.data.train
+        documents, following, shares = self.shares(cursor)
         context = StepContext(run, step, documents)
         mine = shares[run.engine.dims.data_rank(run.world.rank)]
         return ReadyStep(

@@ -82,7 +82,7 @@ def _train_as(
     device = world.device if world.size > 1 else "alone"
     timeout_s = recipe.parallel.timeout_s
     owner = Owner(run.path, attempt)
-    who = {"timeout_s": timeout_s, "device": device, "ranks": world.size}
+    who: dict[str, Any] = {"timeout_s": timeout_s, "device": device, "ranks": world.size}
     with owner, Attempt(run, world.rank, world.local_rank, attempt, **who) as record:
         resume_from = from_main(world, lambda: open_for_training(run, resume, recipe, owner))
         record.training = True

@@ -51,7 +51,7 @@ from aifactory_train.training.checkpoint import Checkpointer
 from aifactory_train.training.guard import Guard, Verdict, stopped_by_guard
 from aifactory_train.training.listeners import listen
 from aifactory_train.training.metrics_log import MetricsLog, Progress, compare_with_plan, print_comparison, print_start
-from aifactory_train.training.probe import largest_micro_batch
+from aifactory_train.training.probe import largest_micro_batch, try_step
 from aifactory_train.training.schedule import learning_rate
 from aifactory_train.training.state import LoopState, refuse_length, refuse_other_rows, same_rates
 from aifactory_train.training.stopping import Best, StopChannels
@@ -172,12 +172,13 @@ class Trainer:
 
     def _try_largest_batch(self) -> None:
         """On a GPU, run the largest micro-batch once before the first step, so that running out of memory shows at once."""
-        if self.world.device != "cpu":
-            documents = largest_micro_batch(self.data.train.lengths, self.recipe.train.micro_batch_tokens)
-            with explain_memory(self.engine, self.recipe, self.world):
-                batch = self.method.batch(StepContext(self.context, 0, documents), documents)
-                self.engine.forward_backward(batch, 0.0, last=True)
-            self.engine.discard()
+        if self.world.device == "cpu":
+            return
+        documents = largest_micro_batch(self.data.train.lengths, self.recipe.train.micro_batch_tokens)
+        micros = len(self.ahead.shares(Cursor())[2][0])
+        with explain_memory(self.engine, self.recipe, self.world):
+            batch = self.method.batch(StepContext(self.context, 0, documents), documents)
+            try_step(self.engine, batch, accumulates=micros > 1)
 
     def _restore(self, step: int | None) -> None:
         """Go on from the checkpoint of ``step``. Raises :class:`UserError` if there is none (any more), if base model, tokenizer or rows

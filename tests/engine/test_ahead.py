@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from read_backs import ReadBacks
 
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.core.errors import UserError
@@ -23,6 +24,7 @@ from aifactory_train.run.outcome import waits_for_others
 from aifactory_train.training import ahead
 from aifactory_train.training.ahead import StepsAhead
 from aifactory_train.training.start import train
+from aifactory_train.training.trainer import Trainer
 
 
 class Named(Supervised):
@@ -146,7 +148,18 @@ def test_a_run_resumes_at_the_step_done_not_at_the_one_made_ahead(make_recipe, t
     settings = ["eval.before=false", "eval.after=false", "export.automatic=false", "checkpoint.every_steps=2"]
     recipe = load_recipe(str(make_recipe(settings={"train.max_steps": 4})), settings)
     run = tmp_path / "run"
-    assert train(recipe, run, quiet=True) == 0
+    asked = []
+    with monkeypatch.context() as patch:
+        whole_step = Trainer.train_step
+
+        def counted(self):
+            with ReadBacks() as seen:
+                whole_step(self)
+            asked.append(dict(seen.found))
+
+        patch.setattr(Trainer, "train_step", counted)
+        assert train(recipe, run, quiet=True) == 0
+    assert asked == [{"tolist": 1}] * 4  # the host waits for the device once a step: for loss and norm together
 
     def rows() -> list[tuple]:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

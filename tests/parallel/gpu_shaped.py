@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -108,45 +107,6 @@ def _nowhere(dtype, bucket):
     return future
 
 
-#: Operators whose result the host must have before it goes on.
-ASKING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_consecutive"}
-
-
-class ReadBacks(TorchDispatchMode):
-    """Counts, by name, what would have the host wait for the device: within it, tensors are taken for a device's, but for numbers of
-    the type ``host``."""
-
-    def __init__(self, host: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.host = host
-        self.found: Counter[str] = Counter()
-        self._copies = _Copies(self.found)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.split("::")[1]
-        if name in ASKING and args[0].dtype != self.host:
-            self.found[name] += 1
-        return function(*args, **(kwargs or {}))
-
-    def __enter__(self):
-        self._copies.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *exc):
-        super().__exit__(*exc)
-        self._copies.__exit__(*exc)
-
-
-class _Copies(TorchFunctionMode):
-    def __init__(self, found: Counter[str]):
-        self.found = found
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in ("tolist", "cpu", "numpy"):
-            self.found[function.__name__] += 1
-        return function(*args, **(kwargs or {}))
-
-
 class Collectives(TorchDispatchMode):
     """Counts collectives by name (``CommDebugMode`` loses its way in a second backward pass)."""
 
@@ -158,4 +118,16 @@ class Collectives(TorchDispatchMode):
         space, name = function._schema.name.split("::")
         if "c10d" in space:
             self.found[name.strip("_").removesuffix("_into_tensor").removesuffix("_tensor").removesuffix("_base")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """Counts every operator: a launch each, views apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found[function._schema.name] += 1
         return function(*args, **(kwargs or {}))

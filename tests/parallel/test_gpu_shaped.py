@@ -10,6 +10,7 @@ import gpu_shaped
 import pytest
 import torch
 import torch.distributed as dist
+from read_backs import ReadBacks
 
 from aifactory_train.core import compat
 from aifactory_train.model.precision import choose_precision
@@ -81,7 +82,7 @@ def test_the_host_asks_the_device_nothing_within_a_step(name: str, adapter: str)
             running = engine(world, engine=name, adapter=adapter, checkpointing=checkpointing)
             batch = curves.make_batch(curves.step_documents(0), "cpu")
             # DDP looks up, on the host, which parameters were used: an int32 each.
-            with gpu_shaped.ReadBacks(host=torch.int32 if name == "ddp" else None) as asked:
+            with ReadBacks(host=torch.int32 if name == "ddp" else None) as asked:
                 running.forward_backward(batch, 0.5, last=False)
                 running.forward_backward(batch, 0.5, last=True)
                 running.clip(1.0, 0.7)
@@ -96,7 +97,7 @@ def _ours(found) -> dict[str, int]:
 
 def test_what_would_wait_is_counted() -> None:
     tensor = torch.arange(4.0)
-    with gpu_shaped.ReadBacks() as asked:
+    with ReadBacks() as asked:
         bool((tensor == 0).all())
         tensor.nonzero()
         torch.stack([tensor[0], tensor[1]]).tolist()
