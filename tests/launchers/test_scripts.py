@@ -294,3 +294,30 @@ def test_node_local_folder_comes_from_the_profile(plain_recipe):
     assert "\nlocal_base=/mnt/local/aifactory-" in submission("proxima", plain_recipe).script
     for text in ("/a$(id)", "/a`id`", '/a"b', "/a b", "/${x}", "/a;b", "rel", "/a\nb", "/$lower"):
         assert not LOCAL_PATH.fullmatch(text), text
+
+
+@pytest.mark.parametrize(
+    ("torch", "numactl", "bound"), [("2.9.1+rocm6.4", True, True), ("2.8.0", True, False), ("2.13.0", False, False)]
+)
+def test_ranks_are_bound_only_where_torch_and_numactl_can(torch, numactl, bound, plain_recipe, tmp_path):
+    system_id = next(s for s in SYSTEMS if sites.load(s, overlay=False).launch.torchrun_numa_binding)
+    files = shell_files(submission(system_id, plain_recipe, style="torchrun"))
+    text = next(content for path, content in files.items() if path.endswith("node.sh")).decode()
+    asked = re.search(r'^if [^\n]*?("\$AIFACTORY_PYTHON" -c .*?^fi$)', text, re.S | re.M)
+    assert asked is not None and "--numa-binding" not in text[: asked.start()]
+    (tmp_path / f"torch-{torch}.dist-info").mkdir()
+    (tmp_path / f"torch-{torch}.dist-info" / "METADATA").write_text(f"Name: torch\nVersion: {torch}\n")
+    (tmp_path / "bin").mkdir()
+    if numactl:
+        (tmp_path / "bin" / "numactl").write_text("#!/bin/sh\n")
+        (tmp_path / "bin" / "numactl").chmod(0o755)
+    script = f"options=()\nif {asked[1]}\nprintf '%s' \"${{options[*]}}\"\n"
+    env = {"AIFACTORY_PYTHON": sys.executable, "PYTHONPATH": str(tmp_path), "PATH": str(tmp_path / "bin")}
+    done = subprocess.run(["/bin/bash", "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("--numa-binding=") is bound and bool(done.stderr) is not bound
+
+
+@pytest.mark.parametrize("system_id", ["lumi-g", "leonardo-booster"])
+def test_what_nccl_does_after_an_error_is_left_to_torch(system_id, plain_recipe):
+    """Its mode 1 calls ncclCommAbort, which may hang; torch's own default (3) does not."""
+    assert all(b"ASYNC_ERROR_HANDLING" not in f.content for f in finish(submission(system_id, plain_recipe)))
