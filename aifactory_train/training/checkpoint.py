@@ -53,6 +53,7 @@ from aifactory_train.parallel.storage import (
     sync_folder,
     write_file,
 )
+from aifactory_train.training.staging import Staging
 
 if TYPE_CHECKING:
     from aifactory_train.parallel.engine import Engine
@@ -94,11 +95,6 @@ def set_random_state(state: dict[str, Any], device: str) -> None:
 # ---- saving and loading
 
 
-def pinned_memory(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """Host memory that a GPU copies into by itself."""
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
-
-
 class SaveFailed(RunFailed):
     """A checkpoint could not be written; earlier ones are as they were."""
 
@@ -126,7 +122,7 @@ class Checkpointer:
         )
         self.durations: list[float] = []  # seconds of finished saves, staging included
         self.saved: set[int] = set()  # steps saved by this process
-        self._staging: dict[tuple[str, int], torch.Tensor] = {}
+        self._staging = Staging(world.device)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -182,7 +178,7 @@ class Checkpointer:
         if step in self.saved:
             return
         started = time.monotonic()
-        staged = self._stage()
+        staged = self._staging.copies(flat_state(self.engine))
         files = {
             f"rank-{self.world.rank:05d}.json": json_bytes(
                 {"rank": self.world.rank, "host": socket.gethostname(), "random": random_state(self.world.device)}
@@ -207,32 +203,6 @@ class Checkpointer:
             return
         self._thread = threading.Thread(target=work, name=f"save-step-{step}", daemon=True)
         self._thread.start()
-
-    def _stage(self) -> dict[str, Sharded]:
-        """Copies, in host memory, of the pieces that this rank writes: the next step may change the originals at once.
-
-        From a GPU through pinned memory that is kept from save to save, all copies in a row and one wait: into fresh memory each
-        would wait for the device and for the pages.
-        """
-        staged = {}
-        for name, entry in flat_state(self.engine).items():
-            pieces = []
-            for number, piece in enumerate(entry.pieces if entry.owned else ()):
-                copy = self._host_memory((name, number), piece.tensor, entry.dtype)
-                pieces.append(Piece(piece.offsets, copy.copy_(piece.tensor, non_blocking=True)))
-            staged[name] = Sharded(entry.shape, entry.dtype, pieces)
-        if self.world.device != "cpu":
-            torch.cuda.synchronize(self.world.device)
-        return staged
-
-    def _host_memory(self, key: tuple[str, int], tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Room for a copy of ``tensor``. The save before has been waited for: what it staged may be overwritten."""
-        if tensor.device.type == "cpu":
-            return torch.empty(tensor.shape, dtype=dtype)
-        kept = self._staging.get(key)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != dtype:
-            kept = self._staging[key] = pinned_memory(tensor.shape, dtype)
-        return kept
 
     def _write(self, step: int, staged: dict[str, Sharded], files: dict[str, bytes], best: int | None) -> None:
         beside, final = self.path / f".writing-step-{step}", self.path / f"step-{step}"

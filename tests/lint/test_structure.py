@@ -21,7 +21,7 @@ MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 60
 LONG_FUNCTIONS = {
     "summarise", "crate", "run", "_first_cause", "add_arguments", "chart", "local_profile", "_write_start", "model_card", "bom",
     "_apply_overrides", "compose", "check_members", "score", "decide", "_judged", "verdict", "from_config", "request_of", "lint",
-    "report_tables", "documents", "train_step", "new_profile",
+    "report_tables", "documents", "new_profile",
 }  # fmt: skip
 API = {"train", "evaluate", "export", "prepare", "plan", "recipe", "load", "launch", "systems", "where"}
 

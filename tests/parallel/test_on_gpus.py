@@ -18,8 +18,9 @@ from aifactory_train.model import attention, weight_files
 from aifactory_train.model.precision import Precision
 from aifactory_train.parallel import build, deepspeed, fsdp, memory_advice, torch_engine, world
 from aifactory_train.parallel.state import Piece, Sharded
-from aifactory_train.training import checkpoint
+from aifactory_train.training import staging as staging_module
 from aifactory_train.training.probe import try_step
+from aifactory_train.training.staging import Staging
 
 MIXED = Precision(torch.float32, torch.bfloat16, torch.bfloat16, torch.float32)
 
@@ -205,7 +206,7 @@ def test_checkpoints_are_staged_in_memory_that_is_kept_with_one_wait(monkeypatch
     waited, made = [], []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     monkeypatch.setattr(
-        checkpoint, "pinned_memory", lambda shape, dtype: made.append(shape) or torch.empty(shape, dtype=dtype)
+        staging_module, "pinned_memory", lambda shape, dtype: made.append(shape) or torch.empty(shape, dtype=dtype)
     )
 
     class OnDevice(torch.Tensor):
@@ -221,14 +222,12 @@ def test_checkpoints_are_staged_in_memory_that_is_kept_with_one_wait(monkeypatch
         }
     }
     state["model"]["another's"] = Sharded((2,), torch.float32, [Piece((0,), torch.ones(2))], owned=False)
-    saver = SimpleNamespace(
-        engine=SimpleNamespace(state=lambda: state), world=SimpleNamespace(device="cuda:0"), _staging={}
-    )
-    saver._host_memory = lambda *a: checkpoint.Checkpointer._host_memory(saver, *a)  # type: ignore[arg-type]
+    flat = {f"{kind}/{name}": entry for kind, entries in state.items() for name, entry in entries.items()}
+    staging = Staging("cuda:0")
     kept = []
     for number in range(2):
         values[0].fill_(number)
-        staged = checkpoint.Checkpointer._stage(saver)  # type: ignore[arg-type]
+        staged = staging.copies(flat)
         copies = [piece.tensor for entry in staged.values() for piece in entry.pieces]
         assert [torch.equal(a, b) for a, b in zip(copies, values, strict=True)] == [True, True]
         kept.append([c.data_ptr() for c in copies])
