@@ -25,7 +25,7 @@ from aifactory_train.config.source_spec import Spec
 from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.core.files import file_digest, foreign, read_json
 from aifactory_train.core.unpacking import Growth
-from aifactory_train.sources.cache import disk_full, sha256
+from aifactory_train.sources.cache import disk_full
 
 LICENCE_NAME = re.compile(r"(^|/)(licen[cs]e|copying|notice)([.-][^/]*)?$", re.IGNORECASE)
 

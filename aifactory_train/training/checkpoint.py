@@ -36,7 +36,7 @@ from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.core.output import note
 from aifactory_train.parallel.changes import check_changes, config_digest
-from aifactory_train.parallel.state import Piece, Sharded, patience
+from aifactory_train.parallel.state import Sharded, patience
 from aifactory_train.parallel.storage import (
     FORMAT,
     MARKER,

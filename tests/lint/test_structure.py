@@ -49,6 +49,16 @@ def test_files_are_read_in_one_sitting() -> None:
     assert long == LONG_FILES, "split by idea what is new here, and take from the list what became short"
 
 
+def test_a_public_class_has_its_name_alone() -> None:
+    seen: dict[str, set[str]] = {}
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                seen.setdefault(node.name, set()).add(f"{name(path)}:{node.lineno}")
+    twice = {known: places for known, places in seen.items() if len(places) > 1}
+    assert not twice, "whoever reads one of them takes it for the other"
+
+
 def test_functions_are_short() -> None:
     long: set[str] = set()
     for path in files():
