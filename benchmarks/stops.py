@@ -180,7 +180,7 @@ def stand_in(folder: Path, number: int, backend: str, after: float, gap: float, 
 
     from aifactory_train.launchers import follow
     from aifactory_train.launchers.here import this_machine
-    from aifactory_train.launchers.request import Request
+    from aifactory_train.launchers.request import LaunchRequest
     from aifactory_train.launchers.stopping import ask_to_stop
 
     where = folder / f"{backend}-{number:03d}"
@@ -205,7 +205,7 @@ def stand_in(folder: Path, number: int, backend: str, after: float, gap: float, 
         system = system.model_copy(update={"scheduler": system.scheduler.model_copy(update=kind)})
         request |= {"nodes": 1, "gpus_per_node": 1, "time_s": 600, "account": "a"}
     request |= {"backend": backend, "nproc": 1} if backend in ("local", "mpi") else {"backend": backend}
-    prepared(Request(**request), system)
+    prepared(LaunchRequest(**request), system)
     script = run / "submission" / "job.sh"
     text = script.read_text().replace('"$submission/node.sh"', '"$submission/rank.sh"')  # one rank, without torchrun
     begin = text.index("\nstart=(") + 1

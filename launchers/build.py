@@ -13,8 +13,8 @@ from aifactory_train.launchers import request as rq
 from aifactory_train.launchers.context import context_of
 from aifactory_train.launchers.files import add_files
 from aifactory_train.launchers.rendering import render
-from aifactory_train.launchers.request import Request
-from aifactory_train.launchers.shape import Shape
+from aifactory_train.launchers.request import LaunchRequest
+from aifactory_train.launchers.shape import JobShape
 from aifactory_train.launchers.shaping import shape_of
 from aifactory_train.launchers.submission import File, Submission
 from aifactory_train.sites.profiles import System
@@ -26,11 +26,11 @@ SHELL_SCRIPT = "job.sh"
 
 
 def build(
-    request: Request,
+    request: LaunchRequest,
     system: System,
     recipe: Recipe,
     *,
-    shape: Shape | None = None,
+    shape: JobShape | None = None,
     plan: dict[str, Any] | None = None,
     files: bool = True,
 ) -> Submission:
@@ -58,7 +58,7 @@ def build(
 # ---- names and folders
 
 
-def run_name(request: Request, recipe: Recipe) -> str:
+def run_name(request: LaunchRequest, recipe: Recipe) -> str:
     if request.name is not None:
         return rq.run_name(request.name)
     if request.run_dir is not None:
@@ -69,7 +69,7 @@ def run_name(request: Request, recipe: Recipe) -> str:
     return rq.run_name(base, "recipe id")
 
 
-def run_folder(request: Request, system: System, name: str) -> Path:
+def run_folder(request: LaunchRequest, system: System, name: str) -> Path:
     """``--run-dir``; else ``runs/NAME`` below your work folder at a site, or below the current folder."""
     if request.run_dir is not None:
         return Path(os.path.abspath(rq.path(request.run_dir, "--run-dir")))

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from aifactory_train.launchers import backends
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.request import Refusal, Request
-from aifactory_train.launchers.shape import Shape
+from aifactory_train.launchers.request import LaunchRequest, Refusal
+from aifactory_train.launchers.shape import JobShape
 from aifactory_train.launchers.submission import Submission, quoted
 from aifactory_train.sites.profiles import System
 from aifactory_train.sites.schema import Container
@@ -27,7 +27,7 @@ IMAGE_ROOTS = ("/usr/", "/opt/")
 IMAGE_SUFFIXES = (".sif", ".sqsh", ".img", ".toml")
 
 
-def container_of(request: Request, system: System) -> Container | None:
+def container_of(request: LaunchRequest, system: System) -> Container | None:
     """The container that ranks run in: yours, else the profile's first with an image; none where you name a venv."""
     own = request.container or system.user.container_image
     if own is not None:
@@ -88,7 +88,7 @@ def _at(system: System) -> bool:
     return _at_id(system.id)
 
 
-def uenv_of(request: Request, system: System) -> str | None:
+def uenv_of(request: LaunchRequest, system: System) -> str | None:
     """The uenv that the job's directives name (CSCS: a plug-in of Slurm mounts it), or None."""
     for flag in (*request.extra_flags, *system.request.flags):
         if flag.startswith("--uenv="):
@@ -208,7 +208,7 @@ def edf(container: dict[str, Any]) -> str:
     )
 
 
-def cache_folder(system: System, shape: Shape) -> str:
+def cache_folder(system: System, shape: JobShape) -> str:
     """Where the job finds what `aifactory fetch` brought."""
     from aifactory_train.config.loading import cache_dir
 

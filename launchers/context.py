@@ -11,7 +11,7 @@ from aifactory_train.launchers import backends
 from aifactory_train.launchers import request as rq
 from aifactory_train.launchers.container import cache_folder, container_context, container_of, mounts_of, python_of
 from aifactory_train.launchers.environment import environment_lines, gloo_pattern
-from aifactory_train.launchers.shape import Shape
+from aifactory_train.launchers.shape import JobShape
 from aifactory_train.launchers.submission import Line, Submission, quoted
 from aifactory_train.sites.profiles import System
 from aifactory_train.sites.schema import Container
@@ -172,7 +172,7 @@ def _preflight(sub: Submission) -> bool:
     return backends.get(sub.shape.backend).preflight and sub.shape.nodes > 1
 
 
-def address_function(system: System, shape: Shape) -> str:
+def address_function(system: System, shape: JobShape) -> str:
     """The shell function that prints the address under which other nodes reach this one."""
     head = system.launch.head_address
     backend = backends.get(shape.backend)

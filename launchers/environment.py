@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aifactory_train.launchers import backends
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.shape import Shape
+from aifactory_train.launchers.shape import JobShape
 from aifactory_train.launchers.submission import Line, Submission, quoted
 from aifactory_train.sites.profiles import System
 
@@ -77,7 +77,7 @@ def _of_the_profile(system: System, put: _Exports) -> None:
         put(name, value, f"communication and runtime setting of {system.name}", f"environment.set.{name}")
 
 
-def _expected_gpus(shape: Shape, put: _Exports) -> None:
+def _expected_gpus(shape: JobShape, put: _Exports) -> None:
     if shape.gpus_per_node:
         fact = shape.reason("gpus_per_node").fact
         why = "no rank trains on the CPU of a GPU job unnoticed"
@@ -132,7 +132,7 @@ def _caches(system: System, cache: str | None, remote: bool, put: _Exports) -> N
         )
 
 
-def _threads(shape: Shape, recipe: Recipe | None, remote: bool, put: _Exports) -> None:
+def _threads(shape: JobShape, recipe: Recipe | None, remote: bool, put: _Exports) -> None:
     threads = recipe.parallel.threads if recipe is not None else None
     if threads:
         put("OMP_NUM_THREADS", str(threads), "the recipe's parallel.threads")
@@ -153,7 +153,7 @@ def gloo_pattern(system: System) -> str:
     return named or ",".join(system.interconnect.socket_interfaces)
 
 
-def _communication(system: System, shape: Shape, put: _Exports) -> None:
+def _communication(system: System, shape: JobShape, put: _Exports) -> None:
     net = system.interconnect
     if net.socket_interfaces:
         put(

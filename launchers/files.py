@@ -12,8 +12,8 @@ from aifactory_train import __version__
 from aifactory_train.launchers import backends
 from aifactory_train.launchers.container import edf
 from aifactory_train.launchers.rendering import render
-from aifactory_train.launchers.request import Request
-from aifactory_train.launchers.shape import Shape
+from aifactory_train.launchers.request import LaunchRequest
+from aifactory_train.launchers.shape import JobShape
 from aifactory_train.launchers.submission import File, Submission, nul_joined
 from aifactory_train.sites.profiles import System
 
@@ -66,7 +66,7 @@ def arguments(sub: Submission, run: str) -> list[str]:
     return [*program, f"{run}/submission/recipe.yaml", "--run-dir", run, "--resume", "auto"]
 
 
-def array_tasks(request: Request) -> list[list[str]]:
+def array_tasks(request: LaunchRequest) -> list[list[str]]:
     """Overrides of each task: the product of all ``--array key=v1,v2``."""
     tasks: list[list[str]] = [[]]
     for key, values in request.array:
@@ -87,7 +87,7 @@ def policy(sub: Submission) -> dict[str, Any]:
     }
 
 
-def resubmit_of(system: System, shape: Shape) -> str:
+def resubmit_of(system: System, shape: JobShape) -> str:
     """How a run goes on after its time limit: the site's way, as far as the scheduler can."""
     backend = backends.get(shape.backend)
     if not backend.chain:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.launchers import backends
-from aifactory_train.launchers.request import Request
-from aifactory_train.launchers.shape import Shape
+from aifactory_train.launchers.request import LaunchRequest
+from aifactory_train.launchers.shape import JobShape
 from aifactory_train.sites.profiles import System
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ UNKNOWN = ("--site", "precision.compute", "model.base")
 
 
 def plan_for(
-    request: Request, system: System, shape: Shape, recipe: Recipe
+    request: LaunchRequest, system: System, shape: JobShape, recipe: Recipe
 ) -> tuple[dict[str, Any] | None, list[str], str | None]:
     """(plan.json or None, overrides ``key=value`` that it wants, a note for people or None).
 

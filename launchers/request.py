@@ -149,7 +149,7 @@ class Restarts:
 
 
 @dataclass(frozen=True)
-class Request:
+class LaunchRequest:
     """Everything a user can ask of ``aifactory launch``. ``None`` means: the profile or a default decides."""
 
     recipe: str
@@ -192,7 +192,7 @@ class Request:
         """Tasks of the sweep: one for each combination of ``array``; 1 without one."""
         return math.prod(len(values) for _, values in self.array)
 
-    def checked(self) -> Request:
+    def checked(self) -> LaunchRequest:
         """Itself, after the hygiene of every text in it; raises :class:`Refusal`."""
         for flag, value in (
             ("--account", self.account),

@@ -19,7 +19,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Shape:
+class JobShape:
     """A job as the scheduler will see it. Memory in GiB per node (or per GPU), times in seconds."""
 
     backend: str
@@ -54,7 +54,7 @@ class Shape:
         return self.why.get(name) or Value(getattr(self, name, None), "default of aifactory-train")
 
 
-def lead(shape: Shape) -> int:
+def lead(shape: JobShape) -> int:
     """Seconds before the limit at which the warning signal is asked for: grace and slack (at most a tenth of a short job), at most half of
     the job. The ranks watch the clock themselves, so the signal may be late in a short job, not early."""
     return max(1, min(shape.grace_s + min(SIGNAL_SLACK_S, shape.time_s // 10), shape.time_s // 2))

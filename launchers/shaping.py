@@ -13,14 +13,14 @@ from pathlib import Path
 from aifactory_train.core.errors import did_you_mean
 from aifactory_train.launchers import backends
 from aifactory_train.launchers.backends import Backend
-from aifactory_train.launchers.request import Refusal, Request
-from aifactory_train.launchers.shape import Shape, Value
+from aifactory_train.launchers.request import LaunchRequest, Refusal
+from aifactory_train.launchers.shape import JobShape, Value
 from aifactory_train.sites.profiles import System
 
 DEFAULT_TIME_S = 4 * 3600
 
 
-def backend_of(request: Request, system: System) -> Backend:
+def backend_of(request: LaunchRequest, system: System) -> Backend:
     """The backend asked for, else the one of the site's scheduler."""
     if request.backend is None:
         return backends.of_scheduler(system.scheduler.kind or "none")
@@ -57,7 +57,7 @@ def visible_gpus() -> int:
     return found
 
 
-def shape_of(request: Request, system: System) -> Shape:
+def shape_of(request: LaunchRequest, system: System) -> JobShape:
     """The job's shape; raises :class:`Refusal` only for what cannot even be put into numbers."""
     backend = backend_of(request, system)
     why: dict[str, Value] = {}
@@ -87,7 +87,7 @@ def shape_of(request: Request, system: System) -> Shape:
     account = request.account or system.user.account
     why["account"] = Value(account, "you asked for it with --account" if request.account else "from your overlay", None)
     time_s = _time(request, system, partition_key, qos, why)
-    return Shape(
+    return JobShape(
         backend=backend.name,
         style=style,
         nodes=nodes,
@@ -109,7 +109,7 @@ def shape_of(request: Request, system: System) -> Shape:
     )
 
 
-def _gpus(request: Request, system: System, why: dict[str, Value]) -> int:
+def _gpus(request: LaunchRequest, system: System, why: dict[str, Value]) -> int:
     gpus = request.gpus_per_node
     if gpus is None:
         gpus = system.node.gpus or 1
@@ -123,7 +123,7 @@ def _gpus(request: Request, system: System, why: dict[str, Value]) -> int:
     return gpus
 
 
-def _constraint(request: Request, system: System, partition_key: str | None, why: dict[str, Value]) -> str | None:
+def _constraint(request: LaunchRequest, system: System, partition_key: str | None, why: dict[str, Value]) -> str | None:
     part = system.partitions.get(partition_key) if partition_key else None
     constraint = request.constraint or system.user.constraint or (part.constraint if part else None)
     if constraint:
@@ -135,7 +135,7 @@ def _constraint(request: Request, system: System, partition_key: str | None, why
     return constraint
 
 
-def _style(request: Request, system: System, backend: Backend, why: dict[str, Value]) -> str:
+def _style(request: LaunchRequest, system: System, backend: Backend, why: dict[str, Value]) -> str:
     allowed = backend.styles
     if request.style is not None:
         if request.style not in allowed:
@@ -155,7 +155,7 @@ def _style(request: Request, system: System, backend: Backend, why: dict[str, Va
     return allowed[0]
 
 
-def _local(request: Request, system: System, backend: Backend, style: str, why: dict[str, Value]) -> Shape:
+def _local(request: LaunchRequest, system: System, backend: Backend, style: str, why: dict[str, Value]) -> JobShape:
     gpus = visible_gpus()
     if request.gpus_per_node is not None:
         gpus = request.gpus_per_node
@@ -171,7 +171,7 @@ def _local(request: Request, system: System, backend: Backend, style: str, why: 
         if gpus
         else "no GPU is visible: one process on the CPU",
     )
-    return Shape(
+    return JobShape(
         backend=backend.name,
         style=style,
         nodes=request.nodes,
@@ -236,7 +236,9 @@ def _memory(system: System, gpus: int, why: dict[str, Value]) -> tuple[str, int]
     return ("mem-per-gpu", int(size))
 
 
-def _placement(request: Request, system: System, why: dict[str, Value]) -> tuple[str | None, str | None, str | None]:
+def _placement(
+    request: LaunchRequest, system: System, why: dict[str, Value]
+) -> tuple[str | None, str | None, str | None]:
     """(key in the profile, name for the scheduler, QoS). Unknown names are kept: the checks refuse them by rule."""
     asked = request.partition or system.user.partition
     key = asked or system.default_partition
@@ -266,7 +268,7 @@ def _placement(request: Request, system: System, why: dict[str, Value]) -> tuple
     return key, name, qos
 
 
-def _time(request: Request, system: System, partition: str | None, qos: str | None, why: dict[str, Value]) -> int:
+def _time(request: LaunchRequest, system: System, partition: str | None, qos: str | None, why: dict[str, Value]) -> int:
     if request.time_s is not None:
         why["time_s"] = Value(request.time_s, "you asked for it with --time")
         return request.time_s
@@ -284,7 +286,7 @@ def _time(request: Request, system: System, partition: str | None, qos: str | No
     return DEFAULT_TIME_S
 
 
-def _grace(request: Request, time_s: int, why: dict[str, Value]) -> int:
+def _grace(request: LaunchRequest, time_s: int, why: dict[str, Value]) -> int:
     """Seconds kept for the last save: 5 minutes, or a tenth of a shorter job, never under 15 s."""
     if request.grace_s is not None:
         why["grace_s"] = Value(request.grace_s, "you asked for it with --grace")

@@ -28,7 +28,7 @@ from aifactory_train.core.files import file_digest
 from aifactory_train.launchers import request as rq
 from aifactory_train.launchers.container import IMAGE_SUFFIXES, container_of, env_folder
 from aifactory_train.launchers.rendering import templates
-from aifactory_train.launchers.request import Request
+from aifactory_train.launchers.request import LaunchRequest
 from aifactory_train.launchers.submission import quoted
 from aifactory_train.sites.profiles import System
 
@@ -50,9 +50,9 @@ class Way:
     index: str | None  # package index of torch wheels, where torch is installed by us
 
 
-def way_of(system: System, request: Request | None = None) -> Way:
+def way_of(system: System, request: LaunchRequest | None = None) -> Way:
     """The way that the profile names, in this order: container, modules with torch, then by the login nodes' internet."""
-    request = request or Request(recipe="env", site=system.id)
+    request = request or LaunchRequest(recipe="env", site=system.id)
     isa = system.node.isa
     folder = env_folder(system)
     container = container_of(request, system)
@@ -124,7 +124,7 @@ def python_version(system: System) -> str:
 
 def script(system: System, way: Way, *, bundle: bool = False) -> str:
     """The build script, to be run at the site (on a compute node where login and compute nodes differ)."""
-    request = Request(recipe="env", site=system.id)
+    request = LaunchRequest(recipe="env", site=system.id)
     container = container_of(request, system) if way.kind == "overlay" else None
     prefix = ""
     if container is not None and container.runtime in ("singularity", "apptainer"):

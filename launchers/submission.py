@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.launchers.request import Request
-from aifactory_train.launchers.shape import Shape
+from aifactory_train.launchers.request import LaunchRequest
+from aifactory_train.launchers.shape import JobShape
 from aifactory_train.sites.profiles import System
 
 
@@ -34,9 +34,9 @@ class File:
 class Submission:
     """Request + site + plan, decided. ``script`` is the file that the scheduler (or bash) gets."""
 
-    request: Request
+    request: LaunchRequest
     system: System
-    shape: Shape
+    shape: JobShape
     name: str
     run_dir: Path
     script: str = ""

@@ -77,7 +77,7 @@ def _as_text(value: Any) -> Any:
 Text = Annotated[str, BeforeValidator(_as_text), WithJsonSchema({"type": ["string", "number"]}, mode="validation")]
 
 
-class Strict(BaseModel):
+class SiteModel(BaseModel):
     """An unknown key is an error, and values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from aifactory_train.sites.fields import Arch, Positive, PositiveFloat, Strict, Text
+from aifactory_train.sites.fields import Arch, Positive, PositiveFloat, SiteModel, Text
 
 
-class Node(Strict):
+class Node(SiteModel):
     """One GPU node **as the scheduler counts it**."""
 
     count: Positive | None = None
@@ -30,7 +30,7 @@ class Node(Strict):
     features: list[str] = []  # node features that -C can name
 
 
-class InNode(Strict):
+class InNode(SiteModel):
     """GPU-to-GPU links inside a node, where the node differs from the GPU's data sheet."""
 
     kind: str | None = None  # nvlink3, nvlink4, infinity-fabric, pcie4 …
@@ -39,7 +39,7 @@ class InNode(Strict):
     all_to_all: bool | None = None  # a switch, or every pair directly linked
 
 
-class Interconnect(Strict):
+class Interconnect(SiteModel):
     fabric: Literal["slingshot-11", "infiniband", "omni-path", "ethernet"] | None = None
     generation: str | None = None  # hdr, ndr, …
     nics_per_node: Positive | None = None
@@ -53,7 +53,7 @@ class Interconnect(Strict):
     plugin: str | None = None  # aws-ofi-nccl, aws-ofi-rccl: what carries NCCL over the fabric
 
 
-class Gpu(Strict):
+class Gpu(SiteModel):
     """Constants of one GPU as counted; from ``gpus.yaml``, with what a site documents otherwise laid over.
 
     An unknown device has no peaks: print no utilisation rather than a guess.

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from aifactory_train.sites.fields import Positive, PositiveFloat, Seconds, Strict, Text
+from aifactory_train.sites.fields import Positive, PositiveFloat, Seconds, SiteModel, Text
 from aifactory_train.sites.hardware import Gpu, Interconnect, Node
 from aifactory_train.sites.schedulers import Flavour, GpuRequest, Kind
 
@@ -36,7 +36,7 @@ Confidence = Literal[
 ]
 
 
-class Source(Strict):
+class Source(SiteModel):
     """Where facts come from. ``date`` is the date of the source, or ``n.d.`` beside ``retrieved``."""
 
     title: str
@@ -45,7 +45,7 @@ class Source(Strict):
     retrieved: Annotated[Text, Field(pattern=r"^\d{4}-\d{2}(-\d{2})?$")] | None = None
 
 
-class FactEntry(Strict):
+class FactEntry(SiteModel):
     """``at`` lists dotted paths (a path covers everything below it; the longest match wins)."""
 
     at: list[str] = Field(min_length=1)
@@ -54,7 +54,7 @@ class FactEntry(Strict):
     note: str | None = None
 
 
-class Fact(Strict):
+class Fact(SiteModel):
     """One value with its provenance, as ``System.provenance`` returns it."""
 
     path: str
@@ -68,7 +68,7 @@ class Fact(Strict):
     note: str | None = None
 
 
-class Note(Strict):
+class Note(SiteModel):
     """A remark with a source: a trap, a contradiction between sources, or what was announced."""
 
     text: str
@@ -87,7 +87,7 @@ def _compiled(pattern: str) -> None:
         raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
 
 
-class Detect(Strict):
+class Detect(SiteModel):
     """How to recognise the machine: regular expressions for the full host name, Slurm's ClusterName, environment variables."""
 
     hostnames: list[str] = []
@@ -102,7 +102,7 @@ class Detect(Strict):
         return patterns
 
 
-class Scheduler(Strict):
+class SchedulerFacts(SiteModel):
     kind: Kind | None = None
     flavour: Flavour | None = None
     version: Text | None = None
@@ -110,7 +110,7 @@ class Scheduler(Strict):
     accounting: bool | None = None  # sacct answers
 
 
-class Access(Strict):
+class Access(SiteModel):
     """Account and QoS rules. ``example`` holds well-formed, made-up values for dry runs; never anyone's own."""
 
     account: Literal["required", "optional", "none"] | None = None
@@ -137,7 +137,7 @@ class Access(Strict):
 Purpose = Literal["train", "large", "long", "debug", "interactive", "low-priority", "data"]
 
 
-class Qos(Strict):
+class Qos(SiteModel):
     """Limits of one quality of service. Times in seconds; ``None`` = not published."""
 
     max_time: Seconds | None = None
@@ -149,7 +149,7 @@ class Qos(Strict):
     flags: list[str] = []  # further scheduler flags that this QoS needs, e.g. --reservation=gpudev
 
 
-class Partition(Strict):
+class Partition(SiteModel):
     """One way of being placed on the GPU nodes, keyed by the name that users say.
 
     ``implicit`` partitions are never named to the scheduler: the constraint, QoS or GPU request selects them.
@@ -172,7 +172,7 @@ class Partition(Strict):
     flags: list[str] = []
 
 
-class Request(Strict):
+class RequestRules(SiteModel):
     """How GPUs, cores and memory are asked for (per node; the launcher renders the flags)."""
 
     gpus: GpuRequest | None = None
@@ -191,7 +191,7 @@ class Request(Strict):
     never: list[str] = []  # flags that are known to break jobs there
 
 
-class HeadAddress(Strict):
+class HeadAddress(SiteModel):
     """How the rendezvous address is found, on the head node (see docs/sites.md for the strategies)."""
 
     strategy: Literal["hostname", "fqdn", "nodeaddr", "suffix", "interface", "command"] = "hostname"
@@ -202,7 +202,7 @@ class HeadAddress(Strict):
     resolve: bool = False  # turn the name into a numeric address before it is used
 
 
-class Launch(Strict):
+class Launch(SiteModel):
     """Starting processes inside a job."""
 
     style: Literal["torchrun", "srun", "mpi"] | None = None  # torchrun: one task a node; srun: one task a GPU
@@ -220,7 +220,7 @@ class Launch(Strict):
     output_must_not_be_under: list[str] = []
 
 
-class Policy(Strict):
+class Policy(SiteModel):
     """What the site allows between jobs. ``None`` = not published."""
 
     export: Literal["NONE", "ALL"] = "NONE"  # sbatch --export=; NONE goes with SLURM_EXPORT_ENV=ALL in the body
@@ -234,7 +234,7 @@ class Policy(Strict):
 # -- software, storage, energy ----------------------------------------------------------------------------------------
 
 
-class Environment(Strict):
+class Environment(SiteModel):
     """Communication and runtime variables of a job."""
 
     set: dict[str, Text] = {}
@@ -242,7 +242,7 @@ class Environment(Strict):
     workarounds: dict[str, Text] = {}  # documented for a fault; not set by default
 
 
-class Container(Strict):
+class Container(SiteModel):
     runtime: Literal["singularity", "apptainer", "enroot-pyxis", "cscs-ce", "sarus", "docker"]
     gpu_flag: Literal["--nv", "--rocm"] | None = None
     image: str | None = None  # a site's own image, or the folder that holds its images
@@ -255,7 +255,7 @@ class Container(Strict):
     notes: str | None = None
 
 
-class Software(Strict):
+class Software(SiteModel):
     modules_system: Literal["lmod", "tmod", "none"] | None = None
     purge: bool = False
     use: list[str] = []  # module use PATH
@@ -270,7 +270,7 @@ class Software(Strict):
     wheels_isa: Literal["x86_64", "aarch64"] | None = None  # what an environment must be built for
 
 
-class Filesystem(Strict):
+class Filesystem(SiteModel):
     """``path`` is a template: ``$VARIABLE`` is the site's, ``{user}``, ``{project}``, ``{account}`` are filled from the overlay."""
 
     role: Literal["home", "project", "scratch", "fast", "node-local", "data", "archive"]
@@ -285,7 +285,7 @@ class Filesystem(Strict):
     note: str | None = None
 
 
-class Internet(Strict):
+class Internet(SiteModel):
     """Outbound connections. ``None`` = not published: offline settings are then used."""
 
     login: Literal["full", "proxy", "none"] | None = None
@@ -293,7 +293,7 @@ class Internet(Strict):
     transfer_host: str | None = None
 
 
-class Energy(Strict):
+class Energy(SiteModel):
     counter: str | None = None  # how a job's energy can be read
     pue: PositiveFloat | None = None
     grid_g_co2_per_kwh: Annotated[float, Field(ge=0)] | None = None
@@ -303,7 +303,7 @@ class Energy(Strict):
 # -- a user's own values -----------------------------------------------------------------------------------------------
 
 
-class UserValues(Strict):
+class UserValues(SiteModel):
     """What a user adds to a profile: accounts, paths, software of their own. Kept outside the project."""
 
     account: Text | None = None
@@ -326,7 +326,7 @@ class UserValues(Strict):
     mail: Text | None = None
 
 
-class Overlay(Strict):
+class Overlay(SiteModel):
     """``~/.config/aifactory/sites/<system>.yaml`` or ``--site-file``: a user's values and corrections to one profile.
 
     ``corrections`` maps dotted paths to values (what ``aifactory sites probe`` prints); each is marked as the user's.
@@ -342,7 +342,7 @@ class Overlay(Strict):
 Status = Literal["usable", "announced", "unsuitable"]
 
 
-class Profile(Strict):
+class Profile(SiteModel):
     """One file in ``systems/``."""
 
     schema_: Literal[1] = Field(alias="schema")
@@ -359,12 +359,12 @@ class Profile(Strict):
     missing: list[str] = []
 
     detect: Detect = Detect()
-    scheduler: Scheduler = Scheduler()
+    scheduler: SchedulerFacts = SchedulerFacts()
     access: Access = Access()
     partitions: dict[str, Partition] = {}
     default_partition: str | None = None
     qos: dict[str, Qos] = {}
-    request: Request = Request()
+    request: RequestRules = RequestRules()
     node: Node = Node()
     gpu: Gpu = Gpu()
     interconnect: Interconnect = Interconnect()

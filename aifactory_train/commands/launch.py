@@ -194,7 +194,7 @@ def request_of(args: argparse.Namespace):
             raise rq.Refusal("not-negative", f"{value}", where=flag, fix="0 or more")
     if args.budget is not None and not args.budget > 0:
         raise rq.Refusal("budget-positive", f"a budget of {args.budget} GPU-hours", where="--budget", fix="more than 0")
-    return rq.Request(
+    return rq.LaunchRequest(
         recipe=args.recipe,
         site=args.site or "local",
         backend=args.backend,

@@ -285,7 +285,9 @@ def _carry_option(model: dict, given: set[str]) -> None:
 _UNION_MEMBERS = (("int",), ("float",), ("str",), ("bool",))
 
 
-def _readable(error: ValidationError, path: Path, document: yaml_text.Document, origin: dict[tuple, str]) -> UserError:
+def _readable(
+    error: ValidationError, path: Path, document: yaml_text.YamlDocument, origin: dict[tuple, str]
+) -> UserError:
     """The first validation error as one message with its place."""
     first = error.errors()[0]
     if first["type"] == "missing":  # a word that is misspelt in the same block is the likelier fault
@@ -334,12 +336,12 @@ def to_tree(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-def from_tree(tree: Any, where: str, document: yaml_text.Document | None = None) -> Recipe:
+def from_tree(tree: Any, where: str, document: yaml_text.YamlDocument | None = None) -> Recipe:
     """The recipe of a resolved tree. Raises :class:`UserError` with the place in ``where``, whose text ``document`` is."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise _readable(error, Path(where), document or yaml_text.Document(None, None), {}) from None
+        raise _readable(error, Path(where), document or yaml_text.YamlDocument(None, None), {}) from None
 
 
 def read_run_config(path: Path) -> Recipe:

@@ -57,7 +57,7 @@ def meant(key: str, known: list[str]) -> str:
     return close or (f" (did you mean '{there[0]}'?)" if there else "")
 
 
-def as_written(value: Any, document: yaml_text.Document, annotation: Any, inside: tuple = ()) -> Any:
+def as_written(value: Any, document: yaml_text.YamlDocument, annotation: Any, inside: tuple = ()) -> Any:
     """``value`` (at ``inside`` in the document) with every number and boolean that stands where text is wanted as its written text."""
     if isinstance(value, dict):
         return {k: as_written(v, document, _below(annotation, k), (*inside, k)) for k, v in value.items()}

@@ -119,7 +119,7 @@ def _fault(what: str, node: yaml.Node | None) -> yaml.MarkedYAMLError:
 
 
 @dataclass(frozen=True)
-class Document:
+class YamlDocument:
     """One YAML text, read. A path is the keys (text) and list indices that lead to a value."""
 
     value: Any
@@ -160,7 +160,7 @@ class Document:
         return node.value if isinstance(node, yaml.ScalarNode) else None
 
 
-def read(path: Path, *, keep_written: bool = False) -> Document:
+def read(path: Path, *, keep_written: bool = False) -> YamlDocument:
     """A YAML file; ``keep_written``: ``010`` is a :class:`WrittenInt`. Raises :class:`UserError` with file and line: no file, not UTF-8, bad YAML, a key given twice, aliases that unfold
     without end."""
     try:
@@ -179,7 +179,7 @@ def read(path: Path, *, keep_written: bool = False) -> Document:
     return parse(text, str(path), keep_written=keep_written)
 
 
-def parse(text: str, where: str, *, doubled: bool = False, keep_written: bool = False) -> Document:
+def parse(text: str, where: str, *, doubled: bool = False, keep_written: bool = False) -> YamlDocument:
     """A YAML text; ``where`` names it in messages. Raises as :func:`read`; ``doubled``: of a key that stands twice the last counts, in
     what strangers wrote."""
     try:
@@ -188,10 +188,10 @@ def parse(text: str, where: str, *, doubled: bool = False, keep_written: bool = 
         try:
             node = loader.get_single_node()
             if node is None:
-                return Document(None, None)
+                return YamlDocument(None, None)
             # Without aliases a document unfolds to no more than its text.
             _check(node, {}, max(LARGEST, 2 * len(text)), doubled)
-            return Document(loader.construct_document(node), node)
+            return YamlDocument(loader.construct_document(node), node)
         finally:
             loader.dispose()
     except yaml.YAMLError as error:

@@ -169,7 +169,7 @@ class Mismatched:
         return 1  # bits per byte of an exchanged answer mean nothing
 
 
-class Some:
+class PairsSubset:
     """Some documents of a data set, behind the part of it that scoring reads. documents: int64 ``[n]``, indices into ``base``."""
 
     def __init__(self, base: Any, documents: np.ndarray):

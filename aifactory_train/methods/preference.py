@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from aifactory_train.methods.pairs import HeldOutLabels, LabelledTokens, Mismatched, PairedTokens, Some
+from aifactory_train.methods.pairs import HeldOutLabels, LabelledTokens, Mismatched, PairedTokens, PairsSubset
 from aifactory_train.methods.preference_loss import SUMS, Judged
 from aifactory_train.methods.reference import Reference, score
 from aifactory_train.methods.supervised import Supervised
@@ -133,7 +133,7 @@ class Preference(Supervised):
         self.baseline = 0.0
         if len(judged):
             places = np.searchsorted(self.mixed.documents, judged)
-            now = score(run, Some(self.mixed, places), most=len(places))
+            now = score(run, PairsSubset(self.mixed, places), most=len(places))
             self.baseline = max(0.0, float((now - self.reference.exchanged[judged]).mean()))
 
     def micro_batch(self, run: RunContext, share: np.ndarray) -> tuple[DeviceBatch, np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.methods.pairs import Mismatched, Some
+from aifactory_train.methods.pairs import Mismatched, PairsSubset
 
 if TYPE_CHECKING:
     from aifactory_train.methods.base import RunContext
@@ -48,7 +48,7 @@ class Reference:
         """
         started = time.perf_counter()
         base = run.data.train.base  # type: ignore[attr-defined]
-        self.train = self._score(run, Some(base, wanted), len(base), wanted)
+        self.train = self._score(run, PairsSubset(base, wanted), len(base), wanted)
         scored, tokens = len(wanted), int(base.lengths[wanted].sum())
         if mixed is not None:
             self.exchanged = self._score(run, mixed, len(base), wanted)

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aifactory_train.model.shapes import Shape
+    from aifactory_train.model.shapes import ModelShape
 
 
 @dataclass(frozen=True)
-class Forward:
+class ForwardFlops:
     """Forward FLOPs per token of the whole model, by kind."""
 
     linear: float  # projections and MLPs of all blocks
@@ -48,13 +48,15 @@ def mean_context(sequence: float, window: int | None = None) -> float:
     return (window * (window + 1) / 2 + (sequence - window) * window) / sequence
 
 
-def forward(shape: Shape, sequence: float, *, adapter_parameters: int = 0, supervised: float = 1.0) -> Forward:
+def forward(
+    shape: ModelShape, sequence: float, *, adapter_parameters: int = 0, supervised: float = 1.0
+) -> ForwardFlops:
     """Forward FLOPs per token. ``sequence``: tokens of a document (attention stays inside it); ``supervised``: share of the
     positions whose logits are computed."""
     plain = shape.layers - shape.window_layers
     context = plain * mean_context(sequence) + shape.window_layers * mean_context(sequence, shape.window)
     full = plain * sequence + shape.window_layers * min(sequence, shape.window or sequence)
-    return Forward(
+    return ForwardFlops(
         linear=2.0 * shape.layers * shape.block_linear_parameters,
         adapters=2.0 * adapter_parameters,
         head=2.0 * shape.vocab * shape.hidden * supervised,
@@ -64,7 +66,7 @@ def forward(shape: Shape, sequence: float, *, adapter_parameters: int = 0, super
 
 
 def step(
-    shape: Shape,
+    shape: ModelShape,
     sequence: float,
     *,
     trains_base: bool = True,
@@ -139,7 +141,7 @@ _STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
 def documents(
-    shape: Shape,
+    shape: ModelShape,
     lengths: Sequence[int],
     supervised: int,
     trained: Trained,
@@ -201,7 +203,7 @@ def documents(
     return Work(model + 3 * causal, model + 3 * square, executed, full_run)
 
 
-def _attention(shape: Shape, lengths: Sequence[int]) -> tuple[float, float]:
+def _attention(shape: ModelShape, lengths: Sequence[int]) -> tuple[float, float]:
     """Forward FLOPs of all layers' attention over documents of ``lengths``: (causal, whole score matrix)."""
     windowed, plain = shape.window_layers, shape.layers - shape.window_layers
     causal = square = 0.0

@@ -40,7 +40,7 @@ _LAYER_SIGNATURE = [
 
 
 @dataclasses.dataclass
-class Report:
+class AppliedOperators:
     """What happened to the model: ``replaced`` counts (operator, class), ``kept`` counts (class, reason), ``selections`` one line an op."""
 
     arch: str
@@ -77,7 +77,7 @@ def apply_kernels(
     dtype: str | torch.dtype = "bf16",
     enabled: bool = True,
     skip: Collection[str] = (),
-) -> Report:
+) -> AppliedOperators:
     """Replace modules of ``model`` (a transformers model, PEFT-wrapped or not) by ones that call the operators.
 
     ``arch`` and ``sku`` name the device it will run on (``cpu`` changes nothing), ``dtype`` the activations. ``enabled=False`` switches
@@ -85,7 +85,7 @@ def apply_kernels(
     skip ``rms_norm_residual`` and ``lora_linear``, which read their children's. Calling it twice changes nothing more.
     """
     kind = str(dtype).removeprefix("torch.")
-    report = Report(arch, sku, family_of(model))
+    report = AppliedOperators(arch, sku, family_of(model))
     if not enabled:
         report.note = "switched off: nothing replaced"
         return report

@@ -69,7 +69,7 @@ _UNIMPORTANT = re.compile(
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PositionVerdict:
     """How a model may be trained: ``batching`` is ``packed``, ``padded`` (one document a row) or ``refused``, ``why`` the finding.
 
     ``limits``: keys of the configuration whose window our attention does not keep to, with the most tokens that a document may have.
@@ -94,7 +94,7 @@ class Verdict:
                 )
 
 
-def check(recipe: Recipe, folder: Path, *, device: str) -> Verdict:
+def check(recipe: Recipe, folder: Path, *, device: str) -> PositionVerdict:
     """The verdict on the model in ``folder``: from the cache, or found on a small copy (seconds). Raises where it must be refused."""
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it is installed
@@ -112,7 +112,7 @@ def check(recipe: Recipe, folder: Path, *, device: str) -> Verdict:
     return verdict
 
 
-def settle(recipe: Recipe, verdict: Verdict) -> tuple[str, str, str] | None:
+def settle(recipe: Recipe, verdict: PositionVerdict) -> tuple[str, str, str] | None:
     """Put ``verdict`` into ``recipe``: packs that the model cannot keep apart become one document a row, which is the same curve.
 
     Returns the line of the start-up report, None where nothing changes.
@@ -123,10 +123,10 @@ def settle(recipe: Recipe, verdict: Verdict) -> tuple[str, str, str] | None:
     return "batching", "one document a row (data.batching padded)", verdict.why
 
 
-def _known(file: Path) -> Verdict | None:
+def _known(file: Path) -> PositionVerdict | None:
     """The verdict kept in ``file``; None if there is none that can be read."""
     try:
-        return Verdict(**json.loads(file.read_text(encoding="utf-8")))
+        return PositionVerdict(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -158,7 +158,7 @@ def _structure(tree: Any) -> Any:
 # ---- the comparison
 
 
-def examine(config: Any, *, trust_remote_code: bool = False) -> Verdict:
+def examine(config: Any, *, trust_remote_code: bool = False) -> PositionVerdict:
     """Build a small copy of ``config``'s model and compare (nothing is cached, nothing raised but by faults of this module)."""
     register()
     name = config.model_type
@@ -167,7 +167,7 @@ def examine(config: Any, *, trust_remote_code: bool = False) -> Verdict:
         try:
             small, plain, tokens, expected = _small_plain(config, trust_remote_code)
         except _NotSmallError as error:
-            return Verdict(
+            return PositionVerdict(
                 PADDED, f"{name} could not be checked on a small copy ({error}), so its documents are kept apart", {}
             )
         try:
@@ -177,22 +177,22 @@ def examine(config: Any, *, trust_remote_code: bool = False) -> Verdict:
                 return verdict
             limits = _limits(config, small, trust_remote_code)
         except UserError as error:
-            return Verdict(REFUSED, error.what, {}, error.as_dict())
+            return PositionVerdict(REFUSED, error.what, {}, error.as_dict())
         except Exception as error:  # whatever the model's code raises: the same would end the training
             return _refused(name, f"its forward pass does not run as training calls it ({_one_line(error)})")
-    return Verdict(verdict.batching, verdict.why, limits)
+    return PositionVerdict(verdict.batching, verdict.why, limits)
 
 
-def _refused(name: str, why: str) -> Verdict:
+def _refused(name: str, why: str) -> PositionVerdict:
     error = UserError(
         f"models of type '{name}' cannot be trained here: {why}",
         where="model.base",
         fix="use a base model of another type (docs/data.md, 'Which models')",
     )
-    return Verdict(REFUSED, why, {}, error.as_dict())
+    return PositionVerdict(REFUSED, why, {}, error.as_dict())
 
 
-def _compare(name: str, ours: CausalLM, tokens: list[torch.Tensor], expected: list[torch.Tensor]) -> Verdict:
+def _compare(name: str, ours: CausalLM, tokens: list[torch.Tensor], expected: list[torch.Tensor]) -> PositionVerdict:
     """``expected``: the logits ``[n, V]`` of each document alone, by transformers."""
     scale = max(float(e.abs().max()) for e in expected) or 1.0
 
@@ -218,7 +218,7 @@ def _compare(name: str, ours: CausalLM, tokens: list[torch.Tensor], expected: li
     packed = _logits(ours, torch.cat(tokens)[None], lengths)
     leak = far(packed, torch.cat(expected))
     if leak <= TOLERANCE:
-        return Verdict(PACKED, "documents of a pack do not see each other", {})
+        return PositionVerdict(PACKED, "documents of a pack do not see each other", {})
     width = max(lengths)
     rows = torch.full((len(tokens), width), FIRST_TOKEN)
     for row, t in zip(rows, tokens, strict=True):
@@ -230,7 +230,7 @@ def _compare(name: str, ours: CausalLM, tokens: list[torch.Tensor], expected: li
             name, f"its documents see each other, packed and in rows of their own (by {worst:.1g} of the largest logit)"
         )
     why = f"{name} does not keep the documents of a pack apart (logits off by {leak:.1g} of the largest)"
-    return Verdict(PADDED, why, {})
+    return PositionVerdict(PADDED, why, {})
 
 
 def _logits(ours: CausalLM, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:

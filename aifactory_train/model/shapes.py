@@ -37,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """Dimensions of one dense decoder-only model. All counts are exact integers; a *block* is one transformer layer."""
 
     name: str
@@ -202,8 +202,8 @@ _NEEDED = {
 }
 
 
-def from_config(config: Mapping[str, Any], name: str, where: str | None = None) -> Shape:
-    """A :class:`Shape` from the content of a ``config.json``.
+def from_config(config: Mapping[str, Any], name: str, where: str | None = None) -> ModelShape:
+    """A :class:`ModelShape` from the content of a ``config.json``.
 
     Raises :class:`UserError` for an architecture that is not covered or a dimension that is missing.
     """
@@ -252,7 +252,7 @@ def from_config(config: Mapping[str, Any], name: str, where: str | None = None) 
     options = dict(FAMILIES[kind].items())
     if config.get("attention_bias"):
         options["qkv_bias"] = True
-    return Shape(
+    return ModelShape(
         name=name,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -273,7 +273,7 @@ def _table() -> dict[str, Any]:
     return json.loads((DATA / "models.json").read_text(encoding="utf-8"))
 
 
-def known() -> dict[str, Shape]:
+def known() -> dict[str, ModelShape]:
     """The bases whose dimensions ship with the package, by Hugging Face id."""
     found = {}
     for entry in _table()["models"]:
@@ -281,13 +281,13 @@ def known() -> dict[str, Shape]:
         ids = entry.pop("ids")
         family = entry["family"]
         head_dim = entry.pop("head_dim", entry["hidden"] // entry["heads"])
-        base = Shape(name=ids[0], head_dim=head_dim, **{**FAMILIES.get(family, {}), **entry})
+        base = ModelShape(name=ids[0], head_dim=head_dim, **{**FAMILIES.get(family, {}), **entry})
         for name in ids:
             found[name] = replace(base, name=name)
     return found
 
 
-def load(base: str, folders: list[Path] | None = None, config_file: str | None = None) -> Shape:
+def load(base: str, folders: list[Path] | None = None, config_file: str | None = None) -> ModelShape:
     """Dimensions of ``base``: an explicit ``config_file``, a local folder, the cache (``folders``), or the shipped table.
 
     Raises :class:`UserError` when they cannot be had without the network.
@@ -319,7 +319,7 @@ def load(base: str, folders: list[Path] | None = None, config_file: str | None =
     )
 
 
-def _read(path: Path, name: str) -> Shape:
+def _read(path: Path, name: str) -> ModelShape:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

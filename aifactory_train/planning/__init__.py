@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
-    from aifactory_train.planning.job import Job
+    from aifactory_train.planning.job import TrainingJob
     from aifactory_train.sites import System
 
 
@@ -45,7 +45,7 @@ def plan_for(
     tokens: float | None = None,
     model_config: str | None = None,
     given: Iterable[str] = (),
-) -> tuple[dict[str, Any], Job]:
+) -> tuple[dict[str, Any], TrainingJob]:
     """``(plan, job)`` of a loaded recipe at a loaded system; ``nodes=None`` chooses them, ``given`` names keys set on the command line.
 
     ``plan["overrides"]`` are the keys that ``train`` takes. Raises :class:`~aifactory_train.core.errors.UserError` where there is no plan.
@@ -57,7 +57,7 @@ def plan_for(
         key.startswith(("data.train", "data.supervise", "model.base", "data.sequence_length")) for key in given
     )
     return plan.make(
-        plan.Request(
+        plan.PlanRequest(
             recipe=recipe,
             shape=dimensions.of_model(recipe.model, model_config),
             system=system,

@@ -12,10 +12,10 @@ from aifactory_train.model import shapes
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import ModelConfig
-    from aifactory_train.model.shapes import Shape
+    from aifactory_train.model.shapes import ModelShape
 
 
-def of_model(model: ModelConfig, config_file: str | None = None) -> Shape:
+def of_model(model: ModelConfig, config_file: str | None = None) -> ModelShape:
     """The base model's dimensions: given, fetched, or shipped."""
     if config_file:
         return shapes.load(model.base, config_file=config_file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.model.shapes import Shape
+from aifactory_train.model.shapes import ModelShape
 from aifactory_train.parallel.traits import DEFAULT, ENGINES, EngineTraits, traits_of
 
 GIB = 2**30
@@ -16,7 +16,7 @@ CHECKPOINTING = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuRates:
     """Constants of one GPU as the scheduler counts it. ``None`` = not known, and what depends on it is then refused."""
 
     sku: str
@@ -150,12 +150,12 @@ STACKS = {
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """Everything one prediction depends on. Sequences and micro-batches are per rank; one *micro-batch* is
     ``micro_batch * sequence`` token positions."""
 
-    shape: Shape
-    gpu: Gpu
+    shape: ModelShape
+    gpu: GpuRates
     links: Links
     layout: Layout
     sequence: int
@@ -222,5 +222,5 @@ class Job:
         """Parameters that are not trained (a trained copy of the embeddings exists beside the frozen one under peft)."""
         return 0 if self.method == "full" else self.shape.parameters
 
-    def with_(self, **changes) -> Job:
+    def with_(self, **changes) -> TrainingJob:
         return replace(self, **changes)

@@ -1,11 +1,11 @@
-"""A site's profile as the planner's :class:`Gpu` and :class:`Links`: nothing is invented, what is assumed is said."""
+"""A site's profile as the planner's :class:`GpuRates` and :class:`Links`: nothing is invented, what is assumed is said."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.planning.job import Gpu, Links
+from aifactory_train.planning.job import GpuRates, Links
 
 if TYPE_CHECKING:
     from aifactory_train.sites import System
@@ -16,7 +16,7 @@ UNIFIED_HOST_GIB = 24.0
 ASSUMED_NODE_GB_S = 12.5
 
 
-def gpu_of(system: System) -> Gpu:
+def gpu_of(system: System) -> GpuRates:
     """The site's GPU. Raises :class:`UserError` where the profile lacks what every plan needs."""
     g = system.gpu
     for value, what in (
@@ -39,7 +39,7 @@ def gpu_of(system: System) -> Gpu:
     memory = float(g.usable_gib or 0)
     if g.unified_memory:
         memory -= UNIFIED_HOST_GIB
-    return Gpu(
+    return GpuRates(
         sku=g.sku or g.model or str(g.arch),
         arch=g.arch,
         vendor=g.vendor,

@@ -14,8 +14,8 @@ import functools
 import math
 from dataclasses import dataclass, field, fields
 
-from aifactory_train.model.shapes import Shape, is_target
-from aifactory_train.planning.job import GIB, Job, Layout
+from aifactory_train.model.shapes import ModelShape, is_target
+from aifactory_train.planning.job import GIB, Layout, TrainingJob
 
 #: GiB that the driver's context, the kernels' code, cuBLAS/hipBLASLt workspaces hold outside torch's allocator (recalled; the
 #: device reading minus torch's reserved memory of small jobs). Several ranks add NCCL's or RCCL's channels and rings.
@@ -62,7 +62,7 @@ class Memory:
 # ---- what a block keeps
 
 
-def _norm(job: Job, width: int, rows: int = 1) -> float:
+def _norm(job: TrainingJob, width: int, rows: int = 1) -> float:
     """Bytes that one RMS norm over ``width`` elements in ``rows`` groups keeps per token."""
     e = job.bytes.compute
     if job.stack.norm == "fused":
@@ -75,7 +75,7 @@ def _norm(job: Job, width: int, rows: int = 1) -> float:
     return 4 * width + 4 * rows + (kept if trained else 0)  # the fp32 copy (in fp32 the input itself)
 
 
-def _linear_inputs(job: Job) -> float:
+def _linear_inputs(job: TrainingJob) -> float:
     """Bytes of the inputs that linear layers keep: for their own weight's gradient, or for an adapter's."""
     shape, e = job.shape, job.bytes.compute
     targets = job.targets if isinstance(job.targets, str) else list(job.targets)
@@ -95,7 +95,7 @@ def _linear_inputs(job: Job) -> float:
     return total
 
 
-def _attention(job: Job) -> float:
+def _attention(job: TrainingJob) -> float:
     """Query, key, value, output and the log-sum-exp of flash attention; the score matrix too where it exists."""
     shape, e = job.shape, job.bytes.compute
     # torch's CPU kernel wants key and value repeated for every query head; GPU kernels read them as they are
@@ -110,7 +110,7 @@ def _attention(job: Job) -> float:
     return kept
 
 
-def _mlp(job: Job) -> float:
+def _mlp(job: TrainingJob) -> float:
     """What the MLP keeps between its linear layers (their inputs apart)."""
     e, ffn = job.bytes.compute, job.shape.ffn
     if job.shape.mlp == "gated":
@@ -120,13 +120,13 @@ def _mlp(job: Job) -> float:
     return e * ffn
 
 
-def block_kept(job: Job) -> float:
+def block_kept(job: TrainingJob) -> float:
     """Bytes per token that one block keeps for backward without checkpointing."""
     norms = job.shape.norms * _norm(job, job.shape.hidden)
     return norms + _linear_inputs(job) + _attention(job) + _mlp(job)
 
 
-def block_kept_selective(job: Job) -> float:
+def block_kept_selective(job: TrainingJob) -> float:
     """Selective checkpointing keeps the block's input, attention's output and the output of every n-th linear layer."""
     shape, e = job.shape, job.bytes.compute
     kept = e * shape.hidden + e * shape.q_width + 4 * shape.heads
@@ -139,7 +139,7 @@ def block_kept_selective(job: Job) -> float:
     return kept + e * sum(outputs[:: job.selective_every])
 
 
-def kept_per_block(job: Job) -> float:
+def kept_per_block(job: TrainingJob) -> float:
     """Bytes per token of one block under the job's checkpointing."""
     if job.checkpointing == "none":
         return block_kept(job)
@@ -148,7 +148,7 @@ def kept_per_block(job: Job) -> float:
     return job.bytes.compute * job.shape.hidden
 
 
-def activation_bytes(job: Job) -> tuple[float, float]:
+def activation_bytes(job: TrainingJob) -> tuple[float, float]:
     """``(kept at the end of forward, more during backward)`` of one micro-batch, in bytes."""
     shape, e, tokens = job.shape, job.bytes.compute, job.tokens
     per_block = kept_per_block(job)
@@ -169,7 +169,7 @@ def activation_bytes(job: Job) -> tuple[float, float]:
     return kept, tokens * (block_kept(job) - shared + transient)
 
 
-def _kept_and_recomputed(job: Job) -> float:
+def _kept_and_recomputed(job: TrainingJob) -> float:
     """Bytes per token that selective checkpointing keeps and that backward reads as they are: recomputation adds nothing there.
 
     The outputs of q and k (without a norm of their own), of o and of down are kept too, but backward reads what follows from them.
@@ -185,7 +185,7 @@ def _kept_and_recomputed(job: Job) -> float:
     return shared + e * shape.ffn * (2 if shape.mlp == "gated" else 1)
 
 
-def loss_bytes(job: Job) -> float:
+def loss_bytes(job: TrainingJob) -> float:
     """Logits and their copies at the peak, in bytes; chunked: one chunk, the hidden states' gradient, the weight's in fp32."""
     shape, e = job.shape, job.bytes.compute
     rows = job.tokens * job.supervised
@@ -199,7 +199,7 @@ def loss_bytes(job: Job) -> float:
     return rows * shape.vocab * job.stack.loss_bytes_per_logit * (e / 2 if e > 2 else 1)
 
 
-def trains_head(job: Job) -> bool:
+def trains_head(job: TrainingJob) -> bool:
     return job.method == "full" or job.train_embeddings
 
 
@@ -208,7 +208,7 @@ def trains_head(job: Job) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _block_sizes(
-    shape: Shape, method: str, rank: int, targets: str | tuple[str, ...], dora: bool, embeddings: bool
+    shape: ModelShape, method: str, rank: int, targets: str | tuple[str, ...], dora: bool, embeddings: bool
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]]]:
     """Tensors of ``(a block, the root, a block's trained ones, the root's trained ones)``."""
     block, root = shape.block_tensors(), shape.root_tensors()
@@ -254,7 +254,7 @@ class State:
     host: float = 0.0
 
 
-def static_state(job: Job) -> State:
+def static_state(job: TrainingJob) -> State:
     """Bytes per rank that exist all the time (gradients: when they all exist)."""
     shape, b, layout = job.shape, job.bytes, job.layout
     block, root, trained_block, trained_root = _block_sizes(
@@ -315,7 +315,7 @@ def static_state(job: Job) -> State:
     )
 
 
-def communication_bytes(job: Job) -> tuple[float, float]:
+def communication_bytes(job: TrainingJob) -> tuple[float, float]:
     """Buffers that hold gathered parameters, and gradients on their way: ``(in forward, in backward)``, bytes."""
     shape, b, layout = job.shape, job.bytes, job.layout
     traits = layout.traits
@@ -342,7 +342,7 @@ def communication_bytes(job: Job) -> tuple[float, float]:
     return bucket, bucket
 
 
-def predict(job: Job, *, context: bool = True, fragmentation: float = FRAGMENTATION) -> Memory:
+def predict(job: TrainingJob, *, context: bool = True, fragmentation: float = FRAGMENTATION) -> Memory:
     """Peak GiB of one rank. ``context``: count what lies outside torch's allocator (what has to fit on the device)."""
     state = static_state(job)
     kept, backward = activation_bytes(job)
@@ -380,6 +380,6 @@ def predict(job: Job, *, context: bool = True, fragmentation: float = FRAGMENTAT
     )
 
 
-def capacity(job: Job) -> float | None:
+def capacity(job: TrainingJob) -> float | None:
     """GiB of the GPU as the driver shows it, or ``None`` where nobody published it."""
     return job.gpu.memory_gib

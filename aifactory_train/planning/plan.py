@@ -9,15 +9,15 @@ from typing import Any
 from aifactory_train.core.errors import UserError
 from aifactory_train.planning import machine, search, workload
 from aifactory_train.planning import reasons as why
-from aifactory_train.planning.job import Job
-from aifactory_train.planning.request import Request, Totals
+from aifactory_train.planning.job import TrainingJob
+from aifactory_train.planning.request import PlanRequest, Totals
 from aifactory_train.planning.result import as_dict
 from aifactory_train.planning.search import Candidate
 from aifactory_train.planning.timing import Constants
 from aifactory_train.planning.workload import Workload
 
 
-def make(request: Request) -> tuple[dict[str, Any], Job]:
+def make(request: PlanRequest) -> tuple[dict[str, Any], TrainingJob]:
     """``(plan as plain values, its job)``: the keys of ``aifactory plan --json``. Raises :class:`UserError` where there can be none."""
     from aifactory_train.sites.limits import require_usable
 
@@ -66,7 +66,7 @@ def make(request: Request) -> tuple[dict[str, Any], Job]:
 # ---- numbers of nodes
 
 
-def _partition(request: Request) -> str | None:
+def _partition(request: PlanRequest) -> str | None:
     system = request.system
     name = request.partition or system.default_partition
     if name is not None:
@@ -74,7 +74,7 @@ def _partition(request: Request) -> str | None:
     return name
 
 
-def _check_limits(request: Request, place: str | None, nodes: int, per_node: int) -> None:
+def _check_limits(request: PlanRequest, place: str | None, nodes: int, per_node: int) -> None:
     system = request.system
     if nodes < 1:
         raise UserError("at least one node is needed", where="--nodes")
@@ -89,7 +89,7 @@ def _check_limits(request: Request, place: str | None, nodes: int, per_node: int
         raise UserError(broken, where="--nodes", fix="fewer nodes, or another --partition or --qos of the site")
 
 
-def _site_nodes(request: Request, place: str | None, per_node: int) -> int | None:
+def _site_nodes(request: PlanRequest, place: str | None, per_node: int) -> int | None:
     """The largest number of nodes of a job that the site publishes."""
     found = [request.system.node.count]
     if place is not None:
@@ -97,19 +97,21 @@ def _site_nodes(request: Request, place: str | None, per_node: int) -> int | Non
     return min((n for n in found if n), default=None)
 
 
-def _least_nodes(request: Request, place: str | None) -> int:
+def _least_nodes(request: PlanRequest, place: str | None) -> int:
     """The smallest number of nodes of a job that the site publishes for that partition and QoS."""
     found = request.system.limits(place, request.qos)["min_nodes"] if place is not None else None
     return found or 1
 
 
-def _most_nodes(request: Request, place: str | None, work: Workload, per_node: int) -> int:
+def _most_nodes(request: PlanRequest, place: str | None, work: Workload, per_node: int) -> int:
     """The largest number of nodes that the site and the size of a step allow."""
     limits = [search.MOST_RANKS // per_node, math.floor(work.step_rows + 1e-9) // per_node]
     return max(1, min(*limits, _site_nodes(request, place, per_node) or limits[0]))
 
 
-def _auto(request: Request, work: Workload, per_node: int, place: str | None, totals: Any, reasons: list[str]) -> int:
+def _auto(
+    request: PlanRequest, work: Workload, per_node: int, place: str | None, totals: Any, reasons: list[str]
+) -> int:
     """How many nodes: the fewest that meet the deadline, the most that the budget pays, or else the cheapest."""
     least = _least_nodes(request, place)
     most = max(least, _most_nodes(request, place, work, per_node))
@@ -163,7 +165,7 @@ def _auto(request: Request, work: Workload, per_node: int, place: str | None, to
     return pick.nodes
 
 
-def _curve(nodes: int, totals: Any, run: Totals, place: str | None, request: Request) -> list[Totals]:
+def _curve(nodes: int, totals: Any, run: Totals, place: str | None, request: PlanRequest) -> list[Totals]:
     """The same run on 1, 2, 4, … nodes up to twice as many, at most seven counts; counts that fit nothing, or that the partition takes
     no job of, are left out."""
     counts, n = [], _least_nodes(request, place)
@@ -183,7 +185,7 @@ def _curve(nodes: int, totals: Any, run: Totals, place: str | None, request: Req
     return found
 
 
-def _steps(request: Request, work: Workload) -> int | None:
+def _steps(request: PlanRequest, work: Workload) -> int | None:
     """Optimizer steps of the whole run, or ``None`` where the size is not known and no maximum is set."""
     train = request.recipe.train
     epoch = _steps_of_epoch(request, work)
@@ -194,7 +196,7 @@ def _steps(request: Request, work: Workload) -> int | None:
     return min(steps, train.max_steps) if train.max_steps else steps
 
 
-def _steps_of_epoch(request: Request, work: Workload) -> int | None:
+def _steps_of_epoch(request: PlanRequest, work: Workload) -> int | None:
     size = request.size
     if size.tokens is None:
         return None
@@ -203,7 +205,7 @@ def _steps_of_epoch(request: Request, work: Workload) -> int | None:
     return math.ceil(size.tokens / work.step_tokens)
 
 
-def _reference_steps(request: Request, work: Workload, steps: int) -> int:
+def _reference_steps(request: PlanRequest, work: Workload, steps: int) -> int:
     """The reference scores each row once that the run comes by: so many steps' worth."""
     epoch = _steps_of_epoch(request, work)
     return steps if epoch is None else min(steps, epoch)

@@ -7,15 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 from aifactory_train.planning import machine, memory, search
-from aifactory_train.planning.job import SINGLE, STACKS, Gpu, Links
-from aifactory_train.planning.request import Request, Totals
+from aifactory_train.planning.job import SINGLE, STACKS, GpuRates, Links
+from aifactory_train.planning.request import PlanRequest, Totals
 from aifactory_train.planning.search import Candidate
 from aifactory_train.planning.timing import Constants
 from aifactory_train.planning.workload import Fixed, Workload
 
 
 def of_choice(
-    request: Request, work: Workload, gpu: Gpu, links: Links, run: Totals, fitting: list[Candidate], fixed: Fixed
+    request: PlanRequest,
+    work: Workload,
+    gpu: GpuRates,
+    links: Links,
+    run: Totals,
+    fitting: list[Candidate],
+    fixed: Fixed,
 ) -> list[str]:
     """Each choice of the plan with its runner-up, then what the figures rest on."""
     chosen, job = run.candidate, run.candidate.job
@@ -87,7 +93,7 @@ def _of_spreading(chosen: Candidate, fitting: list[Candidate], fixed: Fixed) -> 
     return lines
 
 
-def _of_operators(work: Workload, gpu: Gpu, chosen: Candidate, fixed: Fixed) -> list[str]:
+def _of_operators(work: Workload, gpu: GpuRates, chosen: Candidate, fixed: Fixed) -> list[str]:
     """Kernels, loss and compilation."""
     job = chosen.job
     lines: list[str] = []
@@ -114,7 +120,7 @@ def _of_operators(work: Workload, gpu: Gpu, chosen: Candidate, fixed: Fixed) -> 
     return lines
 
 
-def _of_figures(request: Request, work: Workload, gpu: Gpu, links: Links) -> list[str]:
+def _of_figures(request: PlanRequest, work: Workload, gpu: GpuRates, links: Links) -> list[str]:
     """What the figures rest on."""
     lines: list[str] = []
     lines.append(f"dimensions: {work.shape.source or work.shape.name} ({work.shape.confidence or 'given'})")
@@ -166,7 +172,7 @@ def slower(run: Totals, curve: list[Totals], work: Workload) -> list[str]:
     ]
 
 
-def limits_of_time(run: Totals, place: str | None, request: Request) -> list[str]:
+def limits_of_time(run: Totals, place: str | None, request: PlanRequest) -> list[str]:
     """A run longer than the partition's limit takes several jobs."""
     if run.hours is None or place is None:
         return []
@@ -179,7 +185,7 @@ def limits_of_time(run: Totals, place: str | None, request: Request) -> list[str
     return []
 
 
-def whole_nodes(request: Request, place: str | None, per_node: int) -> list[str]:
+def whole_nodes(request: PlanRequest, place: str | None, per_node: int) -> list[str]:
     """A part of a node where the partition gives whole ones: ``launch`` will refuse it."""
     system = request.system
     has = system.node.gpus

@@ -9,17 +9,17 @@ from aifactory_train.planning.size import Size
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
-    from aifactory_train.model.shapes import Shape
+    from aifactory_train.model.shapes import ModelShape
     from aifactory_train.planning.search import Candidate
     from aifactory_train.sites import System
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """Everything that a plan depends on."""
 
     recipe: Recipe
-    shape: Shape
+    shape: ModelShape
     system: System
     nodes: int | None  # None: auto
     gpus_per_node: int | None = None

@@ -7,8 +7,8 @@ from typing import Any
 
 from aifactory_train.model import flops
 from aifactory_train.planning import memory, search, settings, timing
-from aifactory_train.planning.job import Gpu, Job
-from aifactory_train.planning.request import Request, Totals
+from aifactory_train.planning.job import GpuRates, TrainingJob
+from aifactory_train.planning.request import PlanRequest, Totals
 from aifactory_train.planning.search import Candidate
 from aifactory_train.planning.timing import Constants
 from aifactory_train.planning.workload import Workload
@@ -18,9 +18,9 @@ POWER_SHARE = 0.85
 
 
 def as_dict(
-    request: Request,
+    request: PlanRequest,
     work: Workload,
-    gpu: Gpu,
+    gpu: GpuRates,
     run: Totals,
     fitting: list[Candidate],
     reasons: list[str],
@@ -79,7 +79,7 @@ def as_dict(
     }
 
 
-def _configuration(job: Job, gpu: Gpu) -> dict[str, Any]:
+def _configuration(job: TrainingJob, gpu: GpuRates) -> dict[str, Any]:
     """How the run is carried out."""
     return {
         "engine": job.layout.setting,
@@ -99,7 +99,9 @@ def _configuration(job: Job, gpu: Gpu) -> dict[str, Any]:
     }
 
 
-def _time_and_cost(request: Request, gpu: Gpu, run: Totals, mid: float, low: float, high: float) -> dict[str, Any]:
+def _time_and_cost(
+    request: PlanRequest, gpu: GpuRates, run: Totals, mid: float, low: float, high: float
+) -> dict[str, Any]:
     """Hours, energy and cost of the run; ``None`` where the size of the data or a price is not known."""
     system = request.system
     watts = min(w for w in (gpu.tdp_w, gpu.power_cap_w) if w) * POWER_SHARE if gpu.tdp_w else None

@@ -15,7 +15,7 @@ from typing import Any
 from aifactory_train.core.errors import UserError
 from aifactory_train.parallel.traits import DEFAULT, ENGINES, EngineTraits, engine_that_runs
 from aifactory_train.planning import memory, timing
-from aifactory_train.planning.job import SINGLE, STACKS, Gpu, Job, Layout, Links
+from aifactory_train.planning.job import SINGLE, STACKS, GpuRates, Layout, Links, TrainingJob
 from aifactory_train.planning.memory import Memory
 from aifactory_train.planning.timing import Constants, Times
 from aifactory_train.planning.workload import Fixed, Workload
@@ -33,7 +33,7 @@ MOST_RANKS = 4096
 class Counted:
     """One configuration and the memory of its worst-case micro-batch."""
 
-    job: Job
+    job: TrainingJob
     memory: Memory
 
     @property
@@ -70,7 +70,7 @@ def memory_order(mode: str) -> int:
     return ("none", "selective", "full").index(mode)
 
 
-def loss_chunk(work: Workload, gpu: Gpu) -> int:
+def loss_chunk(work: Workload, gpu: GpuRates) -> int:
     """Rows of logits at once: twice what hides the traffic of the weight's fp32 gradient, 4 x (peak / bandwidth) rows
     (docs/planning.md), as a power of two, at most 1 GiB of fp32 logits."""
     if work.loss_chunk:
@@ -80,7 +80,7 @@ def loss_chunk(work: Workload, gpu: Gpu) -> int:
     return int(min(wanted, most))
 
 
-def uses_kernels(work: Workload, gpu: Gpu) -> bool:
+def uses_kernels(work: Workload, gpu: GpuRates) -> bool:
     return work.kernels != "off" and gpu.arch in KERNEL_ARCHS
 
 
@@ -123,7 +123,7 @@ def _shards(traits: EngineTraits, world: int, per_node: int, fixed: Fixed) -> li
 
 
 def candidates(
-    work: Workload, gpu: Gpu, links: Links, world: int, fixed: Fixed, offloads: tuple[bool, ...] = (False, True)
+    work: Workload, gpu: GpuRates, links: Links, world: int, fixed: Fixed, offloads: tuple[bool, ...] = (False, True)
 ) -> Iterator[Counted]:
     """Every configuration, fitting or not, in a fixed order."""
     chunk = loss_chunk(work, gpu)
@@ -139,7 +139,7 @@ def candidates(
             for mode in modes:
                 for micro, accumulation in _micro_batches(work, per_rank, fixed):
                     compiled = bool(fixed.compile) and layout.traits.compiles
-                    job = Job(
+                    job = TrainingJob(
                         shape=work.shape,
                         gpu=gpu,
                         links=links,
@@ -229,7 +229,7 @@ def check_batch(work: Workload, world: int) -> None:
 
 def search(
     work: Workload,
-    gpu: Gpu,
+    gpu: GpuRates,
     links: Links,
     world: int,
     fixed: Fixed | None = None,
@@ -257,7 +257,7 @@ def search(
     return best(fitting), fitting
 
 
-def _no_engine(work: Workload, gpu: Gpu, world: int, fixed: Fixed) -> UserError:
+def _no_engine(work: Workload, gpu: GpuRates, world: int, fixed: Fixed) -> UserError:
     """The refusal where the settings leave no configuration at all."""
     where, fix = "parallel.engine", "--set parallel.engine=auto"
     if fixed.offload:
@@ -300,7 +300,7 @@ def _does_not_fit(every: list[Counted], on_host: list[Counted], fixes: list[str]
 
 def changes_that_fit(
     work: Workload,
-    gpu: Gpu,
+    gpu: GpuRates,
     links: Links,
     world: int,
     fixed: Fixed,

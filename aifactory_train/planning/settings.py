@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from aifactory_train.planning.job import Job
+from aifactory_train.planning.job import TrainingJob
 
 _NAMES = {4: "fp32", 2: "bf16"}
 
 
-def of(job: Job) -> dict[str, Any]:
+def of(job: TrainingJob) -> dict[str, Any]:
     """Settings of the job's engine."""
     layout, b = job.layout, job.bytes
     if layout.traits.cuts == "rows":
@@ -34,7 +34,7 @@ def of(job: Job) -> dict[str, Any]:
     return {}
 
 
-def deepspeed_json(job: Job) -> dict[str, Any]:
+def deepspeed_json(job: TrainingJob) -> dict[str, Any]:
     """DeepSpeed's configuration for this job, as ``parallel/deepspeed.py`` generates it."""
     layout, bucket = job.layout, int(job.zero_bucket)
     stage = layout.traits.zero_stage

@@ -15,7 +15,7 @@ from pathlib import Path
 from aifactory_train.core.errors import UserError
 from aifactory_train.model import flops
 from aifactory_train.model.shapes import is_target
-from aifactory_train.planning.job import Job
+from aifactory_train.planning.job import TrainingJob
 from aifactory_train.planning.memory import NF4_BYTES, trains_head
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -87,7 +87,7 @@ class Times:
 # ---- work
 
 
-def recomputed_share(job: Job) -> float:
+def recomputed_share(job: TrainingJob) -> float:
     """Share of the blocks' forward matrix products that runs twice."""
     if job.checkpointing == "full":
         return 1.0
@@ -106,7 +106,7 @@ _PASSES = {
 }
 
 
-def pointwise_bytes(job: Job) -> float:
+def pointwise_bytes(job: TrainingJob) -> float:
     """Bytes per token that the pointwise work of one block moves, forward and backward and recomputation."""
     shape, e = job.shape, job.bytes.compute
     norm = _PASSES["eager" if job.stack.norm == "eager" else "fused"]
@@ -130,7 +130,7 @@ def pointwise_bytes(job: Job) -> float:
     return e * total
 
 
-def logit_passes(job: Job) -> float:
+def logit_passes(job: TrainingJob) -> float:
     """Bytes that the loss moves per logit."""
     if job.loss_chunk is not None or job.stack.name == "fused":
         # kept on chip as far as the row allows: three passes, see docs/planning.md; 4 for logits that are made once more and only read
@@ -138,7 +138,7 @@ def logit_passes(job: Job) -> float:
     return 16.0 if job.compiled else 44.0
 
 
-def collectives(job: Job) -> tuple[float, float]:
+def collectives(job: TrainingJob) -> tuple[float, float]:
     """Bytes that a rank receives per step: ``(per micro-batch gathers and reductions, once per step)``, over its shard group,
     plus the all-reduce between replicas counted in the second."""
     layout, b, shape = job.layout, job.bytes, job.shape
@@ -163,7 +163,7 @@ def collectives(job: Job) -> tuple[float, float]:
     return 0.0, 2 * grads * b.gradients * (layout.world - 1) / layout.world
 
 
-def _rate(job: Job, constants: Constants, ranks: int) -> float:
+def _rate(job: TrainingJob, constants: Constants, ranks: int) -> float:
     """Bytes per second at which a ring over ``ranks`` neighbouring ranks delivers data to each of them.
 
     Inside a node the slower of a GPU's links; across nodes every byte also enters each node once, over all NICs together.
@@ -177,7 +177,7 @@ def _rate(job: Job, constants: Constants, ranks: int) -> float:
     return min(_needed(inside, "in-node link bandwidth", job), _needed(across, "network bandwidth of a node", job))
 
 
-def _needed(value: float, what: str, job: Job) -> float:
+def _needed(value: float, what: str, job: TrainingJob) -> float:
     if not value:
         raise UserError(
             f"the {what} is not published for {job.gpu.sku}", fix="give it in an overlay of the site profile"
@@ -185,7 +185,7 @@ def _needed(value: float, what: str, job: Job) -> float:
     return value
 
 
-def matrix_rate(job: Job, constants: Constants, tokens: float) -> float:
+def matrix_rate(job: TrainingJob, constants: Constants, tokens: float) -> float:
     """FLOP/s of a block's matrix products over ``tokens`` rows."""
     gpu = job.gpu
     if not gpu.bf16_tflops:
@@ -198,14 +198,14 @@ def matrix_rate(job: Job, constants: Constants, tokens: float) -> float:
     return gpu.bf16_tflops * 1e12 * share * tokens / (tokens + constants.small)
 
 
-def executed_beside(job: Job, document: float, supervised: float) -> float:
+def executed_beside(job: TrainingJob, document: float, supervised: float) -> float:
     """FLOPs per token that a preference method runs beside training's own (:func:`aifactory_train.model.flops.step`): forward passes without
     a backward, and the output layer once more in backward."""
     f = flops.forward(job.shape, document, adapter_parameters=job.adapter_parameters, supervised=supervised)
     return job.scored * (f.linear + f.adapters + f.attention_causal) + (job.judged + job.scored) * f.head
 
 
-def kernel_launches(job: Job) -> float:
+def kernel_launches(job: TrainingJob) -> float:
     """Kernels of one micro-batch. Per block and forward about 60 in eager code and 30 with fused or compiled blocks, 6 more for each
     adapter (counted in transformers' Llama and peft); backward launches 1.5 times as many, recomputation runs forward again."""
     targets = job.targets if isinstance(job.targets, str) else list(job.targets)
@@ -214,7 +214,7 @@ def kernel_launches(job: Job) -> float:
     return job.shape.layers * per_block * ((2.5 if job.checkpointing == "none" else 3.5) + job.scored)
 
 
-def attention_rate(job: Job, constants: Constants) -> float:
+def attention_rate(job: TrainingJob, constants: Constants) -> float:
     """FLOP/s of flash attention over the causal half of the score matrix."""
     own = {
         "sm_80": ("flash", "flash2", "sdpa"),
@@ -233,7 +233,9 @@ def attention_rate(job: Job, constants: Constants) -> float:
     return (job.gpu.bf16_tflops or 0) * 1e12 * share * min(1.0, power)
 
 
-def _compute_seconds(job: Job, c: Constants, rate: float, bandwidth: float) -> tuple[float, float, float, float]:
+def _compute_seconds(
+    job: TrainingJob, c: Constants, rate: float, bandwidth: float
+) -> tuple[float, float, float, float]:
     """Seconds of one micro-batch: ``(matrix products, attention, pointwise work, loss)``."""
     shape, tokens = job.shape, job.tokens
     context = min(job.document or job.sequence, job.sequence)
@@ -263,7 +265,7 @@ def _compute_seconds(job: Job, c: Constants, rate: float, bandwidth: float) -> t
     return matmul, attention, pointwise, loss
 
 
-def _collective_seconds(job: Job, c: Constants) -> tuple[float, float]:
+def _collective_seconds(job: TrainingJob, c: Constants) -> tuple[float, float]:
     """Seconds of :func:`collectives` with nothing hidden: ``(per micro-batch, once per step)``, the sum over copies included."""
     per_micro, per_step = collectives(job)
     shard_rate = (
@@ -279,7 +281,7 @@ def _collective_seconds(job: Job, c: Constants) -> tuple[float, float]:
     return gather, reduce
 
 
-def predict(job: Job, constants: Constants | None = None) -> Times:
+def predict(job: TrainingJob, constants: Constants | None = None) -> Times:
     """Seconds of one optimizer step. Raises :class:`UserError` where the GPU or the links lack a constant."""
     c = constants or Constants.load()
     gpu, micro = job.gpu, job.grad_accum
@@ -328,12 +330,12 @@ def predict(job: Job, constants: Constants | None = None) -> Times:
     )
 
 
-def tokens_per_s(job: Job, constants: Constants | None = None) -> float:
+def tokens_per_s(job: TrainingJob, constants: Constants | None = None) -> float:
     """Token positions per second of one rank."""
     return job.tokens * job.grad_accum / predict(job, constants).step
 
 
-def interval(job: Job, mid: float, constants: Constants | None = None) -> tuple[float, float]:
+def interval(job: TrainingJob, mid: float, constants: Constants | None = None) -> tuple[float, float]:
     """``(low, high)`` around ``mid`` from the spread of the calibration; wider where the architecture was not measured or a link is assumed."""
     c = constants or Constants.load()
     known = (job.gpu.arch or "") in c.measured and not (job.links.assumed and job.layout.world > 1)

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.planning import memory, timing
-from aifactory_train.planning.job import Job
+from aifactory_train.planning.job import TrainingJob
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from aifactory_train.model.shapes import Shape
+    from aifactory_train.model.shapes import ModelShape
 
 MOST_RANKS = 4096
 
@@ -50,7 +50,7 @@ class Sharding:
 # ---- the model of a shape
 
 
-def build_config(shape: Shape) -> Any:
+def build_config(shape: ModelShape) -> Any:
     """The transformers config of a shape. Raises :class:`UserError` for a family without one."""
     import transformers
 
@@ -87,7 +87,7 @@ def build_config(shape: Shape) -> Any:
     )
 
 
-def build_core(job: Job, device: str = "meta", working: bool = False) -> nn.Module:
+def build_core(job: TrainingJob, device: str = "meta", working: bool = False) -> nn.Module:
     """The language model (with adapters where the job has them) inside :class:`CausalLM`, in the job's types, or all in the type
     that computes (``working``)."""
     import torch
@@ -110,7 +110,7 @@ def build_core(job: Job, device: str = "meta", working: bool = False) -> nn.Modu
     return CausalLM(model)
 
 
-def _with_adapter(model: nn.Module, job: Job) -> nn.Module:
+def _with_adapter(model: nn.Module, job: TrainingJob) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = job.targets if isinstance(job.targets, str) else list(job.targets)
@@ -138,7 +138,7 @@ def fake_world(world: int, rank: int = 0) -> Iterator[None]:
 # ---- building and counting
 
 
-def verify(job: Job, rank: int = 0) -> Sharding:
+def verify(job: TrainingJob, rank: int = 0) -> Sharding:
     """Build the job's model for its world and count ``rank``'s bytes. Raises :class:`UserError` for a world that is too large."""
     layout = job.layout
     if layout.world > MOST_RANKS:
@@ -156,7 +156,7 @@ def verify(job: Job, rank: int = 0) -> Sharding:
     return Sharding(layout.engine, layout.world, layout.shard, rank, *counted, seconds=time.perf_counter() - started)
 
 
-def _optimizer_bytes(parameters: list[nn.Parameter], job: Job) -> int:
+def _optimizer_bytes(parameters: list[nn.Parameter], job: TrainingJob) -> int:
     """Bytes of the state that the recipe's optimizer really makes, one step on gradients of the parameters' type."""
     import torch
 
@@ -179,7 +179,7 @@ def _local_bytes(tensor: torch.Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-def _replicated(job: Job, rank: int) -> tuple[int, int, int, int, int]:
+def _replicated(job: TrainingJob, rank: int) -> tuple[int, int, int, int, int]:
     core = build_core(job)
     trained = [p for p in core.parameters() if p.requires_grad]
     gradients = sum(map(_local_bytes, trained))
@@ -187,7 +187,7 @@ def _replicated(job: Job, rank: int) -> tuple[int, int, int, int, int]:
     return sum(map(_local_bytes, core.parameters())), gradients, _optimizer_bytes(trained, job), 0, reduced
 
 
-def _flat(job: Job, rank: int) -> tuple[int, int, int, int, int]:
+def _flat(job: TrainingJob, rank: int) -> tuple[int, int, int, int, int]:
     """ZeRO-1 and 2: weights on every rank; the optimizer's groups flattened, padded to an even share per rank and split.
 
     The padding is DeepSpeed's (stage_1_and_2.py: NCCL's 4-byte alignment, so two bf16 elements per rank).
@@ -207,7 +207,7 @@ def _flat(job: Job, rank: int) -> tuple[int, int, int, int, int]:
     return parameters, gradients, optimizer, others * int(b.compute), others * int(b.reduce)
 
 
-def _fsdp(job: Job, rank: int) -> tuple[int, int, int, int, int]:
+def _fsdp(job: TrainingJob, rank: int) -> tuple[int, int, int, int, int]:
     import torch
     from torch.distributed.fsdp import FSDPModule
 
@@ -252,7 +252,7 @@ def _groups_of(module: Any) -> list[Any]:
     return list(many) if many else [one] if one is not None else []
 
 
-def _zero3(job: Job, rank: int) -> tuple[int, int, int, int, int]:
+def _zero3(job: TrainingJob, rank: int) -> tuple[int, int, int, int, int]:
     import torch
 
     from aifactory_train.parallel.deepspeed import import_deepspeed
@@ -337,7 +337,7 @@ def _single_writer() -> Iterator[None]:
 # ---- against the planner
 
 
-def planned(job: Job) -> dict[str, float]:
+def planned(job: TrainingJob) -> dict[str, float]:
     """The planner's closed forms of the same quantities, bytes."""
     state = memory.static_state(job.with_(grad_accum=1))
     gathered, reduced = timing.collectives(job.with_(grad_accum=1))
@@ -365,7 +365,7 @@ def planned(job: Job) -> dict[str, float]:
     }
 
 
-def compare(job: Job, rank: int = 0) -> dict[str, Any]:
+def compare(job: TrainingJob, rank: int = 0) -> dict[str, Any]:
     """Built against planned, one row a quantity, with the relative difference."""
     built, expected = verify(job, rank), planned(job)
     rows = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.model.shapes import Shape
+from aifactory_train.model.shapes import ModelShape
 from aifactory_train.planning.job import Bytes
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def documents_of_a_row(preference: str | None) -> int:
 class Workload:
     """What a recipe asks for, apart from how it is carried out."""
 
-    shape: Shape
+    shape: ModelShape
     sequence: int
     step_tokens: float  # token positions of one optimizer step over all ranks
     step_rows: float  # rows of one step: documents, or pairs of them
@@ -82,7 +82,7 @@ class Fixed:
     grad_accum: int | None = None
 
 
-def of_recipe(recipe: Recipe, shape: Shape, document: float | None, supervised: float | None) -> Workload:
+def of_recipe(recipe: Recipe, shape: ModelShape, document: float | None, supervised: float | None) -> Workload:
     """The recipe's demand. ``document``: mean tokens of a document where known (else every row is taken to fill the sequence)."""
     data, train = recipe.data, recipe.train
     if shape.max_positions and data.sequence_length > shape.max_positions:

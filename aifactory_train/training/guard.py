@@ -19,7 +19,7 @@ WINDOW, ENOUGH = 32, 8
 
 
 @dataclass
-class Verdict:
+class StepVerdict:
     """``action`` is go, skip, rollback or stop; ``why`` names the figure."""
 
     action: str
@@ -34,7 +34,7 @@ class Guard:
         self.losses: list[float] = []
         self.incidents = 0
 
-    def judge(self, loss: float, norm: float) -> Verdict:
+    def judge(self, loss: float, norm: float) -> StepVerdict:
         """``loss`` in nats per supervised token, ``norm`` of the gradient before clipping."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return self._incident(self.settings.on_nonfinite, f"loss {loss}, gradient norm {norm}")
@@ -45,13 +45,15 @@ class Guard:
                 why = f"loss {loss:.4g} is {loss / middle:.3g} times the median of the last {len(self.losses)} steps"
                 return self._incident(self.settings.on_spike, why)
         self.losses = [*self.losses[-(WINDOW - 1) :], loss]
-        return Verdict("go")
+        return StepVerdict("go")
 
-    def _incident(self, action: str, why: str) -> Verdict:
+    def _incident(self, action: str, why: str) -> StepVerdict:
         self.incidents += 1
         if action != "stop" and self.incidents > self.settings.max_incidents:
-            return Verdict("stop", f"{why}; more than guard.max_incidents = {self.settings.max_incidents} incidents")
-        return Verdict(action, why)
+            return StepVerdict(
+                "stop", f"{why}; more than guard.max_incidents = {self.settings.max_incidents} incidents"
+            )
+        return StepVerdict(action, why)
 
     def state(self) -> dict[str, Any]:
         return {"losses": self.losses, "incidents": self.incidents}

@@ -48,7 +48,7 @@ from aifactory_train.sources import resolve_model
 from aifactory_train.training import identity
 from aifactory_train.training.ahead import StepsAhead
 from aifactory_train.training.checkpoint import Checkpointer
-from aifactory_train.training.guard import Guard, Verdict, stopped_by_guard
+from aifactory_train.training.guard import Guard, StepVerdict, stopped_by_guard
 from aifactory_train.training.listeners import listen
 from aifactory_train.training.metrics_log import MetricsLog, Progress, compare_with_plan, print_comparison, print_start
 from aifactory_train.training.probe import largest_micro_batch, try_step
@@ -336,7 +336,7 @@ class Trainer:
         wanted = self.recipe.logging.row_ids
         return {"row_ids": [self.data.train.row_id(int(i)) for i in documents]} if wanted else {}
 
-    def _leave_out(self, verdict: Verdict, next_cursor: Cursor, documents: np.ndarray) -> dict[str, Any]:
+    def _leave_out(self, verdict: StepVerdict, next_cursor: Cursor, documents: np.ndarray) -> dict[str, Any]:
         """The guard objected: leave this step's batch out, after going back to the last good checkpoint if it says so. Returns the
         step's row for the metrics. Raises :class:`RunFailed` where the policy is to stop."""
         self.engine.discard()

@@ -1,4 +1,4 @@
-"""Published measurements as :class:`Job` objects: which rows the planner is meant for, and how their columns are read.
+"""Published measurements as :class:`TrainingJob` objects: which rows the planner is meant for, and how their columns are read.
 
 The columns are those of ``data/throughput_open.csv`` (its README explains them). A row outside the planner's scope is not an
 error: :func:`read_row` returns the reason instead of a job. Nothing here looks at the measured value to decide how a row is read.
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.model.shapes import Shape
+from aifactory_train.model.shapes import ModelShape
 from aifactory_train.planning import memory
-from aifactory_train.planning.job import STACKS, Bytes, Gpu, Job, Layout, Links
+from aifactory_train.planning.job import STACKS, Bytes, GpuRates, Layout, Links, TrainingJob
 from aifactory_train.planning.timing import DATA
 
 COLUMNS = [
@@ -75,7 +75,7 @@ class Row:
     id: str
     source: str
     tier: str | None
-    job: Job | None
+    job: TrainingJob | None
     why: str | None
     tokens_per_s: float | None
     tokens_derived: str | None  # how tokens/s follow from the printed TFLOP/s, where only those are printed
@@ -127,18 +127,18 @@ def _gpu_table() -> dict[str, Any]:
     return json.loads((DATA / "measured_gpus.json").read_text(encoding="utf-8"))
 
 
-def find_gpu(name: str) -> tuple[Gpu, Links] | None:
+def find_gpu(name: str) -> tuple[GpuRates, Links] | None:
     """GPU and node of a measurement by the name in its ``gpu`` column, or ``None`` for one we know nothing of."""
     table = _gpu_table()
     entry = table["gpus"].get(table["aliases"].get(name.lower(), name.lower()))
     if entry is None:
         return None
-    gpu = Gpu(**{k: v for k, v in entry.items() if k not in ("node", "source")})
+    gpu = GpuRates(**{k: v for k, v in entry.items() if k not in ("node", "source")})
     node = entry["node"]
     return gpu, Links(node["gpus_per_node"], node["in_node_gb_s"], node["node_gb_s"])
 
 
-def _shape(row: Mapping[str, str], needed: bool = True) -> Shape:
+def _shape(row: Mapping[str, str], needed: bool = True) -> ModelShape:
     """Dimensions from the columns; what they leave open (gated or plain MLP, tied, head size) is what reproduces the total."""
     values = {k: number(row.get(k)) for k in ("layers", "hidden", "heads", "ffn", "vocab")}
     missing = [k for k, v in values.items() if v is None]
@@ -157,8 +157,8 @@ def _shape(row: Mapping[str, str], needed: bool = True) -> Shape:
                 options.append((mlp, tied, head_dim))
     qwen3 = "qwen3" in name.lower()
 
-    def build(mlp: str, tied: bool, head_dim: int) -> Shape:
-        return Shape(
+    def build(mlp: str, tied: bool, head_dim: int) -> ModelShape:
+        return ModelShape(
             name=name, kv_heads=kv, head_dim=head_dim, mlp=mlp, tied=tied, qk_norm="head" if qwen3 else "none", **ints
         )
 
@@ -272,7 +272,7 @@ def _node(row: Mapping[str, str], links: Links) -> tuple[Links, tuple[str, ...]]
     return Links(per_node, links.in_node_gb_s, node_gb_s), assumed
 
 
-def _tokens(row: Mapping[str, str], shape: Shape, sequence: int) -> tuple[float | None, str | None]:
+def _tokens(row: Mapping[str, str], shape: ModelShape, sequence: int) -> tuple[float | None, str | None]:
     """Measured tokens/s; from TFLOP/s only where the notes state the convention they follow."""
     measured = number(row.get("tokens_per_s_per_gpu"))
     if measured is not None:
@@ -321,7 +321,7 @@ def read_row(row: Mapping[str, str]) -> Row:
     )
 
 
-def _job(row: Mapping[str, str]) -> tuple[Job, tuple[str, ...]]:
+def _job(row: Mapping[str, str]) -> tuple[TrainingJob, tuple[str, ...]]:
     precision = row.get("precision", "").lower()
     if precision != "bf16":
         raise _Outside(f"precision {precision or 'not stated'}; bf16 only")
@@ -379,7 +379,7 @@ def _job(row: Mapping[str, str]) -> tuple[Job, tuple[str, ...]]:
         b = replace(b, optimizer=2 * (1 - share) + 8 * share)
     if "paged" in optimizer and not layout.offload_optimizer:
         layout = replace(layout, offload_optimizer=True)  # paged state lives in host memory and moves page by page
-    job = Job(
+    job = TrainingJob(
         shape=shape,
         gpu=gpu,
         links=links,
@@ -410,7 +410,7 @@ def _job(row: Mapping[str, str]) -> tuple[Job, tuple[str, ...]]:
     return job, tuple(assumed)
 
 
-def _fitting(job: Job, stated: bool) -> tuple[Job, str | None]:
+def _fitting(job: TrainingJob, stated: bool) -> tuple[TrainingJob, str | None]:
     """The reading of what the columns leave open with which the job fits: it was published as run.
 
     Open are the types of the states (unless ``stated``), whether DDP keeps a distributed optimizer, and how lean the blocks and the loss
@@ -419,7 +419,7 @@ def _fitting(job: Job, stated: bool) -> tuple[Job, str | None]:
     capacity = job.gpu.memory_gib
     if capacity is None or memory.predict(job).total <= capacity:
         return job, None
-    readings: list[tuple[str, Job]] = []
+    readings: list[tuple[str, TrainingJob]] = []
     if not stated:
         pure = replace(job.bytes, parameters=2, working=0, gradients=2, optimizer=min(job.bytes.optimizer, 4))
         readings.append(("gradients in bf16", replace(job, bytes=replace(job.bytes, gradients=2))))

@@ -148,7 +148,7 @@ def _module(value):
 
 
 @dataclasses.dataclass
-class Launch:
+class KernelLaunch:
     """Bytes of one kernel launch: ``loaded`` and ``stored`` count distinct addresses, ``requested_*`` every access of every program."""
 
     kernel: str
@@ -215,7 +215,7 @@ class _Spans:
 
 @contextlib.contextmanager
 def counting(dry: bool = False):
-    """Record every launch inside the block: yields a list that fills with :class:`Launch`.
+    """Record every launch inside the block: yields a list that fills with :class:`KernelLaunch`.
 
     ``dry`` touches no memory: loads give zeros and stores are dropped, so that pointers may be far outside any allocation (each
     entry then has ``spans``, the (first, last) byte addresses read and written). Nothing about values holds in a dry run.
@@ -223,7 +223,7 @@ def counting(dry: bool = False):
     builder, executor = interp.InterpreterBuilder, interp.GridExecutor
     before = (builder.create_masked_load, builder.create_masked_store, executor.__call__)
     arithmetic = (builder.binary_op, builder.unary_op, builder.cast_impl)
-    launches: list[Launch] = []
+    launches: list[KernelLaunch] = []
     loads, stores = _Spans(), _Spans()
 
     def create_masked_load(self, ptrs, mask, other, *rest):
@@ -259,7 +259,7 @@ def counting(dry: bool = False):
         nonlocal loads, stores
         loads, stores = _Spans(), _Spans()
         before[2](self, *args, **kwargs)
-        launch = Launch(self.fn.__name__, loads.total(), stores.total(), loads.requested, stores.requested)
+        launch = KernelLaunch(self.fn.__name__, loads.total(), stores.total(), loads.requested, stores.requested)
         launch.spans = (loads.bounds(), stores.bounds())  # type: ignore[attr-defined]
         launches.append(launch)
 

@@ -39,7 +39,7 @@ REPRESENTATIVE = {("hidden", 256): 128}
 
 
 @dataclasses.dataclass
-class Candidate:
+class TrialConfig:
     """One configuration with what is known of it. ``seconds`` is the model's estimate, ``measured`` the device's median."""
 
     config: Config
@@ -65,11 +65,11 @@ def typical(kernel: Kernel, operator: Operator, size: int) -> dict[str, int]:
     return shape | {kernel.key: REPRESENTATIVE.get((kernel.key, size), size), "rows": 8191}
 
 
-def gate(kernel: Kernel, dtype: str, shape: Shape, target: Target, configs: Iterable[Config]) -> list[Candidate]:
+def gate(kernel: Kernel, dtype: str, shape: Shape, target: Target, configs: Iterable[Config]) -> list[TrialConfig]:
     """Compile every configuration; ``problems`` names what legality or code quality holds against it."""
     out = []
     for config in configs:
-        candidate = Candidate(config)
+        candidate = TrialConfig(config)
         try:
             candidate.use = compiler.compile_kernel(kernel, config, dtype, shape, target.name)
         except compiler.Unsupported:
@@ -94,7 +94,7 @@ def tile_bytes(kernel: Kernel, config: Config, dtype: str, shape: Shape) -> floa
     return elements * ITEMSIZE[dtype] * kernel.inputs * config.get("stages", 1)
 
 
-def model(kernel: Kernel, candidates: list[Candidate], dtype: str, shape: Shape, sku: Sku, floor: int) -> None:
+def model(kernel: Kernel, candidates: list[TrialConfig], dtype: str, shape: Shape, sku: Sku, floor: int) -> None:
     """Fill in ``seconds`` by Little's law: bandwidth is reached when units x latency worth of bytes are in flight.
 
     seconds = (floor + partial sums) / (bandwidth x min(1, in flight / needed) x load width / 16). An estimate for ranking only:
@@ -114,10 +114,10 @@ def model(kernel: Kernel, candidates: list[Candidate], dtype: str, shape: Shape,
         c.seconds = (floor + c.extra_bytes) / (sku.bandwidth * reach)
 
 
-def undominated(candidates: list[Candidate]) -> list[Candidate]:
+def undominated(candidates: list[TrialConfig]) -> list[TrialConfig]:
     """Drop a legal candidate when another has at least its bytes in flight and occupancy, at most its traffic and registers."""
 
-    def beats(a: Candidate, b: Candidate) -> bool:
+    def beats(a: TrialConfig, b: TrialConfig) -> bool:
         assert a.use and b.use
         ours = (a.in_flight, a.use.occupancy or 0, -a.extra_bytes, -a.use.registers)
         theirs = (b.in_flight, b.use.occupancy or 0, -b.extra_bytes, -b.use.registers)
@@ -127,7 +127,7 @@ def undominated(candidates: list[Candidate]) -> list[Candidate]:
     return [c for c in legal if not any(beats(o, c) for o in legal if o is not c)]
 
 
-def preference(c: Candidate) -> tuple:
+def preference(c: TrialConfig) -> tuple:
     """Order among equal estimates: occupancy, then fewer registers, then less shared memory."""
     assert c.use
     return (c.seconds if c.seconds is not None else 0.0, -(c.use.occupancy or 0), c.use.registers, c.use.shared)
@@ -149,7 +149,7 @@ class Result:
     considered: int
     illegal: int
     dominated: int
-    kept: list[Candidate]
+    kept: list[TrialConfig]
     status: str
     correlation: float | None = None
 
@@ -198,7 +198,7 @@ def tune_kernel(
 
 
 def _gate_elsewhere(
-    op: str, kernel: Kernel, dtype: str, size: int, target: Target, candidates: list[Candidate]
+    op: str, kernel: Kernel, dtype: str, size: int, target: Target, candidates: list[TrialConfig]
 ) -> None:
     """Hold legal candidates against the other shapes that ``kernels check`` compiles in the same size range (other head counts)."""
     sizes = ranges(kernel, registry.operator(op))

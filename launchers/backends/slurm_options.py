@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from aifactory_train.launchers.shape import Shape, lead
+from aifactory_train.launchers.shape import JobShape, lead
 from aifactory_train.launchers.submission import Line, Submission, quoted
 from aifactory_train.sites import slurm_time
 from aifactory_train.sites.schema import Container
@@ -21,7 +21,7 @@ def directives(sub: Submission) -> list[Line]:
     return [sub.line(f"#SBATCH {text}", why, fact) for part in parts for text, why, fact in part(sub)]
 
 
-def _given(shape: Shape, name: str, text: str) -> Option:
+def _given(shape: JobShape, name: str, text: str) -> Option:
     value = shape.reason(name)
     return text, value.why, value.fact
 

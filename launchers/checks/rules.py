@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from aifactory_train.core.errors import UserError
 from aifactory_train.launchers import backends
 from aifactory_train.launchers.backends import Backend
-from aifactory_train.launchers.request import Refusal, Request
-from aifactory_train.launchers.shape import Shape
+from aifactory_train.launchers.request import LaunchRequest, Refusal
+from aifactory_train.launchers.shape import JobShape
 from aifactory_train.launchers.submission import Submission
 from aifactory_train.sites.profiles import System
 from aifactory_train.sites.schema import Partition, Qos
@@ -68,11 +68,11 @@ class Context:
         return self.sub.system
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> JobShape:
         return self.sub.shape
 
     @property
-    def request(self) -> Request:
+    def request(self) -> LaunchRequest:
         return self.sub.request
 
     @property

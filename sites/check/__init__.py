@@ -3,7 +3,7 @@
 ``check_room`` looks at a whole folder (``factories.yaml``, ``gpus.yaml``, ``systems/``), ``check_file`` at one profile.
 """
 
-from aifactory_train.sites.check.faults import FAULTS, Fault, Report
+from aifactory_train.sites.check.faults import FAULTS, CheckReport, Fault
 from aifactory_train.sites.check.profile import check_file
 from aifactory_train.sites.check.room import (
     check_catalogue,
@@ -18,7 +18,7 @@ from aifactory_train.sites.check.room import (
 __all__ = [
     "FAULTS",
     "Fault",
-    "Report",
+    "CheckReport",
     "check_catalogue",
     "check_file",
     "check_members",

@@ -85,7 +85,7 @@ class Fault:
 
 
 @dataclass
-class Report:
+class CheckReport:
     faults: list[Fault]
     systems: int = 0
     complete: int = 0

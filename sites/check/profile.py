@@ -10,7 +10,7 @@ from typing import Any
 
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.sites.catalogue import shared_sources
-from aifactory_train.sites.check.faults import Fault, Report, at, keys_of
+from aifactory_train.sites.check.faults import CheckReport, Fault, at, keys_of
 from aifactory_train.sites.check.rules import RULES
 from aifactory_train.sites.paths import covering, dig, fact_leaves, leaves
 from aifactory_train.sites.reading import read_yaml
@@ -19,14 +19,14 @@ from aifactory_train.sites.schema import FACT_SECTIONS, Source
 from aifactory_train.sites.system import System
 
 
-def check_file(path: Path, today: datetime.date | None = None) -> Report:
+def check_file(path: Path, today: datetime.date | None = None) -> CheckReport:
     """The faults of one profile, shipped or a user's own."""
-    report = Report(faults=[])
+    report = CheckReport(faults=[])
     check_system(path, report, today)
     return report
 
 
-def check_system(path: Path, report: Report, today: datetime.date | None = None) -> System | None:
+def check_system(path: Path, report: CheckReport, today: datetime.date | None = None) -> System | None:
     """Append the faults of one profile file to ``report``; returns the system where it could be read."""
     today = today or datetime.date.today()
     faults = report.faults
@@ -103,7 +103,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _provenance(
-    system: System, raw: dict[str, Any], path: Path, report: Report, today: datetime.date
+    system: System, raw: dict[str, Any], path: Path, report: CheckReport, today: datetime.date
 ) -> Iterator[Fault]:
     shared = shared_sources()
     known = {**shared, **system.sources}

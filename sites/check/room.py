@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.sites import index
 from aifactory_train.sites.catalogue import GPUS, ROOM, gpu_catalogue, merge_catalogue
-from aifactory_train.sites.check.faults import Fault, Report, at
+from aifactory_train.sites.check.faults import CheckReport, Fault, at
 from aifactory_train.sites.check.profile import check_system, dated
 from aifactory_train.sites.check.rules import gpu_faults
 from aifactory_train.sites.hardware import Gpu
@@ -25,11 +25,11 @@ from aifactory_train.sites.system import System
 NOT_OWNED = ("generic-slurm",)
 
 
-def check_room(room: Path | None = None, today: datetime.date | None = None) -> Report:
+def check_room(room: Path | None = None, today: datetime.date | None = None) -> CheckReport:
     """All faults of a folder with ``factories.yaml`` and ``systems/`` (default: the shipped one)."""
     today = today or datetime.date.today()
     room = room or ROOM
-    report = Report(faults=[])
+    report = CheckReport(faults=[])
     systems: dict[str, System] = {}
     names: dict[str, str] = {}
     for path in sorted((room / "systems").glob("*.yaml")):

@@ -191,7 +191,7 @@ def test_refusals_are_kept_too_and_a_cache_that_cannot_be_written_is_no_fault(tm
 
 
 def test_packs_become_rows_only_where_the_model_needs_it(tmp_path):
-    leaks, fine = pc.Verdict(pc.PADDED, "because", {}), pc.Verdict(pc.PACKED, "fine", {})
+    leaks, fine = pc.PositionVerdict(pc.PADDED, "because", {}), pc.PositionVerdict(pc.PACKED, "fine", {})
     recipe = recipe_for("x")
     assert pc.settle(recipe, fine) is None and recipe.data.batching == "packed"
     line = pc.settle(recipe, leaks)

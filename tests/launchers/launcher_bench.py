@@ -19,7 +19,7 @@ from aifactory_train.config.loading import load_recipe
 from aifactory_train.launchers import backends, runs
 from aifactory_train.launchers.build import build
 from aifactory_train.launchers.follow import status_of
-from aifactory_train.launchers.request import Request
+from aifactory_train.launchers.request import LaunchRequest
 from aifactory_train.launchers.submission import Submission
 
 HERE = Path(__file__).resolve().parent
@@ -109,21 +109,21 @@ def twin(template: str) -> Iterator[dict[str, str]]:
             process.wait()
 
 
-def fake_request(recipe: Path, run_dir: Path, **more) -> Request:
+def fake_request(recipe: Path, run_dir: Path, **more) -> LaunchRequest:
     """A request that runs the stand-in trainer: two nodes, two ranks each, no pre-flight."""
     settings = {"recipe": str(recipe), "site": str(LAB), "nodes": 2, "gpus_per_node": 2, "time_s": 600, "style": "srun", "preflight": "off", "program": (str(FAKE),), "hang_s": 0, "run_dir": str(run_dir)}  # fmt: skip
     settings.update(more)
-    return Request(**settings)
+    return LaunchRequest(**settings)
 
 
-def prepared(request: Request, system, *, python: str = sys.executable) -> Submission:
+def prepared(request: LaunchRequest, system, *, python: str = sys.executable) -> Submission:
     """The submission, written to its run folder."""
     sub = build(request, system, load_recipe(request.recipe, list(request.overrides)))
     runs.write(sub)
     return sub
 
 
-def submitted(request: Request, system) -> Submission:
+def submitted(request: LaunchRequest, system) -> Submission:
     sub = prepared(request, system)
     backend = backends.get(sub.shape.backend)
     runs.remember_jobs(sub.run_dir, [backend.submit(sub.run_dir)])

@@ -16,7 +16,7 @@ from aifactory_train import sites
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.launchers import backends, checks
 from aifactory_train.launchers.build import build
-from aifactory_train.launchers.request import Request
+from aifactory_train.launchers.request import LaunchRequest
 
 pytestmark = pytest.mark.slurm
 NEEDED = ("slurmdbd", "mariadbd", "munged", "sacctmgr")
@@ -88,9 +88,9 @@ def test_slurm_accepts_and_holds_for_ever_what_our_rules_refuse(
         "preflight": "off",
     }
     recipe = load_recipe(str(plain_recipe))
-    sub = build(Request(**{**base, **more}), full_system, recipe)
+    sub = build(LaunchRequest(**{**base, **more}), full_system, recipe)
     assert rule in {f.rule for f in checks.check(sub, recipe, here=False) if f.level == "refuse"}
-    good = build(Request(**base), full_system, recipe)
+    good = build(LaunchRequest(**base), full_system, recipe)
     assert not [f for f in checks.check(good, recipe, here=False) if f.level == "refuse"]
     # The real scheduler: its own test says yes, the job then waits without end.
     from aifactory_train.launchers import runs
@@ -110,7 +110,7 @@ def test_slurm_accepts_and_holds_for_ever_what_our_rules_refuse(
 
 def test_status_reports_gpu_hours_from_accounting(accounting, full_system, plain_recipe, tmp_path):
     run = tmp_path / "run"
-    request = Request(
+    request = LaunchRequest(
         recipe=str(plain_recipe),
         site="lab",
         account="proj1",

@@ -24,7 +24,7 @@ from aifactory_train.launchers.backends.commands import ask
 from aifactory_train.launchers.build import build
 from aifactory_train.launchers.explain import explain
 from aifactory_train.launchers.planned import plan_for
-from aifactory_train.launchers.request import Request
+from aifactory_train.launchers.request import LaunchRequest
 from aifactory_train.launchers.shaping import shape_of
 from aifactory_train.launchers.stopping import stop
 from aifactory_train.launchers.submission import Line, Submission
@@ -87,7 +87,9 @@ def site():
 
 
 def test_a_toy_scheduler_goes_all_the_way(toy, site, plain_recipe, tmp_path):
-    request = Request(recipe=str(plain_recipe), site="vega", account="acct", time_s=600, run_dir=str(tmp_path / "run"))
+    request = LaunchRequest(
+        recipe=str(plain_recipe), site="vega", account="acct", time_s=600, run_dir=str(tmp_path / "run")
+    )
     recipe = load_recipe(str(plain_recipe))
     shape = shape_of(request, site)
     assert (shape.backend, shape.style) == ("toy", "torchrun")
@@ -117,14 +119,14 @@ def test_a_toy_scheduler_goes_all_the_way(toy, site, plain_recipe, tmp_path):
 
 def test_what_it_cannot_do_is_refused_by_rule(toy, site, plain_recipe, tmp_path):
     array = (("train.seed", ("1", "2")),)
-    request = Request(recipe=str(plain_recipe), account="acct", run_dir=str(tmp_path / "run"), array=array)
+    request = LaunchRequest(recipe=str(plain_recipe), account="acct", run_dir=str(tmp_path / "run"), array=array)
     recipe = load_recipe(str(plain_recipe))
     found = checks.check(build(request, site, recipe), recipe, here=True)
     assert any(f.rule == "array-size" and "arrays are not written for Toy" in f.what for f in found)
 
 
 def test_directives_of_any_form_have_their_own_reason(toy, site, plain_recipe, tmp_path):
-    request = Request(recipe=str(plain_recipe), account="acct", time_s=600, run_dir=str(tmp_path / "run"))
+    request = LaunchRequest(recipe=str(plain_recipe), account="acct", time_s=600, run_dir=str(tmp_path / "run"))
     lines = {line.text: line for line in explain(build(request, site, load_recipe(str(plain_recipe))))}
     assert lines["#TOY nodes=1 seconds=600"].why == "all that it wants to know"
     assert not any("#TOY" in line.why or "TOY nodes" in line.why for line in lines.values())
@@ -134,7 +136,7 @@ def test_several_nodes_are_refused_where_a_node_does_not_know_its_rank(toy, site
     recipe = load_recipe(str(plain_recipe))
 
     def refused(nodes: int) -> list[str]:
-        request = Request(recipe=str(plain_recipe), account="acct", nodes=nodes, run_dir=str(tmp_path / "run"))
+        request = LaunchRequest(recipe=str(plain_recipe), account="acct", nodes=nodes, run_dir=str(tmp_path / "run"))
         found = checks.check(build(request, site, recipe), recipe, here=True)
         return [str(f.fix) for f in found if f.rule == "nodes-startable"]
 
@@ -147,7 +149,7 @@ def test_several_nodes_are_refused_where_a_node_does_not_know_its_rank(toy, site
 
 def test_one_torchrun_a_node_is_not_started_by_mpiexec(plain_recipe, tmp_path):
     system, recipe = sites.load("hunter", overlay=False), load_recipe(str(plain_recipe))
-    request = Request(recipe=str(plain_recipe), site="hunter", style="torchrun", run_dir=str(tmp_path / "run"))
+    request = LaunchRequest(recipe=str(plain_recipe), site="hunter", style="torchrun", run_dir=str(tmp_path / "run"))
     script = build(request, system, recipe).script
     assert "start=()" in script and '"$submission/node.sh"' in script
     mpi = build(dataclasses.replace(request, style="mpi"), system, recipe).script
@@ -156,7 +158,7 @@ def test_one_torchrun_a_node_is_not_started_by_mpiexec(plain_recipe, tmp_path):
 
 def test_its_commands_are_missed_where_they_are_not(monkeypatch, site, plain_recipe, tmp_path):
     monkeypatch.setitem(REGISTERED, "toy", Toy())
-    request = Request(recipe=str(plain_recipe), account="acct", run_dir=str(tmp_path / "run"))
+    request = LaunchRequest(recipe=str(plain_recipe), account="acct", run_dir=str(tmp_path / "run"))
     recipe = load_recipe(str(plain_recipe))
     found = {f.rule: f for f in checks.check(build(request, site, recipe), recipe, here=True, submitting=True)}
     assert "no toysub, toystat on this machine" in found["scheduler-here"].what

@@ -10,7 +10,7 @@ from aifactory_train import sites
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.launchers import checks
 from aifactory_train.launchers.build import build
-from aifactory_train.launchers.request import Request
+from aifactory_train.launchers.request import LaunchRequest
 
 LUMI = ["--site", "lumi-g", "--account", "project_465000001"]
 LEO = ["--site", "leonardo-booster", "--account", "AIFAC_x"]
@@ -132,7 +132,7 @@ def test_a_large_job_wants_confirmation(plain_recipe, lab_system):
 
     def rules(**more):
         sub = build(
-            Request(recipe=str(plain_recipe), site="lumi-g", nodes=16, account="project_465000001", **more),
+            LaunchRequest(recipe=str(plain_recipe), site="lumi-g", nodes=16, account="project_465000001", **more),
             system,
             recipe,
         )
@@ -153,7 +153,7 @@ def test_budget_counts_every_task_and_link(plain_recipe):
         "budget_gpu_hours": 4.0,
     }
     for more, refused in (({}, False), ({"array": (("train.seed", ("1", "2")),)}, True), ({"chain": 1}, True)):
-        sub = build(Request(**base, **more), system, recipe)
+        sub = build(LaunchRequest(**base, **more), system, recipe)
         found = {f.rule for f in checks.check(sub, recipe, here=False) if f.level == "refuse"}
         assert ("budget" in found) is refused, more
 
@@ -164,7 +164,7 @@ def test_environment_for_another_instruction_set_is_refused(tmp_path, plain_reci
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_bytes(b"\x7fELF" + bytes(14) + (62).to_bytes(2, "little"))
     sub = build(
-        Request(recipe=str(plain_recipe), site=system.id, account="jureap1", venv=str(tmp_path)), system, recipe
+        LaunchRequest(recipe=str(plain_recipe), site=system.id, account="jureap1", venv=str(tmp_path)), system, recipe
     )
     found = {f.rule: f for f in checks.check(sub, recipe, here=False)}
     assert found["environment-isa"].level == "refuse" and "aarch64" in found["environment-isa"].what
@@ -191,7 +191,7 @@ def test_json_holds_the_decision_and_the_reasons(cli, plain_recipe):
 def findings_of(recipe_file, *settings, **asked):
     recipe = load_recipe(str(recipe_file), list(settings))
     asked = {"site": "local", **asked}
-    sub = build(Request(recipe=str(recipe_file), **asked), sites.load(asked["site"], overlay=False), recipe)
+    sub = build(LaunchRequest(recipe=str(recipe_file), **asked), sites.load(asked["site"], overlay=False), recipe)
     return {f.rule: f for f in checks.check(sub, recipe, here=True) if f.level == "refuse"}
 
 

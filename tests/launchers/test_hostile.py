@@ -16,7 +16,7 @@ import yaml
 from launcher_bench import fake_request, prepared
 
 from aifactory_train.launchers.here import this_machine
-from aifactory_train.launchers.request import Refusal, Request
+from aifactory_train.launchers.request import LaunchRequest, Refusal
 
 CANARY = "CANARY-FILE"
 #: 44 values; {c} is the canary's path.
@@ -47,7 +47,7 @@ def test_identifiers_are_refused_or_plain(flag, canary):
     refused = 0
     for value in filled(canary):
         try:
-            checked = Request(recipe="x", **{flag: (value,) if flag == "exclude" else value}).checked()
+            checked = LaunchRequest(recipe="x", **{flag: (value,) if flag == "exclude" else value}).checked()
         except Refusal as error:
             assert error.rule == "plain-identifier"
             assert error.fix
@@ -62,7 +62,7 @@ def test_identifiers_are_refused_or_plain(flag, canary):
 def test_run_names_are_refused(canary):
     for value in filled(canary):
         with pytest.raises(Refusal) as caught:
-            Request(recipe="x", name=value).checked()
+            LaunchRequest(recipe="x", name=value).checked()
         assert caught.value.rule == "run-name"
 
 
@@ -70,7 +70,7 @@ def test_run_names_are_refused(canary):
 def test_paths_are_refused_or_harmless(flag, canary):
     for value in filled(canary):
         try:
-            kept = getattr(Request(recipe="x", **{flag: value}).checked(), flag)
+            kept = getattr(LaunchRequest(recipe="x", **{flag: value}).checked(), flag)
         except Refusal as error:
             assert error.rule in ("plain-path", "plain-identifier")
             continue
@@ -80,7 +80,7 @@ def test_paths_are_refused_or_harmless(flag, canary):
 def test_environment_names_are_refused(canary):
     for value in filled(canary):
         with pytest.raises(Refusal) as caught:
-            Request(recipe="x", env=((value, "1"),)).checked()
+            LaunchRequest(recipe="x", env=((value, "1"),)).checked()
         assert caught.value.rule == "env-name"
 
 
@@ -98,7 +98,7 @@ def test_values_overrides_and_folders_are_carried_literally(tmp_path, canary, pl
     )
     overrides = tuple(f"about.notes={json.dumps([v])}" for v in values[-1:])
     run = tmp_path / "run with blanks é"
-    request = Request(
+    request = LaunchRequest(
         recipe=str(plain_recipe),
         run_dir=str(run),
         env=tuple((f"HOSTILE_{i}", v) for i, v in enumerate(values)),

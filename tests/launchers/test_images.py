@@ -13,7 +13,7 @@ from aifactory_train import sites
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.launchers import checks, software
 from aifactory_train.launchers.build import build
-from aifactory_train.launchers.request import Request
+from aifactory_train.launchers.request import LaunchRequest
 
 ALPS = ["alps-clariden", "alps-daint", "alps-bristen"]
 TAG = "u24r70f21m50t210-20260415_130625"
@@ -24,7 +24,7 @@ def made(name: str, recipe_file: Path, overlay=None, settings=(), **more):
     system = sites.load(name, overlay=overlay or False)
     recipe = load_recipe(str(recipe_file), list(settings))
     account = system.access.example.get("account", "acct")
-    request = Request(recipe=str(recipe_file), overrides=tuple(settings), site=name, account=account, **more)
+    request = LaunchRequest(recipe=str(recipe_file), overrides=tuple(settings), site=name, account=account, **more)
     return build(request, system, recipe), recipe
 
 

@@ -8,7 +8,7 @@ from aifactory_train import sites
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.launchers import checks
 from aifactory_train.launchers.build import build
-from aifactory_train.launchers.request import Request
+from aifactory_train.launchers.request import LaunchRequest
 
 SYSTEMS = {name: sites.load(name, overlay=False) for name in sites.names(usable=True)}
 FIELDS = ("max_nodes", "min_nodes", "max_gpus", "nodes")
@@ -31,7 +31,7 @@ def refusals(name: str, recipe, nodes: int, partition: str | None = None, qos: s
     """Rule -> finding of everything that refuses such a job."""
     system = SYSTEMS[name]
     fields = {"recipe": "plain", "site": name, "account": system.access.example.get("account", "acct"), **more}
-    request = Request(nodes=nodes, partition=partition, qos=qos, **fields)
+    request = LaunchRequest(nodes=nodes, partition=partition, qos=qos, **fields)
     sub = build(request, system, recipe, files=False)
     return {f.rule: f for f in checks.check(sub, recipe, here=False) if f.level == "refuse"}
 
@@ -105,7 +105,7 @@ def test_limits_by_name(name, nodes, qos, rule, told, recipe):
 
 def test_a_correction_admits_what_the_profile_does_not(recipe):
     system = sites.load("leonardo-booster", overlay={"corrections": {"qos.boost_qos_lprod.max_nodes": 8}})
-    request = Request(recipe="plain", site=system.id, account="a", nodes=8, qos="boost_qos_lprod")
+    request = LaunchRequest(recipe="plain", site=system.id, account="a", nodes=8, qos="boost_qos_lprod")
     assert not [f for f in checks.check(build(request, system, recipe), recipe, here=False) if f.level == "refuse"]
 
 
@@ -143,7 +143,7 @@ def test_cpus_are_counted_as_the_scheduler_counts_them(recipe):
     """Vega's Slurm counts hardware threads: all of a node's 256 are asked for, and a rank computes on its 32 cores."""
     system = SYSTEMS["vega"]
     for style, cpus in (("torchrun", 256), ("srun", 64)):
-        request = Request(recipe="plain", site="vega", account="p-users", style=style)
+        request = LaunchRequest(recipe="plain", site="vega", account="p-users", style=style)
         sub = build(request, system, recipe, files=False)
         assert f"#SBATCH --cpus-per-task={cpus}\n" in sub.script and f"--cpus-per-task={cpus}\n" in sub.script
         assert "export OMP_NUM_THREADS=32\n" in sub.script
@@ -156,7 +156,7 @@ def test_no_cores_are_asked_for_that_a_node_lacks(recipe):
         cores = system.node.cores_usable or system.node.cores
         if cores is None or system.scheduler.kind not in ("slurm", "pbspro", "torque"):
             continue
-        request = Request(recipe="plain", site=name, account=system.access.example.get("account", "a"))
+        request = LaunchRequest(recipe="plain", site=name, account=system.access.example.get("account", "a"))
         shape = build(request, system, recipe, files=False).shape
         threads = system.node.threads_per_core or 1 if system.request.cpus_are == "threads" else 1
         assert (shape.cpus_per_rank or 0) * shape.ranks_per_node <= cores, name
@@ -168,7 +168,7 @@ def test_no_cores_are_asked_for_that_a_node_lacks(recipe):
 )
 def test_login_shell_where_modules_need_one(name, recipe):
     system = SYSTEMS[name]
-    request = Request(recipe="plain", site=name, account=system.access.example["account"])
+    request = LaunchRequest(recipe="plain", site=name, account=system.access.example["account"])
     script = build(request, system, recipe, files=False).script
     assert script.startswith("#!/bin/bash -l\n")
     assert ("module purge" in script) is name.startswith("jean-zay")  # on Deucalion it loses the modules for good
@@ -178,7 +178,7 @@ def test_login_shell_where_modules_need_one(name, recipe):
 def test_no_default_variable_contradicts(name, recipe):
     """A variable is given once, and none that the profile says to avoid (by name, or with this value)."""
     system = SYSTEMS[name]
-    request = Request(
+    request = LaunchRequest(
         recipe="plain",
         site=name,
         nodes=2,

@@ -19,11 +19,11 @@ from launcher_bench import FAKE, prepared
 from aifactory_train.launchers import backends, follow, runs
 from aifactory_train.launchers.here import this_machine
 from aifactory_train.launchers.programs import attempt
-from aifactory_train.launchers.request import Refusal, Request
+from aifactory_train.launchers.request import LaunchRequest, Refusal
 
 
-def local(recipe, run, ranks: int = 2, **more) -> Request:
-    return Request(
+def local(recipe, run, ranks: int = 2, **more) -> LaunchRequest:
+    return LaunchRequest(
         **{
             "recipe": str(recipe),
             "run_dir": str(run),

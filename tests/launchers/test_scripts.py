@@ -17,7 +17,7 @@ from aifactory_train.launchers.build import build
 from aifactory_train.launchers.explain import explain
 from aifactory_train.launchers.files import finish
 from aifactory_train.launchers.here import this_machine
-from aifactory_train.launchers.request import Request
+from aifactory_train.launchers.request import LaunchRequest
 
 SYSTEMS = sites.names(usable=True)
 SLURM = [s for s in SYSTEMS if sites.load(s, overlay=False).scheduler.kind == "slurm"]
@@ -30,7 +30,7 @@ def submission(system_id: str, recipe: Path, **more):
         base["qos"] = system.access.example.get("qos", "proj")
     if system.scheduler.kind == "kubernetes":
         base["container"] = "registry.example/image:1"
-    return build(Request(**{**base, **more}), system, load_recipe(str(recipe)))
+    return build(LaunchRequest(**{**base, **more}), system, load_recipe(str(recipe)))
 
 
 def variants(recipe: Path):

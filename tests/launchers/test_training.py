@@ -11,7 +11,7 @@ from test_slurm import release, wait_until
 
 from aifactory_train.launchers import backends, follow, runs
 from aifactory_train.launchers.here import this_machine
-from aifactory_train.launchers.request import Request
+from aifactory_train.launchers.request import LaunchRequest
 
 SETTINGS = (
     "train.max_steps=6",
@@ -43,11 +43,11 @@ def curve(run: Path) -> list[float]:
     return [losses[s] for s in sorted(losses)]
 
 
-def local_request(recipe: Path, run: Path, **more) -> Request:
-    return Request(recipe=str(recipe), run_dir=str(run), overrides=SETTINGS, hang_s=0, **more)
+def local_request(recipe: Path, run: Path, **more) -> LaunchRequest:
+    return LaunchRequest(recipe=str(recipe), run_dir=str(run), overrides=SETTINGS, hang_s=0, **more)
 
 
-def lab_request(recipe: Path, run: Path, overrides=SETTINGS, **more) -> Request:
+def lab_request(recipe: Path, run: Path, overrides=SETTINGS, **more) -> LaunchRequest:
     base = {
         "recipe": str(recipe),
         "site": str(LAB),
@@ -59,7 +59,7 @@ def lab_request(recipe: Path, run: Path, overrides=SETTINGS, **more) -> Request:
         "run_dir": str(run),
         "overrides": overrides,
     }
-    return Request(**{**base, **more})
+    return LaunchRequest(**{**base, **more})
 
 
 @pytest.fixture(scope="session")

@@ -20,19 +20,19 @@ from aifactory_train import sites
 from aifactory_train.config.loading import load_recipe, recipe_ids
 from aifactory_train.launchers import checks
 from aifactory_train.launchers.build import build
-from aifactory_train.launchers.request import Request
+from aifactory_train.launchers.request import LaunchRequest
 
 pytestmark = pytest.mark.slurm
 SLURM = [s for s in sites.names(usable=True) if sites.load(s, overlay=False).scheduler.kind == "slurm"]
 
 
-def request_for(system, recipe: str, nodes: int, partition: str | None = None, **more) -> Request:
+def request_for(system, recipe: str, nodes: int, partition: str | None = None, **more) -> LaunchRequest:
     most = system.limits(partition)["max_gpus"] if partition else None
     if most and system.node.gpus and most < system.node.gpus:
         more["gpus_per_node"] = most
     if system.software.needs_image:
         more["container"] = "registry.example/image:1"
-    return Request(
+    return LaunchRequest(
         recipe=recipe,
         site=system.id,
         nodes=nodes,
@@ -91,7 +91,7 @@ def test_twin_accepts_what_we_allow_and_nothing_more(system_id: str, tmp_path: P
     cases: list[tuple[str, str, str | None]] = []  # label, script, rule that refused it
     expected: list[bool] = []
 
-    def add(label: str, request: Request, recipe, allowed: bool) -> None:
+    def add(label: str, request: LaunchRequest, recipe, allowed: bool) -> None:
         sub = build(request, system, recipe, files=False)
         refused = [f.rule for f in checks.check(sub, recipe, here=False) if f.level == "refuse"]
         cases.append((label, sub.script, refused[0] if refused else None))

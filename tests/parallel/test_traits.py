@@ -26,11 +26,11 @@ from aifactory_train.parallel.torch_engine import TorchEngine
 from aifactory_train.parallel.traits import DEFAULT, ENGINES, EngineTraits, engine_that_runs, refuse_what_it_cannot_do
 from aifactory_train.parallel.world import World
 from aifactory_train.planning import memory, search, timing, workload
-from aifactory_train.planning.job import Gpu, Layout, Links
+from aifactory_train.planning.job import GpuRates, Layout, Links
 
 FP32 = Precision(torch.float32, torch.float32, torch.float32, torch.float32)
 ALONE = World(0, 1, 0, 1, "cpu", "alone", "here")
-H100 = Gpu("h100-80", "sm_90", "nvidia", 79.6, 3350.0, 989.4, 450.0, 700.0)
+H100 = GpuRates("h100-80", "sm_90", "nvidia", 79.6, 3350.0, 989.4, 450.0, 700.0)
 LINKS = Links(4, 450.0, 400.0)
 
 

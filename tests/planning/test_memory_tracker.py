@@ -7,12 +7,12 @@ import pytest
 
 from aifactory_train.model import shapes
 from aifactory_train.planning import memory
-from aifactory_train.planning.job import STACKS, Bytes, Gpu, Job, Layout, Links
+from aifactory_train.planning.job import STACKS, Bytes, GpuRates, Layout, Links, TrainingJob
 
 TOKENS, LAYERS, CHUNK = 192, 3, 32
 
 
-def tracked(family: str, mode: str) -> tuple[int, int, shapes.Shape]:
+def tracked(family: str, mode: str) -> tuple[int, int, shapes.ModelShape]:
     """Bytes of activations after forward, and of activations and temporaries at the peak, of our packed model."""
     import torch
     from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
@@ -44,9 +44,9 @@ def tracked(family: str, mode: str) -> tuple[int, int, shapes.Shape]:
 @pytest.mark.parametrize("family", helpers.FAMILIES)
 def test_activations_equal_the_tracker(family, mode):
     after, peak, shape = tracked(family, mode)
-    job = Job(
+    job = TrainingJob(
         shape=shape,
-        gpu=Gpu("cpu"),
+        gpu=GpuRates("cpu"),
         links=Links(1, None, None),
         layout=Layout("single", 1, 1),
         sequence=TOKENS,

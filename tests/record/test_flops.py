@@ -12,7 +12,7 @@ LENGTHS = [40, 17, 90]
 SUPERVISED = 60
 
 
-def torch_count(family: str, targets, recompute: str) -> tuple[float, shapes.Shape]:
+def torch_count(family: str, targets, recompute: str) -> tuple[float, shapes.ModelShape]:
     """FLOPs that ``FlopCounterMode`` sees in one forward and backward of our packed model (attention written out)."""
     from peft import LoraConfig, get_peft_model
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -66,7 +66,7 @@ def test_equals_torch(family, targets, recompute):
 
 def test_by_hand():
     """One layer, hidden 4, two heads of 2, one document of 3 tokens, 2 supervised: every product written down."""
-    shape = shapes.Shape(name="hand", layers=1, hidden=4, heads=2, kv_heads=1, head_dim=2, ffn=6, vocab=10)
+    shape = shapes.ModelShape(name="hand", layers=1, hidden=4, heads=2, kv_heads=1, head_dim=2, ffn=6, vocab=10)
     q, k, v, o = 4 * 4, 4 * 2, 4 * 2, 4 * 4
     mlp = 3 * 4 * 6
     forward = 2 * 3 * (q + k + v + o + mlp)
@@ -84,7 +84,7 @@ def test_by_hand():
 
 
 def test_padding_runs_but_is_not_work():
-    shape = shapes.Shape(name="pad", layers=2, hidden=8, heads=2, kv_heads=2, head_dim=4, ffn=16, vocab=32)
+    shape = shapes.ModelShape(name="pad", layers=2, hidden=8, heads=2, kv_heads=2, head_dim=4, ffn=16, vocab=32)
     packed = flops.documents(shape, [5, 11], 8, flops.Trained())
     padded = flops.documents(shape, [5, 11], 8, flops.Trained(), segments=[11, 11])
     assert padded.model == packed.model
@@ -93,7 +93,7 @@ def test_padding_runs_but_is_not_work():
 
 def test_documents_agree_with_the_planner():
     """Equal documents: the count of a step is the planner's per-token figure times the tokens."""
-    shape = shapes.Shape(name="even", layers=3, hidden=16, heads=4, kv_heads=2, head_dim=4, ffn=32, vocab=64)
+    shape = shapes.ModelShape(name="even", layers=3, hidden=16, heads=4, kv_heads=2, head_dim=4, ffn=32, vocab=64)
     step = flops.step(shape, 20)
     work = flops.documents(shape, [20] * 5, 100, flops.Trained())
     assert work.model == pytest.approx(100 * step.model)
