@@ -88,7 +88,7 @@ def _all_known(args: argparse.Namespace, unknown: list[str]) -> argparse.Namespa
     return args
 
 
-#: Faults of the machine that a person can mend and that no traceback explains better.
+#: Faults of the machine that a person can repair and that no traceback explains better.
 _OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -111,10 +111,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a full disk can still be told
         return code
     except (Exception, KeyboardInterrupt) as error:
-        return told(command, error)
+        return report_fault(command, error)
 
 
-def told(command: str | None, fault: BaseException) -> int:
+def report_fault(command: str | None, fault: BaseException) -> int:
     """Say on standard error what ended ``command``, and return its exit code. Raises ``fault`` again where only a traceback
     explains it."""
     try:

@@ -71,7 +71,7 @@ def main() -> int:
     for name in args.only or embedded:
         result = measure(name, args.steps, args.rows, args.note)
         results.append(result)
-        print(told(result), file=sys.stderr, flush=True)
+        print(reported(result), file=sys.stderr, flush=True)
         if args.keep or args.write:
             keep(result)
     if args.write:
@@ -135,13 +135,13 @@ class Done:
 
 def aifactory(*words: str) -> Done:
     """The command line in a process of its own, forked from this one so that the libraries are imported only once."""
-    with tempfile.TemporaryFile() as told:
+    with tempfile.TemporaryFile() as reported:
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                os.dup2(told.fileno(), 1)
-                os.dup2(told.fileno(), 2)
+                os.dup2(reported.fileno(), 1)
+                os.dup2(reported.fileno(), 2)
                 from aifactory_train.cli import main as command_line
 
                 code = command_line(list(words))
@@ -152,8 +152,8 @@ def aifactory(*words: str) -> Done:
                 sys.stderr.flush()
                 os._exit(code)
         _, status = os.waitpid(child, 0)
-        told.seek(0)
-        return Done(os.waitstatus_to_exitcode(status), told.read().decode("utf-8", "replace"))
+        reported.seek(0)
+        return Done(os.waitstatus_to_exitcode(status), reported.read().decode("utf-8", "replace"))
 
 
 def import_libraries() -> None:
@@ -229,7 +229,7 @@ def constant(recipe: Any) -> float | None:
     return float(metric.value(sums))
 
 
-def told(result: dict[str, Any]) -> str:
+def reported(result: dict[str, Any]) -> str:
     if result.get("failed"):
         return f"{result['id']}: failed: {result['failed']}"
     change = f"{result['metric']} {result['before']:.3f} -> {result['after']:.3f}"

@@ -162,10 +162,10 @@ def starts(count: int, folder: Path) -> dict[str, Any]:
         with one:
             codes[one.wait(400).get(0, -9)] += 1
     logs = [(folder / "starts" / f"log-{i}" / "rank-0.log").read_text() for i in range(count)]
-    told = sum("a run is live here" in log or "holds a finished run" in log for log in logs)
+    reported = sum("a run is live here" in log or "holds a finished run" in log for log in logs)
     faults = []
-    if codes != {0: 1, 2: count - 1} or told != count - 1:
-        faults.append(f"exit codes {dict(codes)}, {told} refusals")
+    if codes != {0: 1, 2: count - 1} or reported != count - 1:
+        faults.append(f"exit codes {dict(codes)}, {reported} refusals")
     if launched.steps(run) != [1, 2, 3] or any("Traceback" in log for log in logs):
         faults.append(f"steps {launched.steps(run)}")
     return {"starts": count, "faults": faults, "codes": {str(k): v for k, v in codes.items()}}

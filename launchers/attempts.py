@@ -116,16 +116,16 @@ def _ended_by_scheduler(
     where: Path, cause: dict[str, Any] | None, kind: str, scheduler: dict[str, Any]
 ) -> tuple[str, dict[str, Any] | None]:
     """The scheduler ended the job: its word is the cause, unless a rank had failed of itself before."""
-    told = scheduler_cause(kind, scheduler.get("raw", ""), scheduler.get("failed_nodes"))
-    if told is None:
+    reported = scheduler_cause(kind, scheduler.get("raw", ""), scheduler.get("failed_nodes"))
+    if reported is None:
         return "failed", cause
-    if told["kind"] == "cancelled":
-        return "cancelled", told
+    if reported["kind"] == "cancelled":
+        return "cancelled", reported
     if cause is not None and cause["kind"] in OWN_FAULTS:
         return "failed", cause
-    if told["kind"] == "node-failure" and cause is not None:
-        told = {**told, "rank": _rank_on(where, told["node"]), "step": cause.get("step")}
-    return "failed", told
+    if reported["kind"] == "node-failure" and cause is not None:
+        reported = {**reported, "rank": _rank_on(where, reported["node"]), "step": cause.get("step")}
+    return "failed", reported
 
 
 def _rank_on(where: Path, node: str | None) -> int | None:

@@ -148,8 +148,8 @@ def _threads(shape: JobShape, recipe: Recipe | None, remote: bool, put: _Exports
 
 def gloo_pattern(system: System) -> str:
     """What NCCL is told about interfaces at this site, from which every rank finds one of its node for gloo; empty if unknown."""
-    told = system.environment.set
-    named = told.get("GLOO_SOCKET_IFNAME") or told.get("NCCL_SOCKET_IFNAME")
+    reported = system.environment.set
+    named = reported.get("GLOO_SOCKET_IFNAME") or reported.get("NCCL_SOCKET_IFNAME")
     return named or ",".join(system.interconnect.socket_interfaces)
 
 

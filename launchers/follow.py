@@ -117,13 +117,13 @@ def _one_status(
     # An attempt that was refused because another one is at work says nothing about the run.
     counted = [n for n in numbers if not book.occupied(_record(folder, n))] or numbers
     attempts = [attempt_status(folder, n, n == counted[-1], asked.backend, asked) for n in numbers]
-    judged = [a for a in attempts if a["number"] in counted]
-    reached = _reached(folder, judged) if judged else ("new", None)
+    final = [a for a in attempts if a["number"] in counted]
+    reached = _reached(folder, final) if final else ("new", None)
     jobs = jobs_now()  # after the attempts: a job is closed before its successor is submitted
     alive = asked.live(jobs)
-    state, cause, newest = _state(base, reached, judged, jobs, asked, alive)
+    state, cause, newest = _state(base, reached, final, jobs, asked, alive)
     if ask and not alive:
-        state, cause = _stopped_between(folder, judged, state, cause)
+        state, cause = _stopped_between(folder, final, state, cause)
     marker = folder / "cancelled"
     if marker.exists() and state not in ("done", "running", "pending"):
         state = "cancelled"
@@ -177,8 +177,8 @@ def _stopped_between(
 ) -> tuple[str, dict[str, Any] | None]:
     """Asked between two attempts or before the first: the job that saw it began none, and nothing else will."""
     pending = book.pending_stop(str(folder))
-    judged = bool(attempts and attempts[-1]["final"])  # what was asked after that changed nothing any more
-    if not book.by_a_person(pending) or judged or state not in ("new", "stopped", "failed"):
+    final = bool(attempts and attempts[-1]["final"])  # what was asked after that changed nothing any more
+    if not book.by_a_person(pending) or final or state not in ("new", "stopped", "failed"):
         return state, cause
     before = f"; before that: {cause['message']}" if cause and attempts else ""
     return "stopped", cause_of("stopped", f"asked to stop ({(pending or 'stop file')[:80]}){before}")
@@ -210,11 +210,11 @@ def _reached(folder: Path, attempts: list[dict[str, Any]]) -> tuple[str, dict[st
     if earlier is None or len(attempts) == 1 or not (refused or earlier == "done"):
         return last["state"], last["cause"]
     why = (last["cause"] or {}).get("message") or "no reason is known"
-    told = cause_of(
+    reported = cause_of(
         "refused" if refused else "unchanged",
         f"attempt {last['number']} {'was refused' if refused else 'ended before it changed anything'}: {why}",
     )
-    return earlier, told
+    return earlier, reported
 
 
 def _last_step(folder: Path, numbers: list[int]) -> int | None:

@@ -215,14 +215,14 @@ def compose(
     raw["maintainer"] = answers["maintainer"]
     raw["expires"] = today + datetime.timedelta(days=183)
     raw["missing"] = []
-    told: list[str] = []
+    reported: list[str] = []
     read: list[str] = []
 
     def put(section: str, key: str, value: Any, answer: str) -> None:
         if value is None:
             return
         raw.setdefault(section, {})[key] = value
-        (read if answer in probed else told).append(f"{section}.{key}")
+        (read if answer in probed else reported).append(f"{section}.{key}")
 
     if get("cluster"):
         raw["detect"] = {"cluster_names": [answers["cluster"]]}
@@ -242,8 +242,8 @@ def compose(
         read += [f"partitions.{other}.{key}" for other, limits in (get("others") or {}).items() for key in limits]
         raw["default_partition"] = name
         for key in part:
-            (read if key in probed else told).append(f"partitions.{name}.{key}")
-        (read if "partition" in probed else told).append("default_partition")
+            (read if key in probed else reported).append(f"partitions.{name}.{key}")
+        (read if "partition" in probed else reported).append("default_partition")
     put("request", "gpus", request, "request")
     put("request", "gres_type", get("gres_type"), "gres_type")
     put("request", "memory", get("memory_rule"), "memory_rule")
@@ -264,10 +264,10 @@ def compose(
     put("internet", "compute", get("internet"), "internet")
     raw["sources"] = {}
     raw["facts"] = []
-    if told:
+    if reported:
         raw["sources"]["told"] = {"title": answers["source"], "date": today.isoformat()}
         confidence = "documented-user" if answers["source"].lower() == "first-hand" else "documented"
-        raw["facts"].append({"at": told, "source": "told", "confidence": confidence})
+        raw["facts"].append({"at": reported, "source": "told", "confidence": confidence})
     if read:
         raw["sources"]["probe"] = {
             "title": "aifactory sites new, read from Slurm on a login node",

@@ -34,7 +34,7 @@ def place_of(path: Path | None, keys: tuple[Any, ...], label: str = "profile") -
 
 def refusal(error: ValidationError, model: type, path: Path | None, label: str = "profile") -> UserError:
     """The first fault of a pydantic error as a message with file, line, key and fix; the others by key and kind, so that one reading
-    mends all."""
+    repairs all."""
     faults = error.errors(include_url=False)
     fault = faults[0]
     keys = tuple(k for k in fault["loc"] if not (isinstance(k, str) and k.startswith("function-")))

@@ -127,9 +127,9 @@ def run(args: argparse.Namespace) -> int:
     submitting = not (args.dry_run or args.explain)
     plan: dict[str, Any] | None = None
     wanted: list[str] = []
-    told: str | None = None
+    reported: str | None = None
     if not args.dry_run or args.json:
-        plan, wanted, told = plan_for(request, system, shape, recipe)
+        plan, wanted, reported = plan_for(request, system, shape, recipe)
         if wanted:
             # The planner's settings lie below the user's own, which win.
             request = dataclasses.replace(request, overrides=(*wanted, *request.overrides))
@@ -137,8 +137,8 @@ def run(args: argparse.Namespace) -> int:
     sub = build(request, system, recipe, shape=shape, plan=plan, files=submitting)
     if wanted:
         sub.notes.append("settings of the planner: " + " ".join(wanted))
-    if told:
-        sub.notes.append(told)
+    if reported:
+        sub.notes.append(reported)
     batch = backends.get(shape.backend).batch
     here = not batch or system.id in ("lab",) or sites.identify() == system.id or submitting
     if not here:
@@ -311,11 +311,11 @@ def _submit(args: argparse.Namespace, sub: Any, found: list[Any]) -> int:
     script = runs.write(sub)
     backend = backends.get(sub.shape.backend)
     if args.test_only:
-        told = backend.submit(sub.run_dir, test_only=True)
+        reported = backend.submit(sub.run_dir, test_only=True)
         if args.json:
             _print_json(sub, found, {"script": str(script), "accepted": True})
         else:
-            note(f"the scheduler accepts {script}" + (f" ({told})" if told else ""))
+            note(f"the scheduler accepts {script}" + (f" ({reported})" if reported else ""))
         return 0
     if not backend.batch:
         note(f"run folder: {sub.run_dir}")

@@ -21,15 +21,15 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.launchers.stopping import stop
 
     folder = open_folder(args.folder)
-    told = stop(folder, cancel=args.cancel)
+    reported = stop(folder, cancel=args.cancel)
     end = time.time() + args.wait
-    state = told["state"]
+    state = reported["state"]
     while args.wait and state in LIVE and time.time() < end:
         time.sleep(1)
         state = status_of(folder)["state"]
-    told["state"] = state
+    reported["state"] = state
     if args.json:
-        print_json(told)
+        print_json(reported)
     else:
         note(
             "cancelled"

@@ -28,7 +28,7 @@ def objective(recipe: Recipe) -> str:
             + (f", label smoothing {how.label_smoothing:g})" if how.label_smoothing else ")")
             + f" {reference}",
             "orpo": f"likelihood of chosen answers and {how.beta:g} x their log odds ratio to rejected ones (ORPO)",
-            "kto": f"prospect-theoretic value of judged answers (KTO, beta {how.beta:g}, weights {how.desirable_weight:g} and "
+            "kto": f"prospect-theoretic value of rated answers (KTO, beta {how.beta:g}, weights {how.desirable_weight:g} and "
             f"{how.undesirable_weight:g}) {reference}",
         }
         parts = [names[how.kind]]

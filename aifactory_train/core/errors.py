@@ -1,4 +1,4 @@
-"""The errors that a user can mend. They end the program with one message, never with a traceback."""
+"""The errors that a user can repair. They end the program with one message, never with a traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: stopped on request, can be resumed
 class UserError(Exception):
     """The request is wrong or cannot be carried out here (exit code 2).
 
-    ``what`` is the rule that was broken, ``where`` the file:line or configuration key, ``fix`` how to mend it.
+    ``what`` is the rule that was broken, ``where`` the file:line or configuration key, ``fix`` how to fix it.
     """
 
     exit_code = EXIT_REFUSED

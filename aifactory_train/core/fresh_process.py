@@ -20,8 +20,8 @@ _LAUNCHERS = (
 )
 
 
-def environment(*leave_out: str, **more: str) -> dict[str, str]:
+def environment(*without: str, **more: str) -> dict[str, str]:
     """This process's variables without a launcher's and without those that begin with one of ``leave_out``; the hub switched
     off; then ``more``."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith((*_LAUNCHERS, *leave_out))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith((*_LAUNCHERS, *without))}
     return {**kept, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **more}

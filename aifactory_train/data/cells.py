@@ -14,7 +14,7 @@ from aifactory_train.core.errors import UserError, did_you_mean
 MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
 #: Columns that every form reads.
 _COMMON = frozenset({"id", "group", "language", "label"})
-#: How a nested column, a number or a null is mended.
+#: How a nested column, a number or a null is repaired.
 FLAT = "write what is meant as text into a column of its own, or leave the row out"
 
 

@@ -132,7 +132,7 @@ def rows_of_folder(root: Path, files: list[Path], notes: Notes) -> Iterator[tupl
                 raise UserError(
                     str(unusable),
                     where=str(file),
-                    fix="mend or remove it, or leave such files out: data.unreadable=skip",
+                    fix="repair or remove it, or leave such files out: data.unreadable=skip",
                 ) from None
             notes.left_out.append((file.relative_to(root).as_posix(), str(unusable)))
             continue
@@ -378,12 +378,12 @@ def _pdf(raw: bytes, path: Path, notes: Notes | None) -> str:
         raise Unusable("encrypted PDF", "its cipher needs the package 'cryptography'") from None
     except Exception as error:  # pypdf raises KeyError, ValueError, RecursionError and more for damaged files
         raise Unusable("damaged PDF", type(error).__name__) from None
-    told = [p for p in pages if len("".join(p.split())) >= _PAGE_LEAST]
-    if not told:
+    reported = [p for p in pages if len("".join(p.split())) >= _PAGE_LEAST]
+    if not reported:
         raise Unusable("PDF without a text layer", f"{len(pages)} page(s)")
     if notes is not None:
-        notes.pages_without_text += len(pages) - len(told)
-    return "\n\n".join(_page(lines) for lines in _without_running_heads([p.splitlines() for p in told]))
+        notes.pages_without_text += len(pages) - len(reported)
+    return "\n\n".join(_page(lines) for lines in _without_running_heads([p.splitlines() for p in reported]))
 
 
 def _without_running_heads(pages: list[list[str]]) -> list[list[str]]:

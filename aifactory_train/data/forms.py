@@ -67,7 +67,7 @@ def examples() -> Iterator[Example]:
     whole = [*_EARLIER, _Q]
     both = {"chosen": [*whole, _SAID], "rejected": [*whole, {**_SAID, "content": "B"}]}
     yield "the last question beside them", "preference", {"prompt": "Q", **both}, {}
-    yield "a judged answer", "feedback", {"prompt": "Q", "completion": "A", "label": True}, {}
+    yield "a rated answer", "feedback", {"prompt": "Q", "completion": "A", "label": True}, {}
     yield "`label` as a number or text", "feedback", {"prompt": "Q", "completion": "A", "label": "0.0"}, {}
     yield "a judged conversation", "feedback", {"messages": [*_EARLIER, _Q, _A], "label": 1}, {}
     yield (

@@ -65,7 +65,7 @@ class Shingles:
     hashes: np.ndarray
     starts: np.ndarray
     whole: np.ndarray
-    _judged: dict[bytes, Shingled] = field(default_factory=dict)
+    _scored: dict[bytes, Shingled] = field(default_factory=dict)
     _between: tuple[Any, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] | None = None
 
     def __len__(self) -> int:
@@ -74,14 +74,14 @@ class Shingles:
     def of(self, i: int) -> np.ndarray:
         return self.hashes[self.starts[i] : self.starts[i + 1]]
 
-    def judged(self, rows: np.ndarray) -> Shingled:
+    def scored(self, rows: np.ndarray) -> Shingled:
         """What tells the texts ``rows`` apart: all texts without the sequences that too many of ``rows`` share."""
         common = self._common(rows)
         key = common.tobytes()
-        if key not in self._judged:
-            self._judged.clear()  # training rows, and training with held-out rows, mostly share the same wording
-            self._judged[key] = _judge(self, common)
-        return self._judged[key]
+        if key not in self._scored:
+            self._scored.clear()  # training rows, and training with held-out rows, mostly share the same wording
+            self._scored[key] = _score(self, common)
+        return self._scored[key]
 
     def _common(self, rows: np.ndarray) -> np.ndarray:
         """The sequences that too many of ``rows`` share, uint64, ascending. They are counted in groups first: most are in none that has so
@@ -210,7 +210,7 @@ def _ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.repeat(begins - ends + sizes, sizes) + np.arange(int(ends[-1]) if len(ends) else 0)
 
 
-def _judge(shingles: Shingles, common: np.ndarray) -> Shingled:
+def _score(shingles: Shingles, common: np.ndarray) -> Shingled:
     """All texts without the shingles ``common``, and with an empty set for each that has too few others."""
     n, hashes = len(shingles), shingles.hashes
     owner = np.repeat(np.arange(n), np.diff(shingles.starts))
@@ -293,9 +293,9 @@ def within(texts: Iterable[str] | Shingles, rows: np.ndarray | None = None) -> t
     rows = np.arange(len(shingles)) if rows is None else rows
     exact = np.ones(len(rows), dtype=bool)
     exact[np.unique(shingles.whole[rows], return_index=True)[1]] = False
-    judged = shingles.judged(rows)
-    later, earlier = _candidates(judged.bands[:, rows], ~exact)
-    found = judged.similar(rows[later], rows[earlier])
+    scored = shingles.scored(rows)
+    later, earlier = _candidates(scored.bands[:, rows], ~exact)
+    found = scored.similar(rows[later], rows[earlier])
     near = np.zeros(len(rows), dtype=bool)
     near[later[found]] = True
     return exact, near
@@ -328,9 +328,9 @@ def _between(
     ours, theirs = shingles.whole[held], shingles.whole[train]
     exact_train, exact_held = np.isin(theirs, ours), np.isin(ours, theirs)
     near_train, near_held = np.zeros(len(train), dtype=bool), np.zeros(len(held), dtype=bool)
-    judged = shingles.judged(np.concatenate([train, held]))
+    scored = shingles.scored(np.concatenate([train, held]))
     for band in range(BANDS):
-        keys, wanted = judged.bands[band][train], judged.bands[band][held]
+        keys, wanted = scored.bands[band][train], scored.bands[band][held]
         met = Sieve(wanted).among(keys)
         met = met[np.isin(keys[met], wanted)]
         order = met[np.argsort(keys[met], kind="stable")]
@@ -341,7 +341,7 @@ def _between(
             other = order[_ranges(left[part], many[part])]
             open_ = ~(near_train[other] & near_held[mine]) & (theirs[other] != ours[mine])
             mine, other = mine[open_], other[open_]
-            found = judged.similar(train[other], held[mine])
+            found = scored.similar(train[other], held[mine])
             near_train[other[found]] = near_held[mine[found]] = True
     return exact_train, near_train & ~exact_train, exact_held, near_held & ~exact_held
 

@@ -29,13 +29,13 @@ def _system(row: RawRow) -> str | None:
 
 def with_system(row: RawRow, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The conversation behind the system column; one that opens with a system turn of its own keeps that."""
-    told = _system(row)
-    if told is None:
+    text = _system(row)
+    if text is None:
         return messages
     own = messages[: opening_system_turns(messages)]
     if not own:
-        return [{"role": "system", "content": told}, *messages]
-    if not any(m["content"].strip() == told.strip() for m in own):
+        return [{"role": "system", "content": text}, *messages]
+    if not any(m["content"].strip() == text.strip() for m in own):
         row.used.difference_update(SYSTEM_COLUMNS)  # named as a column that was not used
         row.unused.remarks["system column left out: the conversation opens with another system turn"] += 1
     return messages
@@ -50,8 +50,8 @@ def asked(row: RawRow, key: str) -> list[dict[str, Any]]:
         if not isinstance(system, str):
             raise RowError(f"'system' is {kind_of(system)}, not text")
         messages.append({"role": "system", "content": system})
-    elif (told := _system(row)) is not None:
-        messages.append({"role": "system", "content": told})
+    elif (text := _system(row)) is not None:
+        messages.append({"role": "system", "content": text})
     if isinstance(prompt, list):
         turns = read_turns(prompt, key, row.unused)
         same = messages and any(

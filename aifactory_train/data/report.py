@@ -321,16 +321,16 @@ def _missing(report: dict[str, Any]) -> list[str]:
         part, _, verdict = what.rpartition(" ")
         part = what if what in _TEMPLATE_FIX else part
         did = {"dropped": "drops the", "changed": "rewrites the"}.get(verdict)
-        told = f"{did} {part} in" if did else f"leaves an {part.replace(' left', '')} in"
+        reported = f"{did} {part} in" if did else f"leaves an {part.replace(' left', '')} in"
         often = f" ({found['times']:,} times)" if found["times"] != found["rows"] else ""
-        out.append(f"the chat template {told} {found['rows']:,} of {total:,} rows{often}: {_TEMPLATE_FIX[part]}")
-    for read_as, told in _CONTROL_TOKENS.items():
+        out.append(f"the chat template {reported} {found['rows']:,} of {total:,} rows{often}: {_TEMPLATE_FIX[part]}")
+    for read_as, reported in _CONTROL_TOKENS.items():
         controls = found_in(report, "control_tokens", read_as)
         if controls:
             named = sorted(controls.items(), key=lambda item: -item[1]["rows"])
             shown = ", ".join(f"{token!r} in {found['rows']:,} rows" for token, found in named[:5])
             more = f", and {len(named) - 5} more (prepare --json names all)" if len(named) > 5 else ""
-            out.append(f"special tokens stand in what the rows say ({shown}{more}): {told}")
+            out.append(f"special tokens stand in what the rows say ({shown}{more}): {reported}")
     return out
 
 

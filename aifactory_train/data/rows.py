@@ -111,7 +111,7 @@ def canonical(
         if fmt == "preference":
             messages, out["rejected"] = _pair(cells)
         elif fmt == "feedback":
-            messages = _judged(cells)
+            messages = _rated(cells)
             out["desirable"] = desirable(row)
         else:
             messages = _from_messages(cells) if fmt == "messages" else _from_prompt(cells)
@@ -150,7 +150,7 @@ def _from_messages(row: RawRow) -> list[dict[str, Any]]:
     return with_system(row, read_turns(raw, where, row.unused))
 
 
-def _judged(row: RawRow) -> list[dict[str, Any]]:
+def _rated(row: RawRow) -> list[dict[str, Any]]:
     """The conversation whose last answer ``label`` judges."""
     columns = row.cells
     paired = any(p in columns and c in columns for p, c in PROMPT_COLUMNS)
@@ -220,7 +220,7 @@ def _question_of_pair(row: RawRow, answers: dict[str, Any]) -> str | None:
 
 
 def desirable(row: dict[str, Any]) -> bool:
-    """What ``label`` says of a judged answer: true, false, 1 or 0 (1.0 and 0.0 in a column that pandas found gaps in), in a CSV as
+    """What ``label`` says of a rated answer: true, false, 1 or 0 (1.0 and 0.0 in a column that pandas found gaps in), in a CSV as
     text. Raises :class:`RowError` for anything else."""
     label = row.get("label")
     said = yes_or_no(label)

@@ -125,7 +125,7 @@ class Export:
         self.data = data if data is not None else prepare(recipe, self.tokenizer)
         self.base = base_folder(recipe)
         self.generation = read_base(self.base)
-        if self.generation.mended and core is None:  # a training has said it at its start
+        if self.generation.repaired and core is None:  # a training has said it at its start
             note(f"{self.base / 'generation_config.json'}: {self.generation.describe()}")
         self.rows = gate_rows(self.data) if verify else []
         self.reference = TrainedModel(run, recipe, self.base, trained, core, self.rows)
@@ -312,7 +312,7 @@ class Export:
         gc.collect()
 
     def _generation_config(self):
-        """The base's own settings, mended where they contradict each other, with the end of turn that was supervised as EOS."""
+        """The base's own settings, repaired where they contradict each other, with the end of turn that was supervised as EOS."""
         config = copy.deepcopy(self.generation.config)
         info = self.data.tokenizer_info
         ends = [info["eos_id"]] if self._is_text() else [*info["stop_ids"]]

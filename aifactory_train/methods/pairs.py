@@ -1,6 +1,6 @@
-"""Views on token data sets that preference methods need: pairs, judged answers, and answers under other questions.
+"""Views on token data sets that preference methods need: pairs, rated answers, and answers under other questions.
 
-A *unit* is what the sampler deals out: a pair of answers (DPO, ORPO), a judged answer (KTO), or a replayed document, which is
+A *unit* is what the sampler deals out: a pair of answers (DPO, ORPO), a rated answer (KTO), or a replayed document, which is
 imitated. The training views :class:`PairedTokens` and :class:`LabelledTokens` have in common:
 
 * ``base``: the data set of documents underneath; ``replayed``: bool ``[units]``;
@@ -75,7 +75,7 @@ class LabelledTokens(TokenDataset):
         good, bad = self.counts()
         if not good or not bad:
             raise UserError(
-                f"all {good + bad:,} judged answers are labelled {'true' if good else 'false'}: KTO weighs desirable against "
+                f"all {good + bad:,} rated answers are labelled {'true' if good else 'false'}: KTO weighs desirable against "
                 "undesirable ones",
                 where=f"data: {base.name}",
                 fix="add answers with the other label; for desirable ones alone leave methods.preference out",
@@ -92,7 +92,7 @@ class LabelledTokens(TokenDataset):
 
 
 class HeldOutLabels(TokenDataset):
-    """Held-out judged answers. As a data set it holds the desirable ones, which alone are worth predicting; ``rejected`` holds the
+    """Held-out rated answers. As a data set it holds the desirable ones, which alone are worth predicting; ``rejected`` holds the
     undesirable ones (None where there are none), ``exchanged`` all questions with another one's answer; ``reference`` as above."""
 
     rejected: TokenDataset | None
@@ -114,16 +114,16 @@ class HeldOutLabels(TokenDataset):
 def labels_of(base: TokenDataset, replayed: np.ndarray) -> np.ndarray:
     """bool ``[documents]``: desirable answers (False for replayed ones). Raises :class:`UserError` for an answer in several pieces."""
     rows = np.asarray(base.store.column("docrow"))[base._docs]
-    judged = np.flatnonzero(~replayed)
-    again = np.flatnonzero(rows[judged][1:] == rows[judged][:-1])
+    rated = np.flatnonzero(~replayed)
+    again = np.flatnonzero(rows[rated][1:] == rows[rated][:-1])
     if len(again):
         raise UserError(
-            "a judged answer is longer than data.sequence_length and was split: no piece of it was judged",
-            where=base.place(int(judged[again[0]])),
+            "a rated answer is longer than data.sequence_length and was split: no piece of it was judged",
+            where=base.place(int(rated[again[0]])),
             fix="--set data.long_documents=drop (or truncate), or a longer data.sequence_length",
         )
     out = np.zeros(len(base), dtype=bool)
-    out[judged] = [bool(base.row(int(i))["desirable"]) for i in judged]
+    out[rated] = [bool(base.row(int(i))["desirable"]) for i in rated]
     return out
 
 

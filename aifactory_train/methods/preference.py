@@ -3,7 +3,7 @@
 The parts: :mod:`pairs` (what a row is), :mod:`preference_loss` (formulas), :mod:`reference` (log-probabilities of the model before the
 first step), :mod:`preference_eval` (held-out figures). This file puts them into the run.
 
-A step's loss is the sum over its pairs (KTO: judged answers) divided by their number, over all ranks. With replayed rows the step adds
+A step's loss is the sum over its pairs (KTO: rated answers) divided by their number, over all ranks. With replayed rows the step adds
 ``replay_weight`` times *their* mean NLL per target: preference loss + weight x NLL, as the pretraining term of Ouyang et al. 2022,
 arXiv 2203.02155, equation 2, is added to a preference objective against forgetting.
 """
@@ -107,7 +107,7 @@ class Preference(Supervised):
 
         train_set: Any = run.data.train
         seen = np.zeros(len(train_set), dtype=bool)
-        seen[train_set.replayed] = True  # imitated, not judged
+        seen[train_set.replayed] = True  # imitated, not rated
         cursor = Cursor(0, 0)
         for _ in range(run.total_steps):
             if seen.all():
@@ -129,12 +129,12 @@ class Preference(Supervised):
         if self.settings.kind != "kto":
             return
         assert self.mixed is not None and self.reference.exchanged is not None
-        judged = np.sort(units[~replayed])
+        rated = np.sort(units[~replayed])
         self.baseline = 0.0
-        if len(judged):
-            places = np.searchsorted(self.mixed.documents, judged)
+        if len(rated):
+            places = np.searchsorted(self.mixed.documents, rated)
             now = score(run, PairsSubset(self.mixed, places), most=len(places))
-            self.baseline = max(0.0, float((now - self.reference.exchanged[judged]).mean()))
+            self.baseline = max(0.0, float((now - self.reference.exchanged[rated]).mean()))
 
     def micro_batch(self, run: RunContext, share: np.ndarray) -> tuple[DeviceBatch, np.ndarray, np.ndarray]:
         """(batch, its documents, their lengths) of the units ``share``; documents are those of the view's ``base``."""
@@ -147,15 +147,15 @@ class Preference(Supervised):
         replayed = np.repeat(train_set.replayed[units], per_unit)
         counts = base.supervised[documents]
         answers = np.flatnonzero(~replayed)
-        judged = documents[answers]
-        reference = np.zeros(len(judged)) if self.reference.train is None else self.reference.train[judged]
+        rated = documents[answers]
+        reference = np.zeros(len(rated)) if self.reference.train is None else self.reference.train[rated]
         batch.objective = Judged(
             settings=self.settings,
             counts=[int(n) for n in counts],
             answers=to_device(torch.from_numpy(answers), device),
             lengths=to_device(torch.from_numpy(counts[answers].astype(np.float32)), device),
             reference=to_device(torch.from_numpy(reference.astype(np.float32)), device),
-            desirable=to_device(torch.from_numpy(train_set.desirable[judged]), device),
+            desirable=to_device(torch.from_numpy(train_set.desirable[rated]), device),
             replayed=to_device(torch.from_numpy(np.flatnonzero(replayed)), device),
             replay_tokens=int(counts[replayed].sum()),
             # the loop divides by the units of the step
@@ -166,7 +166,7 @@ class Preference(Supervised):
         return batch, documents, base.lengths[documents]
 
     def units(self, supervised: int) -> int:
-        """The loss is a mean over the step's pairs (KTO: judged answers)."""
+        """The loss is a mean over the step's pairs (KTO: rated answers)."""
         return self.units_of_step
 
     def figures(self) -> dict[str, float]:
@@ -188,8 +188,8 @@ class Preference(Supervised):
                 out["reward_accuracy"] = found["in_order"] / found["good_answers"]
         if not self.paired:
             out["kl"] = self.baseline
-        judged = found["good_answers"] + found["bad_answers"]
-        if self.replays and judged:
+        rated = found["good_answers"] + found["bad_answers"]
+        if self.replays and rated:
             out["preference_loss"] = found["preference_loss"] / self.units_of_step
         if found["replay_tokens"]:
             out["replay_loss"] = found["replay_nll"] / found["replay_tokens"]

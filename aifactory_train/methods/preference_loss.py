@@ -1,7 +1,7 @@
 """Losses of whole answers: DPO (and IPO), ORPO, KTO, and what a forward pass needs to compute them for a micro-batch.
 
 One forward pass gives the log-probability of every supervised token, packed or padded; sums over documents give those of answers, and
-the loss is a function of answers. It is summed over a micro-batch; the loop divides by the number of pairs (or judged answers) of the
+the loss is a function of answers. It is summed over a micro-batch; the loop divides by the number of pairs (or rated answers) of the
 step over all ranks.
 """
 

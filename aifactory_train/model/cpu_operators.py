@@ -7,7 +7,7 @@ again in the backward pass for the price of one pointwise pass. The arithmetic o
 peft's, in the same order, so that logits stay the same to the last bits of fp32 (:mod:`aifactory_train.model.cpu_matmul` may sum a
 product in another order).
 
-:func:`apply_lean` replaces ``forward`` on module instances whose structure is known; everything else stays as it is and is
+:func:`apply_cpu_operators` replaces ``forward`` on module instances whose structure is known; everything else stays as it is and is
 named in the report.
 """
 
@@ -133,7 +133,7 @@ def linear(
 ) -> torch.Tensor:
     """Linear layer with an optional LoRA branch: x ``[..., D]``, weight ``[O, D]``, a ``[r, D]``, b ``[O, r]``.
 
-    ``in_place``: bias and branch are added to the product itself, see :func:`apply_lean`.
+    ``in_place``: bias and branch are added to the product itself, see :func:`apply_cpu_operators`.
     """
     kind, parts = getattr(x, _RECIPE, (None, ()))
     return _Linear.apply(x, weight, bias, a, b, scale, in_place, kind, *parts)
@@ -242,7 +242,7 @@ def _is_plain_lora(module: Any) -> bool:
     )
 
 
-def apply_lean(model: nn.Module, *, in_place: bool = True) -> tuple[Counter, Counter]:
+def apply_cpu_operators(model: nn.Module, *, in_place: bool = True) -> tuple[Counter, Counter]:
     """Replace ``forward`` on the instances below ``model`` that are understood.
 
     ``in_place=False`` where selective checkpointing keeps the products of linear layers: it must find them as they were made.

@@ -2,7 +2,7 @@
 
 transformers reads files whose settings contradict each other (a temperature without ``do_sample``) and refuses to write them once
 anything was changed, and every export changes the end of turn. So the file is looked at before the first step: what contradicts the
-rest is mended and named, and what is no JSON object at all is refused while nothing is lost yet.
+rest is repaired and named, and what is no JSON object at all is refused while nothing is lost yet.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _REPLACED = {"eos_token_id", "pad_token_id", "transformers_version"}
 
 @dataclass(frozen=True)
 class BaseGeneration:
-    """What an export starts from. ``mended`` says in words what was changed; ``loadable``: transformers reads the file as it is."""
+    """What an export starts from. ``repaired`` says in words what was changed; ``loadable``: transformers reads the file as it is."""
 
     config: GenerationConfig
-    mended: tuple[str, ...] = ()
+    repaired: tuple[str, ...] = ()
     loadable: bool = True
 
     def describe(self) -> str:
-        """One line for people: what was mended, and what that means for the base itself."""
-        text = "; ".join(self.mended)
+        """One line for people: what was repaired, and what that means for the base itself."""
+        text = "; ".join(self.repaired)
         if not self.loadable:
-            text += f". Plain transformers does not load this base until its {NAME} is mended the same way"
+            text += f". Plain transformers does not load this base until its {NAME} is repaired the same way"
         return text
 
 
 def read_base(folder: Path) -> BaseGeneration:
-    """Read and, where transformers would not save it, mend the generation configuration of the model in ``folder``.
+    """Read and, where transformers would not save it, repair the generation configuration of the model in ``folder``.
 
     Raises :class:`UserError` for a file that is no JSON object.
     """
@@ -66,17 +66,17 @@ def read_base(folder: Path) -> BaseGeneration:
             if _saves(tree):
                 return BaseGeneration(config)
         kept, dropped = _consistent(tree)
-        mended: list[str] = []
+        repaired: list[str] = []
         if _SAMPLING & dropped.keys() and tree.get("do_sample") is None:
             sampled, left = _consistent({**tree, "do_sample": True})
             if len(left) < len(dropped):
                 flags = ", ".join(k for k in tree if k in _SAMPLING & dropped.keys() - left.keys())
-                mended.append(f"do_sample: true added, because {flags} is given")
+                repaired.append(f"do_sample: true added, because {flags} is given")
                 kept, dropped = sampled, left
-        mended += [
+        repaired += [
             f"{key}: {json.dumps(value)[:80]} dropped, it contradicts the rest" for key, value in dropped.items()
         ]
-        return BaseGeneration(GenerationConfig.from_dict(kept), tuple(mended), loadable)
+        return BaseGeneration(GenerationConfig.from_dict(kept), tuple(repaired), loadable)
 
 
 def loading(folder: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def loading(folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    fix = f"mend the file, or take it away: {NAME} is only needed for its defaults of generation"
+    fix = f"repair the file, or take it away: {NAME} is only needed for its defaults of generation"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -135,7 +135,7 @@ def _consistent(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers warns of every contradiction that is tried here; what is mended is said once, by us."""
+    """transformers warns of every contradiction that is tried here; what is repaired is said once, by us."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

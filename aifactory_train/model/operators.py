@@ -30,10 +30,12 @@ def apply_operators(
         report.add("operators", "the model's own", "parallel.compile fuses by itself")
     else:
         from aifactory_train.model.cpu_matmul import library
-        from aifactory_train.model.cpu_operators import apply_lean, keep_freed_memory
+        from aifactory_train.model.cpu_operators import apply_cpu_operators, keep_freed_memory
 
         keep_freed_memory()
-        replaced, left = apply_lean(core.model, in_place=recipe.parallel.activation_checkpointing != "selective")
+        replaced, left = apply_cpu_operators(
+            core.model, in_place=recipe.parallel.activation_checkpointing != "selective"
+        )
         shown = ", ".join(f"{count} {name}" for name, count in sorted(replaced.items())) or "none replaced"
         why = "CPU: the torch path that keeps less for the backward pass"
         if left:

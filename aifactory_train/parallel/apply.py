@@ -147,7 +147,7 @@ def keeps(operator: Any, args: tuple) -> bool:
     return operator.name() in KEPT
 
 
-def _keep_products() -> Any:
+def _keep_matmuls() -> Any:
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if keeps(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -158,7 +158,7 @@ def apply_activation_checkpointing(core: nn.Module, mode: str) -> None:
     """``full``: a block keeps its input alone; ``selective``: also its matrix products; ``none``."""
     if mode == "none":
         return
-    extra: dict[str, Any] = {"context_fn": _keep_products} if mode == "selective" else {}
+    extra: dict[str, Any] = {"context_fn": _keep_matmuls} if mode == "selective" else {}
     for block in block_modules(core):
         inner = block.forward
 

@@ -79,9 +79,9 @@ class ParallelDims:
     def check_world(self, world_size: int) -> None:
         """Raise :class:`UserError` unless the degrees take all of ``world_size`` ranks."""
         if self.world != world_size:
-            told = " x ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self) if f.name != "ep")
+            reported = " x ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self) if f.name != "ep")
             raise UserError(
-                f"{told} = {self.world} ranks, {world_size} were started",
+                f"{reported} = {self.world} ranks, {world_size} were started",
                 where="parallel",
                 fix=f"start {self.world} ranks, or choose degrees whose product is {world_size}",
             )

@@ -181,7 +181,7 @@ class TrainingJob:
     accumulates_whole: bool = False
     overlaps: bool = True  # collectives run beside computation
     zero_bucket: float = 5e7  # elements of DeepSpeed's gradient and gather buckets; its own default is ten times ours
-    judged: bool = (
+    preference: bool = (
         False  # a preference loss of whole answers: backward makes the logits again (methods/preference_loss.py)
     )
     scored: float = 0.0  # forward passes over the step's positions without a backward (KTO's exchanged answers: 1)

@@ -161,7 +161,7 @@ def candidates(
                         accumulates_whole=True,
                         overlaps=layout.traits.overlaps,
                         compiled=compiled,
-                        judged=work.preference is not None,
+                        preference=work.preference is not None,
                         scored=work.scored,
                     )
                     yield Counted(job, memory.predict(job))

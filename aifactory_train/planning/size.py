@@ -74,15 +74,15 @@ def _prepared(recipe: Recipe) -> Size | None:
             seen = _epoch(report.get("sources", []), float(tokens), float(documents), _preference(recipe))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
             continue  # written by another version: not this recipe's size
-        told = f"{documents} documents, {tokens} tokens"
+        text = f"{documents} documents, {tokens} tokens"
         if abs(seen.tokens - tokens) > 0.5:
-            told += f"; by weights and shares of the sources {seen.tokens:.0f} tokens an epoch"
+            text += f"; by weights and shares of the sources {seen.tokens:.0f} tokens an epoch"
         return Size(
             seen.tokens,
             seen.rows,
             seen.tokens / seen.documents,
             supervised / tokens,
-            f"the prepared data {path.parent.name} in the cache ({told})",
+            f"the prepared data {path.parent.name} in the cache ({text})",
         )
     return None
 

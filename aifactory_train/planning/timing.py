@@ -134,7 +134,7 @@ def logit_passes(job: TrainingJob) -> float:
     """Bytes that the loss moves per logit."""
     if job.loss_chunk is not None or job.stack.name == "fused":
         # kept on chip as far as the row allows: three passes, see docs/planning.md; 4 for logits that are made once more and only read
-        return 8.0 + 4.0 * (job.judged + job.scored)
+        return 8.0 + 4.0 * (job.preference + job.scored)
     return 16.0 if job.compiled else 44.0
 
 
@@ -202,7 +202,7 @@ def executed_beside(job: TrainingJob, document: float, supervised: float) -> flo
     """FLOPs per token that a preference method runs beside training's own (:func:`aifactory_train.model.flops.step`): forward passes without
     a backward, and the output layer once more in backward."""
     f = flops.forward(job.shape, document, adapter_parameters=job.adapter_parameters, supervised=supervised)
-    return job.scored * (f.linear + f.adapters + f.attention_causal) + (job.judged + job.scored) * f.head
+    return job.scored * (f.linear + f.adapters + f.attention_causal) + (job.preference + job.scored) * f.head
 
 
 def kernel_launches(job: TrainingJob) -> float:
@@ -247,7 +247,7 @@ def _compute_seconds(
     )
     linear += job.scored * (f.linear + f.adapters)
     matmul = tokens * linear / rate
-    head = f.head * ((3 if trains_head(job) else 2) + job.judged + job.scored)
+    head = f.head * ((3 if trains_head(job) else 2) + job.preference + job.scored)
     # selective checkpointing keeps attention's output and does not run it again
     attention_flops = f.attention_causal * (3.5 + (1 if job.checkpointing == "full" else 0) + job.scored)
     attention = tokens * attention_flops / attention_rate(job, c)

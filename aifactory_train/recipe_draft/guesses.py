@@ -139,11 +139,11 @@ def understand(
                 fix=f"columns of {place}: {', '.join(names[:20])}",
             )
     draft = Draft(columns=dict(columns))
-    judged = _judged(draft, raw, names, task)
-    if not columns and not judged:
+    rated = _rated(draft, raw, names, task)
+    if not columns and not rated:
         _guess_columns(draft, names, first, task, place)
     roles = [draft.columns.get(n, n) for n in names]
-    if not judged:
+    if not rated:
         _form(draft, roles, task, place)
     try:
         rows = canonical_rows(raw, draft.form, draft.columns, unused)
@@ -166,16 +166,16 @@ def _forms_differ(raw: list[tuple[str, Any]]) -> UserError | None:
         columns.setdefault(place.rpartition(":")[0], sorted(map(str, row)) if isinstance(row, dict) else [])
     if len(set(map(tuple, columns.values()))) < 2:
         return None
-    told = [f"{file} has {', '.join(names[:6]) or 'no columns'}" for file, names in columns.items()]
-    more = f"; and {len(told) - 6} more" if len(told) > 6 else ""
+    reported = [f"{file} has {', '.join(names[:6]) or 'no columns'}" for file, names in columns.items()]
+    more = f"; and {len(reported) - 6} more" if len(reported) > 6 else ""
     return UserError(
-        f"the files have different forms: {'; '.join(told[:6])}{more}",
+        f"the files have different forms: {'; '.join(reported[:6])}{more}",
         where="--data",
         fix=f"--data {next(iter(columns))}, then name the others as sources of their own: data.train: [{', '.join(list(columns)[:3])}]",
     )
 
 
-def _judged(draft: Draft, raw: list[tuple[str, Any]], names: list[str], task: str | None) -> bool:
+def _rated(draft: Draft, raw: list[tuple[str, Any]], names: list[str], task: str | None) -> bool:
     """Whether the rows judge answers; sets form, columns and task of ``draft`` then.
 
     Pairs are known by the names of two columns, single judgements by a column of nothing but true and false beside an answer.

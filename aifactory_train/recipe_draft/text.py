@@ -68,14 +68,14 @@ def _about(
 ) -> list[str]:
     """What the recipe is for, and its model."""
     shares = [name for name in facts["languages"]["shares"] if name != "und"][:6]
-    told = {
+    reported = {
         "chat": "chat as in the rows",
         "qa": "answer as in the rows",
         "text": "continued pre-training on plain text",
         "preference": "prefer the better of two answers",
         "feedback": "answer as in the rows that were rated good",
     }
-    task = "classify: one of the labels" if draft.labels else told[draft.task]
+    task = "classify: one of the labels" if draft.labels else reported[draft.task]
     metric = "preference_loss" if draft.preference else draft.metrics[0]
     lines = [
         f"# yaml-language-server: $schema={recipes / 'recipe.schema.json'}",

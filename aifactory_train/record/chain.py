@@ -191,7 +191,7 @@ class Chain:
         return event
 
     def _head(self, file: Any) -> tuple[int, str]:
-        """Number and digest for the next event, mending a torn end (the file must be locked)."""
+        """Number and digest for the next event, repairing a torn end (the file must be locked)."""
         size = file.seek(0, os.SEEK_END)
         if size == 0:
             return 0, GENESIS

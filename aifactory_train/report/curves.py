@@ -22,20 +22,20 @@ def curves(metrics: list[dict[str, Any]], record: dict[str, Any], plan: dict[str
         )
 
     # Under a preference method the training loss is one of pairs (or answers); beside replayed rows its own part is logged apart.
-    judged = any("preference_loss" in m or "reward_margin" in m for m in [*train, *held])
+    preference = any("preference_loss" in m or "reward_margin" in m for m in [*train, *held])
     shown = "preference_loss" if any("preference_loss" in m for m in train) else "loss"
     loss = [curve(shown, "training")]
     if held:
-        key = "preference_loss" if judged else "loss"
+        key = "preference_loss" if preference else "loss"
         loss.append(Curve("held-out", [m["step"] for m in held], [m.get(key) for m in held], dots=True))
-    unit = "preference loss of a pair or answer" if judged else "nats per supervised token"
+    unit = "preference loss of a pair or answer" if preference else "nats per supervised token"
     charts = [
         chart("loss", "Loss", unit, loss),
         chart("rate", "Learning rate", "", [curve("learning_rate", "learning rate")], zero=True),
         chart("norm", "Gradient norm", "L2, before clipping", [curve("grad_norm", "gradient norm")], zero=True),
         chart("speed", "Throughput", "tokens/s", [curve("tokens_per_s", "tokens/s")], zero=True),
     ]
-    if judged:
+    if preference:
         charts.append(chart("margin", "Reward margin", "good minus bad answers", [curve("reward_margin", "training")]))
     memory = [m for m in train if isinstance(m.get("memory_bytes"), (int, float))]
     planned = _planned_bytes(plan)

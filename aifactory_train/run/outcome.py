@@ -115,16 +115,16 @@ class Attempt:
             self._writer.start()
 
     def _keep_writing(self) -> None:
-        wait, told = 1.0, False
+        wait, reported = 1.0, False
         while not self._quiet.wait(min(wait, self._every_s)):
             wait = min(2 * wait, self._every_s)
             try:
                 self._write_down()
-                told = False
+                reported = False
             except UserError as trouble:  # a full disk: the training goes on, and this is tried again
-                if not told:
+                if not reported:
                     note(f"rank {self.rank}: {trouble}")
-                told = True
+                reported = True
 
     def _write_down(self) -> None:
         """Heartbeat and state, where there is something new to say."""

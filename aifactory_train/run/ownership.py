@@ -227,7 +227,7 @@ class Owner:
 
     # ---- while it is owned
     def _keep(self) -> None:
-        told = False
+        reported = False
         while not self._end.wait(BEAT_S):
             try:
                 if self._newest() > self.number:
@@ -235,11 +235,11 @@ class Owner:
                     return
                 self._beats += 1
                 self._renew()
-                told = False
+                reported = False
             except OSError as error:
-                if not told:
+                if not reported:
                     note(f"{self._path(self.number)} could not be renewed: {error.strerror}; trying again")
-                told = True
+                reported = True
 
     def lost(self, *, look: bool = False) -> bool:
         """Whether another start owns the folder by now. The file system was asked within :data:`LOOK_S`; ``look`` asks it now.
@@ -322,6 +322,6 @@ def launcher_ended(run: Path, theirs: Any, ours: int) -> bool:
         return False
     before, now = book(theirs), book(ours)
     # Its own job waited for its processes and then judged it; or it is the same job, which has no other processes any more.
-    judged = before.get("state") is not None and before.get("rc") is not None
+    closed = before.get("state") is not None and before.get("rc") is not None
     same_job = bool(before.get("job")) and before.get("job") == now.get("job")
-    return judged or same_job
+    return closed or same_job

@@ -166,20 +166,20 @@ def gate(recipe: Recipe) -> None:
 
 def check(recipe: Recipe) -> list[str]:
     """Lines to show a person. Raises :class:`UserError` if the use is commercial and a parent does not allow it."""
-    judged = parents(recipe)
-    bad = [p for p in judged if p.refused]
+    found = parents(recipe)
+    bad = [p for p in found if p.refused]
     if bad and recipe.about.use == "commercial":
         first = {p.source: p for p in reversed(bad)}  # one line a source, however often it is read
-        told = "; ".join(f"'{p.source.partition('#')[0]}': {p.refused}" for p in reversed(first.values()))
+        reported = "; ".join(f"'{p.source.partition('#')[0]}': {p.refused}" for p in reversed(first.values()))
         instead = [p.alternative for p in reversed(first.values()) if p.alternative]
         stated = f"state a licence that you have read with --set {bad[0].where}.licence=SPDX-ID"
         raise UserError(
-            f"not for commercial use: {told}",
+            f"not for commercial use: {reported}",
             where=", ".join(dict.fromkeys(p.where for p in bad)),
             fix=(f"use {', or '.join(instead)}; " if instead else f"{stated}; ")
             + "or --research if it is research only",
         )
-    lines = [p.asked for p in judged if p.asked]
+    lines = [p.asked for p in found if p.asked]
     lines += [f"research use only: '{p.source.partition('#')[0]}': {p.refused}" for p in bad]
     return list(dict.fromkeys(lines))
 
@@ -195,31 +195,31 @@ def result_licence(recipe: Recipe) -> dict[str, Any]:
     The base's licence is the result's where nothing else binds; one share-alike licence decides; two different ones cannot
     both be met, and that is said.
     """
-    judged = [p for p in parents(recipe) if p.role != "eval"]
-    credit = list(dict.fromkeys(p.attribution for p in judged if p.attribution))
-    licences = list(dict.fromkeys(p.licence for p in judged))
-    commercial = not any(p.refused for p in judged)
+    found = [p for p in parents(recipe) if p.role != "eval"]
+    credit = list(dict.fromkeys(p.attribution for p in found if p.attribution))
+    licences = list(dict.fromkeys(p.licence for p in found))
+    commercial = not any(p.refused for p in found)
     answer = {"attribution": credit, "commercial": commercial}
 
     def other(name: str, because: str) -> dict[str, Any]:
         return {"licence": "other", "name": name, "because": because, **answer}
 
-    bound = [p for p in judged if p.kind == "non-commercial"]
+    bound = [p for p in found if p.kind == "non-commercial"]
     if bound:
         names = ", ".join(dict.fromkeys(p.licence for p in bound))
         return other("non-commercial", f"a parent is non-commercial ({names})")
-    unknown = [p for p in judged if p.kind in ("unknown", "own")]
+    unknown = [p for p in found if p.kind in ("unknown", "own")]
     if unknown:
         asked = ", ".join(dict.fromkeys(p.where for p in unknown))
         return other("see-parents", f"the owner of {asked} decides; the table lists the parents")
-    shared = list(dict.fromkeys(_family(p.licence) for p in judged if p.kind == "share-alike"))
+    shared = list(dict.fromkeys(_family(p.licence) for p in found if p.kind == "share-alike"))
     if len(shared) > 1:
         return other("conflicting-share-alike", f"{' and '.join(shared)} cannot both be met: choose one of the sources")
     if shared:
-        which = _stricter([p.licence for p in judged if p.kind == "share-alike"])
+        which = _stricter([p.licence for p in found if p.kind == "share-alike"])
         return {"licence": which, "name": None, "because": f"share-alike of {which}", **answer}
-    base = judged[0]
-    if any(p.licence.startswith("LicenseRef-") or p.kind == "attribution" for p in judged if p is not base):
+    base = found[0]
+    if any(p.licence.startswith("LicenseRef-") or p.kind == "attribution" for p in found if p is not base):
         terms = ", ".join(x for x in licences if x != base.licence)
         because = f"the base's licence; credit and terms of {terms} go along"
     else:

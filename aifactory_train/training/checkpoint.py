@@ -166,7 +166,7 @@ class Checkpointer:
             self._main("checkpoints cannot be written", check)
         except SaveFailed as error:
             raise UserError(
-                error.what, where=error.where, fix="free space, mend the permissions, or --run-dir ELSEWHERE"
+                error.what, where=error.where, fix="free space, repair the permissions, or --run-dir ELSEWHERE"
             ) from None
 
     def save(self, step: int, trainer: dict[str, Any], *, wait: bool, best: int | None = None) -> None:

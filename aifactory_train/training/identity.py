@@ -86,7 +86,7 @@ def check(run: RunFolder, recipe: Recipe, now: dict[str, Any]) -> list[str]:
         ]
     try:
         before = read_json(path)
-        changed, told = _differences(before, now, recipe)
+        changed, reported = _differences(before, now, recipe)
     except (KeyError, TypeError, AttributeError, UserError):
         raise UserError("is damaged", where=str(path), fix=_without(run)) from None
     if changed:
@@ -96,7 +96,7 @@ def check(run: RunFolder, recipe: Recipe, now: dict[str, Any]) -> list[str]:
             where=", ".join(dict.fromkeys(key for key, _ in changed)),
             fix=f"put back what the run was begun with, or start a new run (--name NEW or --run-dir NEW); {_without(run)}",
         )
-    return told
+    return reported
 
 
 def _without(run: RunFolder) -> str:
@@ -107,7 +107,7 @@ def _differences(
     before: dict[str, Any], now: dict[str, Any], recipe: Recipe
 ) -> tuple[list[tuple[str, str]], list[str]]:
     changed: list[tuple[str, str]] = []
-    told: list[str] = []
+    reported: list[str] = []
     if before["base"]["config"] != now["base"]["config"]:
         changed.append(("model.base", f"config.json of {recipe.model.base} says something else"))
     old, new = before["base"]["files"], now["base"]["files"]
@@ -116,7 +116,7 @@ def _differences(
             how = "is gone" if name not in new else "was not there" if name not in old else "has other content"
             what = f"{name} of {recipe.model.base} {how}"
             if recipe.adapter.kind == "none" and not name.endswith(".py"):
-                told.append(f"{what} since the run began; all weights come from the checkpoint")
+                reported.append(f"{what} since the run began; all weights come from the checkpoint")
             else:
                 changed.append(("model.base", what))
     old, new = before["tokenizer"], now["tokenizer"]
@@ -136,4 +136,4 @@ def _differences(
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name) and before["data"]["eval_rows"] == now["data"]["eval_rows"]:
             changed.append(("data.eval", f"the held-out rows '{name}', or their tokens, are others"))
-    return changed, told
+    return changed, reported

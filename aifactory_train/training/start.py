@@ -52,7 +52,7 @@ def train(
 
 def _end_alone(world: World, error: BaseException) -> NoReturn:
     """End this failed rank without the others, saying what the command line would have said."""
-    from aifactory_train.cli import told
+    from aifactory_train.cli import report_fault
 
     if isinstance(error, UserError) and not isinstance(error, RunFailed) and not world.is_main:
         leave_alone(error.exit_code)  # every rank meets the same refusal, and rank 0 prints it
@@ -60,7 +60,7 @@ def _end_alone(world: World, error: BaseException) -> NoReturn:
         leave_alone(error.code if isinstance(error.code, int) else EXIT_FAILED)
     code = EXIT_FAILED
     try:
-        code = told("train", error)
+        code = report_fault("train", error)
     except BaseException:  # what only a traceback explains
         sys.excepthook(type(error), error, error.__traceback__)
     leave_alone(code)

@@ -107,7 +107,7 @@ class Trainer:
         need be, while the others wait."""
         recipe, world = self.recipe, self.world
         generation = read_base(base_folder(recipe))  # first: what an export cannot do without must not fail at the end
-        if generation.mended:
+        if generation.repaired:
             why = "the base's generation_config.json contradicts itself, and transformers would not save it"
             self.report.add("generation settings of the export", generation.describe(), why)
         self.tokenizer = load_tokenizer(recipe)
@@ -302,7 +302,7 @@ class Trainer:
         mean_loss = summed / units
         verdict = state.guard.judge(mean_loss, grad_norm)
         if verdict.action != "go":
-            return self._leave_out(verdict, ready.following, documents)
+            return self._skip_step(verdict, ready.following, documents)
         figures = self.method.figures()  # before the update: the device has just been waited for
         self._phase("update")
         with explain_memory(self.engine, self.recipe, self.world):
@@ -336,7 +336,7 @@ class Trainer:
         wanted = self.recipe.logging.row_ids
         return {"row_ids": [self.data.train.row_id(int(i)) for i in documents]} if wanted else {}
 
-    def _leave_out(self, verdict: StepVerdict, next_cursor: Cursor, documents: np.ndarray) -> dict[str, Any]:
+    def _skip_step(self, verdict: StepVerdict, next_cursor: Cursor, documents: np.ndarray) -> dict[str, Any]:
         """The guard objected: leave this step's batch out, after going back to the last good checkpoint if it says so. Returns the
         step's row for the metrics. Raises :class:`RunFailed` where the policy is to stop."""
         self.engine.discard()

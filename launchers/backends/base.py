@@ -132,7 +132,7 @@ class Backend(ABC):
         return [program for program in self.programs if shutil.which(program) is None]
 
     def missing_starter(self) -> tuple[str, str] | None:
-        """What this machine lacks to start ranks in the foreground, and the mend."""
+        """What this machine lacks to start ranks in the foreground, and the fix."""
         return None
 
 

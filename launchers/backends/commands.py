@@ -18,7 +18,7 @@ def ask(
         argv: the command and its arguments; no shell is involved.
         timeout: seconds until a scheduler that does not answer is given up (:class:`RunFailed`).
         env: its environment; default ours.
-        fix: the mend where the command is not on this machine (:class:`UserError`).
+        fix: the fix where the command is not on this machine (:class:`UserError`).
     """
     try:
         return subprocess.run(argv, env=env, text=True, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL)

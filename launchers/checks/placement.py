@@ -163,12 +163,14 @@ def partition_is_for_training(c: Context) -> Iterator[Finding]:
 def qos_required(c: Context) -> Iterator[Finding]:
     """A QoS is given where the site demands one."""
     if c.system.access.qos in ("required", "project") and not c.shape.qos:
-        told = (
+        reported = (
             "your project's name"
             if c.system.access.qos == "project"
             else f"one of {', '.join(c.system.qos) or 'your QoS'}"
         )
-        yield refuse(f"{c.system.name} takes no GPU job without a QoS", c.fact("access.qos"), f"--qos, {told}", "--qos")
+        yield refuse(
+            f"{c.system.name} takes no GPU job without a QoS", c.fact("access.qos"), f"--qos, {reported}", "--qos"
+        )
 
 
 @batch_rule

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found: what is wrong, the fact it rests on (with its source), and the mend."""
+    """What a rule found: what is wrong, the fact it rests on (with its source), and the fix."""
 
     rule: str  # filled in by the rule that found it
     level: str  # refuse | warn | not-checked

@@ -352,7 +352,7 @@ def _preflight_cause(folder):
 def _first_cause(folder, outcome, gone, alive, world, hang):
     """The rank that broke first, told apart from those that broke because of it."""
     killed, raised, secondary, silent = [], [], [], []
-    told = [other.get("step") for other in outcome.values()]
+    reported = [other.get("step") for other in outcome.values()]
     for rank in range(world):
         o, e, a = outcome.get(rank), gone.get(rank), alive.get(rank)
         node = next((f.get("node") or f.get("host") for f in (o, e, a) if f and (f.get("node") or f.get("host"))), None)
@@ -361,7 +361,7 @@ def _first_cause(folder, outcome, gone, alive, world, hang):
             step = (a or {}).get("step")
             if e is not None:
                 # A heartbeat may be some seconds old. Ranks make their steps together, and others could still tell theirs.
-                step = max((s for s in [step, *told] if isinstance(s, int)), default=None)
+                step = max((s for s in [step, *reported] if isinstance(s, int)), default=None)
         if o is not None and o.get("status") in ("done", "stopped"):
             continue
         if o is not None:
@@ -723,12 +723,12 @@ def _reason(folder, request):
     if by_a_person(request):
         return request or "stop file"
     outcomes = [o for o in ranked(folder, "outcome").values() if o.get("status") == "stopped"]
-    told = [o["stop_request"] for o in outcomes if o.get("stop_request") is not None]
-    for text in told:
+    reported = [o["stop_request"] for o in outcomes if o.get("stop_request") is not None]
+    for text in reported:
         if by_a_person(text):
             return text or "stop file"
-    if request or told:
-        return request or told[0]
+    if request or reported:
+        return request or reported[0]
     if any("stop file" in str(o.get("message")) for o in outcomes):
         return "stop file"  # it is gone, and the job's own requests are not taken back
     return ""
@@ -757,15 +757,15 @@ def close(args):
         reason = "deadline"
     decision = decide(args.run, args.attempt, state, cause, reason, _policy(args.run))
     _finish(folder, record, state, cause, args.rc, reason, decision, latest_checkpoint(args.run))
-    told = "attempt %03d: %s" % (args.attempt, state)
+    reported = "attempt %03d: %s" % (args.attempt, state)
     if cause:
-        told += " (%s%s%s: %s)" % (
+        reported += " (%s%s%s: %s)" % (
             cause["kind"],
             "" if cause["rank"] is None else ", rank %s" % cause["rank"],
             "" if not cause["node"] else " on %s" % cause["node"],
             cause["message"],
         )
-    print("%s; %s: %s" % (told, decision["action"], decision["why"]), file=sys.stderr)
+    print("%s; %s: %s" % (reported, decision["action"], decision["why"]), file=sys.stderr)
     nodes = [n for n in decision["exclude"] if re.match(r"[A-Za-z0-9][A-Za-z0-9_.-]*$", n)]
     print("%s %s %s" % (decision["action"], state, ",".join(nodes) or "-"))
     return 0
@@ -796,8 +796,8 @@ def preflight(args):
         verdict["rank"] = missing[0]
         verdict["message"] = "%d of %d ranks did not finish it" % (len(missing), world)
         if bad:
-            told = min(bad, key=lambda r: _waited(reports[r]))
-            verdict["message"] += "; rank %d: %s" % (told, "; ".join(reports[told].get("problems", [])))
+            reported = min(bad, key=lambda r: _waited(reports[r]))
+            verdict["message"] += "; rank %d: %s" % (reported, "; ".join(reports[reported].get("problems", [])))
     elif bad:
         primary = primary or sorted(bad, key=lambda r: (_waited(reports[r]), r))
         first = reports[primary[0]]

@@ -39,7 +39,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
         for node in ast.walk(tree):
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or node.name.startswith("_"):
                 continue
-            told = inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0]
+            reported = inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0]
             signature = f"def {node.name}({ast.unparse(node.args)})"
             key = f"{module}:{node.name}:{node.lineno}"
-            yield {"id": key, "signature": signature, "wording": plain(told), "group": module}
+            yield {"id": key, "signature": signature, "wording": plain(reported), "group": module}

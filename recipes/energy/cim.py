@@ -33,8 +33,8 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
         name, _, body = section.partition("\n")
         name = name.strip()
         own = body.split("#### Inherited Members")[0]
-        told = re.sub(r"```.*?```", "", own.split("#### ")[0], flags=re.DOTALL)
-        about = [line for line in told.splitlines() if line and not line.startswith(("Inheritance path", "{#"))]
+        reported = re.sub(r"```.*?```", "", own.split("#### ")[0], flags=re.DOTALL)
+        about = [line for line in reported.splitlines() if line and not line.startswith(("Inheritance path", "{#"))]
         pairs = [(name, " ".join(about))]
         pairs += [(f"{name}.{m[1]}", m[2]) for line in own.splitlines() if (m := _MEMBER.match(line))]
         for key, definition in pairs:

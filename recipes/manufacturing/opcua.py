@@ -36,11 +36,11 @@ def rows(path: Path, *, files: list[str] | None = None) -> Iterator[dict[str, An
             kind = tag(node)
             if not kind.startswith("UA"):
                 continue
-            told = child(node, "Description")
+            reported = child(node, "Description")
             yield {
                 "id": f"{spec}/{node.get('NodeId')}",
                 "name": node.get("BrowseName", "").rpartition(":")[2],
                 "kind": kind[2:],
                 "spec": spec,
-                "wording": plain(told.text or "") if told is not None else "",
+                "wording": plain(reported.text or "") if reported is not None else "",
             }

@@ -26,8 +26,8 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     """Documented fields and attributes of a folder of ``*.nxdl.xml`` files: ``{"id": "file/number", "name": "NXclass/group/field", "wording"}``."""
     for file in sorted(path.glob("*.nxdl.xml")):
         root = read_xml(file)
-        for number, (name, told) in enumerate(_documented(root, root.get("name", file.stem))):
-            yield {"id": f"{file.stem}/{number}", "name": name, "wording": plain(told)}
+        for number, (name, reported) in enumerate(_documented(root, root.get("name", file.stem))):
+            yield {"id": f"{file.stem}/{number}", "name": name, "wording": plain(reported)}
 
 
 def _documented(node: ElementTree.Element, name: str) -> Iterator[tuple[str, str]]:
@@ -38,7 +38,7 @@ def _documented(node: ElementTree.Element, name: str) -> Iterator[tuple[str, str
         if kind not in ("field", "attribute", "group") or not label:
             continue
         full = f"{name}/{label}" if kind != "attribute" else f"{name}@{label}"
-        told = child(below, "doc")
-        if told is not None and told.text:
-            yield full, told.text
+        reported = child(below, "doc")
+        if reported is not None and reported.text:
+            yield full, reported.text
         yield from _documented(below, full)

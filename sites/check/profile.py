@@ -85,9 +85,9 @@ def _identity(system: System, path: Path, today: datetime.date) -> Iterator[Faul
         want, have = set(system.core_missing()), {m for m in system.missing if "." not in m}
         if want != have:
             lacking, surplus = sorted(want - have), sorted(have - want)
-            told = [f"not listed: {', '.join(lacking)}"] if lacking else []
-            told += [f"listed but known: {', '.join(surplus)}"] if surplus else []
-            yield Fault("missing-list", at(path, "missing"), "; ".join(told), f"missing: {sorted(want)}")
+            reported = [f"not listed: {', '.join(lacking)}"] if lacking else []
+            reported += [f"listed but known: {', '.join(surplus)}"] if surplus else []
+            yield Fault("missing-list", at(path, "missing"), "; ".join(reported), f"missing: {sorted(want)}")
         for dotted in (m for m in system.missing if "." in m):
             try:
                 value = dig(system, dotted)

@@ -185,12 +185,14 @@ def _limits(system: System, path: Path) -> Iterator[Fault]:
                 "limits", at(path, "qos", name), f"{name}: {q.max_nodes} nodes, the machine has {system.node.count}"
             )
     if system.partitions and system.default_partition not in system.partitions:
-        told = (
+        reported = (
             f"'{system.default_partition}' is not one of the partitions"
             if system.default_partition
             else "no default_partition"
         )
-        yield Fault("default-partition", at(path, "default_partition"), told, f"one of {', '.join(system.partitions)}")
+        yield Fault(
+            "default-partition", at(path, "default_partition"), reported, f"one of {', '.join(system.partitions)}"
+        )
 
 
 def _scheduler(system: System, path: Path) -> Iterator[Fault]:

@@ -294,14 +294,14 @@ def test_a_live_peers_half_written_checkpoint_is_out_of_reach(tmp_path: Path) ->
 )
 def test_the_state_alone(tmp_path: Path, state: dict[str, Any], live: bool) -> None:
     pids = {"mine": os.getpid(), "parent": os.getppid()}
-    told = {
+    reported = {
         "state": "running",
         **state,
         "time": time.time() + state["time"],
         "pid": pids.get(state.get("pid"), state.get("pid", 1)),
     }  # type: ignore[arg-type]
-    told["host"] = socket.gethostname() if state["host"] == "here" else state["host"]
-    (tmp_path / "state.json").write_text(json.dumps(told))
+    reported["host"] = socket.gethostname() if state["host"] == "here" else state["host"]
+    (tmp_path / "state.json").write_text(json.dumps(reported))
     assert RunFolder(tmp_path).is_live() is live
 
 
@@ -310,8 +310,8 @@ def test_the_launcher_goes_on_with_a_folder_of_before(tmp_path: Path, tiny_recip
     folder.mkdir()
     run = RunFolder(folder)
     run.save_config(load_recipe(str(tiny_recipe)))
-    told = {"state": "running", "host": "othernode", "pid": 1, "time": time.time() - 5, "step": 0}
-    (folder / "state.json").write_text(json.dumps(told))
+    reported = {"state": "running", "host": "othernode", "pid": 1, "time": time.time() - 5, "step": 0}
+    (folder / "state.json").write_text(json.dumps(reported))
     with pytest.raises(UserError, match="live here"):
         open_for_training(run, "auto", None, Owner(folder))
     attempt(folder, 1, job="18")

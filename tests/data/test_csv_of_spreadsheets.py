@@ -46,9 +46,9 @@ def test_names_in_quotes_do_not_count(header: str, found: str) -> None:
 
 @pytest.mark.parametrize(("encoding", "told"), [("cp1252", "windows-1252"), ("utf-16", "utf-16")])
 def test_another_encoding_is_refused_with_the_command_that_keeps_every_character(
-    tmp_path: Path, encoding, told
+    tmp_path: Path, encoding, reported
 ) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(written(";").encode(encoding))
-    with pytest.raises(UserError, match=rf"iconv -f {told} -t utf-8"):
+    with pytest.raises(UserError, match=rf"iconv -f {reported} -t utf-8"):
         read(path)

@@ -21,19 +21,19 @@ def test_the_documentation_says_what_the_code_does():
 @pytest.mark.parametrize("example", list(examples()), ids=lambda e: e[0])
 def test_an_example_is_used_whole_or_named(example: Example):
     """The texts of the examples are capital letters: each is in what is read, or the row is refused, or its column is named."""
-    told = read_as(example)
+    reported = read_as(example)
     _, _, row, columns = example
-    if told.startswith("refused: "):
+    if reported.startswith("refused: "):
         return
-    assert "**" in told
+    assert "**" in reported
     for name, value in row.items():
         for text in re.findall(r'"([A-Z]0?)\\?"', json.dumps(value)):
             assert (
-                re.search(rf"(?<![a-z]){text}(?!\w)", told)
-                or name in told.partition("; named: ")[2]
-                or ("another system turn" in told)
+                re.search(rf"(?<![a-z]){text}(?!\w)", reported)
+                or name in reported.partition("; named: ")[2]
+                or ("another system turn" in reported)
             ), text
-    assert not columns or "named: prompt" in told
+    assert not columns or "named: prompt" in reported
 
 
 def test_a_changed_form_changes_the_table(monkeypatch):

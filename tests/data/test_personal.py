@@ -204,8 +204,8 @@ def test_no_text_gets_out(caplog, capsys):
     r = random.Random(11)
     texts = [samples.sample(kind, r) for kind in samples.KINDS]
     report = scan(texts)
-    told = repr(report) + repr(vars(report)) + caplog.text + "".join(capsys.readouterr())
-    assert not [t for t in texts if t in told]
+    reported = repr(report) + repr(vars(report)) + caplog.text + "".join(capsys.readouterr())
+    assert not [t for t in texts if t in reported]
     assert all(isinstance(v, int) for d in (report.counts, report.rows, report.possible) for v in d.values())
     with pytest.raises(TypeError) as refused:
         scan(["x", {"name": "zebra-7f3a"}])  # type: ignore[list-item]

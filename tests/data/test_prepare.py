@@ -385,8 +385,8 @@ def test_other_processes_withhold_what_this_one_withholds(tmp_path, capfd):
             1, mp_context=get_context("spawn"), initializer=reading._start_worker, initargs=(spec, protected)
         ) as pool:
             pool.submit(warnings.warn, "a zebra").result()
-        told = capfd.readouterr().err
-        assert ("zebra" in told) is not protected and ("withheld" in told) is protected
+        reported = capfd.readouterr().err
+        assert ("zebra" in reported) is not protected and ("withheld" in reported) is protected
 
 
 def test_error_in_a_worker_names_the_line(tmp_path, given_away):

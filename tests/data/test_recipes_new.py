@@ -245,8 +245,8 @@ def test_conversations_that_repeat_the_prompt_ask_it_once():
 
     asked, good = {"role": "user", "content": "Which part?"}, {"role": "assistant", "content": "The pump."}
     bad = {"role": "assistant", "content": "No idea."}
-    told = {"role": "system", "content": "Be brief."}
-    for before in ([], [told]):
+    reported = {"role": "system", "content": "Be brief."}
+    for before in ([], [reported]):
         row = {"prompt": "Which part?", "chosen": [*before, asked, good], "rejected": [*before, asked, bad]}
         found = canonical(row, "preference", {})
         assert found["messages"] == row["chosen"] and found["rejected"] == row["rejected"]
@@ -494,6 +494,6 @@ def test_what_a_draft_does_not_use_is_said(here, capsys, tiny_model_dir):
     (here / "ds" / "dataset_infos.json").write_text("{}")
     assert main(["recipes", "new", "r", "--data", "ds", "--base", str(tiny_model_dir)]) == 0
     captured = capsys.readouterr()
-    told = captured.out + captured.err
-    assert "not used: column 'shelf' (24 rows)" in told and "24 rows" in told
-    assert "only the split 'train' is read; not read: test (1 file(s))" in told and "dataset_infos.json" in told
+    reported = captured.out + captured.err
+    assert "not used: column 'shelf' (24 rows)" in reported and "24 rows" in reported
+    assert "only the split 'train' is read; not read: test (1 file(s))" in reported and "dataset_infos.json" in reported

@@ -25,7 +25,7 @@ def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
-def told(*turns: Any) -> list[dict[str, Any]]:
+def reported(*turns: Any) -> list[dict[str, Any]]:
     """Turns as expected: ``"s:..."`` system, ``"u:..."`` user, ``"a:..."`` assistant, ``"-:..."`` assistant without loss."""
     roles = {"s": "system", "u": "user", "a": "assistant", "-": "assistant", "t": "tool"}
     out = []
@@ -49,50 +49,50 @@ I = {"instruction": "q", "output": "a"}  # noqa: E741
 # (form, row, turns, columns that are named, keys of turns that are named)
 USED: list[tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, int], dict[str, int]]] = [
     # system
-    ("messages", {**S, "system": "s"}, told("s:s", "u:q", "a:a"), {}, {}),
-    ("messages", {**S, "system_prompt": "s"}, told("s:s", "u:q", "a:a"), {}, {}),
-    ("messages", {**S, "system": ""}, told("u:q", "a:a"), {}, {}),
-    ("messages", {**S, "system": None}, told("u:q", "a:a"), {}, {}),
-    ("messages", {**S, "system": {"name": "x"}}, told("u:q", "a:a"), {"system": 1}, {}),
-    ("messages", {"messages": told("s:s", "u:q", "a:a"), "system": " s "}, told("s:s", "u:q", "a:a"), {}, {}),
-    ("messages", {"messages": told("s:own", "u:q", "a:a"), "system": "s"}, told("s:own", "u:q", "a:a"), {"system": 1}, {}),
-    ("messages", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"}, told("s:s", "u:q", "a:a"), {}, {}),
-    ("prompt", {**P, "system_prompt": "s"}, told("s:s", "u:q", "a:a"), {}, {}),
-    ("prompt", {"prompt": told("s:s", "u:q"), "completion": "a", "system": "s"}, told("s:s", "u:q", "a:a"), {}, {}),
+    ("messages", {**S, "system": "s"}, reported("s:s", "u:q", "a:a"), {}, {}),
+    ("messages", {**S, "system_prompt": "s"}, reported("s:s", "u:q", "a:a"), {}, {}),
+    ("messages", {**S, "system": ""}, reported("u:q", "a:a"), {}, {}),
+    ("messages", {**S, "system": None}, reported("u:q", "a:a"), {}, {}),
+    ("messages", {**S, "system": {"name": "x"}}, reported("u:q", "a:a"), {"system": 1}, {}),
+    ("messages", {"messages": reported("s:s", "u:q", "a:a"), "system": " s "}, reported("s:s", "u:q", "a:a"), {}, {}),
+    ("messages", {"messages": reported("s:own", "u:q", "a:a"), "system": "s"}, reported("s:own", "u:q", "a:a"), {"system": 1}, {}),
+    ("messages", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"}, reported("s:s", "u:q", "a:a"), {}, {}),
+    ("prompt", {**P, "system_prompt": "s"}, reported("s:s", "u:q", "a:a"), {}, {}),
+    ("prompt", {"prompt": reported("s:s", "u:q"), "completion": "a", "system": "s"}, reported("s:s", "u:q", "a:a"), {}, {}),
     ("text", {"text": "t", "system": "s", "title": "x"}, [], {"system": 1, "title": 1}, {}),
     # context
-    ("prompt", {"instruction": "q", "response": "a", "context": "c", "category": "k"}, told("u:q\n\nc", "a:a"), {"category": 1}, {}),
-    ("prompt", {"question": "q", "answer": "a", "context": "c"}, told("u:q\n\nc", "a:a"), {}, {}),
-    ("prompt", {"instruction": "q: c?", "response": "a", "context": "c"}, told("u:q: c?", "a:a"), {}, {}),
-    ("prompt", {**I, "context": ""}, told("u:q", "a:a"), {}, {}),
-    ("prompt", {**I, "input": "i"}, told("u:q\n\ni", "a:a"), {}, {}),
-    ("prompt", {**I, "input": "i", "context": "c"}, told("u:q\n\ni", "a:a"), {"context": 1}, {}),
-    ("prompt", {**I, "context": {"a": 1}}, told("u:q", "a:a"), {"context": 1}, {}),
-    ("prompt", {**P, "context": "c", "input": "i"}, told("u:q", "a:a"), {"context": 1, "input": 1}, {}),
+    ("prompt", {"instruction": "q", "response": "a", "context": "c", "category": "k"}, reported("u:q\n\nc", "a:a"), {"category": 1}, {}),
+    ("prompt", {"question": "q", "answer": "a", "context": "c"}, reported("u:q\n\nc", "a:a"), {}, {}),
+    ("prompt", {"instruction": "q: c?", "response": "a", "context": "c"}, reported("u:q: c?", "a:a"), {}, {}),
+    ("prompt", {**I, "context": ""}, reported("u:q", "a:a"), {}, {}),
+    ("prompt", {**I, "input": "i"}, reported("u:q\n\ni", "a:a"), {}, {}),
+    ("prompt", {**I, "input": "i", "context": "c"}, reported("u:q\n\ni", "a:a"), {"context": 1}, {}),
+    ("prompt", {**I, "context": {"a": 1}}, reported("u:q", "a:a"), {"context": 1}, {}),
+    ("prompt", {**P, "context": "c", "input": "i"}, reported("u:q", "a:a"), {"context": 1, "input": 1}, {}),
     # history
-    ("prompt", {**I, "history": [["x", "y"]]}, told("u:x", "-:y", "u:q", "a:a"), {}, {}),
-    ("prompt", {**I, "history": '[["x", "y"]]', "system": "s"}, told("s:s", "u:x", "-:y", "u:q", "a:a"), {}, {}),
-    ("prompt", {**I, "history": told("u:x", "a:y")}, told("u:x", "-:y", "u:q", "a:a"), {}, {}),
-    ("prompt", {**I, "history": []}, told("u:q", "a:a"), {}, {}),
-    ("prompt", {**I, "history": "created in May"}, told("u:q", "a:a"), {"history": 1}, {}),
-    ("prompt", {**I, "history": [["x", "y", "z"]]}, told("u:q", "a:a"), {"history": 1}, {}),
+    ("prompt", {**I, "history": [["x", "y"]]}, reported("u:x", "-:y", "u:q", "a:a"), {}, {}),
+    ("prompt", {**I, "history": '[["x", "y"]]', "system": "s"}, reported("s:s", "u:x", "-:y", "u:q", "a:a"), {}, {}),
+    ("prompt", {**I, "history": reported("u:x", "a:y")}, reported("u:x", "-:y", "u:q", "a:a"), {}, {}),
+    ("prompt", {**I, "history": []}, reported("u:q", "a:a"), {}, {}),
+    ("prompt", {**I, "history": "created in May"}, reported("u:q", "a:a"), {"history": 1}, {}),
+    ("prompt", {**I, "history": [["x", "y", "z"]]}, reported("u:q", "a:a"), {"history": 1}, {}),
     # other columns
-    ("messages", {**S, "id": 1, "source": "web", "url": "u", "score": 0.5, "gap": None, "nan": float("nan")}, told("u:q", "a:a"), {"source": 1, "url": 1, "score": 1}, {}),
-    ("messages", {**S, "prompt": "q", "label": True}, told("u:q", "a:a"), {"prompt": 1, "label": 1}, {}),
-    ("messages", {**S, "images": [], "image": None, "video": 3}, told("u:q", "a:a"), {"video": 1}, {}),
+    ("messages", {**S, "id": 1, "source": "web", "url": "u", "score": 0.5, "gap": None, "nan": float("nan")}, reported("u:q", "a:a"), {"source": 1, "url": 1, "score": 1}, {}),
+    ("messages", {**S, "prompt": "q", "label": True}, reported("u:q", "a:a"), {"prompt": 1, "label": 1}, {}),
+    ("messages", {**S, "images": [], "image": None, "video": 3}, reported("u:q", "a:a"), {"video": 1}, {}),
     ("text", {"text": "t", "image": "x.png"}, [], {"image": 1}, {}),
     # what is learnt of a turn
     *(
-        ("messages", {"messages": [Q, {**A, key: no}, Q, {**A, key: yes}]}, told("u:q", "-:a", "u:q", "a:a"), {}, {})
+        ("messages", {"messages": [Q, {**A, key: no}, Q, {**A, key: yes}]}, reported("u:q", "-:a", "u:q", "a:a"), {}, {})
         for key, no, yes in (("loss", False, True), ("train", False, True), ("train", 0, 1), ("loss", "false", None), ("loss", 0.0, 1.0))
     ),
     ("messages", {"messages": [{**Q, "weight": 0}, {**A, "weight": 1.0}]}, [{**Q, "weight": 0}, {**A, "weight": 1}], {}, {}),
-    ("messages", {"messages": [{**Q, "loss": False}, A]}, told("u:q", "a:a"), {}, {}),
-    ("messages", {"messages": [{**Q, "loss": True}, A]}, told("u:q", "a:a"), {}, {"loss (of a turn that is not the assistant's)": 1}),
+    ("messages", {"messages": [{**Q, "loss": False}, A]}, reported("u:q", "a:a"), {}, {}),
+    ("messages", {"messages": [{**Q, "loss": True}, A]}, reported("u:q", "a:a"), {}, {"loss (of a turn that is not the assistant's)": 1}),
     # calls
     ("messages", {"messages": [Q, turn("assistant", "a", function_call={"name": "depth", "arguments": '{"at": "x"}'})]}, [Q, {**A, "tool_calls": [CALL]}], {}, {}),
     ("messages", {"messages": [Q, {"role": "assistant", "content": None, "function_call": '{"name": "depth", "arguments": {"at": "x"}}'}]}, [Q, turn("assistant", "", tool_calls=[CALL])], {}, {}),
-    ("messages", {"messages": [{**Q, "function_call": None}, {**A, "function_call": {"name": None, "arguments": None}}]}, told("u:q", "a:a"), {}, {}),
+    ("messages", {"messages": [{**Q, "function_call": None}, {**A, "function_call": {"name": None, "arguments": None}}]}, reported("u:q", "a:a"), {}, {}),
     ("messages", {"messages": [Q, {**A, "tool_calls": [CALL], "function_call": CALL["function"]}]}, [Q, {**A, "tool_calls": [CALL]}], {}, {}),
     ("messages", {"messages": [Q, {**A, "tool_calls": [CALL], "function_call": {"name": "other"}}]}, [Q, {**A, "tool_calls": [CALL]}], {}, {"function_call": 1}),
     ("messages", {"messages": [Q, {**A, "tool_calls": json.dumps([CALL])}]}, [Q, {**A, "tool_calls": [CALL]}], {}, {}),
@@ -104,25 +104,25 @@ USED: list[tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, int], dict
         {},
         {},
     ),
-    ("messages", {"messages": [turn("human", "q"), turn("gpt", "a")]}, told("u:q", "a:a"), {}, {}),
-    ("messages", {"messages": [{"from": "user", "content": "q"}, {"role": "assistant", "value": "a"}]}, told("u:q", "a:a"), {}, {}),
-    ("messages", {"messages": [{"role": "user", "text": "q"}, A]}, told("u:q", "a:a"), {}, {}),
+    ("messages", {"messages": [turn("human", "q"), turn("gpt", "a")]}, reported("u:q", "a:a"), {}, {}),
+    ("messages", {"messages": [{"from": "user", "content": "q"}, {"role": "assistant", "value": "a"}]}, reported("u:q", "a:a"), {}, {}),
+    ("messages", {"messages": [{"role": "user", "text": "q"}, A]}, reported("u:q", "a:a"), {}, {}),
     # reasoning and other keys
     ("messages", {"messages": [Q, {**A, "reasoning": "r"}]}, [Q, {**A, "reasoning_content": "r"}], {}, {}),
     ("messages", {"messages": [Q, {**A, "reasoning": "r", "reasoning_content": "r"}]}, [Q, {**A, "reasoning_content": "r"}], {}, {}),
     ("messages", {"messages": [Q, {**A, "reasoning": "r", "reasoning_content": "o"}]}, [Q, {**A, "reasoning_content": "o"}], {}, {"reasoning": 1}),
-    ("messages", {"messages": [Q, {**A, "reasoning": [{"type": "x"}]}]}, told("u:q", "a:a"), {}, {"reasoning": 1}),
-    ("messages", {"messages": [{**Q, "timestamp": 5}, {**A, "refusal": None, "annotations": [], "score": 1}]}, told("u:q", "a:a"), {}, {"timestamp": 1, "score": 1}),
+    ("messages", {"messages": [Q, {**A, "reasoning": [{"type": "x"}]}]}, reported("u:q", "a:a"), {}, {"reasoning": 1}),
+    ("messages", {"messages": [{**Q, "timestamp": 5}, {**A, "refusal": None, "annotations": [], "score": 1}]}, reported("u:q", "a:a"), {}, {"timestamp": 1, "score": 1}),
     # a list of turns as the answer that repeats the question
-    ("prompt", {"prompt": [Q], "completion": [Q, A]}, told("u:q", "a:a"), {}, {}),
-    ("prompt", {"prompt": told("u:x", "a:y", "u:q"), "completion": told("u:x", "a:y", "u:q", "a:a")}, told("u:x", "-:y", "u:q", "a:a"), {}, {}),
-    ("prompt", {"prompt": told("u:x", "a:y", "u:q"), "completion": [Q, A]}, told("u:x", "-:y", "u:q", "a:a"), {}, {}),
-    ("prompt", {"prompt": "q", "completion": told("u:x", "a:y", "u:q", "a:a")}, told("u:x", "-:y", "u:q", "a:a"), {}, {}),
-    ("prompt", {"prompt": "q", "completion": told("a:y", "u:more", "a:a")}, told("u:q", "a:y", "u:more", "a:a"), {}, {}),
-    ("prompt", {"prompt": "q", "completion": told("u:x", "a:y", "u:q")}, told("u:q", "u:x", "a:y", "u:q"), {}, {}),
-    # judged answers
-    ("feedback", {"messages": told("u:x", "a:y", "u:q", "a:a"), "label": 1.0}, told("u:x", "-:y", "u:q", "a:a"), {}, {}),
-    ("feedback", {**P, "label": False, "source": "web"}, told("u:q", "a:a"), {"source": 1}, {}),
+    ("prompt", {"prompt": [Q], "completion": [Q, A]}, reported("u:q", "a:a"), {}, {}),
+    ("prompt", {"prompt": reported("u:x", "a:y", "u:q"), "completion": reported("u:x", "a:y", "u:q", "a:a")}, reported("u:x", "-:y", "u:q", "a:a"), {}, {}),
+    ("prompt", {"prompt": reported("u:x", "a:y", "u:q"), "completion": [Q, A]}, reported("u:x", "-:y", "u:q", "a:a"), {}, {}),
+    ("prompt", {"prompt": "q", "completion": reported("u:x", "a:y", "u:q", "a:a")}, reported("u:x", "-:y", "u:q", "a:a"), {}, {}),
+    ("prompt", {"prompt": "q", "completion": reported("a:y", "u:more", "a:a")}, reported("u:q", "a:y", "u:more", "a:a"), {}, {}),
+    ("prompt", {"prompt": "q", "completion": reported("u:x", "a:y", "u:q")}, reported("u:q", "u:x", "a:y", "u:q"), {}, {}),
+    # rated answers
+    ("feedback", {"messages": reported("u:x", "a:y", "u:q", "a:a"), "label": 1.0}, reported("u:x", "-:y", "u:q", "a:a"), {}, {}),
+    ("feedback", {**P, "label": False, "source": "web"}, reported("u:q", "a:a"), {"source": 1}, {}),
 ]  # fmt: skip
 
 
@@ -266,7 +266,7 @@ def test_nulls_in_arguments_of_json_are_kept_and_counted():
 )  # fmt: skip
 def test_the_column_that_the_recipe_names_wins(row, columns, turns, named):
     out, unused = read(row, "prompt", columns)
-    assert out["messages"] == told(*turns) and dict(unused.columns) == named
+    assert out["messages"] == reported(*turns) and dict(unused.columns) == named
 
 
 def test_a_number_as_the_answer_is_text_only_where_the_recipe_names_the_column():
@@ -276,8 +276,8 @@ def test_a_number_as_the_answer_is_text_only_where_the_recipe_names_the_column()
 
 # ---- pairs
 
-GOOD, BAD = told("u:q", "a:a"), told("u:q", "a:b")
-LONG = told("u:x", "a:y", "u:q", "a:a"), told("u:x", "a:y", "u:q", "a:b")
+GOOD, BAD = reported("u:q", "a:a"), reported("u:q", "a:b")
+LONG = reported("u:x", "a:y", "u:q", "a:a"), reported("u:x", "a:y", "u:q", "a:b")
 PAIRS = [
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["u:q"]),
     ({"question": "q", "chosen": "a", "rejected": "b"}, ["u:q"]),
@@ -285,7 +285,7 @@ PAIRS = [
     ({"instruction": "q", "input": "i", "chosen": "a", "rejected": "b"}, ["u:q\n\ni"]),
     ({"instruction": "q", "chosen": "a", "rejected": "b", "history": [["x", "y"]]}, ["u:x", "-:y", "u:q"]),
     ({"question": "q", "system": "s", "chosen": "a", "rejected": "b"}, ["s:s", "u:q"]),
-    ({"question": "q", "chosen": told("a:a"), "rejected": told("a:b")}, ["u:q"]),
+    ({"question": "q", "chosen": reported("a:a"), "rejected": reported("a:b")}, ["u:q"]),
     ({"chosen": GOOD, "rejected": BAD}, ["u:q"]),
     ({"prompt": None, "chosen": GOOD, "rejected": BAD}, ["u:q"]),
     ({"system": "s", "chosen": GOOD, "rejected": BAD}, ["s:s", "u:q"]),
@@ -293,17 +293,23 @@ PAIRS = [
     ({"prompt": " q ", "chosen": GOOD, "rejected": BAD}, ["u:q"]),
     ({"prompt": [Q], "chosen": GOOD, "rejected": BAD}, ["u:q"]),
     ({"prompt": "q", "system": "s", "chosen": GOOD, "rejected": BAD}, ["s:s", "u:q"]),
-    ({"prompt": told("s:s", "u:q"), "chosen": GOOD, "rejected": BAD}, ["s:s", "u:q"]),
-    ({"prompt": "q", "system": "s", "chosen": told("s:s") + GOOD, "rejected": told("s:s") + BAD}, ["s:s", "u:q"]),
-    ({"prompt": told("s:s", "u:q"), "chosen": told("s:s") + GOOD, "rejected": told("s:s") + BAD}, ["s:s", "u:q"]),
+    ({"prompt": reported("s:s", "u:q"), "chosen": GOOD, "rejected": BAD}, ["s:s", "u:q"]),
+    (
+        {"prompt": "q", "system": "s", "chosen": reported("s:s") + GOOD, "rejected": reported("s:s") + BAD},
+        ["s:s", "u:q"],
+    ),
+    (
+        {"prompt": reported("s:s", "u:q"), "chosen": reported("s:s") + GOOD, "rejected": reported("s:s") + BAD},
+        ["s:s", "u:q"],
+    ),
     ({"prompt": "q", "chosen": LONG[0], "rejected": LONG[1]}, ["u:x", "-:y", "u:q"]),
     ({"prompt": [Q], "chosen": LONG[0], "rejected": LONG[1]}, ["u:x", "-:y", "u:q"]),
     ({"prompt": "x", "chosen": LONG[0], "rejected": LONG[1]}, ["u:x", "-:y", "u:q"]),
-    ({"prompt": told("u:x", "a:y", "u:q"), "chosen": LONG[0], "rejected": LONG[1]}, ["u:x", "-:y", "u:q"]),
-    ({"prompt": told("u:x", "a:y", "u:q"), "chosen": GOOD, "rejected": BAD}, ["u:x", "-:y", "u:q"]),
-    ({"prompt": told("u:x", "a:y", "u:q"), "chosen": "a", "rejected": "b"}, ["u:x", "-:y", "u:q"]),
-    ({"prompt": [Q], "chosen": told("a:a"), "rejected": told("a:b")}, ["u:q"]),
-    ({"prompt": [Q], "chosen": GOOD, "rejected": told("a:b")}, ["u:q"]),
+    ({"prompt": reported("u:x", "a:y", "u:q"), "chosen": LONG[0], "rejected": LONG[1]}, ["u:x", "-:y", "u:q"]),
+    ({"prompt": reported("u:x", "a:y", "u:q"), "chosen": GOOD, "rejected": BAD}, ["u:x", "-:y", "u:q"]),
+    ({"prompt": reported("u:x", "a:y", "u:q"), "chosen": "a", "rejected": "b"}, ["u:x", "-:y", "u:q"]),
+    ({"prompt": [Q], "chosen": reported("a:a"), "rejected": reported("a:b")}, ["u:q"]),
+    ({"prompt": [Q], "chosen": GOOD, "rejected": reported("a:b")}, ["u:q"]),
     ({"question": [Q], "chosen": [turn("bot", "a")], "rejected": [{"from": "model", "value": "b"}]}, ["u:q"]),
     (
         {"conversations": [Q], "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
@@ -315,7 +321,7 @@ PAIRS = [
 @pytest.mark.parametrize(("row", "asked"), PAIRS)
 def test_the_question_of_a_pair_is_asked_once(row, asked):
     out, unused = read({**row, "score": 1}, "preference")
-    assert out["messages"] == told(*asked, "a:a") and out["rejected"] == told(*asked, "a:b")
+    assert out["messages"] == reported(*asked, "a:a") and out["rejected"] == reported(*asked, "a:b")
     assert dict(unused.columns) == {"score": 1}
 
 

@@ -143,8 +143,8 @@ def test_export_merges_later(run_dir, capsys, tmp_path):
     assert code == 2 and "exported already" in err
     code, out, _ = command(capsys, "export", copy, "--merge", "--dtype", "fp32", "--json")
     assert code == 0
-    told = one_line(out)
-    assert told["gate"]["merged"]["difference"] <= 1e-5
+    reported = one_line(out)
+    assert reported["gate"]["merged"]["difference"] <= 1e-5
     assert (copy / "export" / "merged" / "model.safetensors").is_file()
 
 
@@ -170,9 +170,9 @@ def test_export_of_a_checkpoint_gives_the_same_adapter(run_dir, capsys, tmp_path
 def test_report_tells_what_the_run_recorded(run_dir, capsys, tmp_path):
     code, out, _ = command(capsys, "report", run_dir, "--json")
     assert code == 0
-    told = one_line(out)
+    reported = one_line(out)
     results = json.loads((run_dir / "eval.json").read_text())
-    assert told["before"] == results["before"] and told["after"] == results["after"]
+    assert reported["before"] == results["before"] and reported["after"] == results["after"]
 
 
 def test_runs_are_found_by_name_and_misspelt_ones_suggested(run_dir, capsys, tmp_path, monkeypatch):

@@ -266,8 +266,8 @@ def test_a_recipe_beside_is_named_with_its_ending(tmp_path, monkeypatch):
         ("data.train.²=1", "unknown key"),
     ],
 )
-def test_numbers_that_no_training_could_use_are_refused(tmp_path, override, told):
-    with pytest.raises(UserError, match=told):
+def test_numbers_that_no_training_could_use_are_refused(tmp_path, override, reported):
+    with pytest.raises(UserError, match=reported):
         load(tmp_path, GOOD, [override])
 
 
@@ -359,7 +359,7 @@ def test_on_and_off_are_words(tiny_recipe) -> None:
         (["train.micro_batch_tokens=16384"], 16384, ""),
     ],
 )
-def test_a_longer_sequence_makes_room_in_the_micro_batch(tmp_path, capsys, overrides, tokens, told):
+def test_a_longer_sequence_makes_room_in_the_micro_batch(tmp_path, capsys, overrides, tokens, reported):
     path = tmp_path / "r.yaml"
     path.write_text(
         "model: {base: a/b, licence: MIT}\ndata: {train: {source: c/d, licence: MIT}, sequence_length: 512}\n"
@@ -367,7 +367,7 @@ def test_a_longer_sequence_makes_room_in_the_micro_batch(tmp_path, capsys, overr
     )
     assert load_recipe(str(path), overrides).train.micro_batch_tokens == tokens
     said = capsys.readouterr().err
-    assert told in said if told else said == ""
+    assert reported in said if reported else said == ""
 
 
 def test_a_micro_batch_that_was_asked_for_is_not_changed(tmp_path):

@@ -229,7 +229,7 @@ def test_what_the_base_is_called_elsewhere(tmp_path, tiny_model_dir, monkeypatch
 
 
 def test_generation_settings_that_transformers_would_not_save(tmp_path, bases, in_process):
-    """The export works, adapter and merged, also from the files of a finished run, and says what it mended. The last two kinds
+    """The export works, adapter and merged, also from the files of a finished run, and says what it repaired. The last two kinds
     are those that plain transformers does not even load."""
     import shutil
 

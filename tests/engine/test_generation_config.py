@@ -1,4 +1,4 @@
-"""A base's generation settings that transformers would not save are mended by name before the training, whatever they are."""
+"""A base's generation settings that transformers would not save are repaired by name before the training, whatever they are."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_mended_by_name(tmp_path, tree, kept, said, loadable):
     found.config.save_pretrained(tmp_path / "saved")
     again = GenerationConfig.from_pretrained(tmp_path / "saved")
     assert again.eos_token_id == [2, 7]
-    assert not read_base(tmp_path / "saved").mended
+    assert not read_base(tmp_path / "saved").repaired
     assert bool(loading(tmp_path / "base")) is not loadable
 
 
@@ -69,7 +69,7 @@ def test_mended_by_name(tmp_path, tree, kept, said, loadable):
 )
 def test_what_goes_together_stays_as_it_is(tmp_path, tree):
     found = read_base(base(tmp_path / "base", tree))
-    assert not found.mended and found.loadable and not loading(tmp_path / "base")
+    assert not found.repaired and found.loadable and not loading(tmp_path / "base")
     assert found.config.to_dict() == GenerationConfig.from_pretrained(tmp_path / "base").to_dict()
 
 

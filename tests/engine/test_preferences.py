@@ -207,13 +207,13 @@ def test_a_step_is_the_preference_loss_and_the_weighted_likelihood_of_replayed_r
         nll = -plain_logps(helpers.tiny_model("llama"), view.base, documents).sum()
         mean = nll / view.base.supervised[documents].sum()
         assert record["replay_loss"] == pytest.approx(mean, rel=1e-6)
-        # The policy is the reference yet: each pair costs log 2, each judged answer 1 / 2.
+        # The policy is the reference yet: each pair costs log 2, each rated answer 1 / 2.
         start = math.log(2) if kind == "dpo" else 0.5
         assert record["preference_loss"] == pytest.approx(start, abs=1e-5)
         assert record["loss"] == pytest.approx(start + 0.5 * mean, rel=1e-5)
         later = trainer.train_step()
         assert later["loss"] == pytest.approx(later["preference_loss"] + 0.5 * later["replay_loss"], rel=1e-6)
-        assert not np.isfinite(trainer.method.reference.train[documents]).any()  # imitated, not judged
+        assert not np.isfinite(trainer.method.reference.train[documents]).any()  # imitated, not rated
 
 
 def test_units_are_pairs_and_replayed_documents(tmp_path, tiny_model_dir):

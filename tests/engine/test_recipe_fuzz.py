@@ -340,10 +340,12 @@ def check(case: Case) -> None:
         try:
             recipe = load_recipe(str(path), case.overrides)
         except UserError as error:
-            told = str(error)
-            assert not case.sure, f"refused: {told}\n{case}"
-            assert re.search(r"recipe\.yaml:\d+|recipe\.yaml: not UTF-8|--set ", str(error.where)), f"no place: {told}"
-            assert len(error.what) > 8 and len(told) < 2500, f"not one message: {told}"
+            reported = str(error)
+            assert not case.sure, f"refused: {reported}\n{case}"
+            assert re.search(r"recipe\.yaml:\d+|recipe\.yaml: not UTF-8|--set ", str(error.where)), (
+                f"no place: {reported}"
+            )
+            assert len(error.what) > 8 and len(reported) < 2500, f"not one message: {reported}"
             count("refused")
             return
         finally:

@@ -59,11 +59,11 @@ def test_a_full_disk_behind_standard_output_is_named(command: str, tmp_path: Pat
             check=False,
         )
     assert done.returncode == 1
-    told = done.stderr.decode()
+    reported = done.stderr.decode()
     assert (
-        f"aifactory {command}: {os.strerror(28)}" in told
-        and "Traceback" not in told
-        and "Exception ignored" not in told
+        f"aifactory {command}: {os.strerror(28)}" in reported
+        and "Traceback" not in reported
+        and "Exception ignored" not in reported
     )
 
 
@@ -75,8 +75,8 @@ def test_a_full_disk_behind_standard_output_is_named(command: str, tmp_path: Pat
         (("status", "RUN", "more"), ("usage: aifactory status", "unrecognized arguments: more")),
     ],
 )
-def test_what_is_not_known_shows_the_usage_of_its_command(arguments, told, tmp_path: Path) -> None:
+def test_what_is_not_known_shows_the_usage_of_its_command(arguments, reported, tmp_path: Path) -> None:
     done = shown(*arguments, cwd=tmp_path)
     assert done.returncode == 2
-    for words in told:
+    for words in reported:
         assert words in done.stderr.decode()

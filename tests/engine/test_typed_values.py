@@ -113,10 +113,10 @@ def test_every_key_takes_what_it_wants(tmp_path, override, value):
         ("about.title=null", "in quotes: 'null'"),
     ],
 )
-def test_what_no_key_could_mean_is_refused_in_one_short_message(tmp_path, override, told):
+def test_what_no_key_could_mean_is_refused_in_one_short_message(tmp_path, override, reported):
     with pytest.raises(UserError) as refused:
         load(tmp_path, override)
-    assert told in str(refused.value) and "--set" in str(refused.value)
+    assert reported in str(refused.value) and "--set" in str(refused.value)
     assert len(str(refused.value)) < 1000
 
 
@@ -212,12 +212,12 @@ CHAIN = "a: &a0 [x]\n" + "".join(f"k{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 
         ("a: 1\n? [b]\n: c\n", "f.yaml:2: not valid YAML: a key is a word"),
     ],
 )  # fmt: skip
-def test_hostile_yaml_is_refused_by_name_and_at_once(tmp_path, text, told):
+def test_hostile_yaml_is_refused_by_name_and_at_once(tmp_path, text, reported):
     (tmp_path / "f.yaml").write_text(text)
     begun = time.process_time()
     with pytest.raises(UserError) as refused:
         yaml_text.read(tmp_path / "f.yaml")
-    assert told in str(refused.value)
+    assert reported in str(refused.value)
     assert time.process_time() - begun < 5
 
 
@@ -243,10 +243,10 @@ def test_honest_aliases_and_long_texts_are_read():
         ("train.qqq=1", "fix: known keys here: batch_rows"),
     ],
 )
-def test_a_key_of_another_name_is_found(tmp_path, override, told):
+def test_a_key_of_another_name_is_found(tmp_path, override, reported):
     with pytest.raises(UserError) as refused:
         load(tmp_path, override)
-    assert told in str(refused.value)
+    assert reported in str(refused.value)
 
 
 def test_a_name_of_the_hub_may_be_said_in_full(tmp_path, monkeypatch):

@@ -355,8 +355,8 @@ def test_bad_nodes_are_excluded_from_then_on(tmp_path):
     for number, node in ((1, "a"), (2, "b")):
         run.begin(job=number)
         (run.folder(number) / "node-state.txt").write_text(f"{node} down*\n")
-        told = run.close(number)
-    assert told[0] == "chain" and set(told[2].split(",")) == {"a", "b", "z"}
+        reported = run.close(number)
+    assert reported[0] == "chain" and set(reported[2].split(",")) == {"a", "b", "z"}
     assert run.record(2)["decision"]["counted_as"] == "node"
 
 
@@ -542,8 +542,8 @@ def test_preflight_names_the_bad_node(run):
         text=True,
     )
     assert done.returncode == 1 and "3 of 4 GPUs" in done.stderr
-    told = run.close(1)
-    assert told[0] == "chain" and told[2] == "b"
+    reported = run.close(1)
+    assert reported[0] == "chain" and reported[2] == "b"
     assert run.record(1)["cause"]["kind"] == "preflight" and run.record(1)["cause"]["node"] == "b"
 
 

@@ -93,8 +93,8 @@ def test_a_toy_scheduler_goes_all_the_way(toy, site, plain_recipe, tmp_path):
     recipe = load_recipe(str(plain_recipe))
     shape = shape_of(request, site)
     assert (shape.backend, shape.style) == ("toy", "torchrun")
-    plan, _, told = plan_for(request, site, shape, recipe)
-    assert plan is not None or told  # asked, though this recipe's model is unknown to it
+    plan, _, reported = plan_for(request, site, shape, recipe)
+    assert plan is not None or reported  # asked, though this recipe's model is unknown to it
     sub = build(request, site, recipe, shape=shape, plan=plan)
     head, script = sub.script.split("\n", 1)
     assert head == "toy job of run" and script.startswith("#!/bin/bash") and "#TOY nodes=1 seconds=600" in script

@@ -1,4 +1,4 @@
-"""Wrong requests are refused before submission, each by a named rule that says the fact and the mend."""
+"""Wrong requests are refused before submission, each by a named rule that says the fact and the fix."""
 
 from __future__ import annotations
 

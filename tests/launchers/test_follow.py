@@ -26,8 +26,8 @@ def unclosed(folder: Path, *, ranks: str, scheduler: str | None, world: int = 2)
         outcome = {"rank": rank, "status": ranks, "step": 3, "ended": 160.0, "message": "stopped by SIGTERM"}
         (attempt / f"outcome-{rank}.json").write_text(json.dumps(outcome))
     if scheduler:
-        told = {"job": "18", "state": scheduler, "raw": scheduler.upper(), "nodes": ["g1"]}
-        (attempt / "scheduler.json").write_text(json.dumps(told))
+        reported = {"job": "18", "state": scheduler, "raw": scheduler.upper(), "nodes": ["g1"]}
+        (attempt / "scheduler.json").write_text(json.dumps(reported))
     return folder
 
 

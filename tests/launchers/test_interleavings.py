@@ -188,7 +188,7 @@ class World:
         self.preempt()
 
 
-def told(case: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
+def reported(case: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
     events: dict[str, list[str]] = {}
     for event, phase in case:
         events.setdefault(phase, []).append(event)
@@ -197,7 +197,7 @@ def told(case: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
 
 def verdict(world: World, case: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     """Let a case happen to the first job, and everything that follows by itself happen undisturbed."""
-    events = told(case)
+    events = reported(case)
     how = world.one_job(events)
     late = bool(events)  # the attempt was over before: nothing was there to be struck
     numbers = attempt.attempt_numbers(str(world.run))

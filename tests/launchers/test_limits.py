@@ -95,12 +95,12 @@ def test_many_places_have_a_limit():
         ("juwels-booster", 385, None, "nodes-over-partition", "--partition largebooster"),
     ],
 )
-def test_limits_by_name(name, nodes, qos, rule, told, recipe):
+def test_limits_by_name(name, nodes, qos, rule, reported, recipe):
     time_s = 1800 if qos and ("dbg" in qos or "dev" in qos) else 4 * 3600
     found = refusals(name, recipe, nodes, qos=qos, time_s=time_s)
     assert set(found) - {"account-form"} == ({rule} if rule else set())
     if rule:
-        assert told in found[rule].fix and found[rule].fact, found[rule]
+        assert reported in found[rule].fix and found[rule].fact, found[rule]
 
 
 def test_a_correction_admits_what_the_profile_does_not(recipe):

@@ -340,8 +340,8 @@ def test_two_hosts_whose_names_resolve_to_the_loopback_meet(tmp_path):
         at = {"MASTER_ADDR": "10.99.7.1"}
         (tmp_path / "bare").mkdir()
         bare = together(tmp_path / "bare", 0, [(hosts[r], environment(r, 29871, **at)) for r in range(2)], 20)
-        told = [p for r in bare.values() for p in r["problems"]]
-        assert len(bare) == 2 and any("127.0.1.1" in p and "control messages" in p for p in told), bare
+        reported = [p for r in bare.values() for p in r["problems"]]
+        assert len(bare) == 2 and any("127.0.1.1" in p and "control messages" in p for p in reported), bare
         for pattern in ("fab", ""):
             found = [
                 subprocess.run(

@@ -327,8 +327,8 @@ def test_the_command_line_from_launch_to_status(cluster, plain_recipe, tmp_path,
     common[4] = run2
     code, out, err = cli("launch", *common, "--json")
     assert code == 0, err
-    told = json.loads(out)
-    assert told["jobs"] and told["ranks"] == 2 and not [f for f in told["findings"] if f["level"] != "warn"]
+    reported = json.loads(out)
+    assert reported["jobs"] and reported["ranks"] == 2 and not [f for f in reported["findings"] if f["level"] != "warn"]
     found = wait_for(run2, *END, seconds=240)
     assert found["state"] == "done", found
     code, out, _ = cli("status", run2)

@@ -29,17 +29,17 @@ def comparisons(tree: ast.AST) -> list[int]:
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
-            told = any(names_in(part) for part in (node.left, *node.comparators) if not isinstance(part, ast.Call))
+            reported = any(names_in(part) for part in (node.left, *node.comparators) if not isinstance(part, ast.Call))
         elif isinstance(node, ast.MatchValue):
-            told = bool(names_in(node))
+            reported = bool(names_in(node))
         elif isinstance(node, ast.Dict):
-            told = sum(bool(key is not None and names_in(key)) for key in node.keys) > 1
+            reported = sum(bool(key is not None and names_in(key)) for key in node.keys) > 1
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             prefixes = [a.value for a in node.args if isinstance(a, ast.Constant)]
-            told = node.func.attr == "startswith" and ("zero" in prefixes or "fsdp" in prefixes)
+            reported = node.func.attr == "startswith" and ("zero" in prefixes or "fsdp" in prefixes)
         else:
             continue
-        if told:
+        if reported:
             found.append(node.lineno)
     return sorted(found)
 

@@ -319,11 +319,11 @@ def test_pages_of_weight_files_are_let_go_where_the_gpu_needs_them(
     name, integrated, local_rank, dropped, tmp_path: Path, monkeypatch
 ) -> None:
     save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
-    told: list = []
+    reported: list = []
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name=name, is_integrated=integrated)
     )
-    monkeypatch.setattr(weight_files.os, "posix_fadvise", lambda *arguments: told.append(arguments[1:]))
+    monkeypatch.setattr(weight_files.os, "posix_fadvise", lambda *arguments: reported.append(arguments[1:]))
     monkeypatch.setattr(build, "base_folder", lambda recipe: tmp_path)
     monkeypatch.setattr(
         build, "traits_of", lambda engine: SimpleNamespace(compute_copies=False, load=lambda: lambda *a: "engine")
@@ -333,4 +333,4 @@ def test_pages_of_weight_files_are_let_go_where_the_gpu_needs_them(
     settings = curves.make_recipe({"engine": "ddp"})
     core = torch.nn.Module()
     assert build.build_engine("ddp", core, settings, MIXED, everyone) == "engine"  # type: ignore[arg-type]
-    assert told == ([(0, 0, weight_files.os.POSIX_FADV_DONTNEED)] if dropped else [])
+    assert reported == ([(0, 0, weight_files.os.POSIX_FADV_DONTNEED)] if dropped else [])

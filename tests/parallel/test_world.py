@@ -113,7 +113,7 @@ def fail_on_rank_1(kind: str):
         def fails(*args):
             if rank == 1:
                 tell({"failed": True})
-                raise RunFailed("a row is bad", fix="mend it") if kind == "RunFailed" else KeyError("row")
+                raise RunFailed("a row is bad", fix="repair it") if kind == "RunFailed" else KeyError("row")
             time.sleep(600)  # stands for a collective that waits for rank 1
 
         train.Trainer = fails
@@ -142,8 +142,8 @@ def test_a_failed_rank_on_a_gpu_is_gone_without_the_others(tmp_path: Path, make_
         while 1 not in ranks.codes and time.monotonic() - since < 15:
             ranks.poll()
         assert ranks.codes.get(1) == code and 0 not in ranks.codes
-    told = json.loads((run / "attempts/001/outcome-1.json").read_text())
-    assert told["status"] == "failed" and told["exception"] == kind
+    reported = json.loads((run / "attempts/001/outcome-1.json").read_text())
+    assert reported["status"] == "failed" and reported["exception"] == kind
     log = (tmp_path / "log/rank-1.log").read_text()
     assert (
         ("aifactory train: a row is bad" in log) if kind == "RunFailed" else ("Traceback" in log and "KeyError" in log)
@@ -221,9 +221,9 @@ def test_only_the_rank_that_hangs_is_accused(tmp_path: Path) -> None:
         children.append(pid)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [1, 1]
     folder = tmp_path / "attempts" / "001"
-    told = [json.loads((folder / f"outcome-{rank}.json").read_text()) for rank in range(2)]
-    assert [t["exception"] for t in told] == ["Hang", "TimeoutError"]
-    assert "timed out waiting for other ranks" in told[1]["message"]
+    reported = [json.loads((folder / f"outcome-{rank}.json").read_text()) for rank in range(2)]
+    assert [t["exception"] for t in reported] == ["Hang", "TimeoutError"]
+    assert "timed out waiting for other ranks" in reported[1]["message"]
     state, cause = diagnose(str(folder), 2)
     assert state == "failed" and (cause["rank"], cause["kind"]) == (0, "hang")
 

@@ -200,7 +200,7 @@ def test_a_part_of_a_node_where_nodes_are_whole_is_said(recipe):
         "--set",
         "model.base=Qwen/Qwen3-0.6B",
     ]
-    told = run(recipe, *small, "--set", "train.batch_rows=16").stdout
-    assert "whole nodes: standard-g gives (and bills) all 8 GPUs of a node" in " ".join(told.split())
-    assert "--partition small-g" in told
+    reported = run(recipe, *small, "--set", "train.batch_rows=16").stdout
+    assert "whole nodes: standard-g gives (and bills) all 8 GPUs of a node" in " ".join(reported.split())
+    assert "--partition small-g" in reported
     assert "whole nodes" not in run(recipe, *small, "--set", "train.batch_rows=16", "--partition", "small-g").stdout

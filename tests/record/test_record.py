@@ -179,7 +179,7 @@ def test_signed_and_checked(tell, tmp_path):
     assert {f["kind"] for f in verify(run.path, key=public)["faults"]} <= {"bad-signature", "signature-unreadable"}
     assert not verify(run.path, key=public)["ok"]
     envelope.write_text(json.dumps(content))
-    # whoever changes a file and mends the manifest cannot mend the signature
+    # whoever changes a file and repairs the manifest cannot repair the signature
     one_byte(run.path / "export/adapter/adapter_model.safetensors")
     manifest = run.path / "evidence" / "manifest.json"
     fresh = signing.statement(run.path, load_record(run.path))
@@ -427,9 +427,9 @@ def test_what_the_guard_left_out_is_told_and_counted(tell):
 def test_the_record_says_what_was_minimised(tell, settings, objective, goldfish):
     recipe = tell().load_config()
     recipe = type(recipe).model_validate({**recipe.model_dump(), "methods": settings})
-    told = method_section(recipe, 100, 10)
-    assert objective in told["objective"]
-    assert told["goldfish"] == goldfish or goldfish.items() <= told["goldfish"].items()
+    reported = method_section(recipe, 100, 10)
+    assert objective in reported["objective"]
+    assert reported["goldfish"] == goldfish or goldfish.items() <= reported["goldfish"].items()
 
 
 def test_an_export_in_another_format_is_an_artefact_of_that_format(tell):

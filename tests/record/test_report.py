@@ -214,8 +214,10 @@ def test_commands(tell, tmp_path, capsys, monkeypatch):
         return json.loads(out)
 
     assert main(["report", "run", "--json"]) == 0
-    told = one_line()
-    assert told["run"]["id"] == "run" and told["log"]["head_sha256"] == load_record(run.path)["log"]["head_sha256"]
+    reported = one_line()
+    assert (
+        reported["run"]["id"] == "run" and reported["log"]["head_sha256"] == load_record(run.path)["log"]["head_sha256"]
+    )
     assert main(["verify", "run", "--json"]) == 0
     assert {k: v for k, v in one_line().items() if k in ("ok", "faults")} == {"ok": True, "faults": []}
     path = run.path / "export" / "adapter" / "adapter_model.safetensors"

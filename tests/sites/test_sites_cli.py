@@ -73,10 +73,10 @@ def test_country_filter(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", sites.names(usable=True))
 def test_a_system_begins_with_what_people_ask_first(name: str) -> None:
     system = sites.load(name, overlay=False)
-    told = dict(_summary(system))
-    assert "scheduler" in told
+    reported = dict(_summary(system))
+    assert "scheduler" in reported
     lines = "\n".join(text for _, text in _summary(system))
-    assert str(system.node.gpus or "") in told.get("GPUs a node", "") and "None" not in lines
+    assert str(system.node.gpus or "") in reported.get("GPUs a node", "") and "None" not in lines
     assert all(f"{partition}: " in lines for partition in system.partitions)
 
 
@@ -86,8 +86,8 @@ def test_system_json_is_the_resolved_profile_with_provenance(capsys: pytest.Capt
     assert code == 0
     assert data["gpu"]["arch"] == "gfx90a" and data["node"]["gpus"] == 8 and data["access"]["example"]["account"]
     assert data["partitions"]["standard-g"]["max_time"] == 172800
-    told = data["provenance"]["partitions.standard-g.max_time"]
-    assert told["source"] and told["date"] == "2024-10" and told["confidence"] == "documented"
+    reported = data["provenance"]["partitions.standard-g.max_time"]
+    assert reported["source"] and reported["date"] == "2024-10" and reported["confidence"] == "documented"
     numbers = [
         p
         for p, v in paths.leaves({k: data[k] for k in ("node", "interconnect", "qos", "request")})
@@ -142,12 +142,12 @@ def test_compare_shows_only_what_differs(capsys: pytest.CaptureFixture[str]) -> 
         (["check", "nowhere.yaml"], "no such file"),
     ],
 )
-def test_wrong_requests_are_refused(args: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_requests_are_refused(args: list[str], reported: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, *args)
     if args[0] == "check":
-        assert code == 1 and told in out
+        assert code == 1 and reported in out
     else:
-        assert code == 2 and told in err and out == ""
+        assert code == 2 and reported in err and out == ""
 
 
 def test_check_prints_counts_and_fails_with_the_fault(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

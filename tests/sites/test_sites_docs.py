@@ -65,10 +65,10 @@ def test_the_page_literally(checkout: Path, own_config: Path) -> None:
             timeout=60,
         )
 
-    told = steps()
-    assert next(c[:3] for c, _ in told) == ["aifactory", "sites", "new"]
+    reported = steps()
+    assert next(c[:3] for c, _ in reported) == ["aifactory", "sites", "new"]
     profile = own_config / "sites" / "my-cluster.yaml"
-    for command, typed in told:
+    for command, typed in reported:
         if command[2] == "probe":
             continue  # needs a cluster: test_sites_probe_slurm does this step
         if "--write-index" in command:
@@ -145,16 +145,16 @@ def test_answers_that_are_wrong_are_explained_and_asked_again() -> None:
 
 
 def test_the_scheduler_follows_from_how_gpus_are_asked_for() -> None:
-    told = {key: None for key, _, _ in new.QUESTIONS} | {
+    reported = {key: None for key, _, _ in new.QUESTIONS} | {
         "name": "X", "operator": "Y", "country": "FI", "maintainer": "Z", "source": "first-hand",
     }  # fmt: skip
     assert set(new.KIND_OF.values()) == set(SCHEDULERS) - {"none"}, "a scheduler that no answer leads to"
     assert len(new.KIND_OF) == sum(len(set(s.gpu_requests) - {"none"}) for s in SCHEDULERS.values()), (
         "one form, two kinds"
     )
-    assert new.compose("x", told, set())["scheduler"]["kind"] == "slurm"  # as before, where nothing is said
+    assert new.compose("x", reported, set())["scheduler"]["kind"] == "slurm"  # as before, where nothing is said
     for form, kind in new.KIND_OF.items():
-        raw = new.compose("x", told | {"request": form}, set())
+        raw = new.compose("x", reported | {"request": form}, set())
         assert (raw["scheduler"]["kind"], raw["request"]["gpus"]) == (kind, form)
 
 

@@ -101,11 +101,11 @@ def test_a_partition_that_is_up_again_is_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(probe, "run_tool", lambda command: None)
     system = sites.load("jupiter-booster", overlay=False)
     groups = probe.parse_sinfo("largebooster|5884|288|4|72|1|878535|12:00:00|1:00:00|gpu:4|(null)|1-infinite\n")
-    for state, told in (("UP", "up"), ("DOWN", None)):
+    for state, reported in (("UP", "up"), ("DOWN", None)):
         record = {"PartitionName": "largebooster", "State": state}
         seen = probe.Observation(groups=groups, partitions={"largebooster": record})
         found = {d.path: d.observed for d in probe.compare(system, seen, {})}
-        assert found.get("partitions.largebooster.state") == told
+        assert found.get("partitions.largebooster.state") == reported
 
 
 # -- this machine ----------------------------------------------------------------------------------------------------------------
@@ -145,8 +145,8 @@ def test_an_overlay_corrects_this_machine_too(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(detection, "run_tool", lambda command: None)
     system = sites.load("local", overlay={"corrections": {"node.gpus": 2}, "user": {"work_dir": "/data"}})
     assert (system.node.gpus, system.user.work_dir) == (2, "/data")
-    told, read = system.provenance("node.gpus"), system.provenance("node.cores")
-    assert told is not None and told.confidence == "user" and read is not None and read.confidence == "detected"
+    reported, read = system.provenance("node.gpus"), system.provenance("node.cores")
+    assert reported is not None and reported.confidence == "user" and read is not None and read.confidence == "detected"
 
 
 def test_local_with_an_unknown_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

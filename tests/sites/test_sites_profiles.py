@@ -81,10 +81,10 @@ def test_a_factory_without_a_machine_answers_with_its_links_and_refuses() -> Non
         ("snelius", "snellius"),  # an alias or name
     ],
 )
-def test_unknown_site_says_what_was_meant(wrong: str, told: str) -> None:
+def test_unknown_site_says_what_was_meant(wrong: str, reported: str) -> None:
     with pytest.raises(UserError) as refused:
         sites.load(wrong)
-    assert told in str(refused.value)
+    assert reported in str(refused.value)
 
 
 @pytest.mark.parametrize("place", ["Spain", "ES", "CINES", "KIT", "IDRIS"])
@@ -220,10 +220,10 @@ def test_site_file_may_hold_a_whole_profile(tmp_path: Path) -> None:
         ("overlay_for: lumi-g\noverlay_for: vega\n", "given twice"),
     ],
 )
-def test_wrong_overlay_is_refused_with_its_place(tmp_path: Path, text: str, told: str) -> None:
+def test_wrong_overlay_is_refused_with_its_place(tmp_path: Path, text: str, reported: str) -> None:
     path = tmp_path / "overlay.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match=told) as refused:
+    with pytest.raises(UserError, match=reported) as refused:
         sites.load("lumi-g", overlay=path)
     wrong_in = 1 if text.startswith(("user", "-")) else 2
     assert f"overlay.yaml:{wrong_in}" in str(refused.value) or text.startswith("-"), (

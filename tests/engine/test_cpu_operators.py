@@ -14,10 +14,9 @@ from peft import LoraConfig, get_peft_model
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core import compat
-from aifactory_train.model import attention
-from aifactory_train.model import cpu_matmul as products
+from aifactory_train.model import attention, cpu_matmul
 from aifactory_train.model.causal_lm import CausalLM
-from aifactory_train.model.cpu_operators import apply_lean
+from aifactory_train.model.cpu_operators import apply_cpu_operators
 from aifactory_train.model.objective import TokenNLL
 from aifactory_train.model.operators import apply_operators
 from aifactory_train.model.report import ModelReport
@@ -27,7 +26,7 @@ from aifactory_train.parallel.batches import CPU_MICRO_BATCH, micro_limit
 LENGTHS = [20, 7, 13]
 
 
-def build(family: str, lora: bool, lean: bool, **settings):
+def build(family: str, lora: bool, saving: bool, **settings):
     attention.register()
     model = helpers.tiny_model(family)
     model.config._attn_implementation = attention.PER_DOCUMENT
@@ -38,7 +37,7 @@ def build(family: str, lora: bool, lean: bool, **settings):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-    counts = apply_lean(model) if lean else None
+    counts = apply_cpu_operators(model) if saving else None
     return CausalLM(model), counts
 
 
@@ -71,9 +70,9 @@ def backward(core: CausalLM) -> tuple[torch.Tensor, dict[str, torch.Tensor], int
 @pytest.mark.parametrize("family", helpers.FAMILIES)
 @pytest.mark.parametrize("lora", [False, True])
 def test_same_loss_and_gradients_with_less_kept(family: str, lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "library", lambda: ("torch", "so that products are the model's own, bit by bit"))
-    loss, gradients, kept = backward(build(family, lora, lean=False)[0])
-    core, counts = build(family, lora, lean=True)
+    monkeypatch.setattr(cpu_matmul, "library", lambda: ("torch", "so that products are the model's own, bit by bit"))
+    loss, gradients, kept = backward(build(family, lora, saving=False)[0])
+    core, counts = build(family, lora, saving=True)
     lean_loss, lean_gradients, lean_kept = backward(core)
     assert torch.equal(loss, lean_loss)  # the forward pass has the same operations in the same order
     assert gradients.keys() == lean_gradients.keys()
@@ -97,20 +96,20 @@ def test_variants_of_lora_keep_their_own_code(settings: dict) -> None:
 
 
 def test_merged_and_disabled_adapters_still_work() -> None:
-    plain, lean = build("llama", True, False)[0], build("llama", True, True)[0]
+    plain, saving = build("llama", True, False)[0], build("llama", True, True)[0]
     ids = (torch.arange(12) * 5 % 400)[None]
     with torch.no_grad():
-        with plain.model.disable_adapter(), lean.model.disable_adapter():
-            assert torch.equal(plain.model(input_ids=ids).logits, lean.model(input_ids=ids).logits)
-        plain.model.merge_adapter(), lean.model.merge_adapter()
-        assert torch.equal(plain.model(input_ids=ids).logits, lean.model(input_ids=ids).logits)
+        with plain.model.disable_adapter(), saving.model.disable_adapter():
+            assert torch.equal(plain.model(input_ids=ids).logits, saving.model(input_ids=ids).logits)
+        plain.model.merge_adapter(), saving.model.merge_adapter()
+        assert torch.equal(plain.model(input_ids=ids).logits, saving.model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2: with biases
 @pytest.mark.parametrize("settings", [None, {}, {"lora_dropout": 0.3}])
 def test_recomputation_finds_the_products_as_they_were_made(family: str, settings: dict | None) -> None:
     def gradients(mode: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        core, _ = build(family, settings is not None, lean=False, **(settings or {}))
+        core, _ = build(family, settings is not None, saving=False, **(settings or {}))
         apply_operators(core, recipe_of(mode), device="cpu", engine="ddp", weights="always", report=ModelReport())
         apply_activation_checkpointing(core, mode)
         core.train()
@@ -173,8 +172,8 @@ def test_on_a_gpu_supervised_training_goes_through_the_fused_loss(monkeypatch, e
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(runtime, "device_of", lambda index: ("sm_90", "H100-80", 132))
-    plain, _ = build("llama", lora=False, lean=False)
-    core, _ = build("llama", lora=False, lean=False)
+    plain, _ = build("llama", lora=False, saving=False)
+    core, _ = build("llama", lora=False, saving=False)
     asked = []
     fused = ops.linear_cross_entropy
     monkeypatch.setattr(ops, "linear_cross_entropy", lambda *a, **how: asked.append(how) or fused(*a, **how))
