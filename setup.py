@@ -1,8 +1,9 @@
 """Packaging of aifactory-train.
 
 The four sibling folders ``kernels/ launchers/ recipes/ sites/`` are installed as sub-packages of ``aifactory_train``
-(never as top-level packages: ``kernels`` is also the name of a distribution that transformers imports). Every folder below
-them that holds a file is listed, so that nested operators and data folders such as ``sites/systems`` reach the wheel.
+(never as top-level packages: ``kernels`` is also the name of a distribution that transformers imports). Every folder
+below them that holds a file is listed, so that nested operators and data folders such as ``sites/systems`` reach the
+wheel.
 """
 
 from pathlib import Path
@@ -12,8 +13,8 @@ from setuptools import find_namespace_packages, setup
 ROOT = Path(__file__).parent
 ROOMS = ("kernels", "launchers", "recipes", "sites")
 
-# In a checkout aifactory_train/sites and the three others are links to the folders at the top: Python, editors, import checkers
-# and `python -m aifactory_train` see one package without an installation. A wheel gets the folders themselves.
+# In a checkout aifactory_train/sites and the three others are links to the folders at the top: Python, editors, import
+# checkers and `python -m aifactory_train` see one package without an installation. A wheel gets the folders themselves.
 linked = tuple(f"aifactory_train.{room}" for room in ROOMS)
 packages = [
     name
@@ -32,8 +33,9 @@ for room in ROOMS:
 # What a login node needs: listing, planning and writing batch scripts run without torch.
 BASE = ["pydantic>=2.7", "PyYAML>=6.0", "jinja2>=3.1", "rich>=13.7"]
 
-# torch itself is bounded from below only and never pinned: pip keeps a site's own build (ROCm, NGC, EasyBuild) as long as it
-# is new enough. triton comes with that torch build; only the `test` extra asks for it, and only where wheels exist.
+# torch itself is bounded from below only and never pinned: pip keeps a site's own build (ROCm, NGC, EasyBuild) as long
+# as it is new enough. triton comes with that torch build; only the `test` extra asks for it, and only where wheels
+# exist.
 TRAIN = [
     "torch>=2.8",
     "transformers>=5,<6",

@@ -1,7 +1,7 @@
 """aifactory-train: fine-tune language models on Europe's AI Factories.
 
-A recipe says what to train, a site says where, and everything between them is derived, shown and checked before a GPU hour
-is spent.
+A recipe says what to train, a site says where, and everything between them is derived, shown and checked before a GPU
+hour is spent.
 """
 
 import os as _os

@@ -1,5 +1,5 @@
-"""The command line. Every command lives in its own module and is imported only when it is called, so that ``--help`` and the
-login-node commands answer at once and without torch."""
+"""The command line. Every command lives in its own module and is imported only when it is called, so that ``--help``
+and the login-node commands answer at once and without torch."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def two_words(argv: list[str]) -> argparse.Namespace | None:
 
 
 def _all_known(args: argparse.Namespace, unknown: list[str]) -> argparse.Namespace:
-    """``args``, or the end of the program with the usage of the command (argparse would show that of the program) and the
-    option that was perhaps meant."""
+    """``args``, or the end of the program with the usage of the command (argparse would show that of the program) and
+    the option that was perhaps meant."""
     if unknown and "parser" in args:
         options = [text for action in args.parser._actions for text in action.option_strings]
         word = unknown[0].partition("=")[0]
@@ -115,8 +115,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report_fault(command: str | None, fault: BaseException) -> int:
-    """Say on standard error what ended ``command``, and return its exit code. Raises ``fault`` again where only a traceback
-    explains it."""
+    """Say on standard error what ended ``command``, and return its exit code. Raises ``fault`` again where only a
+    traceback explains it."""
     try:
         raise fault
     except UserError as error:
@@ -127,7 +127,8 @@ def report_fault(command: str | None, fault: BaseException) -> int:
             raise
         print(f"aifactory {command}: the Python package '{error.name}' is not installed here", file=sys.stderr)
         print(
-            "  fix: pip install -c constraints.txt 'aifactory-train[train]' (extras: train, deepspeed, mpi, triton, qlora, evidence, private, tracking, plot, documents, harness, vllm, test)",
+            "  fix: pip install -c constraints.txt 'aifactory-train[train]' (extras: train, deepspeed, mpi, triton, "
+            "qlora, evidence, private, tracking, plot, documents, harness, vllm, test)",
             file=sys.stderr,
         )
         return 2

@@ -3,20 +3,26 @@
     python benchmarks/data_prep.py --json [--rows 10000] [--pairs 3] [--data FILE.jsonl]
     python benchmarks/data_prep.py --json --million          # 1,000,000 rows, ours alone: is memory flat?
 
-Synthetic chat rows of real lengths (``measuring.LENGTHS``; the short ones with ``--million``) and one chat template for both sides.
+Synthetic chat rows of real lengths (``measuring.LENGTHS``; the short ones with ``--million``) and one chat template for
+both sides.
 
-* **TRL**: what ``SFTTrainer`` does with a data set when it is constructed (chat template with assistant masks, labels, best-fit-decreasing
-  packing to 512 tokens). Reading the JSON is not timed (``load_dataset`` has done it), and it splits, compares and reports nothing.
-* **Ours**: the whole of ``prepare``, what a user of ``aifactory prepare`` waits for: reading, validation and digests of every row, rendering,
-  masks and tokens, the cache on disk; then duplicates, overlap of train and eval, near-duplicates, languages, personal data, and the
-  report. Rows are packed when a step needs them. "Reading alone" is the part up to the last row tokenised and masked in the cache.
-* **The bare tokenizer**: ``tokenizers.encode_batch`` on the same rows, rendered before, one thread, 1,000 at a time, ids not even read.
+* **TRL**: what ``SFTTrainer`` does with a data set when it is constructed (chat template with assistant masks, labels,
+  best-fit-decreasing packing to 512 tokens). Reading the JSON is not timed (``load_dataset`` has done it), and it
+  splits, compares and reports nothing.
+* **Ours**: the whole of ``prepare``, what a user of ``aifactory prepare`` waits for: reading, validation and digests of
+  every row, rendering, masks and tokens, the cache on disk; then duplicates, overlap of train and eval,
+  near-duplicates, languages, personal data, and the report. Rows are packed when a step needs them. "Reading alone" is
+  the part up to the last row tokenised and masked in the cache.
+* **The bare tokenizer**: ``tokenizers.encode_batch`` on the same rows, rendered before, one thread, 1,000 at a time,
+  ids not even read.
 
-Imports, loading the tokenizer and (TRL) building the model are not timed. Each side runs in fresh processes, alternating; caches are empty
-each time. Both sides must come to the same number of tokens and of supervised tokens, else the script fails.
+Imports, loading the tokenizer and (TRL) building the model are not timed. Each side runs in fresh processes,
+alternating; caches are empty each time. Both sides must come to the same number of tokens and of supervised tokens,
+else the script fails.
 
-Memory is that of the process and its children together: anonymous memory, sampled ten times a second (mapped files are the page cache's).
-With ``--million`` it is flat if its highest reading over the rows after the first tenth is at most 10 % above that of the first tenth.
+Memory is that of the process and its children together: anonymous memory, sampled ten times a second (mapped files are
+the page cache's). With ``--million`` it is flat if its highest reading over the rows after the first tenth is at most
+10 % above that of the first tenth.
 """
 
 from __future__ import annotations
@@ -37,7 +43,8 @@ import measuring
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
-    "{% else %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% else %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 PACK = 512

@@ -1,13 +1,15 @@
-"""Our kernels and Liger's, cross-compiled the same way at the same shapes: registers, spills, load width, bytes, side by side.
+"""Our kernels and Liger's, cross-compiled the same way at the same shapes: registers, spills, load width, bytes, side
+by side.
 
-No GPU is needed and nothing is timed. Both go through ``kernels/workbench/compile.py`` with the hints that Triton's JIT would derive
-from the same launch; Liger's launch parameters are its own (``calculate_settings``, with 16 instead of 32 warps on AMD for its widest
-blocks). Liger's backward kernels write over their inputs, so its bytes are derived from what its kernels load and store
-(formulas below); ours are counted by ``aifactory kernels traffic``. Usage:
+No GPU is needed and nothing is timed. Both go through ``kernels/workbench/compile.py`` with the hints that Triton's JIT
+would derive from the same launch; Liger's launch parameters are its own (``calculate_settings``, with 16 instead of 32
+warps on AMD for its widest blocks). Liger's backward kernels write over their inputs, so its bytes are derived from
+what its kernels load and store (formulas below); ours are counted by ``aifactory kernels traffic``. Usage:
 
     python benchmarks/kernels_vs_liger.py [--target sm_90 --target gfx942] [--json FILE] [--strict]
 
-``--strict`` ends with 1 when ours spills anywhere or theirs has fewer spills. Needs liger-kernel (pip install --no-deps liger-kernel==0.8.5).
+``--strict`` ends with 1 when ours spills anywhere or theirs has fewer spills. Needs liger-kernel (pip install --no-deps
+liger-kernel==0.8.5).
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def settings(n: int, amd: bool) -> tuple[int, int]:
 
 
 def liger_cases(dtype: str, amd: bool):
-    """(operator, direction, size, function, run-time arguments, constants, warps) of every Liger kernel that has one of ours beside it."""
+    """(operator, direction, size, function, run-time arguments, constants, warps) of every Liger kernel that has one of
+    ours beside it.
+    """
     from liger_kernel.ops import cross_entropy, fused_add_rms_norm, geglu, layer_norm, rms_norm, swiglu
 
     p, f = "*" + dtype, "*fp32"
@@ -51,41 +55,184 @@ def liger_cases(dtype: str, amd: bool):
         block, warps = settings(h, amd)
         common = {"BLOCK_SIZE": block}
         rows_each = -(-8191 // UNITS)
-        yield ("rms_norm", "forward", h, rms_norm._rms_norm_forward_kernel,
-               {"Y_ptr": p, "Y_row_stride": h, "X_ptr": p, "X_row_stride": h, "W_ptr": p, "W_row_stride": 1, "RSTD_ptr": f,
-                "RSTD_row_stride": 1, "n_cols": h, "eps": "fp32", "offset": "fp32"},
-               common | {"casting_mode": 0, "elementwise_affine": True}, warps)  # fmt: skip
-        yield ("rms_norm", "backward", h, rms_norm._rms_norm_backward_kernel,
-               {"dY_ptr": p, "dY_row_stride": h, "dX_ptr": p, "dX_row_stride": h, "X_ptr": p, "X_row_stride": h, "W_ptr": p,
-                "W_row_stride": 1, "RSTD_ptr": f, "RSTD_row_stride": 1, "dW_ptr": f, "dW_row_stride": h, "n_rows": 8191, "n_cols": h,
-                "offset": "fp32", "rows_per_program": rows_each},
-               common | {"X_dtype": TYPES[dtype], "casting_mode": 0, "elementwise_affine": True, "COMPUTE_DW": True}, warps)  # fmt: skip
-        yield ("rms_norm_residual", "forward", h, fused_add_rms_norm._fused_add_rms_norm_forward_kernel,
-               {"Y_ptr": p, "Y_row_stride": h, "S_ptr": p, "S_row_stride": h, "X_ptr": p, "X_row_stride": h, "R_ptr": p,
-                "R_row_stride": h, "W_ptr": p, "W_row_stride": 1, "RSTD_ptr": f, "RSTD_row_stride": 1, "n_cols": h, "eps": "fp32",
-                "offset": "fp32"}, common | {"casting_mode": 0}, warps)  # fmt: skip
-        yield ("rms_norm_residual", "backward", h, fused_add_rms_norm._fused_add_rms_norm_backward_kernel,
-               {"dY_ptr": p, "dY_row_stride": h, "dS_out_ptr": p, "dS_out_row_stride": h, "dX_ptr": p, "dX_row_stride": h, "X_ptr": p,
-                "X_row_stride": h, "W_ptr": p, "W_row_stride": 1, "RSTD_ptr": f, "RSTD_row_stride": 1, "dW_ptr": f,
-                "dW_row_stride": h, "n_rows": 8191, "n_cols": h, "offset": "fp32"},
-               common | {"X_dtype": TYPES[dtype], "casting_mode": 0, "has_dS_out": True, "rows_per_program": rows_each,
-                         "COMPUTE_DW": True}, warps)  # fmt: skip
-        yield ("layer_norm", "forward", h, layer_norm._layer_norm_forward_kernel,
-               {"Y_ptr": p, "Y_row_stride": h, "X_ptr": p, "X_row_stride": h, "W_ptr": p, "W_row_stride": 1, "B_ptr": p,
-                "B_row_stride": 1, "Mean_ptr": stat, "Mean_row_stride": 1, "RSTD_ptr": stat, "RSTD_row_stride": 1, "n_cols": h,
-                "eps": "fp32"}, common, warps)  # fmt: skip
-        yield ("layer_norm", "backward", h, layer_norm._layer_norm_backward_kernel,
-               {"X_ptr": p, "stride_x": h, "W_ptr": p, "Mean_ptr": stat, "stride_mean": 1, "RSTD_ptr": stat, "stride_rstd": 1,
-                "DX_ptr": p, "stride_dx": h, "DW_ptr": f, "stride_dw": h, "DB_ptr": f, "stride_db": h, "DY_ptr": p, "stride_dy": h,
-                "n_rows": 8191, "n_cols": h},
-               common | {"rows_per_program": rows_each, "COMPUTE_DW": True, "COMPUTE_DB": True}, warps)  # fmt: skip
+        yield (
+            "rms_norm",
+            "forward",
+            h,
+            rms_norm._rms_norm_forward_kernel,
+            {
+                "Y_ptr": p,
+                "Y_row_stride": h,
+                "X_ptr": p,
+                "X_row_stride": h,
+                "W_ptr": p,
+                "W_row_stride": 1,
+                "RSTD_ptr": f,
+                "RSTD_row_stride": 1,
+                "n_cols": h,
+                "eps": "fp32",
+                "offset": "fp32",
+            },
+            common | {"casting_mode": 0, "elementwise_affine": True},
+            warps,
+        )
+        yield (
+            "rms_norm",
+            "backward",
+            h,
+            rms_norm._rms_norm_backward_kernel,
+            {
+                "dY_ptr": p,
+                "dY_row_stride": h,
+                "dX_ptr": p,
+                "dX_row_stride": h,
+                "X_ptr": p,
+                "X_row_stride": h,
+                "W_ptr": p,
+                "W_row_stride": 1,
+                "RSTD_ptr": f,
+                "RSTD_row_stride": 1,
+                "dW_ptr": f,
+                "dW_row_stride": h,
+                "n_rows": 8191,
+                "n_cols": h,
+                "offset": "fp32",
+                "rows_per_program": rows_each,
+            },
+            common | {"X_dtype": TYPES[dtype], "casting_mode": 0, "elementwise_affine": True, "COMPUTE_DW": True},
+            warps,
+        )
+        yield (
+            "rms_norm_residual",
+            "forward",
+            h,
+            fused_add_rms_norm._fused_add_rms_norm_forward_kernel,
+            {
+                "Y_ptr": p,
+                "Y_row_stride": h,
+                "S_ptr": p,
+                "S_row_stride": h,
+                "X_ptr": p,
+                "X_row_stride": h,
+                "R_ptr": p,
+                "R_row_stride": h,
+                "W_ptr": p,
+                "W_row_stride": 1,
+                "RSTD_ptr": f,
+                "RSTD_row_stride": 1,
+                "n_cols": h,
+                "eps": "fp32",
+                "offset": "fp32",
+            },
+            common | {"casting_mode": 0},
+            warps,
+        )
+        yield (
+            "rms_norm_residual",
+            "backward",
+            h,
+            fused_add_rms_norm._fused_add_rms_norm_backward_kernel,
+            {
+                "dY_ptr": p,
+                "dY_row_stride": h,
+                "dS_out_ptr": p,
+                "dS_out_row_stride": h,
+                "dX_ptr": p,
+                "dX_row_stride": h,
+                "X_ptr": p,
+                "X_row_stride": h,
+                "W_ptr": p,
+                "W_row_stride": 1,
+                "RSTD_ptr": f,
+                "RSTD_row_stride": 1,
+                "dW_ptr": f,
+                "dW_row_stride": h,
+                "n_rows": 8191,
+                "n_cols": h,
+                "offset": "fp32",
+            },
+            common
+            | {
+                "X_dtype": TYPES[dtype],
+                "casting_mode": 0,
+                "has_dS_out": True,
+                "rows_per_program": rows_each,
+                "COMPUTE_DW": True,
+            },
+            warps,
+        )
+        yield (
+            "layer_norm",
+            "forward",
+            h,
+            layer_norm._layer_norm_forward_kernel,
+            {
+                "Y_ptr": p,
+                "Y_row_stride": h,
+                "X_ptr": p,
+                "X_row_stride": h,
+                "W_ptr": p,
+                "W_row_stride": 1,
+                "B_ptr": p,
+                "B_row_stride": 1,
+                "Mean_ptr": stat,
+                "Mean_row_stride": 1,
+                "RSTD_ptr": stat,
+                "RSTD_row_stride": 1,
+                "n_cols": h,
+                "eps": "fp32",
+            },
+            common,
+            warps,
+        )
+        yield (
+            "layer_norm",
+            "backward",
+            h,
+            layer_norm._layer_norm_backward_kernel,
+            {
+                "X_ptr": p,
+                "stride_x": h,
+                "W_ptr": p,
+                "Mean_ptr": stat,
+                "stride_mean": 1,
+                "RSTD_ptr": stat,
+                "stride_rstd": 1,
+                "DX_ptr": p,
+                "stride_dx": h,
+                "DW_ptr": f,
+                "stride_dw": h,
+                "DB_ptr": f,
+                "stride_db": h,
+                "DY_ptr": p,
+                "stride_dy": h,
+                "n_rows": 8191,
+                "n_cols": h,
+            },
+            common | {"rows_per_program": rows_each, "COMPUTE_DW": True, "COMPUTE_DB": True},
+            warps,
+        )
     for w in WIDTHS:
         block, warps = settings(w, amd)
         constants = {"n_cols": w, "BLOCK_SIZE": block}
-        yield ("swiglu", "forward", w, swiglu._swiglu_forward_kernel,
-               {"a_ptr": p, "b_ptr": p, "c_ptr": p, "stride": w, "gate_multiplier": "fp32"}, constants, warps)  # fmt: skip
-        yield ("swiglu", "backward", w, swiglu._swiglu_backward_kernel,
-               {"dc_ptr": p, "a_ptr": p, "b_ptr": p, "stride": w, "gate_multiplier": "fp32"}, constants, warps)  # fmt: skip
+        yield (
+            "swiglu",
+            "forward",
+            w,
+            swiglu._swiglu_forward_kernel,
+            {"a_ptr": p, "b_ptr": p, "c_ptr": p, "stride": w, "gate_multiplier": "fp32"},
+            constants,
+            warps,
+        )
+        yield (
+            "swiglu",
+            "backward",
+            w,
+            swiglu._swiglu_backward_kernel,
+            {"dc_ptr": p, "a_ptr": p, "b_ptr": p, "stride": w, "gate_multiplier": "fp32"},
+            constants,
+            warps,
+        )
         yield (
             "geglu",
             "forward",
@@ -106,20 +253,53 @@ def liger_cases(dtype: str, amd: bool):
         )
     for v in VOCABULARIES:
         # Gradient in forward, over the logits, as its fused linear cross-entropy calls it.
-        yield ("linear_cross_entropy", "forward", v, cross_entropy.liger_cross_entropy_kernel,
-               {"X_ptr": p, "X_stride": v, "Y_ptr": "*i64", "Y_stride": 1, "weight_ptr": "*i64", "loss_ptr": f, "z_loss_ptr": f,
-                "loss_stride": 1, "token_accuracy_ptr": f, "token_accuracy_stride": 0, "predicted_tokens_ptr": "*i64",
-                "predicted_tokens_stride": 0, "n_cols": v, "n_non_ignore": 4095, "sum_non_ignore_weight": "fp32",
-                "weight_sum": "fp32", "ignore_index": -100, "softcap": "fp32"},
-               {"lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "sum", "RETURN_Z_LOSS": False,
-                "RETURN_TOKEN_ACCURACY": False, "RETURN_PREDICTED_TOKENS": False, "HAS_WEIGHT": False, "HAS_SOFTCAPPING": False,
-                "HAS_GRADIENTS": True, "BLOCK_SIZE": min(32768, triton.next_power_of_2(v))}, 16 if amd else 32)  # fmt: skip
+        yield (
+            "linear_cross_entropy",
+            "forward",
+            v,
+            cross_entropy.liger_cross_entropy_kernel,
+            {
+                "X_ptr": p,
+                "X_stride": v,
+                "Y_ptr": "*i64",
+                "Y_stride": 1,
+                "weight_ptr": "*i64",
+                "loss_ptr": f,
+                "z_loss_ptr": f,
+                "loss_stride": 1,
+                "token_accuracy_ptr": f,
+                "token_accuracy_stride": 0,
+                "predicted_tokens_ptr": "*i64",
+                "predicted_tokens_stride": 0,
+                "n_cols": v,
+                "n_non_ignore": 4095,
+                "sum_non_ignore_weight": "fp32",
+                "weight_sum": "fp32",
+                "ignore_index": -100,
+                "softcap": "fp32",
+            },
+            {
+                "lse_square_scale": 0.0,
+                "label_smoothing": 0.0,
+                "reduction": "sum",
+                "RETURN_Z_LOSS": False,
+                "RETURN_TOKEN_ACCURACY": False,
+                "RETURN_PREDICTED_TOKENS": False,
+                "HAS_WEIGHT": False,
+                "HAS_SOFTCAPPING": False,
+                "HAS_GRADIENTS": True,
+                "BLOCK_SIZE": min(32768, triton.next_power_of_2(v)),
+            },
+            16 if amd else 32,
+        )
 
 
 def derived_bytes(op: str, direction: str, dtype: str, size: int) -> int:
-    """Distinct bytes of Liger's launch at 8191 rows, from its loads and stores; its fp32 partial sums are reread by ``torch.sum``.
+    """Distinct bytes of Liger's launch at 8191 rows, from its loads and stores; its fp32 partial sums are reread by
+    ``torch.sum``.
 
-    dX of RMSNorm is allocated with ``zeros_like`` when it is not in place, which is another pass; the default is in place.
+    dX of RMSNorm is allocated with ``zeros_like`` when it is not in place, which is another pass; the default is in
+    place.
     """
     item, rows = (2 if dtype == "bf16" else 4), 4095 if op == "linear_cross_entropy" else 8191
     passes = {
@@ -176,10 +356,18 @@ def compare(targets: list[str], dtypes: list[str]):
                 mine = ours(op, direction, size, dtype, target)
                 floor = registry.operator(op).floor(direction, dtype, mine["shape"])
                 yield {
-                    "op": op, "direction": direction, "size": size, "dtype": dtype, "target": target,
-                    "ours": {k: mine[k] for k in ("registers", "spills", "shared_bytes", "occupancy", "load_bytes", "status")},
-                    "liger": theirs, "floor_bytes": floor, "liger_bytes_derived": derived_bytes(op, direction, dtype, size),
-                }  # fmt: skip
+                    "op": op,
+                    "direction": direction,
+                    "size": size,
+                    "dtype": dtype,
+                    "target": target,
+                    "ours": {
+                        k: mine[k] for k in ("registers", "spills", "shared_bytes", "occupancy", "load_bytes", "status")
+                    },
+                    "liger": theirs,
+                    "floor_bytes": floor,
+                    "liger_bytes_derived": derived_bytes(op, direction, dtype, size),
+                }
 
 
 def main() -> int:
@@ -190,10 +378,12 @@ def main() -> int:
     parser.add_argument("--strict", action="store_true")
     args = parser.parse_args()
     print(
-        f"triton {triton.__version__}, liger-kernel {metadata.version('liger-kernel')}; compiled, not run; [ours | liger]"
+        f"triton {triton.__version__}, liger-kernel {metadata.version('liger-kernel')}; compiled, not run; [ours | "
+        f"liger]"
     )
     print(
-        f"{'target':8} {'kernel':28} {'size':>7} {'dtype':5} {'registers':>11} {'spills':>9} {'load B':>8} {'blocks':>8}"
+        f"{'target':8} {'kernel':28} {'size':>7} {'dtype':5} {'registers':>11} {'spills':>9} {'load B':>8} "
+        f"{'blocks':>8}"
     )
     rows, bad = [], 0
     for row in compare(args.target or ["sm_90", "gfx90a", "gfx942"], args.dtype or ["bf16"]):
@@ -203,8 +393,13 @@ def main() -> int:
         pairs = [f"{a[k]} | {b.get(k, '-')}" for k in ("registers", "spills", "load_bytes", "occupancy")]
         worse = bool(a["spills"]) or ("spills" in b and (a["spills"] or 0) > b["spills"])
         bad += worse
-        print(f"{row['target']:8} {name:28} {row['size']:7} {row['dtype']:5} {pairs[0]:>11} {pairs[1]:>9} {pairs[2]:>8} {pairs[3]:>8}"
-              + (f"  {b['error'][:60]}" if "error" in b else "") + ("  OURS SPILLS" if worse else ""), flush=True)  # fmt: skip
+        print(
+            f"{row['target']:8} {name:28} {row['size']:7} {row['dtype']:5} {pairs[0]:>11} {pairs[1]:>9} "
+            f"{pairs[2]:>8} {pairs[3]:>8}"
+            + (f"  {b['error'][:60]}" if "error" in b else "")
+            + ("  OURS SPILLS" if worse else ""),
+            flush=True,
+        )
     spilled = [r for r in rows if r["liger"].get("spills")]
     narrow = [r for r in rows if r["liger"].get("load_bytes", 16) < r["ours"]["load_bytes"]]
     print(f"{len(rows)} pairs; Liger spills in {len(spilled)}, ours in {sum(bool(r['ours']['spills']) for r in rows)}; "

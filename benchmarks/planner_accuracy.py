@@ -4,10 +4,11 @@
     python benchmarks/planner_accuracy.py --csv FILE [--json]   # any file with the same columns
     python benchmarks/planner_accuracy.py --refit               # fit the constants anew and write data/calibration.json
 
-Every row from a repository or page that the calibration used is predicted with constants fitted *without that whole origin*, so what is
-printed is a validation error, never the fit. A row outside the planner's scope gets ``in_scope: false``, a reason and no number.
-Headline figures are over in-scope rows of tier A (or without a tier); tier B (something inferred or missing in the source) is shown
-apart, and so are rows whose tokens/s follow from printed TFLOP/s by the convention that the row states.
+Every row from a repository or page that the calibration used is predicted with constants fitted *without that whole
+origin*, so what is printed is a validation error, never the fit. A row outside the planner's scope gets ``in_scope:
+false``, a reason and no number. Headline figures are over in-scope rows of tier A (or without a tier); tier B
+(something inferred or missing in the source) is shown apart, and so are rows whose tokens/s follow from printed TFLOP/s
+by the convention that the row states.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ def _show(result: dict[str, Any], path: Path) -> None:
 
     print(f"{path.name}: {result['in_scope']} rows in scope, {result['out_of_scope']} outside\n")
     print(
-        f"{'id':<20} {'tier':<4} {'tok/s true':>10} {'predicted':>10} {'error':>8}  {'interval':<19} {'GiB true':>8} {'pred.':>7} {'error':>8}  note"
+        f"{'id':<20} {'tier':<4} {'tok/s true':>10} {'predicted':>10} {'error':>8}  {'interval':<19} {'GiB true':>8} "
+        f"{'pred.':>7} {'error':>8}  note"
     )
     for r in result["rows"]:
         if not r["in_scope"]:
@@ -142,7 +144,8 @@ def _show(result: dict[str, Any], path: Path) -> None:
         t, p, m, q = r["tokens_per_s_true"], r["tokens_per_s_pred"], r["memory_true"], r["memory_pred"]
         note = "; ".join(filter(None, ["derived" if r["tokens_derived"] else "", r["why"] or "", *r["assumed"]]))
         print(
-            f"{r['id']:<20} {r['tier'] or '–':<4} {(t and f'{t:.0f}') or '–':>10} {p:>10.0f} {percent(p / t - 1 if t else None):>8}  "
+            f"{r['id']:<20} {r['tier'] or '–':<4} {(t and f'{t:.0f}') or '–':>10} {p:>10.0f} "
+            f"{percent(p / t - 1 if t else None):>8}  "
             f"[{r['low']:.0f}, {r['high']:.0f}]".ljust(78)
             + f" {(m and f'{m:.1f}') or '–':>8} {q:>7.1f} {percent(q / m - 1 if m else None):>8}  {note}"
         )
@@ -153,8 +156,10 @@ def _show(result: dict[str, Any], path: Path) -> None:
 
     def line(name: str, s: dict[str, Any]) -> None:
         print(
-            f"  {name:<34} tokens/s: n={s['rows_tokens']:<3} median {percent(s['median_abs_err_tokens'])}  p90 {percent(s['p90_abs_err_tokens'])}  "
-            f"interval covers {percent(s['coverage'])}   memory: n={s['rows_memory']:<3} median {percent(s['median_abs_err_memory'])}"
+            f"  {name:<34} tokens/s: n={s['rows_tokens']:<3} median {percent(s['median_abs_err_tokens'])}  p90 "
+            f"{percent(s['p90_abs_err_tokens'])}  "
+            f"interval covers {percent(s['coverage'])}   memory: n={s['rows_memory']:<3} median "
+            f"{percent(s['median_abs_err_memory'])}"
         )
 
     print("\nabsolute errors, each row predicted without its whole origin:")

@@ -3,12 +3,13 @@
     python benchmarks/recipes.py --only energy/grid-model --only media/drama-dialogue --json
     python benchmarks/recipes.py --write            # all of them, then the document
 
-Each recipe is fetched and trained by the real command line with its own settings (``--steps`` shortens those that take more
-steps). Scored is the metric that the recipe names, on answers generated for the held-out rows, and bits per byte beside it, before
-and after, each with its 95 % bootstrap interval; *improved* says that the paired interval of the change leaves out zero. Results are kept in benchmarks/recipes.json, one entry a recipe, so that a run of some recipes leaves
-the others as they were; the document says of every recipe that has no entry that it was not run. Exit code 1 if a recipe
-that ran failed or did not improve its metric. With --json one line of rows ``{id, metric, before, after, ci, seconds}`` goes to standard
-output and nothing else.
+Each recipe is fetched and trained by the real command line with its own settings (``--steps`` shortens those that take
+more steps). Scored is the metric that the recipe names, on answers generated for the held-out rows, and bits per byte
+beside it, before and after, each with its 95 % bootstrap interval; *improved* says that the paired interval of the
+change leaves out zero. Results are kept in benchmarks/recipes.json, one entry a recipe, so that a run of some recipes
+leaves the others as they were; the document says of every recipe that has no entry that it was not run. Exit code 1 if
+a recipe that ran failed or did not improve its metric. With --json one line of rows ``{id, metric, before, after, ci,
+seconds}`` goes to standard output and nothing else.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "recipes.json"
 DOCUMENT = ROOT / "docs" / "recipes.md"
 
-#: Most steps of a run and most held-out rows, and what a run of figures leaves out: general text is not scored, nothing is saved
-#: or exported, no evidence pack is written.
+#: Most steps of a run and most held-out rows, and what a run of figures leaves out: general text is not scored, nothing
+#: is saved or exported, no evidence pack is written.
 STEPS, ROWS = 120, 40
 LEAVE_OUT = (
     "eval.forgetting=false",
@@ -163,11 +164,12 @@ def import_libraries() -> None:
 
 
 def judge(metric: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """Before, after and change of the recipe's metric with their intervals, and under ``bits_per_byte`` the same of that.
+    """Before, after and change of the recipe's metric with their intervals, and under ``bits_per_byte`` the same of
+    that.
 
-    Improved: the paired interval of the change (the same rows before and after) leaves out zero on the better side; without
-    one, that the intervals of before and after do not meet. A metric without a figure (no answers, one row) is an error: nothing
-    stands in for it.
+    Improved: the paired interval of the change (the same rows before and after) leaves out zero on the better side;
+    without one, that the intervals of before and after do not meet. A metric without a figure (no answers, one row) is
+    an error: nothing stands in for it.
     """
     out = {"metric": metric, **verdict(metric, figures), "rows": figures["after"]["rows"]}
     if metric not in SMALLER:
@@ -214,8 +216,8 @@ def repeated(recipe: Any) -> dict[str, int] | None:
 
 
 def constant(recipe: Any) -> float | None:
-    """What the most frequent answer of the training rows scores when it is given to every held-out row: the least that a
-    classifier must beat. None where the metric is not one of labels."""
+    """What the most frequent answer of the training rows scores when it is given to every held-out row: the least that
+    a classifier must beat. None where the metric is not one of labels."""
     from aifactory_train.data import prepare
     from aifactory_train.metrics import ANSWER_METRICS
 
@@ -263,20 +265,28 @@ def document(results: dict[str, Any]) -> str:
     lines = [(ROOT / "benchmarks" / "recipes-head.md").read_text(encoding="utf-8").rstrip(), ""]
     lines += ["## Measured on CPU", ""]
     lines += [
-        "SmolLM2-135M on held-out rows, before and after a run of a few minutes; 95 % bootstrap intervals over rows in brackets.",
-        "Scored is the metric by which the sector's users judge, on answers generated for these rows, and bits per byte of the expected",
-        "answers beside it. *Improved* means that the paired interval of the change leaves out zero (without one: that the two",
-        "intervals do not meet); *no* means that so short a run did not raise it beyond chance. Exact names out of a thousand take longer than",
-        "this; chrF counts recall twice, so an untrained model that writes until it is cut can score above answers of the right length.",
-        "Seconds are from the start of the command to its end, with preparing, loading the model and both evaluations, libraries imported before. *Repeated*: held-out rows that a",
-        "training row repeats, counted before such training rows are left out. Nothing here was measured on a GPU. The runs leave",
+        "SmolLM2-135M on held-out rows, before and after a run of a few minutes; 95 % bootstrap intervals over rows "
+        "in brackets.",
+        "Scored is the metric by which the sector's users judge, on answers generated for these rows, and bits per "
+        "byte of the expected",
+        "answers beside it. *Improved* means that the paired interval of the change leaves out zero (without one: "
+        "that the two",
+        "intervals do not meet); *no* means that so short a run did not raise it beyond chance. Exact names out of a "
+        "thousand take longer than",
+        "this; chrF counts recall twice, so an untrained model that writes until it is cut can score above answers of "
+        "the right length.",
+        "Seconds are from the start of the command to its end, with preparing, loading the model and both "
+        "evaluations, libraries imported before. *Repeated*: held-out rows that a",
+        "training row repeats, counted before such training rows are left out. Nothing here was measured on a GPU. "
+        "The runs leave",
         f"out what these figures do not need: `{' '.join(LEAVE_OUT)}`.",
         "",
         f"{sum(results[n]['improved'] for n in measured)} of {len(measured)} measured recipes improved their metric, "
         f"{sum(bits_of(results[n])['improved'] for n in measured)} bits per byte; the longest run took "
         f"{max((results[n]['seconds'] for n in measured), default=0):.0f} seconds.",
         "",
-        "| recipe | metric | before | after | improved | bits per byte before | after | improved | rows | repeated | tokens | seconds |",
+        "| recipe | metric | before | after | improved | bits per byte before | after | improved | rows | repeated | "
+        "tokens | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in measured:
@@ -292,8 +302,10 @@ def document(results: dict[str, Any]) -> str:
     if constants:
         lines += [
             "",
-            f"For comparison, the most frequent training answer given to every held-out row scores: {', '.join(constants)}.",
-            "A classifier that is not above it after so short a run has learnt the form of the answer and the commonest label, no more.",
+            f"For comparison, the most frequent training answer given to every held-out row scores: "
+            f"{', '.join(constants)}.",
+            "A classifier that is not above it after so short a run has learnt the form of the answer and the "
+            "commonest label, no more.",
         ]
     lines += ["", "| recipe | command | machine |", "|---|---|---|"]
     for name in measured:

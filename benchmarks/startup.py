@@ -2,10 +2,10 @@
 
     python benchmarks/startup.py --json [--repeat 5] [--no-step]
 
-Each command is a process of its own, started as the shell would start it; the best and the median wall time of the repetitions are
-reported, after one run that warms the page cache. ``launch --dry-run`` is for a site with Slurm and the recipe given with ``--recipe``.
-The first step is ``aifactory train`` on a model of 100,000 parameters: from the start of the process to the first line of
-``metrics.jsonl``, data preparation included.
+Each command is a process of its own, started as the shell would start it; the best and the median wall time of the
+repetitions are reported, after one run that warms the page cache. ``launch --dry-run`` is for a site with Slurm and the
+recipe given with ``--recipe``. The first step is ``aifactory train`` on a model of 100,000 parameters: from the start
+of the process to the first line of ``metrics.jsonl``, data preparation included.
 """
 
 from __future__ import annotations

@@ -1,15 +1,18 @@
-"""Stop runs at random moments, by every channel and together with what else ends runs, and look whether a stop stays a stop.
+"""Stop runs at random moments, by every channel and together with what else ends runs, and look whether a stop stays a
+stop.
 
     python benchmarks/stops.py --local 100 --standins 60 --starts 50 --seed 1 --json
 
-``--local``: the real trainer on the CPU (one rank, a tiny model, forked from one process so that a start costs a second) between ``begin``
-and ``close`` of the launcher's book-keeping. ``--standins``: the generated batch scripts of the other schedulers, with stand-ins for
-``qsub`` and for the trainer. ``--starts``: so many real starts in one folder at the same instant.
+``--local``: the real trainer on the CPU (one rank, a tiny model, forked from one process so that a start costs a
+second) between ``begin`` and ``close`` of the launcher's book-keeping. ``--standins``: the generated batch scripts of
+the other schedulers, with stand-ins for ``qsub`` and for the trainer. ``--starts``: so many real starts in one folder
+at the same instant.
 
-A stop passes if nothing trains after it: the attempt is the last one, a job that was queued behind it ends at once, at most the step
-in progress and the next one are made, and every step that was made is in the newest checkpoint unless the rank was killed. Every tenth
-local run is resumed explicitly and must make the remaining steps, each once. Of the starts one trains and the others are refused.
-Exit code 1 if anything fails. Slurm's part is ``tests/launchers/test_stops.py -m "slurm and slow"``.
+A stop passes if nothing trains after it: the attempt is the last one, a job that was queued behind it ends at once, at
+most the step in progress and the next one are made, and every step that was made is in the newest checkpoint unless the
+rank was killed. Every tenth local run is resumed explicitly and must make the remaining steps, each once. Of the starts
+one trains and the others are refused. Exit code 1 if anything fails. Slurm's part is ``tests/launchers/test_stops.py -m
+"slurm and slow"``.
 """
 
 from __future__ import annotations
@@ -175,7 +178,9 @@ def starts(count: int, folder: Path) -> dict[str, Any]:
 
 
 def stand_in(folder: Path, number: int, backend: str, after: float, gap: float, term: bool) -> list[str]:
-    """One generated script with a stand-in trainer, stopped after so many seconds; returns what is wrong with what followed."""
+    """One generated script with a stand-in trainer, stopped after so many seconds; returns what is wrong with what
+    followed.
+    """
     from launcher_bench import FAKE, prepared
 
     from aifactory_train.launchers import follow

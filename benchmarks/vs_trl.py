@@ -1,26 +1,30 @@
-"""This engine and TRL's SFTTrainer (or transformers' Trainer) on the same work: tokens/s, peak memory, loss curves, GEMM ceiling.
+"""This engine and TRL's SFTTrainer (or transformers' Trainer) on the same work: tokens/s, peak memory, loss curves,
+GEMM ceiling.
 
     python benchmarks/vs_trl.py --json [--case packed-lora] [--pairs 5] [--data FILE.jsonl] [--peer trl|transformers]
 
-Both sides train the same rows in the same order with the same tokens and masks, model, optimizer (fused AdamW), learning rate,
-clipping and type (fp32), and start from the same adapter. In the packed cases TRL's own packing (best fit decreasing, 4 packs of
-512 tokens a step, padding-free) decides which rows a step holds. In the padded cases a step is 4 rows, which the peer pads to the longest;
-ours lays them end to end, as it does by default (``--ours-pads``: it pads them, too). Each side runs in
-a fresh process, alternating, so that the peak is the process's own (``ru_maxrss``). The first step of a run warms up and is not
-timed; after it, the time between the ends of two steps counts, with everything that happens in between. Tokens are real ones.
+Both sides train the same rows in the same order with the same tokens and masks, model, optimizer (fused AdamW),
+learning rate, clipping and type (fp32), and start from the same adapter. In the packed cases TRL's own packing (best
+fit decreasing, 4 packs of 512 tokens a step, padding-free) decides which rows a step holds. In the padded cases a step
+is 4 rows, which the peer pads to the longest; ours lays them end to end, as it does by default (``--ours-pads``: it
+pads them, too). Each side runs in a fresh process, alternating, so that the peak is the process's own (``ru_maxrss``).
+The first step of a run warms up and is not timed; after it, the time between the ends of two steps counts, with
+everything that happens in between. Tokens are real ones.
 
-TRL runs in fp32 and without gradient checkpointing, as ours does. ``--peer-recomputes`` switches its checkpointing on, which is its
-default; its other default, bf16, is another arithmetic and is not measured. Ours runs with the recipe's defaults (which on a CPU means
-micro-batches of at most 1,100 tokens); ``--whole-steps`` measures it with one micro-batch.
+TRL runs in fp32 and without gradient checkpointing, as ours does. ``--peer-recomputes`` switches its checkpointing on,
+which is its default; its other default, bf16, is another arithmetic and is not measured. Ours runs with the recipe's
+defaults (which on a CPU means micro-batches of at most 1,100 tokens); ``--whole-steps`` measures it with one
+micro-batch.
 
-The ceiling: every matrix product of one of our steps is recorded with its shapes and layout, timed alone on warm memory in the same
-process afterwards (median of repetitions), and added up. The share is that time over the step's. It is taken twice: with
-``torch.matmul``, a yardstick that is the same for every engine (``ceiling_share``), and with the calls that the step makes itself, which
-on some processors are faster (aifactory_train/products.py; ``ceiling_share_own_calls``). The products inside attention's fused kernel
-(two forward, five backward for each document) are timed as batched products of whole squares, and half of that counts: attention is
-causal.
+The ceiling: every matrix product of one of our steps is recorded with its shapes and layout, timed alone on warm memory
+in the same process afterwards (median of repetitions), and added up. The share is that time over the step's. It is
+taken twice: with ``torch.matmul``, a yardstick that is the same for every engine (``ceiling_share``), and with the
+calls that the step makes itself, which on some processors are faster (aifactory_train/products.py;
+``ceiling_share_own_calls``). The products inside attention's fused kernel (two forward, five backward for each
+document) are timed as batched products of whole squares, and half of that counts: attention is causal.
 
-Exit code 1 if the loss of any step differs by more than 1e-3 (relative) in a padded case: speed is never bought with other work.
+Exit code 1 if the loss of any step differs by more than 1e-3 (relative) in a padded case: speed is never bought with
+other work.
 """
 
 from __future__ import annotations
@@ -148,7 +152,9 @@ def _recipe(spec: dict[str, Any]):
 
 
 def ours(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train with :func:`aifactory_train.training.start.train`, documents given; then time the matrix products of a step."""
+    """Train with :func:`aifactory_train.training.start.train`, documents given; then time the matrix products of a
+    step.
+    """
     import resource
 
     import aifactory_train.training.trainer as loop

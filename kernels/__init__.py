@@ -1,10 +1,11 @@
 """Triton operators for fine-tuning, selected by device and proven without one.
 
-Importing this package loads neither torch nor triton: ``select``, ``OPERATORS`` and the hardware tables are plain data, usable on a
-login node. The operators themselves are in :mod:`aifactory_train.kernels.ops`.
+Importing this package loads neither torch nor triton: ``select``, ``OPERATORS`` and the hardware tables are plain data,
+usable on a login node. The operators themselves are in :mod:`aifactory_train.kernels.ops`.
 
-An operator is a folder; :mod:`registry` finds those of this package and those in the folders that ``AIFACTORY_KERNELS`` names (separated
-as in ``PATH``), which are importable below this package as if they lay in it. Python in such a folder is run, as with ``PYTHONPATH``.
+An operator is a folder; :mod:`registry` finds those of this package and those in the folders that ``AIFACTORY_KERNELS``
+names (separated as in ``PATH``), which are importable below this package as if they lay in it. Python in such a folder
+is run, as with ``PYTHONPATH``.
 """
 
 import os

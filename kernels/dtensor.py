@@ -1,4 +1,5 @@
-"""Sharding rules: how each registered operator acts on DTensors, so that FSDP2, tensor and sequence parallelism see through it.
+"""Sharding rules: how each registered operator acts on DTensors, so that FSDP2, tensor and sequence parallelism see
+through it.
 
 The rules stand in each operator's own ``dtensor.py``, written with :mod:`sharding`; torch refuses DTensors of an
 operator without one, by name.
@@ -15,7 +16,9 @@ from aifactory_train.kernels import registry
 
 
 def gathered(weight: Any) -> torch.Tensor:
-    """A plain tensor: a DTensor weight is gathered, and its gradient goes back as a partial sum (reduce-scattered to its shards)."""
+    """A plain tensor: a DTensor weight is gathered, and its gradient goes back as a partial sum (reduce-scattered to
+    its shards).
+    """
     if _DTENSOR is None or not isinstance(weight, _DTENSOR):
         return weight
     from torch.distributed.tensor import Partial, Replicate
@@ -25,7 +28,8 @@ def gathered(weight: Any) -> torch.Tensor:
     return sharded.redistribute(mesh, [Replicate()] * mesh.ndim).to_local(grad_placements=[Partial()] * mesh.ndim)
 
 
-# The DTensor class once the rules are registered; a plain variable, because torch.compile traces the test in `gathered`.
+# The DTensor class once the rules are registered; a plain variable, because torch.compile traces the test in
+# `gathered`.
 _DTENSOR: type | None = None
 
 

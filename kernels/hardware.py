@@ -1,4 +1,5 @@
-"""The chips that kernels are compiled for, and the device models (SKUs) built from them. Imports nothing but the standard library.
+"""The chips that kernels are compiled for, and the device models (SKUs) built from them. Imports nothing but the
+standard library.
 
 An *architecture* decides what code is legal (wave width, shared memory); a *SKU* decides what is fast (units, chiplets,
 bandwidth). MI300A and MI300X share gfx942, and five H100 variants share sm_90, so configurations are keyed by both.
@@ -14,9 +15,9 @@ import re
 class Target:
     """One architecture as the Triton compiler names it.
 
-    ``wave`` is the number of lanes of one warp; ``block_memory`` the most shared memory (LDS) in bytes that one block may take;
-    ``unit_memory`` and ``unit_registers`` (32-bit registers) what one SM or compute unit has for all its blocks;
-    ``lane_registers`` the most registers one lane can address without spilling.
+    ``wave`` is the number of lanes of one warp; ``block_memory`` the most shared memory (LDS) in bytes that one block
+    may take; ``unit_memory`` and ``unit_registers`` (32-bit registers) what one SM or compute unit has for all its
+    blocks; ``lane_registers`` the most registers one lane can address without spilling.
     """
 
     name: str
@@ -44,9 +45,9 @@ def _cdna(name: str, memory: int) -> Target:
     return Target(name, "hip", 64, memory, memory, 4 * 512 * 64, 512)
 
 
-# CUDA programming guide, table of compute capabilities (shared memory per block and per SM); AMD accelerator specification
-# tables (LDS, vector registers). gfx1250: LDS from AMD's aiter sources, 1024 registers a wave from the compiler;
-# gfx1251 is taken to equal it. unit_registers of gfx125x is not published, so no occupancy is given for it.
+# CUDA programming guide, table of compute capabilities (shared memory per block and per SM); AMD accelerator
+# specification tables (LDS, vector registers). gfx1250: LDS from AMD's aiter sources, 1024 registers a wave from the
+# compiler; gfx1251 is taken to equal it. unit_registers of gfx125x is not published, so no occupancy is given for it.
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
@@ -67,9 +68,10 @@ TARGETS: dict[str, Target] = {
 class Sku:
     """One device as the scheduler counts it (an MI250X shows up as two GCDs, each a device).
 
-    ``units`` = SMs or compute units, ``xcd`` = compute chiplets, ``bandwidth`` = peak HBM bytes/s, ``peak_bf16`` = dense FLOP/s.
-    ``recalled`` names the fields whose value no vendor page confirms: they steer rankings, never a claim. ``memory_gb`` (10^9 bytes)
-    is given by devices that were added (:func:`add`); the shipped ones carry it in their names.
+    ``units`` = SMs or compute units, ``xcd`` = compute chiplets, ``bandwidth`` = peak HBM bytes/s, ``peak_bf16`` =
+    dense FLOP/s. ``recalled`` names the fields whose value no vendor page confirms: they steer rankings, never a claim.
+    ``memory_gb`` (10^9 bytes) is given by devices that were added (:func:`add`); the shipped ones carry it in their
+    names.
     """
 
     name: str
@@ -107,14 +109,17 @@ SKUS: dict[str, Sku] = {
     )
 }
 
-#: seconds for which bytes must be in flight to hide memory latency (Little's law); an assumption until measured on a device
+#: seconds for which bytes must be in flight to hide memory latency (Little's law); an assumption until measured on a
+#: device
 LATENCY = 1e-6
 
 _ALIASES = {"mi250x": "MI250X-GCD", "mi250": "MI250X-GCD", "gb200": "B200", "gb300": "B300"}
 
 
 def sku(name: str | None, arch: str | None = None) -> Sku | None:
-    """The SKU of that name (case and a few spellings are forgiven), or None when it is unknown or of another architecture."""
+    """The SKU of that name (case and a few spellings are forgiven), or None when it is unknown or of another
+    architecture.
+    """
     if not name:
         return None
     wanted = _ALIASES.get(name.lower(), name).lower()
@@ -140,9 +145,9 @@ def skus_of(arch: str) -> list[Sku]:
 def identify(arch: str, units: int, memory_bytes: int, name: str = "") -> Sku | None:
     """The SKU of a device from what the driver says: architecture, SM/CU count, memory size, marketing name.
 
-    Marketing names alone do not tell an H100-64 from an H100-80, so the memory size decides between the SKUs of an architecture.
-    Returns None when nothing fits within 12 % of the memory or the unit count is wrong: an unknown device is not guessed. ``units`` 0
-    is unknown. Devices that were added are asked last.
+    Marketing names alone do not tell an H100-64 from an H100-80, so the memory size decides between the SKUs of an
+    architecture. Returns None when nothing fits within 12 % of the memory or the unit count is wrong: an unknown device
+    is not guessed. ``units`` 0 is unknown. Devices that were added are asked last.
     """
     gigabytes = memory_bytes / 1e9
     shipped = _identify_shipped(arch, units, gigabytes, name.upper())
@@ -163,7 +168,8 @@ def _identify_shipped(arch: str, units: int, gigabytes: float, text: str) -> Sku
         return candidates[0] if arch != "gfx942" or candidates[0].units == units else None
     sizes = {s.name: float(m.group(1)) for s in candidates if (m := re.search(r"-(\d+)$", s.name))}
     sizes |= {"H200": 141.0}
-    # A part with fewer units is another product of that memory size (PCIe boards, parts for one market), except where ours is recalled.
+    # A part with fewer units is another product of that memory size (PCIe boards, parts for one market), except where
+    # ours is recalled.
     candidates = [s for s in candidates if not units or units == s.units or "units" in s.recalled]
     close = [s for s in candidates if s.name in sizes and abs(gigabytes - sizes[s.name]) <= 0.12 * sizes[s.name]]
     return min(close, key=lambda s: abs(gigabytes - sizes[s.name]), default=None)
@@ -172,9 +178,9 @@ def _identify_shipped(arch: str, units: int, gigabytes: float, text: str) -> Sku
 def chunk_rows(device: Sku | None) -> int:
     """Rows of one chunk of the linear cross-entropy.
 
-    Adding a chunk's contribution to the fp32 weight gradient moves 8 bytes per weight; its GEMM does 2·rows FLOP per weight. The
-    traffic hides behind the GEMM from rows = 4·balance on; twice that, rounded up to a power of two, leaves a margin.
-    Without a known device 2048, which is right for A100 and MI300A and a factor of two low for H100.
+    Adding a chunk's contribution to the fp32 weight gradient moves 8 bytes per weight; its GEMM does 2·rows FLOP per
+    weight. The traffic hides behind the GEMM from rows = 4·balance on; twice that, rounded up to a power of two, leaves
+    a margin. Without a known device 2048, which is right for A100 and MI300A and a factor of two low for H100.
     """
     if device is None:
         return 2048
@@ -194,10 +200,12 @@ def limiter(target: Target, registers: int, shared: int, warps: int) -> str | No
 
 
 def block_limits(target: Target, registers: int, shared: int, warps: int) -> dict[str, int]:
-    """Blocks that each resource of one SM or CU has room for: registers, LDS or shared memory, waves or threads, blocks.
+    """Blocks that each resource of one SM or CU has room for: registers, LDS or shared memory, waves or threads,
+    blocks.
 
     AMD: waves per SIMD = min(8, 512 // registers rounded up to 8), four SIMDs a CU. NVIDIA: registers are handed out to
-    a warp in granules of 256 and every block takes 1 KiB of shared memory for the system. Empty when the limits are not public.
+    a warp in granules of 256 and every block takes 1 KiB of shared memory for the system. Empty when the limits are not
+    public.
     """
     if not target.unit_registers:
         return {}

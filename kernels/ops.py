@@ -1,4 +1,5 @@
-"""The operators as callables. Importing this module registers them with torch (``torch.ops.aifactory``) and their sharding rules.
+"""The operators as callables. Importing this module registers them with torch (``torch.ops.aifactory``) and their
+sharding rules.
 
 Each folder's ``op.py`` says in ``__all__`` what it offers; all of that is here.
 """

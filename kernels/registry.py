@@ -3,10 +3,11 @@ launch parameters, and how that is known.
 
 An operator is a folder with a ``space.py``; nothing else lists it.
 
-Configurations are data: ``configs/<SKU>.json``, ``configs/<arch>.json``, ``configs/wave64.json`` (or 32) and ``configs/default.json`` are
-asked in that order, each kernel on its own. An entry that was recorded with another Triton version or for another version of the
-kernel's source is skipped, and the selection says so. A kernel that no file names takes the first moderate configuration of its own
-space. Imports no torch: planning on a login node uses the same function.
+Configurations are data: ``configs/<SKU>.json``, ``configs/<arch>.json``, ``configs/wave64.json`` (or 32) and
+``configs/default.json`` are asked in that order, each kernel on its own. An entry that was recorded with another Triton
+version or for another version of the kernel's source is skipped, and the selection says so. A kernel that no file names
+takes the first moderate configuration of its own space. Imports no torch: planning on a login node uses the same
+function.
 """
 
 from __future__ import annotations
@@ -50,13 +51,21 @@ STATUSES = ("default", "static-pruned", "modelled", "measured")
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
 _DTYPES = {
-    "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "half": "fp16", "fp32": "fp32", "float32": "fp32",
-}  # fmt: skip
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "fp16": "fp16",
+    "float16": "fp16",
+    "half": "fp16",
+    "fp32": "fp32",
+    "float32": "fp32",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where one kernel's launch parameters come from. ``notes`` names every entry that matched but was not trusted, and why."""
+    """Where one kernel's launch parameters come from. ``notes`` names every entry that matched but was not trusted, and
+    why.
+    """
 
     status: str
     level: str
@@ -67,7 +76,9 @@ class Provenance:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What runs: ``implementation`` is ``triton`` or ``torch``; ``config`` and ``provenance`` are keyed by kernel name."""
+    """What runs: ``implementation`` is ``triton`` or ``torch``; ``config`` and ``provenance`` are keyed by kernel
+    name.
+    """
 
     op: str
     implementation: str
@@ -96,7 +107,9 @@ def operator(name: str) -> Operator:
 
 
 def part(name: str, module: str) -> Any:
-    """A module of an operator's folder (``op``, ``reference``; imports torch), or None where the folder has none of that name."""
+    """A module of an operator's folder (``op``, ``reference``; imports torch), or None where the folder has none of
+    that name.
+    """
     if name not in OPERATORS:
         raise KeyError(f"unknown operator '{name}': known are {', '.join(OPERATORS)}")
     package = importlib.import_module(f"{PACKAGE}.{name}")
@@ -107,7 +120,9 @@ def part(name: str, module: str) -> Any:
 
 @lru_cache(None)
 def triton_version() -> str | None:
-    """Version of the installed Triton without importing it; None where there is none. ROCm wheels use other distribution names."""
+    """Version of the installed Triton without importing it; None where there is none. ROCm wheels use other
+    distribution names.
+    """
     for name in ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton"):
         try:
             return metadata.version(name).split("+")[0]
@@ -128,9 +143,10 @@ def select(
 ) -> Selection:
     """Choose implementation and launch parameters of ``op``.
 
-    ``arch`` is ``cpu`` or a key of :data:`hardware.TARGETS`; ``sku`` a name of :data:`hardware.SKUS` or None; ``dtype`` that of the
-    activations; ``shape`` the operator's named sizes or a tuple in their order. ``configs`` and ``triton`` override the folder and the
-    running Triton version (tests, and planning for another machine). Raises ``KeyError`` or ``ValueError`` for unknown names.
+    ``arch`` is ``cpu`` or a key of :data:`hardware.TARGETS`; ``sku`` a name of :data:`hardware.SKUS` or None; ``dtype``
+    that of the activations; ``shape`` the operator's named sizes or a tuple in their order. ``configs`` and ``triton``
+    override the folder and the running Triton version (tests, and planning for another machine). Raises ``KeyError`` or
+    ``ValueError`` for unknown names.
     """
     spec = operator(op)
     sizes = spec.shape(shape)
@@ -200,7 +216,9 @@ def _choose(
 
 
 def config_folders() -> list[Path]:
-    """Where configuration files are looked for: first ``configs`` in the folders of ``AIFACTORY_KERNELS``, then the shipped ones."""
+    """Where configuration files are looked for: first ``configs`` in the folders of ``AIFACTORY_KERNELS``, then the
+    shipped ones.
+    """
     return [f / "configs" for f in folders()[1:] if (f / "configs").is_dir()] + [CONFIGS]
 
 
@@ -215,17 +233,27 @@ def known_device(name: str | None, arch: str | None = None) -> hardware.Sku | No
 
 @lru_cache(None)
 def learn() -> None:
-    """Make the devices known that configuration files were written for and that are not shipped, by the figures in the files' heads."""
+    """Make the devices known that configuration files were written for and that are not shipped, by the figures in the
+    files' heads.
+    """
     for folder in config_folders():
         for path in sorted(folder.glob("*.json")):
             data = load(path) or {}
             head = data.get("sku") or {}
             if not {"name", "units", "hbm_TBps", "bf16_TFLOPs"} <= head.keys() or hardware.sku(head["name"]):
                 continue
-            hardware.add(hardware.Sku(
-                head["name"], data["arch"], head["units"], head["hbm_TBps"] * 1e12, head["bf16_TFLOPs"] * 1e12, head.get("xcd", 1),
-                tuple(head.get("recalled", ())), head.get("memory_GB"),
-            ))  # fmt: skip
+            hardware.add(
+                hardware.Sku(
+                    head["name"],
+                    data["arch"],
+                    head["units"],
+                    head["hbm_TBps"] * 1e12,
+                    head["bf16_TFLOPs"] * 1e12,
+                    head.get("xcd", 1),
+                    tuple(head.get("recalled", ())),
+                    head.get("memory_GB"),
+                )
+            )
 
 
 @lru_cache(None)
@@ -235,7 +263,9 @@ def _warn(text: str) -> None:
 
 
 def matches(match: Mapping[str, Any], dtype: str, shape: Mapping[str, int]) -> bool:
-    """Whether an entry's ``match`` covers dtype and shape. Sizes are numbers or ``{"gt": a, "le": b}`` with either bound optional."""
+    """Whether an entry's ``match`` covers dtype and shape. Sizes are numbers or ``{"gt": a, "le": b}`` with either
+    bound optional.
+    """
     for key, wanted in match.items():
         if key == "dtype":
             if dtype not in wanted:
@@ -249,7 +279,9 @@ def matches(match: Mapping[str, Any], dtype: str, shape: Mapping[str, int]) -> b
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """A configuration file, checked; None when there is none. Raises ``ValueError`` that names the file and the broken rule."""
+    """A configuration file, checked; None when there is none. Raises ``ValueError`` that names the file and the broken
+    rule.
+    """
     try:
         stamp = path.stat().st_mtime_ns
     except FileNotFoundError:

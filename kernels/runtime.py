@@ -1,4 +1,6 @@
-"""Where the operators run: device and SKU of a tensor, Triton or torch, launch parameters, and the few helpers all operators share."""
+"""Where the operators run: device and SKU of a tensor, Triton or torch, launch parameters, and the few helpers all
+operators share.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ _interpreted: tuple[str, str | None] | None = None
 
 @contextlib.contextmanager
 def interpret(arch: str = "sm_90", sku: str | None = "H100-80"):
-    """Run the Triton kernels on CPU tensors through Triton's interpreter, with the configuration of ``arch`` and ``sku``.
+    """Run the Triton kernels on CPU tensors through Triton's interpreter, with the configuration of ``arch`` and
+    ``sku``.
 
     The process must have been started with ``TRITON_INTERPRET=1``, because Triton reads that when a kernel is defined.
     """
@@ -56,7 +59,9 @@ def device_of(index: int) -> tuple[str, str | None, int]:
 
 
 def where(x: torch.Tensor) -> tuple[str, str | None, int]:
-    """(architecture, SKU name or None, units) of the device a tensor lives on; ``cpu`` for a CPU outside the interpreter."""
+    """(architecture, SKU name or None, units) of the device a tensor lives on; ``cpu`` for a CPU outside the
+    interpreter.
+    """
     if x.device.type == "cuda":
         return device_of(x.device.index if x.device.index is not None else torch.cuda.current_device())
     if x.device.type == "cpu" and _interpreted:

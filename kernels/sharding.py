@@ -1,9 +1,9 @@
 """What the operators' ``dtensor.py`` are written with. Imported only where torch has distributed support.
 
-A rule lists the placements that an operator accepts: for each a pair (placements of the outputs, placements of the arguments), where an
-argument that is no tensor has None. Rows are independent in every operator: an input sharded over a row dimension gives outputs
-sharded the same way, and gradients that are summed over rows come out as partial sums. The normalised, gated or vocabulary
-dimension is not sharded unless the operator is elementwise.
+A rule lists the placements that an operator accepts: for each a pair (placements of the outputs, placements of the
+arguments), where an argument that is no tensor has None. Rows are independent in every operator: an input sharded over
+a row dimension gives outputs sharded the same way, and gradients that are summed over rows come out as partial sums.
+The normalised, gated or vocabulary dimension is not sharded unless the operator is elementwise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ whole, total = Replicate(), Partial()
 
 
 def rule(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function is the rule of the registered operator ``aifactory::name``; it gets the operator's arguments.
+    """Decorator: the function is the rule of the registered operator ``aifactory::name``; it gets the operator's
+    arguments.
 
     The operator is registered by ``op.py`` of the folder that the rule stands in, which is imported first.
     """

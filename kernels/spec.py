@@ -1,4 +1,5 @@
-"""What every operator says about itself in its ``space.py``: kernels, launch parameters, legal configurations, bytes. No torch here.
+"""What every operator says about itself in its ``space.py``: kernels, launch parameters, legal configurations, bytes.
+No torch here.
 
 Shapes are mappings of named sizes, e.g. ``{"rows": 8192, "hidden": 4096}``; dtypes are ``bf16``, ``fp16``, ``fp32``.
 """
@@ -28,7 +29,9 @@ PACKAGE = "aifactory_train.kernels"
 
 
 def folders() -> list[Path]:
-    """The folders that hold operators: this package, and what ``AIFACTORY_KERNELS`` names (see the package's ``__init__``)."""
+    """The folders that hold operators: this package, and what ``AIFACTORY_KERNELS`` names (see the package's
+    ``__init__``).
+    """
     return [Path(p) for p in importlib.import_module(PACKAGE).__path__]
 
 
@@ -36,15 +39,17 @@ def folders() -> list[Path]:
 class Kernel:
     """One Triton function in one use.
 
-    ``function`` is ``module:name`` below this package. ``arguments(dtype, shape)`` maps each run-time argument to a Triton type
-    (``*bf16``, ``fp32``) or to the integer of a typical launch, from which divisibility is derived as the JIT does.
-    ``constexprs(config, dtype, shape)`` are the compile-time arguments, used by launch and cross-compilation alike.
-    ``space(target, dtype, shape)`` yields the configurations worth compiling. ``key`` is the size that configurations depend on.
-    ``matrix`` is true when a matrix instruction must appear; ``inputs`` counts the activation-sized tensors it loads.
+    ``function`` is ``module:name`` below this package. ``arguments(dtype, shape)`` maps each run-time argument to a
+    Triton type (``*bf16``, ``fp32``) or to the integer of a typical launch, from which divisibility is derived as the
+    JIT does. ``constexprs(config, dtype, shape)`` are the compile-time arguments, used by launch and cross-compilation
+    alike. ``space(target, dtype, shape)`` yields the configurations worth compiling. ``key`` is the size that
+    configurations depend on. ``matrix`` is true when a matrix instruction must appear; ``inputs`` counts the
+    activation-sized tensors it loads.
 
-    For tuning: ``ranges`` are the upper ends of the ranges of ``key`` that get configurations of their own (the last is open; by
-    default those that are usual for the key), ``tile(constexprs)`` the elements of each input that a block loads before it waits (by
-    default BLOCK x ROWS), ``partial(shape)`` the columns of one fp32 partial row where programs keep sums (by default ``key``).
+    For tuning: ``ranges`` are the upper ends of the ranges of ``key`` that get configurations of their own (the last is
+    open; by default those that are usual for the key), ``tile(constexprs)`` the elements of each input that a block
+    loads before it waits (by default BLOCK x ROWS), ``partial(shape)`` the columns of one fp32 partial row where
+    programs keep sums (by default ``key``).
     """
 
     name: str
@@ -85,15 +90,17 @@ def _digest(path: Path) -> str:
 class Operator:
     """All that is said about an operator: the sizes of its shape in order, its kernels, its traffic, and how to try it.
 
-    ``floor(direction, dtype, shape)`` is the number of HBM bytes that cannot be avoided, in the formula of the documentation;
-    ``pointwise`` marks the operators whose counted traffic must stay within 1.10 of it. ``checks`` are the shapes to compile for.
+    ``floor(direction, dtype, shape)`` is the number of HBM bytes that cannot be avoided, in the formula of the
+    documentation; ``pointwise`` marks the operators whose counted traffic must stay within 1.10 of it. ``checks`` are
+    the shapes to compile for.
 
-    ``inputs(make, shape)`` gives the positional arguments of the function ``op.NAME`` and of the oracle ``reference.NAME``; ``make`` is
-    a :class:`workbench.inputs.Make`, which draws the tensors. ``options`` are keyword arguments of the operator alone. ``small`` are
-    the shapes whose values are tested (by default a few that fit no block). ``counted`` are the directions whose bytes are counted,
-    and ``shrink`` the sizes to use there for what the vendor's GEMM does. ``flops`` is floating-point operations an element, which
-    places it on the roofline. ``eager``: whether ``kernels bench`` times the oracle beside it, eager and compiled; an optional
-    ``rivals.py`` with ``rivals()`` names other implementations.
+    ``inputs(make, shape)`` gives the positional arguments of the function ``op.NAME`` and of the oracle
+    ``reference.NAME``; ``make`` is a :class:`workbench.inputs.Make`, which draws the tensors. ``options`` are keyword
+    arguments of the operator alone. ``small`` are the shapes whose values are tested (by default a few that fit no
+    block). ``counted`` are the directions whose bytes are counted, and ``shrink`` the sizes to use there for what the
+    vendor's GEMM does. ``flops`` is floating-point operations an element, which places it on the roofline. ``eager``:
+    whether ``kernels bench`` times the oracle beside it, eager and compiled; an optional ``rivals.py`` with
+    ``rivals()`` names other implementations.
     """
 
     name: str
@@ -139,10 +146,11 @@ def split_row(config: Config, width: int) -> tuple[int, int]:
 
 
 def grid_stride(config: Config, rows: int, units: int) -> int:
-    """Programs of a kernel that keeps a partial sum: units x ``grid_mult``, but never fewer than ``rows_each`` rows a program.
+    """Programs of a kernel that keeps a partial sum: units x ``grid_mult``, but never fewer than ``rows_each`` rows a
+    program.
 
-    Each program writes and rereads one fp32 row (8 bytes a column) against 6 bytes a column and row of useful traffic, so 16 rows
-    a program keep the overhead at 8 %.
+    Each program writes and rereads one fp32 row (8 bytes a column) against 6 bytes a column and row of useful traffic,
+    so 16 rows a program keep the overhead at 8 %.
     """
     blocks = cdiv(rows, int(config.get("rows", 1)))
     most = rows // int(config["rows_each"])
@@ -150,7 +158,9 @@ def grid_stride(config: Config, rows: int, units: int) -> int:
 
 
 def row_space(target: Target, dtype: str, width: int, backward: bool) -> Iterable[Config]:
-    """Row-kernel configurations: warps whose lanes can each load 16 bytes, whole rows or column chunks, one or two stages."""
+    """Row-kernel configurations: warps whose lanes can each load 16 bytes, whole rows or column chunks, one or two
+    stages.
+    """
     item = ITEMSIZE[dtype]
     whole = next_pow2(width)
     most = 1024 // target.wave
@@ -186,16 +196,21 @@ def tile_space(target: Target, dtype: str, width: int) -> Iterable[Config]:
 
 
 def moderate(target: Target, kernel: Kernel, dtype: str, shape: Shape) -> list[Config]:
-    """A kernel's configurations in the order in which to try them where nothing is recorded: moderate sizes first, no pipelining."""
+    """A kernel's configurations in the order in which to try them where nothing is recorded: moderate sizes first, no
+    pipelining.
+    """
     wanted = 8 if target.wave == 32 else 4
     configs = list(kernel.space(target, dtype, shape))
     plain = [c for c in configs if c.get("stages", 1) == 1 and c.get("grid_mult", 2) in (2, 4)]
-    return sorted(plain or configs,
-                  key=lambda c: (abs(c["num_warps"] - wanted), c.get("block", 0) > 8192, -c.get("rows", 1)))  # fmt: skip
+    return sorted(
+        plain or configs, key=lambda c: (abs(c["num_warps"] - wanted), c.get("block", 0) > 8192, -c.get("rows", 1))
+    )
 
 
 def by_rule(target: Target, kernel: Kernel, dtype: str, shape: Shape) -> Config | None:
-    """The first moderate configuration. A size that has none of its own takes that of the nearest size that has one; None: no size has."""
+    """The first moderate configuration. A size that has none of its own takes that of the nearest size that has one;
+    None: no size has.
+    """
     size = shape[kernel.key]
     larger, smaller = [size << i for i in range(1, 24)], [size >> i for i in range(1, size.bit_length())]
     for near in (size, *larger[:12], *smaller, *larger[12:]):

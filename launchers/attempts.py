@@ -1,4 +1,6 @@
-"""What became of one attempt: its record, or, where nobody closed it, what its files and the scheduler tell together."""
+"""What became of one attempt: its record, or, where nobody closed it, what its files and the scheduler tell
+together.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,8 @@ def _unclosed(
     state, cause = book.diagnose(str(where), record.get("world"))
     kind = (scheduler or {}).get("state")
     if state == "stopped" and kind == "cancelled":
-        # Ranks that were quick enough saved between the cancellation and the kill: the run is whole, but nobody brings it back.
+        # Ranks that were quick enough saved between the cancellation and the kill: the run is whole, but nobody brings
+        # it back.
         return "cancelled", _cancelled(state, cause)
     if state in ("done", "stopped"):
         return state, cause

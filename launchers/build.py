@@ -1,5 +1,5 @@
-"""The pipeline: request + site (+ recipe, plan) → :class:`Submission` with all its files. Pure but for reading the clock's date
-and the environment of the launching shell; nothing is written and nothing is asked of a scheduler.
+"""The pipeline: request + site (+ recipe, plan) → :class:`Submission` with all its files. Pure but for reading the
+clock's date and the environment of the launching shell; nothing is written and nothing is asked of a scheduler.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def build(
 ) -> Submission:
     """The whole submission; without ``files`` only its script, which is all that is looked at in a dry run.
 
-    ``shape`` is that of :func:`shape_of`, where it is known already. Raises :class:`Refusal` for text that may not enter a
-    script and for impossible combinations.
+    ``shape`` is that of :func:`shape_of`, where it is known already. Raises :class:`Refusal` for text that may not
+    enter a script and for impossible combinations.
     """
     request = request.checked()
     shape = shape or shape_of(request, system)

@@ -21,7 +21,8 @@ from aifactory_train.sites.schema import Container
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
 
-#: Where images have software of their own: a Python named there is the image's, and the host's folder must not cover it.
+#: Where images have software of their own: a Python named there is the image's, and the host's folder must not cover
+#: it.
 IMAGE_ROOTS = ("/usr/", "/opt/")
 #: What the file of an image, or of its description, ends in; another path is a folder.
 IMAGE_SUFFIXES = (".sif", ".sqsh", ".img", ".toml")
@@ -55,7 +56,8 @@ def python_of(sub: Submission, container: Container | None) -> str:
         return str(rq.path(venv, "--venv") / "bin" / "python")
     if container is not None:
         sub.notes.append(
-            f"Python of the ranks: {env_folder(system)}/bin/python inside the container, which `aifactory env --site {system.id}` builds"
+            f"Python of the ranks: {env_folder(system)}/bin/python inside the container, which `aifactory env --site "
+            f"{system.id}` builds"
         )
         return f"{env_folder(system)}/bin/python"
     software = backends.get(shape.backend).software
@@ -66,7 +68,8 @@ def python_of(sub: Submission, container: Container | None) -> str:
     if system.software.provides_torch:
         return "python3"
     sub.notes.append(
-        f"Python of the ranks: {env_folder(system)}/bin/python, which `aifactory env --site {system.id}` builds; --venv or user.venv names another"
+        f"Python of the ranks: {env_folder(system)}/bin/python, which `aifactory env --site {system.id}` builds; "
+        f"--venv or user.venv names another"
     )
     return f"{env_folder(system)}/bin/python"
 
@@ -97,10 +100,11 @@ def uenv_of(request: LaunchRequest, system: System) -> str | None:
 
 
 def mounts_of(sub: Submission, recipe: Recipe, container: Container, python: str) -> list[str]:
-    """Every folder of the host that the ranks use inside the container, ``PATH`` or ``SOURCE:TARGET``, whatever the runtime.
+    """Every folder of the host that the ranks use inside the container, ``PATH`` or ``SOURCE:TARGET``, whatever the
+    runtime.
 
-    Run folder, the environment that the ranks' Python lies in, your work folder, the cache, and local data of the recipe. A
-    folder below another of the list is left out: it is there already.
+    Run folder, the environment that the ranks' Python lies in, your work folder, the cache, and local data of the
+    recipe. A folder below another of the list is left out: it is there already.
     """
     from aifactory_train.config.loading import to_tree
     from aifactory_train.config.source_spec import parse
@@ -200,7 +204,9 @@ def container_context(sub: Submission, container: Container, binds: list[str]) -
 
 
 def edf(container: dict[str, Any]) -> str:
-    """The environment definition file of the CSCS Container Engine. Nothing of the host is inside but what it mounts."""
+    """The environment definition file of the CSCS Container Engine. Nothing of the host is inside but what it
+    mounts.
+    """
     mounts = ", ".join(json.dumps(m, ensure_ascii=False) for m in container["mounts"])
     return (
         f"image = {json.dumps(container['image'])}\nmounts = [{mounts}]\nwritable = true\n\n"

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 #: Seconds after torchrun's SIGTERM at which it sends SIGKILL to the rank program; the trainer goes before that.
 TERM_GRACE_S = 25
 PREFLIGHT_S = 180
-#: A node-local path of a profile as it may stand between double quotes: plain characters and names of variables, ``$SLURM_JOB_ID``.
+#: A node-local path of a profile as it may stand between double quotes: plain characters and names of variables,
+#: ``$SLURM_JOB_ID``.
 LOCAL_PATH = re.compile(r"/(?:[A-Za-z0-9._/-]|\$[A-Z][A-Z0-9_]*)*")
 
 
@@ -52,7 +53,8 @@ def _job(sub: Submission) -> dict[str, Any]:
             "modules are set up by login shells only here" if login else "the shell of the script",
             "launch.login_shell" if login else None,
         ).text,
-        "banner": f"{sub.name} at {system.id}: written by aifactory-train {__version__}; `aifactory launch ... --explain` gives the reason for every line",
+        "banner": f"{sub.name} at {system.id}: written by aifactory-train {__version__}; `aifactory launch ... "
+        f"--explain` gives the reason for every line",
         "run_dir": str(sub.run_dir),
         "array": bool(request.array),
         "time_s": shape.time_s,
@@ -133,7 +135,9 @@ def _unset(system: System) -> list[str]:
 
 
 def _node_local(system: System) -> str:
-    """Shell text of the node-local folder: the site's variable, else its path (in which the node's variables stay), else /tmp."""
+    """Shell text of the node-local folder: the site's variable, else its path (in which the node's variables stay),
+    else /tmp.
+    """
     for fs in system.filesystems:
         if fs.role == "node-local" and fs.on_compute:
             if fs.variable and rq.ENV_NAME.fullmatch(fs.variable.lstrip("$")):
@@ -202,7 +206,10 @@ def address_function(system: System, shape: JobShape) -> str:
         if head.resolve or head.family
         else 'getent ahosts "$name" > /dev/null && echo "$name"'
     )
-    return f'address_of_this_node() {{\n  local name\n  name={assignment} || return 1\n  [ -n "$name" ] || return 1\n  {last}\n}}'
+    return (
+        f'address_of_this_node() {{\n  local name\n  name={assignment} || return 1\n  [ -n "$name" ] || return '
+        f"1\n  {last}\n}}"
+    )
 
 
 def _plain(suffix: str | None) -> str:

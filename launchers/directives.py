@@ -1,5 +1,6 @@
-"""Grammars of batch directives: what Slurm, PBS Pro and Torque accept behind ``#SBATCH`` and ``#PBS``, as far as scripts of this
-project may use it. For Slurm a real controller judges too; for the other two this is the only judge, and it says so.
+"""Grammars of batch directives: what Slurm, PBS Pro and Torque accept behind ``#SBATCH`` and ``#PBS``, as far as
+scripts of this project may use it. For Slurm a real controller judges too; for the other two this is the only judge,
+and it says so.
 
 Sources: the sbatch manual (Slurm 22.05 to 25.05); the PBS Professional 2022.1 Reference Guide, qsub and pbs_resources;
 the Torque 6.1 Administrator Guide, qsub and "Requesting resources".
@@ -25,7 +26,9 @@ class Directive:
 
 
 def sbatch(script: str) -> list[Directive]:
-    """The directives of a Slurm script. Refuses one behind the first command (Slurm would ignore it) and shell variables in one."""
+    """The directives of a Slurm script. Refuses one behind the first command (Slurm would ignore it) and shell
+    variables in one.
+    """
     out = []
     for number, line in _lines(script, "#SBATCH"):
         found = re.fullmatch(r'#SBATCH (--[a-z][a-z-]*)(?:=("[^"]*"|\S+))?', line)
@@ -37,7 +40,9 @@ def sbatch(script: str) -> list[Directive]:
 
 
 def _lines(script: str, mark: str) -> Iterator[tuple[int, str]]:
-    """``(number, line)`` of each directive; none may stand behind the first command or hold what a shell would expand."""
+    """``(number, line)`` of each directive; none may stand behind the first command or hold what a shell would
+    expand.
+    """
     body = False
     for number, line in enumerate(script.splitlines(), 1):
         if line.startswith(mark):

@@ -1,7 +1,7 @@
 """The environment of every rank: what the profile documents, and defaults that fail hard rather than run slowly.
 
-Names that the launcher or the scheduler owns cannot be set by a user; names that look like secrets are refused, because the
-files of a submission are kept.
+Names that the launcher or the scheduler owns cannot be set by a user; names that look like secrets are refused, because
+the files of a submission are kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ OWNED = re.compile(
 
 
 def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None) -> list[Line]:
-    """``export`` lines with their reasons, in the order: communication, runtime, offline, caches, threads, the user's own."""
+    """``export`` lines with their reasons, in the order: communication, runtime, offline, caches, threads, the user's
+    own.
+    """
     system = sub.system
     remote = backends.get(sub.shape.backend).batch
     put = _Exports(sub)
@@ -71,7 +73,10 @@ class _Exports:
 def _of_the_profile(system: System, put: _Exports) -> None:
     for name, value in system.environment.set.items():
         if name == "GLOO_SOCKET_FAMILY":
-            why = "left out: torch does not read it. Each rank takes an interface with an address of the family that NCCL is given"
+            why = (
+                "left out: torch does not read it. Each rank takes an interface with an address of the family that "
+                "NCCL is given"
+            )
             put.lines.append(Line(f"# {name} of the profile is {why}.", why, f"environment.set.{name}"))
             continue
         put(name, value, f"communication and runtime setting of {system.name}", f"environment.set.{name}")
@@ -147,7 +152,9 @@ def _threads(shape: JobShape, recipe: Recipe | None, remote: bool, put: _Exports
 
 
 def gloo_pattern(system: System) -> str:
-    """What NCCL is told about interfaces at this site, from which every rank finds one of its node for gloo; empty if unknown."""
+    """What NCCL is told about interfaces at this site, from which every rank finds one of its node for gloo; empty if
+    unknown.
+    """
     reported = system.environment.set
     named = reported.get("GLOO_SOCKET_IFNAME") or reported.get("NCCL_SOCKET_IFNAME")
     return named or ",".join(system.interconnect.socket_interfaces)

@@ -1,7 +1,7 @@
 """Why each line of a script is there, and which fact it rests on.
 
-Directives, variables, modules and options carry their own reason from :mod:`build`. Every other line belongs to a block of the
-template, and the comment above the block is its reason: people and this module read the same sentence.
+Directives, variables, modules and options carry their own reason from :mod:`build`. Every other line belongs to a block
+of the template, and the comment above the block is its reason: people and this module read the same sentence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The files of a submission: what lies in ``submission/`` beside the script, and the manifest that holds their digests."""
+"""The files of a submission: what lies in ``submission/`` beside the script, and the manifest that holds their
+digests.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def add_files(sub: Submission, recipe: Recipe, context: dict[str, Any]) -> None:
 
 
 def arguments(sub: Submission, run: str) -> list[str]:
-    """Arguments of the rank's Python: the program, the resolved recipe, the run folder. Overrides are inside the recipe."""
+    """Arguments of the rank's Python: the program, the resolved recipe, the run folder. Overrides are inside the
+    recipe.
+    """
     program = sub.request.program or ("-m", "aifactory_train", "train")
     return [*program, f"{run}/submission/recipe.yaml", "--run-dir", run, "--resume", "auto"]
 

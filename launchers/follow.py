@@ -1,7 +1,7 @@
 """Following a run: state, attempts and causes from the run folder, completed by what the scheduler still knows.
 
-Works without accounting: what the scheduler said about a job that ended is kept in ``attempts/NNN/scheduler.json`` the first time
-somebody asks, and outcome files tell the rest.
+Works without accounting: what the scheduler said about a job that ended is kept in ``attempts/NNN/scheduler.json`` the
+first time somebody asks, and outcome files tell the rest.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 def status_of(folder: Path, *, ask: bool = True) -> dict[str, Any]:
     """``{run, state, cause, attempts[], jobs[], step, backend, site, ...}``.
 
-    state: new | pending | running | stopped | done | failed | cancelled. cause: None or {rank, node, kind, message, step}; of a run
-    that is done or stopped all the same, it names the attempt that was refused afterwards.
+    state: new | pending | running | stopped | done | failed | cancelled. cause: None or {rank, node, kind, message,
+    step}; of a run that is done or stopped all the same, it names the attempt that was refused afterwards.
     """
     manifest = manifest_of(folder)
     tasks = manifest.get("array")
@@ -152,7 +152,9 @@ def _state(
     asked: _Asked,
     alive: list[str],
 ) -> tuple[str, dict[str, Any] | None, Job | None]:
-    """State and cause of a run from what its attempts reached and from its jobs, and the job that tells why it waits."""
+    """State and cause of a run from what its attempts reached and from its jobs, and the job that tells why it
+    waits.
+    """
     state, cause = reached
     newest = asked(jobs[-1]) if jobs else None
     if state != "running" and alive and not (attempts and attempts[-1].get("final")):
@@ -197,8 +199,9 @@ def _files(where: Path) -> list[Path]:
 def _reached(folder: Path, attempts: list[dict[str, Any]]) -> tuple[str, dict[str, Any] | None]:
     """State and cause of the last attempt, unless it changed nothing of what the run had reached before it.
 
-    The trainer's own word is ``state.json``: it says "running" from the first thing that an attempt does to a run, and "failed" where
-    that fails. Where it still says "finished", or says "stopped" while the ranks were refused (exit code 2), the run is what it was.
+    The trainer's own word is ``state.json``: it says "running" from the first thing that an attempt does to a run, and
+    "failed" where that fails. Where it still says "finished", or says "stopped" while the ranks were refused (exit code
+    2), the run is what it was.
     """
     last = attempts[-1]
     if last["state"] != "failed":

@@ -1,4 +1,6 @@
-"""The planner's word for a job. Where it has none, launching goes on with the recipe's own settings, and that is said."""
+"""The planner's word for a job. Where it has none, launching goes on with the recipe's own settings, and that is
+said.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from aifactory_train.sites.profiles import System
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
 
-#: Where the planner says that it cannot know (a fact is not published, a format is not covered): no reason to refuse a job.
+#: Where the planner says that it cannot know (a fact is not published, a format is not covered): no reason to refuse a
+#: job.
 UNKNOWN = ("--site", "precision.compute", "model.base")
 
 

@@ -1,8 +1,8 @@
 """What a user asks for, as typed values; and the rules of hygiene that decide which text may go where.
 
-User text takes one of three ways and no other: into a scheduler directive or a path (only from a small alphabet, checked here),
-into a file that the job reads as data (recipe, environment, arguments: any text), or not at all (refused with a named rule).
-No user text is ever part of a command line that a shell parses.
+User text takes one of three ways and no other: into a scheduler directive or a path (only from a small alphabet,
+checked here), into a file that the job reads as data (recipe, environment, arguments: any text), or not at all (refused
+with a named rule). No user text is ever part of a command line that a shell parses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from aifactory_train.core.errors import UserError
 from aifactory_train.sites import parse_duration
 
-#: What may stand in a directive's value: accounts, partitions, QoS, node lists, constraints. No blanks, quotes or shell signs.
+#: What may stand in a directive's value: accounts, partitions, QoS, node lists, constraints. No blanks, quotes or shell
+#: signs.
 TOKEN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+:/=&|,\[\]-]*")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -102,7 +103,8 @@ def path(value: str | Path, flag: str, *, must_be_absolute: bool = False) -> Pat
             "plain-path",
             f"the path {shown(text)} {reason}",
             where=flag,
-            fix="use a path without quotes, brackets, wildcards, control characters and any of $ ` \\ % ; & | < > ! # : ,",
+            fix="use a path without quotes, brackets, wildcards, control characters and any of $ ` \\ % ; & | < > ! # "
+            ": ,",
         )
     if must_be_absolute and not text.startswith("/"):
         raise Refusal("absolute-path", f"the path {shown(text)} is not absolute", where=flag, fix="write it from / on")
@@ -140,7 +142,9 @@ def duration(text: str, flag: str = "--time") -> int:
 
 @dataclass(frozen=True)
 class Restarts:
-    """How often a run may be started again after each kind of end; two attempts without a new checkpoint end it anyway."""
+    """How often a run may be started again after each kind of end; two attempts without a new checkpoint end it
+    anyway.
+    """
 
     time: int = 50  # stopped at the time limit
     node: int = 3  # lost a node, or a node failed its pre-flight

@@ -13,7 +13,9 @@ from aifactory_train.launchers.submission import File, Submission
 
 
 def write(sub: Submission) -> Path:
-    """All files of the submission below ``sub.run_dir``; returns the script's path. Refuses a folder that holds another run."""
+    """All files of the submission below ``sub.run_dir``; returns the script's path. Refuses a folder that holds another
+    run.
+    """
     run = sub.run_dir
     taken = Refusal(
         "run-folder-new",

@@ -55,6 +55,7 @@ class JobShape:
 
 
 def lead(shape: JobShape) -> int:
-    """Seconds before the limit at which the warning signal is asked for: grace and slack (at most a tenth of a short job), at most half of
-    the job. The ranks watch the clock themselves, so the signal may be late in a short job, not early."""
+    """Seconds before the limit at which the warning signal is asked for: grace and slack (at most a tenth of a short
+    job), at most half of the job. The ranks watch the clock themselves, so the signal may be late in a short job, not
+    early."""
     return max(1, min(shape.grace_s + min(SIGNAL_SLACK_S, shape.time_s // 10), shape.time_s // 2))

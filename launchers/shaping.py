@@ -199,7 +199,9 @@ def _threads(system: System) -> int:
 
 
 def _cpus_per_rank(system: System, gpus: int, ranks: int, why: dict[str, Value]) -> int | None:
-    """CPUs for one rank, as the scheduler counts: what the site asks per GPU, else an even share of a node's usable cores."""
+    """CPUs for one rank, as the scheduler counts: what the site asks per GPU, else an even share of a node's usable
+    cores.
+    """
     per_gpu = system.request.cpus_per_gpu
     fact = "request.cpus_per_gpu"
     reason = f"the site's number of {system.request.cpus_are} per GPU"

@@ -1,10 +1,10 @@
-"""The software at a site: which of three ways its profile allows, the script that builds it there, and a bundle for machines
-without internet.
+"""The software at a site: which of three ways its profile allows, the script that builds it there, and a bundle for
+machines without internet.
 
-    overlay     inside the site's container: a virtual environment with --system-site-packages over the image's own torch
-    modules     the same over the torch that the site's modules bring
-    venv        an environment of our own, torch included, from the package index
-    wheelhouse  the same, from wheels that were fetched elsewhere for the compute nodes' instruction set and carried over
+    overlay     inside the site's container: a virtual environment with --system-site-packages over the image's own
+    torch modules     the same over the torch that the site's modules bring venv        an environment of our own, torch
+    included, from the package index wheelhouse  the same, from wheels that were fetched elsewhere for the compute
+    nodes' instruction set and carried over
 
 Nothing here installs anything on the machine that calls it, except ``verify_here``, which looks at one environment.
 """
@@ -32,9 +32,11 @@ from aifactory_train.launchers.request import LaunchRequest
 from aifactory_train.launchers.submission import quoted
 from aifactory_train.sites.profiles import System
 
-#: What `aifactory train` imports beside torch (extras "train" of setup.py, read from there when a source tree is at hand).
+#: What `aifactory train` imports beside torch (extras "train" of setup.py, read from there when a source tree is at
+#: hand).
 IMPORTS = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "yaml", "pydantic", "aifactory_train")
-#: manylinux tags that pip accepts for a target, newest glibc first (RHEL 8 has 2.28, SLES 15 has 2.31, RHEL 9 has 2.34).
+#: manylinux tags that pip accepts for a target, newest glibc first (RHEL 8 has 2.28, SLES 15 has 2.31, RHEL 9 has
+#: 2.34).
 TAGS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
 
 
@@ -51,7 +53,9 @@ class Way:
 
 
 def way_of(system: System, request: LaunchRequest | None = None) -> Way:
-    """The way that the profile names, in this order: container, modules with torch, then by the login nodes' internet."""
+    """The way that the profile names, in this order: container, modules with torch, then by the login nodes'
+    internet.
+    """
     request = request or LaunchRequest(recipe="env", site=system.id)
     isa = system.node.isa
     folder = env_folder(system)
@@ -105,7 +109,9 @@ def way_of(system: System, request: LaunchRequest | None = None) -> Way:
 
 
 def torch_index(system: System) -> str | None:
-    """The index of torch wheels for the site's GPUs; aarch64 wheels of PyPI were CPU-only before torch 2.9, so CUDA is named."""
+    """The index of torch wheels for the site's GPUs; aarch64 wheels of PyPI were CPU-only before torch 2.9, so CUDA is
+    named.
+    """
     if system.gpu.vendor == "amd":
         return "https://download.pytorch.org/whl/rocm6.4"
     if system.gpu.vendor == "nvidia":
@@ -190,7 +196,9 @@ def requirements() -> list[str]:
 
 
 def wheelhouse_command(system: System, way: Way, target: Path) -> list[str]:
-    """``pip download`` for the compute nodes' instruction set: binary wheels only, for another machine than this one."""
+    """``pip download`` for the compute nodes' instruction set: binary wheels only, for another machine than this
+    one.
+    """
     isa = way.isa or platform.machine()
     version = python_version(system).replace(".", "")
     argv = [
@@ -247,7 +255,8 @@ def parses(text: str) -> None:
 def bundle(
     system: System, way: Way, target: Path, *, recipes: list[str], wheels: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """A folder for one rsync: code, build script, wheels for the site's instruction set, and the recipes' model and data.
+    """A folder for one rsync: code, build script, wheels for the site's instruction set, and the recipes' model and
+    data.
 
     Returns its manifest (also written there): every file with its SHA-256 and size. Raises where a part cannot be had.
     """
@@ -278,7 +287,9 @@ def bundle(
             raise RunFailed(f"wheels of another instruction set than {way.isa}: {', '.join(foreign)}")
         if way.index:
             missing.append(
-                f"torch itself: pip download --index-url {way.index} --only-binary=:all: --platform=manylinux_2_28_{way.isa or platform.machine()} --python-version={python_version(system)} --dest {target / 'wheels'} torch"
+                f"torch itself: pip download --index-url {way.index} --only-binary=:all: "
+                f"--platform=manylinux_2_28_{way.isa or platform.machine()} --python-version={python_version(system)} "
+                f"--dest {target / 'wheels'} torch"
             )
     else:
         missing.append("wheels (--no-wheels)")
@@ -360,7 +371,9 @@ def staged(recipes: list[str], target: Path, say: Callable[[str], None]) -> list
 
 
 def foreign_wheels(folder: Path, isa: str | None) -> list[str]:
-    """Names of binary wheels that are for another instruction set (by their tag, and for a sample by their ELF header)."""
+    """Names of binary wheels that are for another instruction set (by their tag, and for a sample by their ELF
+    header).
+    """
     import re
     import zipfile
 

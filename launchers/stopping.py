@@ -17,7 +17,9 @@ from aifactory_train.launchers.programs import attempt as book
 
 
 def ask_to_stop(run: Path, reason: str) -> None:
-    """Write ``RUN/stop``: why, when, who, and the attempt that it was asked of. Whole or not at all: a job may take it away now."""
+    """Write ``RUN/stop``: why, when, who, and the attempt that it was asked of. Whole or not at all: a job may take it
+    away now.
+    """
     asked = book.attempt_numbers(str(run))
     try:
         who = f"{getpass.getuser()}@{socket.gethostname()}"

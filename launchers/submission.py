@@ -1,4 +1,6 @@
-"""A submission as typed values: every line with its origin, every file with its content. Nothing here touches a disk."""
+"""A submission as typed values: every line with its origin, every file with its content. Nothing here touches a
+disk.
+"""
 
 from __future__ import annotations
 

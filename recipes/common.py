@@ -1,9 +1,9 @@
 """What the converters share: reading a source, asking in one of several directions, and how rows are held out.
 
-Sources of a trade (ontologies, standards, catalogues) repeat themselves: the same sentence describes a left and a right hand,
-a direct and an alternating current. A plain random split would test what was trained. Here an entry goes to training or to
-the held-out part by the hash of its *group* (entries that differ in numbers only share one), and of the held-out entries only
-those are kept whose wording no training entry holds.
+Sources of a trade (ontologies, standards, catalogues) repeat themselves: the same sentence describes a left and a right
+hand, a direct and an alternating current. A plain random split would test what was trained. Here an entry goes to
+training or to the held-out part by the hash of its *group* (entries that differ in numbers only share one), and of the
+held-out entries only those are kept whose wording no training entry holds.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ def parted(entries: Iterable[dict[str, Any]], part: str, held_out: float = 0.15)
     """The entries of one part.
 
     Args:
-        entries: dicts with ``wording`` (the text that is compared) and, optional, ``group`` (entries that belong together;
+        entries: dicts with ``wording`` (the text that is compared) and, optional, ``group`` (entries that belong
+        together;
             default: the fingerprint of the wording). Both keys stay in what is yielded.
         part: ``train`` or ``held_out``.
         held_out: share of the groups that is held out; fewer entries than that remain, see below.
 
-    A held-out entry is left out if one training entry holds at least half of its four-word sequences. Both parts are the same
-    in every call, and the same whichever part is asked for first.
+    A held-out entry is left out if one training entry holds at least half of its four-word sequences. Both parts are
+    the same in every call, and the same whichever part is asked for first.
     """
     check_part(part)
     check_share(held_out)
@@ -78,7 +79,9 @@ def parted(entries: Iterable[dict[str, Any]], part: str, held_out: float = 0.15)
 
 
 def repeats(texts: Sequence[str], others: Sequence[str]) -> list[bool]:
-    """For each of ``texts``: whether one of ``others`` holds at least :data:`SHARE` of its :data:`SHINGLE`-word sequences."""
+    """For each of ``texts``: whether one of ``others`` holds at least :data:`SHARE` of its :data:`SHINGLE`-word
+    sequences.
+    """
     mine = [_shingles(text) for text in texts]
     wanted = set().union(*mine) if mine else set()
     where: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -146,13 +149,14 @@ def asked(
 ) -> Callable[[Callable[..., Iterable[dict[str, Any]]]], Callable[..., Iterator[dict[str, Any]]]]:
     """Make a converter of a function that reads entries: its rows ask about them in one of several directions.
 
-    The function takes the path, and by keyword the options of its source; its entries are as for :func:`parted`, each with an
-    ``id``. The converter takes the options of this module besides: ``part``, ``direction``, ``held_out``, ``min_words`` and
-    ``max_words``.
+    The function takes the path, and by keyword the options of its source; its entries are as for :func:`parted`, each
+    with an ``id``. The converter takes the options of this module besides: ``part``, ``direction``, ``held_out``,
+    ``min_words`` and ``max_words``.
 
     Args:
         system: the system message of every row.
-        directions: each with the templates of prompt and completion; ``{name}`` is the entry's value of that name. The first one
+        directions: each with the templates of prompt and completion; ``{name}`` is the entry's value of that name. The
+        first one
             is asked where the recipe names none.
         held_out: default share of what is held out.
         what: what a source without any entry holds none of, for the refusal; None: such a source is not refused.

@@ -1,9 +1,10 @@
-"""Rows of your own (JSON Lines or CSV) with a small schema: which fields a row has, which values are allowed, what is asked.
+"""Rows of your own (JSON Lines or CSV) with a small schema: which fields a row has, which values are allowed, what is
+asked.
 
-A schema is a JSON Schema file beside the recipe (``recipes/SECTOR/NAME.schema.json``) or one of your own, of which this module reads
-``properties`` (``type``: string or number; ``enum``; ``minLength``), ``required``, and three keys of our own: ``x-prompt`` and
-``x-completion`` (text with ``{field}`` in it) and ``x-system``. ``x-group`` names the field whose equal values are never split
-over training and held-out rows.
+A schema is a JSON Schema file beside the recipe (``recipes/SECTOR/NAME.schema.json``) or one of your own, of which this
+module reads ``properties`` (``type``: string or number; ``enum``; ``minLength``), ``required``, and three keys of our
+own: ``x-prompt`` and ``x-completion`` (text with ``{field}`` in it) and ``x-system``. ``x-group`` names the field whose
+equal values are never split over training and held-out rows.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ def rows(path: Path, *, schema: str) -> Iterator[dict[str, Any]]:
 
     Args:
         path: ``.jsonl`` (one object a line) or ``.csv`` (first line: names of the fields).
-        schema: id of a recipe, e.g. ``education/word-problems``, whose ``.schema.json`` is read; or a ``.json`` file of your own,
+        schema: id of a recipe, e.g. ``education/word-problems``, whose ``.schema.json`` is read; or a ``.json`` file of
+        your own,
             found from the current folder or beside ``path``.
 
-    Raises :class:`UserError` with ``file:line`` and the field: a value that is missing or has the wrong type, a label that is
-    not in the schema, a file of neither form.
+    Raises :class:`UserError` with ``file:line`` and the field: a value that is missing or has the wrong type, a label
+    that is not in the schema, a file of neither form.
     """
     rules = own_schema(schema, path.parent) if schema.endswith(".json") else load_schema(schema)
     count = 0

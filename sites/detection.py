@@ -1,6 +1,7 @@
 """What this machine is: a :class:`System` called ``local``, and which known system we stand on.
 
-Reads ``/proc``, ``lscpu``, ``nvidia-smi`` and ``rocm-smi`` (each with a time limit, none is required); never imports torch.
+Reads ``/proc``, ``lscpu``, ``nvidia-smi`` and ``rocm-smi`` (each with a time limit, none is required); never imports
+torch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Device:
     power_limit_w: float | None = None
 
 
-# -- parsers of the vendors' tools: text in, facts out ---------------------------------------------------------------------
+# -- parsers of the vendors' tools: text in, facts out
+# ---------------------------------------------------------------------
 
 NVIDIA_QUERY = "name,memory.total,compute_cap,driver_version,power.limit"
 
@@ -45,8 +47,8 @@ NVIDIA_QUERY = "name,memory.total,compute_cap,driver_version,power.limit"
 def parse_nvidia_smi(text: str) -> list[Device]:
     """Devices from ``nvidia-smi --query-gpu=... --format=csv``.
 
-    Columns are found by the header line, in any order; without one (``noheader``) they are taken to be NVIDIA_QUERY's. Units
-    are optional, ``[N/A]`` becomes None.
+    Columns are found by the header line, in any order; without one (``noheader``) they are taken to be NVIDIA_QUERY's.
+    Units are optional, ``[N/A]`` becomes None.
     """
     columns = NVIDIA_QUERY.split(",")
     devices = []
@@ -78,8 +80,8 @@ def parse_nvidia_smi(text: str) -> list[Device]:
 def parse_rocm_smi(text: str) -> list[Device]:
     """Devices from ``rocm-smi --showproductname --showmeminfo vram --showdriverversion --json``.
 
-    Key names changed over ROCm versions ("Card series" and "Card Series", "GFX Version" since 6.x); both are read. The JSON
-    may be preceded by warnings, which are skipped.
+    Key names changed over ROCm versions ("Card series" and "Card Series", "GFX Version" since 6.x); both are read. The
+    JSON may be preceded by warnings, which are skipped.
     """
     start = text.find("{")
     if start < 0:
@@ -146,7 +148,9 @@ def parse_lscpu(text: str) -> dict[str, Any]:
 
 
 def match_sku(device: Device) -> str | None:
-    """The catalogue's SKU for a device: name pattern, architecture and memory (within 7 %) must agree; None where none does."""
+    """The catalogue's SKU for a device: name pattern, architecture and memory (within 7 %) must agree; None where none
+    does.
+    """
     found = []
     for sku, entry in gpu_catalogue().items():
         names = entry.get("device_names") or []
@@ -161,7 +165,8 @@ def match_sku(device: Device) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-# -- reading this machine ----------------------------------------------------------------------------------------------------
+# -- reading this machine
+# ----------------------------------------------------------------------------------------------------
 
 
 def run_tool(command: list[str]) -> str | None:
@@ -179,7 +184,9 @@ def run_tool(command: list[str]) -> str | None:
 
 
 def devices() -> tuple[list[Device], list[str]]:
-    """(the GPUs here, NVIDIA's first; what a driver tool said that could not be read). Both empty where no tool answers."""
+    """(the GPUs here, NVIDIA's first; what a driver tool said that could not be read). Both empty where no tool
+    answers.
+    """
     found: list[Device] = []
     problems: list[str] = []
     text = run_tool(["nvidia-smi", f"--query-gpu={NVIDIA_QUERY}", "--format=csv"])
@@ -309,7 +316,9 @@ def local_profile() -> dict[str, Any]:
 
 
 def detect() -> System:
-    """This machine as a System called ``local``: cores and memory that may be used, GPUs as their driver reports them."""
+    """This machine as a System called ``local``: cores and memory that may be used, GPUs as their driver reports
+    them.
+    """
     return resolve(local_profile())
 
 

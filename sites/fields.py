@@ -12,7 +12,8 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_duration(value: Any) -> int:
-    """Seconds from ``"48h"``, ``"30m"``, ``"2d"``, ``"1d12h"``, Slurm's ``"2-00:00:00"``/``"24:00:00"``, or an int of seconds.
+    """Seconds from ``"48h"``, ``"30m"``, ``"2d"``, ``"1d12h"``, Slurm's ``"2-00:00:00"``/``"24:00:00"``, or an int of
+    seconds.
 
     >>> parse_duration("1d12h"), parse_duration("2-00:00:00"), parse_duration("00:30:00")
     (129600, 172800, 1800)
@@ -61,7 +62,8 @@ _DURATION_SCHEMA = {
 Seconds = Annotated[int, BeforeValidator(parse_duration), WithJsonSchema(_DURATION_SCHEMA, mode="validation")]
 """Whole seconds; written as a duration in YAML."""
 
-# A vendor's instruction-set name: sm_80 for NVIDIA, gfx90a for AMD. Mixing the two up is caught here and in `sites check`.
+# A vendor's instruction-set name: sm_80 for NVIDIA, gfx90a for AMD. Mixing the two up is caught here and in `sites
+# check`.
 Arch = Annotated[str, Field(pattern=r"^(sm_\d{2,3}|gfx[0-9a-f]{3,4})$")]
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]

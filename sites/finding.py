@@ -1,4 +1,6 @@
-"""From a name to the file of its profile. A factory, antenna, host or country is no system: the refusal names its systems."""
+"""From a name to the file of its profile. A factory, antenna, host or country is no system: the refusal names its
+systems.
+"""
 
 from __future__ import annotations
 

@@ -90,5 +90,7 @@ class Gpu(SiteModel):
 
     @property
     def usable_gib(self) -> float | None:
-        """What the driver shows where that is known, else the nominal size; the framework's own share still goes off it."""
+        """What the driver shows where that is known, else the nominal size; the framework's own share still goes off
+        it.
+        """
         return self.memory_visible_mib / 1024 if self.memory_visible_mib else self.memory_gib

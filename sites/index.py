@@ -1,7 +1,7 @@
 """The built index: what list commands need, in one JSON file, so that they answer without reading seventy YAML files.
 
-``index.json`` is generated (``aifactory sites check --write-index``) and carries a digest of every file it was built from. A
-reader whose files differ (somebody is editing) rebuilds it in memory, so the index can never tell an old story.
+``index.json`` is generated (``aifactory sites check --write-index``) and carries a digest of every file it was built
+from. A reader whose files differ (somebody is editing) rebuilds it in memory, so the index can never tell an old story.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ ROOM = Path(__file__).resolve().parent
 INDEX = ROOM / "index.json"
 FORMAT = 1
 
-#: What has been tried on a system (``readiness.yaml``), least first. Only *run* and *reported* say anything of the site itself:
-#: a twin is built from the same profile as the scripts that it judges.
+#: What has been tried on a system (``readiness.yaml``), least first. Only *run* and *reported* say anything of the site
+#: itself: a twin is built from the same profile as the scripts that it judges.
 READINESS_WORDS = {
     "announced": "announced",
     "documented": "documented",

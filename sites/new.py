@@ -107,14 +107,17 @@ QUESTIONS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
 
 
 def interview(ask: Ask, say: Callable[[str], None], known: dict[str, Any]) -> dict[str, Any]:
-    """Ask every question that ``known`` does not answer; a bad answer is explained and asked again (three times at most)."""
+    """Ask every question that ``known`` does not answer; a bad answer is explained and asked again (three times at
+    most).
+    """
     answers = dict(known)
     for key, question, read in QUESTIONS:
         if key in known:
             continue
         if key == "sku" and known.get("gres_type"):
             say(
-                f"Slurm calls these GPUs '{known['gres_type']}'; the catalogue has {', '.join(suggested(known['gres_type']))}"
+                f"Slurm calls these GPUs '{known['gres_type']}'; the catalogue has "
+                f"{', '.join(suggested(known['gres_type']))}"
             )
         for attempt in range(3):
             text = ask(f"{question}: ")

@@ -1,4 +1,6 @@
-"""Dotted paths into a profile (``node.gpus``, ``partitions.standard-g.max_time``): listing, reading, and whose source covers one."""
+"""Dotted paths into a profile (``node.gpus``, ``partitions.standard-g.max_time``): listing, reading, and whose source
+covers one.
+"""
 
 from __future__ import annotations
 

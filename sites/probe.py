@@ -1,7 +1,7 @@
 """What the machine we stand on says about itself, and how that differs from its profile.
 
-Slurm is asked with ``sinfo`` and ``scontrol`` (no accounting needed), devices with ``nvidia-smi`` or ``rocm-smi``, the CPU with
-``lscpu``. Devices and CPU are compared inside a job only: a login node is not a compute node.
+Slurm is asked with ``sinfo`` and ``scontrol`` (no accounting needed), devices with ``nvidia-smi`` or ``rocm-smi``, the
+CPU with ``lscpu``. Devices and CPU are compared inside a job only: a login node is not a compute node.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Observation:
 
 @dataclass(frozen=True)
 class Difference:
-    """One fact that the machine tells otherwise. ``observed`` is None where the profile's entry does not exist there."""
+    """One fact that the machine tells otherwise. ``observed`` is None where the profile's entry does not exist
+    there.
+    """
 
     path: str
     profile: Any
@@ -86,7 +88,8 @@ class Difference:
         return self.observed
 
 
-# -- parsers -----------------------------------------------------------------------------------------------------------------
+# -- parsers
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def _number(text: str) -> int:
@@ -166,7 +169,8 @@ def parse_config(text: str) -> dict[str, str]:
     return {m.group(1): m.group(2).strip() for m in re.finditer(r"^(\w+)\s*=\s*(.*)$", text, re.M)}
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------------
+# -- reading
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def observe() -> Observation:
@@ -208,7 +212,8 @@ def node_record(groups: list[NodeGroup], partition: str) -> dict[str, str]:
     return {}
 
 
-# -- comparing ---------------------------------------------------------------------------------------------------------------
+# -- comparing
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def facts_of(groups: list[NodeGroup], record: dict[str, str]) -> dict[str, tuple[Any, str]]:
@@ -264,8 +269,8 @@ def partition_facts(name: str, groups: list[NodeGroup], record: dict[str, str]) 
 def memory_rule(seen: Observation, partition: str) -> tuple[str, str] | None:
     """(``mem`` or ``none``, evidence): whether a job must ask for host memory. None where Slurm does not say.
 
-    Where memory is a resource of its own, a job that asks for none gets the default for each CPU or GPU, or all where there is no default;
-    a node's share in proportion to its GPUs is then asked for.
+    Where memory is a resource of its own, a job that asks for none gets the default for each CPU or GPU, or all where
+    there is no default; a node's share in proportion to its GPUs is then asked for.
     """
     parameters = seen.config.get("SelectTypeParameters", "")
     if not parameters or parameters.upper() in ("NONE", "(NULL)"):
@@ -280,15 +285,17 @@ def memory_rule(seen: Observation, partition: str) -> tuple[str, str] | None:
 
 
 def account_rule(seen: Observation) -> tuple[str, str] | None:
-    """(``required``, evidence) where Slurm starts no job without an association; None where it does not say or does not enforce any."""
+    """(``required``, evidence) where Slurm starts no job without an association; None where it does not say or does not
+    enforce any.
+    """
     enforced = seen.config.get("AccountingStorageEnforce", "").lower()
     if "associations" not in enforced:
         return None
     return "required", f"scontrol show config AccountingStorageEnforce={enforced}"
 
 
-#: Facts that a probe adds only where the profile already says something about them: they matter for rendering or arithmetic
-#: there, and on a shared machine they move with every drained node.
+#: Facts that a probe adds only where the profile already says something about them: they matter for rendering or
+#: arithmetic there, and on a shared machine they move with every drained node.
 _ONLY_IF_STATED = ("nodes", "default_time", "shared", "sockets", "threads_per_core", "state")
 
 
@@ -302,7 +309,9 @@ def _same(path: str, profile: Any, observed: Any) -> bool:
 
 
 def compare(system: System, seen: Observation, record: dict[str, str] | None = None) -> list[Difference]:
-    """Where the machine differs from the profile, in the profile's order. Pure but for ``record`` being asked for if None."""
+    """Where the machine differs from the profile, in the profile's order. Pure but for ``record`` being asked for if
+    None.
+    """
     found: dict[str, tuple[Any, str]] = {}
     gone: list[Difference] = []
     real = {g.partition for g in seen.groups} | set(seen.partitions)
@@ -378,7 +387,9 @@ def _hardware(system: System, seen: Observation) -> dict[str, tuple[Any, str]]:
 
 
 def patch(system: System, differences: list[Difference]) -> dict[str, Any]:
-    """The differences as an overlay: save it as ``~/.config/aifactory/sites/<id>.yaml`` or send it to the profile's maintainer."""
+    """The differences as an overlay: save it as ``~/.config/aifactory/sites/<id>.yaml`` or send it to the profile's
+    maintainer.
+    """
     return {"overlay_for": system.id, "corrections": {d.path: d.correction for d in differences}}
 
 

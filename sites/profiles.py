@@ -1,7 +1,7 @@
 """Reading profiles: YAML → validated, resolved :class:`System` with the provenance of each fact beside it.
 
-Resolution, in this order: the profile's file; constants of its GPU from ``gpus.yaml`` (what the profile states itself wins);
-corrections and values of the user's overlay. Nothing is guessed: what no layer states stays ``None``.
+Resolution, in this order: the profile's file; constants of its GPU from ``gpus.yaml`` (what the profile states itself
+wins); corrections and values of the user's overlay. Nothing is guessed: what no layer states stays ``None``.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ def read_overlay(source: Path | str | dict[str, Any], system_id: str | None = No
 def load(name: str, overlay: Path | str | dict[str, Any] | bool | None = None) -> System:
     """The resolved system called ``name``.
 
-    name:     an id or alias (``lumi-g``), ``local`` (detected now), ``generic-slurm``, or the path of a profile's YAML file.
+    name:     an id or alias (``lumi-g``), ``local`` (detected now), ``generic-slurm``, or the path of a profile's YAML
+    file.
               A profile of that name in ``~/.config/aifactory/sites/`` is found too; a shipped one wins.
-    overlay:  a file or dict with the user's values (a file may also hold a whole profile of that name); ``None`` uses ``~/.config/aifactory/sites/<id>.yaml`` where it exists;
+    overlay:  a file or dict with the user's values (a file may also hold a whole profile of that name); ``None`` uses
+    ``~/.config/aifactory/sites/<id>.yaml`` where it exists;
               ``False`` uses none.
 
-    Raises UserError for an unknown name (with the nearest system, factory, host or country), for a factory's or antenna's
-    name (with its systems), and for a wrong key in profile or overlay (with file and line).
+    Raises UserError for an unknown name (with the nearest system, factory, host or country), for a factory's or
+    antenna's name (with its systems), and for a wrong key in profile or overlay (with file and line).
     """
     path: Path | None
     if isinstance(overlay, (str, Path)) and _is_profile(Path(overlay)):

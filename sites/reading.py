@@ -12,7 +12,9 @@ from aifactory_train.core.errors import UserError, did_you_mean
 
 
 def read_yaml(path: Path) -> Any:
-    """The file's content; what cannot be read is refused with file and line. Numbers know how they were written, for text."""
+    """The file's content; what cannot be read is refused with file and line. Numbers know how they were written, for
+    text.
+    """
     return yaml_text.read(path, keep_written=True).value
 
 
@@ -33,8 +35,8 @@ def place_of(path: Path | None, keys: tuple[Any, ...], label: str = "profile") -
 
 
 def refusal(error: ValidationError, model: type, path: Path | None, label: str = "profile") -> UserError:
-    """The first fault of a pydantic error as a message with file, line, key and fix; the others by key and kind, so that one reading
-    repairs all."""
+    """The first fault of a pydantic error as a message with file, line, key and fix; the others by key and kind, so
+    that one reading repairs all."""
     faults = error.errors(include_url=False)
     fault = faults[0]
     keys = tuple(k for k in fault["loc"] if not (isinstance(k, str) and k.startswith("function-")))

@@ -16,20 +16,25 @@ from aifactory_train.sites.schema import FACT_SECTIONS, FactEntry, Overlay, Prof
 from aifactory_train.sites.system import System
 
 
-def resolve(
-    raw: Any, path: Path | None = None, overlay: Overlay | None = None, overlay_path: Path | None = None
-) -> System:
-    """A raw profile (parsed YAML) → :class:`System`. ``path`` and ``overlay_path`` are only for messages.
-
-    An overlay's correction of ``null`` removes the key (a partition that does not exist there). A GPU of the profile's own is written as in
-    ``gpus.yaml``: ``id`` is its name, ``like`` the known one whose constants it has where the profile says nothing else.
-    """
+def _refuse_unknown_keys(raw: Any, path: Path | None) -> None:
     if not isinstance(raw, dict):
         raise UserError("a profile is a mapping of keys to values", where=str(path or "profile"))
     for key in raw:
         if key not in _PROFILE_KEYS:
             close = did_you_mean(str(key), _PROFILE_KEYS)
             raise UserError(f"unknown key '{key}'{close}", where=place_of(path, (key,)))
+
+
+def resolve(
+    raw: Any, path: Path | None = None, overlay: Overlay | None = None, overlay_path: Path | None = None
+) -> System:
+    """A raw profile (parsed YAML) → :class:`System`. ``path`` and ``overlay_path`` are only for messages.
+
+    An overlay's correction of ``null`` removes the key (a partition that does not exist there). A GPU of the profile's
+    own is written as in ``gpus.yaml``: ``id`` is its name, ``like`` the known one whose constants it has where the
+    profile says nothing else.
+    """
+    _refuse_unknown_keys(raw, path)
     raw = copy.deepcopy(raw)
     if overlay is not None:
         for dotted, value in overlay.corrections.items():
@@ -52,7 +57,8 @@ def resolve(
             raise UserError(
                 f"unknown GPU '{base}'{did_you_mean(str(base), catalogue)}",
                 where=place_of(path, ("gpu", key)),
-                fix=f"one of {', '.join(catalogue)}; one of your own: gpu: {{id: NAME, like: one of these, and what differs}}",
+                fix=f"one of {', '.join(catalogue)}; one of your own: gpu: {{id: NAME, like: one of these, and what "
+                f"differs}}",
             )
         inherited = copy.deepcopy(catalogue[base])
         if like is not None:
@@ -79,7 +85,9 @@ def resolve(
 
 
 def name_gpu(raw: dict[str, Any]) -> Any:
-    """Write a GPU's ``id`` as its ``model`` (as ``sku`` where the catalogue has it), in place, and take ``like`` out, which is returned."""
+    """Write a GPU's ``id`` as its ``model`` (as ``sku`` where the catalogue has it), in place, and take ``like`` out,
+    which is returned.
+    """
     gpu = raw.get("gpu")
     if not isinstance(gpu, dict):
         return None
@@ -128,7 +136,9 @@ def _readiness_table() -> dict[str, dict[str, Any]]:
 
 
 def readiness_of(system: Profile) -> tuple[str, str | None]:
-    """(level, evidence) from ``readiness.yaml``; without an entry a usable profile is *documented*, others *announced*."""
+    """(level, evidence) from ``readiness.yaml``; without an entry a usable profile is *documented*, others
+    *announced*.
+    """
     entry = _readiness_table().get(system.id)
     if entry:
         return entry["level"], f"{entry['evidence']} ({entry['date']})"

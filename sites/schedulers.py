@@ -1,8 +1,9 @@
-"""The schedulers that a profile may name, and what is true of each wherever it runs: how GPUs are asked for, its flavours, and the
-variables that it gives to jobs. What this project can do with one is told by its backend (``launchers/backends``).
+"""The schedulers that a profile may name, and what is true of each wherever it runs: how GPUs are asked for, its
+flavours, and the variables that it gives to jobs. What this project can do with one is told by its backend
+(``launchers/backends``).
 
-Another kind is its words in the literals here and a row of ``SCHEDULERS``; then ``aifactory sites check --write-index`` writes the schema
-from which editors complete profiles.
+Another kind is its words in the literals here and a row of ``SCHEDULERS``; then ``aifactory sites check --write-index``
+writes the schema from which editors complete profiles.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class JobVariables:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """One kind. ``gpu_requests``: forms of ``request.gpus`` that it takes; ``flavours``: values of ``scheduler.flavour``."""
+    """One kind. ``gpu_requests``: forms of ``request.gpus`` that it takes; ``flavours``: values of
+    ``scheduler.flavour``.
+    """
 
     gpu_requests: tuple[GpuRequest, ...]
     flavours: tuple[Flavour, ...] = ()

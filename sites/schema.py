@@ -1,12 +1,12 @@
 """The schema of a site profile: typed, strict (an unknown key is an error) and free of policy and code.
 
-A profile is one YAML file in ``systems/``. What nobody has published stays ``None``; ``missing:`` in the profile names the
-gaps. Every fact is addressed by a dotted path (``node.gpus``, ``partitions.standard-g.max_time``) and its source stands in
-the profile's ``facts:`` list; :mod:`aifactory_train.sites.check` proves that none lacks one.
+A profile is one YAML file in ``systems/``. What nobody has published stays ``None``; ``missing:`` in the profile names
+the gaps. Every fact is addressed by a dotted path (``node.gpus``, ``partitions.standard-g.max_time``) and its source
+stands in the profile's ``facts:`` list; :mod:`aifactory_train.sites.check` proves that none lacks one.
 
 Units are part of the contract: times are whole **seconds**, memory is **GiB** (vendors print "GB" for the same number),
-bandwidths are **GB/s** (1e9 bytes) in one direction unless the name says ``gbit``, compute is dense **TFLOP/s**, power is W.
-A *GPU* is what the scheduler and the framework count: on MI250X that is one GCD (half a module).
+bandwidths are **GB/s** (1e9 bytes) in one direction unless the name says ``gbit``, compute is dense **TFLOP/s**, power
+is W. A *GPU* is what the scheduler and the framework count: on MI250X that is one GCD (half a module).
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def _compiled(pattern: str) -> None:
 
 
 class Detect(SiteModel):
-    """How to recognise the machine: regular expressions for the full host name, Slurm's ClusterName, environment variables."""
+    """How to recognise the machine: regular expressions for the full host name, Slurm's ClusterName, environment
+    variables.
+    """
 
     hostnames: list[str] = []
     cluster_names: list[str] = []
@@ -271,7 +273,9 @@ class Software(SiteModel):
 
 
 class Filesystem(SiteModel):
-    """``path`` is a template: ``$VARIABLE`` is the site's, ``{user}``, ``{project}``, ``{account}`` are filled from the overlay."""
+    """``path`` is a template: ``$VARIABLE`` is the site's, ``{user}``, ``{project}``, ``{account}`` are filled from the
+    overlay.
+    """
 
     role: Literal["home", "project", "scratch", "fast", "node-local", "data", "archive"]
     path: str | None = None

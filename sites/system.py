@@ -25,7 +25,9 @@ from aifactory_train.sites.schema import (
 
 
 class System(Profile):
-    """A resolved profile: plain values (``system.gpu.memory_gib``), provenance beside them (``system.provenance(path)``)."""
+    """A resolved profile: plain values (``system.gpu.memory_gib``), provenance beside them
+    (``system.provenance(path)``).
+    """
 
     user: UserValues = UserValues()
     readiness: str = "documented"
@@ -47,8 +49,8 @@ class System(Profile):
     ) -> System:
         """Lay provenance beside the values; returns the system itself.
 
-        table: entries of ``facts:`` by path; gpu_table, gpu_sources: the catalogue's for this GPU; own_gpu: keys of ``gpu`` that the
-        profile states itself.
+        table: entries of ``facts:`` by path; gpu_table, gpu_sources: the catalogue's for this GPU; own_gpu: keys of
+        ``gpu`` that the profile states itself.
         """
         self._table, self._gpu_table, self._gpu_sources, self._own_gpu = table, gpu_table, gpu_sources, own_gpu
         return self
@@ -193,7 +195,8 @@ class System(Profile):
         return name, self.qos.get(name)
 
     def limits(self, partition: str, qos: str | None = None, gpus_per_node: int | None = None) -> dict[str, int | None]:
-        """The tighter of partition and QoS: max_time (s), default_time, min_nodes, max_nodes, max_gpus, max_running_jobs.
+        """The tighter of partition and QoS: max_time (s), default_time, min_nodes, max_nodes, max_gpus,
+        max_running_jobs.
 
         A limit on GPUs is one on nodes too, of which a job takes ``gpus_per_node`` each (default: all).
         """

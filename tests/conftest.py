@@ -56,7 +56,9 @@ def tiny_tokenizer(tiny_model_dir: Path):
 
 @pytest.fixture
 def make_recipe(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Path]:
-    """Factory: ``make_recipe(rows=48, eval_rows=12, model=DIR, settings={"train.max_steps": 2})`` -> path of the YAML."""
+    """Factory: ``make_recipe(rows=48, eval_rows=12, model=DIR, settings={"train.max_steps": 2})`` -> path of the
+    YAML.
+    """
 
     def make(*, model: Path | None = None, folder: Path | None = None, **more: Any) -> Path:
         return helpers.write_recipe(folder or tmp_path, model or tiny_model_dir, **more)

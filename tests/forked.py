@@ -1,7 +1,9 @@
-"""Ranks of the real command line, forked from one process that has imported everything: a start costs a second, not twenty.
+"""Ranks of the real command line, forked from one process that has imported everything: a start costs a second, not
+twenty.
 
-Each rank is a process of its own that runs ``aifactory ARGS`` and can be killed like any other. Through a pipe it tells what
-it does: ``{"rank", "step", "phase"}`` at every heartbeat, ``{"rank", "save": "begin"|"write"|"end"}`` around saves.
+Each rank is a process of its own that runs ``aifactory ARGS`` and can be killed like any other. Through a pipe it tells
+what it does: ``{"rank", "step", "phase"}`` at every heartbeat, ``{"rank", "save": "begin"|"write"|"end"}`` around
+saves.
 """
 
 from __future__ import annotations
@@ -204,8 +206,8 @@ def _tell_progress(tell: Callable[[dict], None]) -> None:
 
 
 def slow_saves(seconds: float, tell: Callable[[dict], None] | None = None) -> None:
-    """In a child: every save takes about ``seconds`` longer: a nap in the middle of the first and the tenth piece of bytes
-    of each file (rank 0 writes five files)."""
+    """In a child: every save takes about ``seconds`` longer: a nap in the middle of the first and the tenth piece of
+    bytes of each file (rank 0 writes five files)."""
     from aifactory_train.parallel import storage
 
     put, written = storage.put, {}

@@ -1,5 +1,5 @@
-"""What several rooms' tests share: tiny models built in code, a small byte-level tokenizer, rows to learn from, and the command
-line as a user calls it. Nothing here is downloaded; heavy imports happen inside the functions."""
+"""What several rooms' tests share: tiny models built in code, a small byte-level tokenizer, rows to learn from, and the
+command line as a user calls it. Nothing here is downloaded; heavy imports happen inside the functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ _THINGS = ["door", "boat", "lamp", "stone", "bridge", "cup", "wheel", "roof", "s
 
 
 def write_tokenizer(folder: Path, *, template: str | None = CHATML, eos: str = "<|im_end|>") -> Path:
-    """A byte-level BPE tokenizer with about 400 tokens, ChatML and ``<|im_end|>`` as end of turn, saved like any other."""
+    """A byte-level BPE tokenizer with about 400 tokens, ChatML and ``<|im_end|>`` as end of turn, saved like any
+    other.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -138,7 +140,9 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 def write_recipe(
     folder: Path, model: Path, *, rows: int = 48, eval_rows: int = 12, settings: dict[str, Any] | None = None
 ) -> Path:
-    """``recipe.yaml`` with ``train.jsonl`` and ``eval.jsonl`` beside it. ``settings`` are dotted keys: ``{"train.epochs": 2}``."""
+    """``recipe.yaml`` with ``train.jsonl`` and ``eval.jsonl`` beside it. ``settings`` are dotted keys:
+    ``{"train.epochs": 2}``.
+    """
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,10 +177,11 @@ def write_recipe(
 
 
 def reserved_port() -> socket.socket:
-    """A socket that keeps a free port of 127.0.0.1 (``.getsockname()[1]``) for ranks that will listen there seconds later.
+    """A socket that keeps a free port of 127.0.0.1 (``.getsockname()[1]``) for ranks that will listen there seconds
+    later.
 
-    Nobody else is given the port while it is open; torch's store, which sets SO_REUSEADDR too, may listen at it. Close it when the
-    ranks are gone.
+    Nobody else is given the port while it is open; torch's store, which sets SO_REUSEADDR too, may listen at it. Close
+    it when the ranks are gone.
     """
     kept = socket.socket()
     kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -10,7 +10,8 @@ from typing import Any
 
 
 def main(run: Callable[[dict[str, Any], Any], dict[str, Any]], timeout_s: int) -> None:
-    """Join the ranks, run every case of the first argument one after the other, and write what rank 0 found to the second.
+    """Join the ranks, run every case of the first argument one after the other, and write what rank 0 found to the
+    second.
 
     Args:
         run: called as ``run(case, world)`` on every rank.

@@ -13,8 +13,8 @@ ASKING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_selec
 
 
 class ReadBacks(TorchDispatchMode):
-    """Counts, by name, what would have the host wait for the device: within it, tensors are taken for a device's, but for numbers of
-    the type ``host``."""
+    """Counts, by name, what would have the host wait for the device: within it, tensors are taken for a device's, but
+    for numbers of the type ``host``."""
 
     def __init__(self, host: torch.dtype | None = None) -> None:
         super().__init__()

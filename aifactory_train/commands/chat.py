@@ -85,7 +85,8 @@ class Talker:
                 ids = self._ids()
         if len(ids) + self.max_new_tokens > self.most:
             raise UserError(
-                f"{len(ids)} tokens and an answer of {self.max_new_tokens} do not fit the model's {self.most} positions",
+                f"{len(ids)} tokens and an answer of {self.max_new_tokens} do not fit the model's {self.most} "
+                f"positions",
                 where="--prompt",
                 fix="a shorter prompt or a smaller --max-new-tokens",
             )

@@ -116,7 +116,9 @@ def examine() -> dict[str, Any]:
 
 
 def _torch_view() -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
-    """Devices as torch sees them (a GPU is what the framework counts: on MI250X one GCD), and what a run would choose."""
+    """Devices as torch sees them (a GPU is what the framework counts: on MI250X one GCD), and what a run would
+    choose.
+    """
     import torch
 
     from aifactory_train.config.schema import Recipe

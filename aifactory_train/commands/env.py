@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         found = software.verify_here(args.verify)
         if system.node.isa and found["isa"] != system.node.isa:
             note(
-                f"not checked here: compute nodes of {system.name} are {system.node.isa}, this machine is {found['isa']}"
+                f"not checked here: compute nodes of {system.name} are {system.node.isa}, this machine is "
+                f"{found['isa']}"
             )
         if args.json:
             print_json(found)
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             size = sum(f["bytes"] for f in facts["files"].values()) / 1e6
             note(
-                f"{args.bundle}: {len(facts['files'])} files, {size:,.1f} MB; rsync it to the site, then: bash build-env.sh"
+                f"{args.bundle}: {len(facts['files'])} files, {size:,.1f} MB; rsync it to the site, then: bash "
+                f"build-env.sh"
             )
             for text in facts["missing"]:
                 note(f"not in it: {text}")

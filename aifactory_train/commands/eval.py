@@ -1,4 +1,6 @@
-"""``aifactory eval``: score any rows with a trained run, and write its answers as JSONL; or tasks of lm-evaluation-harness."""
+"""``aifactory eval``: score any rows with a trained run, and write its answers as JSONL; or tasks of
+lm-evaluation-harness.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ def _harness(folder, args: argparse.Namespace) -> int:
 
 
 def scoring_recipe(recipe, args: argparse.Namespace):
-    """The run's recipe with ``--data`` as its only rows; nothing is left out, repeated rows count as often as they stand."""
+    """The run's recipe with ``--data`` as its only rows; nothing is left out, repeated rows count as often as they
+    stand.
+    """
     from aifactory_train.config.data_blocks import DataSource
     from aifactory_train.core.errors import UserError
 

@@ -1,4 +1,6 @@
-"""``aifactory export``: adapter or weights of a checkpoint, merged weights of an adapter, a GGUF file, behind the logits gate."""
+"""``aifactory export``: adapter or weights of a checkpoint, merged weights of an adapter, a GGUF file, behind the
+logits gate.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,8 @@ def _said(kind: str, verdict: dict[str, Any] | None) -> str:
     if "file" not in verdict:
         return f"same as the trained model: {figures}"
     return (
-        f"{verdict['file']}: read back as it was written (relative difference {verdict['file_difference']:.1e}); against the trained "
+        f"{verdict['file']}: read back as it was written (relative difference {verdict['file_difference']:.1e}); "
+        f"against the trained "
         f"model: {figures}, same greedy token at {verdict['greedy_agreement']:.1%} of the places"
     )
 
@@ -133,6 +136,7 @@ def _print_findings(found: dict[str, Any]) -> None:
         load = entry["load"]
         if load is not None:
             print(
-                f"  served by vLLM {load['vllm']} on {load['device']} in {load['dtype']}: {load['same_tokens']} of {load['tokens']} "
+                f"  served by vLLM {load['vllm']} on {load['device']} in {load['dtype']}: {load['same_tokens']} of "
+                f"{load['tokens']} "
                 f"greedy tokens are transformers', log-probabilities within {load['logprob_difference']:.1e} nats"
             )

@@ -143,7 +143,8 @@ def run(args: argparse.Namespace) -> int:
     here = not batch or system.id in ("lab",) or sites.identify() == system.id or submitting
     if not here:
         sub.notes.append(
-            f"this is not {system.name}: paths in the script ({sub.run_dir}, caches, environment) are those of this machine; "
+            f"this is not {system.name}: paths in the script ({sub.run_dir}, caches, environment) are those of this "
+            f"machine; "
             f"call it again on a login node there"
         )
     found = checks.check(sub, recipe, here=here, submitting=submitting)
@@ -330,7 +331,8 @@ def _submit(args: argparse.Namespace, sub: Any, found: list[Any]) -> int:
     else:
         note(f"submitted {', '.join(jobs)}; run folder: {sub.run_dir}")
         note(
-            f"follow it: aifactory status {sub.run_dir}; aifactory logs -f {sub.run_dir}; stop it: aifactory stop {sub.run_dir}"
+            f"follow it: aifactory status {sub.run_dir}; aifactory logs -f {sub.run_dir}; stop it: aifactory stop "
+            f"{sub.run_dir}"
         )
     return 0
 

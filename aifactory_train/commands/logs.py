@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         if not args.follow:
             if not shown:
                 note(
-                    "no log: a run that a launcher started writes one when it begins, 'aifactory train' writes to its terminal"
+                    "no log: a run that a launcher started writes one when it begins, 'aifactory train' writes to its "
+                    "terminal"
                 )
             return 0
         if time.time() - last_state > 10:

@@ -1,4 +1,6 @@
-"""``aifactory plan``: memory, strategy, speed and cost of a recipe at a site, with reasons. Needs no GPU, no torch, no network."""
+"""``aifactory plan``: memory, strategy, speed and cost of a recipe at a site, with reasons. Needs no GPU, no torch, no
+network.
+"""
 
 from __future__ import annotations
 

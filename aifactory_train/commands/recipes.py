@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def listed() -> list[dict[str, Any]]:
-    """One row a recipe, see :func:`summary`. The files are read without validation, which the tests and every other command do."""
+    """One row a recipe, see :func:`summary`. The files are read without validation, which the tests and every other
+    command do.
+    """
     from aifactory_train.config.loading import RECIPES_DIR, recipe_ids
     from aifactory_train.core import yaml_text
 
@@ -79,8 +81,8 @@ def listed() -> list[dict[str, Any]]:
 def summary(recipe: Any) -> dict[str, Any]:
     """One row of the list: ``{id, sector, task, metric, embedded, licences, bases, sites}``.
 
-    ``embedded``: model and data come from packages, so the recipe runs without a hub account. ``sites``: ids of the factories
-    and antennas that name the sector as a focus.
+    ``embedded``: model and data come from packages, so the recipe runs without a hub account. ``sites``: ids of the
+    factories and antennas that name the sector as a focus.
     """
     return _row(
         recipe.id,
@@ -141,7 +143,9 @@ def chosen(rows: list[dict[str, Any]], sector: str | None, site: str | None) -> 
 
 
 def _focus_of(site: str) -> set[str]:
-    """Sectors of a member, or of the members that offer a system. Empty where the programme names no sectors (all fit)."""
+    """Sectors of a member, or of the members that offer a system. Empty where the programme names no sectors (all
+    fit).
+    """
     from aifactory_train.core.errors import UserError, did_you_mean
     from aifactory_train.core.output import note
     from aifactory_train.sites import members

@@ -1,7 +1,7 @@
 """``aifactory recipes new ID --data PATH``: a short annotated recipe for a user's own rows, with a report on them.
 
-The rows are read as the training will read them; what was guessed (columns, task, labels, split) is said, and each guess can be
-set by an option. Nothing is overwritten. Imports neither torch nor transformers.
+The rows are read as the training will read them; what was guessed (columns, task, labels, split) is said, and each
+guess can be set by an option. Nothing is overwritten. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def run(args: argparse.Namespace) -> int:
     _tell_files(notes)
     if not args.licence:
         note(
-            "licence of the rows: MISSING; whose are they? --licence own, or the SPDX id (data.train.licence in the recipe)"
+            "licence of the rows: MISSING; whose are they? --licence own, or the SPDX id (data.train.licence in the "
+            "recipe)"
         )
     if facts["personal_data"]["counts"]:
         note("personal data found: read docs/sensitive-data.md before training (privacy.profile)")
@@ -143,7 +144,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _longest(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """Percentiles of characters as in the report, of the longer answer of each row with its question: that is a document."""
+    """Percentiles of characters as in the report, of the longer answer of each row with its question: that is a
+    document.
+    """
     from aifactory_train.data.report import text_of
 
     sides = [[{"messages": row["messages"]}, {"messages": row.get("rejected", [])}] for row in rows]

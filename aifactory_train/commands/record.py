@@ -1,4 +1,6 @@
-"""``aifactory record``: show the record, fill in what only people know, sign the manifest, add Slurm's energy afterwards."""
+"""``aifactory record``: show the record, fill in what only people know, sign the manifest, add Slurm's energy
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _edited(folder: Path) -> bool:
-    """Whether the record was edited: then it is shown as it is, and ``verify`` names the places; it is not written over."""
+    """Whether the record was edited: then it is shown as it is, and ``verify`` names the places; it is not written
+    over.
+    """
     from aifactory_train.record.check import verify
 
     return any(f["kind"].startswith("record-") and f["kind"] != "record-missing" for f in verify(folder)["faults"])

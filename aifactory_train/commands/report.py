@@ -147,7 +147,9 @@ def collect(folder) -> dict[str, Any]:
 
 
 def training_records(folder) -> list[dict[str, Any]]:
-    """The steps in ``metrics.jsonl``; a last line that was cut off when a run was killed is left out, any other fault named."""
+    """The steps in ``metrics.jsonl``; a last line that was cut off when a run was killed is left out, any other fault
+    named.
+    """
     from aifactory_train.core.errors import UserError
 
     if not folder.metrics_file.is_file():

@@ -1,4 +1,6 @@
-"""``aifactory sites``: the 32 factories and antennas, the facts of one system, comparisons, checks, probes, new profiles."""
+"""``aifactory sites``: the 32 factories and antennas, the facts of one system, comparisons, checks, probes, new
+profiles.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,8 @@ def _refuse_stray_options(args: argparse.Namespace, action: str) -> None:
             )
 
 
-# -- the table -----------------------------------------------------------------------------------------------------------------
+# -- the table
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -131,7 +134,8 @@ def _list(args: argparse.Namespace) -> int:
     )
     factories = sum(m["kind"] == "factory" for m in members)
     print(
-        f"\n{_count(factories, 'factory', 'factories')}, {_count(len(members) - factories, 'antenna', 'antennas')}. ? = not published. 'aifactory sites SYSTEM' shows facts and sources."
+        f"\n{_count(factories, 'factory', 'factories')}, {_count(len(members) - factories, 'antenna', 'antennas')}. ? "
+        f"= not published. 'aifactory sites SYSTEM' shows facts and sources."
     )
     return 0
 
@@ -141,7 +145,9 @@ def _count(number: int, one: str, many: str) -> str:
 
 
 def _plain_table(columns: list[str], rows: list[list[Any]]) -> None:
-    """A left-aligned table; a row whose later cells are empty may run to the line's end. Needs no rich: this is the fast path."""
+    """A left-aligned table; a row whose later cells are empty may run to the line's end. Needs no rich: this is the
+    fast path.
+    """
     widths = [len(c) for c in columns]
     for row in rows:
         full = all(str(cell) for cell in row[3:])
@@ -189,7 +195,8 @@ def _hours(seconds: int | None) -> str:
     return f"{seconds / 3600:.4g} h" if seconds >= 3600 else f"{seconds / 60:.4g} min"
 
 
-# -- one system or member --------------------------------------------------------------------------------------------------------
+# -- one system or member
+# --------------------------------------------------------------------------------------------------------
 
 
 def _show(name: str, args: argparse.Namespace) -> int:
@@ -209,7 +216,8 @@ def _show(name: str, args: argparse.Namespace) -> int:
     system = load(name, overlay=args.site_file)
     if system.expired:
         note(
-            f"warning: this profile expired on {system.expires}; 'aifactory sites probe {system.id}' there tells what changed"
+            f"warning: this profile expired on {system.expires}; 'aifactory sites probe {system.id}' there tells what "
+            f"changed"
         )
     if args.json:
         print_json(system.as_dict())
@@ -220,7 +228,8 @@ def _show(name: str, args: argparse.Namespace) -> int:
     print(f"{system.name} ({system.id}), {system.operator}{', ' + system.country if system.country else ''}")
     reason = f": {system.status_reason}" if system.status_reason else ""
     print(
-        f"{system.status}{reason}; readiness: {READINESS_WORDS[system.readiness]}; expires {system.expires}; maintainer: {system.maintainer}"
+        f"{system.status}{reason}; readiness: {READINESS_WORDS[system.readiness]}; expires {system.expires}; "
+        f"maintainer: {system.maintainer}"
     )
     if system.usable:
         gaps = system.core_missing()
@@ -284,7 +293,8 @@ def _summary(system: Any) -> list[tuple[str, str]]:
 
 def _show_member(member: dict[str, Any]) -> None:
     print(
-        f"{member['name']} ({member['kind']}, {member['country_name']}), hosted by {member['host']}, selected {member['wave']}"
+        f"{member['name']} ({member['kind']}, {member['country_name']}), hosted by {member['host']}, selected "
+        f"{member['wave']}"
     )
     print(
         f"sectors: {', '.join(member['sectors']) or member['sectors_reason']}"
@@ -301,7 +311,8 @@ def _show_member(member: dict[str, Any]) -> None:
         print(f"there, but not for this: {', '.join(member['unsuitable'])}")
 
 
-# -- compare -----------------------------------------------------------------------------------------------------------------------
+# -- compare
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _compare(words: list[str], args: argparse.Namespace) -> int:
@@ -329,7 +340,8 @@ def _compare(words: list[str], args: argparse.Namespace) -> int:
     return 0
 
 
-# -- schema ------------------------------------------------------------------------------------------------------------------------
+# -- schema
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _schema(words: list[str], args: argparse.Namespace) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.output import note, print_json, table
 
-# -- check -------------------------------------------------------------------------------------------------------------------------
+# -- check
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def check_profiles(words: list[str], args: argparse.Namespace) -> int:
@@ -48,13 +49,15 @@ def check_profiles(words: list[str], args: argparse.Namespace) -> int:
         for f in report.faults:
             print(f"{f.severity}: {f.where}: [{f.name}] {f.what}" + (f"\n  fix: {f.fix}" if f.fix else ""))
         print(
-            f"{report.systems} profile(s), {report.complete} complete; {report.facts} facts, of them {report.numeric_facts} numeric, "
+            f"{report.systems} profile(s), {report.complete} complete; {report.facts} facts, of them "
+            f"{report.numeric_facts} numeric, "
             f"{report.numeric_covered} with source, date and confidence; {len(report.faults)} fault(s)"
         )
     return 0 if report.ok else 1
 
 
-# -- probe -------------------------------------------------------------------------------------------------------------------------
+# -- probe
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def probe_system(words: list[str], args: argparse.Namespace) -> int:
@@ -119,7 +122,8 @@ def probe_system(words: list[str], args: argparse.Namespace) -> int:
     return 0
 
 
-# -- new ---------------------------------------------------------------------------------------------------------------------------
+# -- new
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def new_profile(words: list[str], args: argparse.Namespace) -> int:

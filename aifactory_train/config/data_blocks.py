@@ -49,14 +49,16 @@ class DataSource(Strict):
     options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the converter.")
     format: Literal["auto", "messages", "prompt", "text", "preference", "feedback"] = Field(
         "auto",
-        description="preference: chosen and rejected answers; feedback: answers labelled good or bad (methods.preference).",
+        description="preference: chosen and rejected answers; feedback: answers labelled good or bad "
+        "(methods.preference).",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Rename columns: {question: prompt, answer: completion}."
     )
     split: str | None = Field(
         None,
-        description="Split or subset/split of a Hugging Face data set, or the files of a folder by their names (all: every file).",
+        description="Split or subset/split of a Hugging Face data set, or the files of a folder by their names (all: "
+        "every file).",
     )
     revision: str | None = None
     licence: str = Field("unknown", description="SPDX id or name of the data's licence.")
@@ -109,11 +111,13 @@ class DataConfig(Strict):
     sequence_length: int = Field(1024, ge=8, description="Tokens; no document is longer than this.")
     long_documents: Literal["truncate", "split", "paragraphs", "drop"] = Field(
         "truncate",
-        description="What happens to longer documents; counted and reported. paragraphs: split between paragraphs, lines or sentences.",
+        description="What happens to longer documents; counted and reported. paragraphs: split between paragraphs, "
+        "lines or sentences.",
     )
     unreadable: Literal["skip", "refuse"] = Field(
         "skip",
-        description="Folders of documents: scanned or encrypted PDFs, empty files, unknown encodings. Named and counted.",
+        description="Folders of documents: scanned or encrypted PDFs, empty files, unknown encodings. Named and "
+        "counted.",
     )
     split_by: SplitBy | None = Field(
         None,
@@ -129,7 +133,8 @@ class DataConfig(Strict):
     supervise: Literal["assistant", "all"] = Field("assistant", description="Which turns of a chat carry loss.")
     control_tokens_in_content: Literal["as_text", "as_tokens"] = Field(
         "as_text",
-        description="Special tokens inside what a chat says (<|im_end|> in an answer): text like any other, or the template's own marks.",
+        description="Special tokens inside what a chat says (<|im_end|> in an answer): text like any other, or the "
+        "template's own marks.",
     )
     deduplicate: bool = True
     overlap: Literal["refuse", "drop", "allow"] = Field("drop", description="Rows that are in train and eval alike.")

@@ -72,8 +72,9 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def _settle_micro_batch(tree: dict, origin: dict[tuple, str]) -> None:
-    """``train.micro_batch_tokens: auto``, and a recipe file's figure that a longer ``data.sequence_length`` of the command line outgrew,
-    become the default or the least that holds a document, whichever is more; the latter where it was outgrown. How a step is divided changes nothing of the training."""
+    """``train.micro_batch_tokens: auto``, and a recipe file's figure that a longer ``data.sequence_length`` of the
+    command line outgrew, become the default or the least that holds a document, whichever is more; the latter where it
+    was outgrown. How a step is divided changes nothing of the training."""
     train, data = tree.get("train", {}), tree.get("data")
     if not isinstance(train, dict) or not isinstance(data, dict):
         return  # said by the schema
@@ -113,9 +114,10 @@ PATH_KEYS = (
 def _resolve_paths(tree: dict, folder: Path | None) -> None:
     """Make the paths of ``tree`` absolute, so that the run can be used from any working directory.
 
-    A model, template or source of rows that begins with ``./`` in a recipe file lies beside that file (``folder``; None: the values come
-    from the command line). Any other relative path is one from the working directory, or, where nothing lies there, from the recipe's
-    folder. What is no path that exists stays as it was written: an id of a hub, a package, or a mistake that is named later.
+    A model, template or source of rows that begins with ``./`` in a recipe file lies beside that file (``folder``;
+    None: the values come from the command line). Any other relative path is one from the working directory, or, where
+    nothing lies there, from the recipe's folder. What is no path that exists stays as it was written: an id of a hub, a
+    package, or a mistake that is named later.
     """
 
     def fixed(value: Any) -> Any:
@@ -145,8 +147,8 @@ def _resolve_paths(tree: dict, folder: Path | None) -> None:
 
 
 def _absolute(text: str, folder: Path | None, *, beside: bool = False) -> str:
-    """``text`` as an absolute path if something lies there, else unchanged (see :func:`_resolve_paths`); ``beside``: ``./`` means the
-    recipe's folder, whatever lies there."""
+    """``text`` as an absolute path if something lies there, else unchanged (see :func:`_resolve_paths`); ``beside``:
+    ``./`` means the recipe's folder, whatever lies there."""
     if beside and folder is not None and text.startswith("./"):
         return str((folder / text).resolve())
     if not text or "\0" in text or text.startswith(("pypi:", "npm:")):
@@ -337,7 +339,9 @@ def to_tree(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_tree(tree: Any, where: str, document: yaml_text.YamlDocument | None = None) -> Recipe:
-    """The recipe of a resolved tree. Raises :class:`UserError` with the place in ``where``, whose text ``document`` is."""
+    """The recipe of a resolved tree. Raises :class:`UserError` with the place in ``where``, whose text ``document``
+    is.
+    """
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:

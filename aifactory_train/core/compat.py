@@ -64,8 +64,9 @@ def shares_memory(device: str) -> bool:
 def sum_gradients(module: Any) -> None:
     """Make FSDP2 add the ranks' gradients and divide by nothing.
 
-    A factor of 1 alone would ask the backend for ``AVG`` (one rank) or ``PREMUL_SUM`` (which gloo lacks), so plain sums are
-    forced as well where this torch can (all supported versions; the factor is a method of the root in some of them).
+    A factor of 1 alone would ask the backend for ``AVG`` (one rank) or ``PREMUL_SUM`` (which gloo lacks), so plain sums
+    are forced as well where this torch can (all supported versions; the factor is a method of the root in some of
+    them).
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -89,7 +90,9 @@ def ddp_without_buffer_sync() -> dict[str, bool]:
 
 
 class _Heard(torch.autograd.Function):
-    """Calls a function with gradients on: what C++ warns of meanwhile goes through Python's filters, not straight to the terminal."""
+    """Calls a function with gradients on: what C++ warns of meanwhile goes through Python's filters, not straight to
+    the terminal.
+    """
 
     @staticmethod
     def forward(ctx: Any, function: Callable[[], Any], results: list[Any]) -> torch.Tensor:
@@ -99,7 +102,8 @@ class _Heard(torch.autograd.Function):
 
 
 def quiet_unused_parameters(function: Callable[[], Any]) -> Any:
-    """``function()`` without DDP's one warning that ``find_unused_parameters=True``, which we set on purpose, found none unused.
+    """``function()`` without DDP's one warning that ``find_unused_parameters=True``, which we set on purpose, found
+    none unused.
 
     DDP gives it once a process, in the first forward pass whose backward pass reduces gradients.
     """
@@ -112,7 +116,9 @@ def quiet_unused_parameters(function: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Hides the warning that peft 0.21 causes by reading a name that transformers 5 has renamed: no user could act on it."""
+    """Hides the warning that peft 0.21 causes by reading a name that transformers 5 has renamed: no user could act on
+    it.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         yield

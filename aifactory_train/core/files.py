@@ -18,7 +18,8 @@ _BREAKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
 
 
 def put_whole(path: Path, text: str, mode: int | None = None, *, sync: bool = True) -> None:
-    """Write a small file so that readers see the old or the new content, never a part. Raises OSError; nothing is left beside.
+    """Write a small file so that readers see the old or the new content, never a part. Raises OSError; nothing is left
+    beside.
 
     Without ``sync`` a machine that loses power may leave the file empty.
     """
@@ -64,10 +65,12 @@ def write_json(path: Path, value: Any, *, sync: bool = True) -> None:
 
 
 def read_json(path: Path, shape: Any = None) -> Any:
-    """The value of a JSON file that anybody may have written; whatever is wrong with it is one :class:`UserError` that names it.
+    """The value of a JSON file that anybody may have written; whatever is wrong with it is one :class:`UserError` that
+    names it.
 
-    ``shape`` says what the value must be: a type, a tuple of types, or for an object a dictionary of its keys with the shape of each
-    (``"key?"`` may be missing or null). ``{"weight_map": dict}`` wants an object with an object under that key.
+    ``shape`` says what the value must be: a type, a tuple of types, or for an object a dictionary of its keys with the
+    shape of each (``"key?"`` may be missing or null). ``{"weight_map": dict}`` wants an object with an object under
+    that key.
     """
     try:
         # A pipe or a device would be waited for without end.
@@ -142,9 +145,11 @@ def _kind(value: Any) -> str:
 
 @contextlib.contextmanager
 def foreign(where: object, what: str, fix: str | None = None, ours: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Around a library that is given files of others: whatever it raises becomes one :class:`UserError`, a panic of Rust code included.
+    """Around a library that is given files of others: whatever it raises becomes one :class:`UserError`, a panic of
+    Rust code included.
 
-    Not: a lack of memory, of space or of a package, a signal, and errors of ours. AIFACTORY_DEBUG=1 lets the traceback through.
+    Not: a lack of memory, of space or of a package, a signal, and errors of ours. AIFACTORY_DEBUG=1 lets the traceback
+    through.
     """
     passed: tuple[type[BaseException], ...] = (UserError, MemoryError, ModuleNotFoundError, *ours)
     try:
@@ -179,7 +184,8 @@ ODD_SHAPES = (
 
 @contextlib.contextmanager
 def reading(where: object, what: str, fix: str | None = None) -> Iterator[None]:
-    """Around code that takes apart what others may have written or damaged: what odd shapes raise becomes one :class:`UserError`.
+    """Around code that takes apart what others may have written or damaged: what odd shapes raise becomes one
+    :class:`UserError`.
 
     AIFACTORY_DEBUG=1 lets the traceback through, for a fault that is ours.
     """

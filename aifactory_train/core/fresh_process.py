@@ -21,7 +21,7 @@ _LAUNCHERS = (
 
 
 def environment(*without: str, **more: str) -> dict[str, str]:
-    """This process's variables without a launcher's and without those that begin with one of ``leave_out``; the hub switched
-    off; then ``more``."""
+    """This process's variables without a launcher's and without those that begin with one of ``leave_out``; the hub
+    switched off; then ``more``."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith((*_LAUNCHERS, *without))}
     return {**kept, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **more}

@@ -1,4 +1,6 @@
-"""What the program cannot know is ``MISSING (who must supply it)``, in the record and in everything rendered from it. Never a filler."""
+"""What the program cannot know is ``MISSING (who must supply it)``, in the record and in everything rendered from it.
+Never a filler.
+"""
 
 from __future__ import annotations
 

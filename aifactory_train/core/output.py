@@ -36,7 +36,9 @@ def _is_utf8(stream: TextIO) -> bool:
 
 
 def show_any_character() -> None:
-    """From now on a character that a terminal cannot show becomes '?' in what people read, where Python would give up."""
+    """From now on a character that a terminal cannot show becomes '?' in what people read, where Python would give
+    up.
+    """
     for stream in (sys.stdout, sys.stderr):
         if not _is_utf8(stream) and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -69,8 +71,8 @@ def _asked_width() -> int | None:
 def table(title: str | None, columns: list[str], rows: list[list[Any]], *, right: tuple[int, ...] = ()) -> None:
     """Print a plain table; ``right`` lists the columns that hold numbers.
 
-    The first column names the row: it is not divided while it takes less than half of the width, so that names can be copied
-    and searched for. In a pipe or a log a table may be wider than a page before anything else is divided.
+    The first column names the row: it is not divided while it takes less than half of the width, so that names can be
+    copied and searched for. In a pipe or a log a table may be wider than a page before anything else is divided.
     """
     from rich.table import Table
     from rich.text import Text

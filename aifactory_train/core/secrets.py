@@ -1,4 +1,6 @@
-"""Secrets in texts that are kept or shown: addresses with a password or a token in them, and values of variables that are secrets."""
+"""Secrets in texts that are kept or shown: addresses with a password or a token in them, and values of variables that
+are secrets.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ _QUERY = re.compile(
     r"([?&#;](?:[\w.-]*(?:token|secret|signature|password|passwd|credential|api_?key|access_?key)|sig|key|auth)=)[^&\s#;\"'<>]+",
     re.I,
 )
-#: Forms that publishers of keys chose so that they can be found: Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack, JSON Web Tokens.
+#: Forms that publishers of keys chose so that they can be found: Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack, JSON
+#: Web Tokens.
 _FORMS = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|(AKIA|ASIA)[A-Z0-9]{16}|sk-[\w-]{20,}"
     r"|xox[abpr]-[\w-]{10,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"
@@ -23,7 +26,9 @@ _SHORTEST = 8
 
 
 def without_secrets(text: str) -> str:
-    """``text`` with the secret parts of addresses, keys of known forms, and values of this process's secret variables withheld."""
+    """``text`` with the secret parts of addresses, keys of known forms, and values of this process's secret variables
+    withheld.
+    """
     text = _USER.sub(rf"\1{WITHHELD}@", text)
     text = _FORMS.sub(WITHHELD, _QUERY.sub(rf"\1{WITHHELD}", text))
     for name, value in os.environ.items():

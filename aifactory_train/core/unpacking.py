@@ -23,7 +23,8 @@ class Growth:
         self.bytes += count
         if self.bytes > self.most:
             raise UserError(
-                f"unpacks to more than {self.most:,} bytes, {self.most // max(1, self.packed):,} times its size of {self.packed:,}",
+                f"unpacks to more than {self.most:,} bytes, {self.most // max(1, self.packed):,} times its size of "
+                f"{self.packed:,}",
                 where=str(self.where),
                 fix=self.fix,
             )

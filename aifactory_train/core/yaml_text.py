@@ -1,7 +1,8 @@
-"""YAML as this project reads and writes it: the core schema of YAML 1.2, with the line and the written text of every value.
+"""YAML as this project reads and writes it: the core schema of YAML 1.2, with the line and the written text of every
+value.
 
-The core schema knows ``true`` and ``false``, decimal numbers, ``0x`` and ``0o``, and ``null``. What YAML 1.1 guessed beside them is text:
-``on`` and ``no``, ``017`` as eight-based fifteen, ``1:30`` as ninety, ``2026-08-20`` as a date.
+The core schema knows ``true`` and ``false``, decimal numbers, ``0x`` and ``0o``, and ``null``. What YAML 1.1 guessed
+beside them is text: ``on`` and ``no``, ``017`` as eight-based fifteen, ``1:30`` as ninety, ``2026-08-20`` as a date.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import yaml
 
 from aifactory_train.core.errors import UserError
 
-#: Brackets and indentation, also through aliases; no file of this project comes near it, and parsers end in a crash without a limit.
+#: Brackets and indentation, also through aliases; no file of this project comes near it, and parsers end in a crash
+#: without a limit.
 DEEPEST = 100
-#: Characters that a document with aliases may stand for: nine lines of nested aliases are otherwise worth a thousand million values.
+#: Characters that a document with aliases may stand for: nine lines of nested aliases are otherwise worth a thousand
+#: million values.
 LARGEST = 1_000_000
 
 _TAG = "tag:yaml.org,2002:"
@@ -155,14 +158,16 @@ class YamlDocument:
         return None
 
     def written(self, path: tuple) -> str | None:
-        """A plain value (number, boolean, word) as it was written: ``017``, ``1e3``, ``true``. None for a block or a list."""
+        """A plain value (number, boolean, word) as it was written: ``017``, ``1e3``, ``true``. None for a block or a
+        list.
+        """
         node = self._places[path][1] if path in self._places else None
         return node.value if isinstance(node, yaml.ScalarNode) else None
 
 
 def read(path: Path, *, keep_written: bool = False) -> YamlDocument:
-    """A YAML file; ``keep_written``: ``010`` is a :class:`WrittenInt`. Raises :class:`UserError` with file and line: no file, not UTF-8, bad YAML, a key given twice, aliases that unfold
-    without end."""
+    """A YAML file; ``keep_written``: ``010`` is a :class:`WrittenInt`. Raises :class:`UserError` with file and line: no
+    file, not UTF-8, bad YAML, a key given twice, aliases that unfold without end."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -180,8 +185,8 @@ def read(path: Path, *, keep_written: bool = False) -> YamlDocument:
 
 
 def parse(text: str, where: str, *, doubled: bool = False, keep_written: bool = False) -> YamlDocument:
-    """A YAML text; ``where`` names it in messages. Raises as :func:`read`; ``doubled``: of a key that stands twice the last counts, in
-    what strangers wrote."""
+    """A YAML text; ``where`` names it in messages. Raises as :func:`read`; ``doubled``: of a key that stands twice the
+    last counts, in what strangers wrote."""
     try:
         loader = _Loader(text)
         loader.keeps_written = keep_written
@@ -206,13 +211,15 @@ def parse(text: str, where: str, *, doubled: bool = False, keep_written: bool = 
 
 
 def dump(value: Any, **how: Any) -> str:
-    """YAML that :func:`read` gives back as ``value``: keys in their order, letters of any script. ``how``: options of ``yaml.dump``."""
+    """YAML that :func:`read` gives back as ``value``: keys in their order, letters of any script. ``how``: options of
+    ``yaml.dump``.
+    """
     return yaml.dump(value, Dumper=_Dumper, **{"sort_keys": False, "allow_unicode": True, **how})
 
 
 def _check(node: yaml.Node, seen: dict[int, tuple[int, int] | None], most: int, doubled: bool) -> tuple[int, int]:
-    """Refuse doubled keys, keys that are no words, and aliases without end. Returns how many characters the node unfolds to (at most
-    ``most``), and how deep it is."""
+    """Refuse doubled keys, keys that are no words, and aliases without end. Returns how many characters the node
+    unfolds to (at most ``most``), and how deep it is."""
     if id(node) in seen:  # an alias
         known = seen[id(node)]
         if known is None:

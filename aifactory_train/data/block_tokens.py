@@ -15,8 +15,9 @@ from aifactory_train.data.pieces import Pieces, end_to_end
 @dataclass
 class TextBlock:
     """Some texts tokenised without offsets. ``ids`` int64 [all], of text ``i`` those in
-    ``[edges[i], edges[i + 1])``; ``begins`` int64 [all + 1]: bytes before each token, texts end to end; ``whole`` bool [texts]:
-    the widths of its tokens add up to the text, so ``begins`` is right for it; ``plain``: it is ASCII (a byte is a character)."""
+    ``[edges[i], edges[i + 1])``; ``begins`` int64 [all + 1]: bytes before each token, texts end to end; ``whole`` bool
+    [texts]: the widths of its tokens add up to the text, so ``begins`` is right for it; ``plain``: it is ASCII (a byte
+    is a character)."""
 
     ids: np.ndarray
     edges: np.ndarray
@@ -54,7 +55,9 @@ class BlockTokenizer:
         return None
 
     def block(self, texts: list[str], *, added: bool = False) -> TextBlock:
-        """Tokenise without offsets (only where :func:`widths` has an answer). ``added``: with the post-processor's tokens."""
+        """Tokenise without offsets (only where :func:`widths` has an answer). ``added``: with the post-processor's
+        tokens.
+        """
         assert self.widths is not None
         ids, edges = self.ids(texts, added)
         width = self.widths[ids]

@@ -11,8 +11,9 @@ BLOCK_ROWS = 1000
 
 @dataclass
 class Block:
-    """Some neighbouring rows of one file. Either ``lines`` (raw JSON Lines) or ``rows`` is set; ``first`` is the line (or row
-    number) of the first one, from 1; ``numbers`` the lines of ``rows`` where they do not simply follow one another."""
+    """Some neighbouring rows of one file. Either ``lines`` (raw JSON Lines) or ``rows`` is set; ``first`` is the line
+    (or row number) of the first one, from 1; ``numbers`` the lines of ``rows`` where they do not simply follow one
+    another."""
 
     file: str
     first: int

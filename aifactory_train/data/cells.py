@@ -28,8 +28,8 @@ class RowError(ValueError):
 
 @dataclass
 class Unused:
-    """What rows held and training does not use: columns and keys of turns by name, and remarks, each with the number of rows
-    (turns). Nulls and empty values are not counted."""
+    """What rows held and training does not use: columns and keys of turns by name, and remarks, each with the number of
+    rows (turns). Nulls and empty values are not counted."""
 
     columns: collections.Counter = field(default_factory=collections.Counter)
     turn_keys: collections.Counter = field(default_factory=collections.Counter)
@@ -57,7 +57,9 @@ def _most(counts: collections.Counter) -> dict[str, int]:
 
 
 def blank(value: Any) -> bool:
-    """Whether a cell holds nothing: null, not a number (a gap of pandas), empty text, list or object, or an object of nulls."""
+    """Whether a cell holds nothing: null, not a number (a gap of pandas), empty text, list or object, or an object of
+    nulls.
+    """
     if value is None or value == "" or value == [] or value == {}:
         return True
     if isinstance(value, float):
@@ -96,8 +98,8 @@ def unseen(text: str) -> bool:
 
 
 def parse_json(text: str) -> Any:
-    """``json.loads``, but an integer of more digits than Python converts (4,300) stays text, and NaN, with which pandas fills gaps, is
-    null. Raises :class:`ValueError`."""
+    """``json.loads``, but an integer of more digits than Python converts (4,300) stays text, and NaN, with which pandas
+    fills gaps, is null. Raises :class:`ValueError`."""
     try:
         return _quick.decode(text)
     except json.JSONDecodeError:
@@ -133,7 +135,9 @@ class RawRow:
             self._rename(raw, columns)
 
     def _rename(self, raw: dict[str, Any], columns: dict[str, str]) -> None:
-        """A column that the recipe names wins over one that bears the name already, and the first of two that the recipe names."""
+        """A column that the recipe names wins over one that bears the name already, and the first of two that the
+        recipe names.
+        """
         self.cells = {}
         for column, name in columns.items():
             if column not in raw:
@@ -208,7 +212,8 @@ def column_error(name: str, row: dict[str, Any]) -> RowError:
             f"'{name}' is {kind_of(row[name])}, not text", FLAT if isinstance(row[name], (dict, list)) else None
         )
     return RowError(
-        f"the column '{name}' is missing{did_you_mean(name, map(str, row))} (found: {', '.join(map(str, list(row)[:12]))})"
+        f"the column '{name}' is missing{did_you_mean(name, map(str, row))} (found: "
+        f"{', '.join(map(str, list(row)[:12]))})"
     )
 
 

@@ -1,9 +1,11 @@
-"""Special tokens that stand in what people wrote, encoded as the text that they are there: an ``<|im_end|>`` in an answer ends no turn.
+"""Special tokens that stand in what people wrote, encoded as the text that they are there: an ``<|im_end|>`` in an
+answer ends no turn.
 
-While a conversation is rendered, each of them is *disguised* as private characters, one for each of its letters, so the template's own
-special tokens are the only ones in the rendered text and every place in it stays where it was. Then the two change roles: the
-people's get their letters back and the template's are disguised, for a copy of the tokenizer that knows its special tokens under their
-disguise alone. So one tokenisation of the whole text gives ids and places, as for any other row.
+While a conversation is rendered, each of them is *disguised* as private characters, one for each of its letters, so the
+template's own special tokens are the only ones in the rendered text and every place in it stays where it was. Then the
+two change roles: the people's get their letters back and the template's are disguised, for a copy of the tokenizer that
+knows its special tokens under their disguise alone. So one tokenisation of the whole text gives ids and places, as for
+any other row.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ _FIX = "take them out of the row, or let them be read as the template's own: dat
 
 
 class Disguise:
-    """The special tokens of a tokenizer, and what stands for each. ``tokens``: their texts; those of one letter are left alone."""
+    """The special tokens of a tokenizer, and what stands for each. ``tokens``: their texts; those of one letter are
+    left alone.
+    """
 
     @classmethod
     def of(cls, tokenizer: Any, special_ids: Iterable[int]) -> Disguise:
@@ -44,7 +48,9 @@ class Disguise:
         return self._other[found[0]]
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A canonical chat row with its special tokens disguised, but for marks of reasoning in answers. Raises :class:`RowError`."""
+        """A canonical chat row with its special tokens disguised, but for marks of reasoning in answers. Raises
+        :class:`RowError`.
+        """
         messages = [
             {key: value if key == "role" else self._hide(value, m["role"] == "assistant") for key, value in m.items()}
             for m in row["messages"]
@@ -72,7 +78,9 @@ class Disguise:
         return self._both.sub(self._swapped, rendered)
 
     def tokenizer(self, serialised: str, special_ids: Iterable[int]) -> ControlTokenizer | None:
-        """A copy of a tokenizer that takes the disguises for its special tokens; None where it would not give the same ids."""
+        """A copy of a tokenizer that takes the disguises for its special tokens; None where it would not give the same
+        ids.
+        """
         tree = json.loads(serialised)
         for token in tree["added_tokens"]:
             token["content"] = self.hidden.get(token["content"], token["content"])
@@ -146,7 +154,9 @@ class Prompts:
         return self._disguise.tokenizer(self._tokenizer.backend_tokenizer.to_str(), self._special_ids)
 
     def special(self, row: dict[str, Any]) -> bool:
-        """Whether special tokens stand in a canonical chat row as text, so that no plain text says what the model reads."""
+        """Whether special tokens stand in a canonical chat row as text, so that no plain text says what the model
+        reads.
+        """
         return self._disguise.row(row) != row
 
     def ask(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> tuple[str, list[int]]:

@@ -1,9 +1,12 @@
-"""Documents (text, Markdown, HTML, PDF) as plain text: one row a document, ``{"text", "group"}``, the group being its file.
+"""Documents (text, Markdown, HTML, PDF) as plain text: one row a document, ``{"text", "group"}``, the group being its
+file.
 
-Markdown stays as it is written, without its front matter. HTML loses scripts, navigation and tags; its blocks become paragraphs.
-PDF gives its text layer, page after page, with words that were divided at line ends joined and lines that repeat on most pages
-taken out. What cannot be used (scanned or encrypted PDFs, empty files, unknown encodings) is left out, named and counted, or
-refused (``data.unreadable``); so are links that lead out of the folder (:mod:`aifactory_train.data.folders`). Nothing is guessed: a file whose encoding nobody states is UTF-8 or it is not read.
+Markdown stays as it is written, without its front matter. HTML loses scripts, navigation and tags; its blocks become
+paragraphs. PDF gives its text layer, page after page, with words that were divided at line ends joined and lines that
+repeat on most pages taken out. What cannot be used (scanned or encrypted PDFs, empty files, unknown encodings) is left
+out, named and counted, or refused (``data.unreadable``); so are links that lead out of the folder
+(:mod:`aifactory_train.data.folders`). Nothing is guessed: a file whose encoding nobody states is UTF-8 or it is not
+read.
 
 Parsers come with the extra ``documents``: pypdf and beautifulsoup4.
 """
@@ -42,7 +45,8 @@ _DESCRIPTIONS = {
     *("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"),
     *("croissant.json", "croissant_metadata.json", "datapackage.json"),
 }
-#: A document on its own is longer than this (characters) before it is made into several rows, each of at most half of it.
+#: A document on its own is longer than this (characters) before it is made into several rows, each of at most half of
+#: it.
 ALONE = 16_000
 #: A page with fewer characters than this holds a stamp or a page number, not text.
 _PAGE_LEAST = 10
@@ -59,8 +63,8 @@ class Unusable(Exception):
 
 @dataclass
 class Notes:
-    """What became of the files of a folder: read by kind, left out with the reason, of a kind that is not read; where only one
-    split is read, which, and the files of the others; files that are about the data (READMEs, schemas)."""
+    """What became of the files of a folder: read by kind, left out with the reason, of a kind that is not read; where
+    only one split is read, which, and the files of the others; files that are about the data (READMEs, schemas)."""
 
     policy: Literal["skip", "refuse"] = "skip"
     read: collections.Counter = field(default_factory=collections.Counter)
@@ -108,7 +112,9 @@ class Notes:
 
 
 def kind_of(path: Path) -> str | None:
-    """``text``, ``Markdown``, ``HTML`` or ``PDF``; None for a file that is no document. ``.gz`` and encryption are seen through."""
+    """``text``, ``Markdown``, ``HTML`` or ``PDF``; None for a file that is no document. ``.gz`` and encryption are seen
+    through.
+    """
     plain = vault.plain_name(path)
     if plain.suffix.lower() == ".gz":
         plain = plain.with_suffix("")
@@ -149,8 +155,8 @@ def rows_of_folder(root: Path, files: list[Path], notes: Notes) -> Iterator[tupl
 
 
 def rows_of_file(path: Path, notes: Notes) -> Iterator[dict[str, Any]]:
-    """Rows of one document given by itself: the whole, or when it is long, parts that end at paragraphs (so that some can be
-    held out)."""
+    """Rows of one document given by itself: the whole, or when it is long, parts that end at paragraphs (so that some
+    can be held out)."""
     try:
         text = text_of(path, notes)
     except Unusable as unusable:
@@ -165,8 +171,8 @@ def rows_of_file(path: Path, notes: Notes) -> Iterator[dict[str, Any]]:
 
 
 def paragraphs(text: str, most: int) -> Iterator[str]:
-    """``text`` in parts of at most ``most`` characters that end at paragraphs (at lines, at words, where one is longer). Joined,
-    the parts hold every word of ``text`` once, in order."""
+    """``text`` in parts of at most ``most`` characters that end at paragraphs (at lines, at words, where one is
+    longer). Joined, the parts hold every word of ``text`` once, in order."""
     part = ""
     for piece in _pieces(text, most, (r"\n[ \t]*\n\s*", r"\n", r"\s+")):
         if part and len(part) + len(piece) > most:
@@ -207,8 +213,8 @@ _FIXES = {
 
 
 def text_of(path: Path, notes: Notes | None = None) -> str:
-    """The plain text of a document, never blank. Raises :class:`Unusable`, or :class:`UserError` where the machine is at fault
-    (a parser or a permission is missing)."""
+    """The plain text of a document, never blank. Raises :class:`Unusable`, or :class:`UserError` where the machine is
+    at fault (a parser or a permission is missing)."""
     try:
         with vault.open_source(path) as file:
             raw = file.read()
@@ -316,8 +322,8 @@ def _html(raw: bytes, path: Path) -> str:
     stated = (found[1] or found[2]).decode("ascii") if found else None
     if stated is not None:
         try:
-            # Browsers read "iso-8859-1" as Windows-1252, and pages are written for browsers (WHATWG Encoding Standard). A
-            # statement that could be read byte by byte was not written in UTF-16: the standard takes UTF-8 then.
+            # Browsers read "iso-8859-1" as Windows-1252, and pages are written for browsers (WHATWG Encoding Standard).
+            # A statement that could be read byte by byte was not written in UTF-16: the standard takes UTF-8 then.
             known = codecs.lookup(stated).name
             stated = {"iso8859-1": "cp1252", "ascii": "utf-8"}.get(known, stated)
             stated = "utf-8" if known.startswith(("utf-16", "utf-32")) else stated
@@ -404,7 +410,9 @@ def _without_running_heads(pages: list[list[str]]) -> list[list[str]]:
 
 
 def _page(lines: list[str]) -> str:
-    """Lines of a page as paragraphs: a word that goes on in the next line is joined, and so are lines of one sentence."""
+    """Lines of a page as paragraphs: a word that goes on in the next line is joined, and so are lines of one
+    sentence.
+    """
     out = ""
     for line in (line.strip() for line in lines):
         if not line:

@@ -92,8 +92,9 @@ def _normal(text: str) -> str:
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """The collector of cyclic garbage pauses: rows make tens of thousands of objects that live until their block (or the report on
-    them) is done and hold no cycles, and looking through them again and again took a fifth of the whole preparation (measured)."""
+    """The collector of cyclic garbage pauses: rows make tens of thousands of objects that live until their block (or
+    the report on them) is done and hold no cycles, and looking through them again and again took a fifth of the whole
+    preparation (measured)."""
     collected = gc.isenabled()
     gc.disable()
     try:
@@ -133,7 +134,9 @@ def _process(task: Task, encoder: Encoder) -> Done:
 
 
 def _parse(task: Task, done: Done) -> tuple[list[dict[str, Any]], list[int], list[int | None]]:
-    """Canonical rows, their lines, and when each was written where the split goes by time. Raises :class:`UserError`."""
+    """Canonical rows, their lines, and when each was written where the split goes by time. Raises
+    :class:`UserError`.
+    """
     block = task.block
     rows: list[dict[str, Any]] = []
     numbers: list[int] = []
@@ -155,7 +158,9 @@ def _parse(task: Task, done: Done) -> tuple[list[dict[str, Any]], list[int], lis
 
 
 def _keys(rows: list[dict[str, Any]], moments: list[int | None]) -> tuple[list[bytes], dict[str, list[int]]]:
-    """The line of each row, and the hashes by which rows are told apart: as written, without case and blanks, by group, by id."""
+    """The line of each row, and the hashes by which rows are told apart: as written, without case and blanks, by group,
+    by id.
+    """
     lines, digests, norms, groups, ids = [], [], [], [], []
     for row, moment in zip(rows, moments, strict=True):
         line = _compact(row).encode("utf-8", "surrogatepass")
@@ -184,7 +189,9 @@ def _keys(rows: list[dict[str, Any]], moments: list[int | None]) -> tuple[list[b
 def _encode(
     block: Block, rows: list[dict[str, Any]], numbers: list[int], encoder: Encoder, done: Done
 ) -> tuple[list[Document], list[int], np.ndarray]:
-    """The documents, the row of each, and why rows have none (uint8 [rows]). Counts into ``done``; raises :class:`UserError`."""
+    """The documents, the row of each, and why rows have none (uint8 [rows]). Counts into ``done``; raises
+    :class:`UserError`.
+    """
     documents: list[Document] = []
     docrow: list[int] = []
     dropped = np.zeros(len(rows), dtype="<u1")

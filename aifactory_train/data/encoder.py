@@ -1,11 +1,12 @@
 """From canonical rows to tokens, with the mask of what carries loss. Imports tokenizers, jinja2 and numpy, never torch.
 
-A row is rendered (:mod:`~aifactory_train.data.rendering`), its text tokenised, and the assistant's turns in the text become a mask over
-its tokens (:mod:`~aifactory_train.data.masks`).
+A row is rendered (:mod:`~aifactory_train.data.rendering`), its text tokenised, and the assistant's turns in the text
+become a mask over its tokens (:mod:`~aifactory_train.data.masks`).
 
-**How it is fast.** Where the template provably does not look at texts (:mod:`~aifactory_train.data.frames`), rendering is joining
-strings. Where token ids tell their offsets (:mod:`~aifactory_train.data.offsets`), a block of rows is tokenised without them and its
-masks are built at once, as arrays. A row for which either does not hold goes the slow way, and both ways give the same bytes.
+**How it is fast.** Where the template provably does not look at texts (:mod:`~aifactory_train.data.frames`), rendering
+is joining strings. Where token ids tell their offsets (:mod:`~aifactory_train.data.offsets`), a block of rows is
+tokenised without them and its masks are built at once, as arrays. A row for which either does not hold goes the slow
+way, and both ways give the same bytes.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 class EncoderSpec:
     """Everything that decides how a row becomes tokens; small, picklable, hashed into the cache key.
 
-    ``tokenizer_json`` is the fast tokenizer serialised; ``special_ids`` all its special and added tokens; ``stop_ids`` those
-    that end an assistant's turn (found by :func:`probe`); ``eos_id`` ends a plain text; ``tool_template`` renders rows with tools where
-    the tokenizer has a template of its own for them; ``control_tokens``: ``data.control_tokens_in_content``.
+    ``tokenizer_json`` is the fast tokenizer serialised; ``special_ids`` all its special and added tokens; ``stop_ids``
+    those that end an assistant's turn (found by :func:`probe`); ``eos_id`` ends a plain text; ``tool_template`` renders
+    rows with tools where the tokenizer has a template of its own for them; ``control_tokens``:
+    ``data.control_tokens_in_content``.
     """
 
     tokenizer_json: str

@@ -46,8 +46,8 @@ def probe(
 ) -> tuple[int, ...]:
     """Token ids that end an assistant's turn, found by rendering two small conversations.
 
-    The first special token behind the assistant's text is the end-of-turn, at the end of a conversation and in its middle
-    (some templates use two). Raises :class:`RowError` when there is none.
+    The first special token behind the assistant's text is the end-of-turn, at the end of a conversation and in its
+    middle (some templates use two). Raises :class:`RowError` when there is none.
     """
     tokenizer = fast_tokenizer(tokenizer_json)
     chat = ChatTemplate(template, specials)
@@ -67,7 +67,8 @@ def probe(
         last = text[text.index(MARKER) + len(MARKER) :]
         encoding = tokenizer.encode(last, add_special_tokens=False)
         stop = next((i for i in encoding.ids if i in special_ids), None)
-        # In the middle of a conversation the next special token may be one that opens the user's turn: that ends nothing.
+        # In the middle of a conversation the next special token may be one that opens the user's turn: that ends
+        # nothing.
         known = stop is not None and (
             not ended or stop in ended or tokenizer.id_to_token(stop) in (*_STOP_NAMES, specials.get("eos_token"))
         )

@@ -1,7 +1,7 @@
 """The files of a folder of a user's own, and what lies there beside them.
 
-Links are followed inside the folder only. Whoever can write to a shared folder could else put a link there to a file that the person
-who trains can read and they cannot, and would find it in the model.
+Links are followed inside the folder only. Whoever can write to a shared folder could else put a link there to a file
+that the person who trains can read and they cannot, and would find it in the model.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class FolderFiles:
 
 
 def walk(root: Path) -> FolderFiles:
-    """Everything below ``root``, which may be a link itself: the user named it. Raises :class:`UserError` for a folder that
-    cannot be read."""
+    """Everything below ``root``, which may be a link itself: the user named it. Raises :class:`UserError` for a folder
+    that cannot be read."""
     found, homes = FolderFiles(), _homes(root)
     waiting = [root]
     while waiting:
@@ -60,8 +60,8 @@ def walk(root: Path) -> FolderFiles:
 
 
 def _homes(root: Path) -> list[Path]:
-    """Where the target of a link may lie: in the folder; for a snapshot in the Hugging Face cache, which holds nothing but links,
-    beside it in ``blobs``."""
+    """Where the target of a link may lie: in the folder; for a snapshot in the Hugging Face cache, which holds nothing
+    but links, beside it in ``blobs``."""
     real = Path(os.path.realpath(root))
     return [real, *([real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [])]
 
@@ -110,11 +110,13 @@ def kind_of_split(name: str) -> str | None:
 
 
 def split_of(path: PurePath, *, table: bool) -> str | None:
-    """The split that a file of a data set belongs to by its name, as the hub lays them out: ``data/train-00000-of-00002.parquet``,
-    ``train.jsonl``, ``my_rows_dev.csv``, ``test/0.parquet``. ``path`` is relative to the folder that was named.
+    """The split that a file of a data set belongs to by its name, as the hub lays them out:
+    ``data/train-00000-of-00002.parquet``, ``train.jsonl``, ``my_rows_dev.csv``, ``test/0.parquet``. ``path`` is
+    relative to the folder that was named.
 
-    What counts is a folder with just such a name, or (tables only) the first or the last word of a file's name: the rows of a
-    ``training-camp.csv`` and of a ``crash-test-cars.csv`` are rows like others, and so are documents called ``test.md``.
+    What counts is a folder with just such a name, or (tables only) the first or the last word of a file's name: the
+    rows of a ``training-camp.csv`` and of a ``crash-test-cars.csv`` are rows like others, and so are documents called
+    ``test.md``.
     """
     for folder in path.parts[:-1]:
         if (found := _SPLITS.get(folder.lower())) is not None:

@@ -1,11 +1,13 @@
-"""Chat templates that only put headers around what is said: rendered by joining strings, their turns known without a second rendering.
+"""Chat templates that only put headers around what is said: rendered by joining strings, their turns known without a
+second rendering.
 
-For such a template the rendering of *every* conversation with the same roles is the same frame with other texts in it. That is
-proven, not guessed: the template itself is run once on :class:`Text` objects in place of the texts. They can be written out, stripped and
-joined. A few questions get the usual answer (a text does not contain ``</think>``, does not begin with ``<tool_response>``, is not
-empty), which becomes a condition of the frame; anything else that a template may do with a text (compare, split, measure, print through a
-filter) raises :class:`Looked`. A run that ends without it has taken no decision that depends on a text beyond those conditions, so what it
-wrote is the frame of all conversations that meet them. Otherwise there is none, and
+For such a template the rendering of *every* conversation with the same roles is the same frame with other texts in it.
+That is proven, not guessed: the template itself is run once on :class:`Text` objects in place of the texts. They can be
+written out, stripped and joined. A few questions get the usual answer (a text does not contain ``</think>``, does not
+begin with ``<tool_response>``, is not empty), which becomes a condition of the frame; anything else that a template may
+do with a text (compare, split, measure, print through a filter) raises :class:`Looked`. A run that ends without it has
+taken no decision that depends on a text beyond those conditions, so what it wrote is the frame of all conversations
+that meet them. Otherwise there is none, and
 :class:`~aifactory_train.data.rendering.Renderer` renders each row, and each question, with the template.
 """
 
@@ -21,14 +23,17 @@ from aifactory_train.data.template import TEMPLATE_ERRORS, compile_template
 from aifactory_train.data.template_limits import CHECKED, SPEND
 from aifactory_train.data.turns import supervised_turns
 
-#: Conversations of more different shapes (roles and weights, one after another) than this are rendered with the template.
+#: Conversations of more different shapes (roles and weights, one after another) than this are rendered with the
+#: template.
 MOST_SHAPES = 1_000
 #: Stands for a text where it was turned into a plain string behind our back; a frame that holds it is none.
 _SPILT = "\ue000Q7ZV\ue000"
 
 
 class Looked(BaseException):
-    """The template asked something about a text. Not an Exception: filters and tests that catch those must not hide it."""
+    """The template asked something about a text. Not an Exception: filters and tests that catch those must not hide
+    it.
+    """
 
 
 def _looked(*_args: Any, **_kwargs: Any) -> Any:
@@ -36,9 +41,9 @@ def _looked(*_args: Any, **_kwargs: Any) -> Any:
 
 
 class Text:
-    """Texts of a conversation and literals, end to end: ``parts`` are str, or a slot ``(message, strips)``: the text of a message after
-    the calls ``(method, characters)`` one after another. ``asked`` gathers what the template wanted to know:
-    ``(slot, question, argument, answer)``."""
+    """Texts of a conversation and literals, end to end: ``parts`` are str, or a slot ``(message, strips)``: the text of
+    a message after the calls ``(method, characters)`` one after another. ``asked`` gathers what the template wanted to
+    know: ``(slot, question, argument, answer)``."""
 
     __slots__ = ("asked", "parts")
 
@@ -201,7 +206,9 @@ class _Skeleton:
         return out
 
     def reach_in(self, full: _Skeleton) -> tuple[int, int] | None:
-        """Where ``full`` continues if it begins with this one whatever the texts are: ``(characters of literals, slots)`` before."""
+        """Where ``full`` continues if it begins with this one whatever the texts are: ``(characters of literals,
+        slots)`` before.
+        """
         n = len(self.slots)
         if self.slots != full.slots[:n] or self.literals[:-1] != full.literals[:n]:
             return None
@@ -231,8 +238,8 @@ class Frame:
         self.to_check = 4  # rows of this shape that are rendered with the template as well
 
     def fill(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int, str]]] | None:
-        """``(text, [(start, end, content)])``: the rendering, and for each assistant turn that carries loss where its answer begins,
-        where its region ends, and what it says. None where the texts do not meet the conditions."""
+        """``(text, [(start, end, content)])``: the rendering, and for each assistant turn that carries loss where its
+        answer begins, where its region ends, and what it says. None where the texts do not meet the conditions."""
         for (message, strips), question, argument, answer in self._conditions:
             text = _stripped(messages[message]["content"], strips)
             found = text if argument is None else getattr(text, question)(argument)
@@ -258,7 +265,9 @@ def _stripped(text: str, strips: tuple[tuple[str, str | None], ...]) -> str:
 
 
 class Frames:
-    """The frames of one template, found when a conversation of their shape is met. ``specials`` as for ``ChatTemplate``."""
+    """The frames of one template, found when a conversation of their shape is met. ``specials`` as for
+    ``ChatTemplate``.
+    """
 
     def __init__(self, source: str, specials: dict[str, str]):
         self._template = compile_template(source, _adapt)

@@ -122,7 +122,9 @@ def _converter(text: str, key: str) -> Callable[..., Iterator[dict[str, Any]]]:
 
 
 def content_of(path: Path) -> str:
-    """sha256 of a file, or of names and contents of a folder's files. Remembered (:mod:`aifactory_train.sources.digests`)."""
+    """sha256 of a file, or of names and contents of a folder's files. Remembered
+    (:mod:`aifactory_train.sources.digests`).
+    """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     known = sha256_of(files)
     digest = hashlib.sha256()

@@ -1,6 +1,7 @@
 """What ``aifactory prepare`` prints: the report as tables, and documents token by token.
 
-Without colour the same is readable: supervised text stands in ``[[double brackets]]``, its end-of-turn token in ``{{braces}}``.
+Without colour the same is readable: supervised text stands in ``[[double brackets]]``, its end-of-turn token in
+``{{braces}}``.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def report_tables(prepared: PreparedData) -> None:
     info = prepared.tokenizer_info
     if info["end_of_turn"] is not None:
         note(
-            f"  end-of-turn: {info['end_of_turn']} (id {info['end_of_turn_id']}), supervised; padding: id {info['pad_id']}"
+            f"  end-of-turn: {info['end_of_turn']} (id {info['end_of_turn_id']}), supervised; padding: id "
+            f"{info['pad_id']}"
         )
 
 
@@ -118,7 +120,8 @@ def inspect_document(
             out.append(shown, style="dim")
     eot = "supervised" if head["end_of_turn_supervised"] else "NOT SUPERVISED (the text was cut)"
     screen.print(
-        f"\n{head['place']}  id {head['id']}  {head['tokens']} tokens, {head['supervised']} supervised, end-of-turn {eot}",
+        f"\n{head['place']}  id {head['id']}  {head['tokens']} tokens, {head['supervised']} supervised, end-of-turn "
+        f"{eot}",
         style="bold",
         markup=False,
     )

@@ -1,8 +1,9 @@
 """Whether a token cache is still what was written: sizes at every opening, contents before a run trains on it.
 
-``prepared.json`` is written last and lists size and SHA-256 of every other file (as it lies on the disk, encrypted ones too) and a
-digest of itself. Caches of the first version have no such list; what they always had, the digests of tokens and masks of each set, is
-computed again, and the sizes of the other files follow from the numbers of rows, documents and tokens.
+``prepared.json`` is written last and lists size and SHA-256 of every other file (as it lies on the disk, encrypted ones
+too) and a digest of itself. Caches of the first version have no such list; what they always had, the digests of tokens
+and masks of each set, is computed again, and the sizes of the other files follow from the numbers of rows, documents
+and tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def _own_digest(prepared: dict[str, Any]) -> str:
 
 
 def faults(folder: Path, *, content: bool) -> list[str]:
-    """What is wrong with a token cache, by file; empty if nothing is. ``content``: read the files, not only their sizes."""
+    """What is wrong with a token cache, by file; empty if nothing is. ``content``: read the files, not only their
+    sizes.
+    """
     path = folder / PREPARED
     if not path.is_file():
         return [f"{PREPARED} is missing"]

@@ -1,8 +1,8 @@
 """Which tokens of a tokenised text carry loss, and how a long one is cut.
 
-Spans of characters become spans of tokens through the offsets of *one* tokenisation of the whole text. Where a token straddles the
-border between question and answer, the two sides are tokenised apart, as they are at generation. For a block of rows whose token ids
-tell their offsets the masks are built at once, as arrays; both ways give the same bytes.
+Spans of characters become spans of tokens through the offsets of *one* tokenisation of the whole text. Where a token
+straddles the border between question and answer, the two sides are tokenised apart, as they are at generation. For a
+block of rows whose token ids tell their offsets the masks are built at once, as arrays; both ways give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from aifactory_train.data.rendering import Rendered
 
 @dataclass
 class Document:
-    """One token sequence. ``tokens`` int64 [n]; ``mask``, ``text_mask`` bool [n]; ``text_bytes`` UTF-8 bytes of the text
-    whose tokens carry loss; ``cut``: it was shortened or is a part of a longer one."""
+    """One token sequence. ``tokens`` int64 [n]; ``mask``, ``text_mask`` bool [n]; ``text_bytes`` UTF-8 bytes of the
+    text whose tokens carry loss; ``cut``: it was shortened or is a part of a longer one."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -37,8 +37,8 @@ class Document:
 class Encoded:
     """The documents of one row (none when it was dropped), and what is worth counting.
 
-    ``lost``: parts that the template leaves out (:func:`~aifactory_train.data.traces.lost`); ``controls``: special tokens in what people
-    wrote. Each as often as it was found."""
+    ``lost``: parts that the template leaves out (:func:`~aifactory_train.data.traces.lost`); ``controls``: special
+    tokens in what people wrote. Each as often as it was found."""
 
     documents: list[Document]
     dropped: str | None = None  # "long" | "masked" | "empty" | "pair"
@@ -120,7 +120,9 @@ class Masks:
         return self._build(rendered, tokens, flags)
 
     def _apart(self, full: str, cuts: list[int], ids: list[int], tokenizer: Any) -> Offsets | None:
-        """Tokenise the sides of each cut apart; None when that would change the text (a tokenizer that adds a space)."""
+        """Tokenise the sides of each cut apart; None when that would change the text (a tokenizer that adds a
+        space).
+        """
         edges = [0, *cuts, len(full)]
         parts = [full[a:b] for a, b in itertools.pairwise(edges)]
         encodings = tokenizer.encode_batch(parts, add_special_tokens=False)

@@ -1,11 +1,12 @@
 """Exact and near-duplicates among texts, by MinHash over shingles of words. numpy, no tokenizer.
 
-A text is the set of its sequences of three words (casefolded; Chinese, Japanese and Thai: characters), without those that more than
-a tenth of all texts share: they are wording of a template and say nothing about a single text. Two texts are nearly the same
-when their sets have a Jaccard similarity of at least 0.8, found by one-permutation MinHash signatures (Li, Owen and Zhang 2012) with rotation
-for empty bins (Shrivastava and Li 2014) and bands of equal rows (Broder 1997; Leskovec et al., Mining of Massive Datasets, 3.4).
-Every candidate is checked on the sets themselves, so the figure has no false finds; pairs at the threshold are missed in less
-than one of a thousand cases (1 - (1 - 0.8^4)^32 of them share a band).
+A text is the set of its sequences of three words (casefolded; Chinese, Japanese and Thai: characters), without those
+that more than a tenth of all texts share: they are wording of a template and say nothing about a single text. Two texts
+are nearly the same when their sets have a Jaccard similarity of at least 0.8, found by one-permutation MinHash
+signatures (Li, Owen and Zhang 2012) with rotation for empty bins (Shrivastava and Li 2014) and bands of equal rows
+(Broder 1997; Leskovec et al., Mining of Massive Datasets, 3.4). Every candidate is checked on the sets themselves, so
+the figure has no false finds; pairs at the threshold are missed in less than one of a thousand cases (1 - (1 -
+0.8^4)^32 of them share a band).
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ class Shingles:
         return self._scored[key]
 
     def _common(self, rows: np.ndarray) -> np.ndarray:
-        """The sequences that too many of ``rows`` share, uint64, ascending. They are counted in groups first: most are in none that has so
-        many members."""
+        """The sequences that too many of ``rows`` share, uint64, ascending. They are counted in groups first: most are
+        in none that has so many members."""
         held = self.hashes[_inside(self.starts, rows)]
         most = max(COMMON_LEAST, COMMON_SHARE * len(rows))
         group = (held >> np.uint64(64 - 20)).astype(np.int64)
@@ -96,8 +97,8 @@ class Shingles:
 
 @dataclass
 class Shingled:
-    """Texts as their telling shingles: ``hashes`` uint64 [all], sorted and distinct inside a text, ``starts`` int64 [texts + 1] (a text that
-    has too few is empty), ``bands`` uint64 [BANDS, texts] (equal entries: candidates)."""
+    """Texts as their telling shingles: ``hashes`` uint64 [all], sorted and distinct inside a text, ``starts`` int64
+    [texts + 1] (a text that has too few is empty), ``bands`` uint64 [BANDS, texts] (equal entries: candidates)."""
 
     hashes: np.ndarray
     starts: np.ndarray
@@ -135,7 +136,9 @@ class Shingled:
 
     @functools.cached_property
     def keys(self) -> np.ndarray:
-        """uint64 [all], ascending: the text, and behind it as many of the first bits of the shingle as there is room for."""
+        """uint64 [all], ascending: the text, and behind it as many of the first bits of the shingle as there is room
+        for.
+        """
         return self.key(self.hashes, np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts)))
 
     def key(self, hashes: np.ndarray, texts: np.ndarray) -> np.ndarray:
@@ -167,8 +170,8 @@ def shingle(texts: Iterable[str]) -> Shingles:
 
 
 def _hash(texts: list[str], number: Callable[[str], int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hashes of the shingles of some texts (sorted and distinct in each), how many each has, and one hash of each whole text. ``texts``:
-    words with white space between them; ``number``: of a word."""
+    """Hashes of the shingles of some texts (sorted and distinct in each), how many each has, and one hash of each whole
+    text. ``texts``: words with white space between them; ``number``: of a word."""
     found = f" {_END} ".join([*texts, ""]).split()
     numbers = np.fromiter(map(number, found), dtype=np.int64, count=len(found))
     ends = np.flatnonzero(numbers < 0)
@@ -231,8 +234,8 @@ def _score(shingles: Shingles, common: np.ndarray) -> Shingled:
 def signatures(hashes: np.ndarray, sizes: np.ndarray, number: int = 0) -> np.ndarray:
     """MinHash signatures, uint64 [texts, BINS]: equal entries of two texts estimate their Jaccard similarity.
 
-    ``hashes``: of all texts, end to end; ``sizes``: of each. ``number``: the number of the first text (a text without hashes gets a
-    signature from its number alone, so that it shares no band with any other).
+    ``hashes``: of all texts, end to end; ``sizes``: of each. ``number``: the number of the first text (a text without
+    hashes gets a signature from its number alone, so that it shares no band with any other).
     """
     n = len(sizes)
     flat = np.full(n * BINS, _EMPTY, dtype=np.uint64)
@@ -314,8 +317,8 @@ def across(train: Iterable[str], held: Iterable[str]) -> tuple[np.ndarray, np.nd
 def between(
     shingles: Shingles, train: np.ndarray, held: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """:func:`across` for two sets of rows of the same shingles. The last answer is remembered: where the overlap left nothing to take
-    out, the report asks the same once more."""
+    """:func:`across` for two sets of rows of the same shingles. The last answer is remembered: where the overlap left
+    nothing to take out, the report asks the same once more."""
     asked = (train.tobytes(), held.tobytes())
     if shingles._between is None or shingles._between[0] != asked:
         shingles._between = asked, _between(shingles, train, held)
@@ -347,8 +350,8 @@ def _between(
 
 
 def _candidates(bands: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs ``(later, earlier)`` that share a band: each text (of those in the mask ``of``) with the first and with the previous
-    one of its bucket."""
+    """Pairs ``(later, earlier)`` that share a band: each text (of those in the mask ``of``) with the first and with the
+    previous one of its bucket."""
     rows = np.flatnonzero(of)
     pairs: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     for band in range(BANDS):

@@ -1,10 +1,13 @@
-"""Where tokens stand in their text: asked of the tokenizer, or, for byte-level tokenizers, added up from the width of each token.
+"""Where tokens stand in their text: asked of the tokenizer, or, for byte-level tokenizers, added up from the width of
+each token.
 
-A byte-level BPE writes a text's UTF-8 bytes one to one: a token of its vocabulary stands for as many bytes as its name has letters,
-an added token for those of its content. So ids alone say where each token begins, and ``encode_batch_fast``, which keeps no
-offsets, is enough. It holds for a text exactly when the widths of its tokens add up to its bytes: a token can stand for more than its
-own width (an added one that swallows blanks around it) or for text that left no token (removed by a pre-tokenizer), never for less.
-:func:`widths` says for which tokenizers; every text is checked by its sum, and what does not add up is tokenised with offsets.
+A byte-level BPE writes a text's UTF-8 bytes one to one: a token of its vocabulary stands for as many bytes as its name
+has letters, an added token for those of its content. So ids alone say where each token begins, and
+``encode_batch_fast``, which keeps no offsets, is enough. It holds for a text exactly when the widths of its tokens add
+up to its bytes: a token can stand for more than its own width (an added one that swallows blanks around it) or for text
+that left no token (removed by a pre-tokenizer), never for less.
+:func:`widths` says for which tokenizers; every text is checked by its sum, and what does not add up is tokenised with
+offsets.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ _SPLITTERS = {"Split", "Digits", "ByteLevel"}  # pre-tokenizers that change no b
 
 
 def widths(tokenizer: Any) -> np.ndarray | None:
-    """UTF-8 bytes that each token id stands for, int64 [largest id + 1] (0 where there is no such id); None where that has no answer.
+    """UTF-8 bytes that each token id stands for, int64 [largest id + 1] (0 where there is no such id); None where that
+    has no answer.
 
-    ``tokenizer``: a ``tokenizers.Tokenizer``. A normalizer other than NFC changes texts, and so do pre-tokenizers that write blanks as
-    letters (SentencePiece); an unknown token or dropout make the ids depend on more than the text.
+    ``tokenizer``: a ``tokenizers.Tokenizer``. A normalizer other than NFC changes texts, and so do pre-tokenizers that
+    write blanks as letters (SentencePiece); an unknown token or dropout make the ids depend on more than the text.
     """
     model, steps = tokenizer.model, steps_of(tokenizer)
     plain = (
@@ -63,7 +67,8 @@ def _state(part: Any) -> dict[str, Any]:
 class Offsets:
     """Token ids of one text with their spans of characters.
 
-    Made of an ``Encoding`` of ``tokenizers`` (its own lookups are used: no list of tuples for each row), or of spans: :meth:`joined` and
+    Made of an ``Encoding`` of ``tokenizers`` (its own lookups are used: no list of tuples for each row), or of spans:
+    :meth:`joined` and
     :meth:`of_widths`.
     """
 
@@ -82,7 +87,9 @@ class Offsets:
 
     @classmethod
     def of_widths(cls, ids: list[int], text: str, width: np.ndarray) -> Offsets:
-        """Of a text whose tokens stand for ``width`` bytes each (int64 [n], adding up to all of it); those of width 0 stand for no text."""
+        """Of a text whose tokens stand for ``width`` bytes each (int64 [n], adding up to all of it); those of width 0
+        stand for no text.
+        """
         self = cls.__new__(cls)
         self._encoding, self._length, self._spans, self.ids = None, len(text), None, ids
         self._of_widths = text, width

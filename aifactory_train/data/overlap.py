@@ -29,7 +29,9 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _hashes(tokens: np.ndarray) -> np.ndarray:
-    """Hash of every ``LENGTH`` tokens one after another, uint64 [tokens - LENGTH + 1]: of each token, of two, of twice two, and so on."""
+    """Hash of every ``LENGTH`` tokens one after another, uint64 [tokens - LENGTH + 1]: of each token, of two, of twice
+    two, and so on.
+    """
     assert LENGTH & (LENGTH - 1) == 0
     with np.errstate(over="ignore"):
         out = (tokens.astype(np.uint64) + np.uint64(1)) * _MIX
@@ -45,7 +47,9 @@ def _hashes(tokens: np.ndarray) -> np.ndarray:
 
 
 class Sieve:
-    """Which numbers may be among some wanted ones (uint64, well mixed): a look at one bit of their highest ones, before an exact search."""
+    """Which numbers may be among some wanted ones (uint64, well mixed): a look at one bit of their highest ones, before
+    an exact search.
+    """
 
     def __init__(self, wanted: np.ndarray):
         self._shift = np.uint64(64 - min(22, max(16, len(wanted).bit_length() + 5)))
@@ -58,8 +62,8 @@ class Sieve:
 
 
 def _sequences(store: Store, docs: np.ndarray, sieve: Sieve | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Hash of every ``LENGTH``-token sequence inside some documents, uint64, and the place in ``docs`` (ascending) of the document that
-    holds it; with a ``sieve`` only of those that it lets through."""
+    """Hash of every ``LENGTH``-token sequence inside some documents, uint64, and the place in ``docs`` (ascending) of
+    the document that holds it; with a ``sieve`` only of those that it lets through."""
     hashes, owners = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.int64)]
     for at, tokens, lengths in _read(store, docs):
         ends = np.cumsum(lengths)
@@ -74,7 +78,9 @@ def _sequences(store: Store, docs: np.ndarray, sieve: Sieve | None = None) -> tu
 
 
 def _read(store: Store, docs: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Tokens of some documents, end to end, and the length of each, a few thousand documents at a time, with the place of the first."""
+    """Tokens of some documents, end to end, and the length of each, a few thousand documents at a time, with the place
+    of the first.
+    """
     lengths, starts = np.asarray(store.column("lengths")), store.starts
     for at in range(0, len(docs), 4096):
         some = docs[at : at + 4096]
@@ -88,8 +94,8 @@ def _read(store: Store, docs: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.
 def near_duplicates(store: Store, train: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which of the documents ``train`` repeat one of ``held``.
 
-    Both are indices into ``store``, ascending. Returns ``(bool [len(train)], int64 [len(train)])``: whether it does, and the place in
-    ``held`` of one that it repeats (-1 where none).
+    Both are indices into ``store``, ascending. Returns ``(bool [len(train)], int64 [len(train)])``: whether it does,
+    and the place in ``held`` of one that it repeats (-1 where none).
     """
     partner = np.full(len(train), -1, dtype=np.int64)
     if len(train) == 0 or len(held) == 0:
@@ -129,7 +135,9 @@ def near_duplicates(store: Store, train: np.ndarray, held: np.ndarray) -> tuple[
 
 
 def _among(numbers: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """Which numbers are among some ascending ones, bool. (``np.isin`` would gather them in a hash table, many times slower.)"""
+    """Which numbers are among some ascending ones, bool. (``np.isin`` would gather them in a hash table, many times
+    slower.)
+    """
     if len(ordered) == 0:
         return np.zeros(len(numbers), dtype=bool)
     return ordered[np.minimum(np.searchsorted(ordered, numbers), len(ordered) - 1)] == numbers

@@ -1,15 +1,17 @@
 """Token ids of running text, word by word, each different word tokenised once.
 
-Words repeat, and a byte-level BPE never merges across the pieces that its pre-tokenizer cuts. So text is cut at places where every
-pre-tokenizer known here cuts as well, whatever stands around them, and the ids of the parts are looked up. The places are
+Words repeat, and a byte-level BPE never merges across the pieces that its pre-tokenizer cuts. So text is cut at places
+where every pre-tokenizer known here cuts as well, whatever stands around them, and the ids of the parts are looked up.
+The places are
 
-* a single blank with white space neither before nor behind it. The patterns below match a blank only as the first character of a match, or
-  in a run of white space up to its end; a single blank therefore begins a match (of itself alone before a digit or an end), and none that
-  began earlier holds it;
+* a single blank with white space neither before nor behind it. The patterns below match a blank only as the first
+  character of a match, or in a run of white space up to its end; a single blank therefore begins a match (of itself
+  alone before a digit or an end), and none that began earlier holds it;
 * the borders of added tokens, which the tokenizer takes out before anything else looks at the text.
 
-A part tokenised by itself is cut like in its text: nothing in the patterns looks back, and what looks ahead (``\\s+(?!\\S)``) only at the end of
-a run of white space, which no cut divides. Tokenizers with other patterns, or with added tokens that take blanks in, are not served.
+A part tokenised by itself is cut like in its text: nothing in the patterns looks back, and what looks ahead
+(``\\s+(?!\\S)``) only at the end of a run of white space, which no cut divides. Tokenizers with other patterns, or with
+added tokens that take blanks in, are not served.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ import numpy as np
 
 from aifactory_train.data.offsets import steps_of
 
-#: Split patterns with the property above: those of Llama 3, Qwen 2 to 3, and Mistral's Tekken (GPT-2's is built into ``ByteLevel``).
+#: Split patterns with the property above: those of Llama 3, Qwen 2 to 3, and Mistral's Tekken (GPT-2's is built into
+#: ``ByteLevel``).
 _PATTERNS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -40,7 +44,9 @@ _TOGETHER = 64
 
 
 class _Numbers(dict[str, int]):
-    """The number of each part, in the order in which they were met; ``new``: those that were met since it was emptied last."""
+    """The number of each part, in the order in which they were met; ``new``: those that were met since it was emptied
+    last.
+    """
 
     def __init__(self) -> None:
         self.new: list[str] = []
@@ -70,8 +76,8 @@ class Pieces:
 
     @classmethod
     def of(cls, tokenizer: Any, width: np.ndarray) -> Pieces | None:
-        """None where the cuts are not known to be those of the tokenizer. ``tokenizer``: one that :func:`offsets.widths` serves,
-        ``width``: what it answers."""
+        """None where the cuts are not known to be those of the tokenizer. ``tokenizer``: one that
+        :func:`offsets.widths` serves, ``width``: what it answers."""
         *before, last = steps_of(tokenizer)
         if last["use_regex"]:
             known = all(step["type"] == "Digits" for step in before)
@@ -90,8 +96,8 @@ class Pieces:
         return cls(tokenizer, width, {t.content: n for n, t in added.items() if not t.normalized}) if known else None
 
     def ids(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """What ``encode_batch_fast(texts, add_special_tokens=False)`` gives: the ids of all texts, int64, and where those of each
-        begin and end, int64 [texts + 1]."""
+        """What ``encode_batch_fast(texts, add_special_tokens=False)`` gives: the ids of all texts, int64, and where
+        those of each begin and end, int64 [texts + 1]."""
         if any(_BETWEEN in text or _END in text for text in texts):
             return self._whole(texts)
         if len(self._known) > _MOST or len(self._ids) > _MOST_IDS:
@@ -118,8 +124,9 @@ class Pieces:
         return end_to_end([e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
 
     def _tokenise(self, parts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """:meth:`ids` of parts that hold no added token, many as one text with an added token behind each. That this one was found in all
-        these places, and nowhere else, shows in its id and in the bytes before it; then nothing reaches from a part into another."""
+        """:meth:`ids` of parts that hold no added token, many as one text with an added token behind each. That this
+        one was found in all these places, and nowhere else, shows in its id and in the bytes before it; then nothing
+        reaches from a part into another."""
         if not self._added_ids:
             return self._whole(parts)
         mark, number = next(iter(self._added_ids.items()))

@@ -1,7 +1,7 @@
 """``prepare``: sources to a finished token cache.
 
-One pass over the rows (:mod:`reading`), then duplicates, split and overlap on arrays (:mod:`selection`), then the report. The result is
-written beside its final place and renamed, so a cache is complete or absent.
+One pass over the rows (:mod:`reading`), then duplicates, split and overlap on arrays (:mod:`selection`), then the
+report. The result is written beside its final place and renamed, so a cache is complete or absent.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from aifactory_train.private.permissions import folder_mode
 @dataclass
 class PreparedData:
     """What training needs: ``train``, at least one of ``evals`` (by name), the ``report`` of the preparation and
-    ``tokenizer_info`` (digests, end-of-turn and pad ids, vocabulary). ``folder`` is the cache, ``reused`` tells whether it
-    was there already."""
+    ``tokenizer_info`` (digests, end-of-turn and pad ids, vocabulary). ``folder`` is the cache, ``reused`` tells whether
+    it was there already."""
 
     train: TokenDataset
     evals: dict[str, TokenDataset]
@@ -65,9 +65,11 @@ def prepare(
         tokenizer: a loaded fast tokenizer; default: the one of ``recipe.model`` (:func:`load_tokenizer`).
         cache_dir: default ``prepared`` in the program's cache.
         progress: called with (rows, tokens) so far, after each block.
-        trusted: another process has just looked at the cache for this one; only the sizes of its files are compared again.
+        trusted: another process has just looked at the cache for this one; only the sizes of its files are compared
+        again.
 
-    A damaged cache is named and built again (:mod:`aifactory_train.data.intact`). Raises :class:`UserError` for anything wrong with rows, splits, the template, or the disk; nothing stays behind then.
+    A damaged cache is named and built again (:mod:`aifactory_train.data.intact`). Raises :class:`UserError` for
+    anything wrong with rows, splits, the template, or the disk; nothing stays behind then.
     """
     profile.enforce(recipe)
     try:
@@ -122,7 +124,9 @@ def _prepare(
 
 
 def _put_in_place(scratch: Path, target: Path) -> None:
-    """Rename a finished cache to its name. What lies there is another process' work, which is used, or damaged, and goes away."""
+    """Rename a finished cache to its name. What lies there is another process' work, which is used, or damaged, and
+    goes away.
+    """
     try:
         os.replace(scratch, target)
         return
@@ -234,7 +238,9 @@ def _build(
 
 
 def _unused(sources: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """What rows held and training does not use, over all sources: ``{"columns": {name: rows}, "turn_keys": {name: turns}}``."""
+    """What rows held and training does not use, over all sources: ``{"columns": {name: rows}, "turn_keys": {name:
+    turns}}``.
+    """
     out: dict[str, dict[str, int]] = {"columns": {}, "turn_keys": {}}
     for kind, counts in out.items():
         for source in sources:
@@ -246,7 +252,9 @@ def _unused(sources: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 def _own(
     recipe: Recipe, store: Store, selection: RowSelection, encoder: Encoder, words: Words, *, at_once: bool
 ) -> dict[str, Any]:
-    """Languages and their cost in tokens (from a sample), and with little data, or when asked, the whole report on the rows."""
+    """Languages and their cost in tokens (from a sample), and with little data, or when asked, the whole report on the
+    rows.
+    """
     # By place, not by name: rows held out of train.jsonl are called "train" as well.
     train, *others = (np.unique(np.asarray(store.column("docrow"))[docs]) for _, docs, _ in selection.sets)
     sample = train[:: max(1, len(train) // own_report.LANGUAGE_TEXTS)][: own_report.LANGUAGE_TEXTS]

@@ -72,8 +72,8 @@ def asked(row: RawRow, key: str) -> list[dict[str, Any]]:
 
 
 def _question(row: RawRow, key: str, prompt: str) -> str:
-    """The question with Alpaca's ``input``, or with the ``context`` that an instruction or a question is about. (Of a ``prompt`` one
-    expects that it is whole.)"""
+    """The question with Alpaca's ``input``, or with the ``context`` that an instruction or a question is about. (Of a
+    ``prompt`` one expects that it is whole.)"""
     extra = row.get("input") if key == "instruction" else None
     if extra is not None and not isinstance(extra, str):
         raise RowError(f"'input' is {kind_of(extra)}, not text")
@@ -85,8 +85,8 @@ def _question(row: RawRow, key: str, prompt: str) -> str:
 
 
 def _history(row: RawRow) -> list[dict[str, Any]]:
-    """Earlier turns: Alpaca's ``history``, a list of pairs of question and answer, or a list of turns. Anything else of that name is
-    a column that is not used."""
+    """Earlier turns: Alpaca's ``history``, a list of pairs of question and answer, or a list of turns. Anything else of
+    that name is a column that is not used."""
     history = row.cells.get("history")
     if isinstance(history, str) and history.lstrip().startswith("["):
         try:
@@ -138,8 +138,8 @@ def answered(row: RawRow, asked: list[dict[str, Any]], answer: Any, key: str) ->
 
 
 def _repeats(question: list[dict[str, Any]], said: list[dict[str, Any]]) -> int:
-    """How many of the turns that an answer opens with are the question once more: all of it, its end, or, where the question is
-    only the last one of a conversation, everything up to it. 0: none."""
+    """How many of the turns that an answer opens with are the question once more: all of it, its end, or, where the
+    question is only the last one of a conversation, everything up to it. 0: none."""
     if not said or said[0]["role"] != "user":
         return 0
     for n in range(min(len(question), len(said)), 0, -1):

@@ -37,8 +37,8 @@ def parquet_rows(path: Path) -> Iterator[Block]:
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without the nulls that Arrow writes where an object inside a column lacks a key that another row has: it knows no other
-    way to leave a key out. Columns that are null stay."""
+    """The row without the nulls that Arrow writes where an object inside a column lacks a key that another row has: it
+    knows no other way to leave a key out. Columns that are null stay."""
     return {name: _pruned(value) if isinstance(value, (dict, list)) else value for name, value in row.items()}
 
 

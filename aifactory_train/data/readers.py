@@ -1,7 +1,7 @@
 """Files of every accepted kind, read in blocks that a tokenising process can work on by itself.
 
-JSON Lines are handed on as raw bytes cut at line ends (parsing is the worker's job); everything else as lists of rows. No
-reader holds more than one block of a file in memory, except for ``.json`` files, which are parsed as a whole.
+JSON Lines are handed on as raw bytes cut at line ends (parsing is the worker's job); everything else as lists of rows.
+No reader holds more than one block of a file in memory, except for ``.json`` files, which are parsed as a whole.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def blocks(
 ) -> Iterator[Block]:
     """Rows of a file, of the files in a folder, or of a Hugging Face data set folder, in a stable order.
 
-    ``notes`` gathers what became of documents (text, Markdown, HTML, PDF) that could not be read. ``role`` (``train`` or ``eval``)
-    decides which split of a folder is read where ``split`` names none.
+    ``notes`` gathers what became of documents (text, Markdown, HTML, PDF) that could not be read. ``role`` (``train``
+    or ``eval``) decides which split of a folder is read where ``split`` names none.
     """
     notes = notes if notes is not None else documents.Notes()
     if hub or (path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file())):
@@ -115,7 +115,8 @@ def _folder(path: Path, split: str | None, notes: documents.Notes, role: str) ->
     beside = [p for p in texts if not documents.is_about(p)]
     if beside:
         raise UserError(
-            f"the folder holds tables ({len(tables)}, the first one is {tables[0].name}) and documents ({len(beside)}, the first "
+            f"the folder holds tables ({len(tables)}, the first one is {tables[0].name}) and documents "
+            f"({len(beside)}, the first "
             f"one is {beside[0].name}); which of them are the rows?",
             where=str(path),
             fix="give each kind a folder of its own",
@@ -125,9 +126,9 @@ def _folder(path: Path, split: str | None, notes: documents.Notes, role: str) ->
 
 
 def _of_split(root: Path, files: list[Path], split: str | None, notes: documents.Notes, role: str) -> list[Path]:
-    """The files that are read: those whose names hold the words of ``split``, or letters of it where none does; ``all``: every file.
-    Where no split is named and the folder has several, as data sets of the hub have: the training split for training, for evaluation
-    the validation split or else the test split."""
+    """The files that are read: those whose names hold the words of ``split``, or letters of it where none does;
+    ``all``: every file. Where no split is named and the folder has several, as data sets of the hub have: the training
+    split for training, for evaluation the validation split or else the test split."""
     known = {p: folders.split_of(p.relative_to(root), table=documents.kind_of(p) is None) for p in files}
     if split is not None:
         names = {p: p.relative_to(root).as_posix() for p in files}

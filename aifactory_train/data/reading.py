@@ -1,6 +1,7 @@
 """The one pass over the rows: blocks of a file become arrays in the layout of the store, here or in other processes.
 
-Main process: cut files into blocks, write what comes back, in order. Every process: parse, validate, render, mask, tokenise.
+Main process: cut files into blocks, write what comes back, in order. Every process: parse, validate, render, mask,
+tokenise.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class _Source:
         empty = self.counts["dropped: empty"]
         if 2 * empty > rows_here:
             raise UserError(
-                f"the chat template writes nothing of the answers of {empty:,} of {rows_here:,} rows ({_worst(self.lost)}): "
+                f"the chat template writes nothing of the answers of {empty:,} of {rows_here:,} rows "
+                f"({_worst(self.lost)}): "
                 "the model would learn to say nothing",
                 where=str(self.empty_at),
                 fix="name a template that writes them: model.chat_template=FILE.jinja",
@@ -157,8 +159,8 @@ def read_source(
     places: list[str | None],
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
-    """Read one source into the store; returns its facts for the report. ``files`` and ``places`` grow by the source's files:
-    what they are called, and where below the source they lie (None where the name holds no path)."""
+    """Read one source into the store; returns its facts for the report. ``files`` and ``places`` grow by the source's
+    files: what they are called, and where below the source they lie (None where the name holds no path)."""
     source = item.source
     label = f"{item.name}:row"
     notes = documents.Notes(recipe.data.unreadable)
@@ -235,7 +237,9 @@ def _format(head: Block, source: DataSource) -> tuple[str, str]:
 
 
 def _workers(recipe: Recipe, item: Input) -> int:
-    """Processes for one source: no more than asked for, and one where the rows are read before another process has started."""
+    """Processes for one source: no more than asked for, and one where the rows are read before another process has
+    started.
+    """
     if item.converter is not None:
         return recipe.data.workers or 1
     files = [item.path] if item.path.is_file() else [p for p in item.path.rglob("*") if p.is_file()]
@@ -246,8 +250,8 @@ def _workers(recipe: Recipe, item: Input) -> int:
 
 
 def _run(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Iterator[Done]:
-    """Results in the order of the tasks. ``workers`` processes work, this one among them: it begins at once, while the others still
-    start. At most four blocks a process are under way, so memory stays flat."""
+    """Results in the order of the tasks. ``workers`` processes work, this one among them: it begins at once, while the
+    others still start. At most four blocks a process are under way, so memory stays flat."""
     if workers == 1:
         for task in tasks:
             yield process(task, encoder)

@@ -1,16 +1,18 @@
 """Chat rows rendered with a template, and the assistant's turns found in the text.
 
-No template ships marks that say which part the assistant wrote, so it is found by rendering. For the assistant turn ``k`` of a
-conversation ``m``:
+No template ships marks that say which part the assistant wrote, so it is found by rendering. For the assistant turn
+``k`` of a conversation ``m``:
 
 * ``full = render(m)`` is what is trained on; ``ask = render(m[:k], prompt=True)`` is what the model sees when it has to
-  answer. Where ``full`` starts with ``ask``, the answer begins right there: training and generation agree by construction.
-* Templates that rewrite earlier turns (system text moved into the last user turn, old reasoning dropped) break that prefix.
-  Then the turn's text is replaced by a marker, and what lies before and after the marker is found again in ``full``.
+  answer. Where ``full`` starts with ``ask``, the answer begins right there: training and generation agree by
+  construction.
+* Templates that rewrite earlier turns (system text moved into the last user turn, old reasoning dropped) break that
+  prefix. Then the turn's text is replaced by a marker, and what lies before and after the marker is found again in
+  ``full``.
 * The turn ends with its end-of-turn token, which is supervised; whatever the template writes behind it is not.
 
-Where the template provably does not look at texts (:mod:`frames`), ``full`` and the turns come from joining strings; both ways
-give the same text.
+Where the template provably does not look at texts (:mod:`frames`), ``full`` and the turns come from joining strings;
+both ways give the same text.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ MARKER = "QZ7VXK"  # plain letters and digits: no template trims, splits or esca
 
 @dataclass
 class Turn:
-    """Character spans in the rendered text: the answer begins at ``start``, its region ends at ``end``; ``text`` is where
-    the turn's content stands, or None when the template rewrote it."""
+    """Character spans in the rendered text: the answer begins at ``start``, its region ends at ``end``; ``text`` is
+    where the turn's content stands, or None when the template rewrote it."""
 
     start: int
     end: int
@@ -97,8 +99,8 @@ class Renderer:
         return rendered
 
     def _traced(self, rendered: Rendered, messages: list, tools: Any) -> Rendered:
-        """``rendered`` with what the template left out of it. A turn of which nothing is left is not learnt: its end-of-turn token alone
-        would teach the model to say nothing."""
+        """``rendered`` with what the template left out of it. A turn of which nothing is left is not learnt: its
+        end-of-turn token alone would teach the model to say nothing."""
         full, turns = rendered.full, rendered.turns
         regions = [
             (k, turn.start, turn.end, turn.text is not None)
@@ -188,7 +190,9 @@ def _find_text(full: str, start: int, end: int, content: str) -> tuple[int, int]
 
 
 def _lead(ask: str | None, later: str | None, content: str, full: str, marked: int) -> int:
-    """Characters (a space, say) that the template writes between its question and the text: the model has to write them too."""
+    """Characters (a space, say) that the template writes between its question and the text: the model has to write them
+    too.
+    """
     if ask is None or later is None or not later.startswith(ask):
         return 0
     found = _find_text(later, len(ask), len(later), content)
@@ -209,7 +213,9 @@ def _common(a: str, b: str) -> int:
 
 
 def _stop_reach(tail: str, stops: list[str]) -> int:
-    """Characters from the beginning of ``tail`` to the end of the turn-ending token that follows at once (0: none does)."""
+    """Characters from the beginning of ``tail`` to the end of the turn-ending token that follows at once (0: none
+    does).
+    """
     lead = len(tail) - len(tail.lstrip())
     for text in stops:
         if tail.startswith(text, lead):

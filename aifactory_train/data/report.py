@@ -1,8 +1,8 @@
-"""What there is in a user's own rows: counts, lengths, languages, repetition, leakage, licence, personal data. Figures only,
-never a piece of a row.
+"""What there is in a user's own rows: counts, lengths, languages, repetition, leakage, licence, personal data. Figures
+only, never a piece of a row.
 
-:func:`describe` works on texts and needs no tokenizer; ``prepare`` adds tokens, and :func:`fertility` how dearly the base
-model's tokenizer writes each language.
+:func:`describe` works on texts and needs no tokenizer; ``prepare`` adds tokens, and :func:`fertility` how dearly the
+base model's tokenizer writes each language.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import numpy as np
 
 from aifactory_train.data import language, near, personal
 
-#: Canonical rows (bytes) up to which ``prepare`` looks at everything by itself; beyond, ``prepare --report`` does when asked.
+#: Canonical rows (bytes) up to which ``prepare`` looks at everything by itself; beyond, ``prepare --report`` does when
+#: asked.
 AT_ONCE = 8 << 20
 #: Texts whose language is looked at.
 LANGUAGE_TEXTS = 1_000
 #: Held-out rows that a training row may repeat, in exact or nearly the same words.
 LEAK_LIMIT = 0.01
-#: Text of a language that costs this many times the tokens of English (per byte; per word) is one that the tokenizer hardly knows.
+#: Text of a language that costs this many times the tokens of English (per byte; per word) is one that the tokenizer
+#: hardly knows.
 DEAR_PER_BYTE, DEAR_PER_WORD = 1.5, 2.5
 
 #: Rows that a rule may drop, or a length may cut, before it is said as a warning.
@@ -63,15 +65,19 @@ KEYS = {
 }
 #: What may be done about a part of the rows that the chat template leaves out.
 _TEMPLATE_FIX = {
-    "system text": "the answers are learnt without it. Name a template that writes it (model.chat_template=FILE.jinja), or "
+    "system text": "the answers are learnt without it. Name a template that writes it "
+    "(model.chat_template=FILE.jinja), or "
     "put it before the question",
-    "question text": "the answers are learnt without it. Name a template that writes it: model.chat_template=FILE.jinja",
+    "question text": "the answers are learnt without it. Name a template that writes it: "
+    "model.chat_template=FILE.jinja",
     "tool answer": "the answers are learnt without it. Name a template that writes it: model.chat_template=FILE.jinja",
     "tool schema": "calls are learnt without it. Name a template that writes tools: model.chat_template=FILE.jinja",
     "tool call": "it is not learnt. Name a template that writes calls: model.chat_template=FILE.jinja",
-    "reasoning of the last answer": "it is not learnt. A copy of the template that keeps it (without the lines that cut at "
+    "reasoning of the last answer": "it is not learnt. A copy of the template that keeps it (without the lines that "
+    "cut at "
     "</think>) trains it: model.chat_template=FILE.jinja; else take it out of the rows",
-    "reasoning of earlier answers": "those answers are learnt as if nothing had been thought before. Make a row of each "
+    "reasoning of earlier answers": "those answers are learnt as if nothing had been thought before. Make a row of "
+    "each "
     "answer, or give the earlier ones weight: 0",
     "answer text": "it is not learnt as it is written. See it with prepare --inspect 3; another template: "
     "model.chat_template=FILE.jinja",
@@ -80,11 +86,16 @@ _TEMPLATE_FIX = {
 
 #: English prose that every tokenizer is measured on, for comparison.
 _ENGLISH = (
-    "The bridge over the river was closed for most of the winter because the old bearings had to be replaced. While the work "
-    "was going on, traffic was sent through the next village, where people soon complained about noise and dust. The council "
-    "met in January and decided to pay for better windows in the houses along the road. Nobody knew at that time how long it "
-    "would take, and the engineers gave no date. In spring the first cars crossed again, slowly and one after another, and a "
-    "small crowd had come to watch. What had looked like a simple repair turned out to be the largest public work in the "
+    "The bridge over the river was closed for most of the winter because the old bearings had to be replaced. While "
+    "the work "
+    "was going on, traffic was sent through the next village, where people soon complained about noise and dust. The "
+    "council "
+    "met in January and decided to pay for better windows in the houses along the road. Nobody knew at that time how "
+    "long it "
+    "would take, and the engineers gave no date. In spring the first cars crossed again, slowly and one after "
+    "another, and a "
+    "small crowd had come to watch. What had looked like a simple repair turned out to be the largest public work in "
+    "the "
     "region since the station was built, and its costs were still being counted two years later."
 )
 
@@ -101,8 +112,8 @@ def text_of(row: dict[str, Any]) -> str:
 
 
 def spoken(row: dict[str, Any]) -> tuple[str | None, str]:
-    """The language code that a canonical row states in its column ``language`` (None without), and its text without system turns:
-    an instruction in English before every row does not make the rows English."""
+    """The language code that a canonical row states in its column ``language`` (None without), and its text without
+    system turns: an instruction in English before every row does not make the rows English."""
     stated = re.match(r"[A-Za-z]{2,3}(?![A-Za-z])", str(row.get("language") or ""))
     text = row["text"] if "text" in row else "\n".join(m["content"] for m in row["messages"] if m["role"] != "system")
     return (stated[0].lower() if stated else None), text
@@ -122,7 +133,8 @@ def describe(
         held: held-out texts; None when the split is not made yet.
         licences: ``(source, licence)``; ``unknown`` is written down as MISSING.
         spoken_in: what :func:`languages` found, where it has looked already.
-        words: shingles that are there already, and which of them are the training texts and the held-out texts (int64 each).
+        words: shingles that are there already, and which of them are the training texts and the held-out texts (int64
+        each).
     """
     if words is None:
         numbers = np.arange(len(train) + len(held or []))
@@ -157,7 +169,9 @@ def stated_licences(licences: Sequence[tuple[str, str]]) -> list[dict[str, str]]
 
 
 def languages(texts: Sequence[str], stated: Sequence[str | None] | None = None) -> dict[str, Any]:
-    """Shares by language over a sample of evenly spaced texts; ``stated`` is what their rows say of it (:func:`spoken`)."""
+    """Shares by language over a sample of evenly spaced texts; ``stated`` is what their rows say of it
+    (:func:`spoken`).
+    """
     sample = _sample(list(zip(texts, stated or [None] * len(texts), strict=True)), LANGUAGE_TEXTS)
     return {"shares": language.shares(*_unzip(sample)), "rows_looked_at": len(sample), "limits": language.LIMITS}
 
@@ -201,11 +215,13 @@ def fertility(
 ) -> dict[str, Any]:
     """Tokens per word and per UTF-8 byte for each language with at least a tenth of the texts, against English prose.
 
-    ``tokenizer``: a ``tokenizers.Tokenizer``. ``stated``: the language codes that rows state, None where detection decides.
-    ``count``: how many tokens texts have, where that is known faster than by tokenising them (``Encoder.count``). Only prose is measured: digits, identifiers, tags and markup (:func:`aifactory_train.data.language.prose`) cost the same in every
-    language. A language is *dear* when it takes 1.5 times the tokens of English per byte, or 2.5 times per word: the model sees
-    it in small pieces, trains slower on it and knows it little (Rust et al. 2021, "How good is your tokenizer?", take tokens per
-    word as the sign of a language that a model serves badly).
+    ``tokenizer``: a ``tokenizers.Tokenizer``. ``stated``: the language codes that rows state, None where detection
+    decides. ``count``: how many tokens texts have, where that is known faster than by tokenising them
+    (``Encoder.count``). Only prose is measured: digits, identifiers, tags and markup
+    (:func:`aifactory_train.data.language.prose`) cost the same in every language. A language is *dear* when it takes
+    1.5 times the tokens of English per byte, or 2.5 times per word: the model sees it in small pieces, trains slower on
+    it and knows it little (Rust et al. 2021, "How good is your tokenizer?", take tokens per word as the sign of a
+    language that a model serves badly).
     """
     count = count or (lambda some: sum(map(len, tokenizer.encode_batch_fast(some, add_special_tokens=False))))
     english = _cost(count, [_ENGLISH])
@@ -271,7 +287,8 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
                 f"{name} ({len(files)} file{'s' if len(files) > 1 else ''})" for name, files in others.items()
             )
             out.append(
-                f"{source['name']}: of the folder only the split '{source['files']['split']}' is read; not read: {named}; "
+                f"{source['name']}: of the folder only the split '{source['files']['split']}' is read; not read: "
+                f"{named}; "
                 f"data.{source['role']}.N.split=NAME chooses another one, split=all reads every file"
             )
         out += [
@@ -287,7 +304,8 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
             )
         elif cut > DROP_LIMIT * source["rows"]:
             out.append(
-                f"{source['name']}: {cut:,} of {source['rows']:,} rows ({cut / source['rows']:.0%}) are cut at data.sequence_length, most "
+                f"{source['name']}: {cut:,} of {source['rows']:,} rows ({cut / source['rows']:.0%}) are cut at "
+                f"data.sequence_length, most "
                 "of them inside an answer; a larger one keeps them whole, data.long_documents=drop leaves them out"
             )
         if source["licence"] == "unknown":
@@ -296,7 +314,8 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
     leak = (report.get("own") or {}).get("leakage")
     if leak and leak["share"] > LEAK_LIMIT:
         out.append(
-            f"{leak['exact'] + leak['near']} of {leak['held_out_rows']} held-out rows are repeated in the training rows, exactly or nearly "
+            f"{leak['exact'] + leak['near']} of {leak['held_out_rows']} held-out rows are repeated in the training "
+            f"rows, exactly or nearly "
             f"({leak['share']:.1%}, the limit is {LEAK_LIMIT:.0%}): the held-out figures will look better than they are"
         )
     kinds = (report.get("own") or {}).get("personal_data", {}).get("counts", {})
@@ -309,7 +328,9 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
 
 
 def _missing(report: dict[str, Any]) -> list[str]:
-    """Warnings of rows that a rule drops, of what the chat template leaves out, and of special tokens in what people wrote."""
+    """Warnings of rows that a rule drops, of what the chat template leaves out, and of special tokens in what people
+    wrote.
+    """
     out = []
     fate = report.get("rows", {"given": 0, "dropped": {}})
     for why, n in fate["dropped"].items():
@@ -336,13 +357,17 @@ def _missing(report: dict[str, Any]) -> list[str]:
 
 #: How special tokens in what people wrote are read, and what to do about it.
 _CONTROL_TOKENS = {
-    "text": "they are encoded as the text that they are; data.control_tokens_in_content=as_tokens reads them as the template's own marks",
-    "tokens": "they are read as marks of the template, as if a turn began or ended there; write them otherwise, or leave such rows out",
+    "text": "they are encoded as the text that they are; data.control_tokens_in_content=as_tokens reads them as the "
+    "template's own marks",
+    "tokens": "they are read as marks of the template, as if a turn began or ended there; write them otherwise, or "
+    "leave such rows out",
 }
 
 
 def found_in(report: dict[str, Any], key: str, read_as: str | None = None) -> dict[str, dict[str, int]]:
-    """``template`` or ``control_tokens`` of all sources of a report together, or of those whose special tokens are read as ``read_as``."""
+    """``template`` or ``control_tokens`` of all sources of a report together, or of those whose special tokens are read
+    as ``read_as``.
+    """
     out: dict[str, dict[str, int]] = {}
     for source in report.get("sources", []):
         if read_as not in (None, source.get("control_tokens_read_as", "tokens")):
@@ -384,7 +409,10 @@ def lines_of(own: dict[str, Any]) -> list[tuple[str, str]]:
         ("repeated rows", f"{repeats['exact']:,} exactly, {repeats['near']:,} nearly ({repeats['share']:.1%})"),
     ]
     if leak is not None:
-        figures = f"{leak['exact']:,} exactly, {leak['near']:,} nearly, of {leak['held_out_rows']:,} ({leak['share']:.1%}; limit {leak['limit']:.0%})"
+        figures = (
+            f"{leak['exact']:,} exactly, {leak['near']:,} nearly, of {leak['held_out_rows']:,} "
+            f"({leak['share']:.1%}; limit {leak['limit']:.0%})"
+        )
         out.append(("held-out rows that training rows repeat", figures))
     for entry in own["licences"]:
         out.append((f"licence of {entry['source']}", entry["licence"]))

@@ -3,21 +3,22 @@
 Accepted forms (``DataSource.format``; ``auto`` decides by the columns of the first row and says so in the report):
 
 * ``messages``: ``{"messages": [{"role", "content"}, ...], "tools"?: [...]}``; also ShareGPT's ``conversations``;
-* ``prompt``: ``{"prompt", "completion", "system"?}``; prompt and completion may themselves be lists of messages; Alpaca's
-  ``instruction``/``input``/``output`` and ``question``/``answer`` are read the same way;
+* ``prompt``: ``{"prompt", "completion", "system"?}``; prompt and completion may themselves be lists of messages;
+  Alpaca's ``instruction``/``input``/``output`` and ``question``/``answer`` are read the same way;
 * ``text``: ``{"text"}``, continued pre-training;
-* ``preference``: ``{"prompt", "chosen", "rejected", "system"?}`` (DPO, ORPO); chosen and rejected may be lists of messages, with
-  the prompt as their common beginning where there is no ``prompt``, or where they repeat it;
+* ``preference``: ``{"prompt", "chosen", "rejected", "system"?}`` (DPO, ORPO); chosen and rejected may be lists of
+  messages, with the prompt as their common beginning where there is no ``prompt``, or where they repeat it;
 * ``feedback``: the ``prompt`` form with ``label``, true or false (KTO).
 
-Every form may carry ``id`` (unique within its source) and ``group`` (rows of one group are never split over train and eval), and for
-the slices of an evaluation ``language`` and ``label``.
+Every form may carry ``id`` (unique within its source) and ``group`` (rows of one group are never split over train and
+eval), and for the slices of an evaluation ``language`` and ``label``.
 
-What else stands beside these is used where its meaning is certain (``system`` beside a conversation, ``context`` and ``history`` of an
-instruction, ``function_call``, ``loss: false`` of a turn, ...: the table in docs/data.md), refused where the text would be wrong without
-it (pictures, sound), and otherwise named with its count (:class:`Unused`).
+What else stands beside these is used where its meaning is certain (``system`` beside a conversation, ``context`` and
+``history`` of an instruction, ``function_call``, ``loss: false`` of a turn, ...: the table in docs/data.md), refused
+where the text would be wrong without it (pictures, sound), and otherwise named with its count (:class:`Unused`).
 
-The canonical row is ``{"messages": [...], "tools"?: [...]}``, with ``rejected: [...]`` or ``desirable: bool`` for preferences, or ``{"text": ...}`` plus ``id`` and ``group`` where given.
+The canonical row is ``{"messages": [...], "tools"?: [...]}``, with ``rejected: [...]`` or ``desirable: bool`` for
+preferences, or ``{"text": ...}`` plus ``id`` and ``group`` where given.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def detect_format(columns: list[str]) -> tuple[str, str]:
     if "chosen" in names and "rejected" in names:
         raise RowError(
             "there are columns 'chosen' and 'rejected': preferences",
-            "set methods.preference.kind to dpo or orpo, or rename the answer to learn with columns={chosen: completion}",
+            "set methods.preference.kind to dpo or orpo, or rename the answer to learn with columns={chosen: "
+            "completion}",
         )
     if "messages" in names:
         return "messages", "there is a column 'messages'"
@@ -79,7 +81,8 @@ def detect_format(columns: list[str]) -> tuple[str, str]:
     hint = next((h for c in columns if (h := did_you_mean(str(c), KNOWN_COLUMNS))), "")
     raise RowError(
         f"no known columns: {shown}{hint}",
-        "rows need 'messages', 'prompt' and 'completion', or 'text'; rename with data.train.0.columns={mine: prompt, ...}",
+        "rows need 'messages', 'prompt' and 'completion', or 'text'; rename with data.train.0.columns={mine: prompt, "
+        "...}",
     )
 
 
@@ -212,7 +215,8 @@ def _question_of_pair(row: RawRow, answers: dict[str, Any]) -> str | None:
             return name
     if any(isinstance(a, str) for a in answers.values()):
         raise RowError(
-            f"the column 'prompt' is missing: '{'chosen' if isinstance(answers['chosen'], str) else 'rejected'}' is an answer, "
+            f"the column 'prompt' is missing: '{'chosen' if isinstance(answers['chosen'], str) else 'rejected'}' is "
+            f"an answer, "
             f"and no column is its question (found: {', '.join(map(str, list(row.cells)[:12]))})",
             "name the question: data.train.0.columns={mine: prompt}",
         )
@@ -220,8 +224,8 @@ def _question_of_pair(row: RawRow, answers: dict[str, Any]) -> str | None:
 
 
 def desirable(row: dict[str, Any]) -> bool:
-    """What ``label`` says of a rated answer: true, false, 1 or 0 (1.0 and 0.0 in a column that pandas found gaps in), in a CSV as
-    text. Raises :class:`RowError` for anything else."""
+    """What ``label`` says of a rated answer: true, false, 1 or 0 (1.0 and 0.0 in a column that pandas found gaps in),
+    in a CSV as text. Raises :class:`RowError` for anything else."""
     label = row.get("label")
     said = yes_or_no(label)
     if said is not None:

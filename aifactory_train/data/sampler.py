@@ -1,8 +1,8 @@
 """Which documents make up which optimizer step: a pure function of (seed, epoch, cursor), whatever the number of ranks.
 
-Nothing is drawn from a generator whose stream could change with a library's version: the order of an epoch is the order of
-a hash (SplitMix64 [1]) of seed, epoch and document. Resuming therefore needs two integers, and a run continued on another
-number of GPUs sees the same documents in the same steps.
+Nothing is drawn from a generator whose stream could change with a library's version: the order of an epoch is the order
+of a hash (SplitMix64 [1]) of seed, epoch and document. Resuming therefore needs two integers, and a run continued on
+another number of GPUs sees the same documents in the same steps.
 
 [1] Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014.
 """
@@ -19,7 +19,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where the data stands: documents of ``epoch`` (from 0) that were already used. JSON: ``[epoch, position]`` by asdict."""
+    """Where the data stands: documents of ``epoch`` (from 0) that were already used. JSON: ``[epoch, position]`` by
+    asdict.
+    """
 
     epoch: int = 0
     position: int = 0
@@ -49,10 +51,13 @@ class Sampler:
 
     Args:
         dataset_lengths: int [num_docs], tokens of each document.
-        weights: float [num_docs] or None: how often a document is seen in an epoch. Documents of equal weight ``w`` form a
-            group of ``n``; each is seen ``floor(w)`` times and ``round(frac(w) * n)`` of them, others in each epoch, once more.
+        weights: float [num_docs] or None: how often a document is seen in an epoch. Documents of equal weight ``w``
+        form a
+            group of ``n``; each is seen ``floor(w)`` times and ``round(frac(w) * n)`` of them, others in each epoch,
+            once more.
         seed: decides the order.
-        batch_rows: documents per step. An epoch that does not divide evenly is cut into steps that differ by at most one
+        batch_rows: documents per step. An epoch that does not divide evenly is cut into steps that differ by at most
+        one
             document, so that no step is tiny.
         batch_tokens: or: as many documents, in order, as fit into so many tokens (at least one).
     """
@@ -105,7 +110,9 @@ class Sampler:
         return np.concatenate(parts).astype(np.int64)
 
     def step(self, cursor: Cursor) -> tuple[np.ndarray, Cursor]:
-        """Documents of the step at ``cursor`` (int64) and the cursor behind it. The epoch's end leads into the next one."""
+        """Documents of the step at ``cursor`` (int64) and the cursor behind it. The epoch's end leads into the next
+        one.
+        """
         docs, ends = self._epoch(cursor.epoch)
         if cursor.position >= len(docs):
             return self.step(Cursor(cursor.epoch + 1, 0))
@@ -135,7 +142,9 @@ class Sampler:
         return self._steps[epoch]
 
     def steps(self, epochs: float, at_most: int | None = None) -> int:
-        """Optimizer steps of ``epochs``; a fraction of the last epoch is rounded up. At least one, ``at_most`` if given."""
+        """Optimizer steps of ``epochs``; a fraction of the last epoch is rounded up. At least one, ``at_most`` if
+        given.
+        """
         total = 0
         for epoch in range(math.ceil(epochs)):
             total += math.ceil(min(1.0, epochs - epoch) * self.steps_per_epoch(epoch))
@@ -162,8 +171,8 @@ def split_step(
         batching: ``packed`` (a micro-batch costs the sum of its tokens) or ``padded`` (rows times the longest).
 
     Returns ``[rank][micro] -> documents`` (int64). Every document appears once, every rank has the same number of
-    micro-batches, some of which may be empty; micro-batches of the same number cost about the same on all ranks, because
-    the ranks wait for each other. The result depends on the arguments alone.
+    micro-batches, some of which may be empty; micro-batches of the same number cost about the same on all ranks,
+    because the ranks wait for each other. The result depends on the arguments alone.
     """
     docs = np.asarray(docs, dtype=np.int64)
     own = np.asarray(lengths)[docs].astype(np.int64)
@@ -219,11 +228,11 @@ _TOGETHER = 64
 
 
 def _share_packed(sizes: np.ndarray, count: int) -> np.ndarray:
-    """Longest first into the slot with the least tokens (LPT: at most 4/3 of the best possible maximum; Graham 1969), among equals
-    with the fewest documents. ``sizes`` int64 ``[n]`` descend; returns each document's slot.
+    """Longest first into the slot with the least tokens (LPT: at most 4/3 of the best possible maximum; Graham 1969),
+    among equals with the fewest documents. ``sizes`` int64 ``[n]`` descend; returns each document's slot.
 
-    Many at once: in the order of their loads, slots take one document each as long as none before them is, with its new one, still
-    the least loaded.
+    Many at once: in the order of their loads, slots take one document each as long as none before them is, with its new
+    one, still the least loaded.
     """
     n = len(sizes)
     slot = np.empty(n, dtype=np.int64)
@@ -233,7 +242,8 @@ def _share_packed(sizes: np.ndarray, count: int) -> np.ndarray:
         free = np.lexsort((number, held, load))[: n - done]
         before = load[free]
         after = before + sizes[done : done + len(free)]
-        # Of equal loads, the one with the fewer documents is first: a slot that has just taken one may come behind or before.
+        # Of equal loads, the one with the fewer documents is first: a slot that has just taken one may come behind or
+        # before.
         least = np.minimum.accumulate(after)[:-1]
         late = np.flatnonzero(before[1:] >= least)
         taken = int(late[0]) + 1 if len(late) else len(free)
@@ -258,8 +268,8 @@ def _one_by_one(sizes: np.ndarray, slot: np.ndarray, done: int, load: np.ndarray
 
 
 def _share_padded(sizes: np.ndarray, count: int) -> np.ndarray:
-    """Neighbours in length together; the smallest bound on rows x longest that needs no more than ``count`` slots. ``sizes`` int64
-    ``[n]`` descend; returns each document's slot."""
+    """Neighbours in length together; the smallest bound on rows x longest that needs no more than ``count`` slots.
+    ``sizes`` int64 ``[n]`` descend; returns each document's slot."""
     n = len(sizes)
     if not n:
         return np.empty(0, dtype=np.int64)

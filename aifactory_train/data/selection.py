@@ -20,7 +20,9 @@ from aifactory_train.data.store import DROPPED, Store
 
 
 class Words:
-    """The texts of all rows of a store and their shingles, read once: overlap, repetition and leakage look at the same ones."""
+    """The texts of all rows of a store and their shingles, read once: overlap, repetition and leakage look at the same
+    ones.
+    """
 
     def __init__(self, store: Store):
         self._store = store
@@ -50,7 +52,8 @@ def select(recipe: Recipe, store: Store, inputs: list[Input], words: Words) -> R
     keep = np.ones(len(source), dtype=bool)
     duplicates = {"rows": 0, "by": "content"}
     if data.deduplicate:
-        # The first of equal rows stays; train and eval are looked at apart (what they share is overlap, not repetition).
+        # The first of equal rows stays; train and eval are looked at apart (what they share is overlap, not
+        # repetition).
         roles = np.asarray([0 if i.role == "train" else 1 + n for n, i in enumerate(inputs)], dtype=np.uint64)
         keys = splitmix64(np.asarray(store.column("rowdigest")) + roles[source])
         _, first = np.unique(keys, return_index=True)
@@ -157,8 +160,9 @@ def _sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
 def _hold_out(
     store: Store, rows: np.ndarray, recipe: Recipe, item: Input
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Rows of some groups: as many as ``eval_fraction`` says, but no more than ``eval_rows`` need. Returns the held-out rows,
-    rows that belong to a held-out group and are not needed (no part of the training either), and what was done."""
+    """Rows of some groups: as many as ``eval_fraction`` says, but no more than ``eval_rows`` need. Returns the held-out
+    rows, rows that belong to a held-out group and are not needed (no part of the training either), and what was
+    done."""
     data = recipe.data
     by_time = data.split_by is not None and data.split_by.time is not None
     groups, member = np.unique(np.asarray(store.column("rowgroup"))[rows], return_inverse=True)
@@ -195,7 +199,9 @@ def _named(store: Store, row: int) -> bool:
 
 
 def _other_sources(store: Store, train: np.ndarray, evals: list[tuple[str, np.ndarray]]) -> int:
-    """Take rows out of ``train`` whose named group is held out in another source; returns how many. Changes ``train``."""
+    """Take rows out of ``train`` whose named group is held out in another source; returns how many. Changes
+    ``train``.
+    """
     if len(evals) < 2:
         return 0
     groups = np.asarray(store.column("rowgroup"))

@@ -84,12 +84,15 @@ def _check_label(row: dict[str, Any], labels: frozenset[str], separator: str | N
             more = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
             raise RowError(
                 f"the label '{label[:60]}' is not in data.labels{did_you_mean(label, shown)}",
-                f"labels are {', '.join(shown[:12])}{more}; correct the row, or name your own with --set data.labels=[A,B]",
+                f"labels are {', '.join(shown[:12])}{more}; correct the row, or name your own with --set "
+                f"data.labels=[A,B]",
             )
 
 
 def moment(value: Any, column: str) -> int:
-    """A date, time or number as an integer that keeps its order. Raises :class:`RowError` for what cannot be ordered."""
+    """A date, time or number as an integer that keeps its order. Raises :class:`RowError` for what cannot be
+    ordered.
+    """
     if isinstance(value, datetime.datetime):
         return _date(value)
     if isinstance(value, datetime.date):
@@ -146,8 +149,8 @@ def choose(
         fraction: share of the groups (by time: of the rows) that is wanted.
         most: rows that are enough.
 
-    By digest, groups are tried in an order that depends on ``seed`` alone, and one that would exceed ``most`` is passed over
-    (when all would, the smallest is taken). By time the newest groups are taken, at least one.
+    By digest, groups are tried in an order that depends on ``seed`` alone, and one that would exceed ``most`` is passed
+    over (when all would, the smallest is taken). By time the newest groups are taken, at least one.
     """
     chosen = np.zeros(len(keys), dtype=bool)
     if by_time:
@@ -185,7 +188,8 @@ def choose(
 def refuse_leaks(store: Store, train: np.ndarray, held: np.ndarray, key: str) -> None:
     """Refuse a group (named by a column, not merely the same question) that stands in training and held-out rows alike.
 
-    ``train`` and ``held`` are row numbers; ``key`` is what the message points to when held-out rows were given by the user.
+    ``train`` and ``held`` are row numbers; ``key`` is what the message points to when held-out rows were given by the
+    user.
     """
     groups = np.asarray(store.column("rowgroup"))
     for group in np.intersect1d(groups[train], groups[held]):

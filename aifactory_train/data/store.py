@@ -1,7 +1,7 @@
 """The memory-mapped token store and the views on it that training reads.
 
-A *store* is a folder of flat files, written once in order and never changed; a *data set* is a store plus an ordered list of
-its documents. Nothing is read before it is asked for, so ten million rows need not fit in memory.
+A *store* is a folder of flat files, written once in order and never changed; a *data set* is a store plus an ordered
+list of its documents. Nothing is read before it is asked for, so ten million rows need not fit in memory.
 
 =================  ==========================  ====================================================================
 file               type                        content
@@ -53,7 +53,8 @@ COLUMNS: dict[str, str] = {
     "rowid": "<u8",
     "rowdropped": "<u1",
 }
-#: Why a row became no document: it did; too long; cut before its answer; nothing of its answer is in the text; so with one of two.
+#: Why a row became no document: it did; too long; cut before its answer; nothing of its answer is in the text; so with
+#: one of two.
 DROPPED = ("", "long", "masked", "empty", "pair")
 CACHE_FIX = "free some space, or set AIFACTORY_CACHE (or --cache-dir) to a folder that has it"
 
@@ -360,7 +361,9 @@ def _runs(docs: np.ndarray) -> list[tuple[int, int]]:
 
 
 def pack_flags(mask: np.ndarray, text_mask: np.ndarray, lengths: np.ndarray) -> bytes:
-    """The bits of ``flags.bin`` for some documents: bool [all tokens] each, documents end to end; ``lengths`` int64 [documents]."""
+    """The bits of ``flags.bin`` for some documents: bool [all tokens] each, documents end to end; ``lengths`` int64
+    [documents].
+    """
     width = 8 * ((lengths + 7) // 8)
     ends = np.cumsum(2 * width)
     starts = np.cumsum(lengths) - lengths

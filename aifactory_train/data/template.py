@@ -1,9 +1,9 @@
-"""Chat templates: rendered exactly as ``tokenizer.apply_chat_template`` does, but compiled once, the same on every day, and
-without importing torch or transformers (tokenising processes import this module).
+"""Chat templates: rendered exactly as ``tokenizer.apply_chat_template`` does, but compiled once, the same on every day,
+and without importing torch or transformers (tokenising processes import this module).
 
-The environment follows the public description of Hugging Face chat templates: a sandboxed Jinja with ``trim_blocks`` and
-``lstrip_blocks``, ``break``/``continue``, ``raise_exception``, ``strftime_now``, a ``tojson`` that does not escape HTML, and
-``{% generation %}`` blocks. A test compares it with transformers for each template family.
+The environment follows the public description of Hugging Face chat templates: a sandboxed Jinja with ``trim_blocks``
+and ``lstrip_blocks``, ``break``/``continue``, ``raise_exception``, ``strftime_now``, a ``tojson`` that does not escape
+HTML, and ``{% generation %}`` blocks. A test compares it with transformers for each template family.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import jinja2
 from aifactory_train.data.cells import RowError
 from aifactory_train.data.template_limits import LimitedEnvironment
 
-#: What ``strftime_now`` returns: Llama 3's own default date. Were it today's, the same rows would give other tokens tomorrow.
+#: What ``strftime_now`` returns: Llama 3's own default date. Were it today's, the same rows would give other tokens
+#: tomorrow.
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 #: What running a template on a row may raise.
 TEMPLATE_ERRORS = (
@@ -42,8 +43,8 @@ class TemplateRefused(RowError):
 class ChatTemplate:
     """The compiled template of a tokenizer with the special tokens it refers to.
 
-    ``specials`` maps ``bos_token``, ``eos_token``, ``pad_token``, ... to their text. ``tool_use`` renders rows with tools where the
-    tokenizer names a template of its own for them; ``source`` is None where it has none for the others.
+    ``specials`` maps ``bos_token``, ``eos_token``, ``pad_token``, ... to their text. ``tool_use`` renders rows with
+    tools where the tokenizer names a template of its own for them; ``source`` is None where it has none for the others.
     """
 
     def __init__(self, source: str | None, specials: dict[str, str], tool_use: str | None = None):
@@ -79,7 +80,9 @@ class ChatTemplate:
 
 @functools.lru_cache(maxsize=8)
 def compile_template(source: str, adapt: Callable[[Any], None] | None = None) -> Any:
-    """The compiled ``jinja2.Template``. ``adapt`` may change the environment first (:mod:`frames` watches what a template does)."""
+    """The compiled ``jinja2.Template``. ``adapt`` may change the environment first (:mod:`frames` watches what a
+    template does).
+    """
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
     from jinja2.ext import Extension
 

@@ -1,7 +1,9 @@
-"""What one rendering of a chat template may cost. Templates come with models: a hostile or broken one must end in a message, not in hours.
+"""What one rendering of a chat template may cost. Templates come with models: a hostile or broken one must end in a
+message, not in hours.
 
-Counted and not timed, so that the same template is taken or refused on every machine: passes of loops and calls of macros, and the
-size of what repetition, powers, widths and assignments make. Joinery of texts between two assignments is bounded by the template's length.
+Counted and not timed, so that the same template is taken or refused on every machine: passes of loops and calls of
+macros, and the size of what repetition, powers, widths and assignments make. Joinery of texts between two assignments
+is bounded by the template's length.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class Budget:
 
 def _too_large() -> TooMuch:
     return TooMuch(
-        f"it makes a text beyond {MOST_SIZE:,} characters, a list beyond {MOST_ENTRIES:,} entries or a number beyond {MOST_BITS:,} bits"
+        f"it makes a text beyond {MOST_SIZE:,} characters, a list beyond {MOST_ENTRIES:,} entries or a number beyond "
+        f"{MOST_BITS:,} bits"
     )
 
 

@@ -1,4 +1,6 @@
-"""Loading a tokenizer and finding out what the data path must know about it, with every trap refused before training."""
+"""Loading a tokenizer and finding out what the data path must know about it, with every trap refused before
+training.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def _embedding_rows(folder: Path) -> int | None:
 
 
 def check_vocabulary(tokenizer: Any, embedding_rows: int | None, where: str) -> None:
-    """Refuse a tokenizer that knows a token for which the model's embedding has no row (it would index out of range)."""
+    """Refuse a tokenizer that knows a token for which the model's embedding has no row (it would index out of
+    range).
+    """
     if embedding_rows is None:
         return
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -78,8 +82,8 @@ def check_vocabulary(tokenizer: Any, embedding_rows: int | None, where: str) -> 
 
 
 def chat_templates_of(tokenizer: Any) -> tuple[str | None, str | None]:
-    """The template for rows without tools, and the one for rows with them where it is another: of several named ones ``default`` and
-    ``tool_use``, as ``apply_chat_template`` chooses them."""
+    """The template for rows without tools, and the one for rows with them where it is another: of several named ones
+    ``default`` and ``tool_use``, as ``apply_chat_template`` chooses them."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, list):  # as tokenizer_config.json has them
         template = {entry["name"]: entry["template"] for entry in template}
@@ -90,7 +94,8 @@ def chat_templates_of(tokenizer: Any) -> tuple[str | None, str | None]:
 
 def _special_ids(tokenizer: Any) -> set[int]:
     special_ids = {int(i) for i in tokenizer.all_special_ids}
-    # Control tokens that are listed as added but not as special ("</tool_call>") are text; those marked special are not.
+    # Control tokens that are listed as added but not as special ("</tool_call>") are text; those marked special are
+    # not.
     return special_ids | {int(i) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 
@@ -141,7 +146,8 @@ def encoder_spec(tokenizer: Any, recipe: Recipe) -> EncoderSpec:
 def _plain_offsets(serialised: str) -> str:
     """The tokenizer without ``trim_offsets``: ids stay the same, but spans then cover every character of the text.
 
-    Quotes inside a JSON string are escaped, so this finds the setting alone, and without parsing a vocabulary of megabytes.
+    Quotes inside a JSON string are escaped, so this finds the setting alone, and without parsing a vocabulary of
+    megabytes.
     """
     return re.sub(r'"trim_offsets"(\s*):(\s*)true', r'"trim_offsets"\1:\2false', serialised)
 
@@ -154,7 +160,8 @@ def tokenizer_info(tokenizer: Any, spec: EncoderSpec) -> dict[str, Any]:
     pad = tokenizer.pad_token_id
     separate = pad is not None and pad not in taken
     if not separate:
-        # Labels are masked by place, never by id, so a shared id could not hide the end-of-turn; a separate one is clearer.
+        # Labels are masked by place, never by id, so a shared id could not hide the end-of-turn; a separate one is
+        # clearer.
         unk = tokenizer.unk_token_id
         pad = unk if unk is not None and unk not in taken else (pad if pad is not None else 0)
     return {

@@ -1,10 +1,12 @@
 """What a chat template leaves out of the rendered text: every part of a conversation is looked for in it.
 
-Templates drop system turns, tools, tool calls or reasoning without a word, and what they drop is not learnt. So each turn's text, its
-reasoning, its tool calls and the tools of a row have to leave a trace: as written, without the white space around it, with other white
-space, or as JSON written anew. A part of which nothing is found is *dropped*, one of which only pieces are found is *changed*.
+Templates drop system turns, tools, tool calls or reasoning without a word, and what they drop is not learnt. So each
+turn's text, its reasoning, its tool calls and the tools of a row have to leave a trace: as written, without the white
+space around it, with other white space, or as JSON written anew. A part of which nothing is found is *dropped*, one of
+which only pieces are found is *changed*.
 
-White space alone is never counted, nor is reasoning of a turn without loss: the model will not see it at generation either.
+White space alone is never counted, nor is reasoning of a turn without loss: the model will not see it at generation
+either.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ MARKS = re.compile(r"</?(?:seed:)?think(?:ing)?>|</?reasoning>|\[/?THINK\]")
 _KINDS = {"system": "system text", "developer": "system text", "user": "question text", "tool": "tool answer"}
 #: Letters of a line or sentence from which it tells that a text is there in part.
 _PIECE = 12
-#: A turn that carries loss: ``(message, begins, ends, found)``: its region in the rendered text, and whether its text stands there.
+#: A turn that carries loss: ``(message, begins, ends, found)``: its region in the rendered text, and whether its text
+#: stands there.
 Region = tuple[int, int, int, bool]
 
 
@@ -105,8 +108,8 @@ def _call(call: dict[str, Any], where: _Where) -> str | None:
 
 
 def _described(schema: Any) -> Iterator[str]:
-    """What of a tool's schema has to be there in any notation: names, descriptions, choices. Words like ``type`` and ``required`` may
-    become other signs."""
+    """What of a tool's schema has to be there in any notation: names, descriptions, choices. Words like ``type`` and
+    ``required`` may become other signs."""
     if isinstance(schema, dict):
         for key, value in schema.items():
             if key == "properties" and isinstance(value, dict):
@@ -203,8 +206,8 @@ def lost(messages: list[dict[str, Any]], tools: list[Any] | None, full: str, reg
 def _outside(
     messages: list[dict[str, Any]], full: str, whole: _Where, learnt: dict[int, tuple[int, int, bool]]
 ) -> Iterator[tuple[int, str]]:
-    """``(message, verdict)`` of the turns without loss that are not there: each needs a place of its own, the longest ones choose first,
-    so that a text that is dropped is not taken for found in one that holds the same words."""
+    """``(message, verdict)`` of the turns without loss that are not there: each needs a place of its own, the longest
+    ones choose first, so that a text that is dropped is not taken for found in one that holds the same words."""
     taken = [(begin, end) for begin, end, _ in learnt.values()]
     texts = {i: m["content"].strip() for i, m in enumerate(messages) if i not in learnt}
     for i in sorted(texts, key=lambda i: -len(texts[i])):
@@ -229,7 +232,9 @@ def _outside(
 
 
 class Controls:
-    """Special tokens of a tokenizer, looked for in what people wrote: there they are read as the template's own marks."""
+    """Special tokens of a tokenizer, looked for in what people wrote: there they are read as the template's own
+    marks.
+    """
 
     def __init__(self, tokens: Iterable[str]):
         known = sorted({t for t in tokens if len(t) > 1}, key=lambda t: (-len(t), t))

@@ -1,5 +1,6 @@
-"""One meter per node: the first rank of each node starts it, a thread reads the counters every few seconds and keeps the sums in
-a small file of the attempt. Ranks never send each other anything for this, and a node that is killed leaves its last figures.
+"""One meter per node: the first rank of each node starts it, a thread reads the counters every few seconds and keeps
+the sums in a small file of the attempt. Ranks never send each other anything for this, and a node that is killed leaves
+its last figures.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""From the files of the nodes to the record's ``energy`` section. What was not measured stays out and is named; nothing is scaled
-up to what a full measurement might have shown."""
+"""From the files of the nodes to the record's ``energy`` section. What was not measured stays out and is named; nothing
+is scaled up to what a full measurement might have shown."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ def summarise(
 ) -> dict[str, Any]:
     """The ``energy`` section.
 
-    ``node_seconds``: wall time x nodes over all attempts, what full coverage would be. ``pue`` and ``grid`` (g CO2e/kWh) come
-    with their source or are None; ``tdp_w`` with ``device_seconds`` gives the estimate where no counter was read.
+    ``node_seconds``: wall time x nodes over all attempts, what full coverage would be. ``pue`` and ``grid`` (g
+    CO2e/kWh) come with their source or are None; ``tdp_w`` with ``device_seconds`` gives the estimate where no counter
+    was read.
     """
     joules: dict[str, float] = {}
     covered: dict[str, float] = {}
@@ -145,7 +146,8 @@ def summarise(
     )
     result["mwh_2sf"] = significant(total / 1000) if total > 0 else "0"
     how = (
-        f"sum of hardware energy counters ({', '.join(f'{b}: {s}' for b, s in result['source'].items())}), one reader per node"
+        f"sum of hardware energy counters ({', '.join(f'{b}: {s}' for b, s in result['source'].items())}), one reader "
+        f"per node"
         if parts
         else result["estimate"]
     )
@@ -194,7 +196,9 @@ def site_factors(name: str | None) -> dict[str, Any]:
 
 
 def from_sacct(job: str) -> dict[str, Any]:
-    """Energy of a finished Slurm job, ``{"joules", "node_seconds", "job"}``. Raises :class:`UserError` if there is none."""
+    """Energy of a finished Slurm job, ``{"joules", "node_seconds", "job"}``. Raises :class:`UserError` if there is
+    none.
+    """
     if not job.replace("_", "").replace("+", "").isdigit():
         raise UserError(f"'{job}' is not a Slurm job id", where="--sacct")
     program = shutil.which("sacct")

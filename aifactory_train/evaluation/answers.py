@@ -91,7 +91,9 @@ def continuations(
     autocast: torch.dtype | None = None,
     **options: Any,
 ) -> list[list[int]]:
-    """Greedy token ids after each prompt (:func:`aifactory_train.evaluation.generate.generate` with ``options``), on every rank."""
+    """Greedy token ids after each prompt (:func:`aifactory_train.evaluation.generate.generate` with ``options``), on
+    every rank.
+    """
     context = torch.autocast(device.split(":")[0], dtype=autocast) if autocast is not None else contextlib.nullcontext()
     together = world_size == 1 or is_sharded(module)
     mine = list(range(len(prompts))) if together else list(range(rank, len(prompts), world_size))
@@ -138,7 +140,9 @@ def stop_ids(info: dict[str, Any]) -> list[int]:
 
 
 def chat_template(tokenizer, recipe: Recipe | None = None):
-    """Conversations as the data path renders and tokenises them (:class:`aifactory_train.data.control_text.Prompts`), or None."""
+    """Conversations as the data path renders and tokenises them (:class:`aifactory_train.data.control_text.Prompts`),
+    or None.
+    """
     from aifactory_train.data.tokenizer import prompts_of
 
     return prompts_of(tokenizer, recipe)

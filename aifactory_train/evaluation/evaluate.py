@@ -1,7 +1,8 @@
 """Held-out evaluation: likelihood of the rows' own answers, and answers by generation where the recipe is a question.
 
-Bits per byte is the NLL of the assistant's *text* tokens over the UTF-8 bytes of that text: it compares models with different
-tokenizers, and format tokens (end of turn, headers) buy nothing. Perplexity and loss are over all supervised tokens.
+Bits per byte is the NLL of the assistant's *text* tokens over the UTF-8 bytes of that text: it compares models with
+different tokenizers, and format tokens (end of turn, headers) buy nothing. Perplexity and loss are over all supervised
+tokens.
 """
 
 from __future__ import annotations
@@ -44,12 +45,14 @@ def evaluate(
     world_size: int,
     generate: bool,
 ) -> dict[str, Any]:
-    """Figures over all held-out rows at the top level, and of each evaluation set under ``sets``; the same on all ranks.
+    """Figures over all held-out rows at the top level, and of each evaluation set under ``sets``; the same on all
+    ranks.
 
-    ``bits_per_byte``, ``perplexity``, ``loss``, ``rows``, ``ci`` (95 % bootstrap over rows) always. With ``generate`` also the
-    metrics of answers that ``eval.metrics`` asks for, with ``samples`` of prompt, expectation and answer, the ``slices``, the
-    ``general`` text of the forgetting check, and ``replicates`` (:func:`aifactory_train.metrics.changes` pairs them; they do not
-    belong into eval.json). Text rows (continued pre-training) have samples but no metrics of answers.
+    ``bits_per_byte``, ``perplexity``, ``loss``, ``rows``, ``ci`` (95 % bootstrap over rows) always. With ``generate``
+    also the metrics of answers that ``eval.metrics`` asks for, with ``samples`` of prompt, expectation and answer, the
+    ``slices``, the ``general`` text of the forgetting check, and ``replicates``
+    (:func:`aifactory_train.metrics.changes` pairs them; they do not belong into eval.json). Text rows (continued
+    pre-training) have samples but no metrics of answers.
     """
     from aifactory_train.model.precision import choose_precision
 
@@ -178,7 +181,9 @@ def _slices(
 
 
 def results_file(results: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """``eval.json`` of the figures ``before`` and ``after``: with paired ``change`` of every metric and the ``forgetting`` check."""
+    """``eval.json`` of the figures ``before`` and ``after``: with paired ``change`` of every metric and the
+    ``forgetting`` check.
+    """
     before, after = results.get("before"), results.get("after")
     out = without_replicates(results)
     if before and after:

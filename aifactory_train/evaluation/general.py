@@ -1,8 +1,9 @@
 """The forgetting check: what a model still knows of general text after it has learnt something narrow.
 
-The text lies in ``general_text.jsonl``: eleven short passages of prose, dialogue, arithmetic, code and a letter, mostly English,
-written for this check and under this project's licence. It is far too small to rank models. It is large enough to show that one
-model has got worse at what nobody trained it on (McCloskey and Cohen 1989, "catastrophic interference").
+The text lies in ``general_text.jsonl``: eleven short passages of prose, dialogue, arithmetic, code and a letter, mostly
+English, written for this check and under this project's licence. It is far too small to rank models. It is large enough
+to show that one model has got worse at what nobody trained it on (McCloskey and Cohen 1989, "catastrophic
+interference").
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def general_documents(recipe: Recipe, tokenizer: Any) -> GeneralTexts:
 
 
 def forgetting(before: dict[str, Any] | None, after: dict[str, Any] | None, limit: float) -> dict[str, Any] | None:
-    """What became of the general text's bits per byte, and a ``warning`` where they rose by more than the share ``limit``.
+    """What became of the general text's bits per byte, and a ``warning`` where they rose by more than the share
+    ``limit``.
 
     ``before`` and ``after`` are the ``general`` blocks of the figures; None where either was not measured.
     """
@@ -72,7 +74,9 @@ def forgetting(before: dict[str, Any] | None, after: dict[str, Any] | None, limi
     out: dict[str, Any] = {"before": old, "after": new, "change": change, "limit": limit, "warning": None}
     if change > limit:
         out["warning"] = (
-            f"general text is {change:.1%} harder for the model than before ({old:.3f} to {new:.3f} bits per byte, limit {limit:.0%}): "
-            "it is forgetting; mix in general data (data.train with share), or lower train.learning_rate or the number of steps"
+            f"general text is {change:.1%} harder for the model than before ({old:.3f} to {new:.3f} bits per byte, "
+            f"limit {limit:.0%}): "
+            "it is forgetting; mix in general data (data.train with share), or lower train.learning_rate or the "
+            "number of steps"
         )
     return out

@@ -1,5 +1,5 @@
-"""Greedy answers from a :class:`~aifactory_train.model.causal_lm.CausalLM`: KV cache, prompts padded on the left, stops at the token that
-was supervised as end of turn; rows that have ended leave the batch."""
+"""Greedy answers from a :class:`~aifactory_train.model.causal_lm.CausalLM`: KV cache, prompts padded on the left, stops
+at the token that was supervised as end of turn; rows that have ended leave the batch."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def generate(
     """New token ids for each prompt, greedy, without the stop token; at most ``batch`` prompts at a time.
 
     ``module`` is called like :meth:`CausalLM.forward` with ``cache``; under a sharded engine every rank must call this
-    function with the same prompts (the forward passes are collective). ``prompts`` must not be empty lists. The answer to a
-    prompt does not depend on the prompts beside it, except for the rounding of sums whose order the batch changes.
+    function with the same prompts (the forward passes are collective). ``prompts`` must not be empty lists. The answer
+    to a prompt does not depend on the prompts beside it, except for the rounding of sums whose order the batch changes.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt without tokens cannot be answered")

@@ -1,8 +1,8 @@
 """EleutherAI's lm-evaluation-harness on what a run trained, without network (extra ``harness``).
 
-Two kinds of tasks: ``own``, made from the recipe's held-out rows (a task folder in ``RUN/harness`` that ``lm-eval`` itself can run
-again), and any task of the harness whose data lies in the local cache. The model is the exported one, loaded by plain transformers
-and peft; answers are greedy.
+Two kinds of tasks: ``own``, made from the recipe's held-out rows (a task folder in ``RUN/harness`` that ``lm-eval``
+itself can run again), and any task of the harness whose data lies in the local cache. The model is the exported one,
+loaded by plain transformers and peft; answers are greedy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def offline() -> None:
 
 def run_harness(run: RunFolder, recipe: Recipe, names: list[str], *, rows: int | None, device: str) -> dict[str, Any]:
     """Score the tasks ``names``; ``{"versions", "tasks": {task: {metric: value}}, "rows": {task: n}}``, also in
-    ``RUN/harness/results.json``. ``rows``: at most so many of each task. Raises :class:`UserError` for what cannot be run."""
+    ``RUN/harness/results.json``. ``rows``: at most so many of each task. Raises :class:`UserError` for what cannot be
+    run."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "lm-evaluation-harness is not installed here",
@@ -46,7 +47,8 @@ def run_harness(run: RunFolder, recipe: Recipe, names: list[str], *, rows: int |
     profile.enforce(recipe, run.path)
     if OWN in names and recipe.privacy.profile != "open":
         raise UserError(
-            f"the task '{OWN}' would write held-out rows into the run folder, and privacy.profile is {recipe.privacy.profile}",
+            f"the task '{OWN}' would write held-out rows into the run folder, and privacy.profile is "
+            f"{recipe.privacy.profile}",
             where="--harness",
             fix="aifactory eval RUN --data FILE scores rows in memory",
         )
@@ -58,7 +60,8 @@ def run_harness(run: RunFolder, recipe: Recipe, names: list[str], *, rows: int |
     for name in others:
         if name not in manager.task_index:
             raise UserError(
-                f"lm-evaluation-harness {lm_eval.__version__} has no task '{name}'{did_you_mean(name, manager.task_index)}",
+                f"lm-evaluation-harness {lm_eval.__version__} has no task "
+                f"'{name}'{did_you_mean(name, manager.task_index)}",
                 where="--harness",
                 fix=f"'{OWN}' is the recipe's held-out rows; lm-eval --tasks list shows the others",
             )
@@ -177,8 +180,8 @@ def _score(found: dict[str, Any], folder: Path, manager: Any, tasks: list[Any], 
 def own_tasks(run: RunFolder, recipe: Recipe, tokenizer: Any, folder: Path, rows: int | None) -> list[dict[str, Any]]:
     """Task configurations from the held-out rows, written into ``folder`` with their data.
 
-    Questions with their rendered template as prompt and the last answer as target; where the recipe judges by labels also the
-    choice among all answers that occur. Raises :class:`UserError` where no row is a question.
+    Questions with their rendered template as prompt and the last answer as target; where the recipe judges by labels
+    also the choice among all answers that occur. Raises :class:`UserError` where no row is a question.
     """
     import yaml
 
@@ -199,7 +202,8 @@ def own_tasks(run: RunFolder, recipe: Recipe, tokenizer: Any, folder: Path, rows
                     left_out += 1
                     continue
                 raise UserError(
-                    "the harness passes prompts as text, and this tokenizer does not give the same tokens for the text of its tokens",
+                    "the harness passes prompts as text, and this tokenizer does not give the same tokens for the "
+                    "text of its tokens",
                     where=f"{name}: {dataset.row_id(index)}",
                     fix="aifactory eval RUN --data FILE works on tokens",
                 )

@@ -1,7 +1,9 @@
-"""The key/value cache of :mod:`aifactory_train.evaluation.generate`: room is reserved once, and rows that have ended give theirs back.
+"""The key/value cache of :mod:`aifactory_train.evaluation.generate`: room is reserved once, and rows that have ended
+give theirs back.
 
-transformers' ``DynamicCache`` concatenates every layer anew for each token: in a profile of 40 answers of a 135M model on a busy
-CPU that was 37 % of the time. Here a token is written behind the others in a buffer, and attention reads views of it.
+transformers' ``DynamicCache`` concatenates every layer anew for each token: in a profile of 40 answers of a 135M model
+on a busy CPU that was 37 % of the time. Here a token is written behind the others in a buffer, and attention reads
+views of it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from transformers.cache_utils import DynamicLayer
 
 
 class ReservedLayer(DynamicLayer):
-    """One layer's keys and values ``[B, H, T, D]``: views of buffers with room for ``reserve`` tokens (more: they grow by half)."""
+    """One layer's keys and values ``[B, H, T, D]``: views of buffers with room for ``reserve`` tokens (more: they grow
+    by half).
+    """
 
     def __init__(self, reserve: int):
         super().__init__()

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class HeldOut:
-    """Likelihood of held-out documents. Arrays are float64 ``[rows]`` in the order of ``documents``, the same on all ranks."""
+    """Likelihood of held-out documents. Arrays are float64 ``[rows]`` in the order of ``documents``, the same on all
+    ranks.
+    """
 
     documents: np.ndarray  # int64 [rows], indices into the data set
     nll: np.ndarray  # nats over all supervised targets
@@ -107,8 +109,8 @@ def held_out(
 ) -> HeldOut:
     """Likelihood of at most ``max_rows`` documents; the result does not depend on the number of ranks.
 
-    ``module`` is a (wrapped or sharded) :class:`CausalLM`, called the same number of times on every rank. The model's mode is
-    restored; dropout is off meanwhile.
+    ``module`` is a (wrapped or sharded) :class:`CausalLM`, called the same number of times on every rank. The model's
+    mode is restored; dropout is off meanwhile.
     """
     documents = choose_rows(len(dataset), max_rows)
     if not len(documents):
@@ -130,7 +132,9 @@ def held_out(
 
 
 def _micro_batches(lengths: np.ndarray, most_tokens: int, batching: str) -> list[list[int]]:
-    """Rows (indices into ``lengths``) of each micro-batch, longest first, none above ``most_tokens`` unless it is one row."""
+    """Rows (indices into ``lengths``) of each micro-batch, longest first, none above ``most_tokens`` unless it is one
+    row.
+    """
     batches: list[list[int]] = []
     width = used = 0
     for row in np.argsort(-lengths, kind="stable").tolist():
@@ -156,7 +160,9 @@ def _score(
     device: str,
     autocast: torch.dtype | None,
 ) -> None:
-    """Add the figures of ``rows`` to their columns of ``sums``; without rows the module is called on one padding token."""
+    """Add the figures of ``rows`` to their columns of ``sums``; without rows the module is called on one padding
+    token.
+    """
     batch = micro_batch(dataset, documents[rows], batching, pad_id, device)
     batch.objective = TokenNLL()
     context = torch.autocast(device.split(":")[0], dtype=autocast) if autocast is not None else contextlib.nullcontext()

@@ -36,8 +36,8 @@ def probe_memory(
 ) -> dict[str, Any]:
     """Share of training documents whose continuation the model gives word for word, and the same of held-out ones.
 
-    Carlini et al. 2023 (arXiv 2202.07646): a text is extractable if its beginning makes the model continue it exactly. The held-out
-    share is what can be guessed without having seen the text.
+    Carlini et al. 2023 (arXiv 2202.07646): a text is extractable if its beginning makes the model continue it exactly.
+    The held-out share is what can be guessed without having seen the text.
     """
     out: dict[str, Any] = {}
     for name, sets in (("memorisation", [prepared.train]), ("memorisation_held_out", list(prepared.evals.values()))):

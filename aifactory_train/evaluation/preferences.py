@@ -1,4 +1,5 @@
-"""Held-out figures of a preference method, as statistics that add up over pairs (KTO: answers), each with a bootstrap interval.
+"""Held-out figures of a preference method, as statistics that add up over pairs (KTO: answers), each with a bootstrap
+interval.
 
 ===================== ==================================================================================================
 ``preference_loss``    the method's loss of a pair (an answer), as in training; early stopping follows it
@@ -8,8 +9,9 @@
 ``chosen_logp``, ``rejected_logp``  mean log-probability of an answer in nats (KTO: desirable, undesirable)
 ===================== ==================================================================================================
 
-The reward is beta times the log-ratio to the reference. ORPO has none: its rewards and log-probabilities are means over tokens. KTO's
-answers are not paired, so it has no accuracy; its KL estimate is that of the whole set, and the bootstrap holds it fixed.
+The reward is beta times the log-ratio to the reference. ORPO has none: its rewards and log-probabilities are means over
+tokens. KTO's answers are not paired, so it has no accuracy; its KL estimate is that of the whole set, and the bootstrap
+holds it fixed.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ Statistics = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
 
 
 def statistics(results: list[SetResult], how: PreferenceConfig) -> dict[str, Statistics]:
-    """``{metric: ([rows, K], value of their sums)}`` over all sets; figures of the reference only where it was computed."""
+    """``{metric: ([rows, K], value of their sums)}`` over all sets; figures of the reference only where it was
+    computed.
+    """
     parts = [(_of_labels if how.kind == "kto" else _of_pairs)(result, how) for result in results]
     out: dict[str, Statistics] = {}
     for name in PREFERENCE_METRICS:
@@ -118,7 +122,9 @@ def _losses(
 
 
 def margin_of_labels(values: np.ndarray, desirable: np.ndarray) -> np.ndarray:
-    """Statistics ``[rows, 4]`` of answers with a label each; :func:`difference_of_means` of their sums is the margin."""
+    """Statistics ``[rows, 4]`` of answers with a label each; :func:`difference_of_means` of their sums is the
+    margin.
+    """
     good = desirable.astype(float)
     return np.stack([values * good, good, values * (1 - good), 1 - good], axis=1)
 

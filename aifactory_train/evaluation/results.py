@@ -23,7 +23,9 @@ class Question:
 
 @dataclass
 class SetResult:
-    """What is known of one evaluation set: likelihood of its rows, the questions asked of some of them, and their answers."""
+    """What is known of one evaluation set: likelihood of its rows, the questions asked of some of them, and their
+    answers.
+    """
 
     dataset: TokenDataset
     scored: HeldOut

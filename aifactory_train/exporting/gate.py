@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 GATE_ROWS, GATE_TOKENS, GATE_POSITIONS = 8, 256, 16
 
 
-#: Largest difference of a logit, relative to the largest |logit| (fp32; matrix products in another order differ by this much).
+#: Largest difference of a logit, relative to the largest |logit| (fp32; matrix products in another order differ by this
+#: much).
 ADAPTER_LIMIT, FP32_LIMIT = 1e-6, 1e-5
 
 
-#: bf16 has 8 bits of precision, and its rounding adds up over the layers: on a 135M model logits moved by 3 % of the largest one,
-#: with a mean KL of 0.0016 nats. The same best token at this share of the decisive places at least (where the best token leads the
-#: second by more than that movement), and at most this mean KL in nats. A wrong merge is found before, in fp32.
+#: bf16 has 8 bits of precision, and its rounding adds up over the layers: on a 135M model logits moved by 3 % of the
+#: largest one, with a mean KL of 0.0016 nats. The same best token at this share of the decisive places at least (where
+#: the best token leads the second by more than that movement), and at most this mean KL in nats. A wrong merge is found
+#: before, in fp32.
 BF16_TOP1, BF16_KL, BF16_TIE = 0.98, 0.02, 2.0**-5
 
 
@@ -73,8 +75,8 @@ def gate_rows(data: PreparedData) -> list[list[int]]:
 def reference_logits(core: CausalLM, rows: list[list[int]]) -> list[torch.Tensor]:
     """fp32 ``[places, V]`` of the last places of each row, through our attention; the model's mode is restored.
 
-    Products are torch's own here, as they are in the process that reloads the files: summed in another order, the logits of
-    a 135M model move by 2e-6, which is more than the gate lets pass.
+    Products are torch's own here, as they are in the process that reloads the files: summed in another order, the
+    logits of a 135M model move by 2e-6, which is more than the gate lets pass.
     """
     was_training = core.training
     core.eval()
@@ -99,7 +101,9 @@ def plain_logits(model, rows: list[list[int]]) -> list[torch.Tensor]:
 
 
 def reload_logits(checks: list[dict[str, Any]], rows: list[list[int]]) -> dict[str, list[torch.Tensor]]:
-    """Run :mod:`aifactory_train.exporting.reload_check` in a fresh process without this project, offline, on the CPU."""
+    """Run :mod:`aifactory_train.exporting.reload_check` in a fresh process without this project, offline, on the
+    CPU.
+    """
     from safetensors.torch import load_file
 
     script = Path(__file__).with_name("reload_check.py").read_text(encoding="utf-8")

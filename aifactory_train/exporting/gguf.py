@@ -1,12 +1,12 @@
 """A trained model as one GGUF file, for llama.cpp and the programs built on it (Ollama, LM Studio).
 
-Tensors are read from base and adapter, merged, put into llama.cpp's order and type and written one at a time. Before the file
-becomes visible it is read again: its fields and tensors are what they should be, and transformers' own GGUF reader, in a fresh
-process, computes from it the logits of a model whose weights went through the same rounding. How far the rounding moves the logits
-of the trained model is stated beside the file.
+Tensors are read from base and adapter, merged, put into llama.cpp's order and type and written one at a time. Before
+the file becomes visible it is read again: its fields and tensors are what they should be, and transformers' own GGUF
+reader, in a fresh process, computes from it the logits of a model whose weights went through the same rounding. How far
+the rounding moves the logits of the trained model is stated beside the file.
 
-Names, order and fields follow llama.cpp's ``convert_hf_to_gguf.py``; the ``gguf`` package holds the name tables, the number formats
-and the file format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+Names, order and fields follow llama.cpp's ``convert_hf_to_gguf.py``; the ``gguf`` package holds the name tables, the
+number formats and the file format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ Read = Callable[[str], torch.Tensor]
 
 @dataclass(frozen=True)
 class GgufVerdict(GateVerdict):
-    """What :class:`aifactory_train.exporting.gate.GateVerdict` says of the file against the trained model, and of the file itself."""
+    """What :class:`aifactory_train.exporting.gate.GateVerdict` says of the file against the trained model, and of the
+    file itself.
+    """
 
     file: str
     tensors: int
@@ -69,10 +71,12 @@ class GgufVerdict(GateVerdict):
 def export_gguf(
     run: RunFolder, kind: str, *, step: int | None = None, verify: bool | None = None, recipe: Recipe | None = None
 ) -> dict[str, Any]:
-    """Write ``export/gguf-KIND/RUN-KIND.gguf`` from what ``run`` exported (``step``: of that checkpoint, exported first).
+    """Write ``export/gguf-KIND/RUN-KIND.gguf`` from what ``run`` exported (``step``: of that checkpoint, exported
+    first).
 
-    Returns what :func:`aifactory_train.exporting.writer.export_run` returns. Raises :class:`UserError` for a type, model or tokenizer that
-    cannot be written, :class:`RunFailed` if the file read back is not the model; nothing becomes visible then.
+    Returns what :func:`aifactory_train.exporting.writer.export_run` returns. Raises :class:`UserError` for a type,
+    model or tokenizer that cannot be written, :class:`RunFailed` if the file read back is not the model; nothing
+    becomes visible then.
     """
     if kind not in TYPES:
         raise UserError(
@@ -131,8 +135,8 @@ def check_model(config: Any) -> None:
 
 
 class GgufFile:
-    """What a GGUF file of type ``kind`` holds of a model: ``source`` has its fp32 (or narrower) weights by transformers' names,
-    ``folder`` its tokenizer and generation configuration."""
+    """What a GGUF file of type ``kind`` holds of a model: ``source`` has its fp32 (or narrower) weights by
+    transformers' names, ``folder`` its tokenizer and generation configuration."""
 
     def __init__(self, config: Any, source: ex.Source, folder: Path, kind: str):
         check_model(config)
@@ -167,7 +171,9 @@ class GgufFile:
         return self.source[name].float()
 
     def type_of(self, name: str, shape: tuple[int, ...]) -> Any:
-        """Number format of a tensor: vectors stay fp32, rows that do not fill blocks go to f16, as llama.cpp's converter has it."""
+        """Number format of a tensor: vectors stay fp32, rows that do not fill blocks go to f16, as llama.cpp's
+        converter has it.
+        """
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         if len(shape) < 2:
@@ -241,7 +247,9 @@ class GgufFile:
     # ---- what is read again
 
     def check(self, file: Path) -> None:
-        """Every tensor with its shape and type, and the fields that the computation depends on, are as they were meant."""
+        """Every tensor with its shape and type, and the fields that the computation depends on, are as they were
+        meant.
+        """
         from gguf import GGMLQuantizationType, GGUFReader
 
         reader = GGUFReader(str(file))
@@ -258,14 +266,18 @@ class GgufFile:
             raise RunFailed(f"the written file does not hold what was meant: {wrong[0]}", where=file.name)
 
     def logits(self, read: Read, rows: list[list[int]]) -> list[torch.Tensor]:
-        """Logits of the plain transformers model whose weights ``read`` gives, as :func:`aifactory_train.exporting.gate.plain_logits`."""
+        """Logits of the plain transformers model whose weights ``read`` gives, as
+        :func:`aifactory_train.exporting.gate.plain_logits`.
+        """
         model = self.model()
         Streamed(model, model, read, ex.MAX_SHARD_BYTES)
         return plain_logits(model, rows)
 
 
 def judge_file(content: GgufFile, file: Path, trained: list[torch.Tensor], rows: list[list[int]]) -> GgufVerdict:
-    """Compare the file, read by transformers in a fresh process, with the logits ``trained`` of the model that was trained."""
+    """Compare the file, read by transformers in a fresh process, with the logits ``trained`` of the model that was
+    trained.
+    """
     check = {
         "name": "gguf",
         "base": str(file.parent.resolve()),
@@ -280,12 +292,15 @@ def judge_file(content: GgufFile, file: Path, trained: list[torch.Tensor], rows:
 def compare(
     content: GgufFile, file: Path, trained: list[torch.Tensor], rows: list[list[int]], found: list[torch.Tensor]
 ) -> GgufVerdict:
-    """The verdict on ``found``, the logits of the file. Raises :class:`RunFailed` for another model or too coarse a type."""
+    """The verdict on ``found``, the logits of the file. Raises :class:`RunFailed` for another model or too coarse a
+    type.
+    """
     kind = content.kind
     own = relative(content.logits(content.rounded, rows), found)
     if not own <= FP32_LIMIT:
         raise RunFailed(
-            f"the GGUF file, read by transformers, is another model: relative difference {own:.2e} to weights rounded in the same "
+            f"the GGUF file, read by transformers, is another model: relative difference {own:.2e} to weights rounded "
+            f"in the same "
             f"way, limit {FP32_LIMIT:.0e}",
             where=file.name,
         )
@@ -303,7 +318,8 @@ def compare(
     )
     if not out.passed:
         raise RunFailed(
-            f"--type {kind} costs this model too much: top-1 agreement {out.top1_agreement:.4f}, mean KL {out.mean_kl:.2e} nats "
+            f"--type {kind} costs this model too much: top-1 agreement {out.top1_agreement:.4f}, mean KL "
+            f"{out.mean_kl:.2e} nats "
             f"({out.limit})",
             where="--type",
             fix="--type f32, bf16 or f16",
@@ -319,8 +335,8 @@ def _same(found: Any, meant: Any) -> bool:
 
 
 def interleaved(name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
-    """Rows of Q and K in llama.cpp's order for ``llama``: it rotates neighbouring pairs of a head, transformers the first half
-    against the second. ``[heads * d, ...]`` in and out."""
+    """Rows of Q and K in llama.cpp's order for ``llama``: it rotates neighbouring pairs of a head, transformers the
+    first half against the second. ``[heads * d, ...]`` in and out."""
     if ".attn_q." in name:
         heads = int(config.num_attention_heads)
     elif ".attn_k." in name:

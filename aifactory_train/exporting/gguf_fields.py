@@ -19,7 +19,9 @@ def head_dim(config: Any) -> int:
 
 
 def rope_fields(config: Any) -> dict[str, Any]:
-    """``rope.*`` fields; Llama 3's scaling is a tensor (:func:`extra_tensors`). Refuses a scaling that has no fields here."""
+    """``rope.*`` fields; Llama 3's scaling is a tensor (:func:`extra_tensors`). Refuses a scaling that has no fields
+    here.
+    """
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     out: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
@@ -46,7 +48,9 @@ def rope_fields(config: Any) -> dict[str, Any]:
 
 
 def extra_tensors(config: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """``rope_freqs.weight`` ``[head_dim / 2]`` of Llama 3: what each frequency is divided by (Llama 3.1's own formula)."""
+    """``rope_freqs.weight`` ``[head_dim / 2]`` of Llama 3: what each frequency is divided by (Llama 3.1's own
+    formula).
+    """
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return {}
@@ -97,7 +101,8 @@ def add_model(writer: Any, arch: str, config: Any, rows: int) -> None:
     longest = int(config.max_position_embeddings)
     if context_length(config) < longest:
         note(
-            f"context length {context_length(config)} instead of {longest}: llama.cpp attends to everything, this model only to a "
+            f"context length {context_length(config)} instead of {longest}: llama.cpp attends to everything, this "
+            f"model only to a "
             "sliding window of that length"
         )
     for name, value in model_fields(arch, config, rows).items():

@@ -1,9 +1,10 @@
 """A tokenizer as the fields of a GGUF file, read from ``tokenizer.json``.
 
-llama.cpp knows two tokenizers of interest here. ``gpt2`` is byte-level BPE: tokens, merges, and the *name* of the rule that cuts
-text into words before the merges; the rule itself is compiled into llama.cpp (``src/llama-vocab.cpp``). ``llama`` is
-SentencePiece-BPE: tokens with scores. The name is found from the rule that ``tokenizer.json`` states, so a tokenizer with added
-tokens gets the name of the one it came from; a rule without a name is refused, since a wrong one degrades answers silently.
+llama.cpp knows two tokenizers of interest here. ``gpt2`` is byte-level BPE: tokens, merges, and the *name* of the rule
+that cuts text into words before the merges; the rule itself is compiled into llama.cpp (``src/llama-vocab.cpp``).
+``llama`` is SentencePiece-BPE: tokens with scores. The name is found from the rule that ``tokenizer.json`` states, so a
+tokenizer with added tokens gets the name of the one it came from; a rule without a name is refused, since a wrong one
+degrades answers silently.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
 TEKKEN = f"{_UPPER}|{_LOWER}" + r"|\p{N}" + _TEKKEN_TAIL
 GPT4O = f"{_UPPER}{_CONTRACTIONS}?|{_LOWER}{_CONTRACTIONS}?" + r"|\p{N}{1,3}" + _TEKKEN_TAIL
 
-#: (steps that cut text, whether whole words are taken without merging; None: either) -> ``tokenizer.ggml.pre``, after the regular
-#: expressions and flags that llama.cpp has for each name (src/llama-vocab.cpp, read in October 2026).
+#: (steps that cut text, whether whole words are taken without merging; None: either) -> ``tokenizer.ggml.pre``, after
+#: the regular expressions and flags that llama.cpp has for each name (src/llama-vocab.cpp, read in October 2026).
 RULES: dict[tuple[tuple[str, ...], bool | None], str] = {
     (("byte level, words",), False): "gpt-2",
     (("digits", "byte level, words"), False): "smollm",
@@ -57,7 +58,9 @@ class TokenType(IntEnum):
 
 @dataclass
 class GgufTokenizer:
-    """Content of the ``tokenizer.ggml.*`` fields; ``tokens``, ``types`` and ``scores`` have one entry per row of the embedding."""
+    """Content of the ``tokenizer.ggml.*`` fields; ``tokens``, ``types`` and ``scores`` have one entry per row of the
+    embedding.
+    """
 
     model: str  # gpt2 | llama
     pre: str  # name of the word rule; "default" for llama
@@ -73,8 +76,8 @@ class GgufTokenizer:
 
 
 def read_tokenizer(folder: Path, rows: int, ends: list[int]) -> GgufTokenizer:
-    """The tokenizer saved in ``folder`` for an embedding of ``rows`` rows; ``ends`` are the ids that end an answer, first the one
-    that was trained. Raises :class:`UserError` for a tokenizer that llama.cpp cannot reproduce."""
+    """The tokenizer saved in ``folder`` for an embedding of ``rows`` rows; ``ends`` are the ids that end an answer,
+    first the one that was trained. Raises :class:`UserError` for a tokenizer that llama.cpp cannot reproduce."""
     from transformers import AutoTokenizer
 
     path = folder / "tokenizer.json"
@@ -110,7 +113,8 @@ def read_tokenizer(folder: Path, rows: int, ends: list[int]) -> GgufTokenizer:
     named = {kind: getattr(loaded, f"{kind}_token_id", None) for kind in ("bos", "eos", "unk", "pad")}
     special = {kind: int(number) for kind, number in named.items() if number is not None}
     if ends:
-        # Answers end where the training taught it. The tokenizer's own end of text stays one of the ends that llama.cpp knows.
+        # Answers end where the training taught it. The tokenizer's own end of text stays one of the ends that llama.cpp
+        # knows.
         if ends[0] != special.get("eos"):
             special["eot"] = ends[0]
         special.setdefault("eos", ends[0])
@@ -196,8 +200,8 @@ def _space_prefix(stated: dict[str, Any], path: Path) -> bool:
 
 
 def _scores(model: dict[str, Any], by_id: dict[int, str], rows: int) -> list[float]:
-    """SentencePiece merges the pair whose result has the best score, ``tokenizer.json`` the first one in its list: the place of the
-    first merge that makes a token, negated, is a score that gives the same order."""
+    """SentencePiece merges the pair whose result has the best score, ``tokenizer.json`` the first one in its list: the
+    place of the first merge that makes a token, negated, is a score that gives the same order."""
     made: dict[str, int] = {}
     for place, merge in enumerate(model["merges"]):
         made.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), place)

@@ -67,8 +67,8 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
         *[f"| data | {_code(s.source)} | {cell(s.licence)} |" for s in sources],
         "",
         *_claim(claimed_name(recipe), base),
-        f"Licence of this model, from its parents: {inline(result['name'] or result['licence'])} ({inline(result['because'])})."
-        + ("" if result["commercial"] else " Not for commercial use."),
+        f"Licence of this model, from its parents: {inline(result['name'] or result['licence'])} "
+        f"({inline(result['because'])})." + ("" if result["commercial"] else " Not for commercial use."),
         *(inline(text) for text in result["attribution"]),
         "",
         "## Held-out rows",
@@ -103,8 +103,10 @@ _KINDS = {
     "gguf": "GGUF file of the fine-tuned weights",
 }
 _ENDS = {
-    "transformers": "Answers end at the tokens that `generation_config.json` names as EOS: the end of turn that was trained.",
-    "gguf": "The chat template is in the file, and answers end at the end of turn that was trained. `verification.json` says how "
+    "transformers": "Answers end at the tokens that `generation_config.json` names as EOS: the end of turn that was "
+    "trained.",
+    "gguf": "The chat template is in the file, and answers end at the end of turn that was trained. "
+    "`verification.json` says how "
     "far the file's rounding moves the logits of the trained model.",
 }
 
@@ -113,7 +115,10 @@ def _claim(name: str | None, base: str) -> list[str]:
     """What a local base calls itself, said as what it is."""
     if name is None:
         return []
-    text = f"The configuration of {_code(base)} calls itself `{name}`. That is a claim of the folder: the weights were not compared."
+    text = (
+        f"The configuration of {_code(base)} calls itself `{name}`. That is a claim of the folder: the weights "
+        f"were not compared."
+    )
     return [text, ""]
 
 
@@ -173,7 +178,8 @@ def _usage(kind: str, base: str, dtype: str) -> list[str]:
     return [
         *lines,
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", dtype="{ {"fp32": "float32", "bf16": "bfloat16"}[dtype] }")',
+        f'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", '
+        f'dtype="{ {"fp32": "float32", "bf16": "bfloat16"}[dtype] }")',
         'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")',
     ]
 

@@ -1,7 +1,7 @@
 """Logits of exported models, computed by plain transformers and peft.
 
-This file is run as a script of its own (``python - JOB`` with its text on standard input) in a fresh process: it imports nothing
-of this project, so what it computes is what anybody else would get from the exported folders.
+This file is run as a script of its own (``python - JOB`` with its text on standard input) in a fresh process: it
+imports nothing of this project, so what it computes is what anybody else would get from the exported folders.
 """
 
 import gc
@@ -14,10 +14,11 @@ def main(job_file: str) -> None:
     """Do the job in ``job_file``.
 
     It is JSON: ``{"checks": [{"name", "base", "adapter" or null, "dtype"}], "rows": [[token ids], ...], "positions": n,
-    "threads": n, "out": FILE}``. A check with ``gguf`` (a file name in ``base``) reads that file instead of safetensors, with
-    ``settings`` for what transformers leaves out of its configuration; one with ``plain_generation`` leaves the base's generation
-    settings out, which transformers would not load. For each check the logits of the last ``positions`` places of every row go to ``out``
-    (safetensors, fp32 ``[places, V]``, keys ``NAME.ROW``), each row alone in its batch, without padding.
+    "threads": n, "out": FILE}``. A check with ``gguf`` (a file name in ``base``) reads that file instead of
+    safetensors, with ``settings`` for what transformers leaves out of its configuration; one with ``plain_generation``
+    leaves the base's generation settings out, which transformers would not load. For each check the logits of the last
+    ``positions`` places of every row go to ``out`` (safetensors, fp32 ``[places, V]``, keys ``NAME.ROW``), each row
+    alone in its batch, without padding.
     """
     import torch
     from safetensors.torch import save_file

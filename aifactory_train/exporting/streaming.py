@@ -1,7 +1,8 @@
-"""Weights that pass through one tensor at a time: files that are written as tensors come, and models that read their weights
-when they need them. With these an export needs the memory of one block, whatever the size of the model.
+"""Weights that pass through one tensor at a time: files that are written as tensors come, and models that read their
+weights when they need them. With these an export needs the memory of one block, whatever the size of the model.
 
-Sources of weights are mappings from name to tensor that read when they are asked (:class:`TensorFiles`, :class:`Scratch`,
+Sources of weights are mappings from name to tensor that read when they are asked (:class:`TensorFiles`,
+:class:`Scratch`,
 :class:`Merged`, :class:`aifactory_train.parallel.storage.StoredParameters`); a plain dict is one, too.
 """
 
@@ -67,8 +68,8 @@ class Scratch(Mapping[str, torch.Tensor]):
 class ShardFiles:
     """safetensors files of at most ``max_bytes`` each (a larger tensor has one of its own), filled in any order.
 
-    What will be written is known before (``plan``: name -> shape and type), so headers come first and every tensor goes to
-    its place as it arrives; nothing is held. More than one file get an index, as transformers reads and writes it.
+    What will be written is known before (``plan``: name -> shape and type), so headers come first and every tensor goes
+    to its place as it arrives; nothing is held. More than one file get an index, as transformers reads and writes it.
     """
 
     def __init__(
@@ -140,8 +141,8 @@ class ShardFiles:
 
 
 class Streamed:
-    """Runs a model of meta tensors: the blocks and the input embedding get their weights when they are called and lose them
-    afterwards, the output layer is read behind the last block, what else there is stays. Weights are read as fp32.
+    """Runs a model of meta tensors: the blocks and the input embedding get their weights when they are called and lose
+    them afterwards, the output layer is read behind the last block, what else there is stays. Weights are read as fp32.
 
     ``read(parameter name)`` gives a weight. Models of at most ``budget`` bytes are read once and kept.
     """
@@ -207,7 +208,8 @@ def adapter_names(model: Any) -> dict[str, str]:
     from peft import get_peft_model_state_dict
 
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    # peft renames; numbers in the place of tensors tell which became which. False rather than "auto": peft would ask the hub.
+    # peft renames; numbers in the place of tensors tell which became which. False rather than "auto": peft would ask
+    # the hub.
     tags = {name: torch.tensor(number) for number, name in enumerate(names)}
     found = get_peft_model_state_dict(model, state_dict=tags, save_embedding_layers=False)
     return {key: names[int(tag)] for key, tag in found.items()}
@@ -216,8 +218,8 @@ def adapter_names(model: Any) -> dict[str, str]:
 class Merged(Mapping[str, torch.Tensor]):
     """The plain model's weights with an adapter added, in fp32, computed tensor by tensor by peft's own layers.
 
-    ``model`` is the plain transformers model as meta tensors (it is wrapped here), ``base`` its weights, ``adapter`` the
-    tensors of ``adapter_model.safetensors`` in ``folder``.
+    ``model`` is the plain transformers model as meta tensors (it is wrapped here), ``base`` its weights, ``adapter``
+    the tensors of ``adapter_model.safetensors`` in ``folder``.
     """
 
     def __init__(self, model: nn.Module, base: Source, folder: Path, adapter: Source):

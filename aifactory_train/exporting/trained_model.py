@@ -28,8 +28,8 @@ _FP32 = Precision(torch.float32, torch.float32, torch.float32, torch.float32)
 class TrainedModel:
     """The trained model and its logits on the rows of the gate.
 
-    ``core``: the model in memory; given where a training has just ended, dropped as soon as nothing needs it. ``why_whole``: why its
-    weights cannot pass one tensor at a time; None: they can.
+    ``core``: the model in memory; given where a training has just ended, dropped as soon as nothing needs it.
+    ``why_whole``: why its weights cannot pass one tensor at a time; None: they can.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class TrainedModel:
         return why_not(load_config(self.base, self.recipe), self.base, "sdpa", torch.float32)
 
     def model(self) -> CausalLM:
-        """The trained model: the one in memory if it is unsharded fp32 on the CPU, else rebuilt from base and tensors."""
+        """The trained model: the one in memory if it is unsharded fp32 on the CPU, else rebuilt from base and
+        tensors.
+        """
         if self.core is not None:
             return self.core
         plain = self.recipe.model_copy(deep=True)
@@ -116,7 +118,9 @@ class TrainedModel:
 
 
 def _refuse_ruined(expected: list[torch.Tensor], run: RunFolder) -> None:
-    """Nothing can be compared with a model whose logits are not numbers, or all zero: that is what a diverged training leaves."""
+    """Nothing can be compared with a model whose logits are not numbers, or all zero: that is what a diverged training
+    leaves.
+    """
     logits = torch.cat([e.flatten() for e in expected])
     if not logits.isfinite().all():
         what = "not finite (NaN or infinity)"
@@ -125,8 +129,10 @@ def _refuse_ruined(expected: list[torch.Tensor], run: RunFolder) -> None:
     else:
         return
     raise RunFailed(
-        f"the trained model is ruined, its logits on held-out rows are {what}: the training diverged. Nothing was exported",
+        f"the trained model is ruined, its logits on held-out rows are {what}: the training diverged. Nothing was "
+        f"exported",
         where=str(run.path),
-        fix="train again with a lower train.learning_rate (or a longer warm-up, or train.max_grad_norm), or export an earlier checkpoint: "
+        fix="train again with a lower train.learning_rate (or a longer warm-up, or train.max_grad_norm), or export an "
+        "earlier checkpoint: "
         f"aifactory export {run.path} --step N",
     )

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 def trained_by(engine: Engine, run: RunFolder) -> Iterator[tuple[Source | None, CausalLM | None]]:
     """``(trained tensors, the model)`` of a live engine, on rank 0. Collective.
 
-    Where every rank has whole fp32 parameters on the CPU they are read in place. Otherwise they are sent to rank 0 one by one,
-    which puts them into a file beside the exports; the model is None then.
+    Where every rank has whole fp32 parameters on the CPU they are read in place. Otherwise they are sent to rank 0 one
+    by one, which puts them into a file beside the exports; the model is None then.
     """
     from aifactory_train.parallel.world import from_main
 
@@ -81,8 +81,8 @@ def trained_by(engine: Engine, run: RunFolder) -> Iterator[tuple[Source | None, 
 
 
 def trained_before(run: RunFolder, merge: bool, step: int | None) -> Source | None:
-    """Trained tensors of a checkpoint (``step``, or the newest good one of a run without an export); None: use the exported
-    adapter. Raises when there is nothing to export or nothing to do."""
+    """Trained tensors of a checkpoint (``step``, or the newest good one of a run without an export); None: use the
+    exported adapter. Raises when there is nothing to export or nothing to do."""
     if step is None and vault.holds(run.export / "adapter" / "adapter_model.safetensors"):
         if merge:
             return None

@@ -1,7 +1,7 @@
 """Greedy tokens of a model served by vLLM, offline, in a process of its own.
 
-This file is copied and run as a script by an interpreter that has vLLM (often another environment: vLLM pins its own versions of
-torch and transformers). It imports nothing of this project.
+This file is copied and run as a script by an interpreter that has vLLM (often another environment: vLLM pins its own
+versions of torch and transformers). It imports nothing of this project.
 """
 
 import json
@@ -12,8 +12,9 @@ import sys
 def main(job_file: str) -> None:
     """Do the job in ``job_file``.
 
-    It is JSON: ``{"model": DIR, "adapter": DIR or null, "rank": n, "dtype": "float32" | "bfloat16" | "auto", "prompts": [[token ids]],
-    "tokens": n, "out": FILE}``. ``out`` gets ``{"version", "device", "dtype", "answers": [{"tokens": [ids], "logprobs": [nats]}]}``.
+    It is JSON: ``{"model": DIR, "adapter": DIR or null, "rank": n, "dtype": "float32" | "bfloat16" | "auto", "prompts":
+    [[token ids]], "tokens": n, "out": FILE}``. ``out`` gets ``{"version", "device", "dtype", "answers": [{"tokens":
+    [ids], "logprobs": [nats]}]}``.
     """
     with open(job_file, encoding="utf-8") as file:
         job = json.load(file)

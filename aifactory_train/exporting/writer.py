@@ -1,12 +1,12 @@
 """What a run leaves for the ecosystem: a PEFT adapter, whole weights or merged weights, each behind a logits gate.
 
-Every folder is written beside its place, reloaded by plain transformers and peft in a fresh process, compared with the trained
-model on held-out rows, and only then made visible. The comparison is between fp32 computations, whatever the training's
-precision was, so that it tests the exported files and nothing else.
+Every folder is written beside its place, reloaded by plain transformers and peft in a fresh process, compared with the
+trained model on held-out rows, and only then made visible. The comparison is between fp32 computations, whatever the
+training's precision was, so that it tests the exported files and nothing else.
 
-Weights pass through one tensor at a time (:mod:`aifactory_train.exporting.streaming`): from the ranks or a checkpoint into the files,
-from base and adapter into merged weights, and block by block through the reference model. Whole is only what the gate's fresh
-process loads, as any user of the export would.
+Weights pass through one tensor at a time (:mod:`aifactory_train.exporting.streaming`): from the ranks or a checkpoint
+into the files, from base and adapter into merged weights, and block by block through the reference model. Whole is only
+what the gate's fresh process loads, as any user of the export would.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def export_run(
     checkpoint of ``step`` (default: the newest good one, of a run that has exported nothing).
     ``dtype`` (fp32 or bf16) is that of whole and merged weights; adapters keep the precision they were trained in.
 
-    Returns ``{"paths": {"adapter" | "model" | "merged": folder}, "gate": {kind: figures}}``. Raises :class:`RunFailed` if an
-    exported folder does not reproduce the trained model; it is not made visible then.
+    Returns ``{"paths": {"adapter" | "model" | "merged": folder}, "gate": {kind: figures}}``. Raises :class:`RunFailed`
+    if an exported folder does not reproduce the trained model; it is not made visible then.
     """
     recipe = recipe or run.load_config()
     merge = recipe.export.merge if merge is None else merge
@@ -237,7 +237,9 @@ class Export:
         return {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != n}
 
     def _save(self, read: Callable[[str], torch.Tensor], folder: Path, kind: str) -> None:
-        """Write the plain model whose weights ``read`` gives; judged in fp32 first: rounding must not hide a wrong merge."""
+        """Write the plain model whose weights ``read`` gives; judged in fp32 first: rounding must not hide a wrong
+        merge.
+        """
         expected, wanted = self.reference.expected(), DTYPES[self.dtype]
         self.reference.core = None  # no longer needed: what it holds can go
         model = self._bare()
@@ -267,7 +269,8 @@ class Export:
         difference = relative(expected, found)
         if not difference <= FP32_LIMIT:
             raise RunFailed(
-                f"the {kind} weights give other logits before rounding: relative difference {difference:.2e}, limit {FP32_LIMIT:.0e}",
+                f"the {kind} weights give other logits before rounding: relative difference {difference:.2e}, limit "
+                f"{FP32_LIMIT:.0e}",
                 where=str(self.run.export / kind),
             )
 
@@ -312,7 +315,9 @@ class Export:
         gc.collect()
 
     def _generation_config(self):
-        """The base's own settings, repaired where they contradict each other, with the end of turn that was supervised as EOS."""
+        """The base's own settings, repaired where they contradict each other, with the end of turn that was supervised
+        as EOS.
+        """
         config = copy.deepcopy(self.generation.config)
         info = self.data.tokenizer_info
         ends = [info["eos_id"]] if self._is_text() else [*info["stop_ids"]]
@@ -351,7 +356,8 @@ class Export:
                     "base": str((self.base if kind == "adapter" else folder).resolve()),
                     "adapter": str(folder.resolve()) if kind == "adapter" else None,
                     "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
-                    # a base that transformers only loads without its own generation settings (they do not touch the logits)
+                    # a base that transformers only loads without its own generation settings (they do not touch the
+                    # logits)
                     "plain_generation": kind == "adapter" and not self.generation.loadable,
                 }
             ],
@@ -362,7 +368,8 @@ class Export:
         if not verdict.passed:
             raise RunFailed(
                 f"the exported {kind}, reloaded by plain transformers and peft, is another model: relative difference "
-                f"{verdict.difference:.2e}, top-1 agreement {verdict.top1_agreement:.4f}, mean KL {verdict.mean_kl:.2e} nats "
+                f"{verdict.difference:.2e}, top-1 agreement {verdict.top1_agreement:.4f}, mean KL "
+                f"{verdict.mean_kl:.2e} nats "
                 f"({verdict.limit})",
                 where=str(self.run.export / kind),
             )

@@ -1,8 +1,9 @@
 """The protocol of a training method, and what a method may know of the run.
 
-A method never sees the trainer. It is given a :class:`RunContext` once, before the first step, and a :class:`StepContext` at every step;
-both are frozen. A step is its documents: which ones, and what they count, is known before a rank is asked, so that ranks, packing,
-accumulation and engine do not change the curve. Documents that do not exist before the step (rollouts) are made in
+A method never sees the trainer. It is given a :class:`RunContext` once, before the first step, and a
+:class:`StepContext` at every step; both are frozen. A step is its documents: which ones, and what they count, is known
+before a rank is asked, so that ranks, packing, accumulation and engine do not change the curve. Documents that do not
+exist before the step (rollouts) are made in
 :meth:`TrainingMethod.before_step` as a pure function of seed, step and prompt.
 """
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What stays the same while a run trains. ``beat(phase)`` tells the watchdog that this rank is alive and what it does."""
+    """What stays the same while a run trains. ``beat(phase)`` tells the watchdog that this rank is alive and what it
+    does.
+    """
 
     recipe: Recipe
     folder: RunFolder
@@ -41,7 +44,9 @@ class RunContext:
 
 @dataclass(frozen=True)
 class StepContext:
-    """One optimizer step: ``step`` are the steps done before it, ``documents`` int ``[K]`` the documents (or units) of all ranks."""
+    """One optimizer step: ``step`` are the steps done before it, ``documents`` int ``[K]`` the documents (or units) of
+    all ranks.
+    """
 
     run: RunContext
     step: int
@@ -49,19 +54,25 @@ class StepContext:
 
 
 class TrainingMethod(Protocol):
-    """What a method adds to data, batches and steps. :class:`~aifactory_train.methods.supervised.Supervised` is the plain form of each."""
+    """What a method adds to data, batches and steps. :class:`~aifactory_train.methods.supervised.Supervised` is the
+    plain form of each.
+    """
 
     def view(self, data: PreparedData) -> PreparedData:
         """The prepared data as the loop sees it. Raises :class:`UserError` for rows that this method cannot use."""
 
     def prepare(self, run: RunContext, *, resumed: bool) -> list[tuple[str, str, str]]:
-        """Before the first step of this attempt; collective. Returns ``(what, choice, why)`` lines for the start-up report."""
+        """Before the first step of this attempt; collective. Returns ``(what, choice, why)`` lines for the start-up
+        report.
+        """
 
     def before_step(self, step: StepContext) -> None:
         """Once an optimizer step, on all ranks, before its batches are made; collective."""
 
     def batch(self, step: StepContext, share: np.ndarray) -> DeviceBatch:
-        """The documents ``share`` of one micro-batch as tensors on this rank's device, with the objective that their loss needs."""
+        """The documents ``share`` of one micro-batch as tensors on this rank's device, with the objective that their
+        loss needs.
+        """
 
     def units(self, supervised: int) -> int:
         """What the summed loss of the step is divided by, over all ranks; ``supervised`` are its supervised tokens."""

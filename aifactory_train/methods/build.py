@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
     from aifactory_train.methods.base import TrainingMethod
 
-#: Block of the recipe below ``methods`` -> ``module:class``, imported only where a recipe has the block. At most one may be set.
+#: Block of the recipe below ``methods`` -> ``module:class``, imported only where a recipe has the block. At most one
+#: may be set.
 METHODS = {"preference": "aifactory_train.methods.preference:Preference"}
 
 

@@ -1,10 +1,10 @@
 """NEFTune: uniform noise on the embeddings while training, none while evaluating.
 
-Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning", arXiv 2310.05914: to every embedding of a sequence of L
-tokens with D numbers each, add ``alpha / sqrt(L D)`` times uniform(-1, 1).
+Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning", arXiv 2310.05914: to every embedding of a
+sequence of L tokens with D numbers each, add ``alpha / sqrt(L D)`` times uniform(-1, 1).
 
-The noise is a hash of seed, step, document, place and dimension. It therefore does not depend on ranks, packing or accumulation,
-and a resumed run draws what the uninterrupted one would have drawn.
+The noise is a hash of seed, step, document, place and dimension. It therefore does not depend on ranks, packing or
+accumulation, and a resumed run draws what the uninterrupted one would have drawn.
 """
 
 from __future__ import annotations

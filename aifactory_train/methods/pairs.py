@@ -1,7 +1,7 @@
 """Views on token data sets that preference methods need: pairs, rated answers, and answers under other questions.
 
-A *unit* is what the sampler deals out: a pair of answers (DPO, ORPO), a rated answer (KTO), or a replayed document, which is
-imitated. The training views :class:`PairedTokens` and :class:`LabelledTokens` have in common:
+A *unit* is what the sampler deals out: a pair of answers (DPO, ORPO), a rated answer (KTO), or a replayed document,
+which is imitated. The training views :class:`PairedTokens` and :class:`LabelledTokens` have in common:
 
 * ``base``: the data set of documents underneath; ``replayed``: bool ``[units]``;
 * ``documents(units)``: the documents (of ``base``) of some units, the two of a pair side by side, chosen first;
@@ -27,11 +27,13 @@ def replayed_documents(base: TokenDataset) -> np.ndarray:
 
 
 class PairedTokens(TokenDataset):
-    """Pairs of documents of one row, chosen first, among replayed documents. As a data set it holds the first of each unit.
+    """Pairs of documents of one row, chosen first, among replayed documents. As a data set it holds the first of each
+    unit.
 
     ``whole``: lengths and supervised targets are those of both documents (what a training step computes and counts).
-    ``rejected``: the other answers of a set without replay, in the same order. Raises :class:`UserError` for a row without two.
-    ``reference``: of a held-out set, its log-probabilities ``{side: [documents]}`` before the first step, once they are known.
+    ``rejected``: the other answers of a set without replay, in the same order. Raises :class:`UserError` for a row
+    without two. ``reference``: of a held-out set, its log-probabilities ``{side: [documents]}`` before the first step,
+    once they are known.
     """
 
     reference: dict[str, np.ndarray] | None = None
@@ -66,7 +68,9 @@ class PairedTokens(TokenDataset):
 
 
 class LabelledTokens(TokenDataset):
-    """Answers that are judged one by one, among replayed documents. Raises :class:`UserError` where labels are all the same."""
+    """Answers that are judged one by one, among replayed documents. Raises :class:`UserError` where labels are all the
+    same.
+    """
 
     def __init__(self, base: TokenDataset):
         super().__init__(base.store, base._docs, base.name, base.report, base._digest)
@@ -75,7 +79,8 @@ class LabelledTokens(TokenDataset):
         good, bad = self.counts()
         if not good or not bad:
             raise UserError(
-                f"all {good + bad:,} rated answers are labelled {'true' if good else 'false'}: KTO weighs desirable against "
+                f"all {good + bad:,} rated answers are labelled {'true' if good else 'false'}: KTO weighs desirable "
+                f"against "
                 "undesirable ones",
                 where=f"data: {base.name}",
                 fix="add answers with the other label; for desirable ones alone leave methods.preference out",
@@ -92,8 +97,9 @@ class LabelledTokens(TokenDataset):
 
 
 class HeldOutLabels(TokenDataset):
-    """Held-out rated answers. As a data set it holds the desirable ones, which alone are worth predicting; ``rejected`` holds the
-    undesirable ones (None where there are none), ``exchanged`` all questions with another one's answer; ``reference`` as above."""
+    """Held-out rated answers. As a data set it holds the desirable ones, which alone are worth predicting; ``rejected``
+    holds the undesirable ones (None where there are none), ``exchanged`` all questions with another one's answer;
+    ``reference`` as above."""
 
     rejected: TokenDataset | None
     reference: dict[str, np.ndarray] | None = None
@@ -112,7 +118,9 @@ class HeldOutLabels(TokenDataset):
 
 
 def labels_of(base: TokenDataset, replayed: np.ndarray) -> np.ndarray:
-    """bool ``[documents]``: desirable answers (False for replayed ones). Raises :class:`UserError` for an answer in several pieces."""
+    """bool ``[documents]``: desirable answers (False for replayed ones). Raises :class:`UserError` for an answer in
+    several pieces.
+    """
     rows = np.asarray(base.store.column("docrow"))[base._docs]
     rated = np.flatnonzero(~replayed)
     again = np.flatnonzero(rows[rated][1:] == rows[rated][:-1])
@@ -130,9 +138,9 @@ def labels_of(base: TokenDataset, replayed: np.ndarray) -> np.ndarray:
 class Mismatched:
     """Each question of some documents with the answer to another one of them, for KTO's estimate of the KL divergence.
 
-    documents: int64 ``[n]`` of ``base``, the judged ones; item ``j`` asks what ``documents[j]`` asks. The other question is half of
-    them away, so that neighbours which repeat a question do not meet. Behind the part of :class:`TokenDataset` that scoring and
-    collating read.
+    documents: int64 ``[n]`` of ``base``, the judged ones; item ``j`` asks what ``documents[j]`` asks. The other
+    question is half of them away, so that neighbours which repeat a question do not meet. Behind the part of
+    :class:`TokenDataset` that scoring and collating read.
     """
 
     def __init__(self, base: TokenDataset, documents: np.ndarray, longest: int):
@@ -170,7 +178,9 @@ class Mismatched:
 
 
 class PairsSubset:
-    """Some documents of a data set, behind the part of it that scoring reads. documents: int64 ``[n]``, indices into ``base``."""
+    """Some documents of a data set, behind the part of it that scoring reads. documents: int64 ``[n]``, indices into
+    ``base``.
+    """
 
     def __init__(self, base: Any, documents: np.ndarray):
         self.base, self.documents, self.name = base, documents, base.name

@@ -1,11 +1,11 @@
 """Learning from preferences: DPO, ORPO and KTO, on the loop and the batches of supervised fine-tuning.
 
-The parts: :mod:`pairs` (what a row is), :mod:`preference_loss` (formulas), :mod:`reference` (log-probabilities of the model before the
-first step), :mod:`preference_eval` (held-out figures). This file puts them into the run.
+The parts: :mod:`pairs` (what a row is), :mod:`preference_loss` (formulas), :mod:`reference` (log-probabilities of the
+model before the first step), :mod:`preference_eval` (held-out figures). This file puts them into the run.
 
-A step's loss is the sum over its pairs (KTO: rated answers) divided by their number, over all ranks. With replayed rows the step adds
-``replay_weight`` times *their* mean NLL per target: preference loss + weight x NLL, as the pretraining term of Ouyang et al. 2022,
-arXiv 2203.02155, equation 2, is added to a preference objective against forgetting.
+A step's loss is the sum over its pairs (KTO: rated answers) divided by their number, over all ranks. With replayed rows
+the step adds ``replay_weight`` times *their* mean NLL per target: preference loss + weight x NLL, as the pretraining
+term of Ouyang et al. 2022, arXiv 2203.02155, equation 2, is added to a preference objective against forgetting.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from aifactory_train.methods.base import RunContext, StepContext
     from aifactory_train.parallel.engine import DeviceBatch
 
-#: Desirable answers times their weight over undesirable ones times theirs should lie here (Ethayarajh et al. 2024, section 4).
+#: Desirable answers times their weight over undesirable ones times theirs should lie here (Ethayarajh et al. 2024,
+#: section 4).
 BALANCE = (1.0, 4 / 3)
 
 
@@ -119,7 +120,9 @@ class Preference(Supervised):
     # ---- a step
 
     def before_step(self, step: StepContext) -> None:
-        """Count the step's units; KTO: z0, the mean log-ratio of exchanged answers over all of the step's questions, at least 0."""
+        """Count the step's units; KTO: z0, the mean log-ratio of exchanged answers over all of the step's questions, at
+        least 0.
+        """
         run, units = step.run, step.documents
         train_set: Any = run.data.train
         self.sums.zero_()
@@ -170,10 +173,12 @@ class Preference(Supervised):
         return self.units_of_step
 
     def figures(self) -> dict[str, float]:
-        """Of the step, over all ranks: ``reward_margin`` (mean over good minus mean over bad answers), for pairs ``reward_accuracy``
-        (equal rewards count half), KTO also ``kl``; where rows are replayed ``preference_loss`` and ``replay_loss`` (mean NLL of a target) apart.
+        """Of the step, over all ranks: ``reward_margin`` (mean over good minus mean over bad answers), for pairs
+        ``reward_accuracy`` (equal rewards count half), KTO also ``kl``; where rows are replayed ``preference_loss`` and
+        ``replay_loss`` (mean NLL of a target) apart.
 
-        The reward is the log-ratio to the reference times beta; for ORPO, which has none, the mean log-probability of a token.
+        The reward is the log-ratio to the reference times beta; for ORPO, which has none, the mean log-probability of a
+        token.
         """
         sums = self.sums.clone()
         dist.all_reduce(sums)

@@ -1,8 +1,8 @@
 """Losses of whole answers: DPO (and IPO), ORPO, KTO, and what a forward pass needs to compute them for a micro-batch.
 
-One forward pass gives the log-probability of every supervised token, packed or padded; sums over documents give those of answers, and
-the loss is a function of answers. It is summed over a micro-batch; the loop divides by the number of pairs (or rated answers) of the
-step over all ranks.
+One forward pass gives the log-probability of every supervised token, packed or padded; sums over documents give those
+of answers, and the loss is a function of answers. It is summed over a micro-batch; the loop divides by the number of
+pairs (or rated answers) of the step over all ranks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from aifactory_train.model.objective import Likelihood
 
 
-#: What :attr:`Judged.sums` counts in a step: rewards and numbers of good and of bad answers, pairs in the wanted order (equal rewards
-#: count half), the preference loss, NLL and targets of replayed rows.
+#: What :attr:`Judged.sums` counts in a step: rewards and numbers of good and of bad answers, pairs in the wanted order
+#: (equal rewards count half), the preference loss, NLL and targets of replayed rows.
 SUMS = ("good", "bad", "good_answers", "bad_answers", "in_order", "preference_loss", "replay_nll", "replay_tokens")
 
 
@@ -28,9 +28,10 @@ SUMS = ("good", "bad", "good_answers", "bad_answers", "in_order", "preference_lo
 class Judged:
     """The objective of a micro-batch of answers (:class:`aifactory_train.model.objective.Objective`).
 
-    counts: supervised tokens of each document, host integers; answers: int64 ``[A]``, the documents that are judged, pairs side by
-    side and chosen first; lengths, reference fp32 ``[A]``; desirable bool ``[A]``; replayed: int64 documents that are imitated, each
-    of their ``replay_tokens`` targets with ``replay_scale``. ``sums`` (fp64 ``[len(SUMS)]``) collects figures of the step.
+    counts: supervised tokens of each document, host integers; answers: int64 ``[A]``, the documents that are judged,
+    pairs side by side and chosen first; lengths, reference fp32 ``[A]``; desirable bool ``[A]``; replayed: int64
+    documents that are imitated, each of their ``replay_tokens`` targets with ``replay_scale``. ``sums`` (fp64
+    ``[len(SUMS)]``) collects figures of the step.
     """
 
     settings: PreferenceConfig
@@ -66,7 +67,9 @@ class Judged:
         return total
 
     def _rewards(self, policy: torch.Tensor) -> torch.Tensor:
-        """The first five of :data:`SUMS`. Sums under masks: picking rows out would make the host wait for the device."""
+        """The first five of :data:`SUMS`. Sums under masks: picking rows out would make the host wait for the
+        device.
+        """
         rewards = (policy / self.lengths if self.settings.kind == "orpo" else policy - self.reference).double()
         good = self.desirable.double()
         right = rewards.new_zeros(())

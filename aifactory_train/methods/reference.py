@@ -1,9 +1,9 @@
 """The reference of DPO and KTO: log-probabilities under the model as it is before the first step.
 
-For a fresh adapter that model is the base (the adapter adds nothing yet), for ``model.start_from`` the earlier run, for a full
-fine-tuning the weights it starts from. It does not change, so its log-probabilities are computed once for the documents that the run
-will use, and lie in the run folder; a resumed run reads them, because its model is another one by then. No second model is held in
-memory, and no step pays for one.
+For a fresh adapter that model is the base (the adapter adds nothing yet), for ``model.start_from`` the earlier run, for
+a full fine-tuning the weights it starts from. It does not change, so its log-probabilities are computed once for the
+documents that the run will use, and lie in the run folder; a resumed run reads them, because its model is another one
+by then. No second model is held in memory, and no step pays for one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Reference:
         seconds = time.perf_counter() - started
         return (
             f"the model before its first step: {scored:,} answers scored in {seconds:.1f} s",
-            f"{tokens:,} training tokens once, without gradients; {self.nbytes() / 2**20:.3g} MiB kept in {REFERENCE_FILE}, no second model",
+            f"{tokens:,} training tokens once, without gradients; {self.nbytes() / 2**20:.3g} MiB kept in "
+            f"{REFERENCE_FILE}, no second model",
         )
 
     def _score(self, run: RunContext, documents: Any, total: int, places: np.ndarray) -> np.ndarray:
@@ -71,7 +72,9 @@ class Reference:
         return out
 
     def _held_out(self, run: RunContext, held: Any) -> dict[str, np.ndarray]:
-        """As :func:`aifactory_train.evaluation.evaluate.evaluate` will score the policy: the same rows in the same micro-batches."""
+        """As :func:`aifactory_train.evaluation.evaluate.evaluate` will score the policy: the same rows in the same
+        micro-batches.
+        """
         run.beat("reference")
         sides = {side: held if side == "own" else getattr(held, side, None) for side in SIDES}
         most = run.recipe.data.eval_rows
@@ -99,7 +102,9 @@ class Reference:
         write_json(run.folder.path / REFERENCE_FILE, content)
 
     def read(self, run: RunContext, wanted: np.ndarray) -> tuple[str, str]:
-        """What :meth:`write` left. Raises :class:`UserError` where it is of other rows, or does not cover this run's."""
+        """What :meth:`write` left. Raises :class:`UserError` where it is of other rows, or does not cover this
+        run's.
+        """
         from aifactory_train.core.files import read_json
         from aifactory_train.metrics.bootstrap import unpacked
 
@@ -143,7 +148,9 @@ def evaluates(run: RunContext) -> bool:
 
 
 def score(run: RunContext, documents: Any, *, most: int) -> np.ndarray:
-    """Log-probabilities of at most ``most`` documents (evenly spaced) as the model is now, float64, the same on all ranks."""
+    """Log-probabilities of at most ``most`` documents (evenly spaced) as the model is now, float64, the same on all
+    ranks.
+    """
     from aifactory_train.evaluation.likelihood import held_out
 
     scored = held_out(

@@ -1,4 +1,6 @@
-"""Plain supervised fine-tuning as a training method, with the additions that any method may have: goldfish masks, noise on embeddings."""
+"""Plain supervised fine-tuning as a training method, with the additions that any method may have: goldfish masks, noise
+on embeddings.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class Supervised:
-    """Next-token cross-entropy over supervised tokens; the base of other methods (:class:`~aifactory_train.methods.base.TrainingMethod`)."""
+    """Next-token cross-entropy over supervised tokens; the base of other methods
+    (:class:`~aifactory_train.methods.base.TrainingMethod`).
+    """
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe

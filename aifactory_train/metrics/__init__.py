@@ -1,7 +1,7 @@
 """Figures of merit, deterministic and without network or models (docs/metrics.md).
 
-``answers`` one answer against one expectation, ``overlap`` chrF and ROUGE-L, ``labels`` classification, ``bootstrap`` intervals over
-rows, ``registry`` all of them by name.
+``answers`` one answer against one expectation, ``overlap`` chrF and ROUGE-L, ``labels`` classification, ``bootstrap``
+intervals over rows, ``registry`` all of them by name.
 """
 
 from aifactory_train.metrics.answers import (

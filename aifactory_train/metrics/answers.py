@@ -51,15 +51,17 @@ def perplexity(loss: float) -> float | None:
 
 # ---- numbers
 
-#: Digits with separators of thousands and decimals as Europe writes them: 1234,5  1.234,5  1,234.5  1 234,5  1'234.5  6.02e23
+#: Digits with separators of thousands and decimals as Europe writes them: 1234,5  1.234,5  1,234.5  1 234,5  1'234.5
+#: 6.02e23
 _NUMBER = re.compile(
-    r"(?<![\w.,])[-+−]?(?:\d{1,3}(?:[.,'’ \u00a0\u202f]\d{3})+(?:[.,]\d+)?|\d+(?:[.,]\d+)?|[.,]\d+)(?:[eE][-+]?\d+)?(?!\d)"
+    r"(?<![\w.,])[-+−]?(?:\d{1,3}(?:[.,'’ "
+    r"\u00a0\u202f]\d{3})+(?:[.,]\d+)?|\d+(?:[.,]\d+)?|[.,]\d+)(?:[eE][-+]?\d+)?(?!\d)"
 )
 
 
 def readings(text: str) -> list[float]:
-    """Values that the last number in ``text`` may have: two where one separator stands before three digits (``1.234`` is 1234 to
-    a Dane and 1.234 to an Irishman), none without a number."""
+    """Values that the last number in ``text`` may have: two where one separator stands before three digits (``1.234``
+    is 1234 to a Dane and 1.234 to an Irishman), none without a number."""
     found = _NUMBER.findall(text)
     if not found:
         return []
@@ -83,7 +85,8 @@ def readings(text: str) -> list[float]:
 def numeric_match(answer: str, expected: str, tolerance: float = 1e-9) -> float:
     """1.0 if the last numbers of both texts are equal to a relative ``tolerance`` in any of their readings, else 0.0.
 
-    The last number is the result where an answer shows its working. An expectation without a number is matched by nothing.
+    The last number is the result where an answer shows its working. An expectation without a number is matched by
+    nothing.
     """
     ours, theirs = readings(answer), readings(expected)
     return float(any(math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-12) for a in ours for b in theirs))
@@ -100,7 +103,9 @@ def _unfenced(text: str) -> str:
 
 
 def valid_json(answer: str) -> float:
-    """1.0 if the answer, without a Markdown fence around all of it, is one JSON value as RFC 8259 has it (no NaN), else 0.0."""
+    """1.0 if the answer, without a Markdown fence around all of it, is one JSON value as RFC 8259 has it (no NaN), else
+    0.0.
+    """
 
     def refuse(word: str) -> float:
         raise ValueError(word)

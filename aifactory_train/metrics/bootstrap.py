@@ -1,7 +1,7 @@
 """Bootstrap intervals over rows (Efron 1979), seeded: the same rows give the same interval on every machine.
 
-Resamples of equally many rows are the same resamples. Figures of the same rows before and after a training are therefore paired:
-the difference of their replicates is a bootstrap of the difference (:func:`paired`).
+Resamples of equally many rows are the same resamples. Figures of the same rows before and after a training are
+therefore paired: the difference of their replicates is a bootstrap of the difference (:func:`paired`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ CONFIDENCE = 0.95
 
 @lru_cache(8)
 def resamples(rows: int, samples: int = BOOTSTRAP_SAMPLES, seed: int = BOOTSTRAP_SEED) -> np.ndarray:
-    """How often each row is drawn in each resample: float64 ``[samples, rows]``, every line adds up to ``rows``. Do not change it."""
+    """How often each row is drawn in each resample: float64 ``[samples, rows]``, every line adds up to ``rows``. Do not
+    change it.
+    """
     counts = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1.0 / rows), size=samples)
     return counts.astype(np.float64)
 
@@ -34,8 +36,8 @@ def replicates(
 ) -> np.ndarray | None:
     """``value`` of each resample's sums, float64 ``[samples]``.
 
-    statistics ``[rows, K]``; ``value`` maps sums ``[..., K]`` to ``[...]``. None for fewer than two rows, or where a resample has no
-    value (NaN: a ratio without a denominator).
+    statistics ``[rows, K]``; ``value`` maps sums ``[..., K]`` to ``[...]``. None for fewer than two rows, or where a
+    resample has no value (NaN: a ratio without a denominator).
     """
     if len(statistics) < 2:
         return None

@@ -30,9 +30,11 @@ def micro_statistics(answers: Sequence[str], expected: Sequence[str], separator:
 
 
 def macro_statistics(answers: Sequence[str], expected: Sequence[str], separator: str | None = None) -> np.ndarray:
-    """The same for each expected label, float64 ``[rows, 3 * labels]`` in the order right, expected, given of each label.
+    """The same for each expected label, float64 ``[rows, 3 * labels]`` in the order right, expected, given of each
+    label.
 
-    Labels are those that some row expects: an answer that invents one loses the expected label, it does not add a class.
+    Labels are those that some row expects: an answer that invents one loses the expected label, it does not add a
+    class.
     """
     wanted = [labels_of(text, separator) for text in expected]
     place = {label: i for i, label in enumerate(sorted(frozenset().union(*wanted)))}

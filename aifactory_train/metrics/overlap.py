@@ -1,8 +1,10 @@
-"""Overlap of an answer with the expected text: chrF, chrF++ and ROUGE-L, with sufficient statistics that add up over rows.
+"""Overlap of an answer with the expected text: chrF, chrF++ and ROUGE-L, with sufficient statistics that add up over
+rows.
 
-Written here although sacrebleu and rouge-score, which the tests compare with, compute the same. Intervals need the statistics of each row:
-sacrebleu has them (and faster) in a private method only, and would bring lxml and four more packages to every machine. rouge-score knows
-the letters a to z alone, so that a right answer in Greek scores 0, takes twenty times as long, and brings nltk.
+Written here although sacrebleu and rouge-score, which the tests compare with, compute the same. Intervals need the
+statistics of each row: sacrebleu has them (and faster) in a private method only, and would bring lxml and four more
+packages to every machine. rouge-score knows the letters a to z alone, so that a right answer in Greek scores 0, takes
+twenty times as long, and brings nltk.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ def chrf_statistics(answer: str, expected: str, word_order: int = 0) -> np.ndarr
 def chrf_value(sums: np.ndarray) -> np.ndarray:
     """chrF (0 to 100) of summed statistics ``[..., 3 * orders]``.
 
-    Popović 2015 and 2017 (chrF, chrF++) with beta 2: precision and recall are averaged over the orders that both sides have, as in
-    sacrebleu (version 2, without epsilon smoothing).
+    Popović 2015 and 2017 (chrF, chrF++) with beta 2: precision and recall are averaged over the orders that both sides
+    have, as in sacrebleu (version 2, without epsilon smoothing).
     """
     have, want, common = sums[..., 0::3], sums[..., 1::3], sums[..., 2::3]
     both = (have > 0) & (want > 0)
@@ -94,7 +96,9 @@ def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def rouge_l(answer: str, expected: str) -> float:
-    """ROUGE-L: F1 of the longest common subsequence of words (Lin 2004), without stemming; 0.0 where either has no word."""
+    """ROUGE-L: F1 of the longest common subsequence of words (Lin 2004), without stemming; 0.0 where either has no
+    word.
+    """
     ours, theirs = rouge_words(answer), rouge_words(expected)
     if not ours or not theirs:
         return 0.0

@@ -1,6 +1,7 @@
 """Every metric of answers by name, as statistics that add up over rows and a value of their sums.
 
-That form gives the figure, its bootstrap interval, its slices and the paired difference of before and after by one path.
+That form gives the figure, its bootstrap interval, its slices and the paired difference of before and after by one
+path.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ Statistics = Callable[[Sequence[str], Sequence[str], str | None], np.ndarray]
 
 @dataclass(frozen=True)
 class Metric:
-    """``statistics(answers, expected, label separator)`` gives ``[rows, K]``; ``value`` maps sums ``[..., K]`` to ``[...]``."""
+    """``statistics(answers, expected, label separator)`` gives ``[rows, K]``; ``value`` maps sums ``[..., K]`` to
+    ``[...]``.
+    """
 
     name: str
     statistics: Statistics
@@ -67,8 +70,8 @@ ANSWER_METRICS: dict[str, Metric] = {
 }
 #: Metrics of likelihood: lower is better. They need no answers.
 LIKELIHOOD_METRICS = ("bits_per_byte", "perplexity", "loss")
-#: Held-out figures of a preference method (methods/preference_eval.py) in the order in which they are shown, and whether a higher one
-#: is better.
+#: Held-out figures of a preference method (methods/preference_eval.py) in the order in which they are shown, and
+#: whether a higher one is better.
 PREFERENCE_METRICS = {
     "preference_loss": False,
     "reward_accuracy": True,
@@ -104,7 +107,8 @@ def figure(statistics: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) ->
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Of every metric that both hold replicates of: the difference, its paired 95 % interval, and whether that leaves out zero.
+    """Of every metric that both hold replicates of: the difference, its paired 95 % interval, and whether that leaves
+    out zero.
 
     ``{metric: {"difference", "ci", "better": True | False | None}}``; None: the interval holds zero.
     """

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 
-#: Values of one dimension that are shown on their own; rarer ones are pooled. Fewer rows than this are not cut by length.
+#: Values of one dimension that are shown on their own; rarer ones are pooled. Fewer rows than this are not cut by
+#: length.
 MOST_VALUES, LEAST_ROWS = 12, 6
 OTHER = "other"
 
 
 def by_length(lengths: Sequence[int]) -> list[str] | None:
-    """A third of the rows each: short, middle, long, with the tokens that bound them. None for few rows or equal lengths."""
+    """A third of the rows each: short, middle, long, with the tokens that bound them. None for few rows or equal
+    lengths.
+    """
     tokens = np.asarray(lengths)
     if len(tokens) < LEAST_ROWS or tokens.min() == tokens.max():
         return None
@@ -26,8 +29,8 @@ def by_length(lengths: Sequence[int]) -> list[str] | None:
 def tags(rows: Sequence[dict[str, Any]], lengths: Sequence[int], labels: Sequence[str | None]) -> dict[str, list[str]]:
     """``{dimension: value of each row}`` for the dimensions in which the rows differ.
 
-    rows: canonical rows (``language`` and ``label`` where the data gives them); labels: what stands in for a missing ``label``
-    (the expected answer of a classification), or None.
+    rows: canonical rows (``language`` and ``label`` where the data gives them); labels: what stands in for a missing
+    ``label`` (the expected answer of a classification), or None.
     """
     found: dict[str, list[str | None] | list[str] | None] = {
         "language": [row.get("language") for row in rows],

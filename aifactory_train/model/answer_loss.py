@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def dpo_loss(policy: torch.Tensor, reference: torch.Tensor, beta: float, smoothing: float = 0.0) -> torch.Tensor:
     """Sum over P pairs; policy and reference ``[P, 2]`` are log-probabilities of chosen and rejected answers.
 
-    Rafailov et al. 2023, arXiv 2305.18290, equation 7; ``smoothing`` is the conservative form (cDPO) of its authors' note (labels that
-    are wrong with that probability; Mitchell 2023, https://ericmitchell.ai/cdpo.pdf, equation 3).
+    Rafailov et al. 2023, arXiv 2305.18290, equation 7; ``smoothing`` is the conservative form (cDPO) of its authors'
+    note (labels that are wrong with that probability; Mitchell 2023, https://ericmitchell.ai/cdpo.pdf, equation 3).
     """
     rewards = beta * (policy - reference)
     margin = rewards[:, 0] - rewards[:, 1]
@@ -25,18 +25,19 @@ def dpo_loss(policy: torch.Tensor, reference: torch.Tensor, beta: float, smoothi
 def ipo_loss(policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor, beta: float) -> torch.Tensor:
     """Sum over P pairs of ``(difference of log-ratios - 1 / (2 beta))^2``; all ``[P, 2]``, lengths in tokens.
 
-    Azar et al. 2023, arXiv 2310.12036, equation 17 (beta is its tau). Log-ratios are means over an answer's tokens, as in TRL, whose
-    authors report that the paper's figures were made so.
+    Azar et al. 2023, arXiv 2310.12036, equation 17 (beta is its tau). Log-ratios are means over an answer's tokens, as
+    in TRL, whose authors report that the paper's figures were made so.
     """
     ratios = (policy - reference) / lengths
     return (ratios[:, 0] - ratios[:, 1] - 1 / (2 * beta)).square().sum()
 
 
 def orpo_loss(policy: torch.Tensor, lengths: torch.Tensor, weight: float) -> torch.Tensor:
-    """Sum over P pairs of the chosen answer's mean NLL and ``weight`` times the odds-ratio term; policy, lengths ``[P, 2]``.
+    """Sum over P pairs of the chosen answer's mean NLL and ``weight`` times the odds-ratio term; policy, lengths ``[P,
+    2]``.
 
-    Hong et al. 2024, arXiv 2403.07691, equations 3 to 7: probabilities of answers are geometric means over their tokens, and
-    odds(y) = P(y) / (1 - P(y)).
+    Hong et al. 2024, arXiv 2403.07691, equations 3 to 7: probabilities of answers are geometric means over their
+    tokens, and odds(y) = P(y) / (1 - P(y)).
     """
     mean = policy / lengths
     # log(1 - exp(x)) without cancellation: log(-expm1(x)); x < 0 up to rounding
@@ -53,10 +54,11 @@ def kto_loss(
     beta: float,
     weights: tuple[float, float] = (1.0, 1.0),
 ) -> torch.Tensor:
-    """Sum over N answers; policy, reference ``[N]``, desirable bool ``[N]``, ``baseline`` the KL estimate z0 (no gradient).
+    """Sum over N answers; policy, reference ``[N]``, desirable bool ``[N]``, ``baseline`` the KL estimate z0 (no
+    gradient).
 
-    Ethayarajh et al. 2024, arXiv 2402.01306, section 4: ``weight * (1 - sigmoid(beta (r - z0)))`` of a desirable answer, with the
-    sign inside turned for an undesirable one. ``weights`` are lambda_D and lambda_U.
+    Ethayarajh et al. 2024, arXiv 2402.01306, section 4: ``weight * (1 - sigmoid(beta (r - z0)))`` of a desirable
+    answer, with the sign inside turned for an undesirable one. ``weights`` are lambda_D and lambda_U.
     """
     gain = beta * (policy - reference - baseline)
     value = torch.sigmoid(torch.where(desirable, gain, -gain))
@@ -72,7 +74,9 @@ def loss_of(
     desirable: torch.Tensor,
     baseline: float,
 ) -> torch.Tensor:
-    """The method's loss, summed over answers ``[A]`` (pairs are neighbours, chosen first); all ``[A]``, lengths in tokens."""
+    """The method's loss, summed over answers ``[A]`` (pairs are neighbours, chosen first); all ``[A]``, lengths in
+    tokens.
+    """
     if how.kind == "kto":
         weights = (how.desirable_weight, how.undesirable_weight)
         return kto_loss(policy, reference, desirable, baseline, how.beta, weights)

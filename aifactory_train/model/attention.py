@@ -1,8 +1,9 @@
 """Attention that stays inside each document, on every backend.
 
-The functions are registered in transformers' attention registry, so no model code is changed. Documents are described by
-their boundaries in the flattened batch, not by a mask: work grows with the square of the document's length, never with the
-length of the pack. transformers is asked for no mask at all; decoding, which needs them, goes by a name of its own.
+The functions are registered in transformers' attention registry, so no model code is changed. Documents are described
+by their boundaries in the flattened batch, not by a mask: work grows with the square of the document's length, never
+with the length of the pack. transformers is asked for no mask at all; decoding, which needs them, goes by a name of its
+own.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ DECODING = "aifactory_decoding"
 class Documents:
     """Where the documents of a batch lie, over its flattened ``B * T`` positions.
 
-    ``lengths`` are host integers that add up to ``B * T`` (padded tails count as documents of their own); ``cu_seqlens``
-    is the int32 tensor ``[num_documents + 1]`` on the device that the variable-length kernels read.
+    ``lengths`` are host integers that add up to ``B * T`` (padded tails count as documents of their own);
+    ``cu_seqlens`` is the int32 tensor ``[num_documents + 1]`` on the device that the variable-length kernels read.
     """
 
     lengths: list[int]
@@ -107,14 +108,15 @@ def per_document_attention(
 
 
 def shares_heads(query: torch.Tensor) -> bool:
-    """Whether SDPA has a fast kernel for fewer key than query heads. On NVIDIA GPUs in fp32, and before Ampere, only its plain form
-    takes them, whose memory grows with the square of the length."""
+    """Whether SDPA has a fast kernel for fewer key than query heads. On NVIDIA GPUs in fp32, and before Ampere, only
+    its plain form takes them, whose memory grows with the square of the length."""
     if query.device.type != "cuda" or torch.version.hip:
         return True
     return query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-#: Attention of ``[B * T, H, D]`` queries to ``[B * T, H_kv, D]`` keys and values, given the documents, dropout and scaling.
+#: Attention of ``[B * T, H, D]`` queries to ``[B * T, H_kv, D]`` keys and values, given the documents, dropout and
+#: scaling.
 _Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, float, float | None], torch.Tensor]
 
 
@@ -210,7 +212,9 @@ def masked_attention(
 
 @contextlib.contextmanager
 def decoding(model: Any) -> Iterator[None]:
-    """Within it a transformers ``model`` attends under masks (padding, a cache), as generation needs; documents are none of its."""
+    """Within it a transformers ``model`` attends under masks (padding, a cache), as generation needs; documents are
+    none of its.
+    """
     config = model.config
     before = config._attn_implementation
     config._attn_implementation = DECODING
@@ -223,9 +227,9 @@ def decoding(model: Any) -> Iterator[None]:
 def register() -> None:
     """Make the functions known to transformers under their names.
 
-    A mask function is registered for :data:`DECODING` alone. For the others transformers then returns before it looks at anything:
-    with one it would ask, in every forward, whether the positions are those of packed documents, and so have the host wait for the
-    device.
+    A mask function is registered for :data:`DECODING` alone. For the others transformers then returns before it looks
+    at anything: with one it would ask, in every forward, whether the positions are those of packed documents, and so
+    have the host wait for the device.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -244,7 +248,8 @@ def register() -> None:
 
 
 def trial(device: str, dtype: torch.dtype, heads: tuple[int, int, int]) -> str:
-    """Why torch's variable-length kernel does not run here, forward and backward over three documents; empty where it does.
+    """Why torch's variable-length kernel does not run here, forward and backward over three documents; empty where it
+    does.
 
     ``heads``: query heads, key heads, numbers in each. Some builds of torch lack the kernel, and it has a largest head.
     """
@@ -286,9 +291,9 @@ def choose(
 ) -> tuple[str, str]:
     """The registry name for ``model.attention`` on ``device`` and the reason, for the start-up report.
 
-    ``compute``: the type of arithmetic. FlashAttention, which is what both variable-length kernels are, has no fp32, and so none
-    on GPUs without bf16. ``heads`` (:func:`heads_of`): with them ``auto`` tries the kernel first. ``compiled``: blocks are compiled.
-    Raises :class:`UserError` if the wanted backend cannot run here.
+    ``compute``: the type of arithmetic. FlashAttention, which is what both variable-length kernels are, has no fp32,
+    and so none on GPUs without bf16. ``heads`` (:func:`heads_of`): with them ``auto`` tries the kernel first.
+    ``compiled``: blocks are compiled. Raises :class:`UserError` if the wanted backend cannot run here.
     """
     has_varlen = compat.varlen_attention() is not None
     if setting in ("flash", "varlen") and device != "cpu" and compute == torch.float32:
@@ -317,7 +322,8 @@ def choose(
         return PER_DOCUMENT, "asked for"
     if device != "cpu" and has_varlen and compute != torch.float32:
         if compiled and torch.version.hip:
-            # pytorch#187872: its stand-in in compiled code says another shape of the log-sum-exp than the kernel returns.
+            # pytorch#187872: its stand-in in compiled code says another shape of the log-sum-exp than the kernel
+            # returns.
             return (
                 PER_DOCUMENT,
                 "SDPA on each document: on AMD GPUs torch's variable-length kernel is not right in compiled blocks",

@@ -48,10 +48,11 @@ def _base_below(recipe: Recipe, seen: list[Path]) -> Path:
 
 
 def public_base(recipe: Recipe) -> tuple[str, str | None]:
-    """(name, revision) of the base for ``adapter_config.json``: the weights that were used, and nothing that they are only said to be.
+    """(name, revision) of the base for ``adapter_config.json``: the weights that were used, and nothing that they are
+    only said to be.
 
-    Hub ids and package sources are kept as given. A local folder is named by its absolute path: what its configuration calls itself
-    (:func:`claimed_name`) is no proof that it holds the same weights.
+    Hub ids and package sources are kept as given. A local folder is named by its absolute path: what its configuration
+    calls itself (:func:`claimed_name`) is no proof that it holds the same weights.
     """
     from aifactory_train.sources import parse, resolve_model
 
@@ -67,7 +68,9 @@ def public_base(recipe: Recipe) -> tuple[str, str | None]:
 
 
 def claimed_name(recipe: Recipe) -> str | None:
-    """The hub id that the configuration of a local base calls itself (``_name_or_path``), if it names one: a claim, not a fact."""
+    """The hub id that the configuration of a local base calls itself (``_name_or_path``), if it names one: a claim, not
+    a fact.
+    """
     from aifactory_train.sources import parse
 
     if parse(recipe.model.base).kind != "local":

@@ -1,7 +1,8 @@
-"""The model: load it, check that this framework computes what the model computes, inject adapters, wrap it with its loss.
+"""The model: load it, check that this framework computes what the model computes, inject adapters, wrap it with its
+loss.
 
-``apply_*`` functions change the model in a fixed order (attention, adapters, trainable set, precision, kernels); what each
-did and why is collected in :class:`ModelReport`, printed once at start and stored in the run.
+``apply_*`` functions change the model in a fixed order (attention, adapters, trainable set, precision, kernels); what
+each did and why is collected in :class:`ModelReport`, printed once at start and stored in the run.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ class Forward(enum.Enum):
 
 
 class CausalLM(nn.Module):
-    """A transformers causal language model (with or without peft) whose forward returns the loss, unless asked for more.
+    """A transformers causal language model (with or without peft) whose forward returns the loss, unless asked for
+    more.
 
     The loss is part of the module so that sharding engines gather the output weight inside its forward, and so that one
-    call covers everything that needs gradients. Everything that computes is reached by calling the module (its wrapper),
-    never by its methods: engines gather parameters around the call.
+    call covers everything that needs gradients. Everything that computes is reached by calling the module (its
+    wrapper), never by its methods: engines gather parameters around the call.
     """
 
     model: Any  # transformers' and peft's classes: their attributes are known at run time only
@@ -49,7 +51,8 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.loss_rows = loss_rows
-        #: the vocabulary projection runs by the registered operators (:func:`aifactory_train.model.operators.apply_operators`)
+        #: the vocabulary projection runs by the registered operators
+        #: (:func:`aifactory_train.model.operators.apply_operators`)
         self.kernels = False
         #: folder whose weights an engine has yet to read shard by shard; None where they are in the parameters
         self.unread: Path | None = None
@@ -78,7 +81,9 @@ class CausalLM(nn.Module):
         return head.weight
 
     def forward(self, *inputs: Any, task: Forward = Forward.LOSS, **more: Any) -> torch.Tensor:
-        """Dispatch to :meth:`loss`, :meth:`logits`, :meth:`hidden` or :meth:`decode`, which say what the arguments are."""
+        """Dispatch to :meth:`loss`, :meth:`logits`, :meth:`hidden` or :meth:`decode`, which say what the arguments
+        are.
+        """
         return getattr(self, task.value)(*inputs, **more)
 
     def loss(
@@ -92,7 +97,8 @@ class CausalLM(nn.Module):
         noise: Noise | None = None,
         objective: Objective = SUMMED_NLL,
     ) -> torch.Tensor:
-        """``objective`` of the supervised ``positions`` (int64 ``[N]`` into the flattened batch) with ``targets`` ``[N]``.
+        """``objective`` of the supervised ``positions`` (int64 ``[N]`` into the flattened batch) with ``targets``
+        ``[N]``.
 
         The fp32 sum of their negative log-likelihoods by default.
         """
@@ -160,7 +166,9 @@ class CausalLM(nn.Module):
 
 
 class _StillRows(torch.autograd.Function):
-    """A matrix whose first rows get no gradient: what the optimizer is given for them is zero, so they stay to the bit."""
+    """A matrix whose first rows get no gradient: what the optimizer is given for them is zero, so they stay to the
+    bit.
+    """
 
     @staticmethod
     def forward(ctx, weight, first: int):
@@ -203,7 +211,9 @@ def _check_output_layer(head: nn.Module) -> None:
 
 
 def _tuple_linears(model: Any) -> list[str]:
-    """Names of linear layers that return more than one tensor (the routers of Llama 4 and Phi-MoE): adapters cannot wrap them."""
+    """Names of linear layers that return more than one tensor (the routers of Llama 4 and Phi-MoE): adapters cannot
+    wrap them.
+    """
     found = []
     for name, module in model.named_modules():
         own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward

@@ -1,9 +1,9 @@
 """fp32 matrix products of linear layers on a CPU, by the faster of the two libraries that torch carries.
 
 torch multiplies fp32 matrices with MKL. Its other library, oneDNN, was 5 to 24 % faster at the shapes of a 135M model's
-linear layers on an AMD EPYC (two cores, torch 2.13, micro-batches of 512 tokens; benchmarks/README.md), without packing or
-copying a weight. The choice goes by the processor's maker alone and not by a timing: a resumed run must take the same
-products as the run that it goes on from. Gradients of weights stay with MKL, which was as fast.
+linear layers on an AMD EPYC (two cores, torch 2.13, micro-batches of 512 tokens; benchmarks/README.md), without packing
+or copying a weight. The choice goes by the processor's maker alone and not by a timing: a resumed run must take the
+same products as the run that it goes on from. Gradients of weights stay with MKL, which was as fast.
 """
 
 from __future__ import annotations
@@ -60,14 +60,18 @@ def _onednn(left: torch.Tensor) -> bool:
 
 
 def by_rows(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right.T``: left ``[N, K]``, right ``[M, K]`` -> ``[N, M]``. Not differentiable: for ``autograd.Function``."""
+    """``left @ right.T``: left ``[N, K]``, right ``[M, K]`` -> ``[N, M]``. Not differentiable: for
+    ``autograd.Function``.
+    """
     if _onednn(left):
         return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
     return torch.mm(left, right.t())
 
 
 def by_columns(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right``: left ``[N, M]``, right ``[M, K]`` -> ``[N, K]``. Not differentiable: for ``autograd.Function``."""
+    """``left @ right``: left ``[N, M]``, right ``[M, K]`` -> ``[N, K]``. Not differentiable: for
+    ``autograd.Function``.
+    """
     if _onednn(left):
         return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
     return torch.mm(left, right)

@@ -1,14 +1,14 @@
 """The torch path of norms, gated MLPs and (LoRA) linear layers where no Triton kernel runs: less memory, fewer passes.
 
-What a layer keeps for its backward pass is what costs memory. Written out in plain torch, a norm keeps four tensors of the
-size of its input, a LoRA layer three. Here a norm keeps its input and one number per row, a gated MLP its two projections, a
-LoRA layer next to nothing: its input is *remembered by recipe* (the norm's or the MLP's own inputs, which are kept anyway) and made
-again in the backward pass for the price of one pointwise pass. The arithmetic of the forward pass is transformers' and
-peft's, in the same order, so that logits stay the same to the last bits of fp32 (:mod:`aifactory_train.model.cpu_matmul` may sum a
-product in another order).
+What a layer keeps for its backward pass is what costs memory. Written out in plain torch, a norm keeps four tensors of
+the size of its input, a LoRA layer three. Here a norm keeps its input and one number per row, a gated MLP its two
+projections, a LoRA layer next to nothing: its input is *remembered by recipe* (the norm's or the MLP's own inputs,
+which are kept anyway) and made again in the backward pass for the price of one pointwise pass. The arithmetic of the
+forward pass is transformers' and peft's, in the same order, so that logits stay the same to the last bits of fp32
+(:mod:`aifactory_train.model.cpu_matmul` may sum a product in another order).
 
-:func:`apply_cpu_operators` replaces ``forward`` on module instances whose structure is known; everything else stays as it is and is
-named in the report.
+:func:`apply_cpu_operators` replaces ``forward`` on module instances whose structure is known; everything else stays as
+it is and is named in the report.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """``x W^T + b`` (+ ``scale * (x A^T) B^T``), keeping the input's recipe where it has one, else the input (and ``x A^T``)."""
+    """``x W^T + b`` (+ ``scale * (x A^T) B^T``), keeping the input's recipe where it has one, else the input (and ``x
+    A^T``).
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale, in_place, kind, *parts):
@@ -142,15 +144,16 @@ def linear(
 # ---- memory that stays with the process
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
-#: Blocks below this are taken from the heap, and the heap is kept: a step's tensors find memory that was touched before.
+#: Blocks below this are taken from the heap, and the heap is kept: a step's tensors find memory that was touched
+#: before.
 _KEPT_BYTES = 2**30
 
 
 def keep_freed_memory() -> bool:
     """Tell glibc's malloc to keep what a step frees for the next step; whether this C library could be told.
 
-    By default a large tensor is mapped and unmapped each time, and each first touch of a page is a fault (measured: 16 % of
-    a step's CPU time with micro-batches of 2,048 tokens, 2 % with 512; peak memory 3 % higher or less).
+    By default a large tensor is mapped and unmapped each time, and each first touch of a page is a fault (measured: 16
+    % of a step's CPU time with micro-batches of 2,048 tokens, 2 % with 512; peak memory 3 % higher or less).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -245,9 +248,11 @@ def _is_plain_lora(module: Any) -> bool:
 def apply_cpu_operators(model: nn.Module, *, in_place: bool = True) -> tuple[Counter, Counter]:
     """Replace ``forward`` on the instances below ``model`` that are understood.
 
-    ``in_place=False`` where selective checkpointing keeps the products of linear layers: it must find them as they were made.
+    ``in_place=False`` where selective checkpointing keeps the products of linear layers: it must find them as they were
+    made.
 
-    Returns (replaced, left) counts by class name; ``left`` holds norms, MLPs and LoRA layers whose structure is unknown.
+    Returns (replaced, left) counts by class name; ``left`` holds norms, MLPs and LoRA layers whose structure is
+    unknown.
     """
     replaced: Counter[str] = Counter()
     left: Counter[str] = Counter()

@@ -17,7 +17,9 @@ _LOW = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Noise:
-    """keys: int64 ``[B, T]`` of 32 random bits for each token; scale: fp32 ``[B, T]``, ``alpha / sqrt(L)`` of its document (0 on padding)."""
+    """keys: int64 ``[B, T]`` of 32 random bits for each token; scale: fp32 ``[B, T]``, ``alpha / sqrt(L)`` of its
+    document (0 on padding).
+    """
 
     keys: torch.Tensor
     scale: torch.Tensor

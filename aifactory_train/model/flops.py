@@ -1,13 +1,14 @@
 """How many floating-point operations a training step needs (*model* FLOPs) and how many it runs (*executed* FLOPs).
 
-Counts are per token position, padding included, matrix products only (2 FLOPs per multiply-add; pointwise work, norms and the
-optimizer are left out, as everywhere in the literature). Two attention counts are kept apart, because published utilisations use
-both: *full* counts the whole score matrix (4 x context x width forward), *causal* the half that a causal kernel has to compute.
+Counts are per token position, padding included, matrix products only (2 FLOPs per multiply-add; pointwise work, norms
+and the optimizer are left out, as everywhere in the literature). Two attention counts are kept apart, because published
+utilisations use both: *full* counts the whole score matrix (4 x context x width forward), *causal* the half that a
+causal kernel has to compute.
 
-Model FLOPs: forward, the gradient of the inputs, and the gradient of the weights that are trained (so 6 per parameter and
-token for full fine-tuning and about 4 for adapters). Executed FLOPs add the second forward of recomputed blocks. Attention's
-backward is 2.5 x its forward as flash-attention runs it (recomputation inside the kernel included) in the executed count, and
-2 x in the model count (PaLM, arXiv:2204.02311, appendix B).
+Model FLOPs: forward, the gradient of the inputs, and the gradient of the weights that are trained (so 6 per parameter
+and token for full fine-tuning and about 4 for adapters). Executed FLOPs add the second forward of recomputed blocks.
+Attention's backward is 2.5 x its forward as flash-attention runs it (recomputation inside the kernel included) in the
+executed count, and 2 x in the model count (PaLM, arXiv:2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def mean_context(sequence: float, window: int | None = None) -> float:
 def forward(
     shape: ModelShape, sequence: float, *, adapter_parameters: int = 0, supervised: float = 1.0
 ) -> ForwardFlops:
-    """Forward FLOPs per token. ``sequence``: tokens of a document (attention stays inside it); ``supervised``: share of the
-    positions whose logits are computed."""
+    """Forward FLOPs per token. ``sequence``: tokens of a document (attention stays inside it); ``supervised``: share of
+    the positions whose logits are computed."""
     plain = shape.layers - shape.window_layers
     context = plain * mean_context(sequence) + shape.window_layers * mean_context(sequence, shape.window)
     full = plain * sequence + shape.window_layers * min(sequence, shape.window or sequence)
@@ -77,8 +78,8 @@ def step(
 ) -> StepFlops:
     """FLOPs per token of forward and backward.
 
-    ``trains_base``: all weights are trained (else adapters only). ``recomputed``: share of the blocks' forward matrix products
-    that runs a second time (1 for full activation checkpointing).
+    ``trains_base``: all weights are trained (else adapters only). ``recomputed``: share of the blocks' forward matrix
+    products that runs a second time (1 for full activation checkpointing).
     """
     f = forward(shape, sequence, adapter_parameters=adapter_parameters, supervised=supervised)
     trains_head = trains_base if trains_head is None else trains_head
@@ -98,9 +99,9 @@ def step(
 class Work:
     """FLOPs of one optimizer step over all ranks, from the documents that were in it.
 
-    ``model`` is what the mathematics needs (real tokens, causal attention inside each document); ``executed`` is what runs:
-    padding, recomputed blocks, and the recomputation inside flash attention's backward. ``*_full_attention`` count the whole
-    score matrix of each document, as most published utilisations and torch's ``FlopCounterMode`` do.
+    ``model`` is what the mathematics needs (real tokens, causal attention inside each document); ``executed`` is what
+    runs: padding, recomputed blocks, and the recomputation inside flash attention's backward. ``*_full_attention``
+    count the whole score matrix of each document, as most published utilisations and torch's ``FlopCounterMode`` do.
     """
 
     model: float
@@ -134,8 +135,8 @@ class Trained:
         return self.rank == 0
 
 
-#: Families whose block ends with a norm behind the last product; elsewhere recomputation stops short of that product, because
-#: nothing that backward needs comes after it (torch.utils.checkpoint's early stop).
+#: Families whose block ends with a norm behind the last product; elsewhere recomputation stops short of that product,
+#: because nothing that backward needs comes after it (torch.utils.checkpoint's early stop).
 _NORM_AT_END = {"olmo2", "olmo3", "gemma3_text"}
 _STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 

@@ -1,8 +1,9 @@
 """The base's ``generation_config.json``, in a form that transformers will save.
 
-transformers reads files whose settings contradict each other (a temperature without ``do_sample``) and refuses to write them once
-anything was changed, and every export changes the end of turn. So the file is looked at before the first step: what contradicts the
-rest is repaired and named, and what is no JSON object at all is refused while nothing is lost yet.
+transformers reads files whose settings contradict each other (a temperature without ``do_sample``) and refuses to write
+them once anything was changed, and every export changes the end of turn. So the file is looked at before the first
+step: what contradicts the rest is repaired and named, and what is no JSON object at all is refused while nothing is
+lost yet.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _REPLACED = {"eos_token_id", "pad_token_id", "transformers_version"}
 
 @dataclass(frozen=True)
 class BaseGeneration:
-    """What an export starts from. ``repaired`` says in words what was changed; ``loadable``: transformers reads the file as it is."""
+    """What an export starts from. ``repaired`` says in words what was changed; ``loadable``: transformers reads the
+    file as it is.
+    """
 
     config: GenerationConfig
     repaired: tuple[str, ...] = ()
@@ -80,7 +83,9 @@ def read_base(folder: Path) -> BaseGeneration:
 
 
 def loading(folder: Path) -> dict[str, Any]:
-    """Arguments for ``from_pretrained`` where transformers would not load ``folder`` because of its generation configuration."""
+    """Arguments for ``from_pretrained`` where transformers would not load ``folder`` because of its generation
+    configuration.
+    """
     found = read_base(folder)
     return {} if found.loadable else {"generation_config": found.config}
 
@@ -117,7 +122,9 @@ def _saves(tree: dict[str, Any]) -> bool:
 
 
 def _consistent(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``(kept, dropped)``: as many settings as go together. One that is fine only beside a later one gets a second try."""
+    """``(kept, dropped)``: as many settings as go together. One that is fine only beside a later one gets a second
+    try.
+    """
     kept: dict[str, Any] = {}
     # the two switches that decide what the others mean come first
     waiting = {k: tree[k] for k in sorted(tree, key=lambda k: k not in ("do_sample", "num_beams"))}

@@ -1,8 +1,9 @@
-"""Puts the Triton operators into a transformers or PEFT model, by module structure, and says what was replaced, what not, and why.
+"""Puts the Triton operators into a transformers or PEFT model, by module structure, and says what was replaced, what
+not, and why.
 
-Only instances of the given model change: a replaced module gets a subclass of its own class with another ``forward``. No library is
-patched, no parameter is moved or renamed, so checkpoints, adapters and sharding see the same model. A module that is not
-recognised is left alone and listed.
+Only instances of the given model change: a replaced module gets a subclass of its own class with another ``forward``.
+No library is patched, no parameter is moved or renamed, so checkpoints, adapters and sharding see the same model. A
+module that is not recognised is left alone and listed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import nn
 from aifactory_train.kernels import ops
 from aifactory_train.kernels.registry import select
 
-#: prefixes of transformers' class names whose modules have the structure below. EuroLLM, Viking, Salamandra and Teuken are Llama.
+#: prefixes of transformers' class names whose modules have the structure below. EuroLLM, Viking, Salamandra and Teuken
+#: are Llama.
 FAMILIES = (
     "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Olmo", "Olmo2", "Olmo3", "Apertus", "SmolLM3",
 )  # fmt: skip
@@ -35,13 +37,22 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 _LAYER_SIGNATURE = [
-    "self", "hidden_states", "attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings", "kwargs",
-]  # fmt: skip
+    "self",
+    "hidden_states",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "position_embeddings",
+    "kwargs",
+]
 
 
 @dataclasses.dataclass
 class AppliedOperators:
-    """What happened to the model: ``replaced`` counts (operator, class), ``kept`` counts (class, reason), ``selections`` one line an op."""
+    """What happened to the model: ``replaced`` counts (operator, class), ``kept`` counts (class, reason),
+    ``selections`` one line an op.
+    """
 
     arch: str
     sku: str | None
@@ -80,9 +91,10 @@ def apply_kernels(
 ) -> AppliedOperators:
     """Replace modules of ``model`` (a transformers model, PEFT-wrapped or not) by ones that call the operators.
 
-    ``arch`` and ``sku`` name the device it will run on (``cpu`` changes nothing), ``dtype`` the activations. ``enabled=False`` switches
-    everything off. ``skip`` names operators to leave out; where weights may only be read through their own module (DeepSpeed ZeRO-3),
-    skip ``rms_norm_residual`` and ``lora_linear``, which read their children's. Calling it twice changes nothing more.
+    ``arch`` and ``sku`` name the device it will run on (``cpu`` changes nothing), ``dtype`` the activations.
+    ``enabled=False`` switches everything off. ``skip`` names operators to leave out; where weights may only be read
+    through their own module (DeepSpeed ZeRO-3), skip ``rms_norm_residual`` and ``lora_linear``, which read their
+    children's. Calling it twice changes nothing more.
     """
     kind = str(dtype).removeprefix("torch.")
     report = AppliedOperators(arch, sku, family_of(model))
@@ -95,7 +107,10 @@ def apply_kernels(
         report.note = f"nothing replaced: {chosen.reason}"
         return report
     if report.family is None:
-        report.note = f"{type(_unwrapped(model)).__name__} is of no known family ({', '.join(FAMILIES)}): only PEFT layers can be replaced"
+        report.note = (
+            f"{type(_unwrapped(model)).__name__} is of no known family ({', '.join(FAMILIES)}): only PEFT "
+            f"layers can be replaced"
+        )
     for module in list(model.modules()):
         name = _original_class(module).__name__
         outcome = _replace(module, name, report.family, skip)
@@ -146,7 +161,9 @@ def _original_class(module: nn.Module) -> type:
 
 
 def _replace(module: nn.Module, name: str, family: str | None, skip: Collection[str]) -> tuple[str | None, str] | None:
-    """(operator, "") when the module was replaced, (None, reason) when it is one of ours to look at but was not, None otherwise."""
+    """(operator, "") when the module was replaced, (None, reason) when it is one of ours to look at but was not, None
+    otherwise.
+    """
     if name == "Linear" and hasattr(module, "lora_A") and hasattr(module, "base_layer"):
         return _lora(module, skip)
     if not family or not name.startswith(family):
@@ -241,7 +258,9 @@ def _attention(module: nn.Module, skip: Collection[str]) -> tuple[str | None, st
 
 @lru_cache(None)
 def _with_rope(forward: types.FunctionType) -> types.FunctionType:
-    """The library's own forward with ours under the name ``apply_rotary_pos_emb``: a copy with its own globals, nothing is patched."""
+    """The library's own forward with ours under the name ``apply_rotary_pos_emb``: a copy with its own globals, nothing
+    is patched.
+    """
     theirs = forward.__globals__["apply_rotary_pos_emb"]
 
     def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
@@ -261,7 +280,9 @@ def _with_rope(forward: types.FunctionType) -> types.FunctionType:
 
 
 def _layer(module: nn.Module, family: str, skip: Collection[str]) -> tuple[str | None, str] | None:
-    """Fuse the residual addition after attention into the norm that follows, where the layer is of the plain pre-norm form."""
+    """Fuse the residual addition after attention into the norm that follows, where the layer is of the plain pre-norm
+    form.
+    """
     # Unwrapped, because transformers wraps every layer's forward for activation checkpointing (our subclass's too).
     forward: Any = inspect.unwrap(_original_class(module).forward)  # type: ignore[attr-defined]
     pairs = [("input_layernorm", "post_attention_layernorm"), ("attention_layernorm", "feedforward_layernorm")]

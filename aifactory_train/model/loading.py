@@ -66,9 +66,12 @@ def load_language_model(
     report: ModelReport,
     more: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """The transformers model with our attention, weights in ``dtype``, on ``device``; ``more`` goes to ``from_pretrained``."""
+    """The transformers model with our attention, weights in ``dtype``, on ``device``; ``more`` goes to
+    ``from_pretrained``.
+    """
     if device == "cpu":
-        # transformers imports DeepSpeed where it is installed, and that prints to standard output unless told the device.
+        # transformers imports DeepSpeed where it is installed, and that prints to standard output unless told the
+        # device.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -98,14 +101,17 @@ def load_language_model(
 
 
 def _check_complete(found: dict[str, Any], path: Path, report: ModelReport) -> None:
-    """Refuse a model of which the files lack a part: transformers starts it with random numbers. What they hold besides is reported."""
+    """Refuse a model of which the files lack a part: transformers starts it with random numbers. What they hold besides
+    is reported.
+    """
     missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(
             f"the weight files lack {', '.join(missing[:3])}{more}: the model would begin with random numbers there",
             where=str(path),
-            fix="take the model folder anew from where it comes from; config.json must fit to its weights (tie_word_embeddings)",
+            fix="take the model folder anew from where it comes from; config.json must fit to its weights "
+            "(tie_word_embeddings)",
         )
     if unused:
         report.add("weights not used", f"{len(unused)} tensors: {', '.join(unused[:3])}", "the model has no such parts")
@@ -135,10 +141,11 @@ def build_model(
 ) -> CausalLM:
     """Load, check, adapt, cast and wrap, in this order.
 
-    ``sharded``: build without weights where the files allow it; the engine reads each rank's rows (``CausalLM.unread``).
+    ``sharded``: build without weights where the files allow it; the engine reads each rank's rows
+    (``CausalLM.unread``).
 
-    ``path`` is the recipe's base (:func:`aifactory_train.sources.resolve_model`); with ``model.start_from`` the weights come
-    from :func:`base_folder` instead.
+    ``path`` is the recipe's base (:func:`aifactory_train.sources.resolve_model`); with ``model.start_from`` the weights
+    come from :func:`base_folder` instead.
     """
     whole = recipe.adapter.kind == "none"
     if recipe.model.start_from:

@@ -1,8 +1,9 @@
-"""The one walk through the vocabulary projection: cross-entropy straight from hidden states, in chunks, at supervised positions
-only. The full logits tensor never exists.
+"""The one walk through the vocabulary projection: cross-entropy straight from hidden states, in chunks, at supervised
+positions only. The full logits tensor never exists.
 
-:func:`linear_cross_entropy` is what training, preferences and evaluation call. On a GPU whose kernels are enabled it runs the
-operators of :mod:`aifactory_train.kernels`; elsewhere the chunks below, whose matrix products are tuned for CPUs.
+:func:`linear_cross_entropy` is what training, preferences and evaluation call. On a GPU whose kernels are enabled it
+runs the operators of :mod:`aifactory_train.kernels`; elsewhere the chunks below, whose matrix products are tuned for
+CPUs.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from aifactory_train.kernels import hardware, runtime
 from aifactory_train.kernels.linear_cross_entropy.op import accumulate
 from aifactory_train.model.cpu_matmul import by_columns, by_rows
 
-#: Bytes of one chunk of fp32 logits on a CPU. 64 MiB keeps the projection's matrix products large (455 rows of a 36k vocabulary).
+#: Bytes of one chunk of fp32 logits on a CPU. 64 MiB keeps the projection's matrix products large (455 rows of a 36k
+#: vocabulary).
 CHUNK_BYTES = 64 * 2**20
-#: The same on a GPU, as the planner counts it (:func:`aifactory_train.planning.search.loss_chunk`), but never below ``GPU_ROWS``:
-#: each chunk reads and writes the fp32 gradient of the whole output weight, which only large products hide.
+#: The same on a GPU, as the planner counts it (:func:`aifactory_train.planning.search.loss_chunk`), but never below
+#: ``GPU_ROWS``: each chunk reads and writes the fp32 gradient of the whole output weight, which only large products
+#: hide.
 GPU_CHUNK_BYTES = 2**30
 GPU_ROWS = 1024
 
@@ -28,7 +31,9 @@ Reduction = Literal["sum", "none", "documents"]
 
 
 def chunk_rows(vocabulary: int, wanted: int | None = None, *, device: torch.device | str = "cpu") -> int:
-    """Rows of logits that exist at once: ``wanted`` (``train.loss_chunk_tokens``), else from the vocabulary and the device."""
+    """Rows of logits that exist at once: ``wanted`` (``train.loss_chunk_tokens``), else from the vocabulary and the
+    device.
+    """
     if wanted:
         return wanted
     device = torch.device(device)
@@ -52,7 +57,9 @@ def _logits(chunk: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Te
 
 
 class _Gradients:
-    """Gradients of hidden states and weight (each None where nothing needs it), filled chunk by chunk; the weight's in fp32."""
+    """Gradients of hidden states and weight (each None where nothing needs it), filled chunk by chunk; the weight's in
+    fp32.
+    """
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, need_hidden: bool, need_weight: bool):
         self.hidden = torch.empty_like(hidden) if need_hidden else None
@@ -69,8 +76,9 @@ class _Gradients:
 class _Summed(torch.autograd.Function):
     """Forward computes the loss and, chunk by chunk, the gradients; backward only scales them.
 
-    The gradient of the logits is ``softmax - one_hot``; with it each chunk gives its rows of the hidden states' gradient and
-    its addend of the weight's gradient, after which its logits are dropped. The weight's gradient is accumulated in fp32.
+    The gradient of the logits is ``softmax - one_hot``; with it each chunk gives its rows of the hidden states'
+    gradient and its addend of the weight's gradient, after which its logits are dropped. The weight's gradient is
+    accumulated in fp32.
     """
 
     @staticmethod
@@ -104,7 +112,8 @@ class _Summed(torch.autograd.Function):
             factor = grad_output.expand_as(grad_hidden)
             grad_hidden = torch.mul(grad_hidden, factor, out=torch.empty_like(grad_hidden))
         if grad_weight is not None:
-            # In place, as it is as large as the embedding; a second backward pass is refused by autograd's version count.
+            # In place, as it is as large as the embedding; a second backward pass is refused by autograd's version
+            # count.
             grad_weight = grad_weight.mul_(grad_output).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
 
@@ -151,12 +160,14 @@ def linear_cross_entropy(
     rows: int | None = None,
     kernels: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy in nats of ``softmax(scale * hidden @ weight.T)`` at ``targets``, with gradients for hidden and weight.
+    """Cross-entropy in nats of ``softmax(scale * hidden @ weight.T)`` at ``targets``, with gradients for hidden and
+    weight.
 
-    hidden ``[N, D]``, weight ``[V, D]`` (same dtype), targets int64 ``[N]`` without ignored entries (select the supervised
-    rows first). ``reduction``: :data:`Reduction`; ``counts`` are the targets of each document, in order, host integers that
-    add up to ``N``. ``N = 0`` gives zeros (or nothing) with a connected graph. ``rows`` of logits exist at once
-    (:func:`chunk_rows`). ``kernels``: by the registered operators, which run Triton where the registry selects it.
+    hidden ``[N, D]``, weight ``[V, D]`` (same dtype), targets int64 ``[N]`` without ignored entries (select the
+    supervised rows first). ``reduction``: :data:`Reduction`; ``counts`` are the targets of each document, in order,
+    host integers that add up to ``N``. ``N = 0`` gives zeros (or nothing) with a connected graph. ``rows`` of logits
+    exist at once (:func:`chunk_rows`). ``kernels``: by the registered operators, which run Triton where the registry
+    selects it.
 
     ``sum`` makes the gradients in its forward pass and costs 6 N V D FLOP; the others make the logits twice and cost 8.
     """
@@ -165,7 +176,8 @@ def linear_cross_entropy(
         each = linear_cross_entropy(hidden, weight, targets, reduction="none", scale=scale, rows=rows, kernels=kernels)
         if not counts:
             return each
-        # One sum after the other: an index_add on a GPU adds in no fixed order, and a resumed run would differ in the last bits.
+        # One sum after the other: an index_add on a GPU adds in no fixed order, and a resumed run would differ in the
+        # last bits.
         return torch.stack([part.sum() for part in each.split(list(counts))])
     if hidden.shape[0] == 0:
         nothing = hidden.sum().float() if reduction == "sum" else hidden.sum(1).float()

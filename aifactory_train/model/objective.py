@@ -1,4 +1,6 @@
-"""What a forward pass computes from the vocabulary projection: the loss of a training method, or the likelihood of each token."""
+"""What a forward pass computes from the vocabulary projection: the loss of a training method, or the likelihood of each
+token.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class SummedNLL:
 
 @dataclass(frozen=True)
 class TokenNLL:
-    """The negative log-likelihood of each target, fp32 ``[N]``: what evaluation and the reference of preferences score by."""
+    """The negative log-likelihood of each target, fp32 ``[N]``: what evaluation and the reference of preferences score
+    by.
+    """
 
     def loss(self, nll: Likelihood) -> torch.Tensor:
         return nll(reduction="none")

@@ -1,11 +1,12 @@
 """What a model's layers do with several documents in one row, found out before training rather than believed.
 
-Attention is ours and stays inside each document (:mod:`aifactory_train.model.attention`). Layers that carry a state from token to token
-(gated delta nets, Mamba, lightning attention, convolutions) do not ask it, and some models bring an attention of their own that
-never sees a mask from us. Both train a wrong model without an error. So at start a small copy of the model (the same classes, every
-kind of layer, random weights, fp32, CPU) computes two documents as training would compute them, and each of them alone with
-transformers' own eager attention. Packs that differ are not used: one document a row then. A model that differs even alone, or
-whose earlier logits move when a later token changes, is refused by name.
+Attention is ours and stays inside each document (:mod:`aifactory_train.model.attention`). Layers that carry a state
+from token to token (gated delta nets, Mamba, lightning attention, convolutions) do not ask it, and some models bring an
+attention of their own that never sees a mask from us. Both train a wrong model without an error. So at start a small
+copy of the model (the same classes, every kind of layer, random weights, fp32, CPU) computes two documents as training
+would compute them, and each of them alone with transformers' own eager attention. Packs that differ are not used: one
+document a row then. A model that differs even alone, or whose earlier logits move when a later token changes, is
+refused by name.
 
 The verdict is kept in the cache, by the configuration and the versions of what computed it.
 """
@@ -70,10 +71,11 @@ _UNIMPORTANT = re.compile(
 
 @dataclass(frozen=True)
 class PositionVerdict:
-    """How a model may be trained: ``batching`` is ``packed``, ``padded`` (one document a row) or ``refused``, ``why`` the finding.
+    """How a model may be trained: ``batching`` is ``packed``, ``padded`` (one document a row) or ``refused``, ``why``
+    the finding.
 
-    ``limits``: keys of the configuration whose window our attention does not keep to, with the most tokens that a document may have.
-    ``error``: what is raised where ``batching`` is ``refused``.
+    ``limits``: keys of the configuration whose window our attention does not keep to, with the most tokens that a
+    document may have. ``error``: what is raised where ``batching`` is ``refused``.
     """
 
     batching: str
@@ -88,14 +90,17 @@ class PositionVerdict:
         for name, most in self.limits.items():
             if sequence_length > most:
                 raise UserError(
-                    f"this model attends over {most} tokens in some layers ({name}), and our attention does not compute that limit",
+                    f"this model attends over {most} tokens in some layers ({name}), and our attention does not "
+                    f"compute that limit",
                     where="data.sequence_length",
                     fix=f"--set data.sequence_length={most}",
                 )
 
 
 def check(recipe: Recipe, folder: Path, *, device: str) -> PositionVerdict:
-    """The verdict on the model in ``folder``: from the cache, or found on a small copy (seconds). Raises where it must be refused."""
+    """The verdict on the model in ``folder``: from the cache, or found on a small copy (seconds). Raises where it must
+    be refused.
+    """
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it is installed
     from aifactory_train.model.loading import load_config
@@ -113,7 +118,8 @@ def check(recipe: Recipe, folder: Path, *, device: str) -> PositionVerdict:
 
 
 def settle(recipe: Recipe, verdict: PositionVerdict) -> tuple[str, str, str] | None:
-    """Put ``verdict`` into ``recipe``: packs that the model cannot keep apart become one document a row, which is the same curve.
+    """Put ``verdict`` into ``recipe``: packs that the model cannot keep apart become one document a row, which is the
+    same curve.
 
     Returns the line of the start-up report, None where nothing changes.
     """
@@ -159,7 +165,9 @@ def _structure(tree: Any) -> Any:
 
 
 def examine(config: Any, *, trust_remote_code: bool = False) -> PositionVerdict:
-    """Build a small copy of ``config``'s model and compare (nothing is cached, nothing raised but by faults of this module)."""
+    """Build a small copy of ``config``'s model and compare (nothing is cached, nothing raised but by faults of this
+    module).
+    """
     register()
     name = config.model_type
     with _quietly(), torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -241,7 +249,9 @@ def _logits(ours: CausalLM, ids: torch.Tensor, lengths: list[int]) -> torch.Tens
 
 
 def _limits(config: Any, small: Any, trust_remote_code: bool) -> dict[str, int]:
-    """Windows of ``config`` that our attention would leave out in silence, and their lengths; tried on the ``small`` copy."""
+    """Windows of ``config`` that our attention would leave out in silence, and their lengths; tried on the ``small``
+    copy.
+    """
     found: dict[str, int] = {}
     for name, real in sorted((n, v) for n, v in vars(_text(config)).items() if _WINDOWS.fullmatch(n) and _count(v)):
         narrow = copy.deepcopy(small)
@@ -344,7 +354,9 @@ def _count(value: Any) -> bool:
 
 
 def _kinds(config: Any, trust: bool) -> tuple[list[tuple], int]:
-    """(a description of each layer of ``config``'s model: classes and switches of its modules; its parameters), without memory."""
+    """(a description of each layer of ``config``'s model: classes and switches of its modules; its parameters), without
+    memory.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -381,7 +393,9 @@ def _coarse(kind: tuple) -> tuple:
 
 
 def shrunken(config: Any, layers: int, *, narrow: bool) -> Any:
-    """A copy of ``config`` with ``layers`` layers, a small vocabulary, few experts, and with ``narrow`` few and narrow heads."""
+    """A copy of ``config`` with ``layers`` layers, a small vocabulary, few experts, and with ``narrow`` few and narrow
+    heads.
+    """
     small = copy.deepcopy(config)
     text = _text(small)
     whole = next((v for k, v in vars(text).items() if _LAYERS.fullmatch(k) and _count(v)), None)

@@ -37,7 +37,9 @@ class Precision:
 
 
 def choose_precision(recipe: Recipe, device: str) -> tuple[Precision, str]:
-    """Resolve ``auto``: fp32 everywhere on CPU; on a GPU with bf16, compute and frozen weights in bf16, master in fp32."""
+    """Resolve ``auto``: fp32 everywhere on CPU; on a GPU with bf16, compute and frozen weights in bf16, master in
+    fp32.
+    """
     has_bf16 = compat.supports_bf16(device)
     fast = device != "cpu" and has_bf16
     settings = recipe.precision

@@ -1,7 +1,8 @@
 """The 4-bit base of QLoRA (Dettmers et al. 2023, arXiv:2305.14314): NF4 with double quantisation, through bitsandbytes.
 
-Linear layers of the base are quantised while they are read; embeddings, norms and the output layer keep their type, adapters
-are trained as ever. What trains is an approximation of the base: the export joins the adapter with the original weights.
+Linear layers of the base are quantised while they are read; embeddings, norms and the output layer keep their type,
+adapters are trained as ever. What trains is an approximation of the base: the export joins the adapter with the
+original weights.
 """
 
 from __future__ import annotations

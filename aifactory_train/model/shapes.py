@@ -1,8 +1,9 @@
-"""The dimensions of a decoder-only transformer, and what follows from them alone: how many parameters, in which tensors.
+"""The dimensions of a decoder-only transformer, and what follows from them alone: how many parameters, in which
+tensors.
 
-Dimensions come from a ``config.json`` (a local folder or the cache) or, without any network, from ``data/models.json``. A model
-whose dimensions are not known, or whose architecture these formulae do not cover (mixture of experts, encoders, state-space
-layers), is refused by name: a plan from guessed dimensions would be a confident wrong number.
+Dimensions come from a ``config.json`` (a local folder or the cache) or, without any network, from ``data/models.json``.
+A model whose dimensions are not known, or whose architecture these formulae do not cover (mixture of experts, encoders,
+state-space layers), is refused by name: a plan from guessed dimensions would be a confident wrong number.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from aifactory_train.core.errors import UserError, did_you_mean
 DATA = Path(__file__).resolve().parent / "data"
 
 #: model_type of ``config.json`` -> how its block differs from Llama's. Only these are covered.
-#: mlp: gated = three matrices (SwiGLU), plain = two. norms: RMS norms per block over the hidden size. qk_norm: 'head' = one weight of
-#: head_dim for all heads, 'full' = a weight over all heads.
+#: mlp: gated = three matrices (SwiGLU), plain = two. norms: RMS norms per block over the hidden size. qk_norm: 'head' =
+#: one weight of head_dim for all heads, 'full' = a weight over all heads.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
@@ -131,7 +132,9 @@ class ModelShape:
         return self.layers * self.block_parameters + self.root_parameters
 
     def block_tensors(self) -> list[tuple[int, int]]:
-        """Shapes (rows, columns) of the parameters of one block; vectors have one column. Engines shard along the rows."""
+        """Shapes (rows, columns) of the parameters of one block; vectors have one column. Engines shard along the
+        rows.
+        """
         found = [(b, a) for a, b in self.linears().values()]
         found += [(self.hidden, 1)] * (self.norms * (2 if self.norm_bias else 1))
         if self.qk_norm == "head":
@@ -165,7 +168,9 @@ class ModelShape:
         return found
 
     def lora_parameters(self, rank: int, targets: str | list[str] = "all-linear", dora: bool = False) -> int:
-        """Adapter parameters: rank x (inputs + outputs) of every target in every block; DoRA adds one magnitude per output."""
+        """Adapter parameters: rank x (inputs + outputs) of every target in every block; DoRA adds one magnitude per
+        output.
+        """
         return self.layers * sum(
             rank * (a + b) + (b if dora else 0) for name, (a, b) in self.linears().items() if is_target(name, targets)
         )
@@ -221,7 +226,8 @@ def from_config(config: Mapping[str, Any], name: str, where: str | None = None) 
     for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"):
         if config.get(key):
             raise UserError(
-                f"'{name}' is a mixture of experts ({key} = {config[key]}); the planner's formulae cover dense decoders only",
+                f"'{name}' is a mixture of experts ({key} = {config[key]}); the planner's formulae cover dense "
+                f"decoders only",
                 where=where,
                 fix="choose a dense base model, or measure a short run instead of planning",
             )
@@ -288,7 +294,8 @@ def known() -> dict[str, ModelShape]:
 
 
 def load(base: str, folders: list[Path] | None = None, config_file: str | None = None) -> ModelShape:
-    """Dimensions of ``base``: an explicit ``config_file``, a local folder, the cache (``folders``), or the shipped table.
+    """Dimensions of ``base``: an explicit ``config_file``, a local folder, the cache (``folders``), or the shipped
+    table.
 
     Raises :class:`UserError` when they cannot be had without the network.
     """

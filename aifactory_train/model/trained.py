@@ -52,7 +52,8 @@ def with_adapter(base: Any, adapter: Path) -> Any:
 
 
 def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
-    """The trained model of a run for use (chat, eval): ``(model, tokenizer, recipe)``, with our attention, in eval mode.
+    """The trained model of a run for use (chat, eval): ``(model, tokenizer, recipe)``, with our attention, in eval
+    mode.
 
     Raises :class:`UserError` when the run has exported nothing.
     """

@@ -1,4 +1,6 @@
-"""Weights in safetensors files, and a model without them: what the file calls a parameter, and a skeleton of stride-0 zeros."""
+"""Weights in safetensors files, and a model without them: what the file calls a parameter, and a skeleton of stride-0
+zeros.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _PEFT_PARTS = (".base_layer", ".original_module", ".modules_to_save.default")
 
 
 def file_name_of(name: str) -> str | None:
-    """Name in the base model's files of a parameter of :class:`~aifactory_train.model.causal_lm.CausalLM`; None for adapters."""
+    """Name in the base model's files of a parameter of :class:`~aifactory_train.model.causal_lm.CausalLM`; None for
+    adapters.
+    """
     if ".lora_" in name:
         return None
     name = name.removeprefix("model.")
@@ -70,7 +74,9 @@ def skeleton(config: Any, attention: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _build_buffers(module: nn.Module, config: Any) -> None:
-    """Buffers follow from the configuration (rotary frequencies): build the module again, with memory, and take them."""
+    """Buffers follow from the configuration (rotary frequencies): build the module again, with memory, and take
+    them.
+    """
     try:
         fresh = type(module)(config)
     except TypeError:

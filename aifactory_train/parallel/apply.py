@@ -1,6 +1,6 @@
-"""What is done to the model before an engine takes it, block by block: compute type, activation checkpointing, compilation
-(:func:`prepare_blocks`). Each replaces the ``forward`` of a block (an instance attribute), so that parameter names and the hooks that
-engines add stay as they are."""
+"""What is done to the model before an engine takes it, block by block: compute type, activation checkpointing,
+compilation (:func:`prepare_blocks`). Each replaces the ``forward`` of a block (an instance attribute), so that
+parameter names and the hooks that engines add stay as they are."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def block_modules(core: nn.Module) -> list[nn.Module]:
     """The transformer blocks of the model, in order: the unit of sharding, checkpointing and compilation.
 
-    They are the modules that transformers names in ``_no_split_modules``; without such names, the children of the longest
-    ``ModuleList``.
+    They are the modules that transformers names in ``_no_split_modules``; without such names, the children of the
+    longest ``ModuleList``.
     """
     named: set[str] = set()
     for module in core.modules():
@@ -48,8 +48,8 @@ class ComputeCopies:
     """While active, the parameters of some modules read as copies in the compute type.
 
     This is what FSDP2's mixed precision does with the gathered parameters: fp32 master, bf16 arithmetic, gradients that
-    flow back through the cast. It is not autocast, which would keep the residual stream in fp32 and so train another curve
-    than the sharded engines.
+    flow back through the cast. It is not autocast, which would keep the residual stream in fp32 and so train another
+    curve than the sharded engines.
     """
 
     def __init__(self, modules: list[nn.Module], compute: torch.dtype):
@@ -86,8 +86,8 @@ class ComputeCopies:
         return with_copies
 
     def wrap_eager(self, forward: Callable) -> Callable:
-        """For inside a compiled region, whose own copies are around it: where it is not compiled after all, checkpointing computes
-        ``forward`` again after those are gone."""
+        """For inside a compiled region, whose own copies are around it: where it is not compiled after all,
+        checkpointing computes ``forward`` again after those are gone."""
         with_copies = self.wrap(forward)
 
         @functools.wraps(forward)
@@ -102,9 +102,10 @@ class ComputeCopies:
 def apply_compute_type(core: CausalLM, compute: torch.dtype, between: Callable[[], None] | None = None) -> None:
     """Compute in ``compute`` while parameters keep their type; used by engines that do not cast by themselves.
 
-    ``between``: checkpointing and compilation, where blocks are compiled. The copies are then made around the compiled region, which
-    takes them as arguments: inside, tracing would meet a module that is written to, and one set of parameters for each block, and leave
-    most blocks as they are. They live from a block's forward to its backward, also with checkpointing.
+    ``between``: checkpointing and compilation, where blocks are compiled. The copies are then made around the compiled
+    region, which takes them as arguments: inside, tracing would meet a module that is written to, and one set of
+    parameters for each block, and leave most blocks as they are. They live from a block's forward to its backward, also
+    with checkpointing.
     """
     blocks = block_modules(core)
     inside = {id(m) for block in blocks for m in block.modules()}
@@ -123,8 +124,8 @@ def apply_compute_type(core: CausalLM, compute: torch.dtype, between: Callable[[
 
 # ---- activation checkpointing
 
-#: Operators whose results selective checkpointing keeps: matrix products and attention, which cost the most to compute again.
-#: By name: most of them exist on some devices or with some packages only.
+#: Operators whose results selective checkpointing keeps: matrix products and attention, which cost the most to compute
+#: again. By name: most of them exist on some devices or with some packages only.
 KEPT = {
     "aten::mm",
     "aten::addmm",
@@ -184,7 +185,9 @@ def apply_compile(core: nn.Module) -> None:
 
 
 def _tell_what_was_not_compiled(core: nn.Module) -> None:
-    """After the first forward of ``core``: torch.compile runs what it cannot trace as it is, and says so in a debug log alone."""
+    """After the first forward of ``core``: torch.compile runs what it cannot trace as it is, and says so in a debug log
+    alone.
+    """
     from torch._dynamo.utils import counters
 
     before = sum(counters["graph_break"].values())

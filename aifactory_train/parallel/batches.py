@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from aifactory_train.data import TokenDataset
 
 
-#: On a CPU a micro-batch need not be larger than this many tokens: measured on a 135M model (two cores, benchmarks/README.md), steps
-#: of 2,000 tokens in two micro-batches ran as fast as in one, with 1.1 GB less at the peak, and 5 % faster than in four, each of
-#: which reads every weight from memory anew. Some more than two packs of 512, whose documents are shared out anew.
+#: On a CPU a micro-batch need not be larger than this many tokens: measured on a 135M model (two cores,
+#: benchmarks/README.md), steps of 2,000 tokens in two micro-batches ran as fast as in one, with 1.1 GB less at the
+#: peak, and 5 % faster than in four, each of which reads every weight from memory anew. Some more than two packs of
+#: 512, whose documents are shared out anew.
 CPU_MICRO_BATCH = 1100
 
 
 def micro_limit(most: int, lengths: Any, device: str) -> int:
-    """Most tokens in one micro-batch of a step with documents of ``lengths`` (int ``[K]``): ``train.micro_batch_tokens``, and
-    on a CPU no more than :data:`CPU_MICRO_BATCH` or the step's longest document. The curve does not depend on it."""
+    """Most tokens in one micro-batch of a step with documents of ``lengths`` (int ``[K]``):
+    ``train.micro_batch_tokens``, and on a CPU no more than :data:`CPU_MICRO_BATCH` or the step's longest document. The
+    curve does not depend on it."""
     if device != "cpu" or len(lengths) == 0:
         return most
     return min(most, max(CPU_MICRO_BATCH, int(lengths.max())))
@@ -66,5 +68,7 @@ def pinned(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 
 def to_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """A host tensor on ``device``. The host does not wait for the copy, nor for what the device was given to do before it."""
+    """A host tensor on ``device``. The host does not wait for the copy, nor for what the device was given to do before
+    it.
+    """
     return pinned(tensor, device).to(device, non_blocking=True)

@@ -48,7 +48,7 @@ def build_engine(name: str, core: CausalLM, recipe: Recipe, precision: Precision
     core.train()
     engine = traits.load()(name, core, recipe, precision, world)
     if world.local_rank == 0 and compat.shares_memory(world.device):
-        # Cached pages of the files would push the model's own memory away from its GPU; the engine's collectives said that all
-        # ranks have read them.
+        # Cached pages of the files would push the model's own memory away from its GPU; the engine's collectives said
+        # that all ranks have read them.
         forget_pages(base_folder(recipe))
     return engine

@@ -77,7 +77,10 @@ def check_changes(before: dict[str, Any], now: dict[str, Any], *, same_rates: bo
     if refused:
         fix = "undo the change, or start a new run (--run-dir NEW)"
         if set(refused) <= set(PROLONG):
-            fix += "; schedules whose length decides the rate cannot be prolonged, 'constant' can (with train.warmup_steps)"
+            fix += (
+                "; schedules whose length decides the rate cannot be prolonged, 'constant' can (with "
+                "train.warmup_steps)"
+            )
         raise UserError(
             "the configuration changed in ways that change what the run computes:\n    " + "\n    ".join(lines),
             where=", ".join(refused),
@@ -92,7 +95,9 @@ def _is_path(key: str) -> bool:
 
 
 def _same_place(old: Any, new: Any) -> bool:
-    """Whether ``new`` is the absolute form of ``old``, which an earlier version kept as it was written, or a link to it."""
+    """Whether ``new`` is the absolute form of ``old``, which an earlier version kept as it was written, or a link to
+    it.
+    """
     if not isinstance(old, str) or not isinstance(new, str) or not os.path.isabs(new):
         return False
     if not os.path.isabs(old):
@@ -101,7 +106,9 @@ def _same_place(old: Any, new: Any) -> bool:
 
 
 def _moved(old: Any, new: Any) -> bool:
-    """Whether nothing lies at the path ``old`` any more and ``new`` has the same name: the project was moved or copied elsewhere."""
+    """Whether nothing lies at the path ``old`` any more and ``new`` has the same name: the project was moved or copied
+    elsewhere.
+    """
     from aifactory_train.sources import parse
 
     if not isinstance(old, str) or not isinstance(new, str) or not os.path.isabs(new):

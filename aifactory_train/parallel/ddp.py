@@ -1,4 +1,6 @@
-"""One copy of the model per rank; gradients are summed over ranks (a single process is the same engine without the sum)."""
+"""One copy of the model per rank; gradients are summed over ranks (a single process is the same engine without the
+sum).
+"""
 
 from __future__ import annotations
 
@@ -48,10 +50,11 @@ class DDPEngine(TorchEngine):
                 core,
                 device_ids=[torch.device(world.device).index] if world.device != "cpu" else None,
                 gradient_as_bucket_view=True,
-                # With this on, DDP keeps its first buckets. Otherwise it sorts them anew after one step, and from three ranks
-                # on the order of summation would differ between a run and its resumption. It also lets a parameter go unused (an
-                # expert without tokens). The price is one walk through the graph a step: 4 ms with the 448 matrices of an 8B LoRA on
-                # a slow core, while the device still has the forward's work before it.
+                # With this on, DDP keeps its first buckets. Otherwise it sorts them anew after one step, and from three
+                # ranks on the order of summation would differ between a run and its resumption. It also lets a
+                # parameter go unused (an expert without tokens). The price is one walk through the graph a step: 4 ms
+                # with the 448 matrices of an 8B LoRA on a slow core, while the device still has the forward's work
+                # before it.
                 find_unused_parameters=True,
                 **compat.ddp_without_buffer_sync(),  # type: ignore[arg-type]
             )

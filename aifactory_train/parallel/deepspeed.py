@@ -1,10 +1,11 @@
 """DeepSpeed ZeRO: stage 1 shards the optimizer state, 2 also the gradients, 3 also the parameters.
 
-DeepSpeed is given its JSON by us and keeps three jobs: it owns the flattened partitions, moves gradients and parameters, and
-calls torch's optimizer. What defines the curve stays ours, as for every engine: gradients are summed (stage 3 can only
-average, so its loss is scaled up by the number of ranks first), the norm and the clipping are computed here, the learning
-rate is set before each step. Checkpoints see the fp32 partitions as boxes of the parameters (see ``parallel/state.py``);
-DeepSpeed's own checkpoint format is not used: it refuses another number of ranks and must be unpickled.
+DeepSpeed is given its JSON by us and keeps three jobs: it owns the flattened partitions, moves gradients and
+parameters, and calls torch's optimizer. What defines the curve stays ours, as for every engine: gradients are summed
+(stage 3 can only average, so its loss is scaled up by the number of ranks first), the norm and the clipping are
+computed here, the learning rate is set before each step. Checkpoints see the fp32 partitions as boxes of the parameters
+(see ``parallel/state.py``); DeepSpeed's own checkpoint format is not used: it refuses another number of ranks and must
+be unpickled.
 """
 
 from __future__ import annotations
@@ -109,9 +110,9 @@ def partition_while_reading(
 ) -> None:
     """Make ZeRO-3 partitions of a model without weights, one parameter after the other; collective.
 
-    Rank 0 reads a tensor of ``folder``, DeepSpeed broadcasts it and every rank keeps its share: no rank ever holds more than
-    its partitions and one tensor. (``deepspeed.zero.Init`` on a loaded model, which DeepSpeed would do by itself, starts
-    from the whole model on every rank.)
+    Rank 0 reads a tensor of ``folder``, DeepSpeed broadcasts it and every rank keeps its share: no rank ever holds more
+    than its partitions and one tensor. (``deepspeed.zero.Init`` on a loaded model, which DeepSpeed would do by itself,
+    starts from the whole model on every rank.)
     """
     deepspeed = import_deepspeed()
     deepspeed.init_distributed(dist_init_required=False, verbose=False)  # takes up torch's process group
@@ -121,8 +122,8 @@ def partition_while_reading(
     )
     places = tensors_in(folder)
     stored = {n: file_name_of(n) for n, _ in core.named_parameters()}
-    # One buffer for all tensors of the files: Gloo's threads let go of what they sent some time after the broadcast, and
-    # on busy cores a tensor of its own for each parameter added up to most of a small model.
+    # One buffer for all tensors of the files: Gloo's threads let go of what they sent some time after the broadcast,
+    # and on busy cores a tensor of its own for each parameter added up to most of a small model.
     largest = max(p.numel() for n, p in core.named_parameters() if stored[n] is not None)
     dtypes = {n: torch.bfloat16 if half else p.dtype for n, p in core.named_parameters()}
     buffers = {d: torch.empty(largest, dtype=d, device=world.device) for d in {dtypes[n] for n in stored if stored[n]}}
@@ -173,7 +174,8 @@ class DeepSpeedEngine:
         self.zero = self.engine.optimizer
         # DeepSpeed's bf16 mode also casts buffers; rotary frequencies in bf16 would bend the positions.
         for name, buffer in core.named_buffers():
-            # ... and leaves those of a model that it partitioned itself on the host, where each forward would fetch them anew.
+            # ... and leaves those of a model that it partitioned itself on the host, where each forward would fetch
+            # them anew.
             buffer.data = buffers[name].to(world.device)
         self.module: nn.Module = self.engine
         #: stage 3 divides the sum of gradients by the number of ranks and cannot be told not to

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 class ParallelDims:
     """Degrees of each kind of parallelism; 1 where there is none.
 
-    dp_replicate: copies of the model; dp_shard: ranks that share one copy and each have documents of their own; cp: ranks that share a
-    sequence; tp: that share a matrix; pp: that share the depth. ep, ranks that share the experts of a layer, takes ranks of dp_shard,
-    cp and tp and adds none. Neighbouring ranks differ in tp first, then cp, dp_shard, dp_replicate, pp.
+    dp_replicate: copies of the model; dp_shard: ranks that share one copy and each have documents of their own; cp:
+    ranks that share a sequence; tp: that share a matrix; pp: that share the depth. ep, ranks that share the experts of
+    a layer, takes ranks of dp_shard, cp and tp and adds none. Neighbouring ranks differ in tp first, then cp, dp_shard,
+    dp_replicate, pp.
 
     Today's engines spread data alone: cp, tp, ep and pp are 1.
     """
@@ -38,7 +39,8 @@ class ParallelDims:
                 )
         if (self.dp_shard * self.cp * self.tp) % self.ep:
             raise UserError(
-                f"{self.dp_shard * self.cp * self.tp} ranks cannot be split into groups of {self.ep} that share the experts",
+                f"{self.dp_shard * self.cp * self.tp} ranks cannot be split into groups of {self.ep} that share the "
+                f"experts",
                 where="parallel.ep",
                 fix=f"choose a divisor of {self.dp_shard * self.cp * self.tp}",
             )

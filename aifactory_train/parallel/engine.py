@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class DeviceBatch:
     """One micro-batch on the device: arguments of :meth:`aifactory_train.model.causal_lm.CausalLM.loss`.
 
-    input_ids and position_ids int64 ``[B, T]``; positions int64 ``[N]`` into the flattened batch; targets int64 ``[N]``.
-    ``N`` may be 0: a rank with nothing to do still takes part in the collectives.
+    input_ids and position_ids int64 ``[B, T]``; positions int64 ``[N]`` into the flattened batch; targets int64
+    ``[N]``. ``N`` may be 0: a rank with nothing to do still takes part in the collectives.
     """
 
     input_ids: torch.Tensor
@@ -52,7 +52,9 @@ class DeviceBatch:
 
 
 class Engine(Protocol):
-    """What the loop, the checkpoints and the export need of an engine, built as ``class(name, core, recipe, precision, world)``."""
+    """What the loop, the checkpoints and the export need of an engine, built as ``class(name, core, recipe, precision,
+    world)``.
+    """
 
     name: str
     #: how the ranks are divided; ``dims.data_ranks`` share the documents of a step
@@ -88,13 +90,15 @@ class Engine(Protocol):
     def state(self) -> dict[str, dict[str, Sharded]]:
         """``{"model": {NAME: ...}, "optimizer": {MOMENT/NAME: ...}}``: live views of what this rank holds.
 
-        Trained parameters alone (frozen weights come from the base model). Names, global shapes and types are the same for
-        every engine and every world size, so that any engine reads any other's state. Moments are there once a step was
-        made or :meth:`prepare_state` was called. No communication.
+        Trained parameters alone (frozen weights come from the base model). Names, global shapes and types are the same
+        for every engine and every world size, so that any engine reads any other's state. Moments are there once a step
+        was made or :meth:`prepare_state` was called. No communication.
         """
 
     def prepare_state(self, updates: int) -> None:
-        """Make room for the moments of a run that made ``updates`` steps, so that :meth:`state` shows where to read them."""
+        """Make room for the moments of a run that made ``updates`` steps, so that :meth:`state` shows where to read
+        them.
+        """
 
     def finish_load(self, updates: int) -> None:
         """After the views of :meth:`state` were overwritten: refresh whatever is derived from them. Collective."""

@@ -1,8 +1,9 @@
-"""FSDP2: parameters, gradients and optimizer state in shards; HSDP: shards within a group of ranks, copies of the groups.
+"""FSDP2: parameters, gradients and optimizer state in shards; HSDP: shards within a group of ranks, copies of the
+groups.
 
-Every transformer block is one shard group. What lies outside the blocks (embedding, final norm, output layer) is the root
-group, gathered for the whole forward, because :class:`aifactory_train.model.causal_lm.CausalLM` reads the output weight itself and a
-tied embedding must be one parameter of one group.
+Every transformer block is one shard group. What lies outside the blocks (embedding, final norm, output layer) is the
+root group, gathered for the whole forward, because :class:`aifactory_train.model.causal_lm.CausalLM` reads the output
+weight itself and a tied embedding must be one parameter of one group.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 
 
 def build_mesh(device: str, dims: ParallelDims, *, copies: bool) -> DeviceMesh:
-    """``(shard,)`` over all ranks, or where there may be ``copies`` ``(replicate, shard)``; names are the dimensions'."""
+    """``(shard,)`` over all ranks, or where there may be ``copies`` ``(replicate, shard)``; names are the
+    dimensions'.
+    """
     if not copies:
         return init_device_mesh(device, (dims.dp_shard,), mesh_dim_names=("shard",))
     return init_device_mesh(device, (dims.dp_replicate, dims.dp_shard), mesh_dim_names=("replicate", "shard"))
@@ -137,7 +140,8 @@ class FSDPEngine(TorchEngine):
             (
                 "engine",
                 self.name,
-                f"{how}; {len(block_modules(self.core))} blocks and the root; gradients summed in {self.precision.reduce}",
+                f"{how}; {len(block_modules(self.core))} blocks and the root; gradients summed in "
+                f"{self.precision.reduce}",
             )
         ]
         if self.recipe.parallel.offload_optimizer:
@@ -182,7 +186,8 @@ def gather_rows(parameter: nn.Parameter, mesh: DeviceMesh, world: World) -> torc
 def collect_rows(
     local: torch.Tensor, shape: torch.Size, shards: int, group: Any, first: int, receives: bool
 ) -> torch.Tensor | None:
-    """The tensor of ``shape`` whose rows are dealt to ``shards`` ranks as torch.chunk does, in host memory of rank ``first``.
+    """The tensor of ``shape`` whose rows are dealt to ``shards`` ranks as torch.chunk does, in host memory of rank
+    ``first``.
 
     No more than :data:`GATHER_BYTES` are on its way at once, on the sender's and the receiver's device.
     """

@@ -1,8 +1,10 @@
-"""Sharded loading: the model is built without its weights, sharded, and then every rank reads its own rows from the files.
+"""Sharded loading: the model is built without its weights, sharded, and then every rank reads its own rows from the
+files.
 
-No rank ever holds the whole model, in host memory or on the device. The skeleton's base weights are *stride-0 zeros*: host
-tensors of the right shape and type that own one element. They are not meta tensors, so that adapters are initialised on them
-with the same random numbers as on a loaded model, and the curve does not depend on how the model was loaded.
+No rank ever holds the whole model, in host memory or on the device. The skeleton's base weights are *stride-0 zeros*:
+host tensors of the right shape and type that own one element. They are not meta tensors, so that adapters are
+initialised on them with the same random numbers as on a loaded model, and the curve does not depend on how the model
+was loaded.
 """
 
 from __future__ import annotations

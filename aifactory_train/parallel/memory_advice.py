@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from aifactory_train.parallel.engine import Engine
     from aifactory_train.parallel.world import World
 
-#: How libraries say it whose errors are plain RuntimeErrors: the driver, cuBLAS and cuDNN, their counterparts of ROCm, NCCL and RCCL.
-#: Triton's OutOfResources is another matter: it is about a multiprocessor's shared memory, which no setting of a run changes.
+#: How libraries say it whose errors are plain RuntimeErrors: the driver, cuBLAS and cuDNN, their counterparts of ROCm,
+#: NCCL and RCCL. Triton's OutOfResources is another matter: it is about a multiprocessor's shared memory, which no
+#: setting of a run changes.
 OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|(cuda|hip|nccl|rccl|device|driver)\b.*\bout of memory|out of memory on device"
     r"|(cu|hip)(blas|sparse|solver|dnn|fft)\w*_ALLOC_FAILED|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY"
@@ -57,7 +58,8 @@ def advise(recipe: Recipe, use: MemoryUse | None, world_size: int, trained_bytes
     """Changes that help, the most effective first, each as ``--set key=value`` with what it brings.
 
     ``trained_bytes``: parameters, gradients and optimizer state of the trained parameters on one rank. Activations grow
-    with the tokens of a micro-batch; how far they must shrink follows from ``use``, or is a half where nothing is known.
+    with the tokens of a micro-batch; how far they must shrink follows from ``use``, or is a half where nothing is
+    known.
     """
     lines = []
     tokens, longest = recipe.train.micro_batch_tokens, recipe.data.sequence_length
@@ -67,7 +69,8 @@ def advise(recipe: Recipe, use: MemoryUse | None, world_size: int, trained_bytes
     fewer = int(tokens * share) // 8 * 8
     if recipe.train.grad_accum == "auto" and tokens > longest:
         lines.append(
-            f"--set train.micro_batch_tokens={max(longest, fewer)} (now {tokens}; the curve stays the same, more micro-batches)"
+            f"--set train.micro_batch_tokens={max(longest, fewer)} (now {tokens}; the curve stays the same, more "
+            f"micro-batches)"
         )
     if recipe.parallel.activation_checkpointing != "full":
         step = "selective" if recipe.parallel.activation_checkpointing == "none" and share > 0.4 else "full"
@@ -90,7 +93,9 @@ def advise(recipe: Recipe, use: MemoryUse | None, world_size: int, trained_bytes
 
 
 def held(engine: Engine) -> tuple[int, int]:
-    """Bytes on this rank: what stays between steps (parameters, optimizer state), and of the trained parameters with their gradients."""
+    """Bytes on this rank: what stays between steps (parameters, optimizer state), and of the trained parameters with
+    their gradients.
+    """
     state = {kind: sum(entry.nbytes() for entry in entries.values()) for kind, entries in engine.state().items()}
     parameters = sum(_local_bytes(p) for p in engine.core.parameters())
     # ZeRO's masters are beside the parameters that it computes with; elsewhere they are those parameters.
@@ -99,7 +104,9 @@ def held(engine: Engine) -> tuple[int, int]:
 
 
 def _local_bytes(parameter: torch.Tensor) -> int:
-    """Of a parameter whose rows other ranks share (FSDP2), or that ZeRO-3 emptied while it is not in use, this rank's part."""
+    """Of a parameter whose rows other ranks share (FSDP2), or that ZeRO-3 emptied while it is not in use, this rank's
+    part.
+    """
     if hasattr(parameter, "ds_tensor"):
         parameter = parameter.ds_tensor
     elif hasattr(parameter, "to_local"):

@@ -33,15 +33,16 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (torch's fused implementation, on CPU and GPU), AdamW with 8-bit moments (our kernel on a GPU, plain torch on a CPU) or SGD;
-    the loop sets the learning rate before each step."""
+    """AdamW (torch's fused implementation, on CPU and GPU), AdamW with 8-bit moments (our kernel on a GPU, plain torch
+    on a CPU) or SGD; the loop sets the learning rate before each step."""
     groups = [{k: v for k, v in group.items() if k != "names"} for group in groups]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
     if settings.optimizer == "adamw8bit":
         from aifactory_train.kernels.adamw8bit.op import AdamW8bit
 
-        # Without an fp32 master a small update would be rounded away; the kernel then rounds by chance (from a seed that the step gives).
+        # Without an fp32 master a small update would be rounded away; the kernel then rounds by chance (from a seed
+        # that the step gives).
         lowest = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
         return AdamW8bit(
             groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, stochastic_rounding=lowest

@@ -1,8 +1,9 @@
 """How an engine shows its state: every tensor as the boxes of it that this rank holds.
 
-A checkpoint must not depend on who wrote it. So each engine describes a trained parameter (and each optimizer moment of it)
-by its global shape and by *pieces*: boxes of the global tensor, each with a live view of this rank's memory. FSDP2 holds rows,
-ZeRO holds runs of the flattened tensor (cut into boxes here), DDP holds everything; names and global shapes are the same.
+A checkpoint must not depend on who wrote it. So each engine describes a trained parameter (and each optimizer moment of
+it) by its global shape and by *pieces*: boxes of the global tensor, each with a live view of this rank's memory. FSDP2
+holds rows, ZeRO holds runs of the flattened tensor (cut into boxes here), DDP holds everything; names and global shapes
+are the same.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Piece:
 class Sharded:
     """One global tensor as this rank holds it.
 
-    ``owned`` says whether this rank writes its pieces into a checkpoint: of ranks that hold the same piece exactly one does.
+    ``owned`` says whether this rank writes its pieces into a checkpoint: of ranks that hold the same piece exactly one
+    does.
     """
 
     shape: tuple[int, ...]
@@ -51,7 +53,8 @@ def patience(model: dict[str, Sharded], timeout_s: float) -> datetime.timedelta:
 
 
 def boxes(shape: tuple[int, ...], start: int, numel: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Cut the run ``[start, start + numel)`` of the flattened tensor into boxes ``(offsets, sizes, position in the run)``.
+    """Cut the run ``[start, start + numel)`` of the flattened tensor into boxes ``(offsets, sizes, position in the
+    run)``.
 
     At most ``2 * ndim - 1`` boxes: a partial first row, whole rows, a partial last row, and so on inwards.
     """

@@ -1,7 +1,8 @@
 """The files of a checkpoint: safetensors and JSON behind torch.distributed.checkpoint, digests, and how they are read.
 
-torch.distributed.checkpoint plans who writes and who reads which box of a tensor; its own storage keeps the plan in a pickle.
-Here the plan is ``metadata.json`` and the boxes are safetensors, so reading a checkpoint never unpickles anything.
+torch.distributed.checkpoint plans who writes and who reads which box of a tensor; its own storage keeps the plan in a
+pickle. Here the plan is ``metadata.json`` and the boxes are safetensors, so reading a checkpoint never unpickles
+anything.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def write_file(path: Path, chunks: Iterator[memoryview | bytes]) -> dict[str, An
 def write_tensors(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
     """A safetensors file, encrypted as it is written (``NAME.aft``) under the privacy profile ``restricted``.
 
-    Returns its entry in ``files`` of the marker; size and digest are those of the bytes on disk, so faults are found without a key.
+    Returns its entry in ``files`` of the marker; size and digest are those of the bytes on disk, so faults are found
+    without a key.
     """
     chunks: Iterator[memoryview | bytes] = _safetensors(tensors)
     if vault.seals():
@@ -228,7 +230,9 @@ class SafetensorsWriter(StorageWriter):
 
 
 class SafetensorsReader(StorageReader):
-    """Reads what :class:`SafetensorsWriter` wrote, slice by slice (files are mapped, not read whole; encrypted ones tensor by tensor)."""
+    """Reads what :class:`SafetensorsWriter` wrote, slice by slice (files are mapped, not read whole; encrypted ones
+    tensor by tensor).
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -355,7 +359,8 @@ def steps_in(checkpoints: Path) -> list[int]:
 
 
 class StoredParameters(Mapping[str, torch.Tensor]):
-    """The tensors of a checkpoint by name (without ``prefix``), each read when it is asked for, without a process group.
+    """The tensors of a checkpoint by name (without ``prefix``), each read when it is asked for, without a process
+    group.
 
     Memory: the tensor, and one of the boxes that ranks wrote of it.
     """

@@ -70,8 +70,9 @@ def multiply(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
 def split_scale(scale: float) -> tuple[float, float]:
     """``(power of two, rest in [0.5, 1))`` whose product is ``scale``.
 
-    A bf16 backward pass that begins with a power of two rounds as if it began with 1. Any other number would be rounded with
-    every value on its way (1 / 4104 by 0.2 % at each, all in one direction); the rest multiplies the masters' gradients in fp32.
+    A bf16 backward pass that begins with a power of two rounds as if it began with 1. Any other number would be rounded
+    with every value on its way (1 / 4104 by 0.2 % at each, all in one direction); the rest multiplies the masters'
+    gradients in fp32.
     """
     rest, exponent = math.frexp(scale)
     return 2.0**exponent, rest
@@ -156,7 +157,9 @@ class TorchEngine:
         return state
 
     def prepare_state(self, updates: int) -> None:
-        """Allocate the moments (zeros), so that a checkpoint can be read into them; none where nothing was stepped yet."""
+        """Allocate the moments (zeros), so that a checkpoint can be read into them; none where nothing was stepped
+        yet.
+        """
         keys = state_keys(self.recipe)
         for _, parameter in self.named:
             if not updates:

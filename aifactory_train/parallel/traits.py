@@ -1,8 +1,9 @@
 """What each engine is and can do; without torch, for the planner, the checks before submission and the loop alike.
 
-Whoever needs to know something about an engine asks its :class:`EngineTraits` and never compares its name. Adding an engine is a file
-of its own with a class behind :class:`aifactory_train.parallel.engine.Engine`, and one row of :data:`ENGINES`
-(for recipes that name it, also the literal of ``parallel.engine`` in ``config/schema.py``; a test holds the two together).
+Whoever needs to know something about an engine asks its :class:`EngineTraits` and never compares its name. Adding an
+engine is a file of its own with a class behind :class:`aifactory_train.parallel.engine.Engine`, and one row of
+:data:`ENGINES` (for recipes that name it, also the literal of ``parallel.engine`` in ``config/schema.py``; a test holds
+the two together).
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class EngineTraits:
     shards_parameters: bool = False
     shards_gradients: bool = False
     shards_optimizer: bool = False
-    #: ranks that share one copy: 'none' (every rank has all), 'all', or 'chosen' (``parallel.shard_size``; copies of such groups)
+    #: ranks that share one copy: 'none' (every rank has all), 'all', or 'chosen' (``parallel.shard_size``; copies of
+    #: such groups)
     shard_group: Literal["none", "all", "chosen"] = "none"
     #: 'rows' of each tensor, 'elements' of each flattened tensor, or one flat 'buffer' of all tensors
     cuts: Literal["whole", "rows", "elements", "buffer"] = "whole"
@@ -103,7 +105,8 @@ ENGINES: dict[str, EngineTraits] = {
         compute_copies=True,
         gradient_buffers=True,
         holds_quantised=True,  # a 4-bit weight is opaque bytes, which cannot be split or cast
-        # Blocks of 256 elements share a scale: where a tensor is cut, blocks would follow the cut, and a checkpoint its ranks.
+        # Blocks of 256 elements share a scale: where a tensor is cut, blocks would follow the cut, and a checkpoint its
+        # ranks.
         optimizers=("adamw", "adamw8bit", "sgd"),
     ),
     "fsdp2": EngineTraits(means="one copy of the model over all GPUs", shard_group="all", **_FSDP),
@@ -126,7 +129,8 @@ ENGINES: dict[str, EngineTraits] = {
             "weights": "module",
             "gradient_buffers": False,
             "reduces": "each",
-            "cannot_compile": "ZeRO-3 gathers parameters by hooks inside each block, which a compiled block cannot contain",
+            "cannot_compile": "ZeRO-3 gathers parameters by hooks inside each block, which a compiled block cannot "
+            "contain",
         },
     ),
 }
@@ -143,8 +147,8 @@ def traits_of(name: str) -> EngineTraits:
 def zero_stage(asked: int, *, bf16: bool, offload_optimizer: bool) -> int:
     """The ZeRO stage that runs where stage ``asked`` is wanted; the engine and the planner both ask here.
 
-    In bf16, DeepSpeed hands its stage 1 to another optimizer, which keeps no partitions that norms and checkpoints could be
-    read from: stage 2 runs instead. With the optimizer state in host memory stage 1 is DeepSpeed's own.
+    In bf16, DeepSpeed hands its stage 1 to another optimizer, which keeps no partitions that norms and checkpoints
+    could be read from: stage 2 runs instead. With the optimizer state in host memory stage 1 is DeepSpeed's own.
     """
     return 2 if asked == 1 and bf16 and not offload_optimizer else asked
 
@@ -159,7 +163,9 @@ def engine_that_runs(name: str, *, bf16: bool, offload_optimizer: bool) -> str:
 
 
 def refuse_what_it_cannot_do(recipe: Recipe, name: str) -> None:
-    """Raise :class:`UserError` where ``recipe`` asks for what engine ``name`` (``auto``: the default) cannot hold or do."""
+    """Raise :class:`UserError` where ``recipe`` asks for what engine ``name`` (``auto``: the default) cannot hold or
+    do.
+    """
     name = DEFAULT if name == "auto" else name
     traits = traits_of(name)
     refuse_quantised(recipe, name)
@@ -184,7 +190,8 @@ def refuse_optimizer(recipe: Recipe, name: str) -> None:
     if wanted not in traits.optimizers:
         others = ", ".join(other for other, found in ENGINES.items() if wanted in found.optimizers)
         raise UserError(
-            f"engine {name} cannot keep the state of {wanted}: it cuts tensors, and {wanted} keeps one scale for blocks of them",
+            f"engine {name} cannot keep the state of {wanted}: it cuts tensors, and {wanted} keeps one scale for "
+            f"blocks of them",
             where="train.optimizer",
             fix=f"--set parallel.engine={others}, or train.optimizer={traits.optimizers[0]}",
         )

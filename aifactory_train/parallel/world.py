@@ -1,7 +1,7 @@
 """Which rank this process is, and how the ranks find each other.
 
-Ranks are read from torchrun's variables, else from Slurm's (one task per GPU), else from MPI; training itself always goes
-through torch.distributed.
+Ranks are read from torchrun's variables, else from Slurm's (one task per GPU), else from MPI; training itself always
+goes through torch.distributed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def discover(environment: dict[str, str] | None = None) -> tuple[int, int, int, 
         return rank, size, int(env.get("MPI_LOCALRANKID", 0)), int(env.get("MPI_LOCALNRANKS", 1)), "mpi"
     if "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "1"):
         raise UserError(
-            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks without MASTER_ADDR: each would train alone, in one run folder",
+            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks without MASTER_ADDR: each would train alone, in one "
+            f"run folder",
             where="environment",
             fix="let `aifactory launch` write the batch script, or export MASTER_ADDR and MASTER_PORT before srun",
         )
@@ -151,8 +152,8 @@ def join_world(timeout_s: int = 600, threads: int | None = None) -> World:
 
 
 def _expect_gpus(local_size: int) -> None:
-    """A job that asked for GPUs (``AIFACTORY_EXPECT_GPUS`` a node, from the launcher) does not train on the CPU or on fewer
-    of them. One GPU of several is right where each rank was given its own."""
+    """A job that asked for GPUs (``AIFACTORY_EXPECT_GPUS`` a node, from the launcher) does not train on the CPU or on
+    fewer of them. One GPU of several is right where each rank was given its own."""
     expected = os.environ.get("AIFACTORY_EXPECT_GPUS", "")
     if not expected.isdigit() or int(expected) == 0:
         return
@@ -199,8 +200,8 @@ def from_main(world: World, function: Callable[[], Any], *, patience_h: float = 
 
 
 def leaves_alone(world: World) -> bool:
-    """Whether a rank that failed must end without the others: on GPUs taking the group down is a collective (NCCL flushes
-    and finalises together), so it would hang until the time-out of those that still compute."""
+    """Whether a rank that failed must end without the others: on GPUs taking the group down is a collective (NCCL
+    flushes and finalises together), so it would hang until the time-out of those that still compute."""
     return world.size > 1 and world.device != "cpu"
 
 

@@ -46,9 +46,11 @@ def plan_for(
     model_config: str | None = None,
     given: Iterable[str] = (),
 ) -> tuple[dict[str, Any], TrainingJob]:
-    """``(plan, job)`` of a loaded recipe at a loaded system; ``nodes=None`` chooses them, ``given`` names keys set on the command line.
+    """``(plan, job)`` of a loaded recipe at a loaded system; ``nodes=None`` chooses them, ``given`` names keys set on
+    the command line.
 
-    ``plan["overrides"]`` are the keys that ``train`` takes. Raises :class:`~aifactory_train.core.errors.UserError` where there is no plan.
+    ``plan["overrides"]`` are the keys that ``train`` takes. Raises :class:`~aifactory_train.core.errors.UserError`
+    where there is no plan.
     """
     from aifactory_train.planning import dimensions, plan, size
 

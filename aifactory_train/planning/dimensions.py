@@ -39,7 +39,8 @@ def of_model(model: ModelConfig, config_file: str | None = None) -> ModelShape:
 
 
 def hub_folders(base: str, revision: str | None) -> list[Path]:
-    """Snapshot folders of a Hugging Face id in the local cache (documented layout ``models--org--name/refs, snapshots``).
+    """Snapshot folders of a Hugging Face id in the local cache (documented layout ``models--org--name/refs,
+    snapshots``).
 
     Read here without ``huggingface_hub``, whose import takes longer than a whole plan.
     """

@@ -50,7 +50,8 @@ class Links:
 class Layout:
     """How parameters, gradients and optimizer state are spread over ``world`` ranks.
 
-    ``shard``: ranks that share one copy of what the engine shards (1: every rank has all). ``world / shard`` copies exist.
+    ``shard``: ranks that share one copy of what the engine shards (1: every rank has all). ``world / shard`` copies
+    exist.
     """
 
     engine: str
@@ -102,9 +103,9 @@ class Layout:
 class Bytes:
     """Bytes per element of each kind of state.
 
-    ``parameters``: trained parameters as the optimizer sees them (the master copy). ``working``: a second, lower-precision copy
-    that computes (DeepSpeed keeps one; FSDP2 makes one per block while it computes; autocast makes one under DDP); 0 = none.
-    ``optimizer``: bytes of optimizer state per trained parameter, without the master copy.
+    ``parameters``: trained parameters as the optimizer sees them (the master copy). ``working``: a second,
+    lower-precision copy that computes (DeepSpeed keeps one; FSDP2 makes one per block while it computes; autocast makes
+    one under DDP); 0 = none. ``optimizer``: bytes of optimizer state per trained parameter, without the master copy.
     """
 
     parameters: float = 4
@@ -135,15 +136,17 @@ class Stack:
     )
 
 
-#: Loss at its peak, bytes per logit, when the logits exist as a whole. eager: bf16 logits (2), their fp32 copy (4), log-softmax (4),
-#: the fp32 gradient (4). compiled: fitted (data/calibration.json), between the bf16 logits with their fp32 log-softmax (6) and what else is not fused away.
+#: Loss at its peak, bytes per logit, when the logits exist as a whole. eager: bf16 logits (2), their fp32 copy (4),
+#: log-softmax (4), the fp32 gradient (4). compiled: fitted (data/calibration.json), between the bf16 logits with their
+#: fp32 log-softmax (6) and what else is not fused away.
 LOGIT_BYTES = {"eager": 14.0, "compiled": 7.0, "fused": 6.0, "chunked": 0.0}
 
 STACKS = {
     "eager": Stack("eager", "eager", "eager", LOGIT_BYTES["eager"]),
     "native": Stack("native", "fused", "eager", LOGIT_BYTES["eager"]),
     "compiled": Stack("compiled", "fused", "fused", LOGIT_BYTES["compiled"]),
-    # torch's own RMS norm under torch.compile: its output follows from what it keeps; a hand-written one with casts keeps its output
+    # torch's own RMS norm under torch.compile: its output follows from what it keeps; a hand-written one with casts
+    # keeps its output
     "compiled_native": Stack("compiled_native", "fused", "fused", LOGIT_BYTES["compiled"], recomputes_norm=True),
     "fused": Stack("fused", "fused", "fused", LOGIT_BYTES["fused"]),
 }
@@ -177,7 +180,8 @@ class TrainingJob:
     offload_activations: bool = False
     attention: str = "flash"
     compiled: bool = False
-    #: FSDP2 as our engine accumulates: no reduction per micro-batch, so whole gradients live on every rank until the last one
+    #: FSDP2 as our engine accumulates: no reduction per micro-batch, so whole gradients live on every rank until the
+    #: last one
     accumulates_whole: bool = False
     overlaps: bool = True  # collectives run beside computation
     zero_bucket: float = 5e7  # elements of DeepSpeed's gradient and gather buckets; its own default is ten times ours
@@ -193,7 +197,8 @@ class TrainingJob:
             )
         if self.shape.max_positions and self.sequence > self.shape.max_positions:
             raise UserError(
-                f"sequences of {self.sequence} tokens are longer than the {self.shape.max_positions} positions of {self.shape.name}",
+                f"sequences of {self.sequence} tokens are longer than the {self.shape.max_positions} positions of "
+                f"{self.shape.name}",
                 where="data.sequence_length",
                 fix=f"--set data.sequence_length={self.shape.max_positions}",
             )
@@ -219,7 +224,9 @@ class TrainingJob:
 
     @property
     def frozen_parameters(self) -> int:
-        """Parameters that are not trained (a trained copy of the embeddings exists beside the frozen one under peft)."""
+        """Parameters that are not trained (a trained copy of the embeddings exists beside the frozen one under
+        peft).
+        """
         return 0 if self.method == "full" else self.shape.parameters
 
     def with_(self, **changes) -> TrainingJob:

@@ -1,4 +1,6 @@
-"""A site's profile as the planner's :class:`GpuRates` and :class:`Links`: nothing is invented, what is assumed is said."""
+"""A site's profile as the planner's :class:`GpuRates` and :class:`Links`: nothing is invented, what is assumed is
+said.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """Peak memory of one rank, component by component.
 
-The peak is the largest of three moments: the loss (all kept activations and the logits' workspace, but with one micro-batch per step
-no gradients yet), the start of backward (all kept activations and one recomputed block) and its end (all gradients, one block and
-its transient gradients). In between, activations are freed while gradients grow, both linearly, so nothing in between is higher.
+The peak is the largest of three moments: the loss (all kept activations and the logits' workspace, but with one
+micro-batch per step no gradients yet), the start of backward (all kept activations and one recomputed block) and its
+end (all gradients, one block and its transient gradients). In between, activations are freed while gradients grow, both
+linearly, so nothing in between is higher.
 
-Which tensors a block keeps for backward is counted operation by operation (:func:`block_kept`), per token, from what autograd saves;
-``tests/planning/test_memory_tracker.py`` holds the counts against torch's own memory tracker.
+Which tensors a block keeps for backward is counted operation by operation (:func:`block_kept`), per token, from what
+autograd saves; ``tests/planning/test_memory_tracker.py`` holds the counts against torch's own memory tracker.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from dataclasses import dataclass, field, fields
 from aifactory_train.model.shapes import ModelShape, is_target
 from aifactory_train.planning.job import GIB, Layout, TrainingJob
 
-#: GiB that the driver's context, the kernels' code, cuBLAS/hipBLASLt workspaces hold outside torch's allocator (recalled; the
-#: device reading minus torch's reserved memory of small jobs). Several ranks add NCCL's or RCCL's channels and rings.
+#: GiB that the driver's context, the kernels' code, cuBLAS/hipBLASLt workspaces hold outside torch's allocator
+#: (recalled; the device reading minus torch's reserved memory of small jobs). Several ranks add NCCL's or RCCL's
+#: channels and rings.
 CONTEXT_GIB = {"nvidia": 0.7, "amd": 1.0, None: 1.0}
 FABRIC_GIB = {"nvidia": 0.8, "amd": 1.3, None: 1.3}
 
-#: Share of the allocator's dynamic memory (activations, workspaces, buffers) lost to fragmentation: reserved minus allocated at the peak.
+#: Share of the allocator's dynamic memory (activations, workspaces, buffers) lost to fragmentation: reserved minus
+#: allocated at the peak.
 FRAGMENTATION = 0.06
 
-#: NF4 weights: 4 bits and an fp8-quantised scale per 64 values with an fp32 one per 256 of those (QLoRA, arXiv:2305.14314, section 3).
+#: NF4 weights: 4 bits and an fp8-quantised scale per 64 values with an fp32 one per 256 of those (QLoRA,
+#: arXiv:2305.14314, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 #: DeepSpeed's default for stage3_max_live_parameters: elements that stay gathered.
@@ -170,9 +174,11 @@ def activation_bytes(job: TrainingJob) -> tuple[float, float]:
 
 
 def _kept_and_recomputed(job: TrainingJob) -> float:
-    """Bytes per token that selective checkpointing keeps and that backward reads as they are: recomputation adds nothing there.
+    """Bytes per token that selective checkpointing keeps and that backward reads as they are: recomputation adds
+    nothing there.
 
-    The outputs of q and k (without a norm of their own), of o and of down are kept too, but backward reads what follows from them.
+    The outputs of q and k (without a norm of their own), of o and of down are kept too, but backward reads what follows
+    from them.
     """
     shape, e = job.shape, job.bytes.compute
     shared = e * (shape.hidden + shape.q_width) + 4 * shape.heads
@@ -186,7 +192,9 @@ def _kept_and_recomputed(job: TrainingJob) -> float:
 
 
 def loss_bytes(job: TrainingJob) -> float:
-    """Logits and their copies at the peak, in bytes; chunked: one chunk, the hidden states' gradient, the weight's in fp32."""
+    """Logits and their copies at the peak, in bytes; chunked: one chunk, the hidden states' gradient, the weight's in
+    fp32.
+    """
     shape, e = job.shape, job.bytes.compute
     rows = job.tokens * job.supervised
     if job.loss_chunk is not None and job.stack.loss_bytes_per_logit:
@@ -232,7 +240,9 @@ def _shard_flat(tensors: list[tuple[int, int]], shard: int) -> int:
 def _share(
     layout: Layout, block: list[tuple[int, int]], outside: list[tuple[int, int]], layers: int, sharded: bool
 ) -> float:
-    """Elements of one rank's share of ``layers`` blocks and what lies outside them; of all of them unless ``sharded``."""
+    """Elements of one rank's share of ``layers`` blocks and what lies outside them; of all of them unless
+    ``sharded``.
+    """
     if not sharded:
         return _shard_flat(block, 1) * layers + _shard_flat(outside, 1)
     if layout.traits.cuts == "buffer":
@@ -289,8 +299,8 @@ def static_state(job: TrainingJob) -> State:
         working = 0.0
     else:
         parameters = here * b.parameters
-        # compute copies live from a block's forward to its backward: all of them without checkpointing and where a compiled block
-        # takes them as arguments, else one block's
+        # compute copies live from a block's forward to its backward: all of them without checkpointing and where a
+        # compiled block takes them as arguments, else one block's
         copies = here if job.checkpointing == "none" or job.compiled else here / max(1, shape.layers)
         working = copies * b.working if traits.compute_copies else 0.0
     host = 0.0

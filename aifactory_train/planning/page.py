@@ -1,4 +1,6 @@
-"""The plan as one HTML page: a memory stack, a scaling curve, the reasons. No script, no outside resource, every text escaped."""
+"""The plan as one HTML page: a memory stack, a scaling curve, the reasons. No script, no outside resource, every text
+escaped.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,10 @@ def render(plan: dict[str, Any]) -> str:
         + " ".join(f"<code>{escape(k)}={escape(str(v))}</code>" for k, v in plan["overrides"].items())
         + "</p>",
     ]
-    head = f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style></head>"
+    head = (
+        f"<!doctype html><html lang='en'><head><meta "
+        f"charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style></head>"
+    )
     return head + "<body>" + "\n".join(body) + "</body></html>\n"
 
 
@@ -68,14 +73,16 @@ def memory_stack(plan: dict[str, Any]) -> str:
     x, bars = 0.0, []
     for (name, value), colour in zip(parts, _COLOURS, strict=False):
         bars.append(
-            f"<rect x='{x:.1f}' y='6' width='{value * scale:.1f}' height='36' fill='{colour}'><title>{escape(name)} {value:.2f} GiB</title></rect>"
+            f"<rect x='{x:.1f}' y='6' width='{value * scale:.1f}' height='36' fill='{colour}'><title>{escape(name)} "
+            f"{value:.2f} GiB</title></rect>"
         )
         x += value * scale
     edge = capacity * scale
     svg = (
         f"<svg viewBox='0 0 800 64' role='img' aria-label='memory by component'>{''.join(bars)}"
         f"<line x1='{edge:.1f}' x2='{edge:.1f}' y1='0' y2='48' stroke='currentColor' stroke-width='2'/>"
-        f"<text x='{edge:.1f}' y='61' text-anchor='end' font-size='12' fill='currentColor'>{capacity:.1f} GiB</text></svg>"
+        f"<text x='{edge:.1f}' y='61' text-anchor='end' font-size='12' fill='currentColor'>{capacity:.1f} "
+        f"GiB</text></svg>"
     )
     rows = "".join(
         f"<tr><td><span style='color:{c}'>&#9632;</span> {escape(n)}</td><td class='n'>{v:.2f} GiB</td></tr>"
@@ -88,12 +95,16 @@ def scaling_curve(plan: dict[str, Any]) -> str:
     """Tokens/s over nodes, both axes logarithmic, with the line of perfect scaling; and the same as a table."""
     points = plan["scaling"]
     rows = "".join(
-        f"<tr><td class='n'>{p['nodes']}</td><td class='n'>{p['gpus']}</td><td>{escape(p['engine'])}</td><td class='n'>{p['tokens_per_s']:.0f}</td>"
+        f"<tr><td class='n'>{p['nodes']}</td><td class='n'>{p['gpus']}</td><td>{escape(p['engine'])}</td><td "
+        f"class='n'>{p['tokens_per_s']:.0f}</td>"
         f"<td class='n'>{'–' if p['hours'] is None else format(p['hours'], '.4g')}</td>"
         f"<td class='n'>{'–' if p['gpu_hours'] is None else format(p['gpu_hours'], '.4g')}</td></tr>"
         for p in points
     )
-    head = "<tr><th class='n'>nodes</th><th class='n'>GPUs</th><th>engine</th><th class='n'>tokens/s</th><th class='n'>hours</th><th class='n'>GPU-hours</th></tr>"
+    head = (
+        "<tr><th class='n'>nodes</th><th class='n'>GPUs</th><th>engine</th><th class='n'>tokens/s</th><th "
+        "class='n'>hours</th><th class='n'>GPU-hours</th></tr>"
+    )
     grid = f"<table>{head}{rows}</table>"
     if len(points) < 2:
         return grid
@@ -111,11 +122,15 @@ def scaling_curve(plan: dict[str, Any]) -> str:
     dots = ""
     for p in points:
         x, y = place(p["nodes"], p["tokens_per_s"])
-        dots += f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{6 if p['nodes'] == plan['nodes'] else 3.5}' fill='{_COLOURS[0]}'><title>{p['nodes']} nodes, {p['tokens_per_s']:.0f} tokens/s</title></circle>"
+        dots += (
+            f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{6 if p['nodes'] == plan['nodes'] else 3.5}' "
+            f"fill='{_COLOURS[0]}'><title>{p['nodes']} nodes, {p['tokens_per_s']:.0f} tokens/s</title></circle>"
+        )
         dots += f"<text x='{x:.1f}' y='272' text-anchor='middle' font-size='12' fill='currentColor'>{p['nodes']}</text>"
     return (
         "<svg viewBox='0 0 800 280' role='img' aria-label='tokens per second over nodes'>"
-        f"<line x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}' stroke='currentColor' stroke-dasharray='4 4' opacity='.4'/>"
+        f"<line x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}' stroke='currentColor' stroke-dasharray='4 4' "
+        f"opacity='.4'/>"
         f"<polyline points='{line}' fill='none' stroke='{_COLOURS[0]}' stroke-width='2'/>{dots}</svg>"
         "<p><small>Tokens/s over nodes, both logarithmic; dashed: perfect scaling; large dot: this plan.</small></p>"
         + grid

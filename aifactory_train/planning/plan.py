@@ -18,7 +18,9 @@ from aifactory_train.planning.workload import Workload
 
 
 def make(request: PlanRequest) -> tuple[dict[str, Any], TrainingJob]:
-    """``(plan as plain values, its job)``: the keys of ``aifactory plan --json``. Raises :class:`UserError` where there can be none."""
+    """``(plan as plain values, its job)``: the keys of ``aifactory plan --json``. Raises :class:`UserError` where there
+    can be none.
+    """
     from aifactory_train.sites.limits import require_usable
 
     system, recipe = request.system, request.recipe
@@ -143,10 +145,13 @@ def _auto(
             quickest = min(tried, key=lambda t: t.hours or 0)
             cheapest = min(tried, key=lambda t: t.gpu_hours or 0)
             raise UserError(
-                f"no number of nodes up to {most} meets the deadline and the budget: the quickest is {quickest.nodes} node(s) with "
-                f"{quickest.hours:.2f} h, the cheapest {cheapest.nodes} node(s) with {cheapest.gpu_hours:.2f} GPU-hours",
+                f"no number of nodes up to {most} meets the deadline and the budget: the quickest is {quickest.nodes} "
+                f"node(s) with "
+                f"{quickest.hours:.2f} h, the cheapest {cheapest.nodes} node(s) with {cheapest.gpu_hours:.2f} "
+                f"GPU-hours",
                 where="--deadline" if request.deadline_hours is not None else "--budget",
-                fix="allow more time or GPU-hours, fewer epochs (train.epochs), or an adapter instead of full fine-tuning",
+                fix="allow more time or GPU-hours, fewer epochs (train.epochs), or an adapter instead of full "
+                "fine-tuning",
             )
         if request.deadline_hours is not None:
             pick = min(good, key=lambda t: (t.nodes, t.gpu_hours or 0))
@@ -166,8 +171,8 @@ def _auto(
 
 
 def _curve(nodes: int, totals: Any, run: Totals, place: str | None, request: PlanRequest) -> list[Totals]:
-    """The same run on 1, 2, 4, … nodes up to twice as many, at most seven counts; counts that fit nothing, or that the partition takes
-    no job of, are left out."""
+    """The same run on 1, 2, 4, … nodes up to twice as many, at most seven counts; counts that fit nothing, or that the
+    partition takes no job of, are left out."""
     counts, n = [], _least_nodes(request, place)
     limit = _site_nodes(request, place, run.gpus // run.nodes)
     while n <= min(2 * nodes, limit or 2 * nodes):

@@ -1,4 +1,6 @@
-"""Prediction against measurement of one run: what ``train`` stores beside the plan, and one more row for the calibration."""
+"""Prediction against measurement of one run: what ``train`` stores beside the plan, and one more row for the
+calibration.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,9 @@ from typing import Any
 def compare(plan: dict[str, Any], tokens_per_s_per_gpu: float | None, peak_gib: float | None) -> dict[str, Any]:
     """Measured over predicted, as plain values.
 
-    ``tokens_per_s_per_gpu``: token positions per second and GPU after warm-up; ``peak_gib``: the largest reserved memory of a rank as
-    torch reports it (``max_memory_reserved``), which leaves out the context that the plan counts as ``framework``.
+    ``tokens_per_s_per_gpu``: token positions per second and GPU after warm-up; ``peak_gib``: the largest reserved
+    memory of a rank as torch reports it (``max_memory_reserved``), which leaves out the context that the plan counts as
+    ``framework``.
     """
     speed, stored = plan["tokens_per_s_per_gpu"], plan["memory_gib"]
     expected = stored["total"] - stored.get("framework", 0.0)

@@ -29,7 +29,8 @@ def of_choice(
     lines = _of_spreading(chosen, fitting, fixed) + _of_operators(work, gpu, chosen, fixed)
     margin = capacity - chosen.memory.total
     lines.append(
-        f"memory: {chosen.memory.total:.1f} of {capacity:.1f} GiB, {margin:.1f} GiB to spare, in the worst-case micro-batch "
+        f"memory: {chosen.memory.total:.1f} of {capacity:.1f} GiB, {margin:.1f} GiB to spare, in the worst-case "
+        f"micro-batch "
         f"(a plan keeps {100 * search.MARGIN:.0f} % free)"
     )
     lines += _of_preference(work, run)
@@ -56,7 +57,8 @@ def _of_spreading(chosen: Candidate, fitting: list[Candidate], fixed: Fixed) -> 
         lines.append(f"engine: {fixed.engine}, as the recipe asks")
         if layout.deepspeed and layout.engine != fixed.engine:
             lines.append(
-                f"engine: {fixed.engine} runs as {layout.engine} in bf16 and is counted so (DeepSpeed's stage 1 in bf16 keeps no "
+                f"engine: {fixed.engine} runs as {layout.engine} in bf16 and is counted so (DeepSpeed's stage 1 in "
+                f"bf16 keeps no "
                 "partitions that checkpoints can be read from)"
             )
     else:
@@ -67,7 +69,8 @@ def _of_spreading(chosen: Candidate, fitting: list[Candidate], fixed: Fixed) -> 
         lines.append(f"engine: {layout.engine}, {why}; {than(rival, name, 'no other engine fits')}")
     if layout.offload_optimizer:
         lines.append(
-            f"offload: optimizer state in host memory ({chosen.memory.host:.1f} GiB a rank), because nothing fits without"
+            f"offload: optimizer state in host memory ({chosen.memory.host:.1f} GiB a rank), because nothing fits "
+            f"without"
         )
     if fixed.checkpointing:
         lines.append(f"activation checkpointing: {fixed.checkpointing}, as the recipe asks")
@@ -107,7 +110,8 @@ def _of_operators(work: Workload, gpu: GpuRates, chosen: Candidate, fixed: Fixed
         off = "switched off" if work.kernels == "off" else f"none are compiled for {gpu.arch}"
         lines.append(f"kernels: torch's own, ours are {off}")
     lines.append(
-        f"loss: {job.loss_chunk} rows of logits at a time, at least 4 x the machine balance of {gpu.ridge:.0f} FLOP/B where 1 GiB allows"
+        f"loss: {job.loss_chunk} rows of logits at a time, at least 4 x the machine balance of {gpu.ridge:.0f} FLOP/B "
+        f"where 1 GiB allows"
     )
     lines.append(
         f"compile: {'on' if job.compiled else 'off'}, "
@@ -133,7 +137,8 @@ def _of_figures(request: PlanRequest, work: Workload, gpu: GpuRates, links: Link
         lines.append(f"assumed: {text}; the interval is wider")
     if gpu.arch not in Constants.load().measured:
         lines.append(
-            f"speed: no measurement of the calibration ran on {gpu.arch}, so its share of the peak is a prior and the interval is wider"
+            f"speed: no measurement of the calibration ran on {gpu.arch}, so its share of the peak is a prior and the "
+            f"interval is wider"
         )
     if gpu.unified_memory:
         lines.append(f"memory: host and GPU share one memory; {machine.UNIFIED_HOST_GIB:.0f} GiB are left to the host")
@@ -167,8 +172,10 @@ def slower(run: Totals, curve: list[Totals], work: Workload) -> list[str]:
     share = times.communication / times.step
     busy = work.busiest(run.gpus) / work.sequence
     return [
-        f"scaling: {run.nodes} nodes take no less time than {least.nodes}: {share * 100:.0f} % of a step is exposed communication and a "
-        f"GPU has {busy:.1f} sequence(s) of a step; use fewer nodes, or raise train.batch_rows (which changes the training)"
+        f"scaling: {run.nodes} nodes take no less time than {least.nodes}: {share * 100:.0f} % of a step is exposed "
+        f"communication and a "
+        f"GPU has {busy:.1f} sequence(s) of a step; use fewer nodes, or raise train.batch_rows (which changes the "
+        f"training)"
     ]
 
 
@@ -180,7 +187,8 @@ def limits_of_time(run: Totals, place: str | None, request: PlanRequest) -> list
     if most and run.hours * 3600 > most:
         jobs = math.ceil(run.hours * 3600 / (0.95 * most))
         return [
-            f"time limit: {place} allows {most / 3600:g} h, so the run takes about {jobs} jobs, each resuming the one before"
+            f"time limit: {place} allows {most / 3600:g} h, so the run takes about {jobs} jobs, each resuming the one "
+            f"before"
         ]
     return []
 

@@ -13,7 +13,8 @@ from aifactory_train.planning.search import Candidate
 from aifactory_train.planning.timing import Constants
 from aifactory_train.planning.workload import Workload
 
-#: Mean draw of a GPU in training as a share of its nominal (or capped) power. An assumption: measure it with the site's counters.
+#: Mean draw of a GPU in training as a share of its nominal (or capped) power. An assumption: measure it with the site's
+#: counters.
 POWER_SHARE = 0.85
 
 
@@ -43,6 +44,7 @@ def as_dict(
     )
     executed = per_token.executed + timing.executed_beside(job, work.document, work.supervised)
     peak = (gpu.bf16_tflops or 0) * 1e12
+    reference = work.reference_passes and run.steps is not None
     return {
         "recipe": request.recipe.id,
         "base": work.shape.name,
@@ -62,9 +64,7 @@ def as_dict(
         "step_seconds": {k: round(v, 6) for k, v in vars(chosen.times).items()} | {"total": round(chosen.step, 6)},
         "step_tokens": round(work.step_tokens, 1),
         "steps": run.steps,
-        "reference_hours": _rounded(run.reference_s / 3600)
-        if work.reference_passes and run.steps is not None
-        else None,
+        "reference_hours": _rounded(run.reference_s / 3600) if reference else None,
         **_time_and_cost(request, gpu, run, mid, low, high),
         "mfu": _rounded(mid * per_token.model / peak),
         "hfu": _rounded(mid * executed / peak),
@@ -75,7 +75,8 @@ def as_dict(
         "reasons": reasons,
         "alternatives": _alternatives(chosen, fitting),
         "scaling": _scaling(curve),
-        "basis": "modelled: tensors counted, times from a roofline calibrated on published measurements (docs/planning.md)",
+        "basis": "modelled: tensors counted, times from a roofline calibrated on published measurements "
+        "(docs/planning.md)",
     }
 
 

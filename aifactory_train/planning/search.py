@@ -1,8 +1,8 @@
 """From a recipe and a number of GPUs to the configuration that should be run, deterministically.
 
-Every combination of engine, activation checkpointing and micro-batch that the recipe leaves open is counted (memory) and timed
-(roofline); what fits is ranked by predicted time. Configurations within two per cent count as equally fast, and the simpler one wins; an
-engine that needs a package of its own (DeepSpeed) has to win by five per cent.
+Every combination of engine, activation checkpointing and micro-batch that the recipe leaves open is counted (memory)
+and timed (roofline); what fits is ranked by predicted time. Configurations within two per cent count as equally fast,
+and the simpler one wins; an engine that needs a package of its own (DeepSpeed) has to win by five per cent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from aifactory_train.planning.workload import Fixed, Workload
 
 #: Architectures that our Triton kernels are compiled for (kernels/hardware.py says more).
 KERNEL_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "gfx90a", "gfx942", "gfx950")
-#: Share of a GPU's memory that a plan leaves free: the count of memory is itself uncertain (benchmarks/planner_accuracy.py).
+#: Share of a GPU's memory that a plan leaves free: the count of memory is itself uncertain
+#: (benchmarks/planner_accuracy.py).
 MARGIN = 0.05
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 #: GPUs of the largest plan.
@@ -54,7 +55,9 @@ class Candidate(Counted):
         return self.times.step
 
     def key(self) -> tuple:
-        """A stable order among equals: simpler engine, less offload, less checkpointing, smaller groups and micro-batches."""
+        """A stable order among equals: simpler engine, less offload, less checkpointing, smaller groups and
+        micro-batches.
+        """
         layout = self.job.layout
         return (
             layout.offload_optimizer,
@@ -177,15 +180,17 @@ def timed(counted: Counted, work: Workload, constants: Constants) -> Candidate:
 
 
 def reference_seconds(candidate: Candidate, work: Workload, constants: Constants) -> float:
-    """Seconds that scoring one step's worth of rows takes before the first step: what a forward pass more would add to a step, times
-    the passes of the method (:attr:`Workload.reference_passes`)."""
+    """Seconds that scoring one step's worth of rows takes before the first step: what a forward pass more would add to
+    a step, times the passes of the method (:attr:`Workload.reference_passes`)."""
     job = replace(candidate.job, scored=candidate.job.scored + 1)
     once = timed(Counted(job, candidate.memory), work, constants).step - candidate.step
     return work.reference_passes * once
 
 
 def _micro_batches(work: Workload, per_rank: float, fixed: Fixed) -> Iterator[tuple[float, int]]:
-    """``(sequences, accumulation)``: as many micro-batches as the rank's share of a step needs. None is smaller than a row."""
+    """``(sequences, accumulation)``: as many micro-batches as the rank's share of a step needs. None is smaller than a
+    row.
+    """
     share, least = per_rank / work.sequence, work.row_documents
     if fixed.grad_accum:
         yield float(max(least, math.ceil(share / fixed.grad_accum))), fixed.grad_accum
@@ -204,7 +209,9 @@ def _micro_batches(work: Workload, per_rank: float, fixed: Fixed) -> Iterator[tu
 
 
 def best(found: list[Candidate]) -> Candidate:
-    """The fastest; among those within two per cent of it, the simplest. One with a package of its own (DeepSpeed) has to win by five per cent."""
+    """The fastest; among those within two per cent of it, the simplest. One with a package of its own (DeepSpeed) has
+    to win by five per cent.
+    """
 
     def handicapped(c: Candidate) -> float:
         return c.step * (1.05 if c.job.layout.traits.package else 1.0)
@@ -237,8 +244,8 @@ def search(
     host_gib: float | None = None,
     most_ranks: int | None = None,
 ) -> tuple[Candidate, list[Candidate]]:
-    """``(best, all that fit)`` for ``world`` ranks. Raises :class:`UserError` where nothing fits, with the smallest change that would;
-    more than ``most_ranks`` are not proposed."""
+    """``(best, all that fit)`` for ``world`` ranks. Raises :class:`UserError` where nothing fits, with the smallest
+    change that would; more than ``most_ranks`` are not proposed."""
     fixed, constants = fixed or Fixed(), constants or Constants.load()
     check_batch(work, world)
     # offload is for what fits in no other way
@@ -290,7 +297,8 @@ def _does_not_fit(every: list[Counted], on_host: list[Counted], fixes: list[str]
     return UserError(
         f"{job.shape.name} ({job.method}) does not fit on {job.layout.world} x {gpu.sku}: the leanest configuration "
         f"({job.layout.engine}, {job.checkpointing} checkpointing) needs {leanest.memory.total:.1f} GiB of "
-        f"{gpu.memory_gib:.1f} GiB per GPU ({100 * MARGIN:.0f} % are kept free), most of it {over[0]} ({over[1]:.1f} GiB)",
+        f"{gpu.memory_gib:.1f} GiB per GPU ({100 * MARGIN:.0f} % are kept free), most of it {over[0]} ({over[1]:.1f} "
+        f"GiB)",
         where="memory",
         fix="; or ".join(fixes[:3])
         if fixes

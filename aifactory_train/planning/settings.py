@@ -1,6 +1,7 @@
 """The engine's own settings as the plan shows them: FSDP2's mesh and policy, or DeepSpeed's JSON. Torch-free.
 
-They mirror what ``parallel/fsdp.py`` and ``parallel/deepspeed.py`` build from the recipe's keys; ``tests/planning`` compares the two.
+They mirror what ``parallel/fsdp.py`` and ``parallel/deepspeed.py`` build from the recipe's keys; ``tests/planning``
+compares the two.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ def show(plan: dict[str, Any]) -> None:
     """Print the plan."""
     out = console()
     out.print(
-        f"{plan['recipe']}: {plan['base']} ({plan['method']}) on {plan['nodes']} node(s), {plan['gpus']} GPU(s) of {plan['site']}",
+        f"{plan['recipe']}: {plan['base']} ({plan['method']}) on {plan['nodes']} node(s), {plan['gpus']} GPU(s) of "
+        f"{plan['site']}",
         markup=False,
     )
     out.print()
@@ -44,7 +45,8 @@ def _figures(plan: dict[str, Any]) -> None:
         ["checkpointing", plan["activation_checkpointing"]],
         [
             "kernels",
-            f"{'ours, ' + plan['kernels']['key'] if plan['kernels']['enabled'] else 'torch'}; {plan['kernels']['loss_chunk_tokens']} rows of logits at a time",
+            f"{'ours, ' + plan['kernels']['key'] if plan['kernels']['enabled'] else 'torch'}; "
+            f"{plan['kernels']['loss_chunk_tokens']} rows of logits at a time",
         ],
         ["tokens/s per GPU", f"{speed['mid']:.0f}  ({speed['low']:.0f} to {speed['high']:.0f}, modelled)"],
         ["MFU / executed", f"{100 * plan['mfu']:.0f} % / {100 * plan['hfu']:.0f} % of the dense bf16 peak"],

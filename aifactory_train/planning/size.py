@@ -1,4 +1,6 @@
-"""How much there is to train on: from the prepared data, from the command line, or from what the recipe declares. It says which."""
+"""How much there is to train on: from the prepared data, from the command line, or from what the recipe declares. It
+says which.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Size:
-    """Tokens and rows of one epoch, sources by their weight or share; ``None`` where nobody knows. ``source`` is a sentence for people."""
+    """Tokens and rows of one epoch, sources by their weight or share; ``None`` where nobody knows. ``source`` is a
+    sentence for people.
+    """
 
     tokens: float | None
     rows: float | None  # what ``train.batch_rows`` counts: documents, for pairs (methods.preference dpo, orpo) pairs
@@ -27,8 +31,8 @@ class Size:
 
 
 def of_recipe(recipe: Recipe, tokens: float | None = None, *, data_overridden: bool = False) -> Size:
-    """The size of one epoch. ``tokens``: the user's own figure, which wins; ``data_overridden``: another ``data.*`` was set on the
-    command line, so an earlier preparation of the recipe says nothing."""
+    """The size of one epoch. ``tokens``: the user's own figure, which wins; ``data_overridden``: another ``data.*`` was
+    set on the command line, so an earlier preparation of the recipe says nothing."""
     prepared = None if data_overridden else _prepared(recipe)
     if tokens is not None:
         if prepared is None or not prepared.tokens or not prepared.rows:
@@ -48,7 +52,8 @@ def of_recipe(recipe: Recipe, tokens: float | None = None, *, data_overridden: b
             rows,
             None,
             None,
-            f"max_rows of the recipe ({rows:.0f}), each taken to fill {length} tokens: an upper bound; 'aifactory prepare' counts them",
+            f"max_rows of the recipe ({rows:.0f}), each taken to fill {length} tokens: an upper bound; 'aifactory "
+            f"prepare' counts them",
         )
     return Size(None, None, None, None, "unknown: run 'aifactory prepare', or give --tokens")
 
@@ -95,10 +100,11 @@ class _Epoch:
 
 
 def _epoch(sources: list[dict[str, Any]], tokens: float, documents: float, preference: str | None) -> _Epoch:
-    """What an epoch sees of ``tokens`` and ``documents`` of training rows (the rule is that of :class:`~aifactory_train.data.store.TokenDataset`).
+    """What an epoch sees of ``tokens`` and ``documents`` of training rows (the rule is that of
+    :class:`~aifactory_train.data.store.TokenDataset`).
 
-    The report counts each source before rows were held out or dropped; what is missing afterwards is taken from all sources alike,
-    but not from replayed ones, of which nothing is held out.
+    The report counts each source before rows were held out or dropped; what is missing afterwards is taken from all
+    sources alike, but not from replayed ones, of which nothing is held out.
     """
     per_row = documents_of_a_row(preference)
     own = [s for s in sources if s["role"] == "train" and s.get("share") is None]

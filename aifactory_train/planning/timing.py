@@ -1,8 +1,9 @@
 """Time of one optimizer step, as a roofline over what a rank computes and moves.
 
-Every term has a physical meaning: matrix products at a share of the chip's peak, attention at another, pointwise work and the
-optimizer at a share of the memory bandwidth, collectives at a share of the links, and the part of them that computation hides. The
-shares are the calibrated constants (:class:`Constants`); ``data/calibration.json`` holds their values and how they were obtained.
+Every term has a physical meaning: matrix products at a share of the chip's peak, attention at another, pointwise work
+and the optimizer at a share of the memory bandwidth, collectives at a share of the links, and the part of them that
+computation hides. The shares are the calibrated constants (:class:`Constants`); ``data/calibration.json`` holds their
+values and how they were obtained.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from aifactory_train.planning.memory import NF4_BYTES, trains_head
 
 DATA = Path(__file__).resolve().parent / "data"
 
-#: Between host and GPU, bytes per second of one rank: what a PCIe 4 x16 slot gives in practice (recalled; Grace and MI250X are faster).
+#: Between host and GPU, bytes per second of one rank: what a PCIe 4 x16 slot gives in practice (recalled; Grace and
+#: MI250X are faster).
 BUS_BYTES_PER_S = 20e9
 
 
@@ -28,14 +30,15 @@ BUS_BYTES_PER_S = 20e9
 class Constants:
     """Calibrated constants. Efficiencies are shares of a peak; none depends on a model, a source or a number of GPUs.
 
-    gemm: share of the dense bf16 peak that large matrix products reach, per architecture; an architecture without measurements
-    takes ``gemm_default`` and a wider interval. attention_own: share of the peak that a flash-attention kernel written for the
-    architecture reaches (FlashAttention-2 on sm_80, 3 or cuDNN on sm_90, 4 on sm_100); attention_ported: one written for an older
-    architecture (FlashAttention-2, which torch's SDPA carries, on sm_90 and later) or for none. small: a product with as many rows as
-    this runs at half of the large-product rate. pointwise: share of the memory bandwidth. links: share of the in-node and network
-    bandwidth that ring collectives reach. hidden: share of collectives that computation can hide. low_power: exponent with which a
-    power cap below the GPU's nominal power lowers the matrix rate. host_ns: nanoseconds per parameter of a rank when the optimizer
-    runs on the host. launch_us: time that one kernel launch costs the host when nothing hides it (recalled, not fitted).
+    gemm: share of the dense bf16 peak that large matrix products reach, per architecture; an architecture without
+    measurements takes ``gemm_default`` and a wider interval. attention_own: share of the peak that a flash-attention
+    kernel written for the architecture reaches (FlashAttention-2 on sm_80, 3 or cuDNN on sm_90, 4 on sm_100);
+    attention_ported: one written for an older architecture (FlashAttention-2, which torch's SDPA carries, on sm_90 and
+    later) or for none. small: a product with as many rows as this runs at half of the large-product rate. pointwise:
+    share of the memory bandwidth. links: share of the in-node and network bandwidth that ring collectives reach.
+    hidden: share of collectives that computation can hide. low_power: exponent with which a power cap below the GPU's
+    nominal power lowers the matrix rate. host_ns: nanoseconds per parameter of a rank when the optimizer runs on the
+    host. launch_us: time that one kernel launch costs the host when nothing hides it (recalled, not fitted).
     """
 
     gemm: dict[str, float]
@@ -98,8 +101,9 @@ def recomputed_share(job: TrainingJob) -> float:
 
 
 #: Passes over memory of a block's pointwise work, in units of (tokens x width x bytes): forward, backward.
-#: Fused: kernels.md's floors (RMS norm with residual 8 and 8 bytes per element of the hidden size in bf16, SwiGLU 6 and 10 of the MLP
-#: width, RoPE 4 and 4 of the heads). Eager: the same operations as separate kernels with fp32 intermediates, counted one by one.
+#: Fused: kernels.md's floors (RMS norm with residual 8 and 8 bytes per element of the hidden size in bf16, SwiGLU 6 and
+#: 10 of the MLP width, RoPE 4 and 4 of the heads). Eager: the same operations as separate kernels with fp32
+#: intermediates, counted one by one.
 _PASSES = {
     "fused": {"norm": (4, 4), "glu": (3, 5), "rope": (2, 2), "plain": (2, 3)},
     "eager": {"norm": (13, 18), "glu": (5, 8), "rope": (9, 9), "plain": (2, 3)},
@@ -133,14 +137,15 @@ def pointwise_bytes(job: TrainingJob) -> float:
 def logit_passes(job: TrainingJob) -> float:
     """Bytes that the loss moves per logit."""
     if job.loss_chunk is not None or job.stack.name == "fused":
-        # kept on chip as far as the row allows: three passes, see docs/planning.md; 4 for logits that are made once more and only read
+        # kept on chip as far as the row allows: three passes, see docs/planning.md; 4 for logits that are made once
+        # more and only read
         return 8.0 + 4.0 * (job.preference + job.scored)
     return 16.0 if job.compiled else 44.0
 
 
 def collectives(job: TrainingJob) -> tuple[float, float]:
-    """Bytes that a rank receives per step: ``(per micro-batch gathers and reductions, once per step)``, over its shard group,
-    plus the all-reduce between replicas counted in the second."""
+    """Bytes that a rank receives per step: ``(per micro-batch gathers and reductions, once per step)``, over its shard
+    group, plus the all-reduce between replicas counted in the second."""
     layout, b, shape = job.layout, job.bytes, job.shape
     if layout.world == 1:
         return 0.0, 0.0
@@ -151,7 +156,8 @@ def collectives(job: TrainingJob) -> tuple[float, float]:
     grads = job.trained_parameters
     each = layout.traits.reduces == "each"
     if layout.shards_parameters:
-        # forward and backward gather the weights; gradients are reduce-scattered once a step, by ZeRO-3 for every micro-batch
+        # forward and backward gather the weights; gradients are reduce-scattered once a step, by ZeRO-3 for every
+        # micro-batch
         scatter = grads * b.reduce * share
         if each:
             return (2 + job.scored) * weights * share + scatter, 0.0
@@ -166,7 +172,8 @@ def collectives(job: TrainingJob) -> tuple[float, float]:
 def _rate(job: TrainingJob, constants: Constants, ranks: int) -> float:
     """Bytes per second at which a ring over ``ranks`` neighbouring ranks delivers data to each of them.
 
-    Inside a node the slower of a GPU's links; across nodes every byte also enters each node once, over all NICs together.
+    Inside a node the slower of a GPU's links; across nodes every byte also enters each node once, over all NICs
+    together.
     """
     inside = (job.links.in_node_gb_s or 0) * 1e9 * constants.links
     if ranks <= job.links.gpus_per_node:
@@ -199,15 +206,16 @@ def matrix_rate(job: TrainingJob, constants: Constants, tokens: float) -> float:
 
 
 def executed_beside(job: TrainingJob, document: float, supervised: float) -> float:
-    """FLOPs per token that a preference method runs beside training's own (:func:`aifactory_train.model.flops.step`): forward passes without
-    a backward, and the output layer once more in backward."""
+    """FLOPs per token that a preference method runs beside training's own (:func:`aifactory_train.model.flops.step`):
+    forward passes without a backward, and the output layer once more in backward."""
     f = flops.forward(job.shape, document, adapter_parameters=job.adapter_parameters, supervised=supervised)
     return job.scored * (f.linear + f.adapters + f.attention_causal) + (job.preference + job.scored) * f.head
 
 
 def kernel_launches(job: TrainingJob) -> float:
-    """Kernels of one micro-batch. Per block and forward about 60 in eager code and 30 with fused or compiled blocks, 6 more for each
-    adapter (counted in transformers' Llama and peft); backward launches 1.5 times as many, recomputation runs forward again."""
+    """Kernels of one micro-batch. Per block and forward about 60 in eager code and 30 with fused or compiled blocks, 6
+    more for each adapter (counted in transformers' Llama and peft); backward launches 1.5 times as many, recomputation
+    runs forward again."""
     targets = job.targets if isinstance(job.targets, str) else list(job.targets)
     adapters = 0 if job.method == "full" else sum(is_target(n, targets) for n in job.shape.linears())
     per_block = (60 if job.stack.name in ("eager", "native") else 30) + 6 * adapters
@@ -266,7 +274,9 @@ def _compute_seconds(
 
 
 def _collective_seconds(job: TrainingJob, c: Constants) -> tuple[float, float]:
-    """Seconds of :func:`collectives` with nothing hidden: ``(per micro-batch, once per step)``, the sum over copies included."""
+    """Seconds of :func:`collectives` with nothing hidden: ``(per micro-batch, once per step)``, the sum over copies
+    included.
+    """
     per_micro, per_step = collectives(job)
     shard_rate = (
         _rate(job, c, job.layout.shard if job.layout.shard > 1 else job.layout.world) if job.layout.world > 1 else 1.0
@@ -336,7 +346,9 @@ def tokens_per_s(job: TrainingJob, constants: Constants | None = None) -> float:
 
 
 def interval(job: TrainingJob, mid: float, constants: Constants | None = None) -> tuple[float, float]:
-    """``(low, high)`` around ``mid`` from the spread of the calibration; wider where the architecture was not measured or a link is assumed."""
+    """``(low, high)`` around ``mid`` from the spread of the calibration; wider where the architecture was not measured
+    or a link is assumed.
+    """
     c = constants or Constants.load()
     known = (job.gpu.arch or "") in c.measured and not (job.links.assumed and job.layout.world > 1)
     width = c.spread if known else max(c.spread, c.spread_unmeasured)

@@ -1,9 +1,11 @@
-"""A world larger than this machine: the sharded model, built for up to 4,096 ranks in one process, and its bytes counted.
+"""A world larger than this machine: the sharded model, built for up to 4,096 ranks in one process, and its bytes
+counted.
 
-FSDP2 and HSDP: torch's fake process group and meta tensors; the model is wrapped by the same :func:`apply_fsdp` as in training, the
-optimizer's state is made by the same optimizer, and bytes are read from the shards themselves. ZeRO-3: DeepSpeed's own ``zero.Init``
-partitions every parameter as it is created (real tensors on the CPU, one whole parameter at a time), and the partitions are counted.
-It is the ground truth of the planner's static memory. torch is imported only when a function is called.
+FSDP2 and HSDP: torch's fake process group and meta tensors; the model is wrapped by the same :func:`apply_fsdp` as in
+training, the optimizer's state is made by the same optimizer, and bytes are read from the shards themselves. ZeRO-3:
+DeepSpeed's own ``zero.Init`` partitions every parameter as it is created (real tensors on the CPU, one whole parameter
+at a time), and the partitions are counted. It is the ground truth of the planner's static memory. torch is imported
+only when a function is called.
 """
 
 from __future__ import annotations
@@ -88,8 +90,8 @@ def build_config(shape: ModelShape) -> Any:
 
 
 def build_core(job: TrainingJob, device: str = "meta", working: bool = False) -> nn.Module:
-    """The language model (with adapters where the job has them) inside :class:`CausalLM`, in the job's types, or all in the type
-    that computes (``working``)."""
+    """The language model (with adapters where the job has them) inside :class:`CausalLM`, in the job's types, or all in
+    the type that computes (``working``)."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -139,7 +141,9 @@ def fake_world(world: int, rank: int = 0) -> Iterator[None]:
 
 
 def verify(job: TrainingJob, rank: int = 0) -> Sharding:
-    """Build the job's model for its world and count ``rank``'s bytes. Raises :class:`UserError` for a world that is too large."""
+    """Build the job's model for its world and count ``rank``'s bytes. Raises :class:`UserError` for a world that is too
+    large.
+    """
     layout = job.layout
     if layout.world > MOST_RANKS:
         raise UserError(f"at most {MOST_RANKS} ranks can be built in one process", where="--verify-sharding")
@@ -188,7 +192,8 @@ def _replicated(job: TrainingJob, rank: int) -> tuple[int, int, int, int, int]:
 
 
 def _flat(job: TrainingJob, rank: int) -> tuple[int, int, int, int, int]:
-    """ZeRO-1 and 2: weights on every rank; the optimizer's groups flattened, padded to an even share per rank and split.
+    """ZeRO-1 and 2: weights on every rank; the optimizer's groups flattened, padded to an even share per rank and
+    split.
 
     The padding is DeepSpeed's (stage_1_and_2.py: NCCL's 4-byte alignment, so two bf16 elements per rank).
     """
@@ -290,7 +295,9 @@ def _zero3(job: TrainingJob, rank: int) -> tuple[int, int, int, int, int]:
 
 @contextlib.contextmanager
 def _empty_weights() -> Iterator[None]:
-    """Weights keep whatever memory holds: their values are not looked at, and drawing 8 billion random numbers takes minutes."""
+    """Weights keep whatever memory holds: their values are not looked at, and drawing 8 billion random numbers takes
+    minutes.
+    """
     from torch import nn
 
     names = [n for n in dir(nn.init) if n.endswith("_") and callable(getattr(nn.init, n))]

@@ -83,11 +83,14 @@ class Fixed:
 
 
 def of_recipe(recipe: Recipe, shape: ModelShape, document: float | None, supervised: float | None) -> Workload:
-    """The recipe's demand. ``document``: mean tokens of a document where known (else every row is taken to fill the sequence)."""
+    """The recipe's demand. ``document``: mean tokens of a document where known (else every row is taken to fill the
+    sequence).
+    """
     data, train = recipe.data, recipe.train
     if shape.max_positions and data.sequence_length > shape.max_positions:
         raise UserError(
-            f"sequences of {data.sequence_length} tokens are longer than the {shape.max_positions} positions of {shape.name}",
+            f"sequences of {data.sequence_length} tokens are longer than the {shape.max_positions} positions of "
+            f"{shape.name}",
             where="data.sequence_length",
             fix=f"--set data.sequence_length={shape.max_positions}",
         )
@@ -129,7 +132,9 @@ def of_recipe(recipe: Recipe, shape: ModelShape, document: float | None, supervi
 
 
 def _bytes(recipe: Recipe) -> Bytes:
-    """The precision policy (see ``model.choose_precision``): fp32 master and moments, bf16 arithmetic, unless the recipe differs."""
+    """The precision policy (see ``model.choose_precision``): fp32 master and moments, bf16 arithmetic, unless the
+    recipe differs.
+    """
     p, train = recipe.precision, recipe.train
     size = {"fp32": 4, "bf16": 2}
     if p.compute == "fp32":
@@ -157,8 +162,9 @@ def _bytes(recipe: Recipe) -> Bytes:
 
 
 def fixed_by(recipe: Recipe, given_now: frozenset[str] = frozenset()) -> Fixed:
-    """What is decided already: the recipe's own ``parallel`` keys, and of ``train`` what was given for this plan (``given_now``, the
-    keys of ``--set``). A recipe's micro-batch suits the machine that it was written on; here it is the plan's to choose."""
+    """What is decided already: the recipe's own ``parallel`` keys, and of ``train`` what was given for this plan
+    (``given_now``, the keys of ``--set``). A recipe's micro-batch suits the machine that it was written on; here it is
+    the plan's to choose."""
     parallel, train = recipe.parallel, recipe.train
     given = parallel.model_fields_set
     return Fixed(

@@ -1,4 +1,5 @@
-"""Sensitive data on shared machines: what the profiles ``open``, ``sensitive`` and ``restricted`` enforce (docs/sensitive-data.md).
+"""Sensitive data on shared machines: what the profiles ``open``, ``sensitive`` and ``restricted`` enforce
+(docs/sensitive-data.md).
 
 ==============  ====================================================================================================
 ``profile``     puts a recipe's profile into force, once, before anything is read or written

@@ -1,10 +1,11 @@
 """No connections but to the job's own nodes.
 
-A Python audit hook sees every socket that Python code opens and every name or address it looks up, whichever library asks. A child process
-is told by an environment variable, and guards itself as soon as it imports this package: workers that multiprocessing spawns, and
-the processes that check an export. What is not bound: native code (NCCL and MPI open their own sockets, on purpose, and a C extension
-could open others), other programs, and Python children that never import this package or are given another environment; the record
-says so, and says whether this network namespace has a way out at all.
+A Python audit hook sees every socket that Python code opens and every name or address it looks up, whichever library
+asks. A child process is told by an environment variable, and guards itself as soon as it imports this package: workers
+that multiprocessing spawns, and the processes that check an export. What is not bound: native code (NCCL and MPI open
+their own sockets, on purpose, and a C extension could open others), other programs, and Python children that never
+import this package or are given another environment; the record says so, and says whether this network namespace has a
+way out at all.
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ def self_test() -> dict[str, Any]:
         "attempts": attempts,
         "blocked_by_test": blocked - before,
         "way_out": way_out(),
-        "limits": "binds Python code of this program and of its Python children; NCCL, MPI, other native code and other programs open their own sockets",
+        "limits": "binds Python code of this program and of its Python children; NCCL, MPI, other native code and "
+        "other programs open their own sockets",
     }
 
 

@@ -29,7 +29,8 @@ class Exposure:
 
 
 def exposures(path: Path, *, allow_gid: int | None = None, below: bool = True) -> list[Exposure]:
-    """What lets others at ``path`` (a file or folder) and, with ``below``, at what lies in it; the target of a link counts.
+    """What lets others at ``path`` (a file or folder) and, with ``below``, at what lies in it; the target of a link
+    counts.
 
     A path whose parents cannot be passed by others is not exposed, whatever its own bits say. At most ten are named.
     """

@@ -30,11 +30,13 @@ in_force: dict[str, Any] = {}
 
 
 def enforce(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
-    """Enforce ``privacy.profile``; returns what was done and found, for the record. Raises :class:`UserError` naming what is open.
+    """Enforce ``privacy.profile``; returns what was done and found, for the record. Raises :class:`UserError` naming
+    what is open.
 
-    ``open``: permissions are looked at and said, nothing is refused. ``sensitive``: umask 077, no core dumps, offline, egress guard
-    with its self-test, messages without values, nothing telling on the command line or in the job's name, nobody else can read
-    data, cache and outputs. ``restricted``: that, and every data source is encrypted, as are token cache, checkpoints and adapter.
+    ``open``: permissions are looked at and said, nothing is refused. ``sensitive``: umask 077, no core dumps, offline,
+    egress guard with its self-test, messages without values, nothing telling on the command line or in the job's name,
+    nobody else can read data, cache and outputs. ``restricted``: that, and every data source is encrypted, as are token
+    cache, checkpoints and adapter.
     """
     profile = recipe.privacy.profile
     allow = _allowed_group(recipe)
@@ -63,7 +65,8 @@ def enforce(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
     test = egress.self_test()
     if not test["ok"]:
         raise UserError(
-            f"the egress guard's self-test failed: {', '.join(k for k, v in test['attempts'].items() if v != 'blocked')} got through",
+            f"the egress guard's self-test failed: "
+            f"{', '.join(k for k, v in test['attempts'].items() if v != 'blocked')} got through",
             where="privacy.profile",
         )
     in_force.clear()
@@ -110,7 +113,8 @@ def _change_recipe(recipe: Recipe, profile: str) -> None:
         raise UserError(
             "merged weights are written unencrypted",
             where="export.merge",
-            fix="--set export.merge=false; where they may be plain, aifactory export RUN --merge under the profile sensitive",
+            fix="--set export.merge=false; where they may be plain, aifactory export RUN --merge under the profile "
+            "sensitive",
         )
     if recipe.adapter.kind == "none" and profile == "restricted":
         raise UserError(
@@ -154,7 +158,8 @@ def _check_encrypted(recipe: Recipe) -> None:
                 raise UserError(
                     "is not encrypted, and the profile restricted reads encrypted data only",
                     where=f"data.{role}.{number}.source",
-                    fix="aifactory private encrypt FILE --to RECIPIENT, on the machine where the data is allowed to be plain",
+                    fix="aifactory private encrypt FILE --to RECIPIENT, on the machine where the data is allowed to "
+                    "be plain",
                 )
             if source.converter:
                 raise UserError(
@@ -192,7 +197,8 @@ def _check_paths(recipe: Recipe, run_dir: Path | None, allow: int | None) -> Non
         if open_to:
             more = f" (and {len(open_to) - 1} more)" if len(open_to) > 1 else ""
             raise UserError(
-                f"can be read by {open_to[0].who} ({open_to[0].how}){more}; the profile {recipe.privacy.profile} refuses that",
+                f"can be read by {open_to[0].who} ({open_to[0].how}){more}; the profile {recipe.privacy.profile} "
+                f"refuses that",
                 where=open_to[0].path,
                 fix=open_to[0].fix,
             )

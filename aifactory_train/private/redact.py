@@ -1,5 +1,6 @@
-"""Messages without values. Under a protected profile nothing that a row could have put into an exception, a warning or another
-library's log reaches a terminal or a file; where it happened (file and line of code) always does. Standard library only."""
+"""Messages without values. Under a protected profile nothing that a row could have put into an exception, a warning or
+another library's log reaches a terminal or a file; where it happened (file and line of code) always does. Standard
+library only."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ def is_active() -> bool:
 
 
 def message(error: BaseException) -> str:
-    """What may be said of ``error``: under the profile ``open`` all but secrets; else our own messages without what they quote, and of
-    others the type alone."""
+    """What may be said of ``error``: under the profile ``open`` all but secrets; else our own messages without what
+    they quote, and of others the type alone."""
     from aifactory_train.core.errors import UserError
     from aifactory_train.core.secrets import without_secrets
 
@@ -40,7 +41,9 @@ def message(error: BaseException) -> str:
 
 
 def without_quotes(text: str) -> str:
-    """``text`` with everything in quotation marks withheld: messages of this project put values, and only values, there."""
+    """``text`` with everything in quotation marks withheld: messages of this project put values, and only values,
+    there.
+    """
     return _QUOTED.sub("[withheld]", text) if _active else text
 
 
@@ -77,7 +80,9 @@ def deactivate() -> None:
 
 
 def describe(error: BaseException) -> str:
-    """A traceback of places: files, lines and functions of the whole chain of causes, no values, no messages of others."""
+    """A traceback of places: files, lines and functions of the whole chain of causes, no values, no messages of
+    others.
+    """
     lines: list[str] = []
     seen: set[int] = set()
     current: BaseException | None = error

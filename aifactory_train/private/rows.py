@@ -1,4 +1,6 @@
-"""Was this text in the training? Salted digests of the rows, so that the question can be answered without keeping the rows."""
+"""Was this text in the training? Salted digests of the rows, so that the question can be answered without keeping the
+rows.
+"""
 
 from __future__ import annotations
 

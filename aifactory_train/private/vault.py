@@ -1,10 +1,11 @@
-"""Encrypted files. Data and the token cache are never on disk in plain form: what is written is encrypted piece by piece as it
-is produced, what is read is decrypted in memory.
+"""Encrypted files. Data and the token cache are never on disk in plain form: what is written is encrypted piece by
+piece as it is produced, what is read is decrypted in memory.
 
-``NAME.aft``: ``AFT1``, the length of a JSON header (4 bytes, big-endian), the header, then pieces of 1 MiB of plain text, each
-AES-256-GCM with its own 16-byte tag. The key is random for every file and stands in the header, wrapped for age (X25519)
-recipients. The nonce is the piece's number (11 bytes) and a byte that is 1 for the last piece (the STREAM construction), the header's
-digest is authenticated with every piece: pieces cannot be swapped, dropped, moved to another file or cut off at the end.
+``NAME.aft``: ``AFT1``, the length of a JSON header (4 bytes, big-endian), the header, then pieces of 1 MiB of plain
+text, each AES-256-GCM with its own 16-byte tag. The key is random for every file and stands in the header, wrapped for
+age (X25519) recipients. The nonce is the piece's number (11 bytes) and a byte that is 1 for the last piece (the STREAM
+construction), the header's digest is authenticated with every piece: pieces cannot be swapped, dropped, moved to
+another file or cut off at the end.
 
 ``NAME.age`` (whole files encrypted by any age tool) can be read as well.
 """
@@ -121,8 +122,8 @@ class Vault:
 class Window:
     """Any part of an encrypted file, decrypted in memory: only the pieces that hold it are read.
 
-    Raises :class:`UserError` for a wrong key and for a piece that was changed; a file cut off at a piece's end is noticed when its last
-    piece is read.
+    Raises :class:`UserError` for a wrong key and for a piece that was changed; a file cut off at a piece's end is
+    noticed when its last piece is read.
     """
 
     def __init__(self, vault: Vault, path: Path):
@@ -194,7 +195,9 @@ _held: list[int] = []  # files in anonymous memory, see in_memory()
 
 
 def activate(vault: Vault, *, seal: bool) -> None:
-    """``vault`` opens encrypted files from now on; with ``seal`` the token cache and adapters are written encrypted too."""
+    """``vault`` opens encrypted files from now on; with ``seal`` the token cache and adapters are written encrypted
+    too.
+    """
     global _active, _seals
     _active, _seals = vault, seal
 
@@ -284,11 +287,21 @@ class SealedTensors:
             types = dict(
                 zip(
                     self._DTYPES,
-                    (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-                     torch.uint8, torch.bool),
+                    (
+                        torch.float64,
+                        torch.float32,
+                        torch.float16,
+                        torch.bfloat16,
+                        torch.int64,
+                        torch.int32,
+                        torch.int16,
+                        torch.int8,
+                        torch.uint8,
+                        torch.bool,
+                    ),
                     strict=True,
                 )
-            )  # fmt: skip
+            )
             entry = self._header[key]
             start, end = entry["data_offsets"]
             if start == end:
@@ -338,9 +351,9 @@ def seal(path: Path) -> None:
 def in_memory(path: Path) -> Iterator[None]:
     """While the vault seals, what is written to ``path`` within the block goes to anonymous memory instead of the disk.
 
-    ``path`` is then a link to a file without a name (``memfd_create``), which even SIGKILL leaves nowhere. This process sees it under
-    ``path``; a child does if it gets :func:`held` as ``pass_fds``. :func:`seal` before the end writes the encrypted file; the link
-    goes with the block. Does nothing while the vault does not seal.
+    ``path`` is then a link to a file without a name (``memfd_create``), which even SIGKILL leaves nowhere. This process
+    sees it under ``path``; a child does if it gets :func:`held` as ``pass_fds``. :func:`seal` before the end writes the
+    encrypted file; the link goes with the block. Does nothing while the vault does not seal.
     """
     if not _seals:
         yield

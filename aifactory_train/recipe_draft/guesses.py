@@ -51,7 +51,8 @@ _RATINGS = (
     *("accepted", "approved", "correct"),
 )
 
-#: Recommended desirable answers x their weight over undesirable ones x theirs (Ethayarajh et al. 2024, arXiv 2402.01306, section 4).
+#: Recommended desirable answers x their weight over undesirable ones x theirs (Ethayarajh et al. 2024, arXiv
+#: 2402.01306, section 4).
 _BALANCE = (1.0, 4 / 3)
 
 _TEXTS = ("text", "content", "document", "body", "article", "paragraph", "sentence")
@@ -108,8 +109,8 @@ def read(path: Path, notes: Notes) -> tuple[list[tuple[str, Any]], bool]:
 def canonical_rows(
     raw: list[tuple[str, Any]], form: str, columns: dict[str, str], unused: Unused | None = None
 ) -> list[dict[str, Any]]:
-    """The rows as training reads them; one that does not fit is a :class:`UserError` with its place. ``unused`` gathers what they
-    hold and training does not use."""
+    """The rows as training reads them; one that does not fit is a :class:`UserError` with its place. ``unused`` gathers
+    what they hold and training does not use."""
     from aifactory_train.data.cells import RowError, to_user_error
     from aifactory_train.data.rows import canonical
 
@@ -125,8 +126,8 @@ def canonical_rows(
 def understand(
     raw: list[tuple[str, Any]], columns: dict[str, str], task: str | None, unused: Unused | None = None
 ) -> tuple[Draft, list[dict[str, Any]]]:
-    """The draft (task, columns, labels) and the rows read accordingly; ``columns`` and ``task`` are what the user said; ``unused``
-    as for :func:`canonical_rows`."""
+    """The draft (task, columns, labels) and the rows read accordingly; ``columns`` and ``task`` are what the user said;
+    ``unused`` as for :func:`canonical_rows`."""
     place, first = raw[0]
     if not isinstance(first, dict):
         raise UserError("a row is an object of named columns", where=place)
@@ -171,15 +172,17 @@ def _forms_differ(raw: list[tuple[str, Any]]) -> UserError | None:
     return UserError(
         f"the files have different forms: {'; '.join(reported[:6])}{more}",
         where="--data",
-        fix=f"--data {next(iter(columns))}, then name the others as sources of their own: data.train: [{', '.join(list(columns)[:3])}]",
+        fix=f"--data {next(iter(columns))}, then name the others as sources of their own: data.train: "
+        f"[{', '.join(list(columns)[:3])}]",
     )
 
 
 def _rated(draft: Draft, raw: list[tuple[str, Any]], names: list[str], task: str | None) -> bool:
     """Whether the rows judge answers; sets form, columns and task of ``draft`` then.
 
-    Pairs are known by the names of two columns, single judgements by a column of nothing but true and false beside an answer.
-    Columns that were mapped to something to imitate are imitated, and so is everything under another ``--task``.
+    Pairs are known by the names of two columns, single judgements by a column of nothing but true and false beside an
+    answer. Columns that were mapped to something to imitate are imitated, and so is everything under another
+    ``--task``.
     """
     place, first = raw[0]
     if task not in (None, "preference", "feedback"):
@@ -198,7 +201,8 @@ def _rated(draft: Draft, raw: list[tuple[str, Any]], names: list[str], task: str
         asked = f"--map {question}=prompt " if question not in (None, *pair) else ""
         _take(draft, "preference", {pair[0]: "chosen", pair[1]: "rejected"}, question, names)
         draft.assumed.append(
-            f"'{pair[0]}' is the better answer and '{pair[1]}' the worse one: training makes the better one likelier (DPO); to learn "
+            f"'{pair[0]}' is the better answer and '{pair[1]}' the worse one: training makes the better one likelier "
+            f"(DPO); to learn "
             f"the better ones as they are: {asked}--map {pair[0]}=completion"
         )
         return True
@@ -217,7 +221,8 @@ def _rated(draft: Draft, raw: list[tuple[str, Any]], names: list[str], task: str
             return False
         _take(draft, "feedback", {answer: "completion", rating: "label"}, question, names)
         draft.assumed.append(
-            f"'{rating}' says whether '{answer}' is a good answer to '{question}' (KTO); to learn every answer, good or bad: --task qa"
+            f"'{rating}' says whether '{answer}' is a good answer to '{question}' (KTO); to learn every answer, good "
+            f"or bad: --task qa"
         )
         return True
     talk = next((roles[n] for n in ("messages", "conversations") if n in roles and first[roles[n]]), None)
@@ -227,7 +232,8 @@ def _rated(draft: Draft, raw: list[tuple[str, Any]], names: list[str], task: str
             return False
         _take(draft, "feedback", {rating: "label"}, None, names)
         draft.assumed.append(
-            f"'{rating}' says whether the last answer of '{talk}' is a good one (KTO); to learn every answer, good or bad: --task chat"
+            f"'{rating}' says whether the last answer of '{talk}' is a good one (KTO); to learn every answer, good or "
+            f"bad: --task chat"
         )
         return True
     if task is None:
@@ -244,8 +250,8 @@ def _rated(draft: Draft, raw: list[tuple[str, Any]], names: list[str], task: str
 
 
 def _take(draft: Draft, form: str, columns: dict[str, str], question: str | None, names: list[str]) -> None:
-    """Read ``columns`` and the question as said. A column that bears the name of a role which another one has now is read under a
-    name that means nothing."""
+    """Read ``columns`` and the question as said. A column that bears the name of a role which another one has now is
+    read under a name that means nothing."""
     roles = {**({question: "prompt"} if question is not None and question not in columns else {}), **columns}
     aside = {n: f"other_{n}" for n in names if n in roles.values() and n not in roles}
     draft.columns = {**draft.columns, **{n: role for n, role in {**roles, **aside}.items() if n != role}}
@@ -264,12 +270,15 @@ def _ratings(name: str, raw: list[tuple[str, Any]]) -> set[bool]:
 
 
 def _weigh(draft: Draft, rows: list[dict[str, Any]], place: str) -> None:
-    """KTO's weights: 1, or what brings the two kinds of answers to the middle of the recommended ratio (held-out rows shift it)."""
+    """KTO's weights: 1, or what brings the two kinds of answers to the middle of the recommended ratio (held-out rows
+    shift it).
+    """
     good = sum(row["desirable"] for row in rows)
     bad = len(rows) - good
     if not good or not bad:
         raise UserError(
-            f"all {len(rows):,} answers are rated {'good' if good else 'bad'}: KTO weighs good answers against bad ones",
+            f"all {len(rows):,} answers are rated {'good' if good else 'bad'}: KTO weighs good answers against bad "
+            f"ones",
             where=place,
             fix="to learn every answer: --task qa" if good else "add answers that are good",
         )
@@ -299,7 +308,8 @@ def _guess_columns(draft: Draft, names: list[str], first: dict[str, Any], task: 
     if task != "text" and question and answer and question != answer:
         draft.columns = {n: r for n, r in ((question, "prompt"), (answer, "completion")) if n != r}
         draft.assumed.append(
-            f"column '{question}' is the question and '{answer}' the answer (--map {question}=prompt --map {answer}=completion)"
+            f"column '{question}' is the question and '{answer}' the answer (--map {question}=prompt --map "
+            f"{answer}=completion)"
         )
         return
     texts = [lower[n] for n in _TEXTS if n in lower and isinstance(first[lower[n]], str)]

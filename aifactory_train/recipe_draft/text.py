@@ -79,7 +79,8 @@ def _about(
     metric = "preference_loss" if draft.preference else draft.metrics[0]
     lines = [
         f"# yaml-language-server: $schema={recipes / 'recipe.schema.json'}",
-        f"# Written by 'aifactory recipes new' from {rows:,} rows of {data.name}; change what you like, docs/data.md explains the keys.",
+        f"# Written by 'aifactory recipes new' from {rows:,} rows of {data.name}; change what you like, docs/data.md "
+        f"explains the keys.",
         f"id: {args.id}",
         "",
         "about:",
@@ -99,7 +100,8 @@ def _about(
         lines.append("  options:          # larger ones, for a factory: --set model.base=ID")
         for option in base.options[:3]:
             lines.append(
-                f"    - {{base: {_quoted(option.base)}, parameters: {_quoted(option.parameters)}, licence: {option.licence}}}"
+                f"    - {{base: {_quoted(option.base)}, parameters: {_quoted(option.parameters)}, licence: "
+                f"{option.licence}}}"
             )
     if draft.preference:
         lines.append(
@@ -141,11 +143,13 @@ def _data(
             "    licence: unknown   # MISSING: own, or the SPDX id of the licence under which you have the rows"
         )
     lines.append(
-        "    # facts: {origin: own, personal_data: none, obtained: ...}   # for the record; unset is written down as MISSING"
+        "    # facts: {origin: own, personal_data: none, obtained: ...}   # for the record; unset is written down as "
+        "MISSING"
     )
     if args.held:
         lines.append(
-            f"  eval: {{source: {_quoted(_beside(Path(args.held).expanduser(), out))}, licence: {_quoted(args.licence or 'unknown')}}}"
+            f"  eval: {{source: {_quoted(_beside(Path(args.held).expanduser(), out))}, licence: "
+            f"{_quoted(args.licence or 'unknown')}}}"
         )
     elif draft.split:
         kind, column = draft.split
@@ -210,7 +214,9 @@ def _power(value: int) -> int:
 
 
 def _length(draft: Draft, total: dict[str, int], base: str) -> int:
-    """A power of two that holds 99 of 100 rows at three characters a token; text is cut anyway, so the median decides."""
+    """A power of two that holds 99 of 100 rows at three characters a token; text is cut anyway, so the median
+    decides.
+    """
     text = draft.form == "text"
     wanted = total.get("p50" if text else "p99", 0) // 3 + 32
     return min(max(256 if text else 128, _power(wanted)), 1024 if text else 2048, _context(base))

@@ -1,4 +1,5 @@
-"""The record of a run: ``record.json``, computed from the hash-chained ``events.jsonl``; what is rendered from it; and its check.
+"""The record of a run: ``record.json``, computed from the hash-chained ``events.jsonl``; what is rendered from it; and
+its check.
 
 ======================  =============================================================================================
 ``recorder.Recorder``   what the loop tells, written down as it happens

@@ -1,9 +1,10 @@
-"""Whose model is it? The one-third test of the Commission's Guidelines (C(2025) 7719, points 17-18 and 59-61), with its reasoning.
+"""Whose model is it? The one-third test of the Commission's Guidelines (C(2025) 7719, points 17-18 and 59-61), with its
+reasoning.
 
-Two tests are printed, because the first one is about modifying a general-purpose model only: (1) did the modifications use more
-than a third of the base model's training compute; (2) if the base is below the indicator for a general-purpose model, does base
-plus modifications cross it. Whether modifications by one party add up is not settled, so the sum over the lineage is shown
-beside this run alone. Evidence, not legal advice.
+Two tests are printed, because the first one is about modifying a general-purpose model only: (1) did the modifications
+use more than a third of the base model's training compute; (2) if the base is below the indicator for a general-purpose
+model, does base plus modifications cross it. Whether modifications by one party add up is not settled, so the sum over
+the lineage is shown beside this run alone. Evidence, not legal advice.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def threshold(base: Base) -> tuple[float, str]:
 
 
 def verdict(base: Base, this_run: float, earlier: float = 0.0) -> dict[str, Any]:
-    """The record's ``aiact`` section. ``this_run`` and ``earlier``: model FLOP of this run and of the runs it started from."""
+    """The record's ``aiact`` section. ``this_run`` and ``earlier``: model FLOP of this run and of the runs it started
+    from.
+    """
     limit, rule = threshold(base)
     lineage = this_run + earlier
     base_is_gpai = None if base.flop is None else base.flop > GPAI_FLOP
@@ -87,12 +90,14 @@ def verdict(base: Base, this_run: float, earlier: float = 0.0) -> dict[str, Any]
         + (
             "(a third of the base model's, point 60)."
             if rule == "pt60"
-            else f"(a third of {SYSTEMIC_FLOP if base.systemic else GPAI_FLOP:.0e}, point 61, because the base's is unknown)."
+            else f"(a third of {SYSTEMIC_FLOP if base.systemic else GPAI_FLOP:.0e}, point 61, because the base's is "
+            f"unknown)."
         )
     )
     if base.flop is not None and not base_is_gpai:
         lines.append(
-            f"The base is below {GPAI_FLOP:.0e} FLOP, the indicator for a general-purpose model (point 17), so the one-third "
+            f"The base is below {GPAI_FLOP:.0e} FLOP, the indicator for a general-purpose model (point 17), so the "
+            f"one-third "
             f"rule does not apply to it; what counts is whether base and modifications together cross the indicator: "
             f"{base.flop + lineage:.2g} FLOP, which {'does' if crosses else 'does not'}."
         )
@@ -104,7 +109,8 @@ def verdict(base: Base, this_run: float, earlier: float = 0.0) -> dict[str, Any]
         )
     else:
         lines.append(
-            "By this indicator the modifier does not become a provider of a general-purpose model. Using the model in a "
+            "By this indicator the modifier does not become a provider of a general-purpose model. Using the model in "
+            "a "
             "product has duties of its own (Articles 25 and 50)."
         )
     if not provider and lineage > WARN_AT * limit:

@@ -1,11 +1,11 @@
 """``events.jsonl``: an append-only file in which every line carries the digest of the line before it.
 
-A line is one event, ``{"seq", "time", "kind", "set", "note", "prev_sha256", "sha256"}``; ``sha256`` is over the canonical form of
-all the other keys. ``set`` maps places in the record (``compute/attempts/001``) to values, so that the record is nothing but
-its events laid over each other (:func:`fold`) and anybody can compute it again.
+A line is one event, ``{"seq", "time", "kind", "set", "note", "prev_sha256", "sha256"}``; ``sha256`` is over the
+canonical form of all the other keys. ``set`` maps places in the record (``compute/attempts/001``) to values, so that
+the record is nothing but its events laid over each other (:func:`fold`) and anybody can compute it again.
 
-A chain without a key proves that nothing was lost, swapped or changed by accident or by an edit of one line; whoever rewrites
-every line can forge it, which is what the signed manifest is for.
+A chain without a key proves that nothing was lost, swapped or changed by accident or by an edit of one line; whoever
+rewrites every line can forge it, which is what the signed manifest is for.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def digest(value: Any) -> str:
 
 @dataclass(frozen=True)
 class RecordFault:
-    """Something that does not hold: ``kind`` is a stable name, ``where`` the file and line or place, ``what`` a sentence."""
+    """Something that does not hold: ``kind`` is a stable name, ``where`` the file and line or place, ``what`` a
+    sentence.
+    """
 
     kind: str
     where: str
@@ -69,7 +71,9 @@ class RecordFault:
 
 
 def printable(text: str, most: int = 500) -> str:
-    """Text of a file that may be forged, as any terminal and any encoder can take it: no control characters, no half surrogates."""
+    """Text of a file that may be forged, as any terminal and any encoder can take it: no control characters, no half
+    surrogates.
+    """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     return shown if len(shown) <= most else shown[:most] + " …"
 
@@ -164,7 +168,9 @@ def fold(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Chain:
-    """The writer's end. One process appends at a time; others wait (a lock on the file, where the file system has locks)."""
+    """The writer's end. One process appends at a time; others wait (a lock on the file, where the file system has
+    locks).
+    """
 
     def __init__(self, path: Path):
         self.path = path

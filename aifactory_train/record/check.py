@@ -16,9 +16,9 @@ from aifactory_train.record.signing import check_manifest, compare
 def verify(folder: Path, *, key: Path | None = None, inputs: bool = False) -> dict[str, Any]:
     """``{"ok", "faults": [{kind, where, what}], "notes", "checked"}``.
 
-    The chain, the record against the chain, the digests of data manifest, export and evidence, the signature against ``key``;
-    with ``inputs`` also the base model's files and the data's, where they still lie. The folder may be forged in any way: whatever
-    stands in its files becomes a finding.
+    The chain, the record against the chain, the digests of data manifest, export and evidence, the signature against
+    ``key``; with ``inputs`` also the base model's files and the data's, where they still lie. The folder may be forged
+    in any way: whatever stands in its files becomes a finding.
     """
     faults: list[RecordFault] = []
     notes: list[str] = []
@@ -71,7 +71,9 @@ def _block(record: dict[str, Any], name: str, faults: list[RecordFault]) -> dict
 
 
 def _files(value: Any, what: str, faults: list[RecordFault]) -> list[dict[str, Any]]:
-    """The entries ``{path, bytes, sha256}`` of a list; what is none of them is a fault. Text stands for a list that is MISSING."""
+    """The entries ``{path, bytes, sha256}`` of a list; what is none of them is a fault. Text stands for a list that is
+    MISSING.
+    """
     if value is None or is_missing(value):
         return []
     if not isinstance(value, list):
@@ -174,7 +176,9 @@ def _check_inputs(record: dict[str, Any], notes: list[str], checked: dict[str, i
 
 
 def _content(path: Path) -> str:
-    """What the token cache calls a source's content: its file's digest with its name, or those of a folder's files. Read anew."""
+    """What the token cache calls a source's content: its file's digest with its name, or those of a folder's files.
+    Read anew.
+    """
     import hashlib
 
     found = hashlib.sha256()

@@ -1,4 +1,6 @@
-"""What the program knows about a run when it starts, as sections of the record. Everything else is ``MISSING (who)``."""
+"""What the program knows about a run when it starts, as sections of the record. Everything else is ``MISSING
+(who)``.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def scheduler() -> dict[str, Any]:
 
 
 def container() -> dict[str, Any]:
-    """The container image that the process runs in, if it says so; its digest is computed later, beside the training."""
+    """The container image that the process runs in, if it says so; its digest is computed later, beside the
+    training.
+    """
     path = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     if path:
         return {"image": Path(path).name, "path": path, "sha256": missing("the digest was still being computed")}

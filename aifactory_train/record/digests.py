@@ -13,7 +13,9 @@ __all__ = ["describe", "file_digest", "files_below", "tree_digest"]
 
 
 def inside(folder: Path, name: Any) -> Path | None:
-    """``folder / name`` for a relative path that stays inside the folder; None for anything else (records may be forged)."""
+    """``folder / name`` for a relative path that stays inside the folder; None for anything else (records may be
+    forged).
+    """
     if not isinstance(name, str) or not name or "\0" in name:
         return None
     path = Path(name)
@@ -31,7 +33,8 @@ def is_regular(path: Path) -> bool:
 def describe(paths: Iterable[Path], root: Path, *, remembered: bool = False) -> list[dict[str, Any]]:
     """``{path (below root), bytes, sha256}`` of each file, in the order of their names.
 
-    ``remembered``: files that are untouched since they were last read are not read again (:mod:`aifactory_train.sources.digests`).
+    ``remembered``: files that are untouched since they were last read are not read again
+    (:mod:`aifactory_train.sources.digests`).
     """
     listed = sorted(paths)
     known = sha256_of(listed) if remembered else {p: file_digest(p) for p in listed}

@@ -1,8 +1,8 @@
 """What the loop says while it runs: typed events, and the bus that hands them to listeners.
 
-The trainer emits events and knows nobody who listens; record, metrics log, trackers, progress line and run state listen and are never
-given the trainer. Listeners take no part in collectives, and one that fails never ends a run: its error is said once, and it hears
-the next event all the same.
+The trainer emits events and knows nobody who listens; record, metrics log, trackers, progress line and run state listen
+and are never given the trainer. Listeners take no part in collectives, and one that fails never ends a run: its error
+is said once, and it hears the next event all the same.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ class Listener(Protocol):
 
 
 class EventBus:
-    """Hands each event to its listeners, in the order in which they were added. ``over`` tells that the run folder belongs to
-    another process by now: then nothing is said any more, for what listeners write would stand among its rows and events."""
+    """Hands each event to its listeners, in the order in which they were added. ``over`` tells that the run folder
+    belongs to another process by now: then nothing is said any more, for what listeners write would stand among its
+    rows and events."""
 
     def __init__(self, *listeners: Listener, over: Callable[[], bool] = lambda: False):
         self.listeners, self.over = list(listeners), over

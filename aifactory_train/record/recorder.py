@@ -1,7 +1,7 @@
 """The recorder: what the loop says (:mod:`aifactory_train.record.events`), written down as it happens.
 
-Rank 0 writes the record; the first rank of every node measures that node's energy. No call can end a training: an error of the
-recorder is printed once, kept in the record, and the training goes on. No call takes part in a collective.
+Rank 0 writes the record; the first rank of every node measures that node's energy. No call can end a training: an error
+of the recorder is printed once, kept in the record, and the training goes on. No call takes part in a collective.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def _never_breaks(method: Callable) -> Callable:
 
 
 def _content_of(key: str, section: Any) -> Any:
-    """What a section of the record says about the content of an input; the rest (licence, facts) may be filled in later."""
+    """What a section of the record says about the content of an input; the rest (licence, facts) may be filled in
+    later.
+    """
     if key == "data":
         return [entry.get("sha256") for entry in section]
     if key == "tokenizer":
@@ -178,7 +180,8 @@ class Recorder:
                 )
         values["base"] = collect.base_section(recipe, config, report.parameters, report.trainable)
         if resumed_at and isinstance(before.get("base", {}).get("files"), list):
-            # What the run was begun from stays in the record: the digests of this attempt are compared, not laid over it.
+            # What the run was begun from stays in the record: the digests of this attempt are compared, not laid over
+            # it.
             values["base"] |= {key: before["base"][key] for key in ("files", "tree_sha256") if key in before["base"]}
             self._begun_from = before["base"].get("tree_sha256")
         values["method"] = collect.method_section(recipe, report.parameters, report.trainable)
@@ -249,7 +252,9 @@ class Recorder:
         return fold(events) if events else {}
 
     def _counter(self, config: dict[str, Any]) -> Callable[..., flops.Work] | None:
-        """What counts a step's FLOPs, or None for an architecture that the formulae do not cover (said in the record)."""
+        """What counts a step's FLOPs, or None for an architecture that the formulae do not cover (said in the
+        record).
+        """
         from aifactory_train.core.errors import UserError
         from aifactory_train.model import shapes
 
@@ -279,7 +284,8 @@ class Recorder:
         one = flops.forward(shape, answer)
         return {
             "flop": tokens * (one.linear + one.head + one.attention_causal),
-            "method": f"analytic: {tokens:,} tokens generated in answers of {answer:,} tokens from an empty prompt, key-value cache, one "
+            "method": f"analytic: {tokens:,} tokens generated in answers of {answer:,} tokens from an empty prompt, "
+            f"key-value cache, one "
             "sequence at a time, adapters merged; matrix products only; independent of hardware",
         }
 
@@ -474,7 +480,9 @@ class Recorder:
     # ---- end
 
     def end(self, state: str, cause: str | None = None) -> None:
-        """All ranks: stop the meter; rank 0 closes the attempt and, after a finished run, writes the report and the pack."""
+        """All ranks: stop the meter; rank 0 closes the attempt and, after a finished run, writes the report and the
+        pack.
+        """
         if self._meter is not None:
             with contextlib.suppress(Exception):  # the meter keeps its own errors in its file
                 self._meter.stop()

@@ -1,8 +1,9 @@
-"""The signed manifest: SHA-256 of every file that counts, as an in-toto statement in a DSSE envelope, signed with Ed25519.
+"""The signed manifest: SHA-256 of every file that counts, as an in-toto statement in a DSSE envelope, signed with
+Ed25519.
 
-``manifest.json`` is the statement in readable form, ``manifest.dsse.json`` the envelope. Nothing goes to a transparency log: compute
-nodes have no internet, and records of sensitive projects stay where they are. Formats: in-toto Statement v1, DSSE v1 (its
-pre-authentication encoding is what is signed), keys as PEM.
+``manifest.json`` is the statement in readable form, ``manifest.dsse.json`` the envelope. Nothing goes to a transparency
+log: compute nodes have no internet, and records of sensitive projects stay where they are. Formats: in-toto Statement
+v1, DSSE v1 (its pre-authentication encoding is what is signed), keys as PEM.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ _NEEDED = ("record.json", "events.jsonl", "run.yaml")
 
 
 def subjects(folder: Path) -> list[Path]:
-    """The files that the manifest speaks for: record, events, data manifest, plan, configuration, figures, report, export, evidence."""
+    """The files that the manifest speaks for: record, events, data manifest, plan, configuration, figures, report,
+    export, evidence.
+    """
     return _below(folder, (*_ALWAYS, *_SINCE))
 
 
@@ -133,7 +136,9 @@ def _cryptography() -> tuple[Any, Any]:
 
 
 def load_private(path: Path) -> Any:
-    """An Ed25519 private key (``cryptography``'s object) from a PEM file that nobody else can read; :class:`UserError` otherwise."""
+    """An Ed25519 private key (``cryptography``'s object) from a PEM file that nobody else can read; :class:`UserError`
+    otherwise.
+    """
     ed25519, serialization = _cryptography()
     try:
         mode = path.stat().st_mode
@@ -178,7 +183,9 @@ def key_id(public: Any) -> str:
 
 
 def write_manifest(folder: Path, record: dict[str, Any], key: Path | None) -> dict[str, Any]:
-    """``evidence/manifest.json``, and with a key the signed envelope beside it. Returns what the pack's index says of it."""
+    """``evidence/manifest.json``, and with a key the signed envelope beside it. Returns what the pack's index says of
+    it.
+    """
     target = folder / "evidence"
     target.mkdir(exist_ok=True)
     content = statement(folder, record)
@@ -204,8 +211,8 @@ def check_manifest(
 ) -> tuple[list[RecordFault], list[str]]:
     """Faults of the manifest against the files, and of the envelope against ``public``; and notes.
 
-    ``expected`` are further files that the manifest must list (those that the record speaks of). With a key there must be a manifest and a
-    signature: their absence is a fault, because whoever forges a run can delete them.
+    ``expected`` are further files that the manifest must list (those that the record speaks of). With a key there must
+    be a manifest and a signature: their absence is a fault, because whoever forges a run can delete them.
     """
     key = load_public(public) if public is not None else None  # a wrong key is refused, whatever the folder holds
     place, envelope_file = folder / "evidence" / MANIFEST, folder / "evidence" / ENVELOPE
@@ -318,7 +325,8 @@ def _check_envelope(path: Path, content: dict[str, Any], key: Any, notes: list[s
         )
     if key is None:
         notes.append(
-            f"signed with key {printable(signatures[0][0][:16]) if signatures else '?'}: give --key PUBLIC.pub to check who signed"
+            f"signed with key {printable(signatures[0][0][:16]) if signatures else '?'}: give --key PUBLIC.pub to "
+            f"check who signed"
         )
         return faults
     from cryptography.exceptions import InvalidSignature

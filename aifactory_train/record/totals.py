@@ -36,7 +36,8 @@ def totals(attempts: dict[str, Any], recipe: Recipe, before: dict[str, Any]) -> 
         "flop_model": add("flop_model"),
         "flop_model_full_attention": add("flop_model_full_attention"),
         "flop_executed": add("flop_executed"),
-        "flop_method": "counted per step from the tokens of each document: matrix products, attention causal inside documents; "
+        "flop_method": "counted per step from the tokens of each document: matrix products, attention causal inside "
+        "documents; "
         "executed adds padding and recomputation; evaluation and export are not counted",
         "restarts": max(0, len(ordered) - 1),
         "repeated_steps": repeated_steps,
@@ -54,7 +55,8 @@ def totals(attempts: dict[str, Any], recipe: Recipe, before: dict[str, Any]) -> 
             "flop": plain_count,
             "difference_pct": round(off, 1),
             "more_than_30_pct": abs(off) > 30,
-            "why_it_may_differ": "the output layer runs at supervised positions only; attention and adapters are counted; the "
+            "why_it_may_differ": "the output layer runs at supervised positions only; attention and adapters are "
+            "counted; the "
             "formula counts embeddings as if they were multiplied",
         }
     _add_utilisation(result, before, add("train_s"), ordered)

@@ -1,8 +1,8 @@
 """Trackers besides TensorBoard: MLflow's file store and Weights & Biases in offline mode, both inside the run folder.
 
-Nothing is sent anywhere: neither tracker is given an address, telemetry is switched off, and neither collects code, hardware or the
-command line. ``mlflow ui --backend-store-uri RUN/mlruns`` and ``wandb sync RUN/wandb/offline-run-*`` show or send what lies there,
-when a person decides to. An error of a tracker never ends a training.
+Nothing is sent anywhere: neither tracker is given an address, telemetry is switched off, and neither collects code,
+hardware or the command line. ``mlflow ui --backend-store-uri RUN/mlruns`` and ``wandb sync RUN/wandb/offline-run-*``
+show or send what lies there, when a person decides to. An error of a tracker never ends a training.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Trackers:
 
 
 def open_trackers(run: RunFolder, recipe: Recipe, failed: Callable[[str, BaseException], None]) -> list[Any]:
-    """The trackers that the recipe asks for (rank 0 only). A missing package is a :class:`UserError`: it was asked for."""
+    """The trackers that the recipe asks for (rank 0 only). A missing package is a :class:`UserError`: it was asked
+    for.
+    """
     found: list[Any] = []
     kinds = [(recipe.tracking.mlflow, MLflow), (recipe.tracking.wandb, WandB)]
     for wanted, kind in kinds:

@@ -1,5 +1,5 @@
-"""``report.html``: what a run did, for people. One file without scripts or pictures from anywhere else, made from the record,
-``metrics.jsonl`` and ``eval.json``."""
+"""``report.html``: what a run did, for people. One file without scripts or pictures from anywhere else, made from the
+record, ``metrics.jsonl`` and ``eval.json``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def _page(run: RunFolder, record: dict[str, Any], live: bool) -> str:
     sections = [s for s in sections if s[2]]
     navigation = "".join(f'<li><a href="#{anchor}">{html.escape(name)}</a></li>' for anchor, name, _ in sections)
     body = "".join(
-        f'<section id="{anchor}" aria-labelledby="h-{anchor}"><h2 id="h-{anchor}">{html.escape(name)}</h2>{content}</section>\n'
+        f'<section id="{anchor}" aria-labelledby="h-{anchor}"><h2 '
+        f'id="h-{anchor}">{html.escape(name)}</h2>{content}</section>\n'
         for anchor, name, content in sections
     )
     attempts = record.get("compute", {}).get("attempts", {})
@@ -78,9 +79,11 @@ def _page(run: RunFolder, record: dict[str, Any], live: bool) -> str:
         f'<header class="top"><p class="soft">{html.escape(str(record.get("run", {}).get("recipe", "")))} '
         f"· run {html.escape(str(record.get('run', {}).get('id', '')))}</p><h1>{html.escape(title)}</h1>"
         f'<p><span class="state {html.escape(state)}">{html.escape(state)}</span> {html.escape(_sentence(record))}</p>'
-        f'<nav aria-label="Sections"><ul>{navigation}</ul></nav></header>\n<main id="main">{_cards(record, results)}{body}</main>\n'
+        f'<nav aria-label="Sections"><ul>{navigation}</ul></nav></header>\n<main '
+        f'id="main">{_cards(record, results)}{body}</main>\n'
         f'<footer class="end"><p>{html.escape(legal_basis()["footer"])}</p><p>Made by aifactory-train '
-        f"{html.escape(str(record.get('run', {}).get('code', {}).get('version', '')))} from record event {record['log']['events']}, head "
+        f"{html.escape(str(record.get('run', {}).get('code', {}).get('version', '')))} from record event "
+        f"{record['log']['events']}, head "
         f"{record['log']['head_sha256'][:16]}. <code>aifactory verify</code> checks it.</p></footer>",
         live=live,
     )
@@ -95,7 +98,10 @@ def _sentence(record: dict[str, Any]) -> str:
     what = "GPU" if device.get("kind") == "gpu" else "CPU process"
     plural = "es" if what.endswith("ss") else "s"
     trained = "all weights" if method.get("kind") == "full" else f"{method.get('kind')} adapters"
-    return f"{trained} of {base.get('id')} on {count} {what}{plural if count != 1 else ''} ({device.get('model', 'unknown')})"
+    return (
+        f"{trained} of {base.get('id')} on {count} {what}{plural if count != 1 else ''} "
+        f"({device.get('model', 'unknown')})"
+    )
 
 
 def _cards(record: dict[str, Any], results: dict[str, Any]) -> str:
@@ -152,7 +158,8 @@ def _cards(record: dict[str, Any], results: dict[str, Any]) -> str:
         share = law["share_of_threshold"]
         cards.append(("one-third test", f"{share:.2g}" if share >= 1e-4 else "< 0.0001", f"of the threshold: {flag}"))
     items = "".join(
-        f'<li><span class="label">{html.escape(a)}</span><span class="figure">{html.escape(b)}</span><span class="more">{html.escape(c)}</span></li>'
+        f'<li><span class="label">{html.escape(a)}</span><span class="figure">{html.escape(b)}</span><span '
+        f'class="more">{html.escape(c)}</span></li>'
         for a, b, c in cards
     )
     return f'<ul class="cards" aria-label="Key figures">{items}</ul>' if items else ""
@@ -208,11 +215,13 @@ def _compute(record: dict[str, Any]) -> str:
         ],
         [
             "tokens",
-            f"{totals['tokens_processed']['real']:,} (with padding {totals['tokens_processed']['with_padding']:,}), {totals['supervised_tokens']:,} supervised",
+            f"{totals['tokens_processed']['real']:,} (with padding {totals['tokens_processed']['with_padding']:,}), "
+            f"{totals['supervised_tokens']:,} supervised",
         ],
         [
             "model FLOP",
-            f"{totals['flop_model']:.4g}; with the whole score matrix counted {totals['flop_model_full_attention']:.4g}",
+            f"{totals['flop_model']:.4g}; with the whole score matrix counted "
+            f"{totals['flop_model_full_attention']:.4g}",
         ],
         ["executed FLOP", f"{totals['flop_executed']:.4g}"],
         ["how FLOP are counted", html.escape(totals["flop_method"])],
@@ -223,7 +232,8 @@ def _compute(record: dict[str, Any]) -> str:
         rows.append(
             [
                 "cross-check",
-                f"{html.escape(check['formula'])} gives {check['flop']:.4g}: {check['difference_pct']:+.1f} %{flag}; {html.escape(check['why_it_may_differ'])}",
+                f"{html.escape(check['formula'])} gives {check['flop']:.4g}: {check['difference_pct']:+.1f} %{flag}; "
+                f"{html.escape(check['why_it_may_differ'])}",
             ]
         )
     for key, label in (

@@ -48,8 +48,8 @@ def find_runs(folder: Path, names: list[str]) -> list[RunFolder]:
 
 
 def row(run: RunFolder) -> dict[str, Any]:
-    """One line of the table. What a run did not record is None, never a guess; a run whose files are damaged says so and why
-    (``fault``), and keeps no other from being shown."""
+    """One line of the table. What a run did not record is None, never a guess; a run whose files are damaged says so
+    and why (``fault``), and keeps no other from being shown."""
     try:
         with reading(run.path, "a file of this run is damaged", "aifactory verify RUN"):
             return _row(run)
@@ -126,9 +126,12 @@ def compare_page(runs: list[RunFolder], rows: list[dict[str, Any]]) -> str:
             )
         )
     body = (
-        f'<header class="top"><h1>{"One run" if len(runs) == 1 else f"{len(runs)} runs compared"}</h1></header><main id="main"><section aria-labelledby="h-t"><h2 id="h-t">Figures</h2>'
-        '<div class="scroll" tabindex="0" role="region" aria-label="Figures of the runs"><table class="stack"><caption>One row a run; what a run '
-        f"did not record is said</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></section>"
-        f'<section aria-labelledby="h-c"><h2 id="h-c">Curves</h2><div class="charts">{"".join(charts)}</div></section></main>'
+        f'<header class="top"><h1>{"One run" if len(runs) == 1 else f"{len(runs)} runs compared"}</h1></header><main '
+        f'id="main"><section aria-labelledby="h-t"><h2 id="h-t">Figures</h2>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Figures of the runs"><table '
+        'class="stack"><caption>One row a run; what a run '
+        f"did not record is said</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></section>"  # noqa: E501
+        f'<section aria-labelledby="h-c"><h2 id="h-c">Curves</h2><div '
+        f'class="charts">{"".join(charts)}</div></section></main>'
     )
     return page(f"{len(runs)} runs", body)

@@ -21,7 +21,8 @@ def curves(metrics: list[dict[str, Any]], record: dict[str, Any], plan: dict[str
             [m.get(key) if isinstance(m.get(key), (int, float)) else None for m in train],
         )
 
-    # Under a preference method the training loss is one of pairs (or answers); beside replayed rows its own part is logged apart.
+    # Under a preference method the training loss is one of pairs (or answers); beside replayed rows its own part is
+    # logged apart.
     preference = any("preference_loss" in m or "reward_margin" in m for m in [*train, *held])
     shown = "preference_loss" if any("preference_loss" in m for m in train) else "loss"
     loss = [curve(shown, "training")]

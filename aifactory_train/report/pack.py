@@ -1,5 +1,5 @@
-"""``evidence/``: every document rendered from the record, the report beside it, and the manifest over all of it, signed if there is
-a key. Rendering again after a change (``record fill``, ``export --merge``) replaces the pack as a whole."""
+"""``evidence/``: every document rendered from the record, the report beside it, and the manifest over all of it, signed
+if there is a key. Rendering again after a change (``record fill``, ``export --merge``) replaces the pack as a whole."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ _TOP = [
 
 
 def write_pack(run: RunFolder, *, say: Callable[[str], None] | None = None, key: Path | None = None) -> dict[str, Any]:
-    """Write report, documents, crate and manifest; returns ``{"documents": [...], "missing": [...], "manifest": {...}}``."""
+    """Write report, documents, crate and manifest; returns ``{"documents": [...], "missing": [...], "manifest":
+    {...}}``.
+    """
     from aifactory_train.report import write_report
 
     folder = run.path
@@ -105,7 +107,10 @@ def render(record: dict[str, Any]) -> dict[str, str]:
     for recipient, who in RECIPIENTS.items():
         fields = [f for f in form if recipient in f.recipients]
         name = f"model-documentation-{recipient.lower()}"
-        intro = f"View for {who}. Which fields downstream providers receive follows Annex XII; entries marked MISSING are owed by the person named."
+        intro = (
+            f"View for {who}. Which fields downstream providers receive follows Annex XII; entries marked "
+            f"MISSING are owed by the person named."
+        )
         documents[f"{name}.md"] = form_markdown(
             f"Model Documentation Form ({recipient})", intro, fields, recipient
         ) + footer("mdf", record)

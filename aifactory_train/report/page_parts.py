@@ -23,10 +23,13 @@ def page(title: str, body: str, *, live: bool = False) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; {connect}style-src 'unsafe-inline'; "
+        f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; {connect}style-src '
+        f"'unsafe-inline'; "
         "script-src 'unsafe-inline'; img-src data:\">\n"
-        f'<link rel="icon" href="data:,">\n<title>{html.escape(title)} · aifactory-train</title>\n<style>{style}</style>\n</head>\n'
-        f'<body>\n<a class="skip" href="#main">Skip to the content</a>\n{body}\n<script>{script}</script>\n</body>\n</html>\n'
+        f'<link rel="icon" href="data:,">\n<title>{html.escape(title)} · '
+        f"aifactory-train</title>\n<style>{style}</style>\n</head>\n"
+        f'<body>\n<a class="skip" href="#main">Skip to the '
+        f"content</a>\n{body}\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
@@ -63,6 +66,7 @@ def table(
         lines.append(f"<tr>{''.join(cells)}</tr>")
     kind = ' class="stack"' if stack else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption, quote=True)}"><table{kind}><caption>{html.escape(caption)}</caption>'
+        f'<div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{html.escape(caption, quote=True)}"><table{kind}><caption>{html.escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )

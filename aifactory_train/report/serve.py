@@ -1,7 +1,7 @@
 """``aifactory report RUN --serve``: the report of a live run, followed in a browser. It reads and never writes.
 
-Loopback only, which on a login node is every user of the machine: so the address holds a secret that is printed once. The first visit
-with it leaves a cookie, and goes on to the address without it.
+Loopback only, which on a login node is every user of the machine: so the address holds a secret that is printed once.
+The first visit with it leaves a cookie, and goes on to the address without it.
 """
 
 from __future__ import annotations

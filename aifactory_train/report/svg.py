@@ -1,7 +1,8 @@
-"""Line charts as inline SVG: drawn here, without a plotting package, so that the report is one small file that needs no network.
+"""Line charts as inline SVG: drawn here, without a plotting package, so that the report is one small file that needs no
+network.
 
-A curve of any length becomes at most :data:`BUCKETS` points: the mean of each bucket as a line, its smallest and largest value as a
-band behind it, so that a spike is never averaged away.
+A curve of any length becomes at most :data:`BUCKETS` points: the mean of each bucket as a line, its smallest and
+largest value as a band behind it, so that a spike is never averaged away.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def chart(
     zero: bool = False,
     reference: tuple[str, float] | None = None,
 ) -> str:
-    """A figure: SVG with title and description, a slider that reads values out, and a caption. Empty text without any point.
+    """A figure: SVG with title and description, a slider that reads values out, and a caption. Empty text without any
+    point.
 
     ``reference``: a labelled horizontal line (what was planned).
     """
@@ -124,7 +126,8 @@ def chart(
     for tick in ticks(x0, x1, 6):
         if x0 <= tick <= x1 and tick == int(tick):
             parts.append(
-                f'<text class="tick" x="{px(tick)}" y="{HEIGHT - BOTTOM + 19}" text-anchor="middle">{short(tick)}</text>'
+                f'<text class="tick" x="{px(tick)}" y="{HEIGHT - BOTTOM + 19}" '
+                f'text-anchor="middle">{short(tick)}</text>'
             )
     if reference is not None:
         y = py(reference[1])
@@ -151,7 +154,8 @@ def chart(
             f"least {short(min(p[2] for p in points))}, largest {short(max(p[3] for p in points))}"
         )
     legend = "".join(
-        f'<span class="key"><svg width="14" height="10" aria-hidden="true"><rect class="swatch c{i}" width="14" height="10" rx="2"/></svg> {html.escape(c.label)}</span>'
+        f'<span class="key"><svg width="14" height="10" aria-hidden="true"><rect class="swatch c{i}" width="14" '
+        f'height="10" rx="2"/></svg> {html.escape(c.label)}</span>'
         for i, (c, _) in enumerate(reduced)
     )
     main = next((r for c, r in reduced if not c.dots), reduced[0][1])
@@ -159,7 +163,8 @@ def chart(
     last_index = len(main) - 1
     return (
         f'<figure class="chart" id="chart-{name}">\n'
-        f'<figcaption><h3>{html.escape(title)}</h3><span class="unit">{html.escape(unit)}</span>{legend if len(reduced) > 1 else ""}</figcaption>\n'
+        f"<figcaption><h3>{html.escape(title)}</h3><span "
+        f'class="unit">{html.escape(unit)}</span>{legend if len(reduced) > 1 else ""}</figcaption>\n'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="t-{name} d-{name}" data-points="{data}">'
         f'<title id="t-{name}">{html.escape(title)}</title><desc id="d-{name}">{html.escape(". ".join(spoken))}.</desc>'
         f'{"".join(parts)}<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">step</text>'
@@ -183,7 +188,8 @@ def timeline(bars: Sequence[tuple[str, float, float, str, str]]) -> str:
         width = max(3.0, (stop - start) / end * (WIDTH - 102))
         parts.append(f'<text class="tick" x="0" y="{26 * i + 17}">{html.escape(label)}</text>')
         parts.append(
-            f'<rect class="bar {html.escape(state)}" x="{x:.1f}" y="{26 * i + 4}" width="{width:.1f}" height="18" rx="3">'
+            f'<rect class="bar {html.escape(state)}" x="{x:.1f}" y="{26 * i + 4}" width="{width:.1f}" height="18" '
+            f'rx="3">'
             f"<title>{html.escape(f'{label}: {state}. {text}')}</title></rect>"
         )
     for tick in ticks(0, end, 5):
@@ -192,7 +198,8 @@ def timeline(bars: Sequence[tuple[str, float, float, str, str]]) -> str:
     said = ". ".join(f"{b[0]}: {b[3]}, {duration(b[2] - b[1])}. {b[4]}" for b in bars)
     return (
         f'<svg class="timeline" viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="t-attempts d-attempts">'
-        f'<title id="t-attempts">Attempts over time</title><desc id="d-attempts">{html.escape(said)}</desc>{"".join(parts)}</svg>'
+        f'<title id="t-attempts">Attempts over time</title><desc '
+        f'id="d-attempts">{html.escape(said)}</desc>{"".join(parts)}</svg>'
     )
 
 

@@ -87,8 +87,9 @@ class RunFolder:
     def is_live(self) -> bool:
         """Whether another process is training here now, as far as that can be said at once.
 
-        ``starts/`` decides where there is one (:mod:`aifactory_train.run.ownership`). Folders of before there was: a process of this host
-        must exist and be the one that wrote the state; another host must have written it within the last two minutes.
+        ``starts/`` decides where there is one (:mod:`aifactory_train.run.ownership`). Folders of before there was: a
+        process of this host must exist and be the one that wrote the state; another host must have written it within
+        the last two minutes.
         """
         number = current(self.path)
         if number:
@@ -100,7 +101,8 @@ class RunFolder:
             return False
         ago = time.time() - float(state.get("time") or 0)
         if state.get("host") != socket.gethostname():
-            # A stamp from the future is a clock that goes wrong: it must not keep the folder closed until its time comes.
+            # A stamp from the future is a clock that goes wrong: it must not keep the folder closed until its time
+            # comes.
             return 0 <= ago < STALE_AFTER_S
         pid = state.get("pid") or 0  # none: nobody can be told from
         if pid == os.getpid() or not process_lives(pid, state.get("process_start")):

@@ -25,9 +25,10 @@ def open_for_training(
     """Decide whether training may start in this folder; returns the checkpoint's step to go on from, or None.
 
     ``resume`` is ``auto`` (go on if there is something to go on from), a step, ``never`` (start over; what was there is
-    moved to ``replaced/``), or None (an unfinished run is not touched without being asked). A finished run is opened only for
-    a ``recipe`` of another length; whether it can be prolonged is seen when the checkpoint is read. ``owner`` claims the folder for
-    this process before anything in it is relied on or changed; it is given back where the start is refused.
+    moved to ``replaced/``), or None (an unfinished run is not touched without being asked). A finished run is opened
+    only for a ``recipe`` of another length; whether it can be prolonged is seen when the checkpoint is read. ``owner``
+    claims the folder for this process before anything in it is relied on or changed; it is given back where the start
+    is refused.
     """
     if resume not in (None, "auto", "never") and not str(resume).isdigit():
         raise UserError(f"'{resume}' is neither auto, never nor a step", where="--resume")
@@ -101,7 +102,8 @@ def _open_claimed(run: RunFolder, resume: str | None, recipe: Recipe | None) -> 
         raise UserError(
             "holds a finished run",
             where=str(run.path),
-            fix="choose another --run-dir or --name; --resume auto with a larger train.max_steps or train.epochs prolongs it; "
+            fix="choose another --run-dir or --name; --resume auto with a larger train.max_steps or train.epochs "
+            "prolongs it; "
             "--resume never starts over and keeps the old files in replaced/",
         )
     if resume is None:
@@ -122,7 +124,9 @@ def _open_claimed(run: RunFolder, resume: str | None, recipe: Recipe | None) -> 
 
 
 def _may_start_over(run: RunFolder) -> None:
-    """No complete checkpoint is there. Raises :class:`UserError` unless the run never completed one: then it starts at step 1."""
+    """No complete checkpoint is there. Raises :class:`UserError` unless the run never completed one: then it starts at
+    step 1.
+    """
     from aifactory_train.run import saved
 
     found = saved.evidence(run)
@@ -132,7 +136,8 @@ def _may_start_over(run: RunFolder) -> None:
     raise UserError(
         f"the run had checkpoints ({found}), and none is left to go on from:\n    " + "\n    ".join(saved.damage(run)),
         where=str(run.checkpoints),
-        fix="put a checkpoint back; to start over use a new --name or --run-dir, or --resume never (keeps the old files in replaced/)",
+        fix="put a checkpoint back; to start over use a new --name or --run-dir, or --resume never (keeps the old "
+        "files in replaced/)",
     )
 
 
@@ -159,8 +164,8 @@ _MAY_EXIST = {
 
 
 def _may_exist(path: Path, run: RunFolder) -> bool:
-    """Whether a folder without a ``run.yaml`` may hold this: nothing was trained there, it is what an attempt that ended before
-    its first step left, or what was put there for the run to come."""
+    """Whether a folder without a ``run.yaml`` may hold this: nothing was trained there, it is what an attempt that
+    ended before its first step left, or what was put there for the run to come."""
     if path == run.state_file:
         return run.state().get("state") in ("new", "failed")
     if path == run.checkpoints:

@@ -1,4 +1,5 @@
-"""What each rank says about itself: a heartbeat while it works, one outcome file when it ends, a flight record if it hangs.
+"""What each rank says about itself: a heartbeat while it works, one outcome file when it ends, a flight record if it
+hangs.
 
 Launchers hide causes (torchrun turns every failure into 1, srun into 143), so the files decide:
 ``attempts/NNN/outcome-RANK.json`` and ``attempts/NNN/alive-RANK.json``. Standard library only.
@@ -24,28 +25,39 @@ from aifactory_train.private import redact
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.run.ownership import TakenOver
 
-#: A heartbeat (and rank 0's ``state.json``) is written at most this often once an attempt has gone on for a while; after 1, 2, 4 and 8
-#: seconds at first, so that short runs can be followed.
+#: A heartbeat (and rank 0's ``state.json``) is written at most this often once an attempt has gone on for a while;
+#: after 1, 2, 4 and 8 seconds at first, so that short runs can be followed.
 BEAT_EVERY_S = 10.0
-#: With many ranks less often: so many heartbeats a second are enough for one folder of a parallel file system, up to this long.
+#: With many ranks less often: so many heartbeats a second are enough for one folder of a parallel file system, up to
+#: this long.
 BEATS_PER_S, BEAT_LATEST_S = 50.0, 60.0
-#: Phases in which every rank must make progress within the time-out; others (saving, evaluation) take as long as they take.
+#: Phases in which every rank must make progress within the time-out; others (saving, evaluation) take as long as they
+#: take.
 WATCHED = ("forward", "reduce", "update")
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 #: Modules whose work is the host's alone: rows, tokens and files. A rank that stays there keeps the others waiting.
 HOST_WORK = (
-    f"data{os.sep}", f"record{os.sep}", f"sources{os.sep}", f"metrics{os.sep}", f"energy{os.sep}", f"private{os.sep}",
-    f"core{os.sep}", f"run{os.sep}", f"parallel{os.sep}storage.py", f"training{os.sep}metrics_log.py", f"training{os.sep}stopping.py",
+    f"data{os.sep}",
+    f"record{os.sep}",
+    f"sources{os.sep}",
+    f"metrics{os.sep}",
+    f"energy{os.sep}",
+    f"private{os.sep}",
+    f"core{os.sep}",
+    f"run{os.sep}",
+    f"parallel{os.sep}storage.py",
+    f"training{os.sep}metrics_log.py",
+    f"training{os.sep}stopping.py",
     f"training{os.sep}ahead.py",
-)  # fmt: skip
+)
 
 
 class Attempt:
     """One rank's record of one attempt. Use as a context manager and set ``code`` to the exit code.
 
-    What is said while it trains is written by a thread, so that no step waits for a file system. The thread says what the training
-    reached, and when: it writes nothing while that stands still.
+    What is said while it trains is written by a thread, so that no step waits for a file system. The thread says what
+    the training reached, and when: it writes nothing while that stands still.
     """
 
     def __init__(
@@ -105,7 +117,9 @@ class Attempt:
         self._write_meanwhile()
 
     def set_state(self, state: str, **more: Any) -> None:
-        """How the run stands at the end of this attempt: written now, and nothing is written in the background any more."""
+        """How the run stands at the end of this attempt: written now, and nothing is written in the background any
+        more.
+        """
         self._stop_writing()
         self.run.set_state(state, **more)
 
@@ -239,9 +253,10 @@ def _innermost(tb: TracebackType | None) -> str:
 def waits_for_others(stack: traceback.StackSummary, device: str) -> bool:
     """Whether a rank whose main thread stands at ``stack`` (innermost frame last) waits for other ranks.
 
-    On the CPU a collective shows as a frame of torch.distributed. On a GPU the host runs ahead and stands wherever the device
-    is asked for a result or its queue is full, because a collective queued earlier does not end: every rank waits there,
-    unless it is in our own work on the host (data and files). A copy to the device is no such work. A rank that is "alone" waits for nobody.
+    On the CPU a collective shows as a frame of torch.distributed. On a GPU the host runs ahead and stands wherever the
+    device is asked for a result or its queue is full, because a collective queued earlier does not end: every rank
+    waits there, unless it is in our own work on the host (data and files). A copy to the device is no such work. A rank
+    that is "alone" waits for nobody.
     """
     if device == "alone":
         return False

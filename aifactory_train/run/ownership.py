@@ -1,8 +1,9 @@
 """One run folder, one run: of several processes that want to train in a folder at the same time exactly one does.
 
-Every start that trains leaves ``RUN/starts/NUMBER.json``; the highest number owns the folder. A start becomes number n+1 by making
-that file, which one process alone can do, after it has seen that n does not train any more. Nothing is ever taken away from under
-an owner: whoever judged too early finds n+1 there. File locks are not used, because cluster file systems often switch them off.
+Every start that trains leaves ``RUN/starts/NUMBER.json``; the highest number owns the folder. A start becomes number
+n+1 by making that file, which one process alone can do, after it has seen that n does not train any more. Nothing is
+ever taken away from under an owner: whoever judged too early finds n+1 there. File locks are not used, because cluster
+file systems often switch them off.
 
 Whether n still trains is told by the first of these that knows:
 
@@ -11,7 +12,8 @@ Whether n still trains is told by the first of these that knows:
 * the launcher knows: it closed that attempt after its processes were gone, or the scheduler queued the same job again;
 * its heartbeat: no clock is compared, the file is watched for :data:`WATCH_S` and either changes or does not.
 
-An owner whose place was taken all the same (its node had been out of reach) sees the higher number and ends: see :meth:`Owner.check`.
+An owner whose place was taken all the same (its node had been out of reach) sees the higher number and ends: see
+:meth:`Owner.check`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from aifactory_train.core.output import note
 
 #: An owner renews its file this often.
 BEAT_S = 10.0
-#: A file of another machine that did not change for so long has no owner any more. Several beats: a busy file system may miss some.
+#: A file of another machine that did not change for so long has no owner any more. Several beats: a busy file system
+#: may miss some.
 WATCH_S = 45.0
 #: Whether the folder has another owner is asked of the file system at most this often, where an old answer will do.
 LOOK_S = 1.0
@@ -40,7 +43,9 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 
 def process_start(pid: int) -> str | None:
-    """What tells a process from a later one of the same number: its start in clock ticks since boot (None where /proc has no answer)."""
+    """What tells a process from a later one of the same number: its start in clock ticks since boot (None where /proc
+    has no answer).
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -59,7 +64,9 @@ def process_age(pid: int) -> float | None:
 
 
 def process_lives(pid: int, started: str | None = None) -> bool:
-    """Whether process ``pid`` of this machine exists, runs, and (where ``started`` is known) is the one that was meant."""
+    """Whether process ``pid`` of this machine exists, runs, and (where ``started`` is known) is the one that was
+    meant.
+    """
     if pid <= 0:
         return False
     try:
@@ -79,7 +86,9 @@ def process_lives(pid: int, started: str | None = None) -> bool:
 
 
 def this_machine() -> str:
-    """What two processes have in common if each can look at the other: the boot of the machine and the process numbers' name space."""
+    """What two processes have in common if each can look at the other: the boot of the machine and the process numbers'
+    name space.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -184,7 +193,8 @@ class Owner:
                     raise RunIsLive(
                         f"a run is live here (process {other.get('pid')} on {other.get('host')})",
                         where=str(self.run),
-                        fix="follow it with 'aifactory status', end it with 'aifactory stop', or choose another --run-dir",
+                        fix="follow it with 'aifactory status', end it with 'aifactory stop', or choose another "
+                        "--run-dir",
                     )
                 number = before + 1
                 if self._make(number):
@@ -242,7 +252,8 @@ class Owner:
                 reported = True
 
     def lost(self, *, look: bool = False) -> bool:
-        """Whether another start owns the folder by now. The file system was asked within :data:`LOOK_S`; ``look`` asks it now.
+        """Whether another start owns the folder by now. The file system was asked within :data:`LOOK_S`; ``look`` asks
+        it now.
 
         By the wall clock: a process that was stopped for a while asks before it does anything else.
         """
@@ -260,7 +271,8 @@ class Owner:
         if self.lost(look=look):
             other = self._read(self._newest()) or {}
             raise TakenOver(
-                f"another start took this run over (process {other.get('pid')} on {other.get('host')}): this machine gave no sign of "
+                f"another start took this run over (process {other.get('pid')} on {other.get('host')}): this machine "
+                f"gave no sign of "
                 f"life for {WATCH_S:.0f} s",
                 where=str(self.run),
                 fix="nothing is lost: the other one goes on from the last complete checkpoint",
@@ -273,7 +285,8 @@ def current(run: Path) -> int:
 
 
 def living(run: Path, number: int, attempt: int | None = None) -> dict[str, Any] | None:
-    """The content of start ``number`` if its process still trains in the folder. May watch its heartbeat for :data:`WATCH_S`.
+    """The content of start ``number`` if its process still trains in the folder. May watch its heartbeat for
+    :data:`WATCH_S`.
 
     ``attempt`` is the launcher's number of the attempt that asks.
     """
@@ -321,7 +334,8 @@ def launcher_ended(run: Path, theirs: Any, ours: int) -> bool:
     if not isinstance(theirs, int) or theirs >= ours:
         return False
     before, now = book(theirs), book(ours)
-    # Its own job waited for its processes and then judged it; or it is the same job, which has no other processes any more.
+    # Its own job waited for its processes and then judged it; or it is the same job, which has no other processes any
+    # more.
     closed = before.get("state") is not None and before.get("rc") is not None
     same_job = bool(before.get("job")) and before.get("job") == now.get("job")
     return closed or same_job

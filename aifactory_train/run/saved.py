@@ -1,7 +1,8 @@
-"""Whether a run ever completed a checkpoint: what decides between starting at step 1 and refusing to. Standard library only.
+"""Whether a run ever completed a checkpoint: what decides between starting at step 1 and refusing to. Standard library
+only.
 
-``saved.json`` in the run folder is written after each complete checkpoint. It outlives ``checkpoints/``: a run whose checkpoints were
-damaged or lost must never look like one that was killed before its first save.
+``saved.json`` in the run folder is written after each complete checkpoint. It outlives ``checkpoints/``: a run whose
+checkpoints were damaged or lost must never look like one that was killed before its first save.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def note_saved(run: RunFolder, step: int) -> None:
 def evidence(run: RunFolder) -> str | None:
     """What shows that the run had completed a checkpoint; None where nothing does.
 
-    Runs of the first version have no ``saved.json``: folders of checkpoints, whole or not, and attempts that ended well, or began
-    after a step, tell it as well.
+    Runs of the first version have no ``saved.json``: folders of checkpoints, whole or not, and attempts that ended
+    well, or began after a step, tell it as well.
     """
     path = run.path / SAVED
     if path.is_file():
@@ -48,7 +49,9 @@ def evidence(run: RunFolder) -> str | None:
 
 
 def _steps_beyond_a_save(run: RunFolder) -> str | None:
-    """Of the first version: steps after the second save was due, which waits for the first and ends the run if that failed."""
+    """Of the first version: steps after the second save was due, which waits for the first and ends the run if that
+    failed.
+    """
     every = run.load_config().checkpoint.every_steps
     made = run.state().get("step") or 0
     if run.metrics_file.is_file():

@@ -9,10 +9,10 @@ Four kinds of source, told apart by their text alone (:func:`parse`):
 anything else          a local file or folder
 =====================  ==========================================================================================
 
-:func:`fetch` is the only function that may use the network. :func:`resolve_model` and :func:`resolve_data` only look into
-the cache. Every fetched item has a manifest: what was asked, what it resolved to, the sha256 of each file, the licence and
-where that licence was read. An item is built in a temporary folder beside its place and renamed at the end, so that a
-broken download or a full disk leaves nothing behind.
+:func:`fetch` is the only function that may use the network. :func:`resolve_model` and :func:`resolve_data` only look
+into the cache. Every fetched item has a manifest: what was asked, what it resolved to, the sha256 of each file, the
+licence and where that licence was read. An item is built in a temporary folder beside its place and renamed at the end,
+so that a broken download or a full disk leaves nothing behind.
 
 ::
 

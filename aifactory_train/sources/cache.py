@@ -1,4 +1,6 @@
-"""Items of the cache: where they lie, their manifests, and how one is built so that a broken download leaves nothing behind."""
+"""Items of the cache: where they lie, their manifests, and how one is built so that a broken download leaves nothing
+behind.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def model_folder(spec: Spec, file: Path | None = None) -> Path:
 
 
 def hub_manifest_folder(spec: Spec, kind: str) -> Path:
-    """Where the manifest of a Hugging Face repository lies (its files are in Hugging Face's cache); ``kind``: model or dataset."""
+    """Where the manifest of a Hugging Face repository lies (its files are in Hugging Face's cache); ``kind``: model or
+    dataset.
+    """
     return cache_dir() / "hub" / f"{kind}--{spec.name.replace('/', '--')}"
 
 

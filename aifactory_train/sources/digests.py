@@ -23,8 +23,9 @@ SETTLED_NS = 2_000_000_000
 def sha256_of(paths: Iterable[Path], *, fresh: bool = False) -> dict[Path, str]:
     """SHA-256 of each file.
 
-    A digest is taken from memory where the file's path, size, inode and both times (of content and of inode) are as they were: no
-    program can write to a file and leave them all. ``fresh`` reads the files whatever is remembered. Raises :class:`UserError`.
+    A digest is taken from memory where the file's path, size, inode and both times (of content and of inode) are as
+    they were: no program can write to a file and leave them all. ``fresh`` reads the files whatever is remembered.
+    Raises :class:`UserError`.
     """
     memory = cache_dir() / "digests.json"
     known = {} if fresh else _recall(memory)

@@ -43,7 +43,8 @@ def fetch(
 
     Nothing is downloaded when the cache already holds it, unless ``force``. ``say`` gets one line per step.
     Returns ``{"recipe": id, "cache": path, "model": manifest | None, "data": [manifest, ...]}``; the same is written to
-    ``manifests/RECIPE.json`` in the cache. Raises :class:`UserError` (wrong source, gated model, no network, full disk).
+    ``manifests/RECIPE.json`` in the cache. Raises :class:`UserError` (wrong source, gated model, no network, full
+    disk).
     """
     items: list[dict[str, Any]] = []
     result: dict[str, Any] = {

@@ -12,9 +12,9 @@ from aifactory_train.core.files import foreign
 def convert_gguf(file: Path, target: Path) -> dict[str, Any]:
     """Write the model in a GGUF file as a transformers folder: fp32 safetensors, config, tokenizer, chat template.
 
-    transformers reads GGUF but refuses to save the model it read, so the weights are copied into a fresh model of the same
-    configuration. Returns ``{"architecture", "licence", "parameters", "quantisation"}`` read from the file. Raises :class:`UserError`
-    for a file that is damaged or that transformers does not read.
+    transformers reads GGUF but refuses to save the model it read, so the weights are copied into a fresh model of the
+    same configuration. Returns ``{"architecture", "licence", "parameters", "quantisation"}`` read from the file. Raises
+    :class:`UserError` for a file that is damaged or that transformers does not read.
     """
     with foreign(
         file, "the GGUF file cannot be converted", "copy or fetch it again, or use the model's safetensors form"

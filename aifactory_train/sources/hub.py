@@ -59,7 +59,9 @@ def cached(spec: Spec, revision: str | None, kind: str, where: str) -> Path:
 
 
 def fetch(spec: Spec, revision: str | None, kind: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Fetch a repository (``kind``: model or dataset) and return its manifest; wrong ids, gates and lost networks are :class:`UserError`."""
+    """Fetch a repository (``kind``: model or dataset) and return its manifest; wrong ids, gates and lost networks are
+    :class:`UserError`.
+    """
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 

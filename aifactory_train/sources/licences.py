@@ -1,12 +1,13 @@
 """The licence gate: may this base and these rows be used for what the run is for, and under what may the result go out?
 
-Every data set and every base model has a licence and an entry in ``recipes/licences.yaml`` that says where that licence was
-read. For commercial use (``about.use``, the default) the gate refuses, by name and with the alternative, what is
+Every data set and every base model has a licence and an entry in ``recipes/licences.yaml`` that says where that licence
+was read. For commercial use (``about.use``, the default) the gate refuses, by name and with the alternative, what is
 non-commercial, what carries a clause on the output of the model that wrote it, and what is unknown or was never read.
 Research use is asked for by name: ``--research``.
 
-Files of the user's own are never refused for an unknown licence: the gate asks for it, and the record keeps it as MISSING
-(record/collect.py) until somebody answers. This is care, not legal advice. Imports neither torch nor pydantic models.
+Files of the user's own are never refused for an unknown licence: the gate asks for it, and the record keeps it as
+MISSING (record/collect.py) until somebody answers. This is care, not legal advice. Imports neither torch nor pydantic
+models.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _KINDS = ("public-domain", "permissive", "attribution", "share-alike", "non-comm
 class Parent:
     """One parent of a result, judged.
 
-    ``where`` is the configuration key, ``refused`` the reason why it may not be used commercially (None: it may), ``asked``
-    a question to the user that stops nothing.
+    ``where`` is the configuration key, ``refused`` the reason why it may not be used commercially (None: it may),
+    ``asked`` a question to the user that stops nothing.
     """
 
     where: str
@@ -190,10 +191,10 @@ def check(recipe: Recipe) -> list[str]:
 def result_licence(recipe: Recipe) -> dict[str, Any]:
     """Under what the result may go out, computed from its parents.
 
-    Whether weights are a derived work of their data is open in law; this takes the careful reading, in which they are. Returns
-    ``{"licence": SPDX id or "other", "name": None or words, "because": text, "attribution": [lines], "commercial": bool}``.
-    The base's licence is the result's where nothing else binds; one share-alike licence decides; two different ones cannot
-    both be met, and that is said.
+    Whether weights are a derived work of their data is open in law; this takes the careful reading, in which they are.
+    Returns ``{"licence": SPDX id or "other", "name": None or words, "because": text, "attribution": [lines],
+    "commercial": bool}``. The base's licence is the result's where nothing else binds; one share-alike licence decides;
+    two different ones cannot both be met, and that is said.
     """
     found = [p for p in parents(recipe) if p.role != "eval"]
     credit = list(dict.fromkeys(p.attribution for p in found if p.attribution))

@@ -1,4 +1,6 @@
-"""What lies in a model folder, looked at before any library is given it: configuration and weight files are what they must be."""
+"""What lies in a model folder, looked at before any library is given it: configuration and weight files are what they
+must be.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_contents(folder: Path) -> None:
-    """Refuse a configuration that is no object, weight files whose header is damaged, and more layers than there are tensors."""
+    """Refuse a configuration that is no object, weight files whose header is damaged, and more layers than there are
+    tensors.
+    """
     config = read_json(folder / "config.json", dict)
     tensors = sum(_tensors(file) for file in weight_files(folder) if file.name != INDEX)
     for key, value in _counts(config):

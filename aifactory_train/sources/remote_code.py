@@ -1,4 +1,6 @@
-"""Code that a model's repository ships (``model.trust_remote_code``): which it is, said before any of it runs and kept in the record."""
+"""Code that a model's repository ships (``model.trust_remote_code``): which it is, said before any of it runs and kept
+in the record.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _MAPS = ("config.json", "tokenizer_config.json", "generation_config.json", "proc
 
 
 def code_of(folder: Path) -> list[dict[str, Any]]:
-    """``{path, bytes, sha256}`` of the Python files in a model folder; ``{repository}`` of others that its classes are taken from."""
+    """``{path, bytes, sha256}`` of the Python files in a model folder; ``{repository}`` of others that its classes are
+    taken from.
+    """
     from aifactory_train.core.files import file_digest
 
     files: list[dict[str, Any]] = [
@@ -51,7 +55,9 @@ def recorded(recipe: Recipe) -> bool | list[dict[str, Any]]:
 
 
 def warn(recipe: Recipe, folder: Path) -> None:
-    """Say once, on standard error of the first rank, whose code is going to run; nothing without ``model.trust_remote_code``."""
+    """Say once, on standard error of the first rank, whose code is going to run; nothing without
+    ``model.trust_remote_code``.
+    """
     if not recipe.model.trust_remote_code or not _first_rank():
         return
     from aifactory_train.core.output import note
@@ -63,7 +69,8 @@ def warn(recipe: Recipe, folder: Path) -> None:
     names = [entry.get("path") or f"files of {entry['repository']}" for entry in found]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     note(
-        f"warning: model.trust_remote_code: code that comes with '{recipe.model.base}' runs here with all of your rights, and nobody "
+        f"warning: model.trust_remote_code: code that comes with '{recipe.model.base}' runs here with all of your "
+        f"rights, and nobody "
         f"of this project has read it: {shown}"
     )
 

@@ -26,8 +26,8 @@ from aifactory_train.sources.cache import (
 def resolve_model(model: ModelConfig) -> Path:
     """Folder of a fetched base model (``config.json``, safetensors, tokenizer). Never uses the network.
 
-    With ``model.vocabulary`` it is the folder with the larger vocabulary. Raises :class:`UserError` when the model was not fetched or
-    a local folder is not a model.
+    With ``model.vocabulary`` it is the folder with the larger vocabulary. Raises :class:`UserError` when the model was
+    not fetched or a local folder is not a model.
     """
     folder = _resolve_base(model)
     if model.vocabulary is None:

@@ -1,10 +1,12 @@
-"""A larger vocabulary for a new language: tokens learnt from its text, with embeddings that begin where the model already is.
+"""A larger vocabulary for a new language: tokens learnt from its text, with embeddings that begin where the model
+already is.
 
-The tokenizer's own byte-pair merges stay in force and new ones follow them, learnt on text that the old ones have cut (continued
-BPE training). A text is therefore cut at no more places than before, and each new token is a run of old ones. Its embedding starts as
-the mean of theirs (Gee et al. 2022, "Fast Vocabulary Transfer for Language Model Compression", arXiv 2402.09977), in the output layer as
-well where that is not the same matrix. Training then moves it, so embeddings have to be trained: all rows, or with
-``model.vocabulary.train: new`` those of the new tokens alone (:class:`aifactory_train.model.causal_lm.CausalLM` keeps gradients off the others).
+The tokenizer's own byte-pair merges stay in force and new ones follow them, learnt on text that the old ones have cut
+(continued BPE training). A text is therefore cut at no more places than before, and each new token is a run of old
+ones. Its embedding starts as the mean of theirs (Gee et al. 2022, "Fast Vocabulary Transfer for Language Model
+Compression", arXiv 2402.09977), in the output layer as well where that is not the same matrix. Training then moves it,
+so embeddings have to be trained: all rows, or with ``model.vocabulary.train: new`` those of the new tokens alone
+(:class:`aifactory_train.model.causal_lm.CausalLM` keeps gradients off the others).
 
 The result is a model folder like any other, built once in the cache; everything downstream reads it as the base model.
 """
@@ -36,7 +38,8 @@ _KEY = "model.vocabulary"
 def extended(folder: Path, settings: VocabularyConfig) -> Path:
     """The model folder with the larger vocabulary, built in the cache where it is not there yet.
 
-    Raises :class:`UserError` for a tokenizer that is no BPE with a pre-tokenizer, or for a text that holds nothing to learn.
+    Raises :class:`UserError` for a tokenizer that is no BPE with a pre-tokenizer, or for a text that holds nothing to
+    learn.
     """
     from aifactory_train.config.loading import cache_dir
 
@@ -95,7 +98,9 @@ def texts(path: Path) -> Iterator[str]:
 
 
 def learn_merges(tokenizer: Any, lines: Iterator[str], size: int) -> list[tuple[str, str]]:
-    """At most ``size`` merges that shorten the text most, in order, on words as ``tokenizer`` (of ``tokenizers``) cuts them."""
+    """At most ``size`` merges that shorten the text most, in order, on words as ``tokenizer`` (of ``tokenizers``) cuts
+    them.
+    """
     words: collections.Counter[str] = collections.Counter()
     for line in lines:
         normal = tokenizer.normalizer.normalize_str(line) if tokenizer.normalizer is not None else line

@@ -1,4 +1,6 @@
-"""The next step's documents, dealt out, collated and copied to pinned memory by a thread while the device works on this one."""
+"""The next step's documents, dealt out, collated and copied to pinned memory by a thread while the device works on this
+one.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 class ReadyStep:
     """One step, a function of its number and the cursor before it alone.
 
-    shares: ``[rank][micro] -> documents``; batches: this rank's, or None where the method makes them when the step begins;
-    following: the cursor behind it; supervised, tokens: of all ranks; epochs: how many are done after it.
+    shares: ``[rank][micro] -> documents``; batches: this rank's, or None where the method makes them when the step
+    begins; following: the cursor behind it; supervised, tokens: of all ranks; epochs: how many are done after it.
     """
 
     context: StepContext
@@ -38,9 +40,9 @@ class ReadyStep:
 class StepsAhead:
     """Hands out steps one after the other, and makes the following one meanwhile.
 
-    Only what is handed out counts: where the loop goes back to a checkpoint, what was made ahead is thrown away, and the cursor that
-    a checkpoint keeps is the loop's own. A method that does something before a step (:meth:`TrainingMethod.before_step`) makes its
-    batches after it, in the loop.
+    Only what is handed out counts: where the loop goes back to a checkpoint, what was made ahead is thrown away, and
+    the cursor that a checkpoint keeps is the loop's own. A method that does something before a step
+    (:meth:`TrainingMethod.before_step`) makes its batches after it, in the loop.
     """
 
     def __init__(self, run: RunContext, method: TrainingMethod):

@@ -8,9 +8,9 @@ One folder a checkpoint, ``checkpoints/step-N``:
     trainer.json               step, data cursor, counters, and the whole configuration
     COMPLETE                   written last: size and SHA-256 of every file above, and of itself
 
-The folder is written beside (``.writing-step-N``) and renamed when COMPLETE is in it: a reader sees all of it or nothing.
-The files are those of ``parallel/storage.py``; what may change between attempts is in ``parallel/changes.py``. See
-docs/checkpoints.md.
+The folder is written beside (``.writing-step-N``) and renamed when COMPLETE is in it: a reader sees all of it or
+nothing. The files are those of ``parallel/storage.py``; what may change between attempts is in ``parallel/changes.py``.
+See docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -280,7 +280,9 @@ class Checkpointer:
         raise SaveFailed(f"the checkpoint of step {step} could not be written: {troubles[0]}", where=str(self.path))
 
     def _prune(self, newest: int, best: int | None) -> None:
-        """Delete what is neither among the last ``keep`` complete checkpoints nor the best. Rank 0, after a good save."""
+        """Delete what is neither among the last ``keep`` complete checkpoints nor the best. Rank 0, after a good
+        save.
+        """
         for left in self.path.glob(".deleting-step-*"):
             shutil.rmtree(left)
         complete = [s for s in steps_in(self.path) if (self.path / f"step-{s}" / MARKER).is_file() and s <= newest]
@@ -325,8 +327,8 @@ class Checkpointer:
         """The newest checkpoint without a fault (or ``wanted``); None where there is none at all.
 
         Damaged ones are named and, once an older good one is found, set aside under another name, never deleted. Raises
-        :class:`UserError` where there are checkpoints but no good one (all stay where they are: the next attempt must find them
-        too), or ``wanted`` is missing or damaged.
+        :class:`UserError` where there are checkpoints but no good one (all stay where they are: the next attempt must
+        find them too), or ``wanted`` is missing or damaged.
         """
         steps = self._main("checkpoints cannot be listed", lambda: steps_in(self.path))
         if wanted is not None:
@@ -354,12 +356,14 @@ class Checkpointer:
         raise UserError(
             "no good checkpoint to go on from:\n    " + "\n    ".join(named),
             where=str(self.path),
-            fix="the damaged checkpoints are left as they are: put good copies back; to start over use a new --name or --run-dir, "
+            fix="the damaged checkpoints are left as they are: put good copies back; to start over use a new --name "
+            "or --run-dir, "
             "or --resume never (keeps the old files in replaced/)",
         )
 
     def leave_behind(self, step: int) -> None:
-        """The run goes on from ``step``: later checkpoints, where there are any, are those of a continuation that was given up.
+        """The run goes on from ``step``: later checkpoints, where there are any, are those of a continuation that was
+        given up.
 
         Under their own names the next ``--resume auto`` would take them for the newest of this one. Nothing is deleted.
         """
@@ -386,8 +390,8 @@ class Checkpointer:
     def load(self, step: int, *, same_rates: Callable[[dict[str, Any]], bool] | None = None) -> dict[str, Any]:
         """Restore engine and random numbers from ``step``; returns the trainer's values (``cursor``, counters …).
 
-        The configuration is compared first: a change of meaning is refused (``same_rates`` judges a prolonged run, given
-        the old configuration tree). Another number of ranks or another engine is fine.
+        The configuration is compared first: a change of meaning is refused (``same_rates`` judges a prolonged run,
+        given the old configuration tree). Another number of ranks or another engine is fine.
         """
         folder = self.path / f"step-{step}"
         marker, trainer = read_marker(folder), read_tree(folder, "trainer.json")

@@ -1,8 +1,8 @@
 """What a run computes from besides its configuration: the base model's content, the tokenizer, the tokens of the rows.
 
-A checkpoint holds what was trained. Frozen weights, the tokenizer and the rows come from outside every time a run goes on, under names
-that the configuration keeps: the content behind a name can change. ``inputs.json`` in the run folder has the digests of the first
-attempt, and an attempt that goes on is compared with it.
+A checkpoint holds what was trained. Frozen weights, the tokenizer and the rows come from outside every time a run goes
+on, under names that the configuration keeps: the content behind a name can change. ``inputs.json`` in the run folder
+has the digests of the first attempt, and an attempt that goes on is compared with it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _WRITTEN_BY = ("_name_or_path", "transformers_version")
 def of_run(recipe: Recipe, data: Any, train_set: Any) -> dict[str, Any]:
     """Digests of everything that decides what the steps of this run compute, as JSON values.
 
-    ``data`` is what :func:`aifactory_train.data.prepare` returned, ``train_set`` the view on its training set that the steps use.
+    ``data`` is what :func:`aifactory_train.data.prepare` returned, ``train_set`` the view on its training set that the
+    steps use.
     """
     from aifactory_train.model.base import base_folder
     from aifactory_train.sources import resolve_model
@@ -76,7 +77,8 @@ def keep(run: RunFolder, inputs: dict[str, Any], *, fresh: bool) -> None:
 def check(run: RunFolder, recipe: Recipe, now: dict[str, Any]) -> list[str]:
     """Compare with the first attempt; returns lines to be told. Raises :class:`UserError` naming what changed.
 
-    Where all weights are trained they all come from the checkpoint: a base whose weights changed is told and not refused.
+    Where all weights are trained they all come from the checkpoint: a base whose weights changed is told and not
+    refused.
     """
     path = run.path / INPUTS
     if not path.is_file():
@@ -94,7 +96,8 @@ def check(run: RunFolder, recipe: Recipe, now: dict[str, Any]) -> list[str]:
         raise UserError(
             f"the run was begun with other inputs:\n    {lines}",
             where=", ".join(dict.fromkeys(key for key, _ in changed)),
-            fix=f"put back what the run was begun with, or start a new run (--name NEW or --run-dir NEW); {_without(run)}",
+            fix=f"put back what the run was begun with, or start a new run (--name NEW or --run-dir NEW); "
+            f"{_without(run)}",
         )
     return reported
 
@@ -120,7 +123,8 @@ def _differences(
             else:
                 changed.append(("model.base", what))
     old, new = before["tokenizer"], now["tokenizer"]
-    # Another version of the libraries may write the same file out differently, and the same tokenizer lie in another file.
+    # Another version of the libraries may write the same file out differently, and the same tokenizer lie in another
+    # file.
     same = old["content"] == new["content"] or (old["file"] is not None and old["file"] == new["file"])
     if not same or old["ids"] != new["ids"]:
         changed.append(

@@ -1,4 +1,6 @@
-"""Who hears of a run: record, trackers, the watchdog's sign of life, the state that others read, and what the trainer adds."""
+"""Who hears of a run: record, trackers, the watchdog's sign of life, the state that others read, and what the trainer
+adds.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,8 @@ class Heartbeat:
 
 
 class StateFile:
-    """Keeps ``state.json`` at "running" with the step (rank 0), a few seconds behind. How the run ends is written by the trainer, which
-    must not fail at it."""
+    """Keeps ``state.json`` at "running" with the step (rank 0), a few seconds behind. How the run ends is written by
+    the trainer, which must not fail at it."""
 
     def __init__(self, attempt: Attempt):
         self.attempt = attempt

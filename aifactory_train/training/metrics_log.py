@@ -21,8 +21,8 @@ from aifactory_train.run.folder import RunFolder
 class MetricsLog:
     """Appends rows to ``metrics.jsonl`` and TensorBoard (rank 0 only; elsewhere every call does nothing).
 
-    Rows that could not be written (a full disk) are kept and written before the next one, so that a run which outlives the trouble
-    has no hole in its curve.
+    Rows that could not be written (a full disk) are kept and written before the next one, so that a run which outlives
+    the trouble has no hole in its curve.
     """
 
     def __init__(self, run: RunFolder, *, enabled: bool, tensorboard: bool, every: int = 1):
@@ -33,7 +33,9 @@ class MetricsLog:
         self._board: Any = None
 
     def open(self, step: int) -> None:
-        """Start, or go on after ``step``: records of later steps belong to work that will be repeated and are dropped."""
+        """Start, or go on after ``step``: records of later steps belong to work that will be repeated and are
+        dropped.
+        """
         if not self.enabled:
             return
         path = self.run.metrics_file
@@ -70,7 +72,9 @@ class MetricsLog:
             self.close()
 
     def write(self, record: dict[str, Any], *, last: bool = False) -> None:
-        """One row. Of training steps every ``every``-th and the last one; a step that the guard left out is never dropped."""
+        """One row. Of training steps every ``every``-th and the last one; a step that the guard left out is never
+        dropped.
+        """
         trained = record.get("kind", "train") == "train"
         if self._file is None or (trained and record.get("step", 0) % self.every and not last):
             return
@@ -236,7 +240,8 @@ def print_comparison(results: dict[str, Any], run: RunFolder, exported: dict[str
             output.note(f"warning: {forgotten['warning']}")
         else:
             print(
-                f"general text: {forgotten['before']:.3f} to {forgotten['after']:.3f} bits per byte ({forgotten['change']:+.1%})"
+                f"general text: {forgotten['before']:.3f} to {forgotten['after']:.3f} bits per byte "
+                f"({forgotten['change']:+.1%})"
             )
     for label, path in (exported or {}).get("paths", {}).items():
         print(f"{label}: {path}")
@@ -246,7 +251,8 @@ def print_comparison(results: dict[str, Any], run: RunFolder, exported: dict[str
 def compare_with_plan(run: RunFolder, world) -> dict[str, Any] | None:
     """Write ``reality.json``: what the run measured over what its plan predicted. Nothing where there is no plan.
 
-    Speed is the median step after the first three (compilation, caches); peak memory is torch's on a GPU, the process's on a CPU.
+    Speed is the median step after the first three (compilation, caches); peak memory is torch's on a GPU, the process's
+    on a CPU.
     """
     import resource
     import statistics

@@ -1,4 +1,6 @@
-"""A trial before the first step: which documents make the largest micro-batch of a run, and what a step holds at most."""
+"""A trial before the first step: which documents make the largest micro-batch of a run, and what a step holds at
+most.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def largest_micro_batch(lengths: np.ndarray, micro_batch_tokens: int) -> np.ndarray:
-    """Documents (int64 ``[K]``, at least one) that fill ``micro_batch_tokens`` with the longest of ``lengths`` (int ``[N]``)."""
+    """Documents (int64 ``[K]``, at least one) that fill ``micro_batch_tokens`` with the longest of ``lengths`` (int
+    ``[N]``).
+    """
     order = np.asarray(lengths).argsort()[::-1]
     budget, chosen = micro_batch_tokens, []
     for index in order:
@@ -23,8 +27,9 @@ def largest_micro_batch(lengths: np.ndarray, micro_batch_tokens: int) -> np.ndar
 
 
 def try_step(engine: Engine, batch: DeviceBatch, *, accumulates: bool) -> None:
-    """Forward and backward of ``batch`` with all that later steps hold: the optimizer's moments, which torch makes at the first update,
-    and where a step has several micro-batches the gradients of one while the next is computed. Nothing of it is left."""
+    """Forward and backward of ``batch`` with all that later steps hold: the optimizer's moments, which torch makes at
+    the first update, and where a step has several micro-batches the gradients of one while the next is computed.
+    Nothing of it is left."""
     updates = engine.updates
     engine.prepare_state(max(1, updates))
     try:

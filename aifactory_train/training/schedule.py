@@ -10,8 +10,8 @@ from aifactory_train.config.schema import TrainConfig
 def learning_rate(step: int, total: int, settings: TrainConfig) -> float:
     """The rate of optimizer step ``step`` (from 0) of ``total``: linear warm-up, then the schedule.
 
-    The first step of a warm-up of W steps runs at 1/W of the peak, never at zero; the last step of cosine and linear runs
-    just above ``min_lr_ratio`` times the peak.
+    The first step of a warm-up of W steps runs at 1/W of the peak, never at zero; the last step of cosine and linear
+    runs just above ``min_lr_ratio`` times the peak.
     """
     peak = settings.learning_rate
     warmup = settings.warmup_steps if settings.warmup_steps is not None else math.ceil(total * settings.warmup_ratio)

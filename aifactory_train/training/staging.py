@@ -13,15 +13,17 @@ def pinned_memory(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Staging:
-    """From a GPU through pinned memory that is kept from save to save, all copies in a row and one wait: into fresh memory each copy
-    would wait for the device and for the pages."""
+    """From a GPU through pinned memory that is kept from save to save, all copies in a row and one wait: into fresh
+    memory each copy would wait for the device and for the pages."""
 
     def __init__(self, device: str):
         self.device = device
         self._kept: dict[tuple[str, int], torch.Tensor] = {}
 
     def copies(self, state: dict[str, Sharded]) -> dict[str, Sharded]:
-        """The pieces that this rank writes: the next step may change the originals at once. Those of the call before are overwritten."""
+        """The pieces that this rank writes: the next step may change the originals at once. Those of the call before
+        are overwritten.
+        """
         staged = {}
         for name, entry in state.items():
             pieces = []

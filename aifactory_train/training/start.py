@@ -1,4 +1,6 @@
-"""One rank of one attempt, from the command line to its exit code: protect, join the others, claim the folder, train, end."""
+"""One rank of one attempt, from the command line to its exit code: protect, join the others, claim the folder, train,
+end.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ def train(
 ) -> int:
     """Train ``recipe`` in ``folder`` as one of the ranks that the launcher started; returns the exit code.
 
-    ``attempt`` is the launcher's number of this attempt (default: the next one), ``stop_at`` the end of the allocation in
-    seconds since the epoch.
+    ``attempt`` is the launcher's number of this attempt (default: the next one), ``stop_at`` the end of the allocation
+    in seconds since the epoch.
     """
     trackers.check(recipe)
     protected = enforce(recipe, folder)  # before anything is read or written
@@ -76,7 +78,9 @@ def _train_as(
     quiet: bool,
     attempt: int | None,
 ) -> int:
-    """One rank's attempt. A function of its own: on return nothing holds the process groups any more (`leave_world`)."""
+    """One rank's attempt. A function of its own: on return nothing holds the process groups any more
+    (`leave_world`).
+    """
     # The default name holds the time: one rank decides.
     run = RunFolder(from_main(world, lambda: folder or default_run_dir(recipe, None)))
     device = world.device if world.size > 1 else "alone"
@@ -89,7 +93,8 @@ def _train_as(
         if attempt is None:
             record.begin(from_main(world, lambda: new_attempt(run)))
         if world.is_main:
-            # The launcher has dealt with earlier requests before it began this attempt. By hand, a later start is the newer word.
+            # The launcher has dealt with earlier requests before it began this attempt. By hand, a later start is the
+            # newer word.
             age = process_age(os.getpid())
             started = record.started if age is None else time.time() - age
             stop.watch_file(run.stop_file, since=None if record.closed_by_launcher else started)
@@ -103,8 +108,9 @@ def _train_as(
 
 
 def _take_stop(run: RunFolder, record: Attempt) -> None:
-    """Where no launcher closes the attempt: the request to stop is answered, and kept with the attempt. Under a launcher the file stays
-    for what judges the attempt, or a stop would look like the end of the time and the run would go on."""
+    """Where no launcher closes the attempt: the request to stop is answered, and kept with the attempt. Under a
+    launcher the file stays for what judges the attempt, or a stop would look like the end of the time and the run would
+    go on."""
     try:
         if record.folder is not None and run.stop_file.exists():
             os.replace(run.stop_file, record.folder / "stop-request.txt")

@@ -1,4 +1,6 @@
-"""What the loop itself keeps in a checkpoint (beside engine and random numbers), and whether a run may go on from it."""
+"""What the loop itself keeps in a checkpoint (beside engine and random numbers), and whether a run may go on from
+it.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def refuse_length(step: int, total_steps: int, finished: bool) -> None:
         raise UserError(
             f"the run {done} {step} steps, and {total_steps} are asked for",
             where="train.max_steps, train.epochs",
-            fix=f"more than {step} steps (train.max_steps, train.epochs) prolong it, or --resume STEP goes back to an earlier checkpoint",
+            fix=f"more than {step} steps (train.max_steps, train.epochs) prolong it, or --resume STEP goes back to an "
+            f"earlier checkpoint",
         )
 
 
@@ -69,7 +72,9 @@ def refuse_other_rows(saved: dict[str, Any], data: str) -> None:
 def same_rates(
     step: int, saved: dict[str, Any], now: TrainConfig, total_steps: int
 ) -> Callable[[dict[str, Any]], bool]:
-    """A question about the recipe that made the checkpoint: did its first ``step`` steps have the learning rates of ``now``?"""
+    """A question about the recipe that made the checkpoint: did its first ``step`` steps have the learning rates of
+    ``now``?
+    """
 
     def ask(before: dict[str, Any]) -> bool:
         old, length = TrainConfig.model_validate(before["train"]), saved["total_steps"]

@@ -1,7 +1,8 @@
-"""When to stop: a deadline, a stop file, or a signal (:class:`StopChannels`), or because held-out rows get no better (:class:`Best`).
+"""When to stop: a deadline, a stop file, or a signal (:class:`StopChannels`), or because held-out rows get no better
+(:class:`Best`).
 
-The channels are looked at in every micro-batch, agreed by all ranks, and acted on at the step boundary: save, then end with the exit
-code "stopped, resumable".
+The channels are looked at in every micro-batch, agreed by all ranks, and acted on at the step boundary: save, then end
+with the exit code "stopped, resumable".
 
 Signal handlers only set a flag; saving inside a handler would corrupt what the handler interrupted.
 """
@@ -32,8 +33,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _REASONS = ["", "deadline", "stop file", *(s.name for s in SIGNALS)]
 #: The stop file is looked at by rank 0, at most this often.
 LOOK_EVERY_S = 0.5
-#: Kept free before a deadline for what no estimate covers: closing collectives, outcome files and the end of the processes
-#: (on two busy cores 1.4 s were not enough).
+#: Kept free before a deadline for what no estimate covers: closing collectives, outcome files and the end of the
+#: processes (on two busy cores 1.4 s were not enough).
 RESERVE_S = 5.0
 
 
@@ -46,7 +47,9 @@ class Agreed:
 
 
 def deadline_from(stop_at: float | None) -> float | None:
-    """Seconds since the epoch at which the allocation ends: the flag, AIFACTORY_STOP_AT, or Slurm's SLURM_JOB_END_TIME."""
+    """Seconds since the epoch at which the allocation ends: the flag, AIFACTORY_STOP_AT, or Slurm's
+    SLURM_JOB_END_TIME.
+    """
     if stop_at is not None:
         return stop_at
     for name in ("AIFACTORY_STOP_AT", "SLURM_JOB_END_TIME"):
@@ -84,8 +87,9 @@ class StopChannels:
         self.signal = signal.Signals(number).name
 
     def watch_file(self, path: Path, since: float | None = None) -> None:
-        """Rank 0 watches ``path``. A request that was made before ``since`` (seconds since the epoch) asked an earlier attempt: whoever
-        started this one knew of it. It is removed. Without ``since`` every request counts, also one made while things are loaded.
+        """Rank 0 watches ``path``. A request that was made before ``since`` (seconds since the epoch) asked an earlier
+        attempt: whoever started this one knew of it. It is removed. Without ``since`` every request counts, also one
+        made while things are loaded.
         """
         self.stop_file = path
         if since is None or not path.exists():
@@ -111,8 +115,8 @@ class StopChannels:
     def look(self, save_seconds: float) -> str:
         """Look at the channels; returns the reason, or an empty string. Cheap: call it in every micro-batch.
 
-        The deadline counts as reached when another step (1.5 times the longest of the last five) and two saves (1.2 times
-        the estimate each) and ``RESERVE_S`` would no longer fit.
+        The deadline counts as reached when another step (1.5 times the longest of the last five) and two saves (1.2
+        times the estimate each) and ``RESERVE_S`` would no longer fit.
         """
         if self.reason:
             return self.reason
@@ -144,10 +148,11 @@ class StopChannels:
 
 
 class Best:
-    """The best held-out evaluation so far by one figure (``eval.best_by``), and how many evaluations followed without a better one.
+    """The best held-out evaluation so far by one figure (``eval.best_by``), and how many evaluations followed without a
+    better one.
 
-    ``auto`` is the held-out loss; under a preference method the held-out preference loss, because the likelihood of chosen answers
-    may fall while they are preferred more and more.
+    ``auto`` is the held-out loss; under a preference method the held-out preference loss, because the likelihood of
+    chosen answers may fall while they are preferred more and more.
     """
 
     def __init__(self, recipe: Recipe):
@@ -160,7 +165,9 @@ class Best:
         self.since = 0
 
     def improves(self, figures: dict[str, Any], step: int) -> bool:
-        """Take note of an evaluation; whether it is the best one yet. A figure that could not be computed is never the best."""
+        """Take note of an evaluation; whether it is the best one yet. A figure that could not be computed is never the
+        best.
+        """
         value = figures.get(self.by)
         sign = -1.0 if higher_is_better(self.by) else 1.0
         if value is not None and (self.value is None or sign * value < sign * self.value):

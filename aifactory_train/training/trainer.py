@@ -1,8 +1,9 @@
 """The training loop, to be read from top to bottom.
 
-A step is defined by its documents, not by who computes them: the sampler names the documents, every rank knows the number of
-supervised tokens among all of them, and each micro-batch adds the gradient of ``sum of losses / that number``. The curve is
-therefore the same for any number of ranks, any accumulation, packed or padded, under every engine.
+A step is defined by its documents, not by who computes them: the sampler names the documents, every rank knows the
+number of supervised tokens among all of them, and each micro-batch adds the gradient of ``sum of losses / that
+number``. The curve is therefore the same for any number of ranks, any accumulation, packed or padded, under every
+engine.
 
 What happens is said in events (:mod:`aifactory_train.record.events`); nobody else is given the trainer.
 """
@@ -103,8 +104,8 @@ class Trainer:
     # ---- before the first step
 
     def _build_data(self) -> None:
-        """Tokenizer, what the model can take, the method's view of the rows. Rank 0 reads the token cache through, and builds it if
-        need be, while the others wait."""
+        """Tokenizer, what the model can take, the method's view of the rows. Rank 0 reads the token cache through, and
+        builds it if need be, while the others wait."""
         recipe, world = self.recipe, self.world
         generation = read_base(base_folder(recipe))  # first: what an export cannot do without must not fail at the end
         if generation.repaired:
@@ -146,9 +147,8 @@ class Trainer:
     def _build_steps(self) -> None:
         """Which documents each step has, how many steps there are, and what a method may know of both."""
         settings, train_set = self.recipe.train, self.data.train
-        self.sampler = Sampler(
-            train_set.lengths, train_set.weights, settings.seed, settings.batch_rows, settings.batch_tokens
-        )
+        sizes = settings.batch_rows, settings.batch_tokens
+        self.sampler = Sampler(train_set.lengths, train_set.weights, settings.seed, *sizes)
         self.total_steps = self.sampler.steps(settings.epochs, settings.max_steps)
         if (settings.warmup_steps or 0) > self.total_steps:
             why = f"train.warmup_steps {settings.warmup_steps} are more than the run's {self.total_steps} steps"
@@ -171,7 +171,7 @@ class Trainer:
         self.events.emit(ev.PhaseBegan(self.step, name))
 
     def _try_largest_batch(self) -> None:
-        """On a GPU, run the largest micro-batch once before the first step, so that running out of memory shows at once."""
+        """On a GPU, run the largest micro-batch once before the first step, so that a lack of memory shows at once."""
         if self.world.device == "cpu":
             return
         documents = largest_micro_batch(self.data.train.lengths, self.recipe.train.micro_batch_tokens)
@@ -181,9 +181,9 @@ class Trainer:
             try_step(self.engine, batch, accumulates=micros > 1)
 
     def _restore(self, step: int | None) -> None:
-        """Go on from the checkpoint of ``step``. Raises :class:`UserError` if there is none (any more), if base model, tokenizer or rows
-        are others than the run was begun with, if the steps already made would have other learning rates now, or if a finished run
-        is not to be prolonged."""
+        """Go on from the checkpoint of ``step``. Raises :class:`UserError` if there is none (any more), if base model,
+        tokenizer or rows are others than the run was begun with, if the steps already made would have other learning
+        rates now, or if a finished run is not to be prolonged."""
         if step is None:
             why, fix = "the checkpoint to go on from is gone", "is another process at work here?"
             raise UserError(why, where=str(self.run.checkpoints), fix=fix)
@@ -275,7 +275,9 @@ class Trainer:
     # ---- one optimizer step
 
     def train_step(self) -> dict[str, Any]:
-        """Forward and backward of each micro-batch, clip, step; returns the metrics of the step. The host waits for the device once."""
+        """Forward and backward of each micro-batch, clip, step; returns the metrics of the step. The host waits for the
+        device once.
+        """
         started = time.perf_counter()
         settings, state = self.recipe.train, self.state
         ready = self.ahead.take(self.step, state.cursor)
@@ -337,8 +339,8 @@ class Trainer:
         return {"row_ids": [self.data.train.row_id(int(i)) for i in documents]} if wanted else {}
 
     def _skip_step(self, verdict: StepVerdict, next_cursor: Cursor, documents: np.ndarray) -> dict[str, Any]:
-        """The guard objected: leave this step's batch out, after going back to the last good checkpoint if it says so. Returns the
-        step's row for the metrics. Raises :class:`RunFailed` where the policy is to stop."""
+        """The guard objected: leave this step's batch out, after going back to the last good checkpoint if it says so.
+        Returns the step's row for the metrics. Raises :class:`RunFailed` where the policy is to stop."""
         self.engine.discard()
         number, why = self.step + 1, verdict.why
         action, at = verdict.action, f"step {number}: {why}"

@@ -1,7 +1,9 @@
-"""Fitting the few constants of :mod:`aifactory_train.planning.timing` to published measurements, and validating them on sources that were left out.
+"""Fitting the few constants of :mod:`aifactory_train.planning.timing` to published measurements, and validating them on
+sources that were left out.
 
-The fit minimises a Huber loss of the logarithm of predicted over measured tokens/s. Every *source* (repository or page) has the same
-weight however many rows it prints, and each constant is drawn towards a prior, which is what it is when no row speaks for it.
+The fit minimises a Huber loss of the logarithm of predicted over measured tokens/s. Every *source* (repository or page)
+has the same weight however many rows it prints, and each constant is drawn towards a prior, which is what it is when no
+row speaks for it.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from aifactory_train.planning import memory, timing
 from aifactory_train.planning.timing import Constants
 from planner.open_data import Row
 
-#: Where each constant starts and what draws it there; the second number is the prior's standard deviation of the logarithm.
-#: Sources of the priors: matrix products of 60 to 75 % of the peak (more on consumer chips, whose peak is low for their clocks) and flash-attention rates as published with FlashAttention-2
-#: (arXiv:2307.08691: A100 up to 230 TFLOP/s forward, H100 up to 335) and 3 (arXiv:2407.08608: H100 up to 740 forward, less in backward);
-#: 75 % of the memory bandwidth as in torch's own pointwise kernels; 70 % of a link as in published NCCL bus bandwidths.
+#: Where each constant starts and what draws it there; the second number is the prior's standard deviation of the
+#: logarithm. Sources of the priors: matrix products of 60 to 75 % of the peak (more on consumer chips, whose peak is
+#: low for their clocks) and flash-attention rates as published with FlashAttention-2 (arXiv:2307.08691: A100 up to 230
+#: TFLOP/s forward, H100 up to 335) and 3 (arXiv:2407.08608: H100 up to 740 forward, less in backward); 75 % of the
+#: memory bandwidth as in torch's own pointwise kernels; 70 % of a link as in published NCCL bus bandwidths.
 PRIORS: dict[str, tuple[float, float]] = {
     "gemm.sm_80": (0.72, 0.15),
     "gemm.sm_90": (0.60, 0.15),
@@ -55,7 +58,9 @@ def _build(values: dict[str, float]) -> Constants:
 
 
 def origin(source: str) -> str:
-    """The repository or page that a row was taken from: rows of one origin leak into each other and are left out together."""
+    """The repository or page that a row was taken from: rows of one origin leak into each other and are left out
+    together.
+    """
     return source.split()[0].strip(",;:").lower() if source.split() else "unknown"
 
 
@@ -115,8 +120,8 @@ def errors(rows: Sequence[Row], without: dict[str, Constants], otherwise: Consta
     return out
 
 
-#: The two memory constants that are not counts: the allocator's fragmentation, and bytes per logit of a compiled loss (between the
-#: 6 of one fp32 copy with its bf16 source and the 14 of eager code). Grid, prior first.
+#: The two memory constants that are not counts: the allocator's fragmentation, and bytes per logit of a compiled loss
+#: (between the 6 of one fp32 copy with its bf16 source and the 14 of eager code). Grid, prior first.
 MEMORY_GRID = {
     "fragmentation": [0.06, 0.0, 0.02, 0.04, 0.08, 0.10, 0.12],
     "compiled_logit_bytes": [8.0, 6.0, 7.0, 9.0, 10.0, 12.0, 14.0],
@@ -124,14 +129,17 @@ MEMORY_GRID = {
 
 
 def fit_memory(rows: Sequence[Row]) -> dict[str, float]:
-    """The memory constants with the least mean absolute logarithmic error (capped at 15 %), every origin weighing the same, drawn towards the prior."""
+    """The memory constants with the least mean absolute logarithmic error (capped at 15 %), every origin weighing the
+    same, drawn towards the prior.
+    """
     origins = [origin(r.source) for r in rows]
 
     def cost(fragmentation: float, logit: float) -> float:
         total = 0.0
         for row, o in zip(rows, origins, strict=True):
             predicted = predicted_memory(row, {"fragmentation": fragmentation, "compiled_logit_bytes": logit})
-            # capped: a run whose memory holds something that no column names (CUDA graphs' pools) must not bend the constants
+            # capped: a run whose memory holds something that no column names (CUDA graphs' pools) must not bend the
+            # constants
             total += min(0.15, abs(math.log(predicted / (row.memory_gib or 1)))) / origins.count(o)
         prior = ((fragmentation - 0.06) / 0.03) ** 2 + ((logit - 8.0) / 2.0) ** 2
         return round(total + 0.02 * prior, 6)
@@ -142,15 +150,17 @@ def fit_memory(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def with_spread(constants: Constants, validation: Sequence[float]) -> Constants:
-    """The interval's half-width: 1.25 times the 90th percentile of the validation errors (there are few origins, so the percentile
-    itself is uncertain)."""
+    """The interval's half-width: 1.25 times the 90th percentile of the validation errors (there are few origins, so the
+    percentile itself is uncertain)."""
     ordered = sorted(abs(e) for e in validation)
     at = ordered[min(len(ordered) - 1, math.ceil(0.9 * len(ordered)) - 1)]
     return replace(constants, spread=round(math.exp(1.25 * at) - 1, 3))
 
 
 def calibrate(rows: Sequence[Row]) -> dict:
-    """Everything that ``data/calibration.json`` holds: the constants, those without each origin, and how they validate."""
+    """Everything that ``data/calibration.json`` holds: the constants, those without each origin, and how they
+    validate.
+    """
     used = usable(rows)
     fitted, without = fit(used), leave_one_out(used)
     validation = errors(used, without, fitted)
@@ -159,7 +169,8 @@ def calibrate(rows: Sequence[Row]) -> dict:
     fitted = replace(with_spread(fitted, validation), measured=measured)
     read = [r for r in rows if r.job is not None and r.memory_gib and r.tier == "A"]
     return {
-        "comment": "Written by benchmarks/planner_accuracy.py --refit from data/measurements.csv; see docs/planning.md.",
+        "comment": "Written by benchmarks/planner_accuracy.py --refit from data/measurements.csv; see "
+        "docs/planning.md.",
         "rows": len(used),
         "origins": sorted(without),
         "constants": as_dict(fitted),

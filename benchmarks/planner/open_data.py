@@ -1,7 +1,9 @@
-"""Published measurements as :class:`TrainingJob` objects: which rows the planner is meant for, and how their columns are read.
+"""Published measurements as :class:`TrainingJob` objects: which rows the planner is meant for, and how their columns
+are read.
 
-The columns are those of ``data/throughput_open.csv`` (its README explains them). A row outside the planner's scope is not an
-error: :func:`read_row` returns the reason instead of a job. Nothing here looks at the measured value to decide how a row is read.
+The columns are those of ``data/throughput_open.csv`` (its README explains them). A row outside the planner's scope is
+not an error: :func:`read_row` returns the reason instead of a job. Nothing here looks at the measured value to decide
+how a row is read.
 """
 
 from __future__ import annotations
@@ -139,7 +141,9 @@ def find_gpu(name: str) -> tuple[GpuRates, Links] | None:
 
 
 def _shape(row: Mapping[str, str], needed: bool = True) -> ModelShape:
-    """Dimensions from the columns; what they leave open (gated or plain MLP, tied, head size) is what reproduces the total."""
+    """Dimensions from the columns; what they leave open (gated or plain MLP, tied, head size) is what reproduces the
+    total.
+    """
     values = {k: number(row.get(k)) for k in ("layers", "hidden", "heads", "ffn", "vocab")}
     missing = [k for k, v in values.items() if v is None]
     if missing:
@@ -241,7 +245,9 @@ def _attention(row: Mapping[str, str]) -> str:
 
 
 def _bytes(row: Mapping[str, str], layout: Layout) -> tuple[Bytes, bool]:
-    """Bytes per element of the model's state, and whether the row says so (else: fp32 master, as mixed precision has it)."""
+    """Bytes per element of the model's state, and whether the row says so (else: fp32 master, as mixed precision has
+    it).
+    """
     notes = row.get("notes", "").lower()
     pure = any(k in notes for k in ("pure bf16", "bf16-true", "training.dtype=bfloat16"))
     pure = pure or "torchtune" in row.get("source", "").lower()  # its recipes keep every state in bf16
@@ -291,7 +297,9 @@ def _tokens(row: Mapping[str, str], shape: ModelShape, sequence: int) -> tuple[f
 
 
 def read_row(row: Mapping[str, str]) -> Row:
-    """One row as a job, or the reason why the planner has nothing to say about it. Never raises for the row's content."""
+    """One row as a job, or the reason why the planner has nothing to say about it. Never raises for the row's
+    content.
+    """
     notes = row.get("notes", "")
     tier = re.search(r"tier=([A-Z])", notes)
     base: dict[str, Any] = {
@@ -413,8 +421,8 @@ def _job(row: Mapping[str, str]) -> tuple[TrainingJob, tuple[str, ...]]:
 def _fitting(job: TrainingJob, stated: bool) -> tuple[TrainingJob, str | None]:
     """The reading of what the columns leave open with which the job fits: it was published as run.
 
-    Open are the types of the states (unless ``stated``), whether DDP keeps a distributed optimizer, and how lean the blocks and the loss
-    are. The reading that is usual in mixed precision comes first; the measured values play no part.
+    Open are the types of the states (unless ``stated``), whether DDP keeps a distributed optimizer, and how lean the
+    blocks and the loss are. The reading that is usual in mixed precision comes first; the measured values play no part.
     """
     capacity = job.gpu.memory_gib
     if capacity is None or memory.predict(job).total <= capacity:

@@ -33,10 +33,24 @@ def adamw8bit_step(param, grad, m, v, m_scale, v_scale, lr, beta1, beta2, eps, w
     n = param.numel()
     config = runtime.launch(NAME, param, numel=n)["adamw8bit_step"]
     kernel[(cdiv(n, 256 * config["groups"]),)](
-        param, grad.contiguous(), m, v, m_scale, v_scale, n, lr, beta1, beta2, eps, weight_decay, bias1, bias2, max(seed, 0),
+        param,
+        grad.contiguous(),
+        m,
+        v,
+        m_scale,
+        v_scale,
+        n,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        bias1,
+        bias2,
+        max(seed, 0),
         **space.constexprs(config, "", {}) | {"STOCHASTIC": seed >= 0 and param.dtype == torch.bfloat16},
         **runtime.compiler_options(config),
-    )  # fmt: skip
+    )
 
 
 @adamw8bit_step.register_fake
@@ -56,10 +70,11 @@ def adamw8bit(
     weight_decay: float = 0.01,
     seed: int = -1,
 ) -> None:
-    """One AdamW step in place on ``param`` (bf16, fp16 or fp32, contiguous) and its 8-bit ``state`` (:func:`new_state`).
+    """One AdamW step in place on ``param`` (bf16, fp16 or fp32, contiguous) and its 8-bit ``state``
+    (:func:`new_state`).
 
-    ``step`` counts from 1. ``seed`` >= 0 rounds a bf16 parameter stochastically (give another seed each step), -1 to nearest; the
-    torch path on a CPU always rounds to nearest.
+    ``step`` counts from 1. ``seed`` >= 0 rounds a bf16 parameter stochastically (give another seed each step), -1 to
+    nearest; the torch path on a CPU always rounds to nearest.
     """
     torch.ops.aifactory.adamw8bit_step(
         param, grad, state["m"], state["v"], state["m_scale"], state["v_scale"],
@@ -70,14 +85,16 @@ def adamw8bit(
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW whose moments take 2.03 bytes a parameter instead of 8.
 
-    Sharded parameters (FSDP2's DTensor) are stepped on their local shard; blocks of 256 follow the shard, so a saved state belongs to
-    its number of ranks. ``stochastic_rounding`` keeps small updates of bf16 parameters alive where there is no fp32 master copy.
+    Sharded parameters (FSDP2's DTensor) are stepped on their local shard; blocks of 256 follow the shard, so a saved
+    state belongs to its number of ranks. ``stochastic_rounding`` keeps small updates of bf16 parameters alive where
+    there is no fp32 master copy.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, stochastic_rounding=False):
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError(
-                f"AdamW8bit: lr {lr}, betas {betas}, eps {eps}, weight_decay {weight_decay}: lr, eps and weight_decay must be at least 0, betas in [0, 1)"
+                f"AdamW8bit: lr {lr}, betas {betas}, eps {eps}, weight_decay {weight_decay}: lr, eps and weight_decay "
+                f"must be at least 0, betas in [0, 1)"
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.stochastic_rounding = stochastic_rounding
@@ -100,7 +117,14 @@ class AdamW8bit(torch.optim.Optimizer):
                 state["step"] += 1
                 seed = (state["step"] * 1000003 + index) % (1 << 31) if self.stochastic_rounding else -1
                 adamw8bit(
-                    local, grad, state, step=state["step"], lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
-                    weight_decay=group["weight_decay"], seed=seed,
-                )  # fmt: skip
+                    local,
+                    grad,
+                    state,
+                    step=state["step"],
+                    lr=float(group["lr"]),
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    seed=seed,
+                )
         return loss

@@ -1,8 +1,9 @@
 """8-bit AdamW in plain torch: the oracle of the tests (fp64-capable) and the CPU path.
 
-Moments are stored in blocks of 256 with one fp32 scale (the block's largest magnitude) and companded codes, so that small values keep
-relative precision: m = sign(c) (c/127)^2 scale with int8 c, v = (c/255)^4 scale with uint8 c. A positive v never gets code 0, because a
-zero second moment would blow the update up. Only square roots are needed, which every device computes exactly.
+Moments are stored in blocks of 256 with one fp32 scale (the block's largest magnitude) and companded codes, so that
+small values keep relative precision: m = sign(c) (c/127)^2 scale with int8 c, v = (c/255)^4 scale with uint8 c. A
+positive v never gets code 0, because a zero second moment would blow the update up. Only square roots are needed, which
+every device computes exactly.
 """
 
 import torch

@@ -24,7 +24,9 @@ def space(target, dtype: str, shape: Shape):
 
 
 def floor(direction: str, dtype: str, shape: Shape) -> int:
-    """Parameter and both codes read and written, gradient read, two fp32 scales a block of 256 read and written; bytes."""
+    """Parameter and both codes read and written, gradient read, two fp32 scales a block of 256 read and written;
+    bytes.
+    """
     n = shape["numel"]
     return 3 * ITEMSIZE[dtype] * n + 4 * n + 16 * n // 256
 

@@ -14,9 +14,10 @@ def cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy of rows of logits.
 
-    ``logits`` [N, V] in bf16, fp16 or fp32, ``labels`` [N] int64 with -100 for rows that do not count. ``scale`` multiplies the logits,
-    ``softcap`` then bounds them by tanh. Returns the fp32 sum over rows, or with ``reduction="none"`` one loss a row. The logits are
-    kept; the gradient is a new tensor. On a GPU a label outside [0, V) makes the loss NaN, on a CPU it raises.
+    ``logits`` [N, V] in bf16, fp16 or fp32, ``labels`` [N] int64 with -100 for rows that do not count. ``scale``
+    multiplies the logits, ``softcap`` then bounds them by tanh. Returns the fp32 sum over rows, or with
+    ``reduction="none"`` one loss a row. The logits are kept; the gradient is a new tensor. On a GPU a label outside [0,
+    V) makes the loss NaN, on a CPU it raises.
     """
     if reduction not in ("sum", "none"):
         raise ValueError(f"cross_entropy: reduction must be 'sum' or 'none', not {reduction!r}")

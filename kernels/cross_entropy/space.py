@@ -8,16 +8,32 @@ VOCABULARIES = (32000, 128256, 151936, 262144)
 def forward_arguments(dtype: str, shape: Shape) -> dict:
     v = shape["vocab"]
     return {
-        "X": "*" + dtype, "L": "*i64", "LOSS": "*fp32", "LSE": "*fp32", "sx": v, "n_cols": v, "scale": "fp32", "softcap": "fp32",
-    }  # fmt: skip
+        "X": "*" + dtype,
+        "L": "*i64",
+        "LOSS": "*fp32",
+        "LSE": "*fp32",
+        "sx": v,
+        "n_cols": v,
+        "scale": "fp32",
+        "softcap": "fp32",
+    }
 
 
 def backward_arguments(dtype: str, shape: Shape) -> dict:
     v = shape["vocab"]
     return {
-        "G": "*fp32", "X": "*" + dtype, "L": "*i64", "LSE": "*fp32", "DX": "*" + dtype, "sg": 1, "sx": v, "sdx": v, "n_cols": v,
-        "scale": "fp32", "softcap": "fp32",
-    }  # fmt: skip
+        "G": "*fp32",
+        "X": "*" + dtype,
+        "L": "*i64",
+        "LSE": "*fp32",
+        "DX": "*" + dtype,
+        "sg": 1,
+        "sx": v,
+        "sdx": v,
+        "n_cols": v,
+        "scale": "fp32",
+        "softcap": "fp32",
+    }
 
 
 def fused_arguments(dtype: str, shape: Shape) -> dict:

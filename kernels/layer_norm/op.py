@@ -15,8 +15,8 @@ def layer_norm(
 ) -> torch.Tensor:
     """Layer normalisation of the last dimension.
 
-    ``x`` [..., H] in bf16, fp16 or fp32, any row stride; ``weight`` and ``bias`` [H] or None (a bias needs a weight); fp32 mean,
-    variance and gradients; the result has x's shape and dtype. Differentiable in x, weight and bias.
+    ``x`` [..., H] in bf16, fp16 or fp32, any row stride; ``weight`` and ``bias`` [H] or None (a bias needs a weight);
+    fp32 mean, variance and gradients; the result has x's shape and dtype. Differentiable in x, weight and bias.
     """
     if weight is None and bias is not None:
         raise ValueError("layer_norm: a bias without a weight is not supported")
@@ -46,9 +46,20 @@ def layer_norm_fwd(x, weight, bias, eps):
     constexprs = space.forward_constexprs(config, "", {"hidden": h})
     constexprs |= {"HAS_W": weight is not None, "HAS_B": bias is not None}
     kernel[(cdiv(n, config["rows"]),)](
-        x2, weight if weight is not None else x2, bias if bias is not None else x2, y, mean, rstd, x2.stride(0), h, n, h, eps,
-        **constexprs, **runtime.compiler_options(config),
-    )  # fmt: skip
+        x2,
+        weight if weight is not None else x2,
+        bias if bias is not None else x2,
+        y,
+        mean,
+        rstd,
+        x2.stride(0),
+        h,
+        n,
+        h,
+        eps,
+        **constexprs,
+        **runtime.compiler_options(config),
+    )
     return y, mean, rstd
 
 
@@ -61,7 +72,8 @@ def _(x, weight, bias, eps):
 @torch.library.custom_op(
     "aifactory::layer_norm_bwd",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor? weight, bool has_bias, Tensor mean, Tensor rstd, float eps) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor dy, Tensor x, Tensor? weight, bool has_bias, Tensor mean, Tensor rstd, float eps) -> (Tensor, "
+    "Tensor, Tensor)",
 )
 def layer_norm_bwd(dy, x, weight, has_bias, mean, rstd, eps):
     none = x.new_empty(0)

@@ -7,9 +7,18 @@ from aifactory_train.kernels.spec import Config, Kernel, Operator, Shape, split_
 def forward_arguments(dtype: str, shape: Shape) -> dict:
     h, p = shape["hidden"], "*" + dtype
     return {
-        "X": p, "W": p, "B": p, "Y": p, "M": "*fp32", "R": "*fp32", "sx": h, "sy": h, "n_rows": shape["rows"], "n_cols": h,
+        "X": p,
+        "W": p,
+        "B": p,
+        "Y": p,
+        "M": "*fp32",
+        "R": "*fp32",
+        "sx": h,
+        "sy": h,
+        "n_rows": shape["rows"],
+        "n_cols": h,
         "eps": "fp32",
-    }  # fmt: skip
+    }
 
 
 def forward_constexprs(config: Config, dtype: str, shape: Shape) -> dict:
@@ -28,8 +37,13 @@ def backward_arguments(dtype: str, shape: Shape) -> dict:
 def backward_constexprs(config: Config, dtype: str, shape: Shape) -> dict:
     block, chunks = split_row(config, shape["hidden"])
     return {
-        "HAS_W": True, "SUMS": True, "ROWS": config["rows"], "BLOCK": block, "CHUNKS": chunks, "STAGES": config["stages"],
-    }  # fmt: skip
+        "HAS_W": True,
+        "SUMS": True,
+        "ROWS": config["rows"],
+        "BLOCK": block,
+        "CHUNKS": chunks,
+        "STAGES": config["stages"],
+    }
 
 
 def wider(space):
@@ -44,11 +58,28 @@ def wider(space):
 
 MODULE = "layer_norm.triton_kernels"
 KERNELS = (
-    Kernel("layer_norm_fwd", "forward", f"{MODULE}:layer_norm_fwd", forward_arguments, forward_constexprs, space(False), "hidden"),
-    Kernel("layer_norm_bwd", "backward", f"{MODULE}:layer_norm_bwd", backward_arguments, backward_constexprs, wider(space(True)),
-           "hidden", inputs=2, partial=lambda shape: 2 * shape["hidden"]),
+    Kernel(
+        "layer_norm_fwd",
+        "forward",
+        f"{MODULE}:layer_norm_fwd",
+        forward_arguments,
+        forward_constexprs,
+        space(False),
+        "hidden",
+    ),
+    Kernel(
+        "layer_norm_bwd",
+        "backward",
+        f"{MODULE}:layer_norm_bwd",
+        backward_arguments,
+        backward_constexprs,
+        wider(space(True)),
+        "hidden",
+        inputs=2,
+        partial=lambda shape: 2 * shape["hidden"],
+    ),
     column_sum("layer_norm_sum"),
-)  # fmt: skip
+)
 
 
 def inputs(make, shape: Shape) -> tuple:

@@ -1,7 +1,7 @@
 """Chunked linear cross-entropy: loss and gradients in one sweep over chunks of supervised rows.
 
-A chunk's logits exist only until they have been overwritten with their gradient and used for the two gradient GEMMs. The weight
-gradient is accumulated in fp32 over all chunks and rounded once, in backward.
+A chunk's logits exist only until they have been overwritten with their gradient and used for the two gradient GEMMs.
+The weight gradient is accumulated in fp32 over all chunks and rounded once, in backward.
 """
 
 import logging
@@ -31,17 +31,18 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Sum of the cross-entropy of ``scale * (hidden @ weight.T + bias)`` over supervised rows, as an fp32 scalar.
 
-    ``hidden`` [N, D] (leading dimensions are flattened), ``weight`` [V, D], ``labels`` [N] int64 already aligned with ``hidden``; rows
-    with label -100 count nothing. ``softcap`` bounds the scaled logits by tanh (Gemma 2). All logits never exist at once:
-    ``chunk_size`` rows at a time, by default from the device's balance of FLOP and bandwidth.
+    ``hidden`` [N, D] (leading dimensions are flattened), ``weight`` [V, D], ``labels`` [N] int64 already aligned with
+    ``hidden``; rows with label -100 count nothing. ``softcap`` bounds the scaled logits by tanh (Gemma 2). All logits
+    never exist at once: ``chunk_size`` rows at a time, by default from the device's balance of FLOP and bandwidth.
 
-    ``supervised``: how many labels are not -100, if the caller knows it on the host; only those rows are then computed, without
-    asking the device. Too small a number makes the loss NaN. Without it a CPU counts for itself, a GPU computes every row.
+    ``supervised``: how many labels are not -100, if the caller knows it on the host; only those rows are then computed,
+    without asking the device. Too small a number makes the loss NaN. Without it a CPU counts for itself, a GPU computes
+    every row.
 
-    Differentiable in hidden, weight and bias. A weight of another dtype is cast to hidden's (autocast is followed). A weight
-    sharded as a DTensor is gathered here, and its gradient is reduce-scattered (summed) back; call it inside the forward of the
-    module that FSDP2 wraps to use the weight that FSDP has gathered anyway, which also covers a tied embedding. On a GPU a label
-    outside [0, V) gives NaN, on a CPU it raises ``IndexError``.
+    Differentiable in hidden, weight and bias. A weight of another dtype is cast to hidden's (autocast is followed). A
+    weight sharded as a DTensor is gathered here, and its gradient is reduce-scattered (summed) back; call it inside the
+    forward of the module that FSDP2 wraps to use the weight that FSDP has gathered anyway, which also covers a tied
+    embedding. On a GPU a label outside [0, V) gives NaN, on a CPU it raises ``IndexError``.
     """
     hidden, weight, labels, bias = prepare(hidden, weight, labels, bias)
     rows = labels.numel() if supervised is None else supervised
@@ -63,7 +64,8 @@ def prepare(hidden, weight, labels, bias):
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.shape[0] != labels.shape[0]:
         raise ValueError(
-            f"{NAME}: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: expected [N, D], [V, D], [N]"
+            f"{NAME}: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: "
+            f"expected [N, D], [V, D], [N]"
         )
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -78,7 +80,8 @@ def _chunk(hidden, rows, vocab):
 @torch.library.custom_op(
     "aifactory::linear_cross_entropy_fwd",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float scale, float softcap, int chunk, int supervised,"
+    schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float scale, float softcap, int chunk, int "
+    "supervised,"
     " bool need_hidden, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_cross_entropy_fwd(hidden, weight, labels, bias, scale, softcap, chunk, supervised, need_hidden, need_weight):
@@ -132,7 +135,8 @@ def _(hidden, weight, labels, bias, scale, softcap, chunk, supervised, need_hidd
 
 
 def pick(labels, supervised):
-    """(number of rows to compute, their indices or None for all, a device flag that more were supervised than announced).
+    """(number of rows to compute, their indices or None for all, a device flag that more were supervised than
+    announced).
 
     Indices beyond the supervised rows are N. A GPU is never asked how many there are.
     """
@@ -184,7 +188,9 @@ def _launch(logits, labels, scale, softcap):
 
 
 def accumulate(total, dlogits, h):
-    """``total += dlogits.T @ h`` with an fp32 ``total``: inside the GEMM where the vendor's library can, else one add a chunk."""
+    """``total += dlogits.T @ h`` with an fp32 ``total``: inside the GEMM where the vendor's library can, else one add a
+    chunk.
+    """
     a = dlogits.t()
     if total.dtype == h.dtype:
         total.addmm_(a, h)
@@ -196,7 +202,9 @@ def accumulate(total, dlogits, h):
 
 @lru_cache(None)
 def _mixed_gemm(kind: str, index: int | None, dtype: torch.dtype) -> bool:
-    """Whether this device's ``addmm`` takes half inputs with an fp32 accumulator; tried once on a small matrix, and logged."""
+    """Whether this device's ``addmm`` takes half inputs with an fp32 accumulator; tried once on a small matrix, and
+    logged.
+    """
     if kind != "cuda":
         return False
     device = torch.device(kind, index or 0)

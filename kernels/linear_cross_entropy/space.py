@@ -9,7 +9,9 @@ CPU_LOGITS = 1 << 23
 
 
 def chunk_rows(arch: str, sku: str | None, rows: int, vocab: int) -> int:
-    """Rows of one chunk: the machine's balance on a GPU (:func:`hardware.chunk_rows`), cache size on a CPU; chunks of equal size."""
+    """Rows of one chunk: the machine's balance on a GPU (:func:`hardware.chunk_rows`), cache size on a CPU; chunks of
+    equal size.
+    """
     if arch == "cpu":
         most = max(64, min(4096, CPU_LOGITS // vocab))
     else:
@@ -18,7 +20,9 @@ def chunk_rows(arch: str, sku: str | None, rows: int, vocab: int) -> int:
 
 
 def floor(direction: str, dtype: str, shape: Shape) -> int:
-    """Softmax part of one chunk: logits read once and overwritten with their gradient; bytes. The GEMMs are the vendor's."""
+    """Softmax part of one chunk: logits read once and overwritten with their gradient; bytes. The GEMMs are the
+    vendor's.
+    """
     return 2 * ITEMSIZE[dtype] * shape["rows"] * shape["vocab"]
 
 

@@ -1,8 +1,8 @@
 """Per-token log-probabilities from hidden states as registered operators, and the DPO loss on top of them.
 
-The weight of a pair's gradient depends on both whole sequences, so the gradient cannot be made in the forward sweep as the linear
-cross-entropy does: backward recomputes each chunk's logits (8 N V D FLOP instead of 6). Other preference losses (ORPO, KTO, GRPO) are
-plain torch on the same log-probabilities.
+The weight of a pair's gradient depends on both whole sequences, so the gradient cannot be made in the forward sweep as
+the linear cross-entropy does: backward recomputes each chunk's logits (8 N V D FLOP instead of 6). Other preference
+losses (ORPO, KTO, GRPO) are plain torch on the same log-probabilities.
 """
 
 import torch
@@ -28,9 +28,11 @@ def linear_logps(
     softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """Log-probability of every label under ``softmax(scale * (hidden @ weight.T + bias))``, fp32, in the shape of ``labels``.
+    """Log-probability of every label under ``softmax(scale * (hidden @ weight.T + bias))``, fp32, in the shape of
+    ``labels``.
 
-    ``hidden`` [..., D], ``weight`` [V, D], ``labels`` [...] int64 aligned with hidden; 0 at -100. Differentiable in hidden, weight, bias.
+    ``hidden`` [..., D], ``weight`` [V, D], ``labels`` [...] int64 aligned with hidden; 0 at -100. Differentiable in
+    hidden, weight, bias.
     """
     shape = labels.shape
     hidden, weight, labels, bias = prepare(hidden, weight, labels, bias)
@@ -55,9 +57,9 @@ def linear_dpo(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """DPO loss, summed over P pairs.
 
-    ``hidden`` [2 P, S, D] with the chosen sequences first, ``labels`` [2 P, S] aligned with it (-100 for prompt and padding),
-    ``reference_logps`` [2 P] of the frozen reference (:func:`linear_logps` under ``no_grad``, summed over S). Returns (loss, chosen
-    rewards [P], rejected rewards [P]), fp32; the rewards are detached.
+    ``hidden`` [2 P, S, D] with the chosen sequences first, ``labels`` [2 P, S] aligned with it (-100 for prompt and
+    padding), ``reference_logps`` [2 P] of the frozen reference (:func:`linear_logps` under ``no_grad``, summed over S).
+    Returns (loss, chosen rewards [P], rejected rewards [P]), fp32; the rewards are detached.
     """
     if labels.dim() != 2 or labels.shape[0] % 2:
         raise ValueError(f"{NAME}: labels must be [2 P, S] with the chosen sequences first, got {tuple(labels.shape)}")
@@ -72,7 +74,8 @@ def _rows(labels, first, last, picked):
 @torch.library.custom_op(
     "aifactory::linear_logps_fwd",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float scale, float softcap, int chunk) -> (Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float scale, float softcap, int chunk) -> "
+    "(Tensor, Tensor)",
 )
 def linear_logps_fwd(hidden, weight, labels, bias, scale, softcap, chunk):
     rows, picked, _ = pick(labels, -1)
@@ -102,7 +105,8 @@ def _(hidden, weight, labels, bias, scale, softcap, chunk):
 @torch.library.custom_op(
     "aifactory::linear_logps_bwd",
     mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor lse, float scale, float softcap,"
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor lse, float scale, float "
+    "softcap,"
     " int chunk) -> (Tensor, Tensor, Tensor)",
 )
 def linear_logps_bwd(grad, hidden, weight, labels, bias, lse, scale, softcap, chunk):

@@ -11,9 +11,11 @@ def linear_logps(hidden, weight, labels, bias=None, scale=1.0, softcap=None):
 
 
 def dpo(logps: torch.Tensor, reference_logps: torch.Tensor, beta: float, smoothing: float):
-    """(sum of losses over pairs, chosen rewards, rejected rewards) from per-sequence log-probabilities [2 P], chosen first.
+    """(sum of losses over pairs, chosen rewards, rejected rewards) from per-sequence log-probabilities [2 P], chosen
+    first.
 
-    Rafailov et al., arXiv 2305.18290, equation 7; ``smoothing`` is the conservative form (label noise) of the same authors.
+    Rafailov et al., arXiv 2305.18290, equation 7; ``smoothing`` is the conservative form (label noise) of the same
+    authors.
     """
     rewards = beta * (logps - reference_logps)
     chosen, rejected = rewards.chunk(2)

@@ -27,6 +27,15 @@ KERNELS = (
 )
 CHECKS = tuple({"rows": 4095, "hidden": 4096, "vocab": v} for v in VOCABULARIES)
 OPERATOR = Operator(
-    "linear_dpo", ("rows", "hidden", "vocab"), KERNELS, floor, CHECKS, inputs, pointwise=False, shrink=SHRINK, eager=False,
-    note="log-probabilities forward; backward recomputes the logits, because a pair's weight is known only after both sequences",
-)  # fmt: skip
+    "linear_dpo",
+    ("rows", "hidden", "vocab"),
+    KERNELS,
+    floor,
+    CHECKS,
+    inputs,
+    pointwise=False,
+    shrink=SHRINK,
+    eager=False,
+    note="log-probabilities forward; backward recomputes the logits, because a pair's weight is known only after both "
+    "sequences",
+)

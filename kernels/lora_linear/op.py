@@ -22,9 +22,9 @@ def lora_linear(
 ) -> torch.Tensor:
     """``x @ weight.T + bias + scaling * (x_adapter @ lora_a.T) @ lora_b.T``.
 
-    ``x`` [..., K], ``weight`` [M, K], ``lora_a`` [R, K], ``lora_b`` [M, R], one dtype for all (autocast is followed); ``x_adapter`` is the
-    adapter's input when it differs from x (dropout). Differentiable in every tensor; the weight's gradient is computed only if
-    asked for. Result [..., M] in that dtype.
+    ``x`` [..., K], ``weight`` [M, K], ``lora_a`` [R, K], ``lora_b`` [M, R], one dtype for all (autocast is followed);
+    ``x_adapter`` is the adapter's input when it differs from x (dropout). Differentiable in every tensor; the weight's
+    gradient is computed only if asked for. Result [..., M] in that dtype.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -79,7 +79,8 @@ def _(x, weight, lora_a, lora_b, scaling, bias, x_adapter):
 @torch.library.custom_op(
     "aifactory::lora_linear_bwd",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor t, float scaling, Tensor? x_adapter,"
+    schema="(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor t, float scaling, Tensor? "
+    "x_adapter,"
     " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def lora_linear_bwd(dy, x, weight, lora_a, lora_b, t, scaling, x_adapter, need_x, need_weight, need_bias):

@@ -6,8 +6,18 @@ from aifactory_train.kernels.spec import ITEMSIZE, Config, Kernel, Operator, Sha
 def arguments(dtype: str, shape: Shape) -> dict:
     p, n, r = "*" + dtype, shape["out"], shape["rank"]
     return {
-        "Y": p, "T": p, "B": p, "scale": "fp32", "M": shape["rows"], "N": n, "R": r, "sy": n, "st": r, "sb_r": 1, "sb_n": r,
-    }  # fmt: skip
+        "Y": p,
+        "T": p,
+        "B": p,
+        "scale": "fp32",
+        "M": shape["rows"],
+        "N": n,
+        "R": r,
+        "sy": n,
+        "st": r,
+        "sb_r": 1,
+        "sb_n": r,
+    }
 
 
 def backward_arguments(dtype: str, shape: Shape) -> dict:
@@ -17,7 +27,9 @@ def backward_arguments(dtype: str, shape: Shape) -> dict:
 
 
 def constexprs(config: Config, dtype: str, shape: Shape) -> dict:
-    """fp32 inputs are multiplied exactly (ieee); half inputs go to the matrix units, where the setting has no effect."""
+    """fp32 inputs are multiplied exactly (ieee); half inputs go to the matrix units, where the setting has no
+    effect.
+    """
     return {
         "BM": config["block_m"], "BN": config["block_n"],
         "BR": max(16, min(int(config["block_r"]), next_pow2(shape["rank"]))), "PRECISION": "ieee",

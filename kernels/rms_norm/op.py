@@ -14,8 +14,8 @@ def rms_norm(
 ) -> torch.Tensor:
     """RMS normalisation of the last dimension.
 
-    ``x`` [..., H] in bf16, fp16 or fp32, any row stride; ``weight`` [H] or None; the result has x's shape and dtype, fp32 inside.
-    ``offset`` is added to the weight (1.0 for Gemma). Differentiable in x and weight.
+    ``x`` [..., H] in bf16, fp16 or fp32, any row stride; ``weight`` [H] or None; the result has x's shape and dtype,
+    fp32 inside. ``offset`` is added to the weight (1.0 for Gemma). Differentiable in x and weight.
     """
     if not runtime.use_triton("rms_norm", x):
         return reference.rms_norm(x, weight, eps, offset)
@@ -72,7 +72,9 @@ rms_norm_fwd.register_autograd(_backward, setup_context=_setup)
 
 
 def launch_forward(op, x, residual, weight, eps, offset):
-    """(y, rstd, s) of the forward kernel, shared with the residual form; s is y's alias-free sum x + residual, or empty."""
+    """(y, rstd, s) of the forward kernel, shared with the residual form; s is y's alias-free sum x + residual, or
+    empty.
+    """
     from aifactory_train.kernels.rms_norm.triton_kernels import rms_norm_fwd as kernel
 
     x2 = runtime.rows2d(x)

@@ -6,7 +6,9 @@ from aifactory_train.kernels.runtime import wide
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float = 0.0) -> torch.Tensor:
-    """``x / sqrt(mean(x^2) + eps) * (weight + offset)`` over the last dimension, computed in at least fp32, in x's dtype."""
+    """``x / sqrt(mean(x^2) + eps) * (weight + offset)`` over the last dimension, computed in at least fp32, in x's
+    dtype.
+    """
     f = wide(x)
     y = f * torch.rsqrt(f.square().mean(-1, keepdim=True) + eps)
     if weight is not None:

@@ -72,12 +72,28 @@ def space(backward: bool):
 def kernels(op: str, residual: bool) -> tuple[Kernel, ...]:
     module = "rms_norm.triton_kernels"
     return (
-        Kernel(f"{op}_fwd", "forward", f"{module}:rms_norm_fwd", forward_arguments(residual), forward_constexprs(residual),
-               space(False), "hidden", inputs=2 if residual else 1),
-        Kernel(f"{op}_bwd", "backward", f"{module}:rms_norm_bwd", backward_arguments, backward_constexprs(residual),
-               space(True), "hidden", inputs=3 if residual else 2),
+        Kernel(
+            f"{op}_fwd",
+            "forward",
+            f"{module}:rms_norm_fwd",
+            forward_arguments(residual),
+            forward_constexprs(residual),
+            space(False),
+            "hidden",
+            inputs=2 if residual else 1,
+        ),
+        Kernel(
+            f"{op}_bwd",
+            "backward",
+            f"{module}:rms_norm_bwd",
+            backward_arguments,
+            backward_constexprs(residual),
+            space(True),
+            "hidden",
+            inputs=3 if residual else 2,
+        ),
         column_sum(f"{op}_sum"),
-    )  # fmt: skip
+    )
 
 
 def floor(direction: str, dtype: str, shape: Shape) -> int:

@@ -17,8 +17,8 @@ def rms_norm_residual(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``s = x + residual`` and its RMS normalisation in one pass.
 
-    ``x`` and ``residual`` [..., H] of one dtype, ``weight`` [H] or None. Returns ``(y, s)`` in x's dtype; y is computed from the rounded
-    s, as two separate operators would. Differentiable in x, residual and weight.
+    ``x`` and ``residual`` [..., H] of one dtype, ``weight`` [H] or None. Returns ``(y, s)`` in x's dtype; y is computed
+    from the rounded s, as two separate operators would. Differentiable in x, residual and weight.
     """
     if not runtime.use_triton(NAME, x):
         return reference.rms_norm_residual(x, residual, weight, eps, offset)

@@ -5,7 +5,9 @@ from aifactory_train.kernels.spec import ITEMSIZE, Operator, Shape
 
 
 def floor(direction: str, dtype: str, shape: Shape) -> int:
-    """Forward 4 passes over [N, H] (read x and residual, write y and s), backward 4 (read dy, ds and s, write the gradient)."""
+    """Forward 4 passes over [N, H] (read x and residual, write y and s), backward 4 (read dy, ds and s, write the
+    gradient).
+    """
     return 4 * ITEMSIZE[dtype] * shape["rows"] * shape["hidden"]
 
 

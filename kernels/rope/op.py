@@ -22,9 +22,9 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary position embedding of queries and keys.
 
-    ``q`` [B, Hq, S, D], ``k`` [B, Hk, S, D], any strides with D innermost; ``cos`` and ``sin`` [B or 1, S, D] with equal halves, not
-    differentiated. With ``q_weight`` and ``k_weight`` [D] (both or neither) each head is RMS-normalised first, with ``eps`` and
-    ``weight + offset``. Returns rotated (q, k) in their dtypes and strides.
+    ``q`` [B, Hq, S, D], ``k`` [B, Hk, S, D], any strides with D innermost; ``cos`` and ``sin`` [B or 1, S, D] with
+    equal halves, not differentiated. With ``q_weight`` and ``k_weight`` [D] (both or neither) each head is
+    RMS-normalised first, with ``eps`` and ``weight + offset``. Returns rotated (q, k) in their dtypes and strides.
     """
     if (q_weight is None) != (k_weight is None):
         raise ValueError("rope: give both q_weight and k_weight, or neither")
@@ -113,7 +113,8 @@ def _(dq, dk, cos, sin):
 @torch.library.custom_op(
     "aifactory::rope_norm_bwd",
     mutates_args=(),
-    schema="(Tensor dq, Tensor dk, Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor q_weight, Tensor k_weight, float eps,"
+    schema="(Tensor dq, Tensor dk, Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor q_weight, Tensor k_weight, "
+    "float eps,"
     " float offset) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def rope_norm_bwd(dq, dk, q, k, cos, sin, q_weight, k_weight, eps, offset):

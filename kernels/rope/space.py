@@ -13,9 +13,19 @@ def forward_arguments(dtype: str, shape: Shape) -> dict:
     q, k, dim, p = shape["heads"], shape["kv_heads"], shape["head_dim"], "*" + dtype
     return {
         **dict.fromkeys(("Q", "K", "COS", "SIN", "QW", "KW", "QO", "KO"), p),
-        **_strides("sq", q, dim), **_strides("sk", k, dim), **_strides("sqo", q, dim), **_strides("sko", k, dim),
-        "sc_b": 0, "sc_s": dim, "seq": 4096, "q_heads": q, "k_heads": k, "half": dim // 2, "eps": "fp32", "offset": "fp32",
-    }  # fmt: skip
+        **_strides("sq", q, dim),
+        **_strides("sk", k, dim),
+        **_strides("sqo", q, dim),
+        **_strides("sko", k, dim),
+        "sc_b": 0,
+        "sc_s": dim,
+        "seq": 4096,
+        "q_heads": q,
+        "k_heads": k,
+        "half": dim // 2,
+        "eps": "fp32",
+        "offset": "fp32",
+    }
 
 
 def backward_arguments(dtype: str, shape: Shape) -> dict:
@@ -41,7 +51,9 @@ def norm_constexprs(config: Config, dtype: str, shape: Shape) -> dict:
 
 
 def space(target, dtype: str, shape: Shape):
-    """A few heads at a time, as many as give every lane 16 bytes (fewer heads would narrow its loads) and not many more."""
+    """A few heads at a time, as many as give every lane 16 bytes (fewer heads would narrow its loads) and not many
+    more.
+    """
     for heads in (4, 8, 16, 32):
         for warps in (1, 2, 4):
             each = heads * next_pow2(shape["head_dim"] // 2) * ITEMSIZE[dtype] // (warps * target.wave)
@@ -59,7 +71,9 @@ def sum_arguments(dtype: str, shape: Shape) -> dict:
 
 
 def floor(direction: str, dtype: str, shape: Shape) -> int:
-    """Read and write queries and keys once: 2 passes over N (Hq + Hk) D; bytes. cos and sin are not counted as unavoidable."""
+    """Read and write queries and keys once: 2 passes over N (Hq + Hk) D; bytes. cos and sin are not counted as
+    unavoidable.
+    """
     return 2 * ITEMSIZE[dtype] * shape["rows"] * (shape["heads"] + shape["kv_heads"]) * shape["head_dim"]
 
 
@@ -82,7 +96,7 @@ KERNELS = (
            tile=elements),
     Kernel("rope_norm_fwd", "forward", f"{MODULE}:rope_fwd", forward_arguments,
            constexprs(1, True), space, "head_dim", tile=elements),
-    Kernel("rope_norm_bwd", "backward", f"{MODULE}:rope_norm_bwd", backward_arguments, norm_constexprs, norm_space, "head_dim", inputs=2,
+    Kernel("rope_norm_bwd", "backward", f"{MODULE}:rope_norm_bwd", backward_arguments, norm_constexprs, norm_space, "head_dim", inputs=2,  # noqa: E501
            tile=elements, partial=lambda shape: 2 * shape["head_dim"]),
     Kernel("rope_sum", "backward", "reduce:column_sum", sum_arguments, sum_constexprs, sum_space, "head_dim"),
 )  # fmt: skip

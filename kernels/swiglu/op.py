@@ -13,7 +13,9 @@ NAMES = ("swiglu", "geglu", "geglu")  # by kind
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up``. Both [..., I] of one shape and dtype, any row stride; differentiable in both; fp32 inside."""
+    """``silu(gate) * up``. Both [..., I] of one shape and dtype, any row stride; differentiable in both; fp32
+    inside.
+    """
     if not runtime.use_triton("swiglu", gate):
         return reference.swiglu(gate, up)
     return torch.ops.aifactory.glu_fwd(gate, up, 0)
@@ -65,9 +67,21 @@ def glu_bwd(grad, gate, up, kind):
     if n:
         config = runtime.launch(name, gate, rows=n, width=width)[f"{name}_bwd"]
         kernel[(n, cdiv(width, config["block"]))](
-            g, a, b, da, db, g.stride(0), a.stride(0), b.stride(0), width, width, width, KIND=kind, BLOCK=config["block"],
+            g,
+            a,
+            b,
+            da,
+            db,
+            g.stride(0),
+            a.stride(0),
+            b.stride(0),
+            width,
+            width,
+            width,
+            KIND=kind,
+            BLOCK=config["block"],
             **runtime.compiler_options(config),
-        )  # fmt: skip
+        )
     return da, db
 
 

@@ -1,7 +1,7 @@
 """Times the operators on the GPU of this machine. Where there is none, nothing is timed and the reason is given.
 
-Times are medians of Triton's ``do_bench`` (it flushes the L2 cache between runs); a backward pass is timed as the registered backward
-operator, without autograd's own overhead, on both sides.
+Times are medians of Triton's ``do_bench`` (it flushes the L2 cache between runs); a backward pass is timed as the
+registered backward operator, without autograd's own overhead, on both sides.
 """
 
 from __future__ import annotations
@@ -36,9 +36,13 @@ def conditions() -> dict[str, Any]:
     """What a measured entry must say about itself."""
     p = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
-        "device": p.name, "date": datetime.date.today().isoformat(), "job": os.environ.get("SLURM_JOB_ID"),
-        "clock_mhz": torch.cuda.clock_rate() if hasattr(torch.cuda, "clock_rate") and torch.version.hip is None else None,
-    }  # fmt: skip
+        "device": p.name,
+        "date": datetime.date.today().isoformat(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "clock_mhz": torch.cuda.clock_rate()
+        if hasattr(torch.cuda, "clock_rate") and torch.version.hip is None
+        else None,
+    }
 
 
 def _time(run: Callable[[], Any]) -> float:
@@ -62,7 +66,9 @@ def time_configuration(op: str, kernel: Kernel, config: Config, dtype: str, shap
 
 
 def rivals(op: str) -> dict[str, Callable[..., Any]]:
-    """Functions to compare with, on the same inputs as ours: eager and torch.compile, and what the operator's ``rivals.py`` names."""
+    """Functions to compare with, on the same inputs as ours: eager and torch.compile, and what the operator's
+    ``rivals.py`` names.
+    """
     found: dict[str, Callable[..., Any]] = {}
     if registry.operator(op).eager:
         found["eager"] = inputs.oracle(op)
@@ -72,7 +78,9 @@ def rivals(op: str) -> dict[str, Callable[..., Any]]:
 
 
 def rows(operators: Iterable[str], n: int, hidden: int, dtype: str = "bf16") -> Iterator[dict[str, Any]]:
-    """One row an operator and direction: microseconds of every implementation, and ours as a share of the bandwidth floor."""
+    """One row an operator and direction: microseconds of every implementation, and ours as a share of the bandwidth
+    floor.
+    """
     arch, name, _ = runtime.device_of(torch.cuda.current_device())
     device = hardware.sku(name, arch)
     for op in operators:

@@ -12,12 +12,15 @@ from aifactory_train.kernels.workbench import compile as compiler
 
 DTYPES = ("bf16", "fp32")
 
-#: what a pull request compiles: both wave widths and both vendors, the widest and the commonest shape, default configurations included
+#: what a pull request compiles: both wave widths and both vendors, the widest and the commonest shape, default
+#: configurations included
 SUBSET_TARGETS = ("gfx90a", "gfx942", "sm_90")
 
 
 def is_aligned(kernel: Kernel, dtype: str, shape: Shape) -> bool:
-    """Whether every stride is a multiple of 16 bytes, so that 16-byte loads are possible (weights and partial sums included)."""
+    """Whether every stride is a multiple of 16 bytes, so that 16-byte loads are possible (weights and partial sums
+    included).
+    """
     strides = [
         v for k, v in kernel.arguments(dtype, shape).items() if isinstance(v, int) and k.startswith("s") and k != "seed"
     ]
@@ -40,7 +43,9 @@ def rows(
     quick: bool = False,
     shapes: Iterable[Shape] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row a kernel, (target, SKU), dtype and shape. ``status`` is ``ok``, the findings, or why it could not be compiled."""
+    """Yield one row a kernel, (target, SKU), dtype and shape. ``status`` is ``ok``, the findings, or why it could not
+    be compiled.
+    """
     for target, sku in targets:
         for name in operators:
             operator = registry.operator(name)
@@ -52,7 +57,9 @@ def rows(
 
 
 def write_assembly(row: dict[str, Any], folder: Path) -> list[Path]:
-    """The machine code of a row of :func:`rows`, one file a form (``amdgcn``; ``ptx`` and ``sass``), named after the row."""
+    """The machine code of a row of :func:`rows`, one file a form (``amdgcn``; ``ptx`` and ``sass``), named after the
+    row.
+    """
     operator = registry.operator(row["op"])
     kernel = next(k for k in operator.kernels if k.name == row["kernel"])
     sizes = "-".join(f"{key}{value}" for key, value in row["shape"].items())
@@ -68,11 +75,27 @@ def one(operator: Operator, kernel: Kernel, selection, target: str, dtype: str, 
     """The row of one kernel in its selected configuration."""
     config, source = selection.config[kernel.name], selection.provenance[kernel.name]
     row = {
-        "op": operator.name, "target": target, "dtype": dtype, "shape": dict(shape), "registers": None, "spills": None,
-        "shared_bytes": None, "occupancy": None, "limiter": None, "load_bytes": None, "status": "ok", "kernel": kernel.name,
-        "direction": kernel.direction, "config": config, "config_status": source.status, "config_level": source.level,
-        "notes": list(source.notes), "matrix": None, "atomics": None, "int32_hazards": None,
-    }  # fmt: skip
+        "op": operator.name,
+        "target": target,
+        "dtype": dtype,
+        "shape": dict(shape),
+        "registers": None,
+        "spills": None,
+        "shared_bytes": None,
+        "occupancy": None,
+        "limiter": None,
+        "load_bytes": None,
+        "status": "ok",
+        "kernel": kernel.name,
+        "direction": kernel.direction,
+        "config": config,
+        "config_status": source.status,
+        "config_level": source.level,
+        "notes": list(source.notes),
+        "matrix": None,
+        "atomics": None,
+        "int32_hazards": None,
+    }
     try:
         use = compiler.compile_kernel(kernel, config, dtype, shape, target)
     except compiler.Unsupported as error:
@@ -82,7 +105,14 @@ def one(operator: Operator, kernel: Kernel, selection, target: str, dtype: str, 
     chip = hardware.TARGETS[target]
     problems = compiler.findings(use, chip, kernel.matrix and dtype != "fp32", is_aligned(kernel, dtype, shape))
     return row | {
-        "registers": use.registers, "spills": use.spills, "shared_bytes": use.shared, "occupancy": use.occupancy,
-        "limiter": hardware.limiter(chip, use.registers, use.shared, use.warps), "load_bytes": use.load_bytes, "status": "; ".join(problems) or "ok", "matrix": sum(use.matrix.values()),
-        "atomics": sum(use.atomics.values()), "int32_hazards": len(use.hazards),
-    }  # fmt: skip
+        "registers": use.registers,
+        "spills": use.spills,
+        "shared_bytes": use.shared,
+        "occupancy": use.occupancy,
+        "limiter": hardware.limiter(chip, use.registers, use.shared, use.warps),
+        "load_bytes": use.load_bytes,
+        "status": "; ".join(problems) or "ok",
+        "matrix": sum(use.matrix.values()),
+        "atomics": sum(use.atomics.values()),
+        "int32_hazards": len(use.hazards),
+    }

@@ -1,7 +1,7 @@
 """Cross-compiles Triton kernels for a GPU that need not be here, and reads registers, memory and instructions back.
 
-Works on Triton 3.4 to 3.9 with a CPU build of torch; ptxas, cuobjdump, nvdisasm and LLVM come with the Triton wheel. What is measured
-is the code, never the time: such numbers rank and exclude configurations.
+Works on Triton 3.4 to 3.9 with a CPU build of torch; ptxas, cuobjdump, nvdisasm and LLVM come with the Triton wheel.
+What is measured is the code, never the time: such numbers rank and exclude configurations.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from aifactory_train.kernels.workbench.lint import lint
 class Compiled:
     """What one compiled kernel needs and contains.
 
-    ``spills`` is vector registers (AMD) or bytes of stack (NVIDIA); ``stack`` bytes of scratch a lane; ``load_bytes`` the width in
-    bytes of the load instructions that carry most of the data; ``loads`` every width with its number of instructions.
+    ``spills`` is vector registers (AMD) or bytes of stack (NVIDIA); ``stack`` bytes of scratch a lane; ``load_bytes``
+    the width in bytes of the load instructions that carry most of the data; ``loads`` every width with its number of
+    instructions.
     """
 
     registers: int
@@ -55,8 +56,8 @@ class Unsupported(Exception):
 def _inputs(kernel: Kernel, config: Config, dtype: str, shape: Shape, target: Target):
     """(function, signature, constexprs, hints): what the JIT would derive from the arguments of a launch.
 
-    An integer divisible by 16 and every pointer get the divisibility hint, an integer 1 becomes a constant, and AMD pointers get the
-    promise of a 2 GiB range that lets buffer instructions be used (the JIT gives it to small tensors).
+    An integer divisible by 16 and every pointer get the divisibility hint, an integer 1 becomes a constant, and AMD
+    pointers get the promise of a 2 GiB range that lets buffer instructions be used (the JIT gives it to small tensors).
     """
     fn = kernel.load()
     constants = dict(kernel.constexprs(config, dtype, shape))
@@ -90,8 +91,15 @@ def compile_kernel(kernel: Kernel, config: Config, dtype: str, shape: Shape, tar
     chip = TARGETS[target]
     fn, signature, constants, hints = _inputs(kernel, config, dtype, shape, chip)
     options = {k: config[k] for k in COMPILER_OPTIONS if k in config}
-    key = (kernel.function, kernel.matrix, target, tuple(signature.items()), tuple(sorted(constants.items())), repr(hints),
-           tuple(sorted(options.items())))  # fmt: skip
+    key = (
+        kernel.function,
+        kernel.matrix,
+        target,
+        tuple(signature.items()),
+        tuple(sorted(constants.items())),
+        repr(hints),
+        tuple(sorted(options.items())),
+    )
     if key not in _memory:
         _memory[key] = compile_function(fn, signature, constants, hints, options, target)
     return _memory[key]
@@ -101,7 +109,9 @@ _memory: dict[Any, Compiled] = {}
 
 
 def assembly(kernel: Kernel, config: Config, dtype: str, shape: Shape, target: str) -> dict[str, str]:
-    """What the compiler made of a kernel, by suffix: ``amdgcn``, or ``ptx`` and ``sass`` (NVIDIA's machine code, disassembled)."""
+    """What the compiler made of a kernel, by suffix: ``amdgcn``, or ``ptx`` and ``sass`` (NVIDIA's machine code,
+    disassembled).
+    """
     fn, signature, constants, hints = _inputs(kernel, config, dtype, shape, TARGETS[target])
     built = _build(fn, signature, constants, hints, {k: config[k] for k in COMPILER_OPTIONS if k in config}, target)
     if "amdgcn" in built.asm:
@@ -188,7 +198,8 @@ def read(built, chip: Target) -> Compiled:
 def findings(use: Compiled, chip: Target, matrix: bool, aligned: bool) -> list[str]:
     """Reasons why a configuration must not ship; empty when it passes legality and code quality.
 
-    ``matrix``: a matrix instruction must appear. ``aligned``: rows are multiples of 16 bytes, so loads must be 16 bytes wide.
+    ``matrix``: a matrix instruction must appear. ``aligned``: rows are multiples of 16 bytes, so loads must be 16 bytes
+    wide.
     """
     out = []
     if use.warps * chip.wave > 1024:
@@ -211,9 +222,31 @@ def findings(use: Compiled, chip: Target, matrix: bool, aligned: bool) -> list[s
 
 _ATOMIC = r"\b((?:global|buffer|flat)_atomic_\w+|(?:atom|red)\.[\w.:]+)"
 _MATRIX = r"\b(v_s?mfmac?_\w+|v_s?wmmac?_\w+|wgmma\.mma_async|tcgen05\.mma|mma\.sync)"
-_WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1, "dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4,
-          "ushort": 2, "short": 2, "ubyte": 1, "sbyte": 1, "b128": 16, "b96": 12, "b64": 8, "b32": 4, "u16": 2, "i16": 2,
-          "u8": 1, "i8": 1, "d16": 2}  # fmt: skip
+_WIDTH = {
+    "128": 16,
+    "64": 8,
+    "U16": 2,
+    "S16": 2,
+    "U8": 1,
+    "S8": 1,
+    "dwordx4": 16,
+    "dwordx3": 12,
+    "dwordx2": 8,
+    "dword": 4,
+    "ushort": 2,
+    "short": 2,
+    "ubyte": 1,
+    "sbyte": 1,
+    "b128": 16,
+    "b96": 12,
+    "b64": 8,
+    "b32": 4,
+    "u16": 2,
+    "i16": 2,
+    "u8": 1,
+    "i8": 1,
+    "d16": 2,
+}
 
 
 def _count(text: str, pattern: str) -> dict[str, int]:

@@ -12,12 +12,24 @@ from aifactory_train.kernels import registry
 from aifactory_train.kernels.spec import Operator
 
 #: sizes that fit no block, with which values are tested where an operator names none: one row, no rows, several
-_SMALL = {"hidden": 200, "width": 200, "vocab": 300, "heads": 4, "kv_heads": 2, "head_dim": 64, "in": 48, "out": 80, "rank": 4,
-          "numel": 700}  # fmt: skip
+_SMALL = {
+    "hidden": 200,
+    "width": 200,
+    "vocab": 300,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 64,
+    "in": 48,
+    "out": 80,
+    "rank": 4,
+    "numel": 700,
+}
 
 
 class Make:
-    """What ``inputs(make, shape)`` of a ``space.py`` draws from. Tensors are of ``dtype`` and on torch's default device."""
+    """What ``inputs(make, shape)`` of a ``space.py`` draws from. Tensors are of ``dtype`` and on torch's default
+    device.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

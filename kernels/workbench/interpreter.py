@@ -1,8 +1,9 @@
 """Triton's interpreter made exact for bf16, and an instrument that records every address a kernel touches.
 
-Up to 3.9 the interpreter truncates fp32 to bf16 and does bf16 arithmetic on raw bits. :func:`exact` replaces the conversions by torch's
-round-to-nearest-even and refuses reductions of bf16, so that a kernel that forgets to upcast fails instead of looking wrong.
-Both tools act on Triton's interpreter objects of this process only and need ``TRITON_INTERPRET=1`` from the start.
+Up to 3.9 the interpreter truncates fp32 to bf16 and does bf16 arithmetic on raw bits. :func:`exact` replaces the
+conversions by torch's round-to-nearest-even and refuses reductions of bf16, so that a kernel that forgets to upcast
+fails instead of looking wrong. Both tools act on Triton's interpreter objects of this process only and need
+``TRITON_INTERPRET=1`` from the start.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _UNSIGNED = {16: (torch.int16, np.uint16), 32: (torch.int32, np.uint32)}
 
 
 def _convert(data, source, target, rounding):
-    """Round-to-nearest-even between the float types that torch knows; an explicit other rounding goes to the original."""
+    """Round-to-nearest-even between the float types that torch knows; an explicit other rounding goes to the
+    original.
+    """
     if source not in _FLOATS or target not in _FLOATS or rounding == ir.ROUNDING_MODE.RTZ:
         return _original("convert")(data, source, target, rounding)
     raw = np.frombuffer(np.ascontiguousarray(data).tobytes(), dtype=_SIGNED[source.primitive_bitwidth]).copy()
@@ -95,7 +98,8 @@ def exact() -> None:
 
 @functools.lru_cache(None)
 def quick() -> None:
-    """Patch Triton's language modules once a launch instead of once a device-function call, which takes half of the time.
+    """Patch Triton's language modules once a launch instead of once a device-function call, which takes half of the
+    time.
 
     A device function's own patches are never undone by Triton either, so nothing changes but the number of repetitions.
     """
@@ -149,7 +153,9 @@ def _module(value):
 
 @dataclasses.dataclass
 class KernelLaunch:
-    """Bytes of one kernel launch: ``loaded`` and ``stored`` count distinct addresses, ``requested_*`` every access of every program."""
+    """Bytes of one kernel launch: ``loaded`` and ``stored`` count distinct addresses, ``requested_*`` every access of
+    every program.
+    """
 
     kernel: str
     loaded: int = 0
@@ -217,8 +223,9 @@ class _Spans:
 def counting(dry: bool = False):
     """Record every launch inside the block: yields a list that fills with :class:`KernelLaunch`.
 
-    ``dry`` touches no memory: loads give zeros and stores are dropped, so that pointers may be far outside any allocation (each
-    entry then has ``spans``, the (first, last) byte addresses read and written). Nothing about values holds in a dry run.
+    ``dry`` touches no memory: loads give zeros and stores are dropped, so that pointers may be far outside any
+    allocation (each entry then has ``spans``, the (first, last) byte addresses read and written). Nothing about values
+    holds in a dry run.
     """
     builder, executor = interp.InterpreterBuilder, interp.GridExecutor
     before = (builder.create_masked_load, builder.create_masked_store, executor.__call__)

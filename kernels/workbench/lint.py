@@ -1,7 +1,7 @@
 """Lint on Triton IR: a 32-bit product of a stride argument and a program id or loop variable that reaches an address.
 
-Such an offset wraps beyond 2^31 elements. The lint is a heuristic on the IR text: it does not follow functions that were not inlined,
-nor offsets that a loop accumulates.
+Such an offset wraps beyond 2^31 elements. The lint is a heuristic on the IR text: it does not follow functions that
+were not inlined, nor offsets that a loop accumulates.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def lint(ttir: str) -> list[tuple[str, list[str]]]:
     known: dict[str, frozenset[str]] = {}
 
     def roots(value: str) -> frozenset[str]:
-        """What a value is computed from: an integer argument, something that moves from program to program, both or neither."""
+        """What a value is computed from: an integer argument, something that moves from program to program, both or
+        neither.
+        """
         if value in known:
             return known[value]
         known[value] = frozenset()  # a cycle through a loop adds nothing

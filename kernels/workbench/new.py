@@ -211,8 +211,14 @@ def NAME_bwd(dy, x, gate):
     return [([p, p], [p, p, p]) for p in [whole, *(Shard(d) for d in range(len(x.shape)))]]
 '''
 
-FILES = {"__init__.py": _INIT, "space.py": _SPACE, "reference.py": _REFERENCE, "triton_kernels.py": _TRITON, "op.py": _OP,
-         "dtensor.py": _DTENSOR}  # fmt: skip
+FILES = {
+    "__init__.py": _INIT,
+    "space.py": _SPACE,
+    "reference.py": _REFERENCE,
+    "triton_kernels.py": _TRITON,
+    "op.py": _OP,
+    "dtensor.py": _DTENSOR,
+}
 
 
 def refusal(name: str, into: Path) -> str:

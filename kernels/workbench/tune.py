@@ -1,8 +1,9 @@
-"""Chooses launch parameters in the order legality, code quality, dominance, model, measurement, and says which of them was reached.
+"""Chooses launch parameters in the order legality, code quality, dominance, model, measurement, and says which of them
+was reached.
 
-Without a GPU the result is ``modelled`` (or ``static-pruned`` where the device's units are unknown), never tuned. On a device the best of
-the model, two random configurations and the default are timed, and the rank correlation of model and time is reported: the number
-that tells whether the model deserves trust.
+Without a GPU the result is ``modelled`` (or ``static-pruned`` where the device's units are unknown), never tuned. On a
+device the best of the model, two random configurations and the default are timed, and the rank correlation of model and
+time is reported: the number that tells whether the model deserves trust.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ REPRESENTATIVE = {("hidden", 256): 128}
 
 @dataclasses.dataclass
 class TrialConfig:
-    """One configuration with what is known of it. ``seconds`` is the model's estimate, ``measured`` the device's median."""
+    """One configuration with what is known of it. ``seconds`` is the model's estimate, ``measured`` the device's
+    median.
+    """
 
     config: Config
     use: compiler.Compiled | None = None
@@ -52,14 +55,29 @@ class TrialConfig:
 
 
 def ranges(kernel: Kernel, operator: Operator) -> tuple[int, ...]:
-    """Upper ends of the size ranges of a kernel: its own, the usual ones of its key, or one range at the operator's widest shape."""
+    """Upper ends of the size ranges of a kernel: its own, the usual ones of its key, or one range at the operator's
+    widest shape.
+    """
     return kernel.ranges or BUCKETS.get(kernel.key) or (max(shape[kernel.key] for shape in operator.checks),)
 
 
 def typical(kernel: Kernel, operator: Operator, size: int) -> dict[str, int]:
-    """A shape in which ``kernel.key`` has the given size: 8192 rows (prime neighbours would only change masks), common heads."""
-    shape = {"rows": 8192, "hidden": 4096, "width": 14336, "vocab": 128256, "numel": 1 << 24, "heads": 32, "kv_heads": 8,
-             "head_dim": 128, "in": 4096, "out": 4096, "rank": 16}  # fmt: skip
+    """A shape in which ``kernel.key`` has the given size: 8192 rows (prime neighbours would only change masks), common
+    heads.
+    """
+    shape = {
+        "rows": 8192,
+        "hidden": 4096,
+        "width": 14336,
+        "vocab": 128256,
+        "numel": 1 << 24,
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "in": 4096,
+        "out": 4096,
+        "rank": 16,
+    }
     # Sizes of no usual name: those of the operator's usual shape to check.
     shape = dict(operator.checks[min(1, len(operator.checks) - 1)]) | shape
     return shape | {kernel.key: REPRESENTATIVE.get((kernel.key, size), size), "rows": 8191}
@@ -86,7 +104,9 @@ def gate(kernel: Kernel, dtype: str, shape: Shape, target: Target, configs: Iter
 
 
 def tile_bytes(kernel: Kernel, config: Config, dtype: str, shape: Shape) -> float:
-    """Bytes that one block of the kernel requests before it waits: its tile in every input, times the pipeline's stages."""
+    """Bytes that one block of the kernel requests before it waits: its tile in every input, times the pipeline's
+    stages.
+    """
     c = kernel.constexprs(config, dtype, shape)
     if kernel.tile is None and "BLOCK" not in c:
         raise ValueError(f"{kernel.name}: without a compile-time BLOCK its space.py must give the kernel a `tile`")
@@ -97,8 +117,9 @@ def tile_bytes(kernel: Kernel, config: Config, dtype: str, shape: Shape) -> floa
 def model(kernel: Kernel, candidates: list[TrialConfig], dtype: str, shape: Shape, sku: Sku, floor: int) -> None:
     """Fill in ``seconds`` by Little's law: bandwidth is reached when units x latency worth of bytes are in flight.
 
-    seconds = (floor + partial sums) / (bandwidth x min(1, in flight / needed) x load width / 16). An estimate for ranking only:
-    the latency is assumed, and whether the hardware keeps all requested bytes outstanding cannot be known here.
+    seconds = (floor + partial sums) / (bandwidth x min(1, in flight / needed) x load width / 16). An estimate for
+    ranking only: the latency is assumed, and whether the hardware keeps all requested bytes outstanding cannot be known
+    here.
     """
     needed = sku.bandwidth / sku.units * hardware.LATENCY
     for c in candidates:
@@ -115,7 +136,9 @@ def model(kernel: Kernel, candidates: list[TrialConfig], dtype: str, shape: Shap
 
 
 def undominated(candidates: list[TrialConfig]) -> list[TrialConfig]:
-    """Drop a legal candidate when another has at least its bytes in flight and occupancy, at most its traffic and registers."""
+    """Drop a legal candidate when another has at least its bytes in flight and occupancy, at most its traffic and
+    registers.
+    """
 
     def beats(a: TrialConfig, b: TrialConfig) -> bool:
         assert a.use and b.use
@@ -193,14 +216,27 @@ def tune_kernel(
             correlation = spearman([float(c.seconds or 0) for c in kept], [float(c.measured or 0) for c in kept])
         kept.sort(key=lambda c: float(c.measured or 0))
         status = "measured"
-    return Result(op, kernel, dtype, size, shape, len(candidates), len(candidates) - len(legal), len(legal) - len(front), kept,
-                  status, correlation)  # fmt: skip
+    return Result(
+        op,
+        kernel,
+        dtype,
+        size,
+        shape,
+        len(candidates),
+        len(candidates) - len(legal),
+        len(legal) - len(front),
+        kept,
+        status,
+        correlation,
+    )
 
 
 def _gate_elsewhere(
     op: str, kernel: Kernel, dtype: str, size: int, target: Target, candidates: list[TrialConfig]
 ) -> None:
-    """Hold legal candidates against the other shapes that ``kernels check`` compiles in the same size range (other head counts)."""
+    """Hold legal candidates against the other shapes that ``kernels check`` compiles in the same size range (other head
+    counts).
+    """
     sizes = ranges(kernel, registry.operator(op))
     at = sizes.index(size)
     above, upto = (sizes[at - 1] if at else 0), (size if at < len(sizes) - 1 else 1 << 62)
@@ -239,7 +275,9 @@ def tune(
     measure: Callable[[str, Kernel, Config, str, Shape], float] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
-    """Tune every kernel of the operators over the size buckets. A kernel with no legal configuration is said and left to the fallback."""
+    """Tune every kernel of the operators over the size buckets. A kernel with no legal configuration is said and left
+    to the fallback.
+    """
     results = []
     for op in operators:
         for kernel in registry.operator(op).kernels:
@@ -251,13 +289,18 @@ def tune(
                         say(str(error))
                         continue
                     results.append(result)
-                    say(f"{kernel.name} {dtype} {kernel.key}<={size}: {result.considered} configurations, {result.illegal} illegal, "
-                        f"{result.dominated} dominated, {result.kept[0].config} {result.status}")  # fmt: skip
+                    say(
+                        f"{kernel.name} {dtype} {kernel.key}<={size}: {result.considered} configurations, "
+                        f"{result.illegal} illegal, "
+                        f"{result.dominated} dominated, {result.kept[0].config} {result.status}"
+                    )
     return results
 
 
 def entries(results: Iterable[Result], measured_note: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Configuration-file entries of the best candidates; equal neighbouring size ranges are merged by the loader's first match."""
+    """Configuration-file entries of the best candidates; equal neighbouring size ranges are merged by the loader's
+    first match.
+    """
     out: list[dict[str, Any]] = []
     for r in results:
         best, sizes = r.kept[0], ranges(r.kernel, registry.operator(r.op))
@@ -267,22 +310,42 @@ def entries(results: Iterable[Result], measured_note: dict[str, Any] | None = No
             at = sizes.index(r.size)
             bounds = {"gt": sizes[at - 1]} if at else {}
             match[r.kernel.key] = bounds | ({"le": r.size} if at < len(sizes) - 1 else {})
-        out.append({
-            "kernel": r.kernel.name, "match": match, "config": best.config, "status": r.status,
-            "kernel_sha256": r.kernel.digest,
-            "static": {"shape": r.shape, "registers": best.use.registers, "spills": best.use.spills,
-                       "shared_bytes": best.use.shared, "occupancy": best.use.occupancy, "load_bytes": best.use.load_bytes},
-            "considered": r.considered, "illegal": r.illegal, "dominated": r.dominated,
-            "measured": {"us": round(float(best.measured) * 1e6, 2), **(measured_note or {}),
-                         "rank_correlation": r.correlation} if best.measured else None,
-        })  # fmt: skip
+        out.append(
+            {
+                "kernel": r.kernel.name,
+                "match": match,
+                "config": best.config,
+                "status": r.status,
+                "kernel_sha256": r.kernel.digest,
+                "static": {
+                    "shape": r.shape,
+                    "registers": best.use.registers,
+                    "spills": best.use.spills,
+                    "shared_bytes": best.use.shared,
+                    "occupancy": best.use.occupancy,
+                    "load_bytes": best.use.load_bytes,
+                },
+                "considered": r.considered,
+                "illegal": r.illegal,
+                "dominated": r.dominated,
+                "measured": {
+                    "us": round(float(best.measured) * 1e6, 2),
+                    **(measured_note or {}),
+                    "rank_correlation": r.correlation,
+                }
+                if best.measured
+                else None,
+            }
+        )
     return out
 
 
 def merged(path: Path, body: dict[str, Any], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The file's entries with those of the tuned kernels and dtypes replaced; an entry of another kernel or dtype is kept as it is.
+    """The file's entries with those of the tuned kernels and dtypes replaced; an entry of another kernel or dtype is
+    kept as it is.
 
-    A file is of one Triton version and one device. Raises ``ValueError`` where it holds entries of another that would stay in it.
+    A file is of one Triton version and one device. Raises ``ValueError`` where it holds entries of another that would
+    stay in it.
     """
     before = registry.load(path)
     if before is None:
@@ -301,7 +364,9 @@ def merged(path: Path, body: dict[str, Any], results: list[dict[str, Any]]) -> l
 
 
 def write(path: Path, body: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    """Write a configuration file, one entry a line, so that a diff shows what changed; entries of other kernels stay (:func:`merged`)."""
+    """Write a configuration file, one entry a line, so that a diff shows what changed; entries of other kernels stay
+    (:func:`merged`).
+    """
     results = merged(path, body, results)
     text = json.dumps({"schema": 1, **body, "entries": []}, indent=1)
     lines = ",\n".join("  " + json.dumps(e) for e in results)
@@ -319,8 +384,14 @@ def describe(target: Target, sku: Sku | None) -> dict[str, Any]:
         "toolchain": {"triton": triton.__version__.split("+")[0], "torch": torch.__version__.split("+")[0]},
     }
     if sku:
-        body["sku"] = {"name": sku.name, "units": sku.units, "xcd": sku.xcd, "wave": target.wave, "hbm_TBps": sku.bandwidth / 1e12,
-                       "recalled": list(sku.recalled)}  # fmt: skip
+        body["sku"] = {
+            "name": sku.name,
+            "units": sku.units,
+            "xcd": sku.xcd,
+            "wave": target.wave,
+            "hbm_TBps": sku.bandwidth / 1e12,
+            "recalled": list(sku.recalled),
+        }
         if sku.memory_gb:  # not a shipped device: with these figures the file is found again on the device itself
             body["sku"] |= {"bf16_TFLOPs": sku.peak_bf16 / 1e12, "memory_GB": sku.memory_gb}
     return body
@@ -329,10 +400,11 @@ def describe(target: Target, sku: Sku | None) -> dict[str, Any]:
 def defaults(
     wave: int, dtypes: Iterable[str] = ("bf16", "fp32"), say: Callable[[str], None] = lambda text: None
 ) -> list[dict[str, Any]]:
-    """Entries that are legal on every target of one wavefront width: the fallback when a SKU's or architecture's file cannot be used.
+    """Entries that are legal on every target of one wavefront width: the fallback when a SKU's or architecture's file
+    cannot be used.
 
-    The first configuration of the space that passes both gates everywhere wins, moderate sizes first. They are rules checked by
-    the compiler, not choices for a device, hence status ``default`` and no toolchain.
+    The first configuration of the space that passes both gates everywhere wins, moderate sizes first. They are rules
+    checked by the compiler, not choices for a device, hence status ``default`` and no toolchain.
     """
     twins = ("sm_103", "gfx1251")  # compile like sm_100 and gfx1250; `kernels check` covers them
     targets = [

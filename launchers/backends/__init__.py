@@ -1,6 +1,7 @@
 """The schedulers that a job can go to: one class and module each (:class:`Backend`), registered under its name.
 
-Another one is a module here, its name in ``BUILTIN``, a template where none of those fits, and a row in ``sites/schedulers.py``.
+Another one is a module here, its name in ``BUILTIN``, a template where none of those fits, and a row in
+``sites/schedulers.py``.
 """
 
 from __future__ import annotations

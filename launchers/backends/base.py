@@ -1,6 +1,7 @@
 """What a scheduler can do, and how it is asked: the class that every backend fills in, and the register of them.
 
-Nobody outside this package compares the names of backends. What differs between schedulers is an attribute or a method here.
+Nobody outside this package compares the names of backends. What differs between schedulers is an attribute or a method
+here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from aifactory_train.sites.schema import Container
 
 @dataclass(frozen=True)
 class Job:
-    """A job as its scheduler sees it. ``state``: pending | running | done | failed | cancelled | timeout | node-fail | out-of-memory | preempted."""
+    """A job as its scheduler sees it. ``state``: pending | running | done | failed | cancelled | timeout | node-fail |
+    out-of-memory | preempted.
+    """
 
     id: str
     state: str
@@ -32,7 +35,9 @@ class Job:
 
 
 class Backend(ABC):
-    """One way to get a job onto nodes. An attribute says what the scheduler can do; a subclass sets those in which it differs."""
+    """One way to get a job onto nodes. An attribute says what the scheduler can do; a subclass sets those in which it
+    differs.
+    """
 
     #: As ``--backend`` and the run's manifest name it, and for people.
     name: ClassVar[str]
@@ -49,7 +54,8 @@ class Backend(ABC):
     batch: ClassVar[bool] = True
     #: Ways to start the ranks, the one that needs least of a site first.
     styles: ClassVar[tuple[str, ...]] = ("torchrun",)
-    #: What the ranks run with: the site's modules, containers and Python; the image that the job names; or what runs here now.
+    #: What the ranks run with: the site's modules, containers and Python; the image that the job names; or what runs
+    #: here now.
     software: ClassVar[Literal["site", "image", "here"]] = "site"
     arrays: ClassVar[bool] = True
     #: A job can be put back into the queue under its own id; a job can submit the one that goes on after it.
@@ -63,9 +69,9 @@ class Backend(ABC):
     #: The template of the shell script, and the file of ``submission/`` that the scheduler gets.
     template: ClassVar[str] = "plain.sh.j2"
     script_file: ClassVar[str] = "job.sh"
-    #: Shell text within the script: the job's id, the task of an array from 0, the line that sets ``nodes``, a node's rank (a constant:
-    #: torchrun starts on one node alone, more are refused), the address of a node as the scheduler knows it, and the command that
-    #: submits the next job and prints its id.
+    #: Shell text within the script: the job's id, the task of an array from 0, the line that sets ``nodes``, a node's
+    #: rank (a constant: torchrun starts on one node alone, more are refused), the address of a node as the scheduler
+    #: knows it, and the command that submits the next job and prints its id.
     job_id: ClassVar[str]
     array_index: ClassVar[str | None] = None
     node_list: ClassVar[str] = "nodes=$(hostname -s 2>/dev/null || hostname)"
@@ -76,7 +82,9 @@ class Backend(ABC):
     scrubbed: ClassVar[tuple[str, ...]] = ()
 
     def spans(self, style: str) -> bool:
-        """The script can start ranks of ``style`` on several nodes: torchrun is told on each which node it is (``node_rank``)."""
+        """The script can start ranks of ``style`` on several nodes: torchrun is told on each which node it is
+        (``node_rank``).
+        """
         return style != "torchrun" or self.node_rank != Backend.node_rank
 
     # ---- what stands in the script
@@ -86,7 +94,9 @@ class Backend(ABC):
         return []
 
     def starter(self, sub: Submission) -> list[Line]:
-        """The words of a command before the program of a rank or node, where the template starts processes through one."""
+        """The words of a command before the program of a rank or node, where the template starts processes through
+        one.
+        """
         return []
 
     def step_options(self, sub: Submission, container: Container | None, mounts: list[str]) -> list[Line]:
@@ -101,18 +111,24 @@ class Backend(ABC):
 
     @abstractmethod
     def submit(self, run_dir: Path, *, test_only: bool = False) -> str:
-        """Submit the script of a run folder and return the job's id; raises RunFailed with the scheduler's own words."""
+        """Submit the script of a run folder and return the job's id; raises RunFailed with the scheduler's own
+        words.
+        """
 
     @abstractmethod
     def query(self, job: str) -> Job | None:
-        """What it knows about a job now; None where it knows nothing any more. Raises RunFailed where it does not answer."""
+        """What it knows about a job now; None where it knows nothing any more. Raises RunFailed where it does not
+        answer.
+        """
 
     @abstractmethod
     def cancel(self, job: str) -> None:
         """End a job, or take it out of the queue."""
 
     def run(self, run_dir: Path) -> int:
-        """Run the script of a run folder in the foreground; exit code as the command line's. Only where ``batch`` is False."""
+        """Run the script of a run folder in the foreground; exit code as the command line's. Only where ``batch`` is
+        False.
+        """
         raise UserError(f"{self.title} takes jobs, it runs none in the foreground", where=f"--backend {self.name}")
 
     def accounting(self, job: str) -> dict[str, str] | None:

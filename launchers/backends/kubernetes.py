@@ -1,7 +1,7 @@
 """Kubernetes with Kueue: one Job on one node, and a ConfigMap that carries the submission's files into the pod.
 
-No cluster has seen these manifests: they are validated against the published schemas only. The run folder lies on a persistent
-volume; ``user.project`` of the site file names its claim, ``user.work_dir`` the path where it is mounted.
+No cluster has seen these manifests: they are validated against the published schemas only. The run folder lies on a
+persistent volume; ``user.project`` of the site file names its claim, ``user.work_dir`` the path where it is mounted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def manifest(sub: Submission) -> str:
     claim = system.user.project or "aifactory"
     mount = system.user.work_dir or str(sub.run_dir.parent)
     sub.notes.append(
-        f"the run folder {sub.run_dir} must lie on the volume of claim '{claim}', mounted at {mount} (user.project and user.work_dir)"
+        f"the run folder {sub.run_dir} must lie on the volume of claim '{claim}', mounted at {mount} (user.project "
+        f"and user.work_dir)"
     )
     labels = {"app.kubernetes.io/name": "aifactory-train", "app.kubernetes.io/instance": name}
     queue = shape.partition_key
@@ -96,7 +97,9 @@ def _resources(sub: Submission) -> dict[str, Any]:
 
 
 def _job_spec(sub: Submission, name: str, labels: dict[str, str], claim: str, mount: str) -> dict[str, Any]:
-    """One pod that runs the job's script once, with the run folder's volume, the submission and shared memory mounted."""
+    """One pod that runs the job's script once, with the run folder's volume, the submission and shared memory
+    mounted.
+    """
     shape, asked = sub.shape, _resources(sub)
     return {
         "backoffLimit": 0,

@@ -51,7 +51,9 @@ class Local(Backend):
             )
 
     def run(self, run_dir: Path) -> int:
-        """Run in the foreground, showing rank 0's log as it grows. Ctrl-C asks for a clean stop, a second one ends at once."""
+        """Run in the foreground, showing rank 0's log as it grows. Ctrl-C asks for a clean stop, a second one ends at
+        once.
+        """
         if shutil.which("bash") is None:
             raise UserError("there is no bash on this machine", where="PATH")
         before = attempt.attempt_numbers(str(run_dir))

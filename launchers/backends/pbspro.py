@@ -141,7 +141,9 @@ class PbsPro(Pbs):
         return self.pbs_lines(sub, [nodes], array="-J", short_name="older PBS allows 15 characters")
 
     def starter(self, sub: Submission) -> list[Line]:
-        """``mpiexec`` with the site's own options, before ``rank.sh``; torchrun starts its ranks itself, on one node."""
+        """``mpiexec`` with the site's own options, before ``rank.sh``; torchrun starts its ranks itself, on one
+        node.
+        """
         shape, system = sub.shape, sub.system
         if shape.style == "torchrun":
             return []

@@ -15,20 +15,40 @@ from aifactory_train.launchers.backends.slurm_options import directives, srun_op
 from aifactory_train.launchers.submission import Line, Submission
 from aifactory_train.sites.schema import Container
 
-#: Variables of the submitting shell that Slurm's commands need to find their cluster; all other SLURM_* and SBATCH_* are dropped.
+#: Variables of the submitting shell that Slurm's commands need to find their cluster; all other SLURM_* and SBATCH_*
+#: are dropped.
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SLURM_JWT", "SLURM_CONF_SERVER")
 
 #: Seconds to wait after each time that the controller did not answer a question.
 ANSWER_PAUSES_S = (0.5, 2.0, 0.0)
 
 STATES = {
-    "PENDING": "pending", "REQUEUED": "pending", "REQUEUE_HOLD": "pending", "REQUEUE_FED": "pending", "SPECIAL_EXIT": "pending",
-    "CONFIGURING": "pending", "RESV_DEL_HOLD": "pending", "SUSPENDED": "running", "STOPPED": "running",
-    "RUNNING": "running", "COMPLETING": "running", "SIGNALING": "running", "STAGE_OUT": "running",
-    "COMPLETED": "done", "FAILED": "failed", "BOOT_FAIL": "node-fail", "LAUNCH_FAILED": "failed", "RECONFIG_FAIL": "failed",
-    "CANCELLED": "cancelled", "REVOKED": "cancelled", "TIMEOUT": "timeout", "DEADLINE": "timeout",
-    "NODE_FAIL": "node-fail", "OUT_OF_MEMORY": "out-of-memory", "PREEMPTED": "preempted",
-}  # fmt: skip
+    "PENDING": "pending",
+    "REQUEUED": "pending",
+    "REQUEUE_HOLD": "pending",
+    "REQUEUE_FED": "pending",
+    "SPECIAL_EXIT": "pending",
+    "CONFIGURING": "pending",
+    "RESV_DEL_HOLD": "pending",
+    "SUSPENDED": "running",
+    "STOPPED": "running",
+    "RUNNING": "running",
+    "COMPLETING": "running",
+    "SIGNALING": "running",
+    "STAGE_OUT": "running",
+    "COMPLETED": "done",
+    "FAILED": "failed",
+    "BOOT_FAIL": "node-fail",
+    "LAUNCH_FAILED": "failed",
+    "RECONFIG_FAIL": "failed",
+    "CANCELLED": "cancelled",
+    "REVOKED": "cancelled",
+    "TIMEOUT": "timeout",
+    "DEADLINE": "timeout",
+    "NODE_FAIL": "node-fail",
+    "OUT_OF_MEMORY": "out-of-memory",
+    "PREEMPTED": "preempted",
+}
 
 #: What srun or sbatch would read as an option and the batch script never sets itself.
 SCRUBBED = (
@@ -106,14 +126,16 @@ class Slurm(Backend):
             raise RunFailed(
                 "sbatch refused the script: " + " ".join(done.stderr.split()).replace("sbatch: error: ", ""),
                 where=str(run_dir / "submission" / "job.sh"),
-                fix="the site may have changed its limits: 'aifactory sites probe' compares the profile with the machine",
+                fix="the site may have changed its limits: 'aifactory sites probe' compares the profile with the "
+                "machine",
             )
         return done.stdout.strip().split(";")[0]
 
     def query(self, job: str) -> Job | None:
         """The job from ``scontrol`` (while it is remembered), else from ``sacct``; None where neither knows it.
 
-        Raises :class:`RunFailed` where the controller does not answer and there is no accounting: that says nothing about the job.
+        Raises :class:`RunFailed` where the controller does not answer and there is no accounting: that says nothing
+        about the job.
         """
         for pause in ANSWER_PAUSES_S:
             done = _run("scontrol", "show", "job", job, "--oneliner")

@@ -1,4 +1,6 @@
-"""The options of Slurm's commands from a job's shape: ``#SBATCH`` directives, and those of the srun that starts a step."""
+"""The options of Slurm's commands from a job's shape: ``#SBATCH`` directives, and those of the srun that starts a
+step.
+"""
 
 from __future__ import annotations
 

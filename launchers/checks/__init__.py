@@ -1,8 +1,9 @@
-"""Named rules that judge a submission before the scheduler sees it. ``sbatch --test-only`` ignores QoS and association limits and
-knows nothing of budgets, data or containers; a request that breaks a rule there waits for ever or dies in its first minute.
+"""Named rules that judge a submission before the scheduler sees it. ``sbatch --test-only`` ignores QoS and association
+limits and knows nothing of budgets, data or containers; a request that breaks a rule there waits for ever or dies in
+its first minute.
 
-One module a subject; ``RULES`` keeps the rules in the order in which they are reported. A finding says the rule, what is
-wrong, the fact it rests on (with its source) and the fix. Levels:
+One module a subject; ``RULES`` keeps the rules in the order in which they are reported. A finding says the rule, what
+is wrong, the fact it rests on (with its source) and the fix. Levels:
 
     refuse       nothing is submitted
     warn         told, nothing else

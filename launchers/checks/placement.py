@@ -52,7 +52,8 @@ def human_submits(c: Context) -> Iterator[Finding]:
     """Sites that want a person behind each submission."""
     if c.system.policy.unattended_submission == "human-needed":
         yield warn(
-            f"{c.system.name} wants a person behind every submission: a job that stops at its limit is not submitted again by itself",
+            f"{c.system.name} wants a person behind every submission: a job that stops at its limit is not submitted "
+            f"again by itself",
             c.fact("policy.unattended_submission"),
             "aifactory launch --resume RUN goes on with it",
         )
@@ -140,7 +141,8 @@ def partition_up(c: Context) -> Iterator[Finding]:
     yield refuse(
         f"'{key}' of {c.system.name} was seen down: a job would wait for ever",
         c.fact(f"partitions.{key}.state"),
-        f"{f'--partition {others[0]}, or ' if others else ''}--reservation NAME where the site gave you one; if it is up "
+        f"{f'--partition {others[0]}, or ' if others else ''}--reservation NAME where the site gave you one; if it is "
+        f"up "
         f"again, correct partitions.{key}.state to up in your site file",
         "--partition",
     )

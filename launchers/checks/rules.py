@@ -55,7 +55,9 @@ def not_checked(what: str, fix: str | None = None) -> Finding:
 
 @dataclass
 class Context:
-    """What the rules look at. ``here``: we are on the site (or the job runs on this machine), so its files can be looked at."""
+    """What the rules look at. ``here``: we are on the site (or the job runs on this machine), so its files can be
+    looked at.
+    """
 
     sub: Submission
     recipe: Recipe

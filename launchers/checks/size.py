@@ -59,7 +59,8 @@ def nodes_over_partition(c: Context) -> Iterator[Finding]:
     for limit, path in ((part.max_nodes, "max_nodes"), (part.nodes, "nodes")):
         if limit is not None and c.shape.nodes > limit:
             yield refuse(
-                f"{c.shape.nodes} nodes, '{key}' of {c.system.name} {'admits' if path == 'max_nodes' else 'has'} {limit}",
+                f"{c.shape.nodes} nodes, '{key}' of {c.system.name} {'admits' if path == 'max_nodes' else 'has'} "
+                f"{limit}",
                 c.fact(f"partitions.{key}.{path}"),
                 f"--nodes {limit} or fewer{_or_partition(wide)}{_or_correct(c, f'partitions.{key}.{path}')}",
                 "--nodes",
@@ -98,7 +99,9 @@ def nodes_over_qos(c: Context) -> Iterator[Finding]:
 
 
 def _other_qos(c: Context) -> str:
-    """``--qos NAME`` of a QoS that goes with the partition and admits the job's nodes and time, else just the option."""
+    """``--qos NAME`` of a QoS that goes with the partition and admits the job's nodes and time, else just the
+    option.
+    """
     for name in c.part.qos if c.part is not None else []:
         q = c.system.qos.get(name)
         if name == c.shape.qos or q is None or q.purpose == "data":
@@ -175,7 +178,8 @@ def gpus_over_limit(c: Context) -> Iterator[Finding]:
             fewer = f"--nodes {most} or fewer" if most else f"--gpus-per-node {found.max_gpus} or fewer"
             other = f", or {_other_qos(c)}" if flag == "--qos" else ""
             yield refuse(
-                f"{total} GPUs, {path.replace('.', ' ')} admits {found.max_gpus} (Slurm's own test does not look at this)",
+                f"{total} GPUs, {path.replace('.', ' ')} admits {found.max_gpus} (Slurm's own test does not look at "
+                f"this)",
                 c.fact(f"{path}.max_gpus"),
                 f"{fewer}{other}{_or_correct(c, f'{path}.max_gpus')}",
                 "--nodes",
@@ -200,7 +204,8 @@ def whole_nodes(c: Context) -> Iterator[Finding]:
     if c.part is not None and c.part.shared is False and has and c.shape.gpus_per_node < has:
         shared = [key for key, part in c.system.partitions.items() if part.shared]
         yield refuse(
-            f"{c.shape.gpus_per_node} of {has} GPUs, '{c.shape.partition_key}' gives whole nodes only and bills for them",
+            f"{c.shape.gpus_per_node} of {has} GPUs, '{c.shape.partition_key}' gives whole nodes only and bills for "
+            f"them",
             c.fact(f"partitions.{c.shape.partition_key}.shared"),
             f"--gpus-per-node {has}{_or_partition(shared)}",
             "--gpus-per-node",
@@ -213,7 +218,8 @@ def partial_nodes(c: Context) -> Iterator[Finding]:
     has = c.system.node.gpus
     if c.system.request.partial_multi_node is False and c.shape.nodes > 1 and has and c.shape.gpus_per_node < has:
         yield refuse(
-            f"{c.shape.nodes} nodes with {c.shape.gpus_per_node} of {has} GPUs each: {c.system.name} refuses jobs that partly fill several nodes",
+            f"{c.shape.nodes} nodes with {c.shape.gpus_per_node} of {has} GPUs each: {c.system.name} refuses jobs "
+            f"that partly fill several nodes",
             c.fact("request.partial_multi_node"),
             f"--gpus-per-node {has}",
             "--gpus-per-node",

@@ -50,8 +50,10 @@ def image_needed(c: Context) -> Iterator[Finding]:
     yield refuse(
         f"{c.system.name} has {plugin} in container images and uenvs only: without one NCCL ends at its first step",
         c.fact("software.needs_image"),
-        f"'{same} --container IMAGE' (a .sqsh file, registry#repository:tag or your own EDF in .toml; or user.container_image"
-        f" in your site file), or '{same} --directive=--uenv=NAME/VERSION:TAG --directive=--view=VIEW'; an environment that"
+        f"'{same} --container IMAGE' (a .sqsh file, registry#repository:tag or your own EDF in .toml; or "
+        f"user.container_image"
+        f" in your site file), or '{same} --directive=--uenv=NAME/VERSION:TAG --directive=--view=VIEW'; an "
+        f"environment that"
         " brings the plug-in itself: correct software.needs_image to false in your site file",
         "--container",
     )
@@ -218,7 +220,8 @@ def batch_fits_ranks(c: Context) -> Iterator[Finding]:
     if rows is not None and rows < c.shape.ranks:
         # Not refused: the step is defined by documents, so the curve is right; only GPU-hours are wasted.
         yield warn(
-            f"{rows} documents per step for {c.shape.ranks} ranks: {c.shape.ranks - rows} have nothing to do and burn GPU-hours",
+            f"{rows} documents per step for {c.shape.ranks} ranks: {c.shape.ranks - rows} have nothing to do and burn "
+            f"GPU-hours",
             fix=f"fewer nodes, or --set train.batch_rows={c.shape.ranks}",
         )
 

@@ -28,7 +28,8 @@ def time_over_qos(c: Context) -> Iterator[Finding]:
     """No longer than the QoS admits (Slurm accepts such a job and holds it for ever)."""
     if c.qos is not None and c.qos.max_time is not None and c.shape.time_s > c.qos.max_time:
         yield refuse(
-            f"{slurm_time(c.shape.time_s)}, QoS '{c.shape.qos}' admits {slurm_time(c.qos.max_time)}; such a job would wait for ever",
+            f"{slurm_time(c.shape.time_s)}, QoS '{c.shape.qos}' admits {slurm_time(c.qos.max_time)}; such a job would "
+            f"wait for ever",
             c.fact(f"qos.{c.shape.qos}.max_time"),
             f"--time {slurm_time(c.qos.max_time)}, or another --qos",
             "--time",

@@ -1,19 +1,21 @@
 """Book-keeping of one attempt, inside the job: begin it, watch it, close it and decide what comes next.
 
-Copied beside every submission and run with the host's Python there, so it uses the standard library alone and the syntax of
-Python 3.6. ``aifactory status`` imports the same functions: what the job decided and what people read is one piece of code.
+Copied beside every submission and run with the host's Python there, so it uses the standard library alone and the
+syntax of Python 3.6. ``aifactory status`` imports the same functions: what the job decided and what people read is one
+piece of code.
 
-Exit codes of launchers are not the truth (srun reports 143 for a rank that exited with 7, torchrun 1 for every failure), so
-everything here is decided from the files that the ranks left in ``attempts/NNN``:
+Exit codes of launchers are not the truth (srun reports 143 for a rank that exited with 7, torchrun 1 for every
+failure), so everything here is decided from the files that the ranks left in ``attempts/NNN``:
 
     outcome-RANK.json  the trainer's own word: done, stopped or failed, with exception and step
-    exit-RANK.json     the rank program's word: exit code or signal of the trainer, also when the trainer could say nothing
-    alive-RANK.json    the last heartbeat of a rank
-    preflight-RANK.json, hang.json, node-state.txt, signal.txt   what the job itself saw
-    stop-request.txt     the request to stop that this attempt answered: ``RUN/stop``, moved here when the attempt was closed
+    exit-RANK.json     the rank program's word: exit code or signal of the trainer, also when the trainer could say
+    nothing alive-RANK.json    the last heartbeat of a rank preflight-RANK.json, hang.json, node-state.txt, signal.txt
+    what the job itself saw stop-request.txt     the request to stop that this attempt answered: ``RUN/stop``, moved
+    here when the attempt was closed
 
-``RUN/stop`` is the one record of who asked a run to stop. Everybody reads it; under a launcher nobody but `close` (or `begin`, for
-an attempt that was cut off before it could be closed) takes it away. So what the ranks acted on is still there to be judged.
+``RUN/stop`` is the one record of who asked a run to stop. Everybody reads it; under a launcher nobody but `close` (or
+`begin`, for an attempt that was cut off before it could be closed) takes it away. So what the ranks acted on is still
+there to be judged.
 """
 
 # ruff: noqa: UP031 - percent formatting and the like: this file must run on the Python 3.6 of old hosts
@@ -42,10 +44,12 @@ SECONDARY_TYPES = {
     "TimeoutError",
     "SignalException",
 }
-#: What drivers say of broken hardware: the node is left out and the attempt repeated elsewhere, whatever library passes it on.
+#: What drivers say of broken hardware: the node is left out and the attempt repeated elsewhere, whatever library passes
+#: it on.
 HARDWARE = re.compile(
     r"uncorrectable (nvlink|ecc)|ecc error|fallen off the bus|gpu (is|was) lost|device (is )?lost|\bxid\b|row remapp"
-    r"|hardware (error|stack error|exception)|nvlink error|unable to determine the device handle|hsa_status_error_(exception|fatal)"
+    r"|hardware (error|stack error|exception)|nvlink error|unable to determine the device "
+    r"handle|hsa_status_error_(exception|fatal)"
     r"|hw exception by gpu|gpu reset|unspecified launch failure|cudaErrorECC|busy or unavailable",
     re.I,
 )
@@ -81,7 +85,9 @@ AUTOMATIC_STOPS = ("time-limit", "deadline", "preempted", "terminated")
 
 
 def read_json(path):
-    """The object in a JSON file, or None where it is missing, was cut off in the middle of being written, or is anything else."""
+    """The object in a JSON file, or None where it is missing, was cut off in the middle of being written, or is
+    anything else.
+    """
     if not os.path.isfile(path):  # a pipe would be waited for without end
         return None
     try:
@@ -153,7 +159,9 @@ def latest_checkpoint(run):
 
 
 def by_a_person(request):
-    """Whether a request to stop is somebody's wish, not the scheduler's: anything else that is in the file, also nothing at all."""
+    """Whether a request to stop is somebody's wish, not the scheduler's: anything else that is in the file, also
+    nothing at all.
+    """
     return request is not None and (request.split() or [""])[0] not in AUTOMATIC_STOPS
 
 
@@ -164,7 +172,8 @@ def pending_stop(run):
 
 
 def take_stop(run, number):
-    """Take the request away, into the folder of the attempt that answers it. Returns its text, None where there is none.
+    """Take the request away, into the folder of the attempt that answers it. Returns its text, None where there is
+    none.
 
     One rename: a request that is made a moment later is another one, and stays for the next attempt.
     """
@@ -175,7 +184,9 @@ def take_stop(run, number):
 
 
 def this_machine():
-    """What processes have in common that can look at each other: the boot of the machine and the name space of their numbers."""
+    """What processes have in common that can look at each other: the boot of the machine and the name space of their
+    numbers.
+    """
     try:
         return "%s %s" % (
             read_text("/proc/sys/kernel/random/boot_id") or socket.gethostname(),
@@ -192,7 +203,9 @@ def process_start(pid):
 
 
 def runs_here(record, shell):
-    """Whether an attempt that nobody closed is at work on this machine: its batch shell lives, and is not ``shell`` itself."""
+    """Whether an attempt that nobody closed is at work on this machine: its batch shell lives, and is not ``shell``
+    itself.
+    """
     theirs = record.get("shell") or {}
     if "state" in record or theirs.get("machine") != this_machine() or theirs.get("pid") == shell:
         return False
@@ -200,7 +213,9 @@ def runs_here(record, shell):
 
 
 def occupied(record):
-    """Whether an attempt was refused because another one trained in the folder: it did nothing, and says nothing about the run."""
+    """Whether an attempt was refused because another one trained in the folder: it did nothing, and says nothing about
+    the run.
+    """
     return (record.get("cause") or {}).get("kind") == "occupied"
 
 
@@ -250,8 +265,8 @@ def _number(value):
 def diagnose(folder, world=None, rc=None):
     """(state, cause) of the attempt whose files lie in ``folder``.
 
-    state: done | stopped | failed; cause: None or {rank, node, kind, message, step}. ``world`` is the number of ranks that
-    were started, ``rc`` the launcher's exit status (used only where no file tells anything).
+    state: done | stopped | failed; cause: None or {rank, node, kind, message, step}. ``world`` is the number of ranks
+    that were started, ``rc`` the launcher's exit status (used only where no file tells anything).
     """
     outcome, gone, alive = ranked(folder, "outcome"), ranked(folder, "exit"), ranked(folder, "alive")
     for rank, place in ranked(folder, "place").items():
@@ -360,7 +375,8 @@ def _first_cause(folder, outcome, gone, alive, world, hang):
         if step is None:
             step = (a or {}).get("step")
             if e is not None:
-                # A heartbeat may be some seconds old. Ranks make their steps together, and others could still tell theirs.
+                # A heartbeat may be some seconds old. Ranks make their steps together, and others could still tell
+                # theirs.
                 step = max((s for s in [step, *reported] if isinstance(s, int)), default=None)
         if o is not None and o.get("status") in ("done", "stopped"):
             continue
@@ -482,7 +498,9 @@ def counters(run):
 
 
 def decide(run, number, state, cause, stop_reason, policy):
-    """{action, why, counted_as, exclude, final}: end | requeue | chain | next-link, by the kind of end and the counters."""
+    """{action, why, counted_as, exclude, final}: end | requeue | chain | next-link, by the kind of end and the
+    counters.
+    """
     record = _record(run, number)
     earlier = [_record(run, n) for n in attempt_numbers(run) if n < number]
     earlier = [r for r in earlier if not occupied(r)]
@@ -597,7 +615,9 @@ def begin(args):
 
 
 def _nothing_to_do(args, numbers, again):
-    """Why no attempt is to begin now, or an empty text. ``again`` is the file of an explicit resumption, None where there is none."""
+    """Why no attempt is to begin now, or an empty text. ``again`` is the file of an explicit resumption, None where
+    there is none.
+    """
     run = args.run
     if again and not _asked_after(run, again):
         _drop_stop(run, lambda request: True)  # somebody resumed the run since then
@@ -607,8 +627,8 @@ def _nothing_to_do(args, numbers, again):
         if runs_here(record, args.shell):
             return "attempt %03d is at work on this machine (process %d)" % (number, record["shell"]["pid"])
         if "state" not in record:
-            # A request that is newer than the resumption is for the attempt that is about to begin. One that another job sees
-            # stays where it is: that attempt may be at work elsewhere, and must hear of it.
+            # A request that is newer than the resumption is for the attempt that is about to begin. One that another
+            # job sees stays where it is: that attempt may be at work elsewhere, and must hear of it.
             same_job = record.get("job") == args.job
             request = None if again else take_stop(run, number) if same_job else pending_stop(run)
             _close_interrupted(run, number, attempt_dir(run, number), record, args, _policy(run), request)
@@ -626,7 +646,9 @@ def _record(run, number):
 
 
 def _claimed(run, number):
-    """The record of an attempt; an empty folder is a number that somebody is just claiming, whose record is waited for."""
+    """The record of an attempt; an empty folder is a number that somebody is just claiming, whose record is waited
+    for.
+    """
     end = time.time() + 5
     while not os.listdir(attempt_dir(run, number)) and time.time() < end:
         time.sleep(0.05)
@@ -634,7 +656,9 @@ def _claimed(run, number):
 
 
 def _asked_after(run, again):
-    """Whether the request to stop is newer than the resumption (both files are on one file system, so one clock wrote them)."""
+    """Whether the request to stop is newer than the resumption (both files are on one file system, so one clock wrote
+    them).
+    """
     try:
         return os.stat(os.path.join(run, "stop")).st_mtime >= os.stat(again).st_mtime
     except OSError:
@@ -642,7 +666,9 @@ def _asked_after(run, again):
 
 
 def _drop_stop(run, stale):
-    """Remove a request for which ``stale(text)`` holds; returns whether none is left. One made meanwhile is not lost."""
+    """Remove a request for which ``stale(text)`` holds; returns whether none is left. One made meanwhile is not
+    lost.
+    """
     path = os.path.join(run, "stop")
     beside = "%s.%d.tmp" % (path, os.getpid())
     while os.path.exists(path):
@@ -715,7 +741,8 @@ def _policy(run):
 
 
 def _reason(folder, request):
-    """Why the attempt was asked to stop: the request that was taken, else what the ranks say they acted on, else an empty text.
+    """Why the attempt was asked to stop: the request that was taken, else what the ranks say they acted on, else an
+    empty text.
 
     A person's word counts before the scheduler's: the warning of the time limit may come while the ranks save because
     somebody asked them to.
@@ -744,7 +771,9 @@ def _before_it_began(reason):
 
 
 def close(args):
-    """Judge the attempt from its files. Prints ``ACTION STATE EXCLUDED-NODES-OR-DASH`` and, on standard error, the reason."""
+    """Judge the attempt from its files. Prints ``ACTION STATE EXCLUDED-NODES-OR-DASH`` and, on standard error, the
+    reason.
+    """
     folder = attempt_dir(args.run, args.attempt)
     record = read_json(os.path.join(folder, "attempt.json")) or {"number": args.attempt}
     state, cause = diagnose(folder, record.get("world"), args.rc)
@@ -790,7 +819,8 @@ def preflight(args):
         verdict["allreduce_gb_s"] = min(speeds)
     primary = [r for r in bad if not all(SECONDARY.search(p) for p in reports[r].get("problems", []))]
     if missing and not primary:
-        # Nodes none of whose ranks answered are suspect; where some rank of every node answered, the ranks' places tell.
+        # Nodes none of whose ranks answered are suspect; where some rank of every node answered, the ranks' places
+        # tell.
         silent = [n for n in record.get("nodes", []) if not any(r.get("node") == n for r in reports.values())]
         verdict["nodes"] = silent or sorted({places[r]["node"] for r in missing if r in places})
         verdict["rank"] = missing[0]
@@ -821,7 +851,9 @@ def preflight(args):
 
 
 def watch(args):
-    """Look at the heartbeats until ``--pid`` is gone; ``--hang`` seconds without any news end the attempt (exit code 1)."""
+    """Look at the heartbeats until ``--pid`` is gone; ``--hang`` seconds without any news end the attempt (exit code
+    1).
+    """
     folder = attempt_dir(args.run, args.attempt)
     last, since = None, time.time()
     while True:

@@ -1,9 +1,10 @@
-"""The network interface of this node that gloo is to use: prints its name, or nothing where gloo's own choice is as good.
+"""The network interface of this node that gloo is to use: prints its name, or nothing where gloo's own choice is as
+good.
 
-NCCL takes prefixes (``ib``), exact names (``=ib0``) and exclusions (``^docker,lo``); gloo takes names of interfaces and nothing
-else, and by itself the address that the host's name resolves to, which may be the loopback. So every rank looks at its own node
-at the start and picks the first interface that is up, has an address and fits what NCCL was given. The reason goes to standard
-error. Standard library only; runs on whatever Python a host has, before torch is imported.
+NCCL takes prefixes (``ib``), exact names (``=ib0``) and exclusions (``^docker,lo``); gloo takes names of interfaces and
+nothing else, and by itself the address that the host's name resolves to, which may be the loopback. So every rank looks
+at its own node at the start and picks the first interface that is up, has an address and fits what NCCL was given. The
+reason goes to standard error. Standard library only; runs on whatever Python a host has, before torch is imported.
 """
 
 # ruff: noqa: UP031 - runs on the Python 3.6 of old hosts, as attempt.py does
@@ -17,7 +18,8 @@ import socket
 import struct
 import sys
 
-#: An interface of this node: its name, its addresses as text (``families`` of them: 4, 6), and whether it is up and a loopback.
+#: An interface of this node: its name, its addresses as text (``families`` of them: 4, 6), and whether it is up and a
+#: loopback.
 Interface = collections.namedtuple("Interface", "name addresses up loopback")
 
 FAMILIES = {"AF_INET": 4, "AF_INET6": 6}
@@ -56,7 +58,9 @@ def fits(name, pattern):
 
 
 def _position(name, pattern):
-    """Where in the list ``pattern`` the interface's name is met: 0 for every one that a list of exclusions leaves, None without."""
+    """Where in the list ``pattern`` the interface's name is met: 0 for every one that a list of exclusions leaves, None
+    without.
+    """
     exclude = pattern.startswith("^")
     rest = pattern[1:] if exclude else pattern
     exact = rest.startswith("=")
@@ -73,7 +77,9 @@ def usable(one, family):
 
 
 def choose(pattern, found, family=None):
-    """The first usable interface that fits the pattern, in the order of the pattern and then by number; None without one."""
+    """The first usable interface that fits the pattern, in the order of the pattern and then by number; None without
+    one.
+    """
     ranked = []
     for one in found:
         position = _position(one.name, pattern)
@@ -86,7 +92,9 @@ def choose(pattern, found, family=None):
 
 
 def own_addresses():
-    """What the name of this host resolves to, which is what gloo binds to by itself; empty where it does not resolve."""
+    """What the name of this host resolves to, which is what gloo binds to by itself; empty where it does not
+    resolve.
+    """
     try:
         return sorted({entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None)})
     except OSError:
@@ -94,7 +102,9 @@ def own_addresses():
 
 
 def towards(address, found):
-    """The interface from which ``address`` (a name or number) is reached, by the address that the kernel would send from."""
+    """The interface from which ``address`` (a name or number) is reached, by the address that the kernel would send
+    from.
+    """
     try:
         entries = socket.getaddrinfo(address, 9, 0, socket.SOCK_DGRAM)
     except (OSError, UnicodeError):
@@ -113,7 +123,9 @@ def towards(address, found):
 
 
 def decide(environment, pattern, nodes, found):
-    """(value of GLOO_SOCKET_IFNAME or None, why) for a rank with this environment; ``pattern`` is the profile's, or empty."""
+    """(value of GLOO_SOCKET_IFNAME or None, why) for a rank with this environment; ``pattern`` is the profile's, or
+    empty.
+    """
     given = environment.get("GLOO_SOCKET_IFNAME", "")
     names = {one.name for one in found}
     if given and all(word in names for word in given.split(",")):

@@ -1,7 +1,8 @@
-"""Pre-flight of one rank, inside the job: meet the others, exchange a tensor, look at GPU, disk and versions. Seconds, not minutes.
+"""Pre-flight of one rank, inside the job: meet the others, exchange a tensor, look at GPU, disk and versions. Seconds,
+not minutes.
 
-Copied beside every submission and started like the training itself. Each rank writes ``preflight-RANK.json``; the batch script
-judges them together. Needs torch; nothing of aifactory-train.
+Copied beside every submission and started like the training itself. Each rank writes ``preflight-RANK.json``; the batch
+script judges them together. Needs torch; nothing of aifactory-train.
 """
 
 # ruff: noqa: UP031 - runs on whatever Python has torch at a site; the same style as attempt.py
@@ -20,8 +21,8 @@ import time
 
 CHUNK_MIB = 64  # of each all-reduce on GPUs; 4 on CPUs
 ROUNDS = 5
-#: GPUs whose memory is the host's, and GPUs whose memory the host may use too: the page cache lies in it and the driver counts it
-#: as used, but the kernel gives it back when it is asked for.
+#: GPUs whose memory is the host's, and GPUs whose memory the host may use too: the page cache lies in it and the driver
+#: counts it as used, but the kernel gives it back when it is asked for.
 INTEGRATED = re.compile(r"MI300A|GB10\b", re.I)
 COHERENT = re.compile(r"GH200|GB200|GB300", re.I)
 
@@ -148,7 +149,9 @@ def gpus_seen(args, local_size, report):
 
 
 def memory(args, torch, report):
-    """Whether the GPU's memory is free; what the page cache holds of it counts as free where host and GPU share memory."""
+    """Whether the GPU's memory is free; what the page cache holds of it counts as free where host and GPU share
+    memory.
+    """
     free, total = torch.cuda.mem_get_info()
     report["gpu_free_gib"], report["gpu_total_gib"] = round(free / 2**30, 2), round(total / 2**30, 2)
     if free >= 0.9 * total:
@@ -193,7 +196,9 @@ def numa_node(properties):
 
 
 def reclaimable(node, root="/sys/devices/system/node"):
-    """Bytes of page cache and reclaimable kernel memory of a NUMA node (None: of all) that the kernel gives back on demand."""
+    """Bytes of page cache and reclaimable kernel memory of a NUMA node (None: of all) that the kernel gives back on
+    demand.
+    """
     total = 0
     for path in glob.glob(os.path.join(root, "node%s" % ("[0-9]*" if node is None else node), "meminfo")):
         with open(path) as file:
@@ -235,7 +240,8 @@ def meet(args, torch, dist, rank, world, local_size, report):
         ):
             raise  # the ranks did not even find rank 0, or there is no NCCL
         raise Problem(
-            "gloo, which carries the control messages of every step, failed on %s: %s: %s; GLOO_SOCKET_IFNAME (--env, or "
+            "gloo, which carries the control messages of every step, failed on %s: %s: %s; GLOO_SOCKET_IFNAME (--env, "
+            "or "
             "interconnect.socket_interfaces of the profile) names the interface"
             % (gloo_place(), type(error).__name__, text)
         ) from error
@@ -275,7 +281,9 @@ def place(torch, report):
 
 
 def same_gpu(args, places, local_size, report):
-    """Where each rank sees one GPU of several, the ranks of a node must see different ones, and as many as were asked for."""
+    """Where each rank sees one GPU of several, the ranks of a node must see different ones, and as many as were asked
+    for.
+    """
     if report["gpus"] != 1 or args.gpus <= 1 or local_size == 1:
         return
     mine = [gpu for host, node, gpu in places if (host, node) == (report["host"], report["node"])]

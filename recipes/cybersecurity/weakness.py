@@ -1,4 +1,6 @@
-"""The Common Weakness Enumeration (XML, package ``cwe2``) to rows: name of a weakness to its description and consequences."""
+"""The Common Weakness Enumeration (XML, package ``cwe2``) to rows: name of a weakness to its description and
+consequences.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from aifactory_train.recipes.common import asked, child, not_xml, plain, tag
     once=False,
 )
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Weaknesses of ``cwec_v*.xml`` that are not deprecated: ``{"id", "name", "wording"}`` (name without the bracketed short form)."""
+    """Weaknesses of ``cwec_v*.xml`` that are not deprecated: ``{"id", "name", "wording"}`` (name without the bracketed
+    short form).
+    """
     try:
         for _, node in ElementTree.iterparse(path):
             if tag(node) != "Weakness" or node.get("Status") == "Deprecated":

@@ -1,7 +1,7 @@
 """Vocabularies for describing data (Python files of package ``rdflib``) to rows: definition to term.
 
-DCAT describes data sets, PROV where they come from, ODRL who may do what with them. rdflib keeps each term's definition as a
-comment beside its name; the files are read as text, never imported.
+DCAT describes data sets, PROV where they come from, ODRL who may do what with them. rdflib keeps each term's definition
+as a comment beside its name; the files are read as text, never imported.
 """
 
 from __future__ import annotations

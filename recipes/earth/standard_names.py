@@ -1,4 +1,6 @@
-"""The CF standard-name table (XML, package ``compliance-checker``) to rows: what a variable is called, and what it means."""
+"""The CF standard-name table (XML, package ``compliance-checker``) to rows: what a variable is called, and what it
+means.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The Common Information Model of the grid (Markdown profile in package ``cim-graph``) to rows: definition to name.
 
-The profile lists each class with its own members; members that are inherited only point to the class that defines them and
-are left out, so that each definition stands once.
+The profile lists each class with its own members; members that are inherited only point to the class that defines them
+and are left out, so that each definition stands once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _MEMBER = re.compile(r"^\| `?([A-Za-z]\w*) \[[^\]]*\]`?[^|]*\| [^|]*\| (.+?) \| 
     words=(6, 50),
 )
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Classes of a ``*.rdfs-t2b.md`` profile and the members that they do not inherit: ``{"id": "Class" or "Class.member", "wording"}``."""
+    """Classes of a ``*.rdfs-t2b.md`` profile and the members that they do not inherit: ``{"id": "Class" or
+    "Class.member", "wording"}``.
+    """
     text = read_text(path, errors="replace")  # a few Latin-1 apostrophes stand in the UTF-8 file
     for section in re.split(r"^### ", text, flags=re.MULTILINE)[1:]:
         name, _, body = section.partition("\n")

@@ -1,6 +1,7 @@
 """The Brick ontology of building systems (Turtle, package ``brickschema``) to rows: definition to class.
 
-Only the blocks ``brick:Name ... skos:definition "..."`` are needed, so the file is read with patterns instead of an RDF library.
+Only the blocks ``brick:Name ... skos:definition "..."`` are needed, so the file is read with patterns instead of an RDF
+library.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A chart of accounts (XML of a Tryton module) to rows: name of an account to its position in the financial statement."""
+"""A chart of accounts (XML of a Tryton module) to rows: name of an account to its position in the financial
+statement.
+"""
 
 from __future__ import annotations
 

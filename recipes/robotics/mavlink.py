@@ -1,7 +1,7 @@
 """MAVLink message definitions (TypeScript, npm package ``mavlink-mappings``) to rows: description to message or field.
 
-MAVLink is how drones and ground vehicles are commanded and observed. The generated TypeScript carries the protocol's own
-documentation as comments; it is read as text, nothing is run.
+MAVLink is how drones and ground vehicles are commanded and observed. The generated TypeScript carries the protocol's
+own documentation as comments; it is read as text, nothing is run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _COMMENT = re.compile(r"/\*\*(.*?)\*/\s*(?:export (?:class|enum) (\w+)|'?(\w+)'?
     words=(4, 45),
 )
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Everything with a comment in one of the package's ``lib/*.ts``: ``{"id": "Message" or "Message.field", "wording"}``."""
+    """Everything with a comment in one of the package's ``lib/*.ts``: ``{"id": "Message" or "Message.field",
+    "wording"}``.
+    """
     owner = ""
     for comment, block, member in _COMMENT.findall(read_text(path)):
         owner = block or owner

@@ -1,4 +1,6 @@
-"""One profile: its schema, identity, sources, and that nothing private stands in it; then the rules of a usable system."""
+"""One profile: its schema, identity, sources, and that nothing private stands in it; then the rules of a usable
+system.
+"""
 
 from __future__ import annotations
 

@@ -145,9 +145,21 @@ def check_readiness(path: Path, systems: dict[str, System], today: datetime.date
 
 
 _MEMBER_KEYS = {
-    "id", "name", "kind", "country", "host", "wave", "sectors", "sectors_reason", "focus", "links", "systems", "announced",
-    "unsuitable", "reason",
-}  # fmt: skip
+    "id",
+    "name",
+    "kind",
+    "country",
+    "host",
+    "wave",
+    "sectors",
+    "sectors_reason",
+    "focus",
+    "links",
+    "systems",
+    "announced",
+    "unsuitable",
+    "reason",
+}
 
 
 def check_members(path: Path, systems: dict[str, System], today: datetime.date) -> Iterator[Fault]:

@@ -2,8 +2,9 @@
 
 python exporting.py CASES.json OUT.json      with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
 
-The largest set of tensors alive during an export is counted by torch's own allocator (the profiler's memory events). Mappings of
-whole files are told by their size and left out, as they hold nothing; instead, tensors read from them are copied and counted.
+The largest set of tensors alive during an export is counted by torch's own allocator (the profiler's memory events).
+Mappings of whole files are told by their size and left out, as they hold nothing; instead, tensors read from them are
+copied and counted.
 """
 
 from __future__ import annotations

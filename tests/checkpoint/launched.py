@@ -55,7 +55,9 @@ def steps(run: Path) -> list[int]:
 
 
 def stopped_while_training(folder: Path) -> dict[str, Any]:
-    """Somebody asks two ranks to stop, the time limit's warning comes in the same moment, and the run is resumed later."""
+    """Somebody asks two ranks to stop, the time limit's warning comes in the same moment, and the run is resumed
+    later.
+    """
     from aifactory_train.launchers.stopping import ask_to_stop
 
     name = "training"

@@ -1,9 +1,10 @@
-"""Runs that are stopped, broken or misled on purpose; started by ``test_stopping.py``, ``test_failing.py``, ``test_guard.py``.
+"""Runs that are stopped, broken or misled on purpose; started by ``test_stopping.py``, ``test_failing.py``,
+``test_guard.py``.
 
 python scenarios.py GROUP FOLDER      prints one JSON object: scenario -> what was seen
 
-Every scenario is the real command line on two forked ranks with a tiny model. Scenarios of a group run at the same time:
-they sleep most of the time.
+Every scenario is the real command line on two forked ranks with a tiny model. Scenarios of a group run at the same
+time: they sleep most of the time.
 """
 
 from __future__ import annotations
@@ -115,7 +116,9 @@ def stopping(channel: str, save_s: float) -> Scenario:
 
 
 def until_deadline(folder: Path, path: Path, save_s: float) -> dict[str, Any]:
-    """A deadline in the middle of a run. On a machine that is too slow to have saved once well before it: again, with a later one."""
+    """A deadline in the middle of a run. On a machine that is too slow to have saved once well before it: again, with a
+    later one.
+    """
     name = path.parent.name
 
     def in_child(rank: int, tell: Any) -> None:

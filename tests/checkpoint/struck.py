@@ -1,6 +1,7 @@
 """The command line with one rank that breaks; started by torchrun.
 
-torchrun struck.py KIND MARKER train RECIPE …      rank 1 strikes when it begins the fourth step, and makes the file MARKER
+torchrun struck.py KIND MARKER train RECIPE …      rank 1 strikes when it begins the fourth step, and makes the file
+MARKER
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""``train.optimizer: adamw8bit``: near AdamW's curve, resumed bit by bit, on other numbers of ranks, counted, and refused by name."""
+"""``train.optimizer: adamw8bit``: near AdamW's curve, resumed bit by bit, on other numbers of ranks, counted, and
+refused by name.
+"""
 
 from __future__ import annotations
 

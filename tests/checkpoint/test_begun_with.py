@@ -1,4 +1,6 @@
-"""A run goes on from what it was begun with, or is refused by name: checkpoints, base model, tokenizer, rows, token cache."""
+"""A run goes on from what it was begun with, or is refused by name: checkpoints, base model, tokenizer, rows, token
+cache.
+"""
 
 from __future__ import annotations
 
@@ -263,7 +265,9 @@ def test_changed_inputs_are_refused_by_name(cut: Run, kind: str) -> None:
 
 
 def test_what_only_looks_changed_is_taken(cut: Run) -> None:
-    """Another order of keys, another writer's name, touched files, ids and line ends of rows: nothing that a step computes."""
+    """Another order of keys, another writer's name, touched files, ids and line ends of rows: nothing that a step
+    computes.
+    """
     config = json.loads((cut.model / "config.json").read_text())
     config = {"transformers_version": "9.9", **dict(reversed([*config.items()]))} | {"transformers_version": "9.9"}
     (cut.model / "config.json").write_text(json.dumps(config))

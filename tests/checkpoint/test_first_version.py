@@ -1,7 +1,8 @@
 """Folders that the first version wrote (0.1.0, before the rooms): they resume, are read and verify today.
 
-``first_version.tar.gz`` holds a tiny model, rows, a recipe and two runs of 5 steps by the same recipe: ``whole`` went to its end,
-``stopped`` got a stop file in its fourth step. Nothing in it is written by today's code, so nothing here may be made anew.
+``first_version.tar.gz`` holds a tiny model, rows, a recipe and two runs of 5 steps by the same recipe: ``whole`` went
+to its end, ``stopped`` got a stop file in its fourth step. Nothing in it is written by today's code, so nothing here
+may be made anew.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The real trainer under the launcher's book-keeping: who answers a stop, what a lost node leaves, and many starts in one folder."""
+"""The real trainer under the launcher's book-keeping: who answers a stop, what a lost node leaves, and many starts in
+one folder.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Exports of sharded engines and of checkpoints: no rank holds more than one shard file's worth, and the result is the model."""
+"""Exports of sharded engines and of checkpoints: no rank holds more than one shard file's worth, and the result is the
+model.
+"""
 
 from __future__ import annotations
 

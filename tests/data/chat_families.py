@@ -1,7 +1,7 @@
 """Chat-template families with hand-derived expectations, and a byte-level tokenizer built in code.
 
-An expectation is the rendered conversation with marks put in by hand: ``«...»`` around what carries loss, ``‹...›`` around
-the text that bits per byte scores. The templates beside this file were written from the published formats.
+An expectation is the rendered conversation with marks put in by hand: ``«...»`` around what carries loss, ``‹...›``
+around the text that bits per byte scores. The templates beside this file were written from the published formats.
 """
 
 from __future__ import annotations
@@ -232,7 +232,9 @@ CASES = [
 
 
 def byte_tokenizer(family: str = "chatml", *, merges: list[tuple[str, str]] | None = None, template: str | None = None):
-    """A fast tokenizer whose tokens are bytes (plus ``merges`` and the family's special tokens), with its chat template."""
+    """A fast tokenizer whose tokens are bytes (plus ``merges`` and the family's special tokens), with its chat
+    template.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -28,10 +28,14 @@ def article(number: int) -> tuple[str, list[str]]:
     )
     steps = draw.sample(STEPS, 3)
     second = (
-        f"{steps[0]}, wait {draw.randint(2, 59)} minutes. {steps[1]} with tool {draw.randint(10, 99)}. {steps[2]}, then "
+        f"{steps[0]}, wait {draw.randint(2, 59)} minutes. {steps[1]} with tool {draw.randint(10, 99)}. {steps[2]}, "
+        f"then "
         f"note {draw.randint(1000, 9999)} in the log."
     )
-    third = f"Colleague {draw.choice('ABCDEFGH')}{draw.randint(10, 99)} has a spare {draw.choice(PARTS)} in rack {draw.randint(1, 80)}."
+    third = (
+        f"Colleague {draw.choice('ABCDEFGH')}{draw.randint(10, 99)} has a spare {draw.choice(PARTS)} in rack "
+        f"{draw.randint(1, 80)}."
+    )
     return title, [first, second, third]
 
 

@@ -1,7 +1,9 @@
-"""Invented personal data for tests and the benchmark: numbers with right check digits that belong to nobody in particular.
+"""Invented personal data for tests and the benchmark: numbers with right check digits that belong to nobody in
+particular.
 
-Every kind has a beginning that fits (a date, a country, a prefix); the other places are drawn until the check digits are right. So samples
-say how well numbers are *found in text*; whether the checks themselves are right is tested with published examples and with python-stdnum.
+Every kind has a beginning that fits (a date, a country, a prefix); the other places are drawn until the check digits
+are right. So samples say how well numbers are *found in text*; whether the checks themselves are right is tested with
+published examples and with python-stdnum.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ _BEGIN: dict[str, Callable[[Draw], str]] = {
     "dk_cpr": _ddmmyy,
     "ua_rnokpp": lambda r: f"{r.randint(15000, 40000)}",
     "pt_nif": lambda r: r.choice("123"),
-    "it_cf": lambda r: "".join(r.choices(string.ascii_uppercase, k=6)) + f"{r.randint(40, 99)}{r.choice('ABCDEHLMPRST')}{r.randint(1, 28):02d}",
+    "it_cf": lambda r: "".join(r.choices(string.ascii_uppercase, k=6)) + f"{r.randint(40, 99)}{r.choice('ABCDEHLMPRST')}{r.randint(1, 28):02d}",  # noqa: E501
     "es_nie": lambda r: r.choice("XYZ"),
     "fi_hetu": lambda r: _ddmmyy(r) + "-" + r.choice("12345678"),
     "de_rvnr": lambda r: f"{r.randint(10, 80)}" + _ddmmyy(r),
@@ -63,7 +65,9 @@ _BEGIN: dict[str, Callable[[Draw], str]] = {
 
 
 def number(kind: str, r: Draw) -> str:
-    """A valid number of an identity kind or a card, without separators (Finnish ones with their sign of the century)."""
+    """A valid number of an identity kind or a card, without separators (Finnish ones with their sign of the
+    century).
+    """
     entry = BY_KIND[kind]
     shape = entry.layouts[0] if entry in LETTERED else "9" * sum(map(int, entry.layouts[0].translate(_SPLIT).split()))
     while True:
@@ -114,8 +118,17 @@ def sample(kind: str, r: Draw) -> str:
         return f"{name}@{r.choice(('example.org', 'mail.example.co.uk', 'firma-beispiel.de', 'example.technology'))}"
     if kind == "phone":
         a, b, c = r.randint(20, 99), r.randint(100, 999), r.randint(1000, 9999)
-        return r.choice((f"+49 {a} {b}{c}", f"+33 (0)1 {a} {a} {a} {a}", f"0{a}/{b}{c}", f"0{a}-{b} {c}", f"(0{a}) {b}{c}", f"+358{a}{b}{c}",
-                         f"00420 {b} {b} {b}"))  # fmt: skip
+        return r.choice(
+            (
+                f"+49 {a} {b}{c}",
+                f"+33 (0)1 {a} {a} {a} {a}",
+                f"0{a}/{b}{c}",
+                f"0{a}-{b} {c}",
+                f"(0{a}) {b}{c}",
+                f"+358{a}{b}{c}",
+                f"00420 {b} {b} {b}",
+            )
+        )
     if kind == "iban":
         text = iban(r, r.choice(IBAN_COUNTRIES))
         return r.choice((text, grouped(text), text.lower()))
@@ -136,8 +149,10 @@ def sample(kind: str, r: Draw) -> str:
 # --------------------------------------------------------------------------- text without personal data
 
 _PROSE = (
-    "the model of a grid and its energy was measured twice in winter der Antrag wurde geprüft und bewilligt sowie veröffentlicht la "
-    "évaluation des données est terminée los resultados del ensayo fueron publicados malli koulutettiin aineistolla wyniki są "
+    "the model of a grid and its energy was measured twice in winter der Antrag wurde geprüft und bewilligt sowie "
+    "veröffentlicht la "
+    "évaluation des données est terminée los resultados del ensayo fueron publicados malli koulutettiin aineistolla "
+    "wyniki są "
     "dostępne Materials Processing Training European Commission Artikel Regulation capacity pressure"
 )
 _WORDS = _PROSE.split()
@@ -148,7 +163,8 @@ def harmless(r: Draw) -> str:
     return r.choice((
         lambda: f"{r.randint(1990, 2030)}-{r.randint(1, 12):02d}-{r.randint(1, 28):02d}",
         lambda: f"{r.randint(1, 28):02d}.{r.randint(1, 12):02d}.{r.randint(1990, 2030)}",
-        lambda: f"{r.randint(1, 28)}/{r.randint(1, 12)}/{r.randint(1990, 2030)} {r.randrange(24):02d}:{r.randrange(60):02d}:{r.randrange(60):02d}",
+        lambda: f"{r.randint(1, 28)}/{r.randint(1, 12)}/{r.randint(1990, 2030)} "
+                f"{r.randrange(24):02d}:{r.randrange(60):02d}:{r.randrange(60):02d}",
         lambda: f"{r.randrange(10**6):,}.{r.randrange(100):02d}",
         lambda: f"{r.randrange(1, 999)} {r.randrange(1000):03d} {r.randrange(1000):03d} EUR",
         lambda: f"{r.random():.7f}",
@@ -156,7 +172,7 @@ def harmless(r: Draw) -> str:
         lambda: f"{r.randrange(1990, 2030)}",
         lambda: f"{r.randrange(10**5)} kWh",
         lambda: f"{r.uniform(-90, 90):.5f}, {r.uniform(-180, 180):.5f}",
-        lambda: f"{r.randrange(16**8):08x}-{r.randrange(16**4):04x}-4{r.randrange(16**3):03x}-a{r.randrange(16**3):03x}-{r.randrange(16**12):012x}",
+        lambda: f"{r.randrange(16**8):08x}-{r.randrange(16**4):04x}-4{r.randrange(16**3):03x}-a{r.randrange(16**3):03x}-{r.randrange(16**12):012x}",  # noqa: E501
         lambda: f"Art. {r.randrange(1, 99)}({r.randrange(1, 9)})",
         lambda: f"EU {r.randint(2010, 2026)}/{r.randrange(1, 3000)}",
         lambda: f"std::vector<{r.choice(('int', 'float'))}>",

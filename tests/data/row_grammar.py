@@ -1,7 +1,8 @@
-"""A grammar of rows, templates and files: what people write, with everything that may go wrong, and what has to become of each text.
+"""A grammar of rows, templates and files: what people write, with everything that may go wrong, and what has to become
+of each text.
 
-Every text holds a word of its own, so it can be told where it went. A :class:`Piece` says where it stands in the row, under which names a
-report may own up to leaving it out, and whether it has to be learnt.
+Every text holds a word of its own, so it can be told where it went. A :class:`Piece` says where it stands in the row,
+under which names a report may own up to leaving it out, and whether it has to be learnt.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ _ODD = (None, float("nan"), 0, 1.5, True, "", " ", "\u200b", [], {}, [None], {"a
 
 @dataclass
 class Piece:
-    """``columns``, ``keys``, ``lost``: the names (or beginnings of them) under which its loss may be reported. ``learnt``: it carries
-    loss, it does not, or (None) nobody says."""
+    """``columns``, ``keys``, ``lost``: the names (or beginnings of them) under which its loss may be reported.
+    ``learnt``: it carries loss, it does not, or (None) nobody says."""
 
     text: str
     columns: tuple[str, ...] = ()
@@ -95,7 +96,9 @@ class _Writer:
         return said
 
     def odd(self, value: Any, mark: int) -> Any:
-        """``value``, or now and then something that does not belong there; what was to be found in it is then forgotten."""
+        """``value``, or now and then something that does not belong there; what was to be found in it is then
+        forgotten.
+        """
         if not self.often(3):
             return value
         del self.row.pieces[mark:]

@@ -26,8 +26,8 @@ def split_step(
         batching: ``packed`` (a micro-batch costs the sum of its tokens) or ``padded`` (rows times the longest).
 
     Returns ``[rank][micro] -> documents`` (int64). Every document appears once, every rank has the same number of
-    micro-batches, some of which may be empty; micro-batches of the same number cost about the same on all ranks, because
-    the ranks wait for each other. The result depends on the arguments alone.
+    micro-batches, some of which may be empty; micro-batches of the same number cost about the same on all ranks,
+    because the ranks wait for each other. The result depends on the arguments alone.
     """
     docs = np.asarray(docs, dtype=np.int64)
     own = np.asarray(lengths)[docs]
@@ -66,7 +66,9 @@ def _cost(own: np.ndarray, slot: list[int], batching: str) -> int:
 
 
 def _share_packed(own: np.ndarray, by_length: np.ndarray, count: int) -> list[list[int]]:
-    """Longest first into the slot with the least tokens (LPT: at most 4/3 of the best possible maximum; Graham 1969)."""
+    """Longest first into the slot with the least tokens (LPT: at most 4/3 of the best possible maximum; Graham
+    1969).
+    """
     heap = [(0, 0, i) for i in range(count)]
     slots: list[list[int]] = [[] for _ in range(count)]
     for j in by_length.tolist():

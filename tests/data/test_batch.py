@@ -86,6 +86,9 @@ def test_importing_the_data_package_imports_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, aifactory_train.data.pipeline, aifactory_train.data.sampler, aifactory_train.data.encoder; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = (
+        "import sys, aifactory_train.data.pipeline, aifactory_train.data.sampler, aifactory_train.data.encoder; "
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["False", "False"]

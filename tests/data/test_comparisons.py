@@ -117,7 +117,7 @@ def test_similar_texts_are_those_whose_sets_are_similar():
         bool(telling[a]) and len(telling[a] & telling[b]) >= 0.8 * len(telling[a] | telling[b])
         for a, b in zip(one, other, strict=True)
     ]
-    assert shingles.judged(rows).similar(one, other).tolist() == expected and sum(expected) > 90
+    assert shingles.scored(rows).similar(one, other).tolist() == expected and sum(expected) > 90
 
 
 def test_shingles_that_begin_alike_are_told_apart():
@@ -125,7 +125,10 @@ def test_shingles_that_begin_alike_are_told_apart():
     judged = near.Shingled(close, np.asarray([0, 5, 5, 9]), np.zeros((near.BANDS, 3), dtype=np.uint64))
     wanted = np.asarray([4, 5, 8, 9, 1 << 63, 5, 6, 9, 10, 11, 6], dtype=np.uint64)
     owner = np.asarray([0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 1])
-    expected = [n in close[judged.starts[t] : judged.starts[t + 1]].tolist() for n, t in zip(wanted.tolist(), owner, strict=True)]  # fmt: skip
+    expected = [
+        n in close[judged.starts[t] : judged.starts[t + 1]].tolist()
+        for n, t in zip(wanted.tolist(), owner, strict=True)
+    ]
     assert judged._held(wanted, owner).tolist() == expected and sum(expected) == 6
 
 
@@ -139,7 +142,9 @@ def test_prose_is_what_the_patterns_leave():
         words = text.split(" ")
         words.insert(draw.randrange(len(words) + 1), draw.choice(code))
         text = " ".join(words)
-        runs = language._RUN.sub(lambda run: "" if language._CODE.search(run[0]) else run[0], language._MARKUP.sub(" ", text))  # fmt: skip
+        runs = language._RUN.sub(
+            lambda run: "" if language._CODE.search(run[0]) else run[0], language._MARKUP.sub(" ", text)
+        )
         assert language.prose(text) == language.prose(text) == runs
 
 

@@ -1,4 +1,6 @@
-"""Special tokens in what people wrote: text by default, the template's own marks by a setting; never the end of a turn by accident."""
+"""Special tokens in what people wrote: text by default, the template's own marks by a setting; never the end of a turn
+by accident.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def spoken(tokenizer: Any, found: Encoded) -> tuple[str, str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_special_token_in_any_text_is_text(family):
-    """The same conversation with the token's letters and with other letters has the same tokens around them, and as many special ones."""
+    """The same conversation with the token's letters and with other letters has the same tokens around them, and as
+    many special ones.
+    """
     tokenizer = byte_tokenizer(family)
     stop = FAMILIES[family].stop
     other = "Z" * len(stop)

@@ -1,4 +1,6 @@
-"""CSV as spreadsheets write it: semicolons, a byte-order mark, line breaks inside cells; other encodings are refused by name."""
+"""CSV as spreadsheets write it: semicolons, a byte-order mark, line breaks inside cells; other encodings are refused by
+name.
+"""
 
 from __future__ import annotations
 

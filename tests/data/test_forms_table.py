@@ -1,4 +1,6 @@
-"""The table of forms in the documentation is what the code makes of its examples, and none of them loses anything in silence."""
+"""The table of forms in the documentation is what the code makes of its examples, and none of them loses anything in
+silence.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def test_the_documentation_says_what_the_code_does():
 
 @pytest.mark.parametrize("example", list(examples()), ids=lambda e: e[0])
 def test_an_example_is_used_whole_or_named(example: Example):
-    """The texts of the examples are capital letters: each is in what is read, or the row is refused, or its column is named."""
+    """The texts of the examples are capital letters: each is in what is read, or the row is refused, or its column is
+    named.
+    """
     reported = read_as(example)
     _, _, row, columns = example
     if reported.startswith("refused: "):

@@ -1,7 +1,8 @@
-"""Rows of every form, with everything that may go wrong: each text is in what is encoded, or its loss is named, or the row is refused by
-file and line. Never a traceback, never less data without a word.
+"""Rows of every form, with everything that may go wrong: each text is in what is encoded, or its loss is named, or the
+row is refused by file and line. Never a traceback, never less data without a word.
 
-Some hundred rows here; the test that is marked ``slow`` tries 20,000 and more (``AIFACTORY_FUZZ_FILES``: how many files). Faults that are put in on purpose are found.
+Some hundred rows here; the test that is marked ``slow`` tries 20,000 and more (``AIFACTORY_FUZZ_FILES``: how many
+files). Faults that are put in on purpose are found.
 """
 
 from __future__ import annotations
@@ -230,7 +231,13 @@ def reasoning(patch: pytest.MonkeyPatch) -> None:
 def unknown_keys_of_turns(patch: pytest.MonkeyPatch) -> None:
     plain = turns._message
     known = turns._TURN_KEYS | {"text"}
-    patch.setattr(turns, "_message", lambda raw, where, unused: plain({k: v for k, v in raw.items() if k in known} if isinstance(raw, dict) else raw, where, unused))  # fmt: skip
+    patch.setattr(
+        turns,
+        "_message",
+        lambda raw, where, unused: plain(
+            {k: v for k, v in raw.items() if k in known} if isinstance(raw, dict) else raw, where, unused
+        ),
+    )
 
 
 @fault

@@ -1,4 +1,6 @@
-"""A token cache that is not what was written is named and built again; one of the first version is checked by what it has."""
+"""A token cache that is not what was written is named and built again; one of the first version is checked by what it
+has.
+"""
 
 from __future__ import annotations
 

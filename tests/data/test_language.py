@@ -1,4 +1,6 @@
-"""What is no language is left out before a language is told or its cost in tokens is measured; a warning means a foreign language."""
+"""What is no language is left out before a language is told or its cost in tokens is measured; a warning means a
+foreign language.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,18 @@ from aifactory_train.data import language, report
 
 #: Questions in one language whose answers belong to none: tags, identifiers, calls, paths and part numbers.
 CODES = [
-    ("Which tag has the name of this feature, a stop for buses by the road?", "highway=bus_stop; public_transport=platform"),
+    (
+        "Which tag has the name of this feature, a stop for buses by the road?",
+        "highway=bus_stop; public_transport=platform",
+    ),
     ("Which element is it that the gain of the exciter belongs to?", "DiscExcContIEEEDEC1A.kan"),
     ("Which field holds the wavelength of the beam at the sample?", "/entry/instrument/beam/incident_wavelength"),
-    ("Which message is sent when the battery of the vehicle is low?", "MAV_CMD_DO_SET_MODE <enum>MAV_BATTERY_LOW</enum>"),
+    (
+        "Which message is sent when the battery of the vehicle is low?",
+        "MAV_CMD_DO_SET_MODE <enum>MAV_BATTERY_LOW</enum>",
+    ),
     ("What is the call for the shortest path in a graph?", "nx::shortest_path(G, source=a1, target=b2)"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("_, answer", CODES)
@@ -45,7 +53,8 @@ def test_prose_adds_nothing(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "Minimum exciter current (<i>I</i><i><sub>FMN</sub></i>). Typical value = -5,2.",  # i: Swedish, Norwegian, Irish, …
+        # i: Swedish, Norwegian, Irish, …
+        "Minimum exciter current (<i>I</i><i><sub>FMN</sub></i>). Typical value = -5,2.",
         "Controller gain (<i>K</i><i><sub>AN</sub></i>) (&gt;= 0). Typical value = 400.",  # an, i: Irish
         "Regulator gain Ka. Typical Ka = 400. Ka may change.",  # ka: Albanian, Estonian
         "i. i. i. a. a. e. e. o. o.",
@@ -58,11 +67,14 @@ def test_symbols_of_a_formula_are_no_small_words(text):
 def test_an_english_instruction_does_not_make_rows_english():
     row = {
         "messages": [
-            {"role": "system", "content": "This is the instruction that stands before each of the rows and is in English."},
+            {
+                "role": "system",
+                "content": "This is the instruction that stands before each of the rows and is in English.",
+            },
             {"role": "user", "content": SENTENCES["fi"]},
             {"role": "assistant", "content": "bus_stop"},
         ]
-    }  # fmt: skip
+    }
     stated, text = report.spoken(row)
     assert stated is None and language.detect(text) == "fi"
     assert report.spoken({**row, "language": "fi-FI"})[0] == "fi" and report.spoken({**row, "language": "?"})[0] is None

@@ -226,7 +226,8 @@ def test_tools_reach_the_template():
         "{{ '%10000000000d' % 1 }}",
         "{{ '{:10000000000}'.format(1) }}",
         "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}{% endfor %}",
+        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}{% "
+        "endfor %}",
         "{{ range(99999)|join('a' * 99999) }}",
         "{{ ('a' * 99999).join(['b'] * 99999) }}",
         "{{ ('a' * 99999)|replace('a', 'b' * 99999) }}",

@@ -82,28 +82,44 @@ def test_many_rows_are_looked_at_in_parts_with_the_same_result(monkeypatch):
 SENTENCES = {
     "en": "The council met in January and decided to pay for better windows in the houses along the road.",
     "de": "Der Rat traf sich im Januar und beschloss, für bessere Fenster in den Häusern an der Straße zu zahlen.",
-    "fr": "Le conseil s'est réuni en janvier et a décidé de payer de meilleures fenêtres dans les maisons le long de la route.",
+    "fr": "Le conseil s'est réuni en janvier et a décidé de payer de meilleures fenêtres dans les maisons le long de "
+    "la route.",
     "es": "El consejo se reunió en enero y decidió pagar mejores ventanas en las casas a lo largo de la carretera.",
-    "it": "Il consiglio si è riunito a gennaio e ha deciso di pagare finestre migliori nelle case lungo la strada che porta al mare.",
-    "pt": "O conselho reuniu-se em janeiro e decidiu pagar melhores janelas nas casas ao longo da estrada, mas não para todos.",
+    "it": "Il consiglio si è riunito a gennaio e ha deciso di pagare finestre migliori nelle case lungo la strada che "
+    "porta al mare.",
+    "pt": "O conselho reuniu-se em janeiro e decidiu pagar melhores janelas nas casas ao longo da estrada, mas não "
+    "para todos.",
     "nl": "De raad kwam in januari bijeen en besloot te betalen voor betere ramen in de huizen langs de weg.",
     "sv": "Rådet möttes i januari och beslutade att betala för bättre fönster i husen längs vägen som inte är klar.",
-    "da": "Rådet mødtes i januar og besluttede at betale for bedre vinduer i husene langs vejen, som ikke er færdig efter planen af året.",
-    "fi": "Neuvosto kokoontui tammikuussa ja päätti, että se maksaa paremmat ikkunat taloihin, mutta ei kaikkiin, jotka ovat tien varrella.",
-    "is": "Ráðið kom saman í janúar og ákvað að greiða fyrir betri glugga í húsum sem standa við veginn og eru ekki ný.",
-    "et": "Nõukogu tuli jaanuaris kokku ja otsustas, et ta maksab paremate akende eest, mis ei ole veel valmis või on vanad.",
-    "pl": "Rada zebrała się w styczniu i zdecydowała, że zapłaci za lepsze okna w domach przy drodze, które nie są nowe.",
-    "cs": "Rada se sešla v lednu a rozhodla, že zaplatí za lepší okna v domech u silnice, které nejsou nové a řeka je blízko.",
-    "hu": "A tanács januárban ülésezett, és úgy döntött, hogy fizet a jobb ablakokért az út menti házakban, de nem minden házban.",
+    "da": "Rådet mødtes i januar og besluttede at betale for bedre vinduer i husene langs vejen, som ikke er færdig "
+    "efter planen af året.",
+    "fi": "Neuvosto kokoontui tammikuussa ja päätti, että se maksaa paremmat ikkunat taloihin, mutta ei kaikkiin, "
+    "jotka ovat tien varrella.",
+    "is": "Ráðið kom saman í janúar og ákvað að greiða fyrir betri glugga í húsum sem standa við veginn og eru ekki "
+    "ný.",
+    "et": "Nõukogu tuli jaanuaris kokku ja otsustas, et ta maksab paremate akende eest, mis ei ole veel valmis või on "
+    "vanad.",
+    "pl": "Rada zebrała się w styczniu i zdecydowała, że zapłaci za lepsze okna w domach przy drodze, które nie są "
+    "nowe.",
+    "cs": "Rada se sešla v lednu a rozhodla, že zaplatí za lepší okna v domech u silnice, které nejsou nové a řeka je "
+    "blízko.",
+    "hu": "A tanács januárban ülésezett, és úgy döntött, hogy fizet a jobb ablakokért az út menti házakban, de nem "
+    "minden házban.",
     "ro": "Consiliul s-a întrunit în ianuarie și a decis să plătească pentru ferestre mai bune în casele de pe drum.",
-    "lt": "Taryba susirinko sausio mėnesį ir nusprendė, kad mokės už geresnius langus namuose, kurie yra prie kelio, bet ne visus.",
+    "lt": "Taryba susirinko sausio mėnesį ir nusprendė, kad mokės už geresnius langus namuose, kurie yra prie kelio, "
+    "bet ne visus.",
     "lv": "Padome sanāca janvārī un nolēma, ka maksās par labākiem logiem mājās, kas ir pie ceļa, bet ne visās.",
-    "mt": "Il-kunsill iltaqa' f'Jannar u ddeċieda li jħallas għal twieqi aħjar fid-djar li huma ħdejn it-triq, iżda mhux kollha.",
-    "ga": "Tháinig an chomhairle le chéile i mí Eanáir agus shocraigh sí go n-íocfadh sí as fuinneoga níos fearr do na tithe ar an mbóthar.",
-    "tr": "Meclis ocak ayında toplandı ve yol boyunca olan evlerde daha iyi pencereler için ödeme yapmaya karar verdi ama her ev değil.",
+    "mt": "Il-kunsill iltaqa' f'Jannar u ddeċieda li jħallas għal twieqi aħjar fid-djar li huma ħdejn it-triq, iżda "
+    "mhux kollha.",
+    "ga": "Tháinig an chomhairle le chéile i mí Eanáir agus shocraigh sí go n-íocfadh sí as fuinneoga níos fearr do "
+    "na tithe ar an mbóthar.",
+    "tr": "Meclis ocak ayında toplandı ve yol boyunca olan evlerde daha iyi pencereler için ödeme yapmaya karar verdi "
+    "ama her ev değil.",
     "bg": "Съветът се събра през януари и реши да плати за по-добри прозорци на къщите, които са край пътя.",
-    "uk": "Рада зібралася у січні і вирішила, що заплатить за кращі вікна в будинках, які є біля дороги, та не для всіх.",
-    "ru": "Совет собрался в январе и решил, что заплатит за лучшие окна в домах у дороги, но не для всех, как это было.",
+    "uk": "Рада зібралася у січні і вирішила, що заплатить за кращі вікна в будинках, які є біля дороги, та не для "
+    "всіх.",
+    "ru": "Совет собрался в январе и решил, что заплатит за лучшие окна в домах у дороги, но не для всех, как это "
+    "было.",
     "el": "Το συμβούλιο συνεδρίασε τον Ιανουάριο και αποφάσισε να πληρώσει για καλύτερα παράθυρα.",
     "ja": "評議会は一月に集まり、道沿いの家の窓をよくするために支払うことを決めた。",
 }

@@ -1,4 +1,6 @@
-"""The scanner for personal data: every kind is found where it is right, nothing where its check digits are wrong, and no text gets out."""
+"""The scanner for personal data: every kind is found where it is right, nothing where its check digits are wrong, and
+no text gets out.
+"""
 
 from __future__ import annotations
 
@@ -213,7 +215,9 @@ def test_no_text_gets_out(caplog, capsys):
 
 
 def test_long_rows_take_time_in_proportion():
-    """No pattern and no loop looks at the row again and again: fifty times the length, about fifty times the time (not 2,500)."""
+    """No pattern and no loop looks at the row again and again: fifty times the length, about fifty times the time (not
+    2,500).
+    """
     for piece in ("1", "1 ", "a@", "1.", ":", "A1", "+49 ", "-", "0 (0)", "12345678901 ", "DE12 ", "x" * 60 + "@"):
         short, long = (min(_timed(piece * (size // len(piece))) for _ in range(2)) for size in (2_000, 100_000))
         assert long < 0.2 + 250 * short, piece
@@ -228,12 +232,35 @@ def _timed(row: str) -> float:
 # ---- against another implementation
 
 _PEERS = {
-    "ch_ahv": "ch.ssn", "de_idnr": "de.idnr", "tr_tckn": "tr.tckimlik", "ee_lt_code": "ee.ik", "gb_nhs": "gb.nhs", "hr_oib": "hr.oib",
-    "nl_bsn": "nl.bsn", "gr_afm": "gr.vat", "es_nie": "es.nie", "es_dni": "es.dni", "cy_tic": "cy.vat", "pl_pesel": "pl.pesel",
-    "ro_cnp": "ro.cnp", "jmbg": "si.emso", "no_fnr": "no.fodselsnummer", "be_nn": "be.nn", "gr_amka": "gr.amka", "at_svnr": "at.vnr",
-    "cz_sk_rc": "cz.rc", "bg_egn": "bg.egn", "fr_nir": "fr.nir", "it_cf": "it.codicefiscale", "fi_hetu": "fi.hetu", "ie_pps": "ie.pps",
-    "is_kennitala": "is_.kennitala", "pt_nif": "pt.nif", "ua_rnokpp": "ua.rntrc", "se_personnummer": "se.personnummer",
-}  # fmt: skip
+    "ch_ahv": "ch.ssn",
+    "de_idnr": "de.idnr",
+    "tr_tckn": "tr.tckimlik",
+    "ee_lt_code": "ee.ik",
+    "gb_nhs": "gb.nhs",
+    "hr_oib": "hr.oib",
+    "nl_bsn": "nl.bsn",
+    "gr_afm": "gr.vat",
+    "es_nie": "es.nie",
+    "es_dni": "es.dni",
+    "cy_tic": "cy.vat",
+    "pl_pesel": "pl.pesel",
+    "ro_cnp": "ro.cnp",
+    "jmbg": "si.emso",
+    "no_fnr": "no.fodselsnummer",
+    "be_nn": "be.nn",
+    "gr_amka": "gr.amka",
+    "at_svnr": "at.vnr",
+    "cz_sk_rc": "cz.rc",
+    "bg_egn": "bg.egn",
+    "fr_nir": "fr.nir",
+    "it_cf": "it.codicefiscale",
+    "fi_hetu": "fi.hetu",
+    "ie_pps": "ie.pps",
+    "is_kennitala": "is_.kennitala",
+    "pt_nif": "pt.nif",
+    "ua_rnokpp": "ua.rntrc",
+    "se_personnummer": "se.personnummer",
+}
 
 
 @pytest.mark.parametrize("kind", sorted(_PEERS))

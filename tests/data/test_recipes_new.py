@@ -1,4 +1,6 @@
-"""``aifactory recipes new`` and what follows it: from a user's own files to an adapter, and what is refused on the way."""
+"""``aifactory recipes new`` and what follows it: from a user's own files to an adapter, and what is refused on the
+way.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def tickets(count: int = 120, **more: Any) -> list[dict[str, Any]]:
         {
             "customer_id": f"c{i % 15}",
             "created": f"2024-{1 + i % 12:02d}-{1 + i % 28:02d}",
-            "ticket": f"The {draw.choice(own_files.PARTS)} number {i} {draw.choice(own_files.FAULTS)} since shift {draw.randint(1, 90)}",
+            "ticket": f"The {draw.choice(own_files.PARTS)} number {i} {draw.choice(own_files.FAULTS)} since shift "
+            f"{draw.randint(1, 90)}",
             "category": ("repair", "order", "question")[draw.randrange(3)],
         }
         | more
@@ -465,7 +468,10 @@ def test_two_hundred_documents_become_an_adapter_with_two_commands(tmp_path, tin
 
 
 def test_text_with_numbers_as_labels_is_read_as_the_draft_says(here, capsys, tiny_model_dir):
-    rows = [{"text": f"The part number {i} of the gate is {'loose' if i % 2 else 'tight'}.", "label": i % 2} for i in range(40)]  # fmt: skip
+    rows = [
+        {"text": f"The part number {i} of the gate is {'loose' if i % 2 else 'tight'}.", "label": i % 2}
+        for i in range(40)
+    ]
     helpers.write_jsonl(here / "r.jsonl", rows)
     made = new(capsys, "r", "--data", "r.jsonl", "--base", tiny_model_dir, "--licence", "own")
     assert made["columns"] == {"text": "prompt", "label": "completion"} and made["labels"] == ["0", "1"]

@@ -1,4 +1,6 @@
-"""The fast ways of the encoder give what the general way gives: frames of templates, offsets from ids, text by its parts."""
+"""The fast ways of the encoder give what the general way gives: frames of templates, offsets from ids, text by its
+parts.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,50 @@ from aifactory_train.data.rows import canonical
 from aifactory_train.data.template import ChatTemplate, TemplateRefused
 from aifactory_train.data.tokenizer import encoder_spec
 
-# What is awkward somewhere: white space of all kinds, letters of several bytes, special tokens inside texts, what templates look for.
+# What is awkward somewhere: white space of all kinds, letters of several bytes, special tokens inside texts, what
+# templates look for.
 PIECES = [
-    *(" ", "  ", "\n", " \n", "\n ", "\t", "\r\n", "\x0b", "\x1c", "\x85", "\u00a0", "\u2003", "\u3000", "\0", "\u200b"),
-    *("a", "The", "don't", "'s", "I'LL", "1", "123", "12,5", ".", "...", "!?", "-", "_", "/\n", "²", "½", "٣", "{{ x }}", "%s"),
+    *(
+        " ",
+        "  ",
+        "\n",
+        " \n",
+        "\n ",
+        "\t",
+        "\r\n",
+        "\x0b",
+        "\x1c",
+        "\x85",
+        "\u00a0",
+        "\u2003",
+        "\u3000",
+        "\0",
+        "\u200b",
+    ),
+    *(
+        "a",
+        "The",
+        "don't",
+        "'s",
+        "I'LL",
+        "1",
+        "123",
+        "12,5",
+        ".",
+        "...",
+        "!?",
+        "-",
+        "_",
+        "/\n",
+        "²",
+        "½",
+        "٣",
+        "{{ x }}",
+        "%s",
+    ),
     *("é", "e\u0301", "\u0301", "ß", "Ω", "привет", "你好", "世", "👋🏽", "ﷺ", "ǅ", "ʰ", "Ég er líkan", "assistant\n"),
     *("<|im_start|>", "<|im_end|>", "<|im", "<s>", "</s>", "[/INST]", "<think>", "</think>", "x<", "<end_of_turn>"),
-]  # fmt: skip
+]
 
 
 def awkward(draw: random.Random, most: int = 20) -> str:
@@ -116,7 +155,10 @@ def test_a_frame_is_what_the_template_renders(family):
     assert filled > 50
 
 
-LOOK = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content %}BODY<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+LOOK = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content %}BODY<|im_end|>\n{% endfor %}{% if "
+    "add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +305,8 @@ def test_many_parts_are_tokenised_as_one_text():
     words = [f"w{i}" for i in range(1000)]
     ids, edges = parts._tokenise(words)
     assert lists(ids, edges) == [core.encode(word).ids for word in words] and batches == [1 + 1000 // 64]
-    # Where an added token swallows what stands before the mark, or a part holds the mark, they are tokenised one by one.
+    # Where an added token swallows what stands before the mark, or a part holds the mark, they are tokenised one by
+    # one.
     mark = next(iter(parts._added_ids))
     for odd in (mark, mark[: len(mark) // 2], "e\u0301"):
         if odd == "e\u0301":

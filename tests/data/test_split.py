@@ -195,7 +195,10 @@ def test_near_duplicates_across_the_split_stay_under_one_per_cent(tmp_path):
 
 
 def test_rows_of_one_template_are_not_near_duplicates(tmp_path):
-    ask = "Please sort this message of a customer into exactly one of the classes that we use here and answer with its name: "
+    ask = (
+        "Please sort this message of a customer into exactly one of the classes that we use here and answer with "
+        "its name: "
+    )
     rows = [{"prompt": ask + sentence(i, 10), "completion": f"class {i % 3}"} for i in range(120)]
     prepared = run(tmp_path, str(jsonl(tmp_path / "r.jsonl", rows)))
     assert len(prepared.train) + len(prepared.evals["r"]) == 120

@@ -1,4 +1,6 @@
-"""What a chat template leaves out is counted and said, special tokens in the rows too; nothing is said of a template that writes everything."""
+"""What a chat template leaves out is counted and said, special tokens in the rows too; nothing is said of a template
+that writes everything.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,12 @@ KEY = "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think
 
 
 def template(content: str = "m.content", *, before: str = "", extra: str = "", when: str = "true") -> str:
-    """ChatML in which ``content`` is what is written of a turn, ``extra`` what follows it; turns for which ``when`` fails are left out."""
+    """ChatML in which ``content`` is what is written of a turn, ``extra`` what follows it; turns for which ``when``
+    fails are left out.
+    """
     return (
-        f"{before}{{% for m in messages %}}{{% if {when} %}}{{{{ '<|im_start|>' + m.role + '\n' }}}}{KEY if 'KEY' in extra else ''}"
+        f"{before}{{% for m in messages %}}{{% if {when} %}}{{{{ '<|im_start|>' + m.role + '\n' "
+        f"}}}}{KEY if 'KEY' in extra else ''}"
         f"{{{{ {content} }}}}{extra.replace('KEY', '')}{{{{ '<|im_end|>\n' }}}}{{% endif %}}{{% endfor %}}{PROMPT}"
     )
 
@@ -169,7 +174,8 @@ def test_json_in_another_layout_is_no_alarm(how):
     assert said(source, messages, tools) == []
     # Arguments as elements of their own, the tool without the words of JSON Schema.
     calls = (
-        "{% for c in m.tool_calls or [] %}{{ '<f=' + c.function.name + '>' }}{% for k, v in c.function.arguments.items() %}"
+        "{% for c in m.tool_calls or [] %}{{ '<f=' + c.function.name + '>' }}{% for k, v in "
+        "c.function.arguments.items() %}"
         "{{ '<p=' + k + '>' + (v if v is string else v|tojson) + '</p>' }}{% endfor %}{% endfor %}"
     )
     schema = (

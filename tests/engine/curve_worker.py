@@ -1,8 +1,8 @@
 """Trains the same rows under many settings inside one process group and writes each case's curve as JSON.
 
 Started by test_curve.py, directly for one rank and by torchrun for several. ``bug`` plants a known mistake of other
-frameworks, so that the test can prove that it would notice. ``again_from``: the steps after that one are made a second time, by a
-trainer that goes on from its checkpoint; they are appended to the curve.
+frameworks, so that the test can prove that it would notice. ``again_from``: the steps after that one are made a second
+time, by a trainer that goes on from its checkpoint; they are appended to the curve.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The next step is made by a thread while this one is computed: the same steps, and a checkpoint keeps the cursor of the step done."""
+"""The next step is made by a thread while this one is computed: the same steps, and a checkpoint keeps the cursor of
+the step done.
+"""
 
 from __future__ import annotations
 
@@ -159,7 +161,8 @@ def test_a_run_resumes_at_the_step_done_not_at_the_one_made_ahead(make_recipe, t
 
         patch.setattr(Trainer, "train_step", counted)
         assert train(recipe, run, quiet=True) == 0
-    # The host waits for the device once a step: for loss and norm together. (The first step is made here, of host tensors.)
+    # The host waits for the device once a step: for loss and norm together. (The first step is made here, of host
+    # tensors.)
     assert asked[1:] == [{"tolist": 1}] * 3
 
     def rows() -> list[tuple]:

@@ -1,4 +1,6 @@
-"""Attention stays inside each document: equal to running each document alone, and its work grows with document length."""
+"""Attention stays inside each document: equal to running each document alone, and its work grows with document
+length.
+"""
 
 from __future__ import annotations
 
@@ -301,7 +303,9 @@ def test_variable_length_kernels_agree_with_each_document_alone(kernel, gqa, sca
 
 
 def test_variable_length_kernels_follow_autocast_as_sdpa_does(monkeypatch):
-    """Rotary embeddings leave queries and keys in fp32 under autocast, values are bf16: the kernels take one type, and no fp32."""
+    """Rotary embeddings leave queries and keys in fp32 under autocast, values are bf16: the kernels take one type, and
+    no fp32.
+    """
     seen = []
 
     def attend(q, k, v, *bounds, is_causal, enable_gqa=False):

@@ -1,4 +1,6 @@
-"""The commands that use a run, on a run that the command line itself trained; exit codes; JSON alone on standard output."""
+"""The commands that use a run, on a run that the command line itself trained; exit codes; JSON alone on standard
+output.
+"""
 
 from __future__ import annotations
 

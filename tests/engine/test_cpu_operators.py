@@ -166,7 +166,9 @@ def test_micro_batches_on_a_cpu_stay_small_and_hold_the_longest_document() -> No
 
 @pytest.mark.parametrize("enabled", ["auto", "off"])
 def test_on_a_gpu_supervised_training_goes_through_the_fused_loss(monkeypatch, enabled):
-    """The device is a name here, and the kernels take their torch path; which operator is asked does not depend on that."""
+    """The device is a name here, and the kernels take their torch path; which operator is asked does not depend on
+    that.
+    """
     from aifactory_train.kernels import ops, runtime
     from aifactory_train.model import causal_lm
 

@@ -120,7 +120,9 @@ def test_full_fine_tuning_learns(optimizer: str, single: dict) -> None:
 
 @pytest.mark.parametrize("bug", ["times_world_size", "mean_of_means", "last_only"])
 def test_known_mistakes_would_be_noticed(bug: str, recipe: Path, single: dict, tmp_path: Path) -> None:
-    """Each mistake that other frameworks had must turn the comparison red (SGD unclipped shows the scale of gradients)."""
+    """Each mistake that other frameworks had must turn the comparison red (SGD unclipped shows the scale of
+    gradients).
+    """
     names = {f"full-{optimizer}-packed-2" for optimizer in OPTIMIZERS}
     work = [case for case in cases(recipe, [2], bug=bug, steps=5) if case["name"] in names]
     curves = run(tmp_path, "bug", 2, work)

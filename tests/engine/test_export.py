@@ -187,7 +187,9 @@ def test_adapter_config_is_that_of_peft_and_the_same_each_time(exported, tmp_pat
 
 
 def test_eos_is_what_was_supervised_not_what_the_tokenizer_calls_eos(tmp_path):
-    """Many base tokenizers name <|endoftext|> while chats end with another token: the export stops where training did."""
+    """Many base tokenizers name <|endoftext|> while chats end with another token: the export stops where training
+    did.
+    """
     from transformers import GenerationConfig
 
     base = helpers.write_model(tmp_path / "base", eos="<|endoftext|>")
@@ -229,8 +231,8 @@ def test_what_the_base_is_called_elsewhere(tmp_path, tiny_model_dir, monkeypatch
 
 
 def test_generation_settings_that_transformers_would_not_save(tmp_path, bases, in_process):
-    """The export works, adapter and merged, also from the files of a finished run, and says what it repaired. The last two kinds
-    are those that plain transformers does not even load."""
+    """The export works, adapter and merged, also from the files of a finished run, and says what it repaired. The last
+    two kinds are those that plain transformers does not even load."""
     import shutil
 
     from transformers import GenerationConfig
@@ -293,7 +295,9 @@ def test_zero_logits_pass_no_gate():
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """The gate's script run here instead of in a fresh process: saves the imports where the process is not the point."""
+    """The gate's script run here instead of in a fresh process: saves the imports where the process is not the
+    point.
+    """
 
     def run(command, **options):
         assert options["input"] == Path(reload_check.__file__).read_text(encoding="utf-8")
@@ -394,7 +398,9 @@ def test_bf16_verdict_ignores_ties_but_not_changes():
 
 
 def test_a_bf16_base_is_exported_through_a_rebuilt_fp32_model(tmp_path, bases, in_process):
-    """Training in bf16 compute: the model in memory is no fp32 reference, so one is rebuilt from the trained tensors."""
+    """Training in bf16 compute: the model in memory is no fp32 reference, so one is rebuilt from the trained
+    tensors.
+    """
     case = trained(tmp_path, bases, {"precision.compute": "bf16"})
     assert not is_plain_fp32(case.core)
     outcome = case.export()

@@ -1,4 +1,6 @@
-"""A base's generation settings that transformers would not save are repaired by name before the training, whatever they are."""
+"""A base's generation settings that transformers would not save are repaired by name before the training, whatever they
+are.
+"""
 
 from __future__ import annotations
 

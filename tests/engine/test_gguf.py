@@ -1,5 +1,5 @@
-"""A GGUF file holds the trained model: as transformers reads it, byte for byte as llama.cpp's own converter wrote a published one,
-and as llama.cpp itself computes (where the package xllamacpp, which holds it, is installed)."""
+"""A GGUF file holds the trained model: as transformers reads it, byte for byte as llama.cpp's own converter wrote a
+published one, and as llama.cpp itself computes (where the package xllamacpp, which holds it, is installed)."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def test_transformers_reads_the_trained_model(written, cases, family):
 
 @pytest.mark.parametrize("kind", TYPES["llama"])
 def test_types_round_and_nothing_else(written, cases, kind):
-    """The file's logits are those of weights rounded in the same way; narrower types are further from the trained model."""
+    """The file's logits are those of weights rounded in the same way; narrower types are further from the trained
+    model.
+    """
     files, rows, found = written
     trained = reference_logits(cases["llama"].core, rows)
     content, file = files["llama", kind]
@@ -177,7 +179,8 @@ DIFFERS = {
     "general.basename": "as above",
     "general.license": "as above",
     "general.languages": "as above",
-    "tokenizer.ggml.pre": "transformers keeps no rule for digits when it reads a GGUF file: the base as fetched has GPT-2's words",
+    "tokenizer.ggml.pre": "transformers keeps no rule for digits when it reads a GGUF file: the base as fetched has "
+    "GPT-2's words",
     "llama.attention.key_length": "later converters state it",
     "llama.attention.value_length": "later converters state it",
     "tokenizer.ggml.add_eos_token": "stated instead of left to a default, which is false",
@@ -186,8 +189,8 @@ DIFFERS = {
 
 @pytest.mark.real_model
 def test_smollm2_is_byte_for_byte_what_llama_cpp_wrote(real_cache, tmp_path):
-    """The base of the quickstart came from a GGUF file of llama.cpp: written again with the same types, all 272 tensors have the
-    same bytes, which no mistake in names, order or rounding would leave so, and the fields agree."""
+    """The base of the quickstart came from a GGUF file of llama.cpp: written again with the same types, all 272 tensors
+    have the same bytes, which no mistake in names, order or rounding would leave so, and the fields agree."""
     from gguf import GGUFReader
     from transformers import AutoConfig
 
@@ -501,7 +504,9 @@ def test_a_kill_leaves_nothing_visible_and_the_next_export_cleans_up(cases, tmp_
 
 
 def test_whole_models_need_no_adapter(tmp_path, tiny_model_dir, monkeypatch):
-    """All weights trained: the exported model is the source; nothing exported yet, so the checkpoint's export comes first."""
+    """All weights trained: the exported model is the source; nothing exported yet, so the checkpoint's export comes
+    first.
+    """
     case = Trained(tmp_path, tiny_model_dir, {"adapter.kind": "none"})
     case.export(verify=False, dtype="fp32")
     seen = SimpleNamespace(rows=None)

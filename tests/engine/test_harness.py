@@ -76,7 +76,9 @@ def test_protected_rows_are_not_written(case):
 
 @needs_harness
 def test_own_rows_agree_with_our_metric(case):
-    """The harness's answers are ours to the letter, and so is its exact match; a third of the rows is what the model says."""
+    """The harness's answers are ours to the letter, and so is its exact match; a third of the rows is what the model
+    says.
+    """
     from aifactory_train.data import prepare
     from aifactory_train.evaluation.answers import answers, chat_template, question, stop_ids
     from aifactory_train.model.trained import load_trained

@@ -123,7 +123,8 @@ def test_the_full_logits_tensor_never_exists():
     with _Largest(vocabulary) as largest:
         linear_cross_entropy(hidden, weight, labels, rows=rows).backward()
         linear_cross_entropy(hidden, weight, labels, reduction="none", rows=rows).sum().backward()
-    # weight.t() and grad.t() are views of [V, D]-shaped data: the only other tensors with V columns have dim or rows rows
+    # weight.t() and grad.t() are views of [V, D]-shaped data: the only other tensors with V columns have dim or rows
+    # rows
     assert largest.rows <= rows
     with _Largest(vocabulary) as naive:  # the probe sees it where it does exist
         F.cross_entropy(hidden @ weight.t(), labels).backward()
@@ -140,7 +141,9 @@ def test_default_chunk_is_bounded_in_bytes():
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_on_a_gpu_a_chunk_hides_the_traffic_of_the_weights_gradient(monkeypatch, reduction):
-    """65 rows of a 256k vocabulary were 4 % of the machine's balance; loss_chunk_tokens still decides where it is given."""
+    """65 rows of a 256k vocabulary were 4 % of the machine's balance; loss_chunk_tokens still decides where it is
+    given.
+    """
     for vocabulary in (400, 32_000, 128_256, 151_936, 262_144):
         rows = chunk_rows(vocabulary, device="cuda")
         assert 1024 <= rows <= 4096 and rows & (rows - 1) == 0
@@ -162,7 +165,9 @@ def test_on_a_gpu_a_chunk_hides_the_traffic_of_the_weights_gradient(monkeypatch,
 
 @pytest.mark.parametrize("kernels", [False, True])
 def test_rows_weigh_what_the_objective_says(kernels):
-    """Per-token and per-document likelihoods: gradients of a loss that weighs them unequally are those of full logits."""
+    """Per-token and per-document likelihoods: gradients of a loss that weighs them unequally are those of full
+    logits.
+    """
     counts, factors = [5, 1, 9], torch.tensor([0.3, -2.0, 1.5])
     for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         hidden, weight, labels = case(15, 16, 50, dtype=dtype)

@@ -1,4 +1,6 @@
-"""A training method is a class and a line in a table: a toy one from the test tree trains, and sees nothing but frozen contexts."""
+"""A training method is a class and a line in a table: a toy one from the test tree trains, and sees nothing but frozen
+contexts.
+"""
 
 from __future__ import annotations
 

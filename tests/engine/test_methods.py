@@ -383,7 +383,9 @@ def test_goldfish_counts_and_batches_agree_and_no_withheld_token_is_a_target(tmp
 
 
 def test_goldfish_keeps_a_passage_from_being_recited(tmp_path, tiny_model_dir):
-    """A passage is overfitted with and without: plain loss recites it, goldfish loss does not (the paper's figure 1)."""
+    """A passage is overfitted with and without: plain loss recites it, goldfish loss does not (the paper's figure
+    1).
+    """
     passage = {"text": " ".join(helpers.row_text(13 * i) for i in range(8))}
     outcomes = {}
     for k in (None, 3):

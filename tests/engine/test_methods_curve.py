@@ -1,4 +1,6 @@
-"""Training methods give one curve for any ranks, accumulation, packing and engine, as plain fine-tuning does (test_curve.py)."""
+"""Training methods give one curve for any ranks, accumulation, packing and engine, as plain fine-tuning does
+(test_curve.py).
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def curves(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> di
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_curve_does_not_depend_on_the_split(method: str, curves: dict) -> None:
-    """Losses to 1e-5, gradient norms to 1e-4: log-ratios are small differences of large sums, so fp32 gives less than 1e-6."""
+    """Losses to 1e-5, gradient norms to 1e-4: log-ratios are small differences of large sums, so fp32 gives less than
+    1e-6.
+    """
     reference = curves[method]["packed"]
     assert len(reference) == STEPS
     for name, curve in curves[method].items():
@@ -98,7 +102,9 @@ def test_the_curve_does_not_depend_on_the_split(method: str, curves: dict) -> No
 
 @pytest.mark.parametrize(("method", "engine"), RESUMED)
 def test_a_resumed_run_makes_the_same_steps_to_the_bit(method: str, engine: str, curves: dict) -> None:
-    """Two ranks: sharded state, reference and KL estimate as they were. tests/engine/test_methods.py does so with one process."""
+    """Two ranks: sharded state, reference and KL estimate as they were. tests/engine/test_methods.py does so with one
+    process.
+    """
     curve = curves[method][f"{engine}, resumed"]
     assert len(curve) == STEPS + 2 and curve[2:STEPS] == curve[STEPS:]
     assert curve[2] != curve[3]

@@ -1,4 +1,6 @@
-"""DPO, IPO, KTO and ORPO of one batch are what TRL's trainers compute of it. TRL is the peer: its own models, masks and losses run."""
+"""DPO, IPO, KTO and ORPO of one batch are what TRL's trainers compute of it. TRL is the peer: its own models, masks and
+losses run.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def offline() -> Any:
 
 
 def model_of(seed: int) -> Any:
-    """A model with opinions: larger (tied) embeddings spread its logits, so that two seeds differ by many nats an answer."""
+    """A model with opinions: larger (tied) embeddings spread its logits, so that two seeds differ by many nats an
+    answer.
+    """
     model = helpers.tiny_model("llama", seed=seed)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(8)
@@ -146,8 +150,9 @@ def test_kto(tmp_path, tiny_model_dir):
 
 
 def test_orpo(tmp_path, tiny_model_dir):
-    """TRL's likelihood term reads the question too and weighs tokens, not answers alike; ours is the paper's equation 6 on the answer.
-    Everything else is compared: log-probabilities, odds ratio, and the loss that the answer's likelihood gives."""
+    """TRL's likelihood term reads the question too and weighs tokens, not answers alike; ours is the paper's equation 6
+    on the answer. Everything else is compared: log-probabilities, odds ratio, and the loss that the answer's likelihood
+    gives."""
     mine, view, documents = ours(tmp_path, tiny_model_dir, "orpo")
     peer = trainer("orpo", tmp_path, tiny_model_dir)
     batch: dict[str, Any] = {}

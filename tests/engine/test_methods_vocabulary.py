@@ -1,4 +1,6 @@
-"""A larger vocabulary: old tokens keep their ids, new ones begin as the mean of their pieces, and the export holds them."""
+"""A larger vocabulary: old tokens keep their ids, new ones begin as the mean of their pieces, and the export holds
+them.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +146,9 @@ def test_a_run_trains_and_exports_the_larger_model(tmp_path, tiny_model_dir, ada
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_embeddings_move_and_the_others_do_not(tmp_path, tied):
-    """``train: new`` under AdamW: old rows of both embeddings stay to the bit, new ones that occur move, and so does the rest."""
+    """``train: new`` under AdamW: old rows of both embeddings stay to the bit, new ones that occur move, and so does
+    the rest.
+    """
     model = helpers.write_model(tmp_path / "model", tied=tied)
     (tmp_path / "is.txt").write_text("\n".join(LINES), encoding="utf-8")
     settings = {

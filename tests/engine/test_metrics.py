@@ -62,7 +62,9 @@ def test_bootstrap_interval_is_seeded_and_holds_the_ratio():
 
 
 def test_bootstrap_interval_covers_as_often_as_it_says():
-    """95 % intervals of means of 60 draws: coverage within three standard errors of binomial sampling (and small-sample bias)."""
+    """95 % intervals of means of 60 draws: coverage within three standard errors of binomial sampling (and small-sample
+    bias).
+    """
     generator = np.random.default_rng(7)
     hits = 0
     for _ in range(200):
@@ -134,7 +136,9 @@ def test_rouge_l_equals_rouge_score(ascii_only):
 
 
 def test_f1_and_accuracy_equal_scikit_learn():
-    """1,000 random classifications of 1 to 30 rows with one or several labels. An answer may be a label that nobody expects."""
+    """1,000 random classifications of 1 to 30 rows with one or several labels. An answer may be a label that nobody
+    expects.
+    """
     sklearn = pytest.importorskip("sklearn.metrics")
 
     from sklearn import config_context

@@ -1,4 +1,6 @@
-"""Loading, adapters, precision and starting points: what is trained is what the recipe says, and the loss is the model's own."""
+"""Loading, adapters, precision and starting points: what is trained is what the recipe says, and the loss is the
+model's own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A request that is refused changes nothing about what a run has reached; what happened is written down all the same."""
+"""A request that is refused changes nothing about what a run has reached; what happened is written down all the
+same.
+"""
 
 from __future__ import annotations
 
@@ -177,7 +179,7 @@ def test_a_full_disk_is_a_failure_and_each_file_is_tried(
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", "null", '{"state": 1}', '{"state": "running", "pid": "x"}', '{"state": "running", "pid": [1]}', "[" * 50_000,
+    ["", "[]", "{}", "null", '{"state": 1}', '{"state": "running", "pid": "x"}', '{"state": "running", "pid": [1]}', "[" * 50_000,  # noqa: E501
      '{"state": "running", "time": "now"}'],
 )  # fmt: skip
 def test_a_state_of_another_shape_is_named(tmp_path: Path, text: str) -> None:
@@ -245,7 +247,9 @@ def test_no_step_waits_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_heartbeat_tells_when_training_got_there_not_when_it_was_written(tmp_path: Path, monkeypatch) -> None:
-    """The hang's verdict looks for news: a thread that goes on writing must not make a rank that stands still look alive."""
+    """The hang's verdict looks for news: a thread that goes on writing must not make a rank that stands still look
+    alive.
+    """
     with Attempt(RunFolder(tmp_path), 0, 0, 1, timeout_s=60) as attempt:
         attempt.beat(5, "forward")
         reached = time.time()

@@ -1,7 +1,7 @@
 """Three ways to have the program: a wheel, an editable install, and the source tree itself; and how quickly it answers.
 
-Each installation goes into a bare virtual environment; the dependencies are lent to it through PYTHONPATH, which does not
-activate this environment's own (editable) installation of the project.
+Each installation goes into a bare virtual environment; the dependencies are lent to it through PYTHONPATH, which does
+not activate this environment's own (editable) installation of the project.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pytest
 from aifactory_train.cli import COMMANDS
 
 ROOMS = ("aifactory_train", "kernels", "launchers", "recipes", "sites")
+OUTSIDE = ("tests", "benchmarks", "docs", "aifactory_train")
 pytest.importorskip("setuptools", reason="building a wheel offline needs setuptools (extra: test)")
 
 
@@ -43,7 +44,9 @@ def lent(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of the tracked files, so that building leaves nothing in the checkout and sees nothing that is not tracked."""
+    """A copy of the tracked files, so that building leaves nothing in the checkout and sees nothing that is not
+    tracked.
+    """
     target = tmp_path_factory.mktemp("source")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=helpers.ROOT, capture_output=True, check=False)
     if listed.returncode == 0 and listed.stdout:
@@ -143,7 +146,7 @@ names = set()
 for base in roots:
     for path in base.rglob("*.py"):
         parts = path.relative_to(base).with_suffix("").parts
-        if "__pycache__" in parts or path.name == "setup.py" or parts[0] in ("tests", "benchmarks", "docs", "aifactory_train"):
+        if "__pycache__" in parts or path.name == "setup.py" or parts[0] in OUTSIDE:
             continue
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         names.add(".".join(("aifactory_train", *parts)))
@@ -181,7 +184,8 @@ def test_an_editable_install_follows_the_source(source, lent, tmp_path):
     binaries = environment_with(tmp_path / "venv", lent, "-e", str(tree))
     (tmp_path / "elsewhere").mkdir()
     probe = (
-        "import aifactory_train as a, aifactory_train.kernels as k, aifactory_train.sites as s, aifactory_train.recipes as r, "
+        "import aifactory_train as a, aifactory_train.kernels as k, aifactory_train.sites as s, "
+        "aifactory_train.recipes as r, "
         "aifactory_train.launchers as l; print(a.__file__, k.__path__[0], s.__path__[0], r.__path__[0], l.__path__[0])"
     )
     done = run([binaries / "python", "-c", probe], cwd=tmp_path / "elsewhere", env=lent)
@@ -198,15 +202,22 @@ def test_the_source_tree_runs_without_any_installation(source, lent, tmp_path):
     shown = run([python, "-m", "aifactory_train", "config", "show", "health/phenotype-terms"], cwd=source, env=lent)
     assert "phenotype" in shown.stdout
     probe = (
-        "import aifactory_train.kernels, aifactory_train.sites, aifactory_train.recipes, aifactory_train.launchers, sys;"
+        "import aifactory_train.kernels, aifactory_train.sites, aifactory_train.recipes, aifactory_train.launchers, "
+        "sys;"
         "print(sys.modules['aifactory_train.kernels'].__path__[0])"
     )
     done = run([python, "-c", probe], cwd=source, env=lent)
     assert Path(done.stdout.strip()).samefile(source / "kernels")
-    probe = "import importlib.util as u; assert not u.find_spec('aifactory_train.tests'), 'the folder of tests is no part of the package'"
+    probe = (
+        "import importlib.util as u; assert not u.find_spec('aifactory_train.tests'), 'the folder of tests is no "
+        "part of the package'"
+    )
     run([python, "-c", probe], cwd=source, env=lent)
     # transformers looks for a package named kernels: from the root it must not take ours for it
-    probe = "from transformers.utils import is_kernels_available; assert not is_kernels_available() or __import__('importlib.metadata').metadata.version('kernels')"
+    probe = (
+        "from transformers.utils import is_kernels_available; assert not is_kernels_available() or "
+        "__import__('importlib.metadata').metadata.version('kernels')"
+    )
     run([python, "-c", probe], cwd=source, env=lent)
 
 

@@ -266,8 +266,8 @@ ADAPTED = {
 
 @pytest.mark.parametrize("family", ADAPTED)
 def test_adapters_of_families_that_name_their_parts_otherwise(family, tmp_path):
-    """The backbone is found below peft, routers that return several tensors get no adapter from all-linear, and a model may add
-    to what our linear layers return."""
+    """The backbone is found below peft, routers that return several tensors get no adapter from all-linear, and a model
+    may add to what our linear layers return."""
     base = write_base(tmp_path / "base", family, **ADAPTED[family])
     report = ModelReport()
     recipe = recipe_for(base)

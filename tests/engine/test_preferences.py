@@ -1,4 +1,6 @@
-"""Runs that learn from preferences: what the reference is, what replay adds, which evaluation is the best, what held-out rows show."""
+"""Runs that learn from preferences: what the reference is, what replay adds, which evaluation is the best, what
+held-out rows show.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def plain_logps(model: Any, dataset: Any, documents: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_the_reference_is_the_base(tmp_path, tiny_model_dir, adapter):
-    """Precomputed log-probabilities are those of the base, after the model has moved: adapter disabled, or transformers alone."""
+    """Precomputed log-probabilities are those of the base, after the model has moved: adapter disabled, or transformers
+    alone.
+    """
     settings = {**QUIET, "adapter.kind": adapter, "train.learning_rate": 5e-3}
     path = write_preferences(tmp_path, tiny_model_dir, "dpo", **settings)
     with trainer_of(path, tmp_path / "run") as trainer:
@@ -165,7 +169,9 @@ def test_ipo_equals_its_formula():
 
 
 def test_a_large_beta_keeps_the_policy_near_its_reference(tmp_path, tiny_model_dir):
-    """Beta weighs the KL divergence from the reference (Rafailov et al. 2023, section 4): both learn the order, one moves far less."""
+    """Beta weighs the KL divergence from the reference (Rafailov et al. 2023, section 4): both learn the order, one
+    moves far less.
+    """
     settings = {**QUIET, "adapter.kind": "none", "train.learning_rate": 3e-3}
     path = write_preferences(tmp_path, tiny_model_dir, "dpo", **settings)
     moved = {}
@@ -391,7 +397,9 @@ def test_kto_counts_bits_and_answers_of_desirable_rows_alone(tmp_path, tiny_mode
 
 
 def test_the_best_evaluation_is_that_of_the_lowest_preference_loss(tmp_path, tiny_model_dir):
-    """A third of the pairs is the wrong way round: the preference loss turns while chosen answers still get likelier."""
+    """A third of the pairs is the wrong way round: the preference loss turns while chosen answers still get
+    likelier.
+    """
     settings = {
         **QUIET,
         "adapter.kind": "none",

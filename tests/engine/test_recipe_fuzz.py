@@ -1,7 +1,9 @@
-"""Recipes, --set values and overlays made from the schema itself: what is given is found in what was loaded, or refused with its place.
+"""Recipes, --set values and overlays made from the schema itself: what is given is found in what was loaded, or refused
+with its place.
 
-The default suite makes a few hundred; ``AIFACTORY_FUZZ=1`` several thousand. The generator writes each value in one of the forms that
-people write (quoted or not, flow or block, numbers as numbers and as text) and knows what it means; it does not use the reader's code.
+The default suite makes a few hundred; ``AIFACTORY_FUZZ=1`` several thousand. The generator writes each value in one of
+the forms that people write (quoted or not, flow or block, numbers as numbers and as text) and knows what it means; it
+does not use the reader's code.
 """
 
 from __future__ import annotations
@@ -40,10 +42,61 @@ PATIENCE = 3.0
 SEEN: dict[str, int] = {}
 
 WORDS = (
-    "rows", "2024", "2024-05-01", "2024-13-45", "010", "017", "1e3", "8e25123", "0x1F", "0b_", "1_000", "yes", "no", "on", "off", "true",
-    "False", "null", "~", "NULL", ".inf", "1:30", "a b", "a: b", "my rows #1.jsonl", "#x", "- x", "[x]", "[x", "{x}", "'q'", 'say "x"', "größe",
-    "東京", "x,y", "*a", "&a", "!x", "%x", "@x", "`x`", "|", ">", "?", "=", "<<", "a\\b", "C:\\x", "e\u0301", "😀", "a'b", "--", "...", "---",
-)  # fmt: skip
+    "rows",
+    "2024",
+    "2024-05-01",
+    "2024-13-45",
+    "010",
+    "017",
+    "1e3",
+    "8e25123",
+    "0x1F",
+    "0b_",
+    "1_000",
+    "yes",
+    "no",
+    "on",
+    "off",
+    "true",
+    "False",
+    "null",
+    "~",
+    "NULL",
+    ".inf",
+    "1:30",
+    "a b",
+    "a: b",
+    "my rows #1.jsonl",
+    "#x",
+    "- x",
+    "[x]",
+    "[x",
+    "{x}",
+    "'q'",
+    'say "x"',
+    "größe",
+    "東京",
+    "x,y",
+    "*a",
+    "&a",
+    "!x",
+    "%x",
+    "@x",
+    "`x`",
+    "|",
+    ">",
+    "?",
+    "=",
+    "<<",
+    "a\\b",
+    "C:\\x",
+    "e\u0301",
+    "😀",
+    "a'b",
+    "--",
+    "...",
+    "---",
+)
 PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+-]*( [A-Za-z0-9_./+-]+)*")
 NULLS = ("null", "Null", "NULL", "~", "")
 #: Keys under rules that tie several together: left out where a recipe must load.
@@ -264,9 +317,41 @@ def sources(draw: Any, found: dict[str, Any]) -> str:
 
 
 DAMAGE = (
-    "", "\t", "  ", "&a [*a]", "*b", "[", "]", "{", "}", ":", ": ", "#", "- ", "'", '"', "!!int ", "!x ", "<<: ", "? ", "|", "%", "\x07", "\u2028",
-    "\ufeff", "9" * 5000, "[" * 300, "model:", "data: {}", "lr: 1", "null", "1:30", "~", "---", "...",
-)  # fmt: skip
+    "",
+    "\t",
+    "  ",
+    "&a [*a]",
+    "*b",
+    "[",
+    "]",
+    "{",
+    "}",
+    ":",
+    ": ",
+    "#",
+    "- ",
+    "'",
+    '"',
+    "!!int ",
+    "!x ",
+    "<<: ",
+    "? ",
+    "|",
+    "%",
+    "\x07",
+    "\u2028",
+    "\ufeff",
+    "9" * 5000,
+    "[" * 300,
+    "model:",
+    "data: {}",
+    "lr: 1",
+    "null",
+    "1:30",
+    "~",
+    "---",
+    "...",
+)
 
 
 def damage(draw: Any, lines: list[str], overrides: list[str]) -> None:
@@ -332,7 +417,9 @@ def agrees(found: Any, means: Any) -> bool:
 
 
 def check(case: Case) -> None:
-    """Loaded with exactly what was given, or refused with its place; never a traceback, never a hang; a run.yaml says the same again."""
+    """Loaded with exactly what was given, or refused with its place; never a traceback, never a hang; a run.yaml says
+    the same again.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(case.text, encoding="utf-8")

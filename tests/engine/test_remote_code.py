@@ -1,4 +1,6 @@
-"""Code that a model's repository ships: named before it runs, written into the record, and only where it was asked for."""
+"""Code that a model's repository ships: named before it runs, written into the record, and only where it was asked
+for.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What people see whatever their terminal is: narrow or none, another encoding, a full disk, an option that was misspelt."""
+"""What people see whatever their terminal is: narrow or none, another encoding, a full disk, an option that was
+misspelt.
+"""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_wanted(tmp_path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     base = str(tmp_path / "home" / "x")
     for override in ("data.train=~/x", "model.base=~/x", "model.chat_template=~/x", "record.organisation=~/x",
-                     "record.sign_with=~/x", "privacy.identity=~/x", "data.eval=[~/x]", "model.start_from=~/x"):  # fmt: skip
+                     "record.sign_with=~/x", "privacy.identity=~/x", "data.eval=[~/x]", "model.start_from=~/x"):  # fmt: skip # noqa: E501
         assert base in yaml_text.dump(to_tree(load(tmp_path, override))), override
     in_file = load(tmp_path, text="model: {base: ~/x}\ndata: {train: [~/x, {source: ~/x}]}\n")
     assert [in_file.model.base, *(s.source for s in in_file.data.train)] == [base] * 3

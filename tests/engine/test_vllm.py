@@ -1,4 +1,6 @@
-"""What vLLM would say of an export, from its configuration; and, where an interpreter with vLLM is named, what it serves."""
+"""What vLLM would say of an export, from its configuration; and, where an interpreter with vLLM is named, what it
+serves.
+"""
 
 from __future__ import annotations
 

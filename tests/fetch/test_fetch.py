@@ -267,7 +267,9 @@ def test_two_sources_never_share_a_folder():
 
 @contextlib.contextmanager
 def serve(answer: dict[str, tuple[int, dict[str, str], bytes]]) -> Iterator[tuple[str, list[str]]]:
-    """A server that answers ``answer[path]`` = (status, headers, body), 404 elsewhere. Yields its address and what was asked."""
+    """A server that answers ``answer[path]`` = (status, headers, body), 404 elsewhere. Yields its address and what was
+    asked.
+    """
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -658,8 +660,10 @@ def test_an_index_of_shards_in_the_folder_is_taken(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [b"", b"short", b"\xff" * 64, (10**9).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]",
-     (1 << 17).to_bytes(8, "little") + b"[" * (1 << 17), b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"]
-    + [len(h).to_bytes(8, "little") + h for h in (b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+     (1 << 17).to_bytes(8, "little") + b"[" * (1 << 17), b"version https://git-lfs.github.com/spec/v1\noid "
+                                                         b"sha256:1\nsize 5\n"]
+    + [len(h).to_bytes(8, "little") + h for h in (b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": '
+                                                               b'[0, 4]}}',
        b'{"a": {"dtype": "F32", "shape": 1, "data_offsets": [0, 0]}}', b'{"a": {"data_offsets": [4, -4]}}')],
 )  # fmt: skip
 def test_weight_files_that_are_none(tmp_path, content):

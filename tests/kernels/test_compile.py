@@ -1,4 +1,5 @@
-"""Compiled for chips that are not here. The PR subset: three targets, two shapes an operator; `make kernels-all` has the whole matrix.
+"""Compiled for chips that are not here. The PR subset: three targets, two shapes an operator; `make kernels-all` has
+the whole matrix.
 
 Everything runs in processes of its own, because this one may have Triton's interpreter switched on.
 """
@@ -65,7 +66,9 @@ def test_whole_matrix(target):
 
 
 def test_the_gates_can_fail():
-    """Spills, narrow loads, compare-and-swap loops, 32-bit offsets and too much shared memory are found in kernels made for it."""
+    """Spills, narrow loads, compare-and-swap loops, 32-bit offsets and too much shared memory are found in kernels made
+    for it.
+    """
     code = """
 import sys
 sys.path.insert(0, "interpreted")

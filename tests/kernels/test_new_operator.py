@@ -1,4 +1,6 @@
-"""An operator is a folder and nothing else: one that `kernels new` writes outside the package is listed, compiled, run, counted and tuned."""
+"""An operator is a folder and nothing else: one that `kernels new` writes outside the package is listed, compiled, run,
+counted and tuned.
+"""
 
 import ast
 import json
@@ -69,7 +71,9 @@ def test_its_traffic_is_counted(room):
 
 
 def test_the_tests_of_every_operator_run_it(room):
-    """Values against fp64, torch's contracts and whole-graph compilation: the same tests as for the shipped operators."""
+    """Values against fp64, torch's contracts and whole-graph compilation: the same tests as for the shipped
+    operators.
+    """
     command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", NAME, "test_every_operator.py")
     done = start(*command, kernels=room, interpret="1", cwd=HERE / "interpreted")
     assert "5 passed" in done.stdout, done.stdout  # three dtypes, opcheck, one graph

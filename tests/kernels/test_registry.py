@@ -17,9 +17,18 @@ CONFIGS = sorted(registry.CONFIGS.glob("*.json"))
 
 def test_names_are_the_contract():
     assert OPERATORS == (
-        "adamw8bit", "cross_entropy", "geglu", "layer_norm", "linear_cross_entropy", "linear_dpo", "lora_linear", "rms_norm",
-        "rms_norm_residual", "rope", "swiglu",
-    )  # fmt: skip
+        "adamw8bit",
+        "cross_entropy",
+        "geglu",
+        "layer_norm",
+        "linear_cross_entropy",
+        "linear_dpo",
+        "lora_linear",
+        "rms_norm",
+        "rms_norm_residual",
+        "rope",
+        "swiglu",
+    )
 
 
 def test_selecting_loads_neither_torch_nor_triton():
@@ -78,7 +87,9 @@ def test_bad_requests_are_named(bad, message):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with the shipped defaults and one measured entry for the MI300A's RMSNorm, recorded with Triton 9.9.0."""
+    """A folder with the shipped defaults and one measured entry for the MI300A's RMSNorm, recorded with Triton
+    9.9.0.
+    """
     (tmp_path / "default.json").write_text((registry.CONFIGS / "default.json").read_text())
     kernel = operator("rms_norm").kernels[0]
     body = {
@@ -219,7 +230,9 @@ def test_devices_are_told_apart():
 
 
 def test_chunks_follow_the_balance_of_the_machine():
-    """At least twice 4 x balance (fp32 gradient traffic hidden behind the GEMM), at most four times that plus rounding."""
+    """At least twice 4 x balance (fp32 gradient traffic hidden behind the GEMM), at most four times that plus
+    rounding.
+    """
     for sku in hardware.SKUS.values():
         rows = hardware.chunk_rows(sku)
         assert 8 * sku.balance <= rows <= 16 * sku.balance + 1, sku.name

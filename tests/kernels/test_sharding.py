@@ -1,4 +1,6 @@
-"""DTensors go through the operators without being gathered: two processes, rows sharded, against the same numbers on one."""
+"""DTensors go through the operators without being gathered: two processes, rows sharded, against the same numbers on
+one.
+"""
 
 import os
 import subprocess
@@ -38,7 +40,8 @@ PROGRAM = textwrap.dedent(
             y, s, rstd = aif.rms_norm_residual_fwd(x, up, w, 1e-6, 0.0)
             a, b, c = aif.rms_norm_residual_fwd(cut(x), cut(up), whole(w), 1e-6, 0.0)
             same(a, y, Shard(dim)), same(b, s, Shard(dim)), same(c, rstd, Shard(dim))
-            same(aif.layer_norm_fwd(cut(x), whole(w), None, 1e-5)[0], aif.layer_norm_fwd(x, w, None, 1e-5)[0], Shard(dim))
+            first = aif.layer_norm_fwd(x, w, None, 1e-5)[0]
+            same(aif.layer_norm_fwd(cut(x), whole(w), None, 1e-5)[0], first, Shard(dim))
         for dim in (0, 1, 2):  # the last dimension too: a tensor-parallel MLP
             cut = lambda t: distribute_tensor(t, mesh, [Shard(dim)])
             same(aif.glu_fwd(cut(x), cut(up), 0), aif.glu_fwd(x, up, 0), Shard(dim))
@@ -57,7 +60,8 @@ PROGRAM = textwrap.dedent(
         for a, b, p in zip(got[:3], want[:3], (Partial(), Shard(0), Partial())):
             same(a, b, p)
 
-        # A sharded weight with local rows, as FSDP2 leaves it outside a module's forward: gathered in, reduce-scattered out.
+        # A sharded weight with local rows, as FSDP2 leaves it outside a module's forward: gathered in,
+        # reduce-scattered out.
         rank = dist.get_rank()
         local = h[4 * rank : 4 * rank + 4].clone().requires_grad_()
         sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()

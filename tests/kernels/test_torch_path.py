@@ -1,4 +1,6 @@
-"""The torch path: what runs on a CPU, and what the registered operators do there. Gradients against finite differences in fp64."""
+"""The torch path: what runs on a CPU, and what the registered operators do there. Gradients against finite differences
+in fp64.
+"""
 
 import copy
 
@@ -79,7 +81,9 @@ def test_gradients_by_finite_differences(name):
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_registered_operators_agree_with_the_torch_path(name):
-    """The registered backward on a CPU (closed forms) against autograd through the public function; fp32, as it keeps fp32 statistics."""
+    """The registered backward on a CPU (closed forms) against autograd through the public function; fp32, as it keeps
+    fp32 statistics.
+    """
     registered, public, inputs = CASES[name]
     torch.manual_seed(0)
     values = [v.detach().float().requires_grad_() for v in inputs()]
@@ -100,7 +104,9 @@ def test_registered_operators_agree_with_the_torch_path(name):
 
 @pytest.mark.parametrize("name", registry.OPERATORS)
 def test_every_operator_on_a_cpu(name):
-    """As its folder declares it, in fp64: the operator is its oracle, and its gradients are those of finite differences."""
+    """As its folder declares it, in fp64: the operator is its oracle, and its gradients are those of finite
+    differences.
+    """
     torch.manual_seed(0)
     shape = {d: min(size, 24) for d, size in inputs.small(registry.operator(name))[0].items()}
     run, oracle, values = inputs.function(name), inputs.oracle(name), inputs.draw(name, shape, torch.float64)

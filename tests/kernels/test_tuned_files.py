@@ -49,8 +49,15 @@ def devices(monkeypatch):
     monkeypatch.setattr(hardware, "SKUS", dict(hardware.SKUS))
 
 
-OWN = {"model": "H20 like", "vendor": "nvidia", "arch": "sm_90", "memory_gib": 96, "memory_bandwidth_gb_s": 4000, "compute_units": 78,
-       "peak_tflops": {"bf16": 148}}  # fmt: skip
+OWN = {
+    "model": "H20 like",
+    "vendor": "nvidia",
+    "arch": "sm_90",
+    "memory_gib": 96,
+    "memory_bandwidth_gb_s": 4000,
+    "compute_units": 78,
+    "peak_tflops": {"bf16": 148},
+}
 
 
 def test_a_gpu_of_ones_own_is_not_taken_for_another(devices):

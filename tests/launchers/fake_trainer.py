@@ -1,8 +1,8 @@
 """A stand-in for ``aifactory train`` with its command line, its files and its exit codes, in a fraction of its time.
 
 Ranks count steps together through files of the run folder (no torch), save, stop on every channel, and fail on request
-(``FAKE_FAIL=rank:step:how``), so that the launcher's own behaviour is tested without waiting for imports. The real trainer is
-used by the tests that compare weights and curves.
+(``FAKE_FAIL=rank:step:how``), so that the launcher's own behaviour is tested without waiting for imports. The real
+trainer is used by the tests that compare weights and curves.
 """
 
 import argparse
@@ -151,7 +151,8 @@ def train(args, folder, rank, world, write, outcome, state):
                     time.sleep(3600)
         step += 1
         state["step"] = step
-        # As the real one: rank 0 looks at the stop file, all act on the same reason, and the file is left to whoever closes the attempt.
+        # As the real one: rank 0 looks at the stop file, all act on the same reason, and the file is left to whoever
+        # closes the attempt.
         asked = read_request(args.run_dir) if rank == 0 else None
         late = args.stop_at and time.time() > args.stop_at - lead
         reason = caught or ("deadline" if late else "stop file" if asked is not None else "")

@@ -1,4 +1,6 @@
-"""Fixtures of the launcher's tests: a recipe that needs nothing, the mini-cluster as a site, and ways to run the command line."""
+"""Fixtures of the launcher's tests: a recipe that needs nothing, the mini-cluster as a site, and ways to run the
+command line.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def plain_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A valid recipe whose model and data need not exist: enough for everything but training."""
     path = tmp_path_factory.mktemp("recipe") / "plain.yaml"
     path.write_text(
-        "model: {base: some/model, licence: MIT}\ndata: {train: {source: some/data, licence: MIT}}\ntrain: {max_steps: 4, batch_rows: 4096}\n"
+        "model: {base: some/model, licence: MIT}\ndata: {train: {source: some/data, licence: MIT}}\ntrain: "
+        "{max_steps: 4, batch_rows: 4096}\n"
     )
     return path
 
@@ -46,7 +49,9 @@ def lab_system():
 def cli(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., tuple[int, str, str]]:
-    """``cli("launch", …)`` → (exit code, standard output, standard error), in an empty folder and without a user's overlays."""
+    """``cli("launch", …)`` → (exit code, standard output, standard error), in an empty folder and without a user's
+    overlays.
+    """
     from aifactory_train.cli import main
 
     monkeypatch.setenv("AIFACTORY_CONFIG", str(tmp_path / "config"))
@@ -111,7 +116,18 @@ def twin(template: str) -> Iterator[dict[str, str]]:
 
 def fake_request(recipe: Path, run_dir: Path, **more) -> LaunchRequest:
     """A request that runs the stand-in trainer: two nodes, two ranks each, no pre-flight."""
-    settings = {"recipe": str(recipe), "site": str(LAB), "nodes": 2, "gpus_per_node": 2, "time_s": 600, "style": "srun", "preflight": "off", "program": (str(FAKE),), "hang_s": 0, "run_dir": str(run_dir)}  # fmt: skip
+    settings = {
+        "recipe": str(recipe),
+        "site": str(LAB),
+        "nodes": 2,
+        "gpus_per_node": 2,
+        "time_s": 600,
+        "style": "srun",
+        "preflight": "off",
+        "program": (str(FAKE),),
+        "hang_s": 0,
+        "run_dir": str(run_dir),
+    }
     settings.update(more)
     return LaunchRequest(**settings)
 

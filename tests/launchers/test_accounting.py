@@ -1,4 +1,6 @@
-"""QoS limits and accounting, on a Slurm with slurmdbd and MariaDB (root only): what Slurm's own test does not see, our rules do."""
+"""QoS limits and accounting, on a Slurm with slurmdbd and MariaDB (root only): what Slurm's own test does not see, our
+rules do.
+"""
 
 from __future__ import annotations
 

@@ -64,12 +64,15 @@ class Toy(Backend):
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """The backend, registered, with its commands on PATH; they keep what they are given in the folder that is returned."""
+    """The backend, registered, with its commands on PATH; they keep what they are given in the folder that is
+    returned.
+    """
     monkeypatch.setitem(REGISTERED, "toy", Toy())
     folder = tmp_path / "scheduler"
     folder.mkdir()
     for name, text in {
-        "toysub": 'if [ "$1" = --cancel ]; then echo failed > "$here/state"; else cp "$1" "$here/got"; echo pending > "$here/state"; echo toy-7; fi',
+        "toysub": 'if [ "$1" = --cancel ]; then echo failed > "$here/state"; else cp "$1" "$here/got"; echo pending > '
+        '"$here/state"; echo toy-7; fi',
         "toystat": '[ "$1" = toy-7 ] && cat "$here/state"',
     }.items():
         program = folder / name
@@ -225,12 +228,17 @@ def comparisons(source: str, names: set[str] = NAMES) -> list[int]:
 
 
 def test_the_count_finds_what_it_is_to_find():
-    text = "a == 'slurm'\nb in ('local', 'mpi')\n'pbspro' != c\nd.startswith('local')\nmatch e:\n case 'torque': pass\nf = 'slurm'\n"
+    text = (
+        "a == 'slurm'\nb in ('local', 'mpi')\n'pbspro' != c\nd.startswith('local')\nmatch e:\n case 'torque': "
+        "pass\nf = 'slurm'\n"
+    )
     assert sorted(comparisons(text)) == [1, 2, 3, 4, 6]
 
 
 def test_only_backends_compare_names_of_schedulers():
-    """Elsewhere in the package ``local`` is a kind of data source, so only the rooms that launch are held to that word."""
+    """Elsewhere in the package ``local`` is a kind of data source, so only the rooms that launch are held to that
+    word.
+    """
     launching = ("launchers/", "sites/", "aifactory_train/commands/launch.py")
     found: dict[str, list[int]] = {}
     for room in ("launchers", "sites", "aifactory_train", "recipes", "kernels"):

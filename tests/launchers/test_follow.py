@@ -54,7 +54,9 @@ def test_an_attempt_that_nobody_closed(tmp_path, ranks, scheduler, state):
 
 
 def refused_afterwards(folder: Path, *, own: str, code: int, before: str = "done") -> Path:
-    """A run that a launcher started, and a later attempt that ended with ``code``; ``own`` is what the trainer's state.json says."""
+    """A run that a launcher started, and a later attempt that ended with ``code``; ``own`` is what the trainer's
+    state.json says.
+    """
     unclosed(folder, ranks=before, scheduler="done")
     (folder / "state.json").write_text(json.dumps({"state": own, "step": 3}))
     later = folder / "attempts" / "002"

@@ -1,6 +1,8 @@
-"""Hostile text in every place that a user can fill: refused by a named rule, or carried literally; never parsed by a shell.
+"""Hostile text in every place that a user can fill: refused by a named rule, or carried literally; never parsed by a
+shell.
 
-The scripts are really run by bash (the local backend), and a canary file shows whether anything of the text was executed.
+The scripts are really run by bash (the local backend), and a canary file shows whether anything of the text was
+executed.
 """
 
 from __future__ import annotations
@@ -21,11 +23,51 @@ from aifactory_train.launchers.request import LaunchRequest, Refusal
 CANARY = "CANARY-FILE"
 #: 44 values; {c} is the canary's path.
 VALUES = [
-    "'", '"', "''", '""', "'; touch {c}; '", '"; touch {c}; "', "$(touch {c})", "`touch {c}`", "${{IFS}}touch${{IFS}}{c}", "; touch {c}",
-    "&& touch {c}", "|| touch {c}", "| touch {c}", "& touch {c} &", "> {c}", "< /etc/passwd > {c}", "\ntouch {c}\n", "a\n#SBATCH --wrap=touch",
-    "a\r\ntouch {c}", "\ttouch {c}", "*", "?", "[a-z]*", "{{a,b}}", "~", "~root", "..", "../../etc/passwd", "-rf", "--wrap=touch {c}", "--", "-",
-    "%j", "%x%A%a", "$HOME", "$PATH", "\\", "\\n", "!!", "#", "é ü ñ 漢字", "\u202eevil", "x" * 300, "a'b\"c$(touch {c})`d`;e|f&g\nh",
-]  # fmt: skip
+    "'",
+    '"',
+    "''",
+    '""',
+    "'; touch {c}; '",
+    '"; touch {c}; "',
+    "$(touch {c})",
+    "`touch {c}`",
+    "${{IFS}}touch${{IFS}}{c}",
+    "; touch {c}",
+    "&& touch {c}",
+    "|| touch {c}",
+    "| touch {c}",
+    "& touch {c} &",
+    "> {c}",
+    "< /etc/passwd > {c}",
+    "\ntouch {c}\n",
+    "a\n#SBATCH --wrap=touch",
+    "a\r\ntouch {c}",
+    "\ttouch {c}",
+    "*",
+    "?",
+    "[a-z]*",
+    "{{a,b}}",
+    "~",
+    "~root",
+    "..",
+    "../../etc/passwd",
+    "-rf",
+    "--wrap=touch {c}",
+    "--",
+    "-",
+    "%j",
+    "%x%A%a",
+    "$HOME",
+    "$PATH",
+    "\\",
+    "\\n",
+    "!!",
+    "#",
+    "é ü ñ 漢字",
+    "\u202eevil",
+    "x" * 300,
+    "a'b\"c$(touch {c})`d`;e|f&g\nh",
+]
 
 
 @pytest.fixture
@@ -85,7 +127,9 @@ def test_environment_names_are_refused(canary):
 
 
 def test_values_overrides_and_folders_are_carried_literally(tmp_path, canary, plain_recipe):
-    """One run whose environment, recipe and folder hold every value: bash runs the script, the rank sees them unchanged."""
+    """One run whose environment, recipe and folder hold every value: bash runs the script, the rank sees them
+    unchanged.
+    """
     values = filled(canary)
     program = tmp_path / "show.py"
     program.write_text(

@@ -127,7 +127,9 @@ def file_of(sub, name: str) -> str:
 
 
 def paths_read(sub) -> set[str]:
-    """Every path of the host that the ranks are given: their Python, run folder, cache, Hugging Face cache, data, model."""
+    """Every path of the host that the ranks are given: their Python, run folder, cache, Hugging Face cache, data,
+    model.
+    """
     script = sub.script
     found = {
         re.search(rf"^export {name}=(\S+)$", script, re.M).group(1) for name in ("AIFACTORY_PYTHON", "AIFACTORY_CACHE")
@@ -185,7 +187,9 @@ def test_an_edf_of_your_own_is_told_what_it_must_mount(plain_recipe):
 
 
 def test_every_runtime_gets_the_same_folders(plain_recipe):
-    """A venv that you name lies inside the container too, and so do local data; a Python of the image stays the image's."""
+    """A venv that you name lies inside the container too, and so do local data; a Python of the image stays the
+    image's.
+    """
     settings = ['data.train.0.source="/projects/x/data/rows.jsonl"']
     for name in ("deucalion-a100-40", "lumi-g", "vega"):
         sub, _ = made(name, plain_recipe, settings=settings, container="/projects/x/t.sif", venv="/projects/y/env")

@@ -1,8 +1,10 @@
-"""Every interleaving of what may end an attempt with what the attempt is doing, judged by the real book-keeping on real files.
+"""Every interleaving of what may end an attempt with what the attempt is doing, judged by the real book-keeping on real
+files.
 
-The trainer here is a few lines with the contract of the real one: the real channels (``StopChannels``) with a clock that stands still until
-an event moves it, the real order of a step, and the files that ranks leave. The batch shell is the rest of ``slurm.sh.j2``: what its
-traps write, when it leaves, and what it looks at before it hands over. The real ones are struck at random by ``benchmarks/stops.py``.
+The trainer here is a few lines with the contract of the real one: the real channels (``StopChannels``) with a clock
+that stands still until an event moves it, the real order of a step, and the files that ranks leave. The batch shell is
+the rest of ``slurm.sh.j2``: what its traps write, when it leaves, and what it looks at before it hands over. The real
+ones are struck at random by ``benchmarks/stops.py``.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ class World:
     # ---- one job
 
     def one_job(self, events: dict[str, list[str]]) -> str:
-        """Run the batch script once. Returns how the next job comes about: end, chain, next-link, requeue, or killed (nobody decided)."""
+        """Run the batch script once. Returns how the next job comes about: end, chain, next-link, requeue, or killed
+        (nobody decided).
+        """
         self.deadline, self.terminated, self.killed = self.now + 1000, False, False
         self.ranks: list[stopping.StopChannels] = []
         verdict, number, *_ = book(attempt.begin, self.run, job=str(self.job), world=2, nodes="a,b")
@@ -222,8 +226,8 @@ def verdict(world: World, case: tuple[tuple[str, str], ...]) -> dict[str, Any]:
 
 
 def cases(policy: str) -> list[tuple[tuple[str, str], ...]]:
-    """One event, and every ordered pair of events, in every phase or pair of phases in their order; where only the way to go on
-    differs, pairs of one phase."""
+    """One event, and every ordered pair of events, in every phase or pair of phases in their order; where only the way
+    to go on differs, pairs of one phase."""
     one = [((event, phase),) for event in EVENTS for phase in PHASES]
     when = [(p, q) for i, p in enumerate(PHASES) for q in (PHASES[i:] if policy == "chain" else [p])]
     return one + [((a, p), (b, q)) for a, b in itertools.product(EVENTS, repeat=2) for p, q in when]

@@ -1,4 +1,6 @@
-"""Published limits as a request meets them: taken at the limit, refused above (and below a minimum), for every profile."""
+"""Published limits as a request meets them: taken at the limit, refused above (and below a minimum), for every
+profile.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,9 @@ def local(recipe, run, ranks: int = 2, **more) -> LaunchRequest:
 
 @pytest.fixture
 def started(tmp_path, plain_recipe, monkeypatch):
-    """Runs the generated script with ranks started by a loop instead of mpirun: no torch, no MPI, the same rank program."""
+    """Runs the generated script with ranks started by a loop instead of mpirun: no torch, no MPI, the same rank
+    program.
+    """
 
     def start(run=None, ranks: int = 2, wait: bool = True, **more):
         run = run or tmp_path / "run"
@@ -49,7 +51,8 @@ def started(tmp_path, plain_recipe, monkeypatch):
         loop = run / "submission" / "start-ranks.sh"
         loop.write_text(
             f"#!/bin/bash\npids=()\nfor i in $(seq 0 {ranks - 1}); do\n"
-            f'OMPI_COMM_WORLD_RANK=$i OMPI_COMM_WORLD_SIZE={ranks} OMPI_COMM_WORLD_LOCAL_RANK=$i "$@" &\npids+=($!)\ndone\n'
+            f'OMPI_COMM_WORLD_RANK=$i OMPI_COMM_WORLD_SIZE={ranks} OMPI_COMM_WORLD_LOCAL_RANK=$i "$@" '
+            f"&\npids+=($!)\ndone\n"
             'rc=0\nfor p in "${pids[@]}"; do wait "$p" || rc=1; done\nexit $rc\n'
         )
         loop.chmod(0o755)

@@ -1,4 +1,6 @@
-"""What the pre-flight refuses and what it lets pass, and the interface that gloo gets: with pretended GPUs, and two real hosts."""
+"""What the pre-flight refuses and what it lets pass, and the interface that gloo gets: with pretended GPUs, and two
+real hosts.
+"""
 
 from __future__ import annotations
 
@@ -206,7 +208,9 @@ def test_the_program_names_an_interface_of_this_machine():
 
 @pytest.mark.parametrize("system_id", SYSTEMS)
 def test_no_script_leaves_gloo_to_chance(system_id, plain_recipe):
-    """Where interfaces are known the ranks are given them; where not, the script says so, and the loopback is still avoided."""
+    """Where interfaces are known the ranks are given them; where not, the script says so, and the loopback is still
+    avoided.
+    """
     system = sites.load(system_id, overlay=False)
     sub = submission(system_id, plain_recipe)
     files = {f.path: f.content.decode() for f in sub.files if f.path.endswith((".sh", ".py"))}
@@ -295,7 +299,9 @@ def test_gloo_on_an_interface_that_is_not_there_has_its_own_text(tmp_path):
 
 @contextlib.contextmanager
 def two_hosts(name: str):
-    """Two network namespaces joined by a cable, whose hosts' names resolve to 127.0.1.1 as Debian writes it: (command, address)."""
+    """Two network namespaces joined by a cable, whose hosts' names resolve to 127.0.1.1 as Debian writes it: (command,
+    address).
+    """
     spaces = [f"{name}-{i}" for i in range(2)]
 
     def ip(*words: str) -> None:
@@ -333,7 +339,9 @@ def can_make_hosts() -> bool:
 
 
 def test_two_hosts_whose_names_resolve_to_the_loopback_meet(tmp_path):
-    """gloo by itself binds to 127.0.1.1 and the pre-flight says so; with the interface that each rank finds it works."""
+    """gloo by itself binds to 127.0.1.1 and the pre-flight says so; with the interface that each rank finds it
+    works.
+    """
     if not can_make_hosts():
         pytest.skip("no network namespaces here (they need root)")
     with two_hosts(f"aft-{os.getpid()}") as hosts:

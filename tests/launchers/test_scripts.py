@@ -51,7 +51,9 @@ def shell_files(sub) -> dict[str, bytes]:
 
 
 def kind_of(sub, text: str) -> str:
-    """A script with what shellcheck cannot judge differently made equal: comments' values, single exports, modules, options."""
+    """A script with what shellcheck cannot judge differently made equal: comments' values, single exports, modules,
+    options.
+    """
     same = (
         text.replace(str(sub.run_dir), "RUN")
         .replace(sub.system.id, "SITE")
@@ -80,7 +82,9 @@ needs_shellcheck = pytest.mark.skipif(
 
 @needs_shellcheck
 def test_shellcheck_is_clean_on_every_kind_of_script(plain_recipe, tmp_path):
-    """Scripts that differ only in what shellcheck cannot judge (values of exports, modules, options) are checked once."""
+    """Scripts that differ only in what shellcheck cannot judge (values of exports, modules, options) are checked
+    once.
+    """
     seen: set[str] = set()
     for i, (_, sub) in enumerate(variants(plain_recipe)):
         for path, content in shell_files(sub).items():
@@ -252,7 +256,8 @@ def test_dry_run_is_fast_and_without_torch(system_id, plain_recipe, tmp_path):
     code = (
         "import resource, sys\n"
         "from aifactory_train.cli import main\n"
-        f"rc = main(['launch', {str(plain_recipe)!r}, '--site', {system_id!r}, '--account', {sites.load(system_id, overlay=False).access.example.get('account', 'acct')!r}, '--dry-run'])\n"
+        f"rc = main(['launch', {str(plain_recipe)!r}, '--site', {system_id!r}, '--account', "
+        f"{sites.load(system_id, overlay=False).access.example.get('account', 'acct')!r}, '--dry-run'])\n"
         "heavy = [m for m in ('torch', 'transformers', 'numpy', 'rich') if m in sys.modules]\n"
         "used = resource.getrusage(resource.RUSAGE_SELF)\n"
         "print(rc, heavy, used.ru_utime + used.ru_stime, file=sys.stderr)\n"

@@ -1,4 +1,6 @@
-"""Stops at random moments: ten of the real trainer on every change, and forty of it on a real Slurm (``-m "slurm and slow"``)."""
+"""Stops at random moments: ten of the real trainer on every change, and forty of it on a real Slurm (``-m "slurm and
+slow"``).
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_stops_of_every_launcher_and_many_starts_at_once(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_forty_stops_at_random_moments_on_slurm(cluster, lab_system, tiny_recipe, tmp_path, cli) -> None:
-    """Four at a time, from the moment of submission to beyond the start of training; every fourth is resumed and must come to its end."""
+    """Four at a time, from the moment of submission to beyond the start of training; every fourth is resumed and must
+    come to its end.
+    """
     dice, slurm = random.Random(7), backends.get("slurm")
     faults: list[str] = []
     for first in range(0, 40, 4):
@@ -81,7 +85,8 @@ def test_forty_stops_at_random_moments_on_slurm(cluster, lab_system, tiny_recipe
                 or found["state"] not in ("stopped", "done", "cancelled")
             ):
                 faults.append(
-                    f"{run.name}: {found['state']} {found['cause']}, jobs {runs.jobs_of(run)}, {len(found['attempts'])} attempts"
+                    f"{run.name}: {found['state']} {found['cause']}, jobs {runs.jobs_of(run)}, "
+                    f"{len(found['attempts'])} attempts"
                 )
             if found["attempts"] and book.latest_checkpoint(str(run)) != len(steps):
                 faults.append(f"{run.name}: {len(steps)} steps, kept {book.latest_checkpoint(str(run))}")

@@ -121,7 +121,9 @@ def test_slurm_gives_the_same_curve(cluster, lab_system, reference, tmp_path, st
 def test_time_limit_ends_with_the_weights_of_an_uninterrupted_run(
     cluster, lab_system, reference, tmp_path, uninterrupted, how
 ):
-    """Stopped by the deadline in the middle, resumed by the scheduler: the checkpoint of the last step is equal bit by bit."""
+    """Stopped by the deadline in the middle, resumed by the scheduler: the checkpoint of the last step is equal bit by
+    bit.
+    """
     recipe, _ = reference
     run = tmp_path / how
     request = lab_request(recipe, run, overrides=LONG, nodes=1, style="srun", resubmit=how)
@@ -149,7 +151,9 @@ def test_time_limit_ends_with_the_weights_of_an_uninterrupted_run(
 @pytest.mark.slurm
 @pytest.mark.parametrize("how", ["requeue", "chain"])
 def test_a_stop_ends_the_run_and_no_job_follows(cluster, lab_system, tiny_recipe, tmp_path, how, cli):
-    """`aifactory stop` against the real trainer, whose ranks must leave the request to the batch shell that judges them."""
+    """`aifactory stop` against the real trainer, whose ranks must leave the request to the batch shell that judges
+    them.
+    """
     run = tmp_path / how
     overrides = (*LONG, "train.max_steps=4000", "train.epochs=4000")
     submitted(lab_request(tiny_recipe, run, overrides=overrides, nodes=1, style="srun", resubmit=how), lab_system)

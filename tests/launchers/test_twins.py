@@ -1,4 +1,5 @@
-"""Every Slurm system's twin, a real slurmctld configured from the profile, judges the scripts generated from the same profile.
+"""Every Slurm system's twin, a real slurmctld configured from the profile, judges the scripts generated from the same
+profile.
 
 This proves that script, rules and profile are consistent; it does not prove that the site agrees.
 """
@@ -44,7 +45,9 @@ def request_for(system, recipe: str, nodes: int, partition: str | None = None, *
 
 
 def size_limits(system, partition: str | None) -> tuple[int, int | None]:
-    """(fewest, most) nodes of a job that names this partition and its default QoS; most is None where nothing is published."""
+    """(fewest, most) nodes of a job that names this partition and its default QoS; most is None where nothing is
+    published.
+    """
     if partition is None:
         return 1, system.node.count
     limits = system.limits(partition)
@@ -139,7 +142,8 @@ def test_twin_accepts_what_we_allow_and_nothing_more(system_id: str, tmp_path: P
         for i, (label, _, rule) in enumerate(cases):
             accepted = rule is None and verdicts[i][0]
             assert accepted is expected[i], (
-                f"{system_id}, {label}: expected {'yes' if expected[i] else 'no'}, our rule {rule}, twin {verdicts.get(i)}"
+                f"{system_id}, {label}: expected {'yes' if expected[i] else 'no'}, our rule {rule}, twin "
+                f"{verdicts.get(i)}"
             )
         for name, (accepted, said) in zip(broken, judge.many(list(broken.values())), strict=True):
             assert not accepted, f"{system_id}: the twin accepted a script with {name}: {said}"
@@ -152,7 +156,9 @@ def test_every_slurm_system_is_judged():
 
 
 def test_twin_refuses_what_only_its_reserved_cores_forbid(tmp_path):
-    """LUMI's 64-core jobs never run: the twin knows it from the reserved cores, which a plain node line would not tell."""
+    """LUMI's 64-core jobs never run: the twin knows it from the reserved cores, which a plain node line would not
+    tell.
+    """
     lab.require()
     system = sites.load("lumi-g", overlay=False)
     recipe_id = recipe_ids()[0]

@@ -1,4 +1,6 @@
-"""Outside ``parallel/`` nobody asks which engine it is: :mod:`aifactory_train.parallel.traits` says what an engine is and can do."""
+"""Outside ``parallel/`` nobody asks which engine it is: :mod:`aifactory_train.parallel.traits` says what an engine is
+and can do.
+"""
 
 from __future__ import annotations
 

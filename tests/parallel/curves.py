@@ -2,9 +2,9 @@
 
     python curves.py CASES.json OUT.json        with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
 
-The batches are a pure function of the step: eight documents of unequal length with unequal numbers of supervised tokens,
-dealt to ranks and micro-batches in turn. The arithmetic of a step is the loop's: every micro-batch adds the gradient of
-``sum of losses / supervised tokens of all ranks``.
+The batches are a pure function of the step: eight documents of unequal length with unequal numbers of supervised
+tokens, dealt to ranks and micro-batches in turn. The arithmetic of a step is the loop's: every micro-batch adds the
+gradient of ``sum of losses / supervised tokens of all ranks``.
 """
 
 from __future__ import annotations

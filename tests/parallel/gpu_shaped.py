@@ -1,5 +1,5 @@
-"""What a step looks like on a GPU, on a CPU: variable-length attention as one operator (with a backward of its own), the loss by the
-registered operators, and collectives that go nowhere, so that one process can be a rank of several."""
+"""What a step looks like on a GPU, on a CPU: variable-length attention as one operator (with a backward of its own),
+the loss by the registered operators, and collectives that go nowhere, so that one process can be a rank of several."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def _weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("aifactory_test::varlen", mutates_args=())
 def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int) -> torch.Tensor:
-    """Causal attention within each document. q ``[T, H, D]``, k and v ``[T, H_kv, D]``, bounds int32 ``[documents + 1]``."""
+    """Causal attention within each document. q ``[T, H, D]``, k and v ``[T, H_kv, D]``, bounds int32 ``[documents +
+    1]``.
+    """
     out = torch.empty_like(q)
     for here, (own_q, own_k, own_v) in _documents(bounds, q, k, v):
         out[here] = (_weights(own_q, own_k) @ own_v.repeat_interleave(len(own_q) // len(own_v), 0)).transpose(0, 1)

@@ -1,4 +1,5 @@
-"""What each engine holds on one of two ranks, measured on a tiny model. Run by ``test_traits.py``, one process per rank.
+"""What each engine holds on one of two ranks, measured on a tiny model. Run by ``test_traits.py``, one process per
+rank.
 
 python sharding.py CASES.json OUT.json        with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
 """

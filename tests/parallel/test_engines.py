@@ -99,7 +99,9 @@ def test_a_scale_is_a_power_of_two_and_a_rest(units: int) -> None:
 
 
 def test_bf16_gradients_are_those_of_the_sum_over_the_units_of_the_step() -> None:
-    """To fp32's rounding and for any number of units: 1 / 4104 itself, sent through bf16, would round everything one way."""
+    """To fp32's rounding and for any number of units: 1 / 4104 itself, sent through bf16, would round everything one
+    way.
+    """
     settings = recipe(engine="ddp", precision={"compute": "bf16"})
     engine = build_engine("ddp", core(precision={"compute": "bf16"}), settings, MIXED, ALONE)
 

@@ -1,5 +1,6 @@
-"""The path that a step takes on a GPU, run on a CPU: bf16 from fp32 masters, one operator for attention over all documents, the loss by
-operators; the same curve, and budgets of what costs time there: read-backs, graphs, collectives."""
+"""The path that a step takes on a GPU, run on a CPU: bf16 from fp32 masters, one operator for attention over all
+documents, the loss by operators; the same curve, and budgets of what costs time there: read-backs, graphs,
+collectives."""
 
 from __future__ import annotations
 
@@ -76,7 +77,9 @@ def test_ranks_as_on_gpus_have_the_curve_of_one_process(ranks: int, tmp_path: Pa
 
 @pytest.mark.parametrize(("name", "adapter"), [("ddp", "lora"), ("fsdp2", "none")])
 def test_the_host_asks_the_device_nothing_within_a_step(name: str, adapter: str) -> None:
-    """Forward, backward, clipping and update: 0 read-backs, so that the host runs ahead; what the loop reads is tested with the loop."""
+    """Forward, backward, clipping and update: 0 read-backs, so that the host runs ahead; what the loop reads is tested
+    with the loop.
+    """
     with gpu_shaped.rank_of(2) as world:
         for checkpointing in ("none", "selective", "full"):
             running = engine(world, engine=name, adapter=adapter, checkpointing=checkpointing)
@@ -109,7 +112,9 @@ def test_what_would_wait_is_counted() -> None:
 
 
 def graphs(world: World, monkeypatch: pytest.MonkeyPatch, **case) -> tuple[list[int], dict]:
-    """Nodes of each graph that three steps of different lengths are traced into, and the places that were not traced."""
+    """Nodes of each graph that three steps of different lengths are traced into, and the places that were not
+    traced.
+    """
     import torch._dynamo as dynamo
     from torch._dynamo.utils import counters
 
@@ -138,7 +143,9 @@ SHARES = [pytest.param(*case, marks=() if case == ("ddp", "full") else pytest.ma
 
 @pytest.mark.parametrize(("name", "checkpointing"), SHARES)
 def test_one_compilation_serves_all_blocks(name: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16 (on a CPU the default is fp32, where nothing is copied): with lengths as numbers, and for any length; no more."""
+    """In bf16 (on a CPU the default is fp32, where nothing is copied): with lengths as numbers, and for any length; no
+    more.
+    """
     with gpu_shaped.rank_of(2) as world:
         found, breaks = graphs(world, monkeypatch, engine=name, checkpointing=checkpointing)
     assert not breaks and 1 <= len(found) <= 2
@@ -146,7 +153,9 @@ def test_one_compilation_serves_all_blocks(name: str, checkpointing: str, monkey
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_compiled_blocks_that_run_as_they_are_compute_the_same(checkpointing: str, capsys) -> None:
-    """Where compilation gives up in the middle of a run, checkpointing computes a block again after its copies are gone."""
+    """Where compilation gives up in the middle of a run, checkpointing computes a block again after its copies are
+    gone.
+    """
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     alone = World(0, 1, 0, 1, "cpu", "alone", "here")
     try:
@@ -178,7 +187,9 @@ def test_what_could_not_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, cap
 
 @pytest.mark.parametrize("micros", [1, 3])
 def test_collectives_of_a_step(micros: int) -> None:
-    """FSDP2 gathers, for each micro-batch, each block for forward and backward and the root once; it reduces once a step; one norm."""
+    """FSDP2 gathers, for each micro-batch, each block for forward and backward and the root once; it reduces once a
+    step; one norm.
+    """
     blocks = 2
     batch = curves.make_batch(curves.step_documents(0), "cpu")
     with gpu_shaped.rank_of(2) as world:

@@ -1,4 +1,6 @@
-"""No rank of a sharded engine ever holds the whole model: counted while the weights are read, under FSDP2 and ZeRO-3."""
+"""No rank of a sharded engine ever holds the whole model: counted while the weights are read, under FSDP2 and
+ZeRO-3.
+"""
 
 from __future__ import annotations
 

@@ -160,7 +160,9 @@ def test_advice_counts_this_rank_s_shards(ranks: int) -> None:
 
 
 def test_advice_counts_zero_s_partitions() -> None:
-    """ZeRO-3 empties a parameter while it is not in use (its partition is beside it) and keeps an fp32 master elsewhere."""
+    """ZeRO-3 empties a parameter while it is not in use (its partition is beside it) and keeps an fp32 master
+    elsewhere.
+    """
     emptied = torch.nn.Parameter(torch.empty(0, dtype=torch.bfloat16))
     emptied.ds_tensor = torch.empty(10, dtype=torch.bfloat16)  # type: ignore[attr-defined]
 
@@ -282,7 +284,9 @@ def test_norm_and_factor_of_many_tensors_take_few_operators(monkeypatch) -> None
 
 
 def test_the_process_group_is_not_bound_to_a_device(monkeypatch) -> None:
-    """Bound (``device_id``), a device mesh would split it, and its groups would lose the gloo side that checkpoints use."""
+    """Bound (``device_id``), a device mesh would split it, and its groups would lose the gloo side that checkpoints
+    use.
+    """
     given: dict = {}
     monkeypatch.setattr(world.compat, "device_type", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -1,4 +1,6 @@
-"""QLoRA: what is asked of bitsandbytes, what is refused, and (where bitsandbytes is installed) a training on a 4-bit base."""
+"""QLoRA: what is asked of bitsandbytes, what is refused, and (where bitsandbytes is installed) a training on a 4-bit
+base.
+"""
 
 from __future__ import annotations
 

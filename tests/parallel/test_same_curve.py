@@ -1,4 +1,5 @@
-"""Every engine trains the same curve as one process: full and LoRA, with and without accumulation, unequal micro-batches.
+"""Every engine trains the same curve as one process: full and LoRA, with and without accumulation, unequal
+micro-batches.
 
 The default tests use two ranks; ``pytest -m slow tests/parallel/test_same_curve.py`` runs the whole matrix on four.
 """
@@ -132,7 +133,9 @@ def check_half(ranks: int, engines: list[str], alone: dict[str, Curve], folder: 
 
 
 def test_recomputation_compilation_and_clipping_change_nothing(tmp_path: Path) -> None:
-    """Activation checkpointing (with tied and untied embeddings), compiled blocks, clipping, offload: the same curve."""
+    """Activation checkpointing (with tied and untied embeddings), compiled blocks, clipping, offload: the same
+    curve.
+    """
     method = {**METHODS["adamw full"], "max_norm": 0.5, "steps": 8}
     plain, untied = run_cases(1, [{**method, "engine": "ddp"}, {**method, "engine": "ddp", "tied": False}], tmp_path)
     cases = [

@@ -1,4 +1,6 @@
-"""Joining and leaving: GPUs that were asked for, ranks that see one GPU each, and a failed rank that waits for nobody."""
+"""Joining and leaving: GPUs that were asked for, ranks that see one GPU each, and a failed rank that waits for
+nobody.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ def test_a_rank_with_one_gpu_of_its_own_tells_deepspeed_its_number_there(pretend
 
 
 def fail_on_rank_1(kind: str):
-    """In a child: a world that says it has GPUs, whose group cannot be taken down, and a trainer that fails on rank 1."""
+    """In a child: a world that says it has GPUs, whose group cannot be taken down, and a trainer that fails on rank
+    1.
+    """
 
     def in_child(rank: int, tell) -> None:
         from dataclasses import replace
@@ -195,7 +199,9 @@ def test_waiting_is_told_from_hanging(places, on_gpu, on_cpu) -> None:
 
 
 def asleep(folder: Path, rank: int, device: str) -> None:
-    """One rank whose main thread sleeps: in our collate (rank 0), or where the device is asked for a result (rank 1)."""
+    """One rank whose main thread sleeps: in our collate (rank 0), or where the device is asked for a result (rank
+    1).
+    """
     from aifactory_train.run.folder import RunFolder
 
     where = PACKAGE / ("data/batch.py" if rank == 0 else "training/trainer.py")

@@ -1,4 +1,6 @@
-"""Accuracy on published measurements, validated on origins that the constants never saw; odd rows are explained, never a crash."""
+"""Accuracy on published measurements, validated on origins that the constants never saw; odd rows are explained, never
+a crash.
+"""
 
 from __future__ import annotations
 

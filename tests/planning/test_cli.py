@@ -38,7 +38,10 @@ def test_json_keys(recipe):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     found = json.loads(done.stdout)
-    keys = "engine mesh micro_batch grad_accum activation_checkpointing kernels memory_gib capacity_gib tokens_per_s_per_gpu hours gpu_hours kwh reasons alternatives"
+    keys = (
+        "engine mesh micro_batch grad_accum activation_checkpointing kernels memory_gib capacity_gib "
+        "tokens_per_s_per_gpu hours gpu_hours kwh reasons alternatives"
+    )
     assert set(keys.split()) <= set(found)
     assert set(found["tokens_per_s_per_gpu"]) == {"low", "mid", "high"} and "total" in found["memory_gib"]
     assert found["gpu_hours"] == pytest.approx(found["hours"] * found["gpus"], rel=1e-3)
@@ -47,7 +50,8 @@ def test_json_keys(recipe):
 def test_fast_and_without_torch(recipe):
     code = (
         "import sys; from aifactory_train.cli import main; code = main(sys.argv[1:]); "
-        "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub', 'rich'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
+        "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub', 'rich'} & set(sys.modules); assert not heavy, "
+        "heavy; sys.exit(code)"
     )
 
     def processor_time(start) -> float:

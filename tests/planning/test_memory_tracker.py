@@ -1,4 +1,6 @@
-"""Activation memory equals what torch's memory tracker counts on real (small) models: five families, three checkpointing modes."""
+"""Activation memory equals what torch's memory tracker counts on real (small) models: five families, three
+checkpointing modes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Plans for real sites: each resolves or refuses with a reason, none exceeds the memory, more nodes never take longer unsaid."""
+"""Plans for real sites: each resolves or refuses with a reason, none exceeds the memory, more nodes never take longer
+unsaid.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""DPO, IPO, ORPO and KTO in the plan: pairs are two documents, KTO runs one forward pass more, the reference is scored once."""
+"""DPO, IPO, ORPO and KTO in the plan: pairs are two documents, KTO runs one forward pass more, the reference is scored
+once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Dimensions: the shipped ones reproduce published totals, the formulae reproduce real models, anything else is refused by name."""
+"""Dimensions: the shipped ones reproduce published totals, the formulae reproduce real models, anything else is refused
+by name.
+"""
 
 from __future__ import annotations
 

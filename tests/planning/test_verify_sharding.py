@@ -25,9 +25,16 @@ found["gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 print("RESULT " + json.dumps(found))
 """
 TINY = {
-    "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "vocab_size": 4096, "max_position_embeddings": 2048, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
 QWEN = {**TINY, "model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": False}
 APERTUS = {**TINY, "model_type": "apertus", "tie_word_embeddings": False}
 
@@ -107,7 +114,8 @@ def test_refusals():
 def test_from_the_command_line(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        "model: {base: meta-llama/Llama-3.2-1B}\nadapter: {kind: none}\ndata: {train: rows.jsonl, sequence_length: 1024}\n"
+        "model: {base: meta-llama/Llama-3.2-1B}\nadapter: {kind: none}\ndata: {train: rows.jsonl, sequence_length: "
+        "1024}\n"
         "train: {batch_rows: 512}\nparallel: {engine: fsdp2}\n",
         encoding="utf-8",
     )

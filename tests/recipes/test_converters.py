@@ -1,4 +1,6 @@
-"""Each converter on a few lines in its source's own format (written here): what is read, what is left out, how rows are parted."""
+"""Each converter on a few lines in its source's own format (written here): what is read, what is left out, how rows are
+parted.
+"""
 
 from __future__ import annotations
 
@@ -148,7 +150,8 @@ def test_standard_names(tmp_path):
     path = write(
         tmp_path,
         "cf.xml",
-        "<t><entry id='air_temperature'><canonical_units>K</canonical_units><description>How warm\n air is.</description></entry>"
+        "<t><entry id='air_temperature'><canonical_units>K</canonical_units><description>How warm\n air "
+        "is.</description></entry>"
         "<entry id='no_text'><canonical_units>1</canonical_units><description/></entry></t>",
     )
     (row,) = both(standard_names.rows, path)
@@ -164,7 +167,8 @@ def test_cim(tmp_path):
         tmp_path,
         "cim.md",
         "# Profile\n\n{#x-Pump}\n### Pump\n\nInheritance path = [Device]\n\n```mermaid\nclass Pump {\n}\n```\n\n"
-        "A device that moves water through a pipe.\n\n#### Native Members\n\n| name | type | description | mapping |\n|---|---|---|---|\n"
+        "A device that moves water through a pipe.\n\n#### Native Members\n\n| name | type | description | mapping "
+        "|\n|---|---|---|---|\n"
         "| head [0..1] | [Length](#L) | Height to which the water is lifted. | |\n"
         "| `Owner [0..1]` (of) | [Owner](#O) | see [Device](#D) and all the rest of it | |\n\n"
         "#### Inherited Members\n\n| name [0..1] | [String](#S) | A name that a human being can read. | |\n",
@@ -180,7 +184,8 @@ def test_opcua(tmp_path):
     write(
         tmp_path,
         "Opc.Ua.Pumps.NodeSet2.xml",
-        '<UANodeSet xmlns="http://x"><UAVariable NodeId="ns=1;i=5" BrowseName="1:Speed"><DisplayName>Speed</DisplayName>'
+        '<UANodeSet xmlns="http://x"><UAVariable NodeId="ns=1;i=5" '
+        'BrowseName="1:Speed"><DisplayName>Speed</DisplayName>'
         "<Description>Turns of the pump in a minute.</Description></UAVariable>"
         '<UAObject NodeId="ns=1;i=6" BrowseName="1:Short"><Description>Too short.</Description></UAObject></UANodeSet>',
     )
@@ -201,7 +206,8 @@ def test_mavlink(tmp_path):
         tmp_path,
         "common.ts",
         "/**\n * Speed and height of\n * the vehicle\n */\nexport class Hud extends MavLinkData {\n"
-        "  /**\n   * How fast it climbs now\n   */\n  climb: float\n  /**\n   * Heading\n   */\n  heading: int16_t\n}\n",
+        "  /**\n   * How fast it climbs now\n   */\n  climb: float\n  /**\n   * Heading\n   */\n  heading: "
+        "int16_t\n}\n",
     )
     rows = {r["completion"]: r["prompt"] for r in both(mavlink.rows, path)}
     assert rows == {
@@ -232,7 +238,8 @@ def test_brick(tmp_path):
     path = write(
         tmp_path,
         "Brick.ttl",
-        'brick:Hot_Pump a owl:Class ;\n    rdfs:label "Hot Pump" ;\n    skos:definition "A pump for \\"hot\\" water"@en .\n\n'
+        'brick:Hot_Pump a owl:Class ;\n    rdfs:label "Hot Pump" ;\n    skos:definition "A pump for \\"hot\\" '
+        'water"@en .\n\n'
         'brick:No_Text a owl:Class ;\n    rdfs:label "No" .\n',
     )
     (row,) = both(brick.rows, path)
@@ -243,7 +250,8 @@ def test_docstrings(tmp_path):
     write(
         tmp_path,
         "shapes/area.py",
-        'def area(r, *, unit="m"):\n    """Area of a circle.\n\n    More.\n    """\n\ndef _hidden():\n    """Not to be read at all."""\n',
+        'def area(r, *, unit="m"):\n    """Area of a circle.\n\n    More.\n    """\n\ndef _hidden():\n    """Not to '
+        'be read at all."""\n',
     )
     write(tmp_path, "shapes/tests/test_area.py", 'def test_area():\n    """This is a test file."""\n')
     write(tmp_path, "shapes/broken.py", "def (:\n")
@@ -271,7 +279,8 @@ def test_accounts(tmp_path):
         tmp_path,
         "a.xml",
         '<t><data><record model="account.account.type.template" id="t1"><field name="name">Vorräte</field></record>'
-        '<record model="account.account.template" id="a1"><field name="name">Waren</field><field name="code">3980</field>'
+        '<record model="account.account.template" id="a1"><field name="name">Waren</field><field '
+        'name="code">3980</field>'
         '<field name="type" ref="t1"/></record>'
         '<record model="account.account.template" id="a2"><field name="name">Ohne</field></record></data></t>',
     )
@@ -280,7 +289,10 @@ def test_accounts(tmp_path):
 
 
 def test_licence_paragraphs(tmp_path):
-    long = "You may copy this text as often as you like if every copy carries this very line and nobody is told otherwise by you or by them ever."
+    long = (
+        "You may copy this text as often as you like if every copy carries this very line and nobody is told "
+        "otherwise by you or by them ever."
+    )
     write(tmp_path, "A.json", json.dumps({"licenseText": f"TITLE\n\n{long}\n\nshort"}))
     write(tmp_path, "B.json", json.dumps({"licenseText": long.upper().lower()}))
     (row,) = both(licences.rows, tmp_path)
@@ -291,7 +303,10 @@ def test_licence_paragraphs(tmp_path):
 
 
 def test_drama(tmp_path):
-    play = "# A Play\n\n**ANN**  \nWho is there in the dark?\n\n_Enter BOB_\n\n**BOB**  \nOnly I,  \nwith a lamp.\n\n**ANN**  \nCome in.\n"
+    play = (
+        "# A Play\n\n**ANN**  \nWho is there in the dark?\n\n_Enter BOB_\n\n**BOB**  \nOnly I,  \nwith a "
+        "lamp.\n\n**ANN**  \nCome in.\n"
+    )
     write(tmp_path, "comedies/a-play.md", play)
     write(tmp_path, "comedies/other.md", play)
     (row,) = list(drama.rows(tmp_path, part="held_out", held_out=["a-play"]))
@@ -306,7 +321,8 @@ def test_vocabularies(tmp_path):
     write(
         tmp_path,
         "_DCAT.py",
-        "class DCAT:\n    Dataset: URIRef  # A collection of data.\\n\\nMore.\n    none: URIRef\n    x: URIRef  # Short\n",
+        "class DCAT:\n    Dataset: URIRef  # A collection of data.\\n\\nMore.\n    none: URIRef\n    x: URIRef  # "
+        "Short\n",
     )
     (row,) = both(vocabularies.rows, tmp_path, vocabularies=["DCAT"])
     assert (row["prompt"], row["completion"]) == ("Which term? A collection of data. More.", "dcat:Dataset")

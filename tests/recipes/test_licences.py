@@ -198,8 +198,10 @@ def test_the_model_card_carries_the_computed_licence():
 
 def test_the_gate_imports_no_torch():
     code = (
-        "import sys; from aifactory_train.sources import licences; from aifactory_train.config.loading import load_recipe\n"
-        f"licences.check(load_recipe('{HEALTH}')); print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+        "import sys; from aifactory_train.sources import licences; from aifactory_train.config.loading import "
+        "load_recipe\n"
+        f"licences.check(load_recipe('{HEALTH}')); print([m for m in ('torch', 'numpy', 'transformers') if m in "
+        f"sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"

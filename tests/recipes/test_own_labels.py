@@ -1,5 +1,5 @@
-"""Rows of one's own in a recipe that classifies: answers outside the recipe's labels are refused with file and line, and others
-are one override away."""
+"""Rows of one's own in a recipe that classifies: answers outside the recipe's labels are refused with file and line,
+and others are one override away."""
 
 from __future__ import annotations
 
@@ -72,13 +72,25 @@ def test_any_recipe_takes_a_schema_of_ones_own(tiny_model_dir, tmp_path):
 
     helpers.write_jsonl(
         tmp_path / "mine.schema.json",
-        [{"properties": {"alert": {"type": "string"}, "team": {"enum": ["red", "green"]}}, "required": ["alert", "team"],
-          "x-prompt": "{alert}", "x-completion": "{team}"}],
-    )  # fmt: skip
+        [
+            {
+                "properties": {"alert": {"type": "string"}, "team": {"enum": ["red", "green"]}},
+                "required": ["alert", "team"],
+                "x-prompt": "{alert}",
+                "x-completion": "{team}",
+            }
+        ],
+    )
     rows = [{"alert": ALERT.format(i), "team": "red" if i % 2 else "green"} for i in range(20)]
     path = helpers.write_jsonl(tmp_path / "mine.jsonl", rows)
-    settings = [f"data.train={path}", "data.train.converter=own_rows:rows", "data.train.options.schema=mine.schema.json",
-                f"model.base={tiny_model_dir}", "data.workers=1", "data.sequence_length=256"]  # fmt: skip
+    settings = [
+        f"data.train={path}",
+        "data.train.converter=own_rows:rows",
+        "data.train.options.schema=mine.schema.json",
+        f"model.base={tiny_model_dir}",
+        "data.workers=1",
+        "data.sequence_length=256",
+    ]
     for name in ("finance/account-positions", "health/phenotype-terms"):
         prepared = prepare(load_recipe(name, settings), cache_dir=tmp_path / "cache")
         assert len(prepared.train) + sum(len(e) for e in prepared.evals.values()) == 20

@@ -54,7 +54,8 @@ def obo(tmp_path: Path) -> Path:
 
 def many(tmp_path: Path, n: int = 400) -> Path:
     stanzas = [
-        f'[Term]\nid: HP:{i}\nname: Term {chr(97 + i % 26)}{i}\ndef: "A finding of kind {"abcdefghij"[i % 10] * (1 + i // 10)}." []\n'
+        f'[Term]\nid: HP:{i}\nname: Term {chr(97 + i % 26)}{i}\ndef: "A finding of kind '
+        f'{"abcdefghij"[i % 10] * (1 + i // 10)}." []\n'
         for i in range(n)
     ]
     (tmp_path / "many.obo").write_text("format-version: 1.2\n\n" + "\n".join(stanzas), encoding="utf-8")
@@ -93,7 +94,8 @@ def test_parts_share_no_group_and_together_hold_every_row(tmp_path):
 
 def write_udhr(folder: Path, language: str, articles: int = 12) -> None:
     body = "".join(
-        f'<article data-number="{n}"><h2>{n}. grein.</h2><p>Text {language}&nbsp;{n}</p><ol><li>a &amp; b</li></ol></article>'
+        f'<article data-number="{n}"><h2>{n}. grein.</h2><p>Text {language}&nbsp;{n}</p><ol><li>a &amp; '
+        f"b</li></ol></article>"
         for n in range(1, articles + 1)
     )
     (folder / f"{language}.html").write_text(
@@ -208,7 +210,9 @@ def test_list_imports_neither_torch_nor_numpy():
 @pytest.mark.network
 @pytest.mark.parametrize("name", [r["id"] for r in listed() if r["embedded"]])
 def test_embedded_recipe_prepares_from_the_real_sources(name, real_cache, monkeypatch, tmp_path):
-    """Fetched for real; at most a hundredth of the held-out rows is repeated in the training rows; answers carry loss."""
+    """Fetched for real; at most a hundredth of the held-out rows is repeated in the training rows; answers carry
+    loss.
+    """
     from aifactory_train.data import prepare
     from aifactory_train.sources import fetch
 

@@ -1,5 +1,6 @@
-"""Every recipe trains: two steps on a tiny random model, through the real command, on its own rows. What it learns is for
-benchmarks/recipes.py; here rows, settings and metrics of a recipe are shown to fit together from the file to eval.json."""
+"""Every recipe trains: two steps on a tiny random model, through the real command, on its own rows. What it learns is
+for benchmarks/recipes.py; here rows, settings and metrics of a recipe are shown to fit together from the file to
+eval.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A run folder with a whole record, written by the real recorder from a loop that only pretends to train (no torch in the loop)."""
+"""A run folder with a whole record, written by the real recorder from a loop that only pretends to train (no torch in
+the loop).
+"""
 
 from __future__ import annotations
 
@@ -159,7 +161,9 @@ def attempt(run: RunFolder, recipe, first: int, last: int, *, number: int, how: 
 
 @pytest.fixture
 def tell(tmp_path, tiny_model_dir, monkeypatch) -> Callable[..., RunFolder]:
-    """Factory of a finished run: ``tell(**settings of the recipe)``; the user's configuration folder is an empty one."""
+    """Factory of a finished run: ``tell(**settings of the recipe)``; the user's configuration folder is an empty
+    one.
+    """
     monkeypatch.setenv("AIFACTORY_CONFIG", str(tmp_path / "config"))
     monkeypatch.delenv("AIFACTORY_SITE", raising=False)
 

@@ -1,7 +1,7 @@
 """Runs the official validators on a run folder; started with the Python that has them (see ``make validators``).
 
-``python official.py croissant|crate RUN`` prints ``ok`` or the faults, exit 0 or 1. The RO-Crate context is taken from the ro-crate-py
-package instead of w3id.org, so that nothing is fetched: its version 1.3 contains the terms of 1.1.
+``python official.py croissant|crate RUN`` prints ``ok`` or the faults, exit 0 or 1. The RO-Crate context is taken from
+the ro-crate-py package instead of w3id.org, so that nothing is fetched: its version 1.3 contains the terms of 1.1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The event bus: every listener hears every event; one that fails ends nothing and is said once; metrics keep no hole."""
+"""The event bus: every listener hears every event; one that fails ends nothing and is said once; metrics keep no
+hole.
+"""
 
 from __future__ import annotations
 

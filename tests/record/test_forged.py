@@ -1,4 +1,6 @@
-"""A folder in which somebody forged what he liked: ``verify`` has a finding for each, and never a traceback or an endless wait."""
+"""A folder in which somebody forged what he liked: ``verify`` has a finding for each, and never a traceback or an
+endless wait.
+"""
 
 from __future__ import annotations
 

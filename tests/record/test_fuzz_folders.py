@@ -1,8 +1,8 @@
-"""Folders that somebody damaged or forged, of every kind that the program reads: the answer is a result or one message, never a traceback
-and never a wait without end.
+"""Folders that somebody damaged or forged, of every kind that the program reads: the answer is a result or one message,
+never a traceback and never a wait without end.
 
-A damaged folder comes from a number alone, so that a failure is repeated with it. The default suite tries a few; AIFACTORY_FUZZ=1 tries
-hundreds.
+A damaged folder comes from a number alone, so that a failure is repeated with it. The default suite tries a few;
+AIFACTORY_FUZZ=1 tries hundreds.
 """
 
 from __future__ import annotations
@@ -207,8 +207,21 @@ def run_folder(tell) -> Path:
 
 
 def test_run_folders(run_folder, tmp_path):
-    names = {"record.json", "events.jsonl", "state.json", "metrics.jsonl", "eval.json", "run.yaml", "data_manifest.json", "saved.json",
-             "manifest.json", "verification.json", "attempt.json", "outcome-0.json", "plan.json"}  # fmt: skip
+    names = {
+        "record.json",
+        "events.jsonl",
+        "state.json",
+        "metrics.jsonl",
+        "eval.json",
+        "run.yaml",
+        "data_manifest.json",
+        "saved.json",
+        "manifest.json",
+        "verification.json",
+        "attempt.json",
+        "outcome-0.json",
+        "plan.json",
+    }
     for copy, what in copies(run_folder, tmp_path, seeds(10, 250), lambda p: p.name in names):
         asked = [
             ("verify", str(copy)),

@@ -1,4 +1,6 @@
-"""The evidence pack: complete against the lists of the forms, honest about what is missing, valid for the official validators."""
+"""The evidence pack: complete against the lists of the forms, honest about what is missing, valid for the official
+validators.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,79 @@ from aifactory_train.report.pack import render, write_pack
 
 # number -> who fills it; the Model Documentation Form's list, in its order
 MDF = {
-    "0": "auto", "1.1": "person", "1.2": "auto+person", "1.3": "auto", "1.4": "person", "1.5": "person", "1.6": "auto",
-    "2.1": "auto", "2.2": "auto+person", "2.3": "auto", "2.4": "auto", "2.5": "auto", "2.6": "auto", "2.7": "auto",
-    "3.1": "person", "3.2": "auto+person", "4.1": "person", "4.2": "person", "4.3": "person", "4.4": "auto",
-    "5.1": "auto", "5.2": "person", "6.1": "auto", "6.2": "auto+person", "6.3": "person", "6.4": "auto", "6.5": "auto+person",
-    "6.6": "auto", "6.7": "auto+person", "6.8": "person", "7.1": "auto", "7.2": "auto", "7.3": "auto",
-    "8.1": "auto", "8.2": "auto", "8.3": "auto", "8.4": "auto",
-}  # fmt: skip
+    "0": "auto",
+    "1.1": "person",
+    "1.2": "auto+person",
+    "1.3": "auto",
+    "1.4": "person",
+    "1.5": "person",
+    "1.6": "auto",
+    "2.1": "auto",
+    "2.2": "auto+person",
+    "2.3": "auto",
+    "2.4": "auto",
+    "2.5": "auto",
+    "2.6": "auto",
+    "2.7": "auto",
+    "3.1": "person",
+    "3.2": "auto+person",
+    "4.1": "person",
+    "4.2": "person",
+    "4.3": "person",
+    "4.4": "auto",
+    "5.1": "auto",
+    "5.2": "person",
+    "6.1": "auto",
+    "6.2": "auto+person",
+    "6.3": "person",
+    "6.4": "auto",
+    "6.5": "auto+person",
+    "6.6": "auto",
+    "6.7": "auto+person",
+    "6.8": "person",
+    "7.1": "auto",
+    "7.2": "auto",
+    "7.3": "auto",
+    "8.1": "auto",
+    "8.2": "auto",
+    "8.3": "auto",
+    "8.4": "auto",
+}
 SUMMARY = {
-    "0.1": "auto", "0.2": "auto", "1.1": "person", "1.1b": "person", "1.2a": "auto+person", "1.2b": "base", "1.2c": "person",
-    "1.3a": "auto", "1.3b": "auto", "1.3c": "person", "1.3d": "auto+person", "1.3e": "auto", "1.3f": "person",
-    "2.1": "auto+person", "2.2.1": "person", "2.2.2": "person", "2.3": "auto+person", "2.4": "person", "2.5": "auto+person",
-    "2.6": "person", "3.1a": "person", "3.1b": "person", "3.2": "auto+person", "3.3": "auto",
-}  # fmt: skip
-FACTS = {"origin": "own", "personal_data": "none", "tdm_basis": "own", "obtained": "written for this", "collected_from": "2026-01", "collected_to": "2026-02", "url": "not public"}  # fmt: skip
+    "0.1": "auto",
+    "0.2": "auto",
+    "1.1": "person",
+    "1.1b": "person",
+    "1.2a": "auto+person",
+    "1.2b": "base",
+    "1.2c": "person",
+    "1.3a": "auto",
+    "1.3b": "auto",
+    "1.3c": "person",
+    "1.3d": "auto+person",
+    "1.3e": "auto",
+    "1.3f": "person",
+    "2.1": "auto+person",
+    "2.2.1": "person",
+    "2.2.2": "person",
+    "2.3": "auto+person",
+    "2.4": "person",
+    "2.5": "auto+person",
+    "2.6": "person",
+    "3.1a": "person",
+    "3.1b": "person",
+    "3.2": "auto+person",
+    "3.3": "auto",
+}
+FACTS = {
+    "origin": "own",
+    "personal_data": "none",
+    "tdm_basis": "own",
+    "obtained": "written for this",
+    "collected_from": "2026-01",
+    "collected_to": "2026-02",
+    "url": "not public",
+}
 
 
 @pytest.fixture
@@ -190,7 +251,11 @@ def test_ro_crate(tell, validators):
 
 
 def test_nothing_is_imported_that_a_login_node_lacks():
-    code = "import sys; import aifactory_train.commands.record, aifactory_train.commands.verify, aifactory_train.record.check, aifactory_train.commands.private, aifactory_train.report.compare; print([m for m in ('torch', 'transformers', 'numpy', 'cryptography', 'rich') if m in sys.modules])"
+    code = (
+        "import sys; import aifactory_train.commands.record, aifactory_train.commands.verify, "
+        "aifactory_train.record.check, aifactory_train.commands.private, aifactory_train.report.compare; print([m for "
+        "m in ('torch', 'transformers', 'numpy', 'cryptography', 'rich') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
@@ -201,7 +266,9 @@ HOSTILE = (
 
 
 def test_texts_of_the_recipe_stay_texts(tell):
-    """Whoever writes a recipe cannot write sections, links or tags into the documents that are read as the program's."""
+    """Whoever writes a recipe cannot write sections, links or tags into the documents that are read as the
+    program's.
+    """
     from aifactory_train.record.files import load_record
 
     run = tell({"about.title": HOSTILE, "model.licence": HOSTILE})

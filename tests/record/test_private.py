@@ -1,4 +1,6 @@
-"""Sensitive data: what is refused by name, what is withheld, and a whole run after which the data is nowhere in plain form."""
+"""Sensitive data: what is refused by name, what is withheld, and a whole run after which the data is nowhere in plain
+form.
+"""
 
 from __future__ import annotations
 
@@ -434,7 +436,10 @@ def _knock(queue) -> None:
 
 def test_python_children_are_guarded():
     egress.close(["10.0.0.7"])
-    code = "import aifactory_train, socket; from aifactory_train.private import egress; egress._check('10.0.0.7'); socket.getaddrinfo('example.invalid', 1)"
+    code = (
+        "import aifactory_train, socket; from aifactory_train.private import egress; egress._check('10.0.0.7'); "
+        "socket.getaddrinfo('example.invalid', 1)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "EgressBlocked" in done.stderr
     context = multiprocessing.get_context("spawn")
@@ -477,7 +482,8 @@ def test_tracebacks_warnings_and_logs_without_values(tmp_path):
         "try:\n    raise KeyError(secret)\n"
         "except KeyError:\n    logging.getLogger('x').exception('failed on ' + secret)\n"
         "try:\n    {}[secret]\n"
-        "except KeyError as error:\n    raise UserError(f\"the id '{secret}' was already given\", where='f:3') from error\n"
+        "except KeyError as error:\n    raise UserError(f\"the id '{secret}' was already given\", where='f:3') from "
+        "error\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "zebra" not in done.stderr + done.stdout

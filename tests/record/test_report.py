@@ -84,8 +84,8 @@ def test_100_000_steps_stay_under_2_mb(tell):
         for step in range(1, 100_001):
             loss = 1000.0 if step == 77_777 else 5.0 / step**0.1
             file.write(
-                f'{{"kind":"train","step":{step},"loss":{loss},"grad_norm":{0.1 + step % 7 / 10},"learning_rate":{1e-3 * (1 - step / 1e5)},'
-                f'"tokens_per_s":{1e5 + step % 1000},"tokens":4096,"supervised_tokens":2048,"seconds":0.04,"memory_bytes":{2**30}}}\n'
+                f'{{"kind":"train","step":{step},"loss":{loss},"grad_norm":{0.1 + step % 7 / 10},"learning_rate":{1e-3 * (1 - step / 1e5)},'  # noqa: E501
+                f'"tokens_per_s":{1e5 + step % 1000},"tokens":4096,"supervised_tokens":2048,"seconds":0.04,"memory_bytes":{2**30}}}\n'  # noqa: E501
             )
     text = build(run, load_record(run.path))
     assert len(text.encode()) < 2_000_000, len(text)
@@ -241,8 +241,8 @@ def test_commands(tell, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_in_chromium(tell, tmp_path):
-    """No console errors, no requests, no accessibility fault that axe-core knows, no sideways scrolling; light and dark,
-    desktop and phone. Screenshots go to $AIFACTORY_SCREENSHOTS."""
+    """No console errors, no requests, no accessibility fault that axe-core knows, no sideways scrolling; light and
+    dark, desktop and phone. Screenshots go to $AIFACTORY_SCREENSHOTS."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     modules = Path(os.environ.get("AIFACTORY_NODE_MODULES", Path(__file__).parent / "node_modules"))
     if not (chromium and shutil.which("node") and (modules / "axe-core").is_dir()):

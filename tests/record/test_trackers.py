@@ -27,7 +27,9 @@ def no_network():
 
 
 def wandb_records(path: Path) -> Iterator[object]:
-    """Records of a ``.wandb`` file: a 7-byte header, then LevelDB's log format (blocks of 32 KiB, pieces with crc, length, type)."""
+    """Records of a ``.wandb`` file: a 7-byte header, then LevelDB's log format (blocks of 32 KiB, pieces with crc,
+    length, type).
+    """
     from wandb.proto import wandb_internal_pb2
 
     raw = path.read_bytes()

@@ -36,25 +36,28 @@ PLANTED = [
     ("undated", LUMI, "date: n.d., retrieved: 2026-10-10}", "date: n.d.}"),
     ("future-date", LUMI, "date: 2026-05}", "date: 2031-05}"),
     ("expired", LUMI, "expires: 2027-05-31", "expires: 2026-11-29"),
-    ("recalled", MN5, "{at: [request], source: eessi, confidence: documented}", "{at: [request], source: eessi, confidence: recalled}"),
+    ("recalled", MN5, "{at: [request], source: eessi, confidence: documented}", "{at: [request], source: eessi, "
+                                                                                "confidence: recalled}"),
     ("not-usable-fact", "systems/lumi-ai.yaml", "notes:", "node: {gpus: 4}\n\nnotes:"),
     ("missing-list", "systems/sofia.yaml", "missing: [time limit]", "missing: []"),
     ("missing-list", LUMI, "missing: [scheduler.accounting", "missing: [node.gpus, scheduler.accounting"),
     ("status-reason", "systems/lumi-ai.yaml", 'status_reason: "contract signed, expected in 2027"\n', ""),
-    ("maintainer", LUMI, 'maintainer: "aifactory-train developers; nobody at the site has taken it over yet"', 'maintainer: ""'),
+    ("maintainer", LUMI, 'maintainer: "aifactory-train developers; nobody at the site has taken it over yet"', 'maintainer: ""'),  # noqa: E501
     ("private", LUMI, 'path: "/users/{user}"', 'path: "/users/jdoe"'),
     ("private", LEO, "modules: [profile/deeplrn,", 'modules: ["$(rm -rf x)", profile/deeplrn,'),
     ("arch", LUMI, "gpu: {sku: mi250x-gcd}", "gpu: {sku: mi250x-gcd, arch: sm_90}"),
     ("arch", LUMI, "gpu: {sku: mi250x-gcd}", "gpu: {sku: mi250x-gcd, arch: mi250}"),
     ("arch", "gpus.yaml", "arch: sm_90, memory_gib: 80", "arch: gfx942, memory_gib: 80"),
-    ("gpu-constants", "gpus.yaml", "peak_tflops: {fp64: 7.8, fp32: 15.7, fp16: 125}", "peak_tflops: {fp16: 125, bf16: 125}"),
+    ("gpu-constants", "gpus.yaml", "peak_tflops: {fp64: 7.8, fp32: 15.7, fp16: 125}", "peak_tflops: {fp16: 125, bf16: "
+                                                                                      "125}"),
     ("gpu-constants", "gpus.yaml", "fp8_format: fnuz", "fp8_format: ocp"),
     ("cores", LUMI, "cpus_per_gpu: 7", "cpus_per_gpu: 8"),
     ("cores", LUMI, "cores_usable: 56", "cores_usable: 63"),
     ("memory", LUMI, "memory_gib: 480", "memory_gib: 500"),
     ("memory", LUMI, "memory_usable_gib: 480", "memory_usable_gib: 600"),
     ("limits", "systems/karolina.yaml", "default_time: 24h, max_time: 48h", "default_time: 72h, max_time: 48h"),
-    ("limits", LUMI, "standard-g: {max_time: 2d, max_nodes: 1024", "standard-g: {max_time: 2d, min_nodes: 2000, max_nodes: 1024"),
+    ("limits", LUMI, "standard-g: {max_time: 2d, max_nodes: 1024", "standard-g: {max_time: 2d, min_nodes: 2000, "
+                                                                   "max_nodes: 1024"),
     ("limits", MN5, "acc_ehpc: {max_time: 72h, max_nodes: 100}", "acc_ehpc: {max_time: 72h, max_nodes: 2000}"),
     ("qos", LEO, "qos: [normal, boost_qos_dbg", "qos: [normal, boost_qos_dgb"),
     ("default-partition", LUMI, "default_partition: standard-g", "default_partition: standard"),
@@ -64,8 +67,10 @@ PLANTED = [
     ("binding", LUMI, "0x00fe000000000000", "0x01fe000000000000"),
     ("network", "systems/arrhenius.yaml", "node_gbit_s: 800", "node_gbit_s: 400"),
     ("container", LUMI, "gpu_flag: --rocm", "gpu_flag: --nv"),
-    ("environment", LUMI, "FI_MR_CACHE_MONITOR: userfaultfd\n", "FI_MR_CACHE_MONITOR: userfaultfd\n    MIOPEN_USER_DB: x\n"),
-    ("environment", LUMI, "FI_MR_CACHE_MONITOR: userfaultfd\n", 'FI_MR_CACHE_MONITOR: userfaultfd\n    NCCL_NET_GDR_LEVEL: "3"\n'),
+    ("environment", LUMI, "FI_MR_CACHE_MONITOR: userfaultfd\n", "FI_MR_CACHE_MONITOR: userfaultfd\n    "
+                                                                "MIOPEN_USER_DB: x\n"),
+    ("environment", LUMI, "FI_MR_CACHE_MONITOR: userfaultfd\n", 'FI_MR_CACHE_MONITOR: userfaultfd\n    '
+                                                                'NCCL_NET_GDR_LEVEL: "3"\n'),
     ("schema", LUMI, 'pattern: "*-full-*.sif"', 'pattern: "$(id)*.sif"'),
     ("cores", "systems/vega.yaml", "cpus_are: threads", "cpus_are: cores"),
     ("cores", "systems/vega.yaml", "cpus_per_gpu: 64", "cpus_per_gpu: 65"),
@@ -83,7 +88,7 @@ PLANTED = [
     ("readiness", "readiness.yaml", "systems:", "systems: {lumi-g: {level: tested, date: 2026-11-01, evidence: x}}"),
     ("readiness", "readiness.yaml", "systems:", "systems: {lumi-g: {level: run, date: 2026-11-01}}"),
     ("readiness", "readiness.yaml", "systems:", "systems: {hunter: {level: twin, date: 2026-11-01, evidence: x}}"),
-    ("no-reason", "factories.yaml", 'systems: [], announced: [ro-ai], reason: "no documented', 'systems: [], announced: [ro-ai], focus: "no documented'),
+    ("no-reason", "factories.yaml", 'systems: [], announced: [ro-ai], reason: "no documented', 'systems: [], announced: [ro-ai], focus: "no documented'),  # noqa: E501
 ]  # fmt: skip
 
 

@@ -185,8 +185,9 @@ def test_no_torch_transformers_or_numpy_is_imported(args: list[str]) -> None:
 
 
 def test_the_table_answers_in_under_400_ms() -> None:
-    # Wall time of a fresh process, interpreter included: the best of a few, because other work only ever adds to it. Where the
-    # machine is too busy for any to be undisturbed, the processor time of the same process is what the command itself costs.
+    # Wall time of a fresh process, interpreter included: the best of a few, because other work only ever adds to it.
+    # Where the machine is too busy for any to be undisturbed, the processor time of the same process is what the
+    # command itself costs.
     walls, busy = [], []
     for _ in range(8):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -201,6 +202,7 @@ def test_the_table_answers_in_under_400_ms() -> None:
     assert min(walls) < 0.4 or min(busy) < 0.3, (walls, busy)
     lean = fresh(
         "-c",
-        "import sys\nfrom aifactory_train.cli import main\nmain(['sites'])\nprint('pydantic' in sys.modules or 'rich' in sys.modules, file=sys.stderr)",
+        "import sys\nfrom aifactory_train.cli import main\nmain(['sites'])\nprint('pydantic' in sys.modules or 'rich' "
+        "in sys.modules, file=sys.stderr)",
     )
     assert lean.stderr.strip() == "False"

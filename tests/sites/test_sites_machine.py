@@ -34,7 +34,8 @@ gpu_dev|4|64|1|64|1|480000|30:00|n/a|gpu:a100:4(S:0-3),nvme:1|a100,nvme|1-2
 """
 
 
-# -- vendors' tools --------------------------------------------------------------------------------------------------------------
+# -- vendors' tools
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_recorded_nvidia_smi_of_four_a100() -> None:
@@ -108,7 +109,8 @@ def test_a_partition_that_is_up_again_is_told(monkeypatch: pytest.MonkeyPatch) -
         assert found.get("partitions.largebooster.state") == reported
 
 
-# -- this machine ----------------------------------------------------------------------------------------------------------------
+# -- this machine
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def _tool(folder: Path, name: str, output: Path) -> None:
@@ -173,7 +175,8 @@ def test_identify_by_host_cluster_and_refusal_of_two() -> None:
         sites.identify(names=["jean-zay3"], env={}, cluster="")
 
 
-# -- Slurm's words ---------------------------------------------------------------------------------------------------------------
+# -- Slurm's words
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_sinfo_groups() -> None:
@@ -219,7 +222,8 @@ def test_gres_never_fails(text: str) -> None:
 
 def test_scontrol_records_with_blanks_in_values() -> None:
     (record,) = probe.parse_scontrol(
-        "NodeName=n1 Arch=aarch64 CPUEfctv=56 OS=Linux 5.14.21 #1 SMP PREEMPT Tue Jan 9 RealMemory=491520 Gres=gpu:8 CoreSpecCount=8"
+        "NodeName=n1 Arch=aarch64 CPUEfctv=56 OS=Linux 5.14.21 #1 SMP PREEMPT Tue Jan 9 RealMemory=491520 Gres=gpu:8 "
+        "CoreSpecCount=8"
     )
     assert record["OS"].startswith("Linux 5.14") and record["RealMemory"] == "491520" and record["CoreSpecCount"] == "8"
 
@@ -262,7 +266,9 @@ def test_no_difference_where_a_partition_has_no_published_limits(monkeypatch: py
 
 
 def test_a_new_profile_says_what_slurm_enforces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every GPU partition, whether memory must be asked for, whether an account must, and what the type of the GPUs may mean."""
+    """Every GPU partition, whether memory must be asked for, whether an account must, and what the type of the GPUs may
+    mean.
+    """
     monkeypatch.setattr(probe, "run_tool", lambda command: None)
     config = {"SelectTypeParameters": "CR_CORE_MEMORY", "AccountingStorageEnforce": "associations,limits,qos"}
     seen = probe.Observation(groups=probe.parse_sinfo(SINFO), config=config)

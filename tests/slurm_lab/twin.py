@@ -1,8 +1,9 @@
 """The controller configuration of a site's twin, from its profile: a real slurmctld that judges our scripts with
 ``sbatch --test-only`` and runs nothing.
 
-Script and twin come from one profile, so a pass proves that they are consistent, not that the site agrees. What the twin cannot
-know: QoS and association limits (our own rules cover them), options newer than the local Slurm, job-submit plug-ins.
+Script and twin come from one profile, so a pass proves that they are consistent, not that the site agrees. What the
+twin cannot know: QoS and association limits (our own rules cover them), options newer than the local Slurm, job-submit
+plug-ins.
 
 Placeholders that the boot script fills: ``@DIR@ @USER@ @PORT@``.
 """

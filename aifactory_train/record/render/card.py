@@ -12,9 +12,26 @@ from aifactory_train.record.render.common import cell, footer, get, inline, name
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_LICENCES = {
-    "apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-3.0", "cc-by-sa-4.0", "cc-by-sa-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
-    "bsd-3-clause", "bsd-2-clause", "gpl-3.0", "lgpl-3.0", "mpl-2.0", "eupl-1.2", "odbl", "unlicense", "isc", "openrail",
-}  # fmt: skip
+    "apache-2.0",
+    "mit",
+    "cc0-1.0",
+    "cc-by-4.0",
+    "cc-by-3.0",
+    "cc-by-sa-4.0",
+    "cc-by-sa-3.0",
+    "cc-by-nc-4.0",
+    "cc-by-nc-sa-4.0",
+    "bsd-3-clause",
+    "bsd-2-clause",
+    "gpl-3.0",
+    "lgpl-3.0",
+    "mpl-2.0",
+    "eupl-1.2",
+    "odbl",
+    "unlicense",
+    "isc",
+    "openrail",
+}
 
 
 def card(record: dict[str, Any]) -> str:
@@ -119,7 +136,8 @@ def _body(record: dict[str, Any]) -> str:
         "",
         f"- Hardware: {say('compute/device/count')} x {say('compute/device/model')} on {say('run/host_site')}",
         f"- Device hours: {inline(totals.get('device_hours', 'MISSING (run)'))}",
-        f"- Training compute: {inline(totals.get('flop_model', 'MISSING (run)'))} FLOP (executed: {inline(totals.get('flop_executed', 'MISSING (run)'))})",
+        f"- Training compute: {inline(totals.get('flop_model', 'MISSING (run)'))} FLOP (executed: "
+        f"{inline(totals.get('flop_executed', 'MISSING (run)'))})",
         f"- Energy: {say('energy/measured_kwh', 'site')} kWh; {say('energy/method', 'site')}",
         f"- Facility energy: {say('energy/facility_kwh', 'site')}; CO2e in kg: {say('energy/carbon_kg', 'site')}",
         "",

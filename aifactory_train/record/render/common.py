@@ -25,8 +25,8 @@ def legal_basis() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a form. ``fill``: auto, person, base (the base model's provider) or auto+person. ``per`` overrides the
-    value for single recipients."""
+    """One field of a form. ``fill``: auto, person, base (the base model's provider) or auto+person. ``per`` overrides
+    the value for single recipients."""
 
     number: str
     title: str
@@ -80,7 +80,9 @@ _BEGINS = re.compile(r"^([#>=~]|[-+*](?=[\s*-]|$)|\d+(?=[.)](?:\s|$)))")
 
 
 def inline(value: Any) -> str:
-    """A value as one line of Markdown text that stays text: no tags, links or code, no new paragraph, heading or list."""
+    """A value as one line of Markdown text that stays text: no tags, links or code, no new paragraph, heading or
+    list.
+    """
     text = " ".join(text_of(value).split()).translate(_MARKS)
     return _BEGINS.sub(lambda found: f"{found[1]}\\" if found[1].isdigit() else f"\\{found[1]}", text)
 
@@ -100,7 +102,8 @@ def footer(rule: str, record: dict[str, Any]) -> str:
         f"{basis['footer']}\n\n"
         f"Rule: {facts['title']}, {facts['version']} (applies to {facts['applies']}). "
         f"Text taken from: {facts['source']}. Legal status as of {basis['status']}.\n\n"
-        f"Rendered by aifactory-train {run.get('code', {}).get('version', '?')} from record {inline(run.get('id', '?'))}, "
+        f"Rendered by aifactory-train {run.get('code', {}).get('version', '?')} from record "
+        f"{inline(run.get('id', '?'))}, "
         f"event {record['log']['events']}, head {record['log']['head_sha256'][:16]}. Keep for 10 years.\n"
     )
 
@@ -111,7 +114,8 @@ def form_markdown(title: str, intro: str, fields: Iterable[Field], recipient: st
     lines += ["| no. | field | entry | filled by |", "|---|---|---|---|"]
     for field in fields:
         lines.append(
-            f"| {field.number} | {cell(field.title)} | {cell(field.shown_to(recipient))} | {field.status if field.status != 'auto' else 'program'} |"
+            f"| {field.number} | {cell(field.title)} | {cell(field.shown_to(recipient))} | "
+            f"{field.status if field.status != 'auto' else 'program'} |"
         )
     return "\n".join(lines) + "\n"
 

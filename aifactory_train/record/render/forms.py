@@ -58,7 +58,8 @@ def _general(record: dict[str, Any]) -> list[Field]:
             "1.6",
             "Model dependencies",
             "auto",
-            f"{base_id}, revision {get(record, 'base/revision')}, licence {get(record, 'base/licence')}, SHA-256 {get(record, 'base/tree_sha256', 'run: digests of the base model')}",
+            f"{base_id}, revision {get(record, 'base/revision')}, licence {get(record, 'base/licence')}, SHA-256 "
+            f"{get(record, 'base/tree_sha256', 'run: digests of the base model')}",
         ),
     ]
 
@@ -73,7 +74,8 @@ def _properties(record: dict[str, Any]) -> list[Field]:
             "2.1",
             "Model architecture",
             "auto",
-            f"decoder-only transformer {get(record, 'base/architecture')}: {get(record, 'base/layers')} layers, width {get(record, 'base/hidden_size')}, vocabulary {get(record, 'base/vocabulary')}",
+            f"decoder-only transformer {get(record, 'base/architecture')}: {get(record, 'base/layers')} layers, width "
+            f"{get(record, 'base/hidden_size')}, vocabulary {get(record, 'base/vocabulary')}",
         ),
         Field(
             "2.2",
@@ -130,7 +132,8 @@ def _distribution_and_use(record: dict[str, Any]) -> list[Field]:
             "4.4",
             "Technical means for integration, hardware, software",
             "auto",
-            f"load with transformers{' and peft' if get(record, 'method/kind') != 'full' else ''} (safetensors); {memory}; {software}",
+            f"load with transformers{' and peft' if get(record, 'method/kind') != 'full' else ''} (safetensors); "
+            f"{memory}; {software}",
         ),
     ]
 
@@ -170,7 +173,8 @@ def _training_and_data(record: dict[str, Any]) -> list[Field]:
             "6.7",
             "Measures to detect unsuitability of sources",
             "auto+person",
-            f"licences recorded per source ({licence_parents(record)}); {answer_of(record, 'unsuitable_data_measures')}",
+            f"licences recorded per source ({licence_parents(record)}); "
+            f"{answer_of(record, 'unsuitable_data_measures')}",
             AUTHORITIES,
         ),
         Field(
@@ -233,7 +237,9 @@ def _resources(record: dict[str, Any]) -> list[Field]:
 
 
 def annex_xi_xii(record: dict[str, Any]) -> list[Field]:
-    """Annex XI section 1 and Annex XII, with the same values as the form. ``recipients``: DP marks what Annex XII asks too."""
+    """Annex XI section 1 and Annex XII, with the same values as the form. ``recipients``: DP marks what Annex XII asks
+    too.
+    """
     form = {f.number: f for f in model_documentation(record)}
 
     def as_field(number: str, title: str, source: str, both: bool) -> Field:
@@ -286,7 +292,8 @@ def _system_and_design(record: dict[str, Any]) -> list[Field]:
             "1",
             "General description: versions, hardware, forms of delivery",
             "auto+person",
-            f"{text_of(get(record, 'run/versions'))}; container {text_of(get(record, 'run/container'))}; {text_of(device)}. Intended purpose: {answer_of(record, 'intended_use')}",
+            f"{text_of(get(record, 'run/versions'))}; container {text_of(get(record, 'run/container'))}; "
+            f"{text_of(device)}. Intended purpose: {answer_of(record, 'intended_use')}",
         ),
         Field(
             "2(a)",
@@ -304,7 +311,8 @@ def _system_and_design(record: dict[str, Any]) -> list[Field]:
             "2(c)",
             "Architecture and computational resources",
             "auto",
-            f"{get(record, 'base/architecture')}, {parameters(record)} parameters; {text_of(device)}; {training_time(record)}; {text_of(flop_of(record))} FLOP",
+            f"{get(record, 'base/architecture')}, {parameters(record)} parameters; {text_of(device)}; "
+            f"{training_time(record)}; {text_of(flop_of(record))} FLOP",
         ),
         Field(
             "2(d)",
@@ -319,13 +327,15 @@ def _system_and_design(record: dict[str, Any]) -> list[Field]:
             "2(g)",
             "Validation and testing: metrics, logs, dated and signed",
             "auto+person",
-            f"{text_of(evaluation) if evaluation else missing('run: no evaluation')}; signed by: {answer_of(record, 'signed_by')}",
+            f"{text_of(evaluation) if evaluation else missing('run: no evaluation')}; signed by: "
+            f"{answer_of(record, 'signed_by')}",
         ),
         Field(
             "2(h)",
             "Cybersecurity",
             "auto+person",
-            f"weights as safetensors only, none unpickled; manifest of digests and signature; privacy profile {get(record, 'run/privacy_profile')}. System measures: {system}",
+            f"weights as safetensors only, none unpickled; manifest of digests and signature; privacy profile "
+            f"{get(record, 'run/privacy_profile')}. System measures: {system}",
         ),
     ]
 
@@ -338,14 +348,16 @@ def _performance_and_changes(record: dict[str, Any]) -> list[Field]:
             "3",
             "Accuracy for groups, limits, foreseeable outcomes",
             "auto+person",
-            f"input limit {get(record, 'hparams/max_len')} tokens; languages {text_of(names(d['languages'] for d in record.get('data', [])))}. Foreseeable outcomes: {answer_of(record, 'foreseeable_risks')}",
+            f"input limit {get(record, 'hparams/max_len')} tokens; languages "
+            f"{text_of(names(d['languages'] for d in record.get('data', [])))}. Foreseeable outcomes: "
+            f"{answer_of(record, 'foreseeable_risks')}",
         ),
         Field("4", "Appropriateness of the metrics", "person", missing("provider of the system")),
         Field(
             "6",
             "Changes over the lifecycle",
             "auto",
-            f"started from {text_of(get(record, 'lineage/start_from', 'run')) if record.get('lineage', {}).get('start_from') else 'the base model'}; {text_of(get(record, 'compute/totals/restarts', 'run'))} restarts; changes of configuration: {text_of(list(record.get('run', {}).get('config_changes', {})))}",
+            f"started from {text_of(get(record, 'lineage/start_from', 'run')) if record.get('lineage', {}).get('start_from') else 'the base model'}; {text_of(get(record, 'compute/totals/restarts', 'run'))} restarts; changes of configuration: {text_of(list(record.get('run', {}).get('config_changes', {})))}",  # noqa: E501
         ),
         Field(
             "5, 7, 8, 9",

@@ -1,5 +1,5 @@
-"""The machine-readable documents: CycloneDX 1.7 ML-BOM, Process Run RO-Crate, Croissant. Plain JSON written here; the official
-validators check it in the tests, so that an air-gapped installation needs none of their packages."""
+"""The machine-readable documents: CycloneDX 1.7 ML-BOM, Process Run RO-Crate, Croissant. Plain JSON written here; the
+official validators check it in the tests, so that an air-gapped installation needs none of their packages."""
 
 from __future__ import annotations
 
@@ -22,10 +22,33 @@ def _licence(value: Any) -> dict[str, Any]:
 
 #: The SPDX ids that training data and base models come under; others are given by name.
 _SPDX = {
-    "Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "CC-BY-SA-3.0", "CC-BY-SA-4.0",
-    "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "EUPL-1.2", "GPL-3.0-only", "LGPL-3.0-only", "MPL-2.0", "ODbL-1.0", "ODC-By-1.0",
-    "PDDL-1.0", "Unlicense", "ISC", "CC-BY-ND-4.0", "CC-BY-NC-ND-4.0", "CC-BY-NC-3.0", "etalab-2.0", "OGL-UK-3.0", "DL-DE-BY-2.0",
-}  # fmt: skip
+    "Apache-2.0",
+    "MIT",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "CC0-1.0",
+    "CC-BY-3.0",
+    "CC-BY-4.0",
+    "CC-BY-SA-3.0",
+    "CC-BY-SA-4.0",
+    "CC-BY-NC-4.0",
+    "CC-BY-NC-SA-4.0",
+    "EUPL-1.2",
+    "GPL-3.0-only",
+    "LGPL-3.0-only",
+    "MPL-2.0",
+    "ODbL-1.0",
+    "ODC-By-1.0",
+    "PDDL-1.0",
+    "Unlicense",
+    "ISC",
+    "CC-BY-ND-4.0",
+    "CC-BY-NC-ND-4.0",
+    "CC-BY-NC-3.0",
+    "etalab-2.0",
+    "OGL-UK-3.0",
+    "DL-DE-BY-2.0",
+}
 
 
 def bom(record: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +78,8 @@ def bom(record: dict[str, Any]) -> dict[str, Any]:
                     {
                         "type": "dataset",
                         "name": str(entry["name"]),
-                        "description": f"{entry['role']} rows from {entry['source']}: {entry.get('rows')} rows, {entry.get('tokens')} tokens",
+                        "description": f"{entry['role']} rows from {entry['source']}: {entry.get('rows')} rows, "
+                        f"{entry.get('tokens')} tokens",
                         "classification": _classification(entry["personal_data"]),
                         "sensitiveData": [f"personal data: {entry['personal_data']}"],
                     }
@@ -64,15 +88,21 @@ def bom(record: dict[str, Any]) -> dict[str, Any]:
         )
     for name, version in (get(record, "run/versions") if "run" in record else {}).items():
         components.append(
-            {"type": "platform" if name == "python" else "library", "bom-ref": f"pypi-{name}", "name": name, "version": version,
-             **({} if name == "python" else {"purl": f"pkg:pypi/{name.lower()}@{version}"})}
-        )  # fmt: skip
+            {
+                "type": "platform" if name == "python" else "library",
+                "bom-ref": f"pypi-{name}",
+                "name": name,
+                "version": version,
+                **({} if name == "python" else {"purl": f"pkg:pypi/{name.lower()}@{version}"}),
+            }
+        )
     model = {
         "type": "machine-learning-model",
         "bom-ref": "model",
         "name": run_id,
         "version": head[:16],
-        "description": f"{get(record, 'run/title')}: {get(record, 'method/kind')} fine-tuning of {get(record, 'base/id')}",
+        "description": f"{get(record, 'run/title')}: {get(record, 'method/kind')} fine-tuning of "
+        f"{get(record, 'base/id')}",
         **_hashes(record.get("artefact", {}).get("tree_sha256")),
         "modelCard": _model_card(record, data),
     }
@@ -132,7 +162,8 @@ def _model_card(record: dict[str, Any], data: list[dict[str, Any]]) -> dict[str,
     considerations: dict[str, Any] = {
         "useCases": [str(get(record, "people/intended_use", "provider"))],
         "technicalLimitations": [
-            f"trained on sequences of up to {get(record, 'hparams/max_len')} tokens; languages: {text_of(names(d['languages'] for d in data))}",
+            f"trained on sequences of up to {get(record, 'hparams/max_len')} tokens; languages: "
+            f"{text_of(names(d['languages'] for d in data))}",
             str(get(record, "people/foreseeable_risks", "provider")),
         ],
     }
@@ -230,7 +261,8 @@ def crate(record: dict[str, Any], files: list[dict[str, Any]]) -> dict[str, Any]
             "@id": "./",
             "@type": "Dataset",
             "name": f"Training run {run_id}",
-            "description": f"{get(record, 'run/title')}: fine-tuning of {get(record, 'base/id')} with aifactory-train. {legal_basis()['footer']}",
+            "description": f"{get(record, 'run/title')}: fine-tuning of {get(record, 'base/id')} with "
+            f"aifactory-train. {legal_basis()['footer']}",
             "datePublished": _created(record)[:10],
             "license": {"@id": "#licence"},
             "conformsTo": {"@id": "https://w3id.org/ro/wfrun/process/0.5"},
@@ -267,7 +299,8 @@ def crate(record: dict[str, Any], files: list[dict[str, Any]]) -> dict[str, Any]
                 "@id": f"#data-{i}",
                 "@type": "CreativeWork",
                 "name": str(entry["name"]),
-                "description": f"{entry['role']} rows: {entry.get('rows')} rows, licence {entry['licence']}, origin {entry['origin']}",
+                "description": f"{entry['role']} rows: {entry.get('rows')} rows, licence {entry['licence']}, origin "
+                f"{entry['origin']}",
                 "identifier": str(entry.get("sha256")),
             }
         )
@@ -358,7 +391,9 @@ _CONTEXT: dict[str, Any] = {
 
 
 def croissant(record: dict[str, Any]) -> dict[str, Any]:
-    """The training data as a Croissant data set with its responsible-AI fields: what was used, not the rows themselves."""
+    """The training data as a Croissant data set with its responsible-AI fields: what was used, not the rows
+    themselves.
+    """
     data = record.get("data", [])
     url = next((str(d["url"]) for d in data if not is_missing(d["url"]) and str(d["url"]).startswith("http")), None)
     manifest = record.get("data_manifest", {})

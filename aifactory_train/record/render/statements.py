@@ -73,12 +73,15 @@ def training_process(record: dict[str, Any]) -> str:
         "all weights trained"
         if method.get("kind") == "full"
         else (
-            f"{method.get('kind')} adapters of rank {method.get('rank')} on {text_of(method.get('targets'))}, base frozen"
+            f"{method.get('kind')} adapters of rank {method.get('rank')} on {text_of(method.get('targets'))}, base "
+            f"frozen"
         )
     )
     return (
-        f"{kind}; objective: {method.get('objective')}; {h.get('optimiser')} at a peak rate of {h.get('learning_rate')}, {h.get('schedule')} "
-        f"schedule, warm-up {h.get('warmup')}; batch {text_of(h.get('batch'))}; {h.get('steps')} steps planned; sequences up to "
+        f"{kind}; objective: {method.get('objective')}; {h.get('optimiser')} at a peak rate of "
+        f"{h.get('learning_rate')}, {h.get('schedule')} "
+        f"schedule, warm-up {h.get('warmup')}; batch {text_of(h.get('batch'))}; {h.get('steps')} steps planned; "
+        f"sequences up to "
         f"{h.get('max_len')} tokens, {h.get('packing')}; {h.get('precision')}; {text_of(h.get('parallelism'))}"
     )
 

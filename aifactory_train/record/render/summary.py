@@ -15,7 +15,9 @@ from aifactory_train.record.render.statements import (
 
 
 def public_summary(record: dict[str, Any]) -> list[Field]:
-    """The template's fields for the content of this modification; the base model's own summary is linked, not repeated."""
+    """The template's fields for the content of this modification; the base model's own summary is linked, not
+    repeated.
+    """
     return [*_summary_general(record), *_summary_data(record), *_summary_sources(record)]
 
 
@@ -26,7 +28,8 @@ def _summary_general(record: dict[str, Any]) -> list[Field]:
             "0.1",
             "Version of the summary, link to the earlier one",
             "auto",
-            f"1.{record['log']['events']}; {'earlier run: ' + str(get(record, 'lineage/run')) if get(record, 'lineage/start_from') and not is_missing(get(record, 'lineage/start_from')) else 'no earlier version'}",
+            f"1.{record['log']['events']}; "
+            f"{'earlier run: ' + str(get(record, 'lineage/run')) if get(record, 'lineage/start_from') and not is_missing(get(record, 'lineage/start_from')) else 'no earlier version'}",  # noqa: E501
         ),
         Field("0.2", "Last update", "auto", last_update(record)),
         Field(
@@ -113,6 +116,8 @@ def _summary_sources(record: dict[str, Any]) -> list[Field]:
             "3.3",
             "Other information",
             "auto",
-            f"duplicates removed: {text_of(get(record, 'data_sets/duplicates'))}; train and evaluation overlap: {text_of(get(record, 'data_sets/overlap'))}; goldfish loss: {text_of(get(record, 'method/goldfish'))}; differential privacy: {text_of(record.get('method', {}).get('dp'))}",
+            f"duplicates removed: {text_of(get(record, 'data_sets/duplicates'))}; train and evaluation overlap: "
+            f"{text_of(get(record, 'data_sets/overlap'))}; goldfish loss: {text_of(get(record, 'method/goldfish'))}; "
+            f"differential privacy: {text_of(record.get('method', {}).get('dp'))}",
         ),
     ]

@@ -1,4 +1,6 @@
-"""The registered operators that each operator of the registry calls, with the arguments of a small forward and backward pass."""
+"""The registered operators that each operator of the registry calls, with the arguments of a small forward and backward
+pass.
+"""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +30,9 @@ class Calls(TorchDispatchMode):
 
 
 def calls_of(op):
-    """(registered operator, arguments) of a forward and a backward pass; only those of the forward pass ask for gradients."""
+    """(registered operator, arguments) of a forward and a backward pass; only those of the forward pass ask for
+    gradients.
+    """
     operator = registry.operator(op)
     shape = inputs.small(operator)[0]
     arguments = inputs.draw(op, shape, torch.float32)

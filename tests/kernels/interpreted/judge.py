@@ -19,9 +19,11 @@ def judge(label, ours, torchs, exact):
 
 
 def compare(label, ours, reference, inputs, wanted, seed=1):
-    """Run ``ours`` and ``reference`` on the same inputs forward and backward, and judge every output and every gradient.
+    """Run ``ours`` and ``reference`` on the same inputs forward and backward, and judge every output and every
+    gradient.
 
-    ``inputs`` are tensors or plain values; ``wanted`` marks the ones to differentiate. Floating-point tensors become fp64 for the exact run.
+    ``inputs`` are tensors or plain values; ``wanted`` marks the ones to differentiate. Floating-point tensors become
+    fp64 for the exact run.
     """
 
     def run(function, convert):

@@ -67,7 +67,8 @@ def test_patched_equals_unpatched(family, dtype):
     exact = loss_and_gradients(copy.deepcopy(plain), torch.float64)
     theirs, ours = loss_and_gradients(plain, dtype), loss_and_gradients(patched, dtype)
     if dtype == torch.float32:
-        # Whole models: errors of single operators (tested by the factor of two) add up along the layers, hence a factor of four.
+        # Whole models: errors of single operators (tested by the factor of two) add up along the layers, hence a factor
+        # of four.
         close(family, ours, theirs, exact)
     else:
         for a, b, c in zip(flat(ours), flat(theirs), flat(exact), strict=True):
@@ -99,7 +100,8 @@ def test_the_kernels_really_ran():
     with interpreter.counting() as launches:
         loss_and_gradients(model, torch.float32)
     ran = Counter(launch.kernel for launch in launches)
-    # 2 layers x (first norm, q-norm, k-norm) + the last norm, fused second norms, two gates, two rotations forward and backward
+    # 2 layers x (first norm, q-norm, k-norm) + the last norm, fused second norms, two gates, two rotations forward and
+    # backward
     assert ran["rms_norm_fwd"] == 2 * 3 + 1 + 2
     assert ran["rms_norm_bwd"] == ran["rms_norm_fwd"]
     assert ran["glu_fwd"] == ran["glu_bwd"] == 2

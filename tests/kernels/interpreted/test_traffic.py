@@ -70,7 +70,9 @@ def reach(tensor, spans):
 
 @pytest.mark.parametrize("kernel", ["rms_norm", "layer_norm", "glu", "cross_entropy", "lora", "rope"])
 def test_offsets_beyond_31_bits(kernel):
-    """Rows 2^30 elements apart (fake strides, nothing is touched): the fourth row must be where 64-bit arithmetic puts it."""
+    """Rows 2^30 elements apart (fake strides, nothing is touched): the fourth row must be where 64-bit arithmetic puts
+    it.
+    """
     x = torch.zeros(8, 64)
     one = torch.zeros(64)
     labels = torch.zeros(8, dtype=torch.int64)
@@ -101,9 +103,27 @@ def test_offsets_beyond_31_bits(kernel):
                 CHUNKS=1,
             )
             rms_norm_bwd[(1, 1)](
-                x, x, x, one, one, x, one, FAR, FAR, FAR, FAR, 4, 64, 0.0, HAS_DS=True, HAS_W=True, ROWS=1, BLOCK=64, CHUNKS=1,
+                x,
+                x,
+                x,
+                one,
+                one,
+                x,
+                one,
+                FAR,
+                FAR,
+                FAR,
+                FAR,
+                4,
+                64,
+                0.0,
+                HAS_DS=True,
+                HAS_W=True,
+                ROWS=1,
+                BLOCK=64,
+                CHUNKS=1,
                 STAGES=1,
-            )  # fmt: skip
+            )
         elif kernel == "layer_norm":
             from aifactory_train.kernels.layer_norm.triton_kernels import layer_norm_bwd, layer_norm_fwd
 

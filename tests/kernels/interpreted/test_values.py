@@ -151,7 +151,9 @@ def test_linear_cross_entropy(dtype, n, vocab, ignored):
     known = int((labels != -100).sum())
 
     def chunked(h, w, y, b, s, c, k):
-        """Plain torch over the same chunks: a CPU's GEMM of two rows is up to ten times less exact than that of many."""
+        """Plain torch over the same chunks: a CPU's GEMM of two rows is up to ten times less exact than that of
+        many.
+        """
         h, y = h[y != -100], y[y != -100]
         k = k or max(1, len(y))
         parts = [linear_cross_entropy(h[i : i + k], w, y[i : i + k], b, s, c) for i in range(0, len(y), k)]
@@ -262,7 +264,9 @@ def test_adamw8bit(dtype, shape):
 
 
 def test_adamw8bit_rounds_at_random_without_bias():
-    """An update far below half an ulp of bf16 is lost by rounding to nearest and kept on average by stochastic rounding."""
+    """An update far below half an ulp of bf16 is lost by rounding to nearest and kept on average by stochastic
+    rounding.
+    """
     p = torch.ones(4096, dtype=torch.bfloat16)
     grad = torch.ones_like(p)
     from aifactory_train.kernels.adamw8bit.op import new_state
