@@ -46,7 +46,7 @@ def test_names_in_quotes_do_not_count(header: str, found: str) -> None:
     assert separator(header) == found
 
 
-@pytest.mark.parametrize(("encoding", "told"), [("cp1252", "windows-1252"), ("utf-16", "utf-16")])
+@pytest.mark.parametrize(("encoding", "reported"), [("cp1252", "windows-1252"), ("utf-16", "utf-16")])
 def test_another_encoding_is_refused_with_the_command_that_keeps_every_character(
     tmp_path: Path, encoding, reported
 ) -> None:

@@ -254,7 +254,7 @@ def test_a_recipe_beside_is_named_with_its_ending(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "reported"),
     [
         ("train.epochs=.inf", "finite"),
         ("train.learning_rate=.inf", "finite"),
@@ -351,7 +351,7 @@ def test_on_and_off_are_words(tiny_recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "tokens", "told"),
+    ("overrides", "tokens", "reported"),
     [
         (["data.sequence_length=2048"], 2048, "2048 instead of 1024"),  # the recipe's figure suits the recipe's length
         (["train.micro_batch_tokens=auto"], 4096, ""),

@@ -6,13 +6,13 @@ import argparse
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
 from pydantic import BaseModel
 
 from aifactory_train import cli
-from aifactory_train.config.loading import _block_of
 from aifactory_train.config.schema import Recipe
 
 PAGES = [
@@ -92,6 +92,13 @@ def test_files_that_are_named_exist(page: Path) -> None:
         if name.split("/")[-1].split(".")[0].isupper():  # NAME.yaml stands for any
             continue
         assert (helpers.ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def _block_of(annotation: Any) -> type[BaseModel] | None:
+    """The block (pydantic model) inside an annotation such as ``list[DataSource] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_block_of, getattr(annotation, "__args__", ()))), None)
 
 
 @pages

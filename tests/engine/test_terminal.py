@@ -70,7 +70,7 @@ def test_a_full_disk_behind_standard_output_is_named(command: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (("report", "RUN", "--htlm"), ("usage: aifactory report", "did you mean '--html'?")),
         (("recipes", "new", "a/b", "--dta=x"), ("usage: aifactory recipes new", "did you mean '--data'?")),

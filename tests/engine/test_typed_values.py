@@ -93,7 +93,7 @@ def test_every_key_takes_what_it_wants(tmp_path, override, value):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "reported"),
     [
         ("train.max_steps=1:30", "got '1:30'"),
         ("train.learning_rate=2,5e-4", "got '2,5e-4'"),
@@ -197,7 +197,7 @@ CHAIN = "a: &a0 [x]\n" + "".join(f"k{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         (LAUGHS, "f.yaml:5: not valid YAML: its aliases unfold to more than"),
         (MERGED, "f.yaml:6: not valid YAML: its aliases unfold to more than"),
@@ -231,7 +231,7 @@ def test_honest_aliases_and_long_texts_are_read():
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "reported"),
     [
         ("train.lr=1e-4", "unknown key 'train.lr' (did you mean 'learning_rate'?)"),
         ("adapter.lora_r=8", "(did you mean 'rank'?)"),

@@ -75,7 +75,7 @@ def test_many_places_have_a_limit():
 
 
 @pytest.mark.parametrize(
-    ("name", "nodes", "qos", "rule", "told"),
+    ("name", "nodes", "qos", "rule", "reported"),
     [
         ("leonardo-booster", 64, None, None, ""),
         ("leonardo-booster", 65, None, "nodes-over-qos", "--qos boost_qos_bprod"),

@@ -381,7 +381,7 @@ def test_own_rows_from_jsonl_and_csv_are_alike(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         (
             '{"mail": "Where is my parcel?", "label": "delivry"}',
@@ -439,7 +439,7 @@ def test_a_schema_of_your_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reported"),
     [
         ({"properties": {}}, "names no fields"),
         ({"properties": {"text": "string"}}, "names no fields"),

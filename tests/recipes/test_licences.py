@@ -61,7 +61,7 @@ def test_every_licence_says_what_it_says_and_where():
 
 
 @pytest.mark.parametrize(
-    ("source", "told", "instead"),
+    ("source", "reported", "instead"),
     [
         ("takala/financial_phrasebank", "does not allow commercial use", "TheFinAI/fiqa-sentiment-classification"),
         ("HPAI-BSC/medqa-cot-llama31", "clause on model output", "health/phenotype-terms"),

@@ -125,7 +125,7 @@ def test_compare_shows_only_what_differs(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "reported"),
     [
         (["lumi-gg"], "did you mean 'lumi-g'"),
         (["lumi-g", "vega"], "one system at a time"),

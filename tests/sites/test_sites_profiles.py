@@ -72,7 +72,7 @@ def test_a_factory_without_a_machine_answers_with_its_links_and_refuses() -> Non
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "reported"),
     [
         ("lumi-gg", "lumi-g"),  # a system
         ("hamerhai", "hammerhai"),  # a factory
@@ -206,7 +206,7 @@ def test_site_file_may_hold_a_whole_profile(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("overlay_for: lumi-g\nuser: {acount: x}\n", r"unknown key 'acount' \(did you mean 'account'"),
         ("overlay_for: lumi-g\nusr: {account: x}\n", r"unknown key 'usr' \(did you mean 'user'"),
