@@ -1,5 +1,4 @@
-"""The second stage of every gradient that is summed over rows: partial rows become one row. No floating-point atomics
-anywhere.
+"""The second stage of every gradient that is summed over rows: partial rows become one row. No floating-point atomics anywhere.
 
 Two stages are deterministic, and on gfx90a an fp32 ``atomic_add`` compiles to a compare-and-swap loop.
 """

@@ -1,6 +1,4 @@
-"""One fused AdamW step on 8-bit moments: about 10 bytes a bf16 parameter (p, m, v read and written, g read, two scales
-a block).
-"""
+"""One fused AdamW step on 8-bit moments: about 10 bytes a bf16 parameter (p, m, v read and written, g read, two scales a block)."""
 
 import triton
 import triton.language as tl
@@ -12,9 +10,7 @@ def adamw8bit_step(
     n, lr, beta1, beta2, eps, decay, bias1, bias2, seed,
     STOCHASTIC: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """GROUPS blocks of 256 elements a program; every tensor flat and contiguous. STOCHASTIC rounds bf16 parameters at
-    random.
-    """
+    """GROUPS blocks of 256 elements a program; every tensor flat and contiguous. STOCHASTIC rounds bf16 parameters at random."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None] * 256 + tl.arange(0, 256)[None, :]
     ok = at < n
@@ -36,8 +32,7 @@ def adamw8bit_step(
     )
     p = p * (1.0 - rate * tl.cast(decay, tl.float32)) - step
     if STOCHASTIC:
-        # Adding 16 random bits below the mantissa that bf16 keeps, then cutting them off, rounds up with the right
-        # probability.
+        # Adding 16 random bits below the mantissa that bf16 keeps, then cutting them off, rounds up with the right probability.
         noise = (tl.randint(seed, at.to(tl.uint32)) & 0xFFFF).to(tl.int32)
         bits = ((p.to(tl.int32, bitcast=True) + noise) >> 16) << 16
         p = bits.to(tl.float32, bitcast=True)

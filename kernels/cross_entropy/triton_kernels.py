@@ -1,7 +1,7 @@
 """Cross-entropy over rows of logits, one program a row, online log-sum-exp in fp32, row offsets in 64 bits.
 
-A label of -100 is skipped (loss 0, gradient 0); a label outside the vocabulary poisons the loss with NaN: the device
-cannot raise, and a silent wrong loss would be worse.
+A label of -100 is skipped (loss 0, gradient 0); a label outside the vocabulary poisons the loss with NaN: the device cannot
+raise, and a silent wrong loss would be worse.
 """
 
 import triton
@@ -10,9 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _tanh(u):
-    """tanh by exp, and by its series below 0.3, where 1 - exp would cancel; Triton's own tanh is a vendor library
-    call.
-    """
+    """tanh by exp, and by its series below 0.3, where 1 - exp would cancel; Triton's own tanh is a vendor library call."""
     e = tl.exp(-2.0 * tl.abs(u))
     far = (1.0 - e) / (1.0 + e)
     q = u * u

@@ -1,5 +1,4 @@
-"""LayerNorm, forward and backward. Same layout as RMSNorm: ROWS rows a program, wide rows in CHUNKS pieces, fp32
-arithmetic.
+"""LayerNorm, forward and backward. Same layout as RMSNorm: ROWS rows a program, wide rows in CHUNKS pieces, fp32 arithmetic.
 
 The variance is taken around the mean (two passes over registers or cache), not as E[x^2] - E[x]^2, which cancels.
 """

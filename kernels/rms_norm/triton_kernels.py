@@ -1,8 +1,8 @@
 """RMSNorm, forward and backward, with or without a residual that is added first.
 
-One program holds ROWS rows of at most BLOCK columns; rows wider than BLOCK are walked in CHUNKS pieces and read a
-second time (from cache, since they have just been touched), which keeps registers low enough that nothing spills at any
-width. All arithmetic is fp32. Row offsets are 64-bit.
+One program holds ROWS rows of at most BLOCK columns; rows wider than BLOCK are walked in CHUNKS pieces and read a second time
+(from cache, since they have just been touched), which keeps registers low enough that nothing spills at any width.
+All arithmetic is fp32. Row offsets are 64-bit.
 """
 
 import triton
@@ -72,12 +72,10 @@ def rms_norm_bwd(
     HAS_DS: tl.constexpr, HAS_W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dX [+ dS], and one fp32 partial row of dW per group in P; program (chunk, group) takes every n_groups-th row
-    block.
+    """dX [+ dS], and one fp32 partial row of dW per group in P; program (chunk, group) takes every n_groups-th row block.
 
-    Each program keeps the dW of one column chunk in registers. Of a row wider than BLOCK it reads everything for the
-    row's dot product, but its own chunk only for dX and dW; the programs of a group are neighbours, so the repeated
-    reads hit the cache.
+    Each program keeps the dW of one column chunk in registers. Of a row wider than BLOCK it reads everything for the row's dot
+    product, but its own chunk only for dX and dW; the programs of a group are neighbours, so the repeated reads hit the cache.
     """
     chunk = tl.program_id(0)
     group = tl.program_id(1)

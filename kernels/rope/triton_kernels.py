@@ -1,8 +1,8 @@
-"""RoPE for queries and keys in one launch: one program rotates all heads of one token, HEADS at a time, so cos and sin
-are read once a token.
+"""RoPE for queries and keys in one launch: one program rotates all heads of one token, HEADS at a time, so cos and sin are
+read once a token.
 
-Only the first half of cos and sin is read: both halves of a rotary table are equal. The backward pass is the forward
-pass with the sine negated; with QK-norm it also goes through the normalisation and sums the two weight gradients.
+Only the first half of cos and sin is read: both halves of a rotary table are equal. The backward pass is the forward pass with
+the sine negated; with QK-norm it also goes through the normalisation and sums the two weight gradients.
 """
 
 import triton
@@ -11,9 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _normalise(a, b, W, d, ok, half, eps, offset):
-    """(a, b) / rms * (W + offset) of [heads, half] pairs; also returns xhat of both halves, 1/rms and the two weight
-    rows.
-    """
+    """(a, b) / rms * (W + offset) of [heads, half] pairs; also returns xhat of both halves, 1/rms and the two weight rows."""
     r = 1.0 / tl.sqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * half) + eps)
     wa = tl.load(W + d, mask=ok, other=0.0).to(tl.float32) + offset
     wb = tl.load(W + half + d, mask=ok, other=0.0).to(tl.float32) + offset
@@ -57,50 +55,16 @@ def rope_fwd(
     eps32 = tl.cast(eps, tl.float32)
     offset32 = tl.cast(offset, tl.float32)
     for first in range(0, q_heads, HEADS):
-        _rotate_heads(
-            Q,
-            QO,
-            QW,
-            b * sq_b + s * sq_s,
-            b * sqo_b + s * sqo_s,
-            sq_h,
-            sqo_h,
-            first,
-            q_heads,
-            half,
-            d,
-            cos,
-            sin,
-            eps32,
-            offset32,
-            HEADS,
-            HAS_NORM,
-        )
+        _rotate_heads(Q, QO, QW, b * sq_b + s * sq_s, b * sqo_b + s * sqo_s, sq_h, sqo_h, first, q_heads, half, d, cos, sin,
+                      eps32, offset32, HEADS, HAS_NORM)  # fmt: skip
     for first in range(0, k_heads, HEADS):
-        _rotate_heads(
-            K,
-            KO,
-            KW,
-            b * sk_b + s * sk_s,
-            b * sko_b + s * sko_s,
-            sk_h,
-            sko_h,
-            first,
-            k_heads,
-            half,
-            d,
-            cos,
-            sin,
-            eps32,
-            offset32,
-            HEADS,
-            HAS_NORM,
-        )
+        _rotate_heads(K, KO, KW, b * sk_b + s * sk_s, b * sko_b + s * sko_s, sk_h, sko_h, first, k_heads, half, d, cos, sin,
+                      eps32, offset32, HEADS, HAS_NORM)  # fmt: skip
 
 
 @triton.jit
 def _norm_heads_bwd(
-    DO, T, W, DT, base_do, base, base_dt, sd_h, st_h, so_h, first, heads, half, d, cos, sin, eps, offset, HEADS: tl.constexpr,  # noqa: E501
+    DO, T, W, DT, base_do, base, base_dt, sd_h, st_h, so_h, first, heads, half, d, cos, sin, eps, offset, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradient of the un-normalised heads; returns this token's two halves of the weight gradient."""
     h = first + tl.arange(0, HEADS)

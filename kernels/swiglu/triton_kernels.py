@@ -1,5 +1,4 @@
-"""Gated activations over column tiles: nothing is kept but the tile, so width is no limit (28672 costs what 2048
-costs).
+"""Gated activations over column tiles: nothing is kept but the tile, so width is no limit (28672 costs what 2048 costs).
 
 KIND: 0 silu, 1 gelu with the tanh formula, 2 gelu with erf. The backward pass recomputes the activation from the gate.
 """
