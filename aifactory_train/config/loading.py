@@ -242,6 +242,7 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
         else:
             last = str(last)
         node[last] = value
+        _tell_replaced(origin, path, text)
         origin[path] = text
         if path == ("data", "train") and "data.eval" not in given:
             # The recipe's held-out rows say nothing about somebody else's data: hold out a part of the new rows.
@@ -256,6 +257,14 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
         if path == ("model", "base") and isinstance(tree.get("model"), dict):
             _carry_option(tree["model"], given)
     return origin
+
+
+def _tell_replaced(origin: dict[tuple, str], path: tuple, text: str) -> None:
+    """Say which earlier overrides a later one makes void."""
+    for earlier in [p for p in origin if p[: len(path)] == path]:
+        replaced = origin.pop(earlier)
+        if replaced != text:
+            note(f"{_shown(replaced)} has no effect: {_shown(text)} comes after it")
 
 
 def _shown(override: str) -> str:

@@ -34,12 +34,14 @@ class Unused:
     columns: collections.Counter = field(default_factory=collections.Counter)
     turn_keys: collections.Counter = field(default_factory=collections.Counter)
     remarks: collections.Counter = field(default_factory=collections.Counter)
+    renamed: set[str] = field(default_factory=set)  # columns that the recipe names and a row has
 
     def update(self, other: Unused) -> None:
         """Add the counts of other rows."""
         self.columns.update(other.columns)
         self.turn_keys.update(other.turn_keys)
         self.remarks.update(other.remarks)
+        self.renamed |= other.renamed
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """For the report: the most frequent names first."""
@@ -142,6 +144,7 @@ class RawRow:
         for column, name in columns.items():
             if column not in raw:
                 continue
+            self.unused.renamed.add(column)
             value = raw[column]
             if name in self.cells and (blank(value) or not blank(self.cells[name])):
                 self.lost += [] if blank(value) else [column]
@@ -223,4 +226,5 @@ def kind_of(value: Any) -> str:
 
 
 def to_user_error(error: RowError, where: str) -> UserError:
-    return UserError(error.what, where=where, fix=error.fix)
+    fix = error.fix or "write the row otherwise (docs/data.md shows every form that is read), or leave it out"
+    return UserError(error.what, where=where, fix=fix)

@@ -88,7 +88,11 @@ _SPLITS = {
     "valid": "validation",
     "val": "validation",
     "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
 }
+#: Words that do so only where they are the whole name of a folder or file: a ``training-camp.csv`` is about something.
+_WHOLE = {**_SPLITS, "training": "train", "testing": "test"}
 _SUFFIX = re.compile(r"(\.(jsonl|ndjson|json|csv|tsv|parquet|gz|age|aft))+$")
 _SHARD = re.compile(r"[-_.]\d+[-_]of[-_]\d+.*$")
 
@@ -106,7 +110,7 @@ def holds(name: str, wanted: list[str]) -> bool:
 
 def kind_of_split(name: str) -> str | None:
     """``train``, ``validation`` or ``test`` for a word that means one of them."""
-    return _SPLITS.get(name.lower())
+    return _WHOLE.get(name.lower())
 
 
 def split_of(path: PurePath, *, table: bool) -> str | None:
@@ -119,9 +123,11 @@ def split_of(path: PurePath, *, table: bool) -> str | None:
     ``test.md``.
     """
     for folder in path.parts[:-1]:
-        if (found := _SPLITS.get(folder.lower())) is not None:
+        if (found := _WHOLE.get(folder.lower())) is not None:
             return found
     if not table:
         return None
     there = words(_SHARD.sub("", _SUFFIX.sub("", path.name.lower())))
+    if len(there) == 1:
+        return _WHOLE.get(there[0])
     return next((_SPLITS[word] for word in [*there[:1], *there[-1:]] if word in _SPLITS), None)

@@ -14,6 +14,7 @@ from typing import Any
 from aifactory_train.data.cells import MEDIA, RowError, Unused
 from aifactory_train.data.questions import SYSTEM_COLUMNS
 from aifactory_train.data.rows import PROMPT_COLUMNS, QUESTIONS, canonical, detect_format
+from aifactory_train.data.tool_calls import ARGUMENT_KEYS
 from aifactory_train.data.turns import CALL_ROLES, LEARN_KEYS, OTHER_ROLES, ROLES, TEXT_KEYS
 
 BEGIN, END = "<!-- forms: written by python -m aifactory_train.data.forms -->", "<!-- forms: end -->"
@@ -49,6 +50,8 @@ def examples() -> Iterator[Example]:
     for asked, answer in PROMPT_COLUMNS:
         yield f"`{asked}` and `{answer}`", None, {asked: "Q", answer: "A"}, {}
     yield "turns as the question or the answer", None, {"prompt": [_Q], "completion": [_SAID]}, {}
+    in_text = {"prompt": json.dumps([_Q]), "completion": json.dumps(_SAID)}
+    yield "turns as JSON text (CSV), of a question or an answer", None, in_text, {}
     yield "an answer that repeats the question", None, {"prompt": "Q", "completion": [_Q, _SAID]}, {}
     yield from _beside()
     yield "running text", None, {"text": "T"}, {}
@@ -67,6 +70,10 @@ def examples() -> Iterator[Example]:
     whole = [*_EARLIER, _Q]
     both = {"chosen": [*whole, _SAID], "rejected": [*whole, {**_SAID, "content": "B"}]}
     yield "the last question beside them", "preference", {"prompt": "Q", **both}, {}
+    in_text = {name: json.dumps(turns) for name, turns in both.items()}
+    yield "a pair as JSON text (CSV)", "preference", in_text, {}
+    openai = {"preferred_output": [_SAID], "non_preferred_output": [{**_SAID, "content": "B"}]}
+    yield "OpenAI's pair", "preference", {"input": {"messages": [_Q], "tools": []}, **openai}, {}
     yield "a rated answer", "feedback", {"prompt": "Q", "completion": "A", "label": True}, {}
     yield "`label` as a number or text", "feedback", {"prompt": "Q", "completion": "A", "label": "0.0"}, {}
     yield "a judged conversation", "feedback", {"messages": [*_EARLIER, _Q, _A], "label": 1}, {}
@@ -87,6 +94,9 @@ def _turns() -> Iterator[Example]:
     nested = [{"type": "function", "function": _CALL}]
     yield "`tool_calls`", None, {"messages": [_Q, {"role": "assistant", "content": None, "tool_calls": nested}]}, {}
     yield "`tool_calls` as JSON text", None, {"messages": [_Q, {**_A, "tool_calls": json.dumps([_CALL])}]}, {}
+    for key in ARGUMENT_KEYS[1:]:
+        call = {"name": "f", key: {"x": 1}}
+        yield f"arguments of a call under `{key}`", None, {"messages": [_Q, {**_A, "tool_calls": [call]}]}, {}
     yield "OpenAI's old `function_call`", None, {"messages": [_Q, {**_A, "function_call": _CALL}]}, {}
 
 

@@ -8,12 +8,13 @@ from aifactory_train.data.cells import (
     FLAT,
     RawRow,
     RowError,
+    Unused,
     blank,
     kind_of,
     parse_json,
     unseen,
 )
-from aifactory_train.data.turns import opening_system_turns, read_turns
+from aifactory_train.data.turns import AS_TURNS, note_text, opening_system_turns, read_turns, role_of, turns_in_text
 
 #: Columns that hold the system prompt, the one that counts first.
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
@@ -52,6 +53,9 @@ def asked(row: RawRow, key: str) -> list[dict[str, Any]]:
         messages.append({"role": "system", "content": system})
     elif (text := _system(row)) is not None:
         messages.append({"role": "system", "content": text})
+    if isinstance(prompt, str) and (held := turns_in_text(prompt)) and role_of(held[-1]) != "assistant":
+        prompt = held
+        row.unused.remarks[AS_TURNS] += 1
     if isinstance(prompt, list):
         turns = read_turns(prompt, key, row.unused)
         same = messages and any(
@@ -61,6 +65,7 @@ def asked(row: RawRow, key: str) -> list[dict[str, Any]]:
     elif isinstance(prompt, str):
         if unseen(prompt):
             raise RowError(f"'{key}' is empty")
+        note_text(prompt, row.unused)
         messages += _history(row)
         messages.append({"role": "user", "content": _question(row, key, prompt)})
     else:
@@ -117,6 +122,9 @@ def answered(row: RawRow, asked: list[dict[str, Any]], answer: Any, key: str) ->
     if isinstance(answer, str):
         if unseen(answer):
             raise RowError(f"'{key}' is empty: no assistant turn to learn from")
+        if held := _turns_of_answer(row, asked, answer):
+            return answered(row, asked, held, key)
+        _note_repeated(row, asked, answer)
         return [*asked, {"role": "assistant", "content": answer}], False
     if not isinstance(answer, list):
         raise RowError(f"'{key}' is {kind_of(answer)}, not text or a list of turns", FLAT)
@@ -135,6 +143,38 @@ def answered(row: RawRow, asked: list[dict[str, Any]], answer: Any, key: str) ->
         row.unused.remarks["system column left out: the conversation opens with another system turn"] += 1
     before = question[: len(question) - again] if again < len(question) else []
     return [*(own or system), *before, *said], True
+
+
+def _turns_of_answer(row: RawRow, asked: list[dict[str, Any]], answer: str) -> list[dict[str, Any]]:
+    """The turns that an answer is as JSON text: those of the assistant, or with the question before them. Any other
+    conversation is text that somebody asked for."""
+    held = turns_in_text(answer)
+    if held:
+        roles = [role_of(turn) for turn in held]
+        question = asked[opening_system_turns(asked) :]
+        quiet = Unused()
+        if roles[-1] == "assistant" and (
+            "user" not in roles or _repeats(question, _said_in(read_turns(held, "", quiet)))
+        ):
+            row.unused.remarks[AS_TURNS] += 1
+            return held
+    note_text(answer, row.unused)
+    return []
+
+
+def _said_in(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return turns[opening_system_turns(turns) :]
+
+
+#: Shorter questions may well be the beginning of their answer.
+_TOLD_AGAIN = 20
+
+
+def _note_repeated(row: RawRow, asked: list[dict[str, Any]], answer: str) -> None:
+    """Count a text that holds the question once more, as the rows of HH-RLHF do."""
+    question = asked[-1]["content"].strip() if asked else ""
+    if len(question) >= _TOLD_AGAIN and answer.lstrip().startswith(question):
+        row.unused.remarks["an answer begins with its whole question, which is learnt as part of it"] += 1
 
 
 def _repeats(question: list[dict[str, Any]], said: list[dict[str, Any]]) -> int:

@@ -12,8 +12,11 @@ from typing import IO, Any
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.unpacking import Growth, counted
+from aifactory_train.data import documents
 from aifactory_train.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Block
-from aifactory_train.data.cells import parse_json
+from aifactory_train.data.cells import RowError, blank, parse_json
+from aifactory_train.data.rows import detect_format
+from aifactory_train.data.turns import role_of
 from aifactory_train.private import vault
 
 
@@ -128,7 +131,33 @@ def _read_text(path: Path) -> str:
         raise not_utf8(f"{path}:{line}", raw[start:], inner) from None
 
 
-def json_rows(path: Path) -> Iterator[Block]:
+def _rows_inside(value: dict[str, Any], notes: documents.Notes) -> list[Any]:
+    """The rows of a JSON file that holds an object: the one list of objects in it, or the object itself where it is a
+    row.
+    """
+    lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    if len(lists) != 1 or _is_row(value, value[lists[0]][0]):
+        return [value]
+    for name, item in value.items():
+        if name != lists[0] and not blank(item):
+            notes.beside[f"'{name[:80]}' beside the rows of a JSON file: not read"] += 1
+    return value[lists[0]]
+
+
+def _is_row(value: dict[str, Any], first: dict[str, Any]) -> bool:
+    """``first``: of the objects in the only list of them; the rows of a file may be called ``conversations``."""
+    if "messages" in value:
+        return True
+    try:
+        form, _ = detect_format(list(value))
+    except RowError:
+        return "chosen" in value and "rejected" in value
+    if form == "messages":
+        return role_of(first) is not None
+    return form != "text" or isinstance(value["text"], str)
+
+
+def json_rows(path: Path, notes: documents.Notes) -> Iterator[Block]:
     text = _read_text(path)
     try:
         value = parse_json(text)
@@ -146,11 +175,7 @@ def json_rows(path: Path) -> Iterator[Block]:
     if _HALF.search(text.encode("utf-8")):
         _refuse_halves(value, str(path))
     if isinstance(value, dict):
-        lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
-        if len(lists) == 1 and "messages" not in value:
-            value = value[lists[0]]
-        else:
-            value = [value]
+        value = _rows_inside(value, notes)
     if not isinstance(value, list):
         raise UserError(
             "holds neither a list of rows nor an object with one",

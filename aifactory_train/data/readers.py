@@ -61,18 +61,18 @@ def _file(path: Path, notes: documents.Notes) -> Iterator[Block]:
     readers: dict[str, Callable[[Path], Iterator[Block]]] = {
         ".jsonl": json_lines,
         ".ndjson": json_lines,
-        ".json": json_rows,
         ".parquet": parquet_rows,
         ".arrow": arrow_rows,
     }
-    if kind not in readers and kind not in (".csv", ".tsv"):
+    noting = {".json": json_rows, ".csv": csv_rows, ".tsv": csv_rows}
+    if kind not in readers and kind not in noting:
         raise UserError(
             f"files of kind '{kind or 'no suffix'}' are not read",
             where=str(path),
             fix="use .jsonl, .json, .csv, .tsv, .parquet, .txt, .md, .html or .pdf (also .gz), or a converter",
         )
     try:
-        yield from csv_rows(path, notes) if kind in (".csv", ".tsv") else readers[kind](path)
+        yield from noting[kind](path, notes) if kind in noting else readers[kind](path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(
             f"not a complete gzip file: {error}", where=str(path), fix="copy it again, or give the unpacked file"

@@ -124,8 +124,19 @@ class _Source:
         """The source in the report."""
         item, source, writer = self.item, self.item.source, self.writer
         rows, docs, tokens = self.before
+        remarks = self.unused.remarks
+        remarks.update(notes.beside)
+        for column in source.columns:
+            if column not in self.unused.renamed:
+                remarks[f"the column '{column}', which the recipe names, is in no row"] = writer.rows - rows
+        if source.split is not None and not item.hub and (item.converter is not None or item.path.is_file()):
+            remarks[f"split '{source.split}' chooses nothing: the source is no folder"] = writer.rows - rows
+        if source.revision is not None and not item.hub:
+            remarks["a revision chooses nothing: the source is no data set of the hub"] = writer.rows - rows
+        if source.options and item.converter is None:
+            remarks["options are for a converter, and the source names none"] = writer.rows - rows
         self.counts.update(notes.counts())
-        self.counts.update(self.unused.remarks)
+        self.counts.update(remarks)
         return {
             "name": item.name,
             "role": item.role,
@@ -141,6 +152,7 @@ class _Source:
             "tokens": writer.tokens - tokens,
             "counts": dict(sorted(self.counts.items())),
             "unused": self.unused.as_dict(),
+            "remarks": dict(sorted(remarks.items())),
             **({"files": notes.as_dict()} if notes.any() else {}),
             "template": self.lost.as_dict(),
             "control_tokens": self.controls.as_dict(),
@@ -231,7 +243,9 @@ def _format(head: Block, source: DataSource) -> tuple[str, str]:
     if not isinstance(row, dict):
         raise UserError("a row is an object of named columns", where=f"{head.file}:{number}")
     try:
-        return detect_format([source.columns.get(str(c), str(c)) for c in row])
+        # A column that is null here is there for other rows, of another file perhaps.
+        names = [c for c in row if row[c] is not None] or list(row)
+        return detect_format([source.columns.get(str(c), str(c)) for c in names])
     except RowError as error:
         raise to_user_error(error, f"{head.file}:{number}") from None
 

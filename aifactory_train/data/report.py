@@ -7,6 +7,7 @@ base model's tokenizer writes each language.
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -341,6 +342,8 @@ def _missing(report: dict[str, Any]) -> list[str]:
     for what, found in found_in(report, "template").items():
         part, _, verdict = what.rpartition(" ")
         part = what if what in _TEMPLATE_FIX else part
+        if part not in _TEMPLATE_FIX:
+            continue  # names, and the reasoning of turns that are not learnt: told in the line of the rows
         did = {"dropped": "drops the", "changed": "rewrites the"}.get(verdict)
         reported = f"{did} {part} in" if did else f"leaves an {part.replace(' left', '')} in"
         often = f" ({found['times']:,} times)" if found["times"] != found["rows"] else ""
@@ -394,6 +397,10 @@ def rows_line(report: dict[str, Any]) -> tuple[str, str]:
     for key, kind in (("columns", "columns"), ("turn_keys", "keys of turns")):
         if unused.get(key):
             parts.append(f"unused {kind}: " + ", ".join(f"{name} ({n:,})" for name, n in unused[key].items()))
+    remarks: collections.Counter = collections.Counter()
+    for source in report["sources"]:
+        remarks.update(source.get("remarks", {}))
+    parts += [f"{what} ({n:,})" for what, n in remarks.items()]
     return f"{fate['given']:,} given, {fate['used']:,} used", "; ".join(parts)
 
 

@@ -7,7 +7,8 @@ Accepted forms (``DataSource.format``; ``auto`` decides by the columns of the fi
   Alpaca's ``instruction``/``input``/``output`` and ``question``/``answer`` are read the same way;
 * ``text``: ``{"text"}``, continued pre-training;
 * ``preference``: ``{"prompt", "chosen", "rejected", "system"?}`` (DPO, ORPO); chosen and rejected may be lists of
-  messages, with the prompt as their common beginning where there is no ``prompt``, or where they repeat it;
+  messages, with the prompt as their common beginning where there is no ``prompt``, or where they repeat it; also
+  OpenAI's ``preferred_output``;
 * ``feedback``: the ``prompt`` form with ``label``, true or false (KTO).
 
 Every form may carry ``id`` (unique within its source) and ``group`` (rows of one group are never split over train and
@@ -40,7 +41,7 @@ from aifactory_train.data.cells import (
 )
 from aifactory_train.data.questions import answered, asked, with_system
 from aifactory_train.data.tool_calls import tool_schemas
-from aifactory_train.data.turns import read_turns, role_of, supervised_turns
+from aifactory_train.data.turns import AS_TURNS, note_text, read_turns, role_of, supervised_turns, turns_in_text
 
 #: Columns of a question, for rows that judge answers.
 QUESTIONS = ("prompt", "instruction", "question", "input", "conversations", "messages")
@@ -63,11 +64,7 @@ def detect_format(columns: list[str]) -> tuple[str, str]:
     """``(format, reason)`` for rows with these columns. Raises :class:`RowError` when none fits."""
     names = set(columns)
     if "chosen" in names and "rejected" in names:
-        raise RowError(
-            "there are columns 'chosen' and 'rejected': preferences",
-            "set methods.preference.kind to dpo or orpo, or rename the answer to learn with columns={chosen: "
-            "completion}",
-        )
+        raise _preferences("chosen", "rejected")
     if "messages" in names:
         return "messages", "there is a column 'messages'"
     if "conversations" in names:
@@ -77,12 +74,23 @@ def detect_format(columns: list[str]) -> tuple[str, str]:
             return "prompt", f"there are columns '{prompt}' and '{completion}'"
     if "text" in names:
         return "text", "there is a column 'text'"
+    if names >= OPENAI_PAIR.keys():
+        raise _preferences(*OPENAI_PAIR)
     shown = ", ".join(map(str, columns[:12])) or "none"
-    hint = next((h for c in columns if (h := did_you_mean(str(c), KNOWN_COLUMNS))), "")
+    others = [str(c) for c in columns if c not in KNOWN_COLUMNS]
+    hint = next((h for c in others if (h := did_you_mean(c, KNOWN_COLUMNS))), "")
     raise RowError(
         f"no known columns: {shown}{hint}",
         "rows need 'messages', 'prompt' and 'completion', or 'text'; rename with data.train.0.columns={mine: prompt, "
         "...}",
+    )
+
+
+def _preferences(chosen: str, rejected: str) -> RowError:
+    return RowError(
+        f"there are columns '{chosen}' and '{rejected}': preferences",
+        f"set methods.preference.kind to dpo or orpo, or rename the answer to learn with columns={{{chosen}: "
+        f"completion}}",
     )
 
 
@@ -108,6 +116,7 @@ def canonical(
             raise column_error("text", row)
         if unseen(text):
             raise RowError("'text' is empty")
+        note_text(text, unused)
         out: dict[str, Any] = {"text": text}
     else:
         out = {}
@@ -128,7 +137,7 @@ def canonical(
             raise RowError("every assistant turn has weight 0: all tokens would be masked")
     for key in ("id", "group", "language", "label"):
         value = row.get(key) if key != "label" or fmt != "feedback" else None
-        if value is not None and value != "":
+        if value is not None and value != "" and value == value:  # not a gap of pandas
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
                 if key in ("language", "label"):
                     cells.used.discard(key)
@@ -147,7 +156,10 @@ def _from_messages(row: RawRow) -> list[dict[str, Any]]:
         try:
             raw = parse_json(raw)  # a CSV cell or Parquet string that holds JSON
         except ValueError:
-            raise RowError("'messages' is text that is not valid JSON") from None
+            raise RowError(
+                "'messages' is text that is not valid JSON",
+                "what Python prints is none: write the column with json.dumps, or the rows as .jsonl",
+            ) from None
     if raw is None:
         raise column_error("messages", row.cells)
     return with_system(row, read_turns(raw, where, row.unused))
@@ -170,12 +182,17 @@ def _rated(row: RawRow) -> list[dict[str, Any]]:
 
 def _pair(row: RawRow) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The conversations that end with the chosen and with the rejected answer; only what differs carries loss."""
+    _from_openai(row)
     for name in ("chosen", "rejected"):
         if name not in row.cells:
             raise column_error(name, row.cells)
     answers = {name: row.get(name) for name in ("chosen", "rejected")}
     # LLaMA-Factory writes an answer as one turn.
     answers = {name: [answer] if isinstance(answer, dict) else answer for name, answer in answers.items()}
+    for name, answer in answers.items():
+        if isinstance(answer, str) and (held := turns_in_text(answer)):
+            answers[name] = held
+            row.unused.remarks[AS_TURNS] += 1
     key = _question_of_pair(row, answers)
     sides, repeated = [], False
     for name, answer in answers.items():
@@ -201,6 +218,26 @@ def _pair(row: RawRow) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         if not supervised_turns(side):
             raise RowError(f"'{name}' has no answer of the assistant of its own")
     return chosen, rejected
+
+
+#: OpenAI's names of the answers of a pair, whose question stands in ``input: {messages, tools}``.
+OPENAI_PAIR = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+
+
+def _from_openai(row: RawRow) -> None:
+    """Bring a pair in OpenAI's form into ours."""
+    cells = row.cells
+    if not ("chosen" in cells or "rejected" in cells):
+        cells = {OPENAI_PAIR.get(name, name): value for name, value in cells.items()}
+    asked = cells.get("input")
+    if isinstance(asked, str) and asked.lstrip().startswith("{"):
+        try:
+            asked = parse_json(asked)
+        except ValueError:
+            asked = None  # a question that begins with a brace
+    if isinstance(asked, dict) and "messages" in asked and "instruction" not in cells:
+        cells = {**{name: value for name, value in cells.items() if name != "input"}, **asked}
+    row.cells = cells
 
 
 def _question_of_pair(row: RawRow, answers: dict[str, Any]) -> str | None:

@@ -173,6 +173,12 @@ def _hold_out(
         groups = splitmix64(groups)
     if len(groups) < 2:
         what = "moment" if by_time else "group"
+        if not len(rows):
+            raise UserError(
+                "every row of it repeats one that stands before it: nothing is left",
+                where=str(item.path),
+                fix="name each source once (data.train.N.weight repeats its rows), or data.deduplicate=false",
+            )
         raise UserError(
             f"{len(rows)} row(s) of one {what} cannot be split into training and held-out rows"
             if len(rows) > 1

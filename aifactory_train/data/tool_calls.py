@@ -63,34 +63,58 @@ def calls_of_text(value: Any, where: str) -> list[Any]:
     return calls
 
 
+#: Under which keys the arguments of a call stand, the one that counts first: OpenAI's, Llama's, LangChain's,
+#: Anthropic's.
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+#: Kinds of a call, which say nothing more.
+_CALL_TYPES = ("function", "tool_call", "tool_use")
+
+
 def tool_call(call: Any, where: str, unused: Unused) -> dict[str, Any]:
     if not isinstance(call, dict):
         raise RowError(f"{where} is {kind_of(call)}, not an object")
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError(f"{where}: a tool call needs function.name")
-    arguments = function.get("arguments")
+    key = next((k for k in ARGUMENT_KEYS if function.get(k) is not None), ARGUMENT_KEYS[0])
+    arguments = function.get(key)
     if arguments is None:
         arguments = {}
     if isinstance(arguments, str):
         try:
             arguments = parse_json(arguments) if arguments.strip() else {}
         except ValueError:
-            raise RowError(f"{where}: function.arguments is not valid JSON") from None
+            raise RowError(f"{where}: function.{key} is not valid JSON") from None
     if not isinstance(arguments, dict):
-        raise RowError(f"{where}: function.arguments is {kind_of(arguments)}, not an object")
+        raise RowError(f"{where}: function.{key} is {kind_of(arguments)}, not an object")
     if None in arguments.values():
         unused.remarks["null in the arguments of a tool call, learnt as it is"] += 1
     out: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     if isinstance(call.get("id"), str):
         out["id"] = call["id"]
+    if len(call) + len(function) > 2:
+        _count_unused(call, function, key, unused)
     return out
+
+
+def _count_unused(call: dict[str, Any], function: dict[str, Any], key: str, unused: Unused) -> None:
+    """Name what a call holds beside its name and arguments."""
+    known = {"name": function["name"], key: function.get(key), "function": function}
+    for part in [call] if call is function else [call, function]:
+        for name, value in part.items():
+            said = (
+                name == "index"
+                or (name == "id" and isinstance(value, str))
+                or (name == "type" and value in _CALL_TYPES)
+            )
+            if not said and not blank(value) and value != known.get(name):
+                unused.turn_keys[f"{str(name)[:80]} (of a tool call)"] += 1
 
 
 def tool_schemas(row: RawRow) -> list[Any] | None:
     """The schemas of the tools, or of OpenAI's old ``functions``."""
     raw, name = row.get("tools"), "tools"
-    if not raw:
+    if blank(raw):
         raw, name = row.cells.get("functions"), "functions"
         if blank(raw):
             return None

@@ -137,8 +137,9 @@ def _tool(tool: dict[str, Any], where: _Where) -> str | None:
     return _verdict(_is_in(text, where) for text in _described(function) if text.strip())
 
 
-def _reasoning(message: dict[str, Any]) -> str | None:
-    return message.get("reasoning_content") or message.get("thinking")
+def _reasoning(message: dict[str, Any]) -> list[str]:
+    said = (message.get("reasoning_content"), message.get("thinking"))
+    return list(dict.fromkeys(text for text in said if text))
 
 
 def _answer(text: str) -> tuple[str, str]:
@@ -165,6 +166,8 @@ def lost(messages: list[dict[str, Any]], tools: list[Any] | None, full: str, reg
     at, unclear = 0, []
     for i, message in enumerate(messages):
         text = message["content"].strip()
+        if message.get("name") and not _is_in(message["name"], whole):
+            note("name of a turn", "dropped")
         if i in learnt:
             begin, end, found = learnt[i]
             here = _Where(full[begin:end])
@@ -173,13 +176,14 @@ def lost(messages: list[dict[str, Any]], tools: list[Any] | None, full: str, reg
                 inner, answer = _answer(text)
                 note(which, _trace(inner, here))
                 note("answer text", _trace(answer, here))
-            own = _reasoning(message)
-            if own:
+            for own in _reasoning(message):
                 note(which, _trace(own, here))
             for call in message.get("tool_calls") or ():
                 note("tool call", _call(call, here))
             at = end
             continue
+        for own in _reasoning(message):
+            note("reasoning of turns that are not learnt", _trace(own, whole))
         for call in message.get("tool_calls") or ():
             note("tool call", _call(call, whole))
         if not text:

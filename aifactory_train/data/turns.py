@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from aifactory_train.core.errors import did_you_mean
@@ -11,6 +12,7 @@ from aifactory_train.data.cells import (
     Unused,
     blank,
     kind_of,
+    parse_json,
     unseen,
     yes_or_no,
 )
@@ -44,6 +46,11 @@ _TURN_KEYS = frozenset(
 LEARN_KEYS = ("weight", "loss", "train")
 #: What stands in a text for a picture that comes with it.
 _PLACEHOLDERS = ("<image>", "<video>", "<audio>")
+#: A text that may be turns, in JSON or as Python writes them.
+_OPENS, _NAMES_A_ROLE = re.compile(r"\s*(?:\[\s*)?\{"), re.compile(r"""["'](?:role|from)["']\s*:""")
+#: Remarks on such texts.
+AS_TURNS = "turns written as JSON text, read as turns"
+AS_TEXT = "text like a list of turns, but no JSON of known roles that fits there: taken as text"
 
 
 def opening_system_turns(messages: list[dict[str, Any]]) -> int:
@@ -61,6 +68,42 @@ def role_of(raw: dict[str, Any]) -> Any:
     return "assistant" if role in CALL_ROLES else OTHER_ROLES.get(role, role)
 
 
+def _like_turns(text: str) -> bool:
+    return _OPENS.match(text) is not None and _NAMES_A_ROLE.search(text) is not None
+
+
+def turns_in_text(text: str) -> list[dict[str, Any]]:
+    """The turns that a text is in JSON: cells of CSV files and columns of text cannot hold them otherwise. Empty where
+    it is none.
+    """
+    if not _like_turns(text):
+        return []
+    try:
+        value = parse_json(text)
+    except (ValueError, RecursionError):
+        return []
+    turns = [value] if isinstance(value, dict) else value
+    return turns if all(isinstance(t, dict) and _is_turn(t) for t in turns) else []
+
+
+def _is_turn(raw: dict[str, Any]) -> bool:
+    role = role_of(raw)
+    return (
+        isinstance(role, str) and role in ROLES and any(k in raw for k in (*TEXT_KEYS, "tool_calls", "function_call"))
+    )
+
+
+def note_text(text: str, unused: Unused) -> None:
+    """Count what is taken as text and looks as if something else was meant."""
+    if _like_turns(text) and any(f"{quote}{key}{quote}" in text for key in TEXT_KEYS for quote in "\"'"):
+        unused.remarks[AS_TEXT] += 1
+    if "<" in text:
+        stripped = text.strip()
+        for mark in _PLACEHOLDERS:
+            if stripped.startswith(mark) or stripped.endswith(mark):
+                unused.remarks[f"a turn holds {mark}, but nothing but text is read"] += 1
+
+
 def read_turns(raw: Any, where: str, unused: Unused) -> list[dict[str, Any]]:
     if not isinstance(raw, list):
         raise RowError(f"'{where}' is {kind_of(raw)}, not a list of turns")
@@ -74,7 +117,8 @@ def _plain(raw: Any) -> dict[str, Any] | None:
     if type(raw) is dict and len(raw) == 2:
         role, content = raw.get("role"), raw.get("content")
         if type(content) is str and "!" <= content[:1] <= "~" and type(role) is str and role in ROLES:
-            return {"role": role, "content": content} if role != "user" or "<" not in content else None
+            odd = role == "user" and ("<" in content or content[0] in "[{")
+            return None if odd else {"role": role, "content": content}
     return None
 
 
@@ -128,11 +172,10 @@ def _message(raw: Any, where: str, unused: Unused) -> dict[str, Any]:
             unused.turn_keys[str(key)[:80]] += 1
     if content_key == "content" and raw.get("value") is not None and raw["value"] != content:
         unused.turn_keys["value"] += 1
-    if role == "user" and "<" in content:
-        stripped = content.strip()
-        for mark in _PLACEHOLDERS:
-            if stripped.startswith(mark) or stripped.endswith(mark):
-                unused.remarks[f"a turn holds {mark}, but nothing but text is read"] += 1
+    if role == "user":
+        note_text(content, unused)
+    if raw.get("from") is not None and role_of(raw) != role_of({"role": raw["from"]}):
+        unused.turn_keys["from"] += 1
     if not calls and role in ("assistant", "user") and unseen(content):
         if role == "assistant":
             raise RowError(f"{where}: the assistant's turn is empty")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.data.read_json import parse_lines
+from aifactory_train.data.turns import turns_in_text
 
 if TYPE_CHECKING:
     from aifactory_train.data.cells import Unused
@@ -42,6 +43,7 @@ _ANSWERS = (
 #: Names of the better and of the worse of two answers to one question.
 _PAIRS = (
     *(("chosen", "rejected"), ("preferred", "rejected"), ("preferred", "dispreferred"), ("accepted", "rejected")),
+    ("preferred_output", "non_preferred_output"),
     *(("better", "worse"), ("good", "bad"), ("good_answer", "bad_answer"), ("better_answer", "worse_answer")),
 )
 
@@ -151,9 +153,8 @@ def understand(
     except UserError as error:
         raise _forms_differ(raw) or error from None
     if len(rows) < 2:
-        raise UserError(
-            "one row cannot be split into training and held-out rows", where=place, fix="give more rows, or --eval"
-        )
+        what = "one row cannot be split into training and held-out rows"
+        raise UserError(what, where=place, fix="give more rows, or --eval")
     if draft.form == "feedback":
         _weigh(draft, rows, place)
     _guess_labels(draft, rows)
@@ -177,6 +178,10 @@ def _forms_differ(raw: list[tuple[str, Any]]) -> UserError | None:
     )
 
 
+def _is_talk(value: Any) -> bool:  # an answer that is turns, the question among them
+    return isinstance(value, list) or (isinstance(value, str) and bool(turns_in_text(value)))
+
+
 def _rated(draft: Draft, raw: list[tuple[str, Any]], names: list[str], task: str | None) -> bool:
     """Whether the rows judge answers; sets form, columns and task of ``draft`` then.
 
@@ -192,7 +197,7 @@ def _rated(draft: Draft, raw: list[tuple[str, Any]], names: list[str], task: str
     question = next((roles[n] for n in _QUESTIONS if n in roles and isinstance(first[roles[n]], (str, list))), None)
     pair = next(((roles[a], roles[b]) for a, b in _PAIRS if a in roles and b in roles), None)
     if pair and task != "feedback" and (task or not said & {"completion", "text", "messages"}):
-        if question is None and not all(isinstance(first[n], list) for n in pair):
+        if question is None and not isinstance(first.get("input"), dict) and not all(_is_talk(first[n]) for n in pair):
             raise UserError(
                 f"'{pair[0]}' and '{pair[1]}' are answers, but which column is the question? {', '.join(names[:20])}",
                 where=place,
