@@ -89,7 +89,10 @@ def _all_known(args: argparse.Namespace, unknown: list[str]) -> argparse.Namespa
 
 
 #: Faults of the machine that a person can repair and that no traceback explains better.
-_OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+#: Something of another kind lies where a file or folder is wanted: a link that leads to itself, a pipe, a file for a
+#: folder.
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,10 +140,14 @@ def report_fault(command: str | None, fault: BaseException) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:
-        if error.errno not in _OF_THE_SYSTEM or os.environ.get("AIFACTORY_DEBUG"):
+        in_the_way = error.errno in _IN_THE_WAY and error.filename
+        if not (error.errno in _OF_THE_SYSTEM or in_the_way) or os.environ.get("AIFACTORY_DEBUG"):
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        name = str(error.filename or "")
+        where = f"{name if len(name) <= 300 else name[:300] + '…'}: " if name else ""
         print(f"aifactory {command}: {where}{error.strerror}", file=sys.stderr)
+        if in_the_way:
+            print("  fix: move what lies there away, if nothing needs it", file=sys.stderr)
         if error.filename is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # standard output, most likely
         return EXIT_FAILED

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.errors import EXIT_REFUSED, RunFailed, UserError, did_you_mean
+from aifactory_train.core.files import misfit
 from aifactory_train.launchers import backends
 from aifactory_train.launchers.attempts import GOES_ON, LIVE, attempt_status, cause_of, scheduler_cause
 from aifactory_train.launchers.backends import Backend, Job
@@ -36,7 +37,11 @@ def open_folder(name: str) -> Path:
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    return book.read_json(str(folder / "submission" / "manifest.json")) or {}
+    path = folder / "submission" / "manifest.json"
+    manifest = book.read_json(str(path)) or {}
+    if wrong := misfit(manifest, {"backend?": str, "array?": list}):
+        raise UserError(f"is damaged: {wrong}", where=str(path), fix="put it back, or launch the run anew")
+    return manifest
 
 
 def status_of(folder: Path, *, ask: bool = True) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def request_of(args: argparse.Namespace):
     limits = dict(vars(rq.Restarts()))
     for text in args.restarts:
         kind, number = rq.pair(text, "--restarts")
-        if kind not in limits or not number.isdigit():
+        if kind not in limits or not number.isdecimal():
             raise rq.Refusal(
                 "restarts-form",
                 f"{rq.shown(text)} is not KIND=N",

@@ -86,9 +86,11 @@ def _serve(folder, port: int) -> int:
 
     try:
         server = make_server(folder, port)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise UserError(
-            f"port {port} cannot be used: {error.strerror}", where="--port", fix="--port 0 takes a free one"
+            f"port {port} cannot be used: {getattr(error, 'strerror', None) or 'ports are 0 to 65535'}",
+            where="--port",
+            fix="--port 0 takes a free one",
         ) from None
     note(f"{server.address} follows {folder.path}; who has this address can read the report; Ctrl-C ends it")
     try:

@@ -165,7 +165,8 @@ def foreign(where: object, what: str, fix: str | None = None, ours: tuple[type[E
             raise
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+        text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]  # a title is no reason
         raise UserError(f"{what}: {text}", where=str(where), fix=fix) from error
 
 

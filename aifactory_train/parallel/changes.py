@@ -20,6 +20,8 @@ MAY_CHANGE = (
     "export.",
     "eval.",
     "guard.",
+    "record.",
+    "tracking.",
     "id",
     "model.licence",
     "model.options",

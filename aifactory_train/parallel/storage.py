@@ -353,7 +353,7 @@ def steps_in(checkpoints: Path) -> list[int]:
     found = []
     for path in checkpoints.glob("step-*"):
         number = path.name.removeprefix("step-")
-        if number.isdigit() and path.is_dir():
+        if number.isdecimal() and path.is_dir():
             found.append(int(number))
     return sorted(found, reverse=True)
 

@@ -84,7 +84,7 @@ def expand(nodelist: str) -> list[str]:
             low, dash, high = piece.partition("-")
             if not dash:
                 found.append(f"{head}{low}{tail}")
-            elif low.isdigit() and high.isdigit() and int(high) - int(low) < 100_000:
+            elif low.isdecimal() and high.isdecimal() and int(high) - int(low) < 100_000:
                 found += [f"{head}{n:0{len(low)}d}{tail}" for n in range(int(low), int(high) + 1)]
     return found
 

@@ -139,7 +139,7 @@ def group_id(name: str) -> int | None:
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
-        return int(name) if name.isdigit() else None
+        return int(name) if name.isdecimal() else None
 
 
 def folder_mode() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from aifactory_train.sources.digests import file_digest, sha256_of
 
-__all__ = ["describe", "file_digest", "files_below", "tree_digest"]
+__all__ = ["describe", "entries_below", "file_digest", "files_below", "tree_digest"]
 
 
 def inside(folder: Path, name: Any) -> Path | None:
@@ -50,6 +50,12 @@ def files_below(folder: Path, keep: Callable[[Path], bool] = lambda path: True) 
         for p in folder.rglob("*")
         if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts) and keep(p)
     )
+
+
+def entries_below(folder: Path) -> list[Path]:
+    """Whatever lies below ``folder`` and is no folder of its own: files, hidden ones too, links to anything, pipes. No
+    link to a folder is followed."""
+    return sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
 
 
 def tree_digest(files: list[dict[str, Any]]) -> str:

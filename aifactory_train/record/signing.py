@@ -19,7 +19,7 @@ from typing import Any
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.record.chain import RecordFault, canonical, now, printable
-from aifactory_train.record.digests import file_digest, files_below, inside, is_regular
+from aifactory_train.record.digests import entries_below, file_digest, files_below, inside, is_regular
 
 MANIFEST, ENVELOPE = "manifest.json", "manifest.dsse.json"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -32,6 +32,9 @@ _NEEDS = "pip install -c constraints.txt 'aifactory-train[evidence]'"
 _ALWAYS = ("record.json", "events.jsonl", "data_manifest.json", "run.yaml", "eval.json", "ro-crate-metadata.json")
 #: Listed as well; manifests of the first version do not have them, which is said and is no fault.
 _SINCE = ("report.html", "metrics.jsonl", "plan.json")
+#: Folders of which all is listed, but for the manifest itself and its envelope.
+_FOLDERS = ("export", "evidence")
+_OWN = (f"evidence/{MANIFEST}", f"evidence/{ENVELOPE}")
 #: Without these a manifest does not speak for a run.
 _NEEDED = ("record.json", "events.jsonl", "run.yaml")
 
@@ -45,10 +48,18 @@ def subjects(folder: Path) -> list[Path]:
 
 def _below(folder: Path, names: tuple[str, ...]) -> list[Path]:
     found = [folder / name for name in names if (folder / name).is_file()]
-    for below in ("export", "evidence"):
+    for below in _FOLDERS:
         if (folder / below).is_dir():
-            found += [p for p in files_below(folder / below) if p.name not in (MANIFEST, ENVELOPE)]
+            found += [p for p in files_below(folder / below) if p.relative_to(folder).as_posix() not in _OWN]
     return found
+
+
+def _unsigned(folder: Path, names: tuple[str, ...], listed: dict[str, str]) -> list[str]:
+    """What the manifest should list and does not: files of these names, and whatever a reader meets below export and
+    evidence. A link to a folder, a pipe and the like are never listed: nobody's digest speaks for what they lead to."""
+    links = [p for below in _FOLDERS for p in entries_below(folder / below) if not p.is_file()]
+    found = [p.relative_to(folder).as_posix() for p in [*_below(folder, names), *links]]
+    return [name for name in found if name not in listed]
 
 
 def statement(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +173,8 @@ def load_public(path: Path) -> Any:
 
 def _ed25519(path: Path, load: Callable[[bytes], Any], form: str, kind: type) -> Any:
     try:
-        key = load(path.read_bytes())
+        with open(path, "rb") as file:
+            key = load(file.read(1 << 16))  # a device gives bytes without end
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except (ValueError, TypeError) as error:
@@ -241,10 +253,9 @@ def check_manifest(
         fault = compare(path, digest, name, "the manifest")
         if fault is not None:
             faults.append(fault)
-    for path in _below(folder, _ALWAYS):
-        name = path.relative_to(folder).as_posix()
-        if name not in listed:
-            faults.append(RecordFault("file-added", name, "the manifest does not list this file"))
+    names = (*_ALWAYS, *_SINCE) if any(name in listed for name in _SINCE) else _ALWAYS
+    for name in _unsigned(folder, names, listed):
+        faults.append(RecordFault("file-added", name, "the manifest does not list this file"))
     added = {f.where for f in faults}
     for name in dict.fromkeys([*_NEEDED, *expected]):
         if name not in listed and name not in added:
@@ -268,12 +279,20 @@ def check_manifest(
 
 def _listed(place: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The statement in ``place`` and the digests that it lists by name. Raises what is wrong with it."""
-    content = json.loads(place.read_text(encoding="utf-8"))
+    content = json.loads(place.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
     canonical(content)  # a statement that cannot be written for signing was never signed
     listed = {s["name"]: s["digest"]["sha256"] for s in content["subject"]}
     if not all(isinstance(text, str) for pair in listed.items() for text in pair):
         raise TypeError("a name or a digest is not text")
     return content, listed
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. A key that stands there twice shows people one value and programs the other."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return found
 
 
 def compare(path: Path, digest: str, name: str, by: str, size: int | None = None) -> RecordFault | None:
@@ -294,9 +313,9 @@ def compare(path: Path, digest: str, name: str, by: str, size: int | None = None
 def not_covered(folder: Path, listed: set[str]) -> list[str]:
     """One note that names what lies in the run folder and no signature speaks for; nothing if there is nothing."""
     counts: dict[str, int] = {}
-    for path in files_below(folder):
+    for path in entries_below(folder):
         name = path.relative_to(folder).as_posix()
-        if name in listed or name in (f"evidence/{MANIFEST}", f"evidence/{ENVELOPE}"):
+        if name in listed or name in _OWN:
             continue
         top, below, _ = name.partition("/")
         counts[f"{top}/" if below else top] = counts.get(f"{top}/" if below else top, 0) + 1

@@ -49,7 +49,7 @@ def make_server(run: RunFolder, port: int) -> ReportServer:
             ):  # another site's page must not read this one through its own name
                 self.send_error(403)
                 return
-            asked = urllib.parse.urlsplit(self.path)
+            asked = split(self.path)
             if asked.path == "/" and self._is_token(urllib.parse.parse_qs(asked.query).get("token", [""])[0]):
                 self._let_in()
             elif not self._has_cookie():
@@ -93,6 +93,14 @@ def make_server(run: RunFolder, port: int) -> ReportServer:
             return  # a request a few seconds apart is no news
 
     return ReportServer(port, Handler)
+
+
+def split(address: str) -> urllib.parse.SplitResult:
+    """The parts of what was asked for; nothing where it is no address, such as ``http://[``."""
+    try:
+        return urllib.parse.urlsplit(address)
+    except ValueError:
+        return urllib.parse.urlsplit("")
 
 
 def live_page(run: RunFolder) -> str:

@@ -71,7 +71,7 @@ class RunFolder:
         return self.path / "attempts" / f"{number:03d}"
 
     def attempts(self) -> list[int]:
-        return sorted(int(p.name) for p in (self.path / "attempts").glob("[0-9]*") if p.name.isdigit())
+        return sorted(int(p.name) for p in (self.path / "attempts").glob("[0-9]*") if p.name.isdecimal())
 
     # ---- state
     def state(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class RunFolder:
         found = []
         for marker in self.checkpoints.glob("step-*/COMPLETE"):
             name = marker.parent.name.removeprefix("step-")
-            if name.isdigit():
+            if name.isdecimal():
                 found.append(int(name))
         return sorted(found)
 

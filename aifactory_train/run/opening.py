@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.output import note
+from aifactory_train.run import saved
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.run.ownership import (
     Owner,
@@ -30,7 +32,7 @@ def open_for_training(
     claims the folder for this process before anything in it is relied on or changed; it is given back where the start
     is refused.
     """
-    if resume not in (None, "auto", "never") and not str(resume).isdigit():
+    if resume not in (None, "auto", "never") and not _is_step(resume):
         raise UserError(f"'{resume}' is neither auto, never nor a step", where="--resume")
     try:
         os.path.abspath(run.path).encode()
@@ -65,6 +67,13 @@ def open_for_training(
         raise
 
 
+def _is_step(resume: str | None) -> bool:
+    """Whether ``--resume`` names a step. Python reads no number of thousands of digits, and calls a superscript a
+    digit.
+    """
+    return re.fullmatch("[0-9]{1,18}", str(resume)) is not None
+
+
 def _refuse_live(run: RunFolder, attempt: int | None) -> None:
     if run.is_live():
         state = run.state()
@@ -90,7 +99,7 @@ def _is_probe(name: str) -> bool:
 def _open_claimed(run: RunFolder, resume: str | None, recipe: Recipe | None) -> int | None:
     """What :func:`open_for_training` says about a folder in which nobody else trains."""
     if not run.config_file.is_file():
-        if str(resume).isdigit():
+        if _is_step(resume):
             raise UserError(f"there is no checkpoint of step {resume}", where=str(run.path))
         return None
     state = run.state()
@@ -116,7 +125,10 @@ def _open_claimed(run: RunFolder, resume: str | None, recipe: Recipe | None) -> 
     if resume == "auto":
         if not steps:
             _may_start_over(run)
-        return steps[-1] if steps else None
+            return None
+        if gone := saved.missing_after(run, steps[-1]):
+            note(f"{gone}: the steps after step {steps[-1]} are made again")
+        return steps[-1]
     if int(resume) not in steps:
         known = ", ".join(map(str, steps)) or "none"
         raise UserError(f"there is no checkpoint of step {resume}", where=str(run.path), fix=f"complete steps: {known}")
@@ -127,8 +139,6 @@ def _may_start_over(run: RunFolder) -> None:
     """No complete checkpoint is there. Raises :class:`UserError` unless the run never completed one: then it starts at
     step 1.
     """
-    from aifactory_train.run import saved
-
     found = saved.evidence(run)
     if found is None:
         note(f"{run.path}: the run ended before its first checkpoint was complete; it starts at step 1")

@@ -8,9 +8,10 @@ checkpoints were damaged or lost must never look like one that was killed before
 from __future__ import annotations
 
 import json
+import os
 import time
 
-from aifactory_train.core.files import object_or_nothing, write_json
+from aifactory_train.core.files import misfit, object_or_nothing, write_json
 from aifactory_train.run.folder import RunFolder
 
 SAVED = "saved.json"
@@ -28,7 +29,7 @@ def evidence(run: RunFolder) -> str | None:
     well, or began after a step, tell it as well.
     """
     path = run.path / SAVED
-    if path.is_file():
+    if os.path.lexists(path):  # whatever it is by now: it was written
         step = object_or_nothing(path).get("step")
         return f"{SAVED}: the checkpoint of step {step} was complete" if step else f"{SAVED} is there, but damaged"
     # A folder gets its name when its checkpoint is complete; a save that was cut short lies in .writing-step-N.
@@ -39,19 +40,26 @@ def evidence(run: RunFolder) -> str | None:
         for outcome in sorted(run.attempt_dir(number).glob("outcome-*.json")):
             if object_or_nothing(outcome).get("status") == "stopped":
                 return f"attempt {number} stopped with a checkpoint"
-    attempts = object_or_nothing(run.path / "record.json").get("compute", {}).get("attempts", {})
-    for name, attempt in attempts.items():
-        if attempt.get("first_step"):
-            return f"attempt {name} went on after step {attempt['first_step']}"
-    if not (run.path / "inputs.json").is_file():
-        return _steps_beyond_a_save(run)
-    return None
+    record = object_or_nothing(run.path / "record.json")
+    if misfit(record, {"compute": {"attempts": dict}}) is None:
+        for name, attempt in record["compute"]["attempts"].items():
+            if isinstance(attempt, dict) and attempt.get("first_step"):
+                return f"attempt {name} went on after step {attempt['first_step']}"
+    return _steps_beyond_a_save(run)
+
+
+def missing_after(run: RunFolder, newest: int) -> str | None:
+    """What became of a later checkpoint than ``newest`` that was complete once; None where there was none, or it was
+    set aside.
+    """
+    step = object_or_nothing(run.path / SAVED).get("step")
+    if not isinstance(step, int) or step <= newest or any(run.checkpoints.glob(f"*-step-{step}*")):
+        return None
+    return f"the checkpoint of step {step} was complete ({SAVED}) and is no longer in {run.checkpoints}"
 
 
 def _steps_beyond_a_save(run: RunFolder) -> str | None:
-    """Of the first version: steps after the second save was due, which waits for the first and ends the run if that
-    failed.
-    """
+    """Steps after the second save was due, which waits for the first and ends the run if that failed."""
     every = run.load_config().checkpoint.every_steps
     made = run.state().get("step") or 0
     if run.metrics_file.is_file():

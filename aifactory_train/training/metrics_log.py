@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from aifactory_train.core import output
+from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import read_json, write_atomic, write_json
 from aifactory_train.metrics import ANSWER_METRICS, LIKELIHOOD_METRICS, PREFERENCE_METRICS
 from aifactory_train.record.events import Evaluated, Event, Incident, RunEnded, StepDone
@@ -39,6 +40,8 @@ class MetricsLog:
         if not self.enabled:
             return
         path = self.run.metrics_file
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise UserError("is no regular file", where=str(path), fix="move what lies there away")
         if path.is_file():
             kept = []
             for line in path.read_text(encoding="utf-8", errors="replace").split(

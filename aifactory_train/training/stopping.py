@@ -130,6 +130,8 @@ class StopChannels:
         elif self.stop_file is not None and time.monotonic() - self._looked >= LOOK_EVERY_S:
             self._looked = time.monotonic()
             try:
+                if self.stop_file.exists() and not self.stop_file.is_file():
+                    raise OSError("no file")  # a pipe would be waited for without end
                 self.request = self.stop_file.read_text(encoding="utf-8", errors="replace").strip()
                 self.reason = "stop file"
             except FileNotFoundError:

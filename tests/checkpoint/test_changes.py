@@ -42,6 +42,8 @@ def changed(key: str, value: object) -> dict:
         ("checkpoint.keep", 5),
         ("logging.row_ids", True),
         ("guard.spike_factor", 4.0),
+        ("record.pack", False),
+        ("tracking.mlflow", True),
         ("about.title", "another"),
     ],
 )

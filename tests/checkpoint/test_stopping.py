@@ -106,6 +106,14 @@ def test_a_stop_file_of_an_earlier_attempt_does_not_stop_this_one(channels: Any,
     assert stop.look(0.0) == "stop file" and stop.request == "user noon"
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+def test_a_stop_that_is_no_file_is_asked_all_the_same(channels: Any, tmp_path: Path, kind: str) -> None:
+    stop, path = channels(None), tmp_path / "stop"
+    stop.watch_file(path)
+    {"pipe": lambda: os.mkfifo(path), "folder": path.mkdir, "loop": lambda: path.symlink_to("stop")}[kind]()
+    assert stop.look(0.0) == "stop file" and stop.request == ""
+
+
 @pytest.mark.parametrize("since", ["this start", "the launcher"])
 def test_a_stop_that_is_asked_while_things_are_loaded_counts(channels: Any, tmp_path: Path, since: str) -> None:
     (tmp_path / "stop").touch()

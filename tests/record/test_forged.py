@@ -138,6 +138,57 @@ def test_what_a_reader_trusts_is_covered(signed, name):
     assert name in {f["where"].partition(":")[0] for f in verify(folder, key=public)["faults"]}
 
 
+def added_manifest(folder, place):
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).write_text("{}")
+
+
+ADDED = {
+    "export/manifest.json": added_manifest,
+    "export/sub/manifest.dsse.json": added_manifest,
+    "evidence/sub/manifest.json": added_manifest,
+    "evidence/annexes": lambda folder, place: (folder / place).symlink_to(folder.parent),
+    "export/adapter-2": lambda folder, place: (folder / place).symlink_to(folder.parent),
+    "export/pipe": lambda folder, place: os.mkfifo(folder / place),
+    "export/dangling": lambda folder, place: (folder / place).symlink_to("nowhere"),
+    "plan.json": lambda folder, place: (folder / place).write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("place", ADDED)
+def test_what_was_put_beside_the_signed_files_is_a_fault(signed, place):
+    folder, public = signed
+    if place == "plan.json":
+        (folder / place).unlink(missing_ok=True)
+        if not any(
+            s["name"] == "report.html" for s in json.loads((folder / "evidence/manifest.json").read_text())["subject"]
+        ):
+            pytest.fail("the manifest is not one of this version")
+    (folder / "export").mkdir(exist_ok=True)
+    ADDED[place](folder, place)
+    faults = verify(folder, key=public)["faults"]
+    assert {f["where"] for f in faults if f["kind"] == "file-added"} == {place}, faults
+
+
+def test_hidden_files_are_named_as_not_covered(signed):
+    folder, public = signed
+    (folder / "evidence" / ".hidden").write_text("x")
+    found = verify(folder, key=public)
+    assert found["ok"] and "evidence/ (1 files)" in found["notes"][-1]
+
+
+def test_a_manifest_that_says_two_things_is_a_fault(signed):
+    folder, public = signed
+    place = folder / "evidence" / "manifest.json"
+    place.write_text(place.read_text().replace('"subject"', '"subject": [], "subject"', 1))
+    assert kinds(folder, key=public) == {"manifest-unreadable"}
+
+
+def test_a_key_without_end_is_refused(signed):
+    with pytest.raises(UserError, match="is not a PEM public key"):
+        verify(signed[0], key=Path("/dev/zero"))
+
+
 def test_what_no_signature_speaks_for_is_named(signed):
     folder, public = signed
     for name in ("checkpoints/step-4/COMPLETE", "checkpoints/step-4/model.safetensors", "predictions.jsonl"):

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import threading
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aifactory_train.cli import main
 from aifactory_train.core.errors import UserError
 from aifactory_train.record.files import load_record
 from aifactory_train.report import build
@@ -172,6 +174,9 @@ def test_serve_follows(tell):
         assert get("/state")[1] != before
         assert "0.123" in get("/")[1]
         assert get("/../../etc/passwd")[0] == 404
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:  # an address that no client would send
+            raw.sendall(b"GET http://[/ HTTP/1.0\r\nHost: 127.0.0.1:1\r\n\r\n")
+            assert b" 403 " in raw.recv(100)
         assert get("/", Host="evil.example")[0] == 403  # another site's page cannot read this one
         for damage in (
             "{",
@@ -185,6 +190,12 @@ def test_serve_follows(tell):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize("port", ["99999", "-1"])
+def test_a_port_that_none_is_is_refused(tell, port, capsys):
+    assert main(["report", str(tell().path), "--serve", "--port", port]) == 2
+    assert f"--port: port {port} cannot be used: ports are 0 to 65535" in capsys.readouterr().err
 
 
 # ---- several runs
