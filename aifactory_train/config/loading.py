@@ -17,9 +17,7 @@ from aifactory_train.core import yaml_text
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.core.output import note
 
-RECIPES_DIR = Path(__file__).resolve().parents[1] / "recipes"
-if not RECIPES_DIR.is_dir():
-    RECIPES_DIR = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES_DIR = (Path(__file__).parents[1] / "recipes").resolve()  # in a checkout a link to the folder at the top
 
 
 def find_recipe(name: str) -> Path:

@@ -16,6 +16,7 @@ from aifactory_train.config.schema import Recipe
 from aifactory_train.core import compat
 from aifactory_train.model import attention, cpu_matmul
 from aifactory_train.model.causal_lm import CausalLM
+from aifactory_train.model.attention import decoding
 from aifactory_train.model.cpu_operators import apply_cpu_operators
 from aifactory_train.model.objective import TokenNLL
 from aifactory_train.model.operators import apply_operators
@@ -98,7 +99,7 @@ def test_variants_of_lora_keep_their_own_code(settings: dict) -> None:
 def test_merged_and_disabled_adapters_still_work() -> None:
     plain, saving = build("llama", True, False)[0], build("llama", True, True)[0]
     ids = (torch.arange(12) * 5 % 400)[None]
-    with torch.no_grad():
+    with torch.no_grad(), decoding(plain.model), decoding(saving.model):
         with plain.model.disable_adapter(), saving.model.disable_adapter():
             assert torch.equal(plain.model(input_ids=ids).logits, saving.model(input_ids=ids).logits)
         plain.model.merge_adapter(), saving.model.merge_adapter()

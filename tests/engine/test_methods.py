@@ -382,6 +382,7 @@ def test_goldfish_counts_and_batches_agree_and_no_withheld_token_is_a_target(tmp
     assert always.supervised.min() >= 1
 
 
+@pytest.mark.slow  # minutes of training
 def test_goldfish_keeps_a_passage_from_being_recited(tmp_path, tiny_model_dir):
     """A passage is overfitted with and without: plain loss recites it, goldfish loss does not (the paper's figure
     1).
@@ -505,6 +506,7 @@ def test_replay_has_its_share_of_the_tokens_and_is_never_held_out(tmp_path, tiny
     assert np.mean(shares) == pytest.approx(share, rel=0.1)  # whole documents: not to the token
 
 
+@pytest.mark.slow  # minutes of training
 def test_replay_keeps_what_was_known(tmp_path, tiny_model_dir):
     """A model that knows A learns B: with A replayed at a third of the tokens it forgets less of A."""
     register()
