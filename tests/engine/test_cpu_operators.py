@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core import compat
 from aifactory_train.model import attention, cpu_matmul
-from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.model.attention import decoding
+from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.model.cpu_operators import apply_cpu_operators
 from aifactory_train.model.objective import TokenNLL
 from aifactory_train.model.operators import apply_operators
