@@ -13,6 +13,7 @@ import torch
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.model import position_check as pc
+from aifactory_train.model.attention import decoding
 from aifactory_train.model.loading import build_model
 from aifactory_train.model.operators import apply_operators
 from aifactory_train.model.precision import choose_precision
@@ -273,7 +274,7 @@ def test_adapters_of_families_that_name_their_parts_otherwise(family, tmp_path):
     recipe = recipe_for(base)
     precision, _ = choose_precision(recipe, "cpu")
     core = build_model(recipe, base, None, device="cpu", precision=precision, report=report)
-    with torch.no_grad():  # before our operators: they are compared too
+    with torch.no_grad(), decoding(core.model):  # before our operators: they are compared too
         ids = torch.randint(4, 400, (1, 12), generator=torch.Generator().manual_seed(1))
         logits = core.model(input_ids=ids).logits[0, :-1]
     apply_operators(core, recipe, device="cpu", engine="ddp", weights="always", report=report)

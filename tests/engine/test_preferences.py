@@ -29,6 +29,7 @@ from aifactory_train.methods.preference import BALANCE, Preference
 from aifactory_train.methods.reference import REFERENCE_FILE
 from aifactory_train.metrics.bootstrap import unpacked
 from aifactory_train.model.answer_loss import dpo_loss, ipo_loss
+from aifactory_train.model.attention import decoding
 from aifactory_train.parallel.world import join_world, leave_world
 from aifactory_train.report.curves import curves
 from aifactory_train.run.folder import RunFolder
@@ -61,12 +62,18 @@ def trainer_of(path: Path, folder: Path, *overrides: str) -> Iterator[Trainer]:
         leave_world()
 
 
+def ours_or_plain(model: Any) -> Any:
+    """Around a plain call: a model that training loaded attends to documents otherwise."""
+    ours = str(model.config._attn_implementation).startswith("aifactory")
+    return decoding(model) if ours else contextlib.nullcontext()
+
+
 def plain_logps(model: Any, dataset: Any, documents: Any) -> np.ndarray:
     """Log-probabilities of answers by transformers alone, one document at a time."""
     found = []
     for document in documents:
         tokens, mask = (torch.from_numpy(x(int(document))) for x in (dataset.tokens, dataset.mask))
-        with torch.no_grad():
+        with torch.no_grad(), ours_or_plain(model):
             each = -F.cross_entropy(model(tokens[None]).logits[0, :-1].double(), tokens[1:], reduction="none")
         found.append(each[mask[1:]].sum().item())
     return np.asarray(found)

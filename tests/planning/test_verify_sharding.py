@@ -14,11 +14,11 @@ BUILD = """
 import json, resource, sys
 from aifactory_train.model import shapes
 from aifactory_train.planning import verify_sharding
-from aifactory_train.planning.job import STACKS, Bytes, Gpu, Job, Layout, Links
+from aifactory_train.planning.job import STACKS, Bytes, GpuRates, Layout, Links, TrainingJob
 ask = json.loads(sys.argv[1])
 shape = shapes.load(ask["base"]) if isinstance(ask["base"], str) else shapes.from_config(ask["base"], "tiny")
 engine = ask["engine"]
-job = Job(shape, Gpu("any"), Links(8, None, None), Layout(engine, ask["world"], ask["shard"]), 1024, 1,
+job = TrainingJob(shape, GpuRates("any"), Links(8, None, None), Layout(engine, ask["world"], ask["shard"]), 1024, 1,
           method=ask.get("method", "full"), bytes=Bytes() if engine.startswith("zero") else Bytes(working=0))
 found = verify_sharding.compare(job, ask.get("rank", 0))
 found["gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
