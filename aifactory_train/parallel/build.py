@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aifactory_train.core import compat
 from aifactory_train.core.errors import UserError
-from aifactory_train.model.base import base_folder
-from aifactory_train.model.weight_files import forget_pages
 from aifactory_train.parallel.engine import Engine
 from aifactory_train.parallel.traits import DEFAULT, refuse_what_it_cannot_do, traits_of
 
@@ -35,6 +32,9 @@ def choose_engine(recipe: Recipe, world: World) -> tuple[str, str]:
 
 def build_engine(name: str, core: CausalLM, recipe: Recipe, precision: Precision, world: World) -> Engine:
     """Construct the engine; its imports happen here, so that DeepSpeed is needed only where it is used."""
+    from aifactory_train.core import compat
+    from aifactory_train.model.base import base_folder
+    from aifactory_train.model.weight_files import forget_pages
     from aifactory_train.parallel.apply import prepare_blocks
 
     settings, traits = recipe.parallel, traits_of(name)

@@ -32,6 +32,8 @@ MAY_CHANGE = (
     "train.micro_batch_tokens",
     "train.loss_chunk_tokens",
 )
+#: Keys that decide what rows become: the digest of the tokens, which is compared too, says whether anything changed.
+SEEN_IN_TOKENS = ("data.control_tokens_in_content",)
 #: Keys that prolong a run: allowed where the steps already made would have had the same learning rates.
 PROLONG = ("train.epochs", "train.max_steps")
 
@@ -74,7 +76,8 @@ def check_changes(before: dict[str, Any], now: dict[str, Any], *, same_rates: bo
         line = f"{key}: {old} -> {new}"
         lines.append(line)
         moved = _is_path(key) and _moved(old, new)
-        if not may_change(key) and not moved and not (key in PROLONG and same_rates):
+        allowed = may_change(key) or key in SEEN_IN_TOKENS
+        if not allowed and not moved and not (key in PROLONG and same_rates):
             refused.append(key)
     if refused:
         fix = "undo the change, or start a new run (--run-dir NEW)"

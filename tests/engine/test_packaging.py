@@ -22,7 +22,6 @@ import pytest
 from aifactory_train.cli import COMMANDS
 
 ROOMS = ("aifactory_train", "kernels", "launchers", "recipes", "sites")
-OUTSIDE = ("tests", "benchmarks", "docs", "aifactory_train")
 pytest.importorskip("setuptools", reason="building a wheel offline needs setuptools (extra: test)")
 
 
@@ -146,7 +145,8 @@ names = set()
 for base in roots:
     for path in base.rglob("*.py"):
         parts = path.relative_to(base).with_suffix("").parts
-        if "__pycache__" in parts or path.name == "setup.py" or parts[0] in OUTSIDE:
+        outside = ("tests", "benchmarks", "docs", "aifactory_train")
+        if "__pycache__" in parts or path.name == "setup.py" or parts[0] in outside:
             continue
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         names.add(".".join(("aifactory_train", *parts)))

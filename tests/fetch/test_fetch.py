@@ -722,7 +722,7 @@ def odd_wheel(path: Path, members: list[tuple[str, bytes]], *, record: bytes | N
         ([("a", b"x"), ("a/b", b"x")], None, "broken"),
         ([("a/b", b"x"), ("a", b"x")], None, "broken"),
         ([("a", b"x")], b"\xff\xfe", "broken"),
-        ([("a", b"x")], b"a" * 200_000, "broken"),
+        ([("a", b"x")], b"a" * 200_000, "broken|does not list"),  # a reader of large CSV cells raises the limit
         ([("a", b"x")], b"", "RECORD does not list 'a'"),
         ([("a", b"x")], b"b,sha256=AAAA,1", "RECORD does not list 'a'"),
     ],

@@ -46,7 +46,7 @@ def checkout(tmp_path: Path) -> Path:
     target = tmp_path / "checkout"
     skip = shutil.ignore_patterns("__pycache__")
     for name in ("aifactory_train", "sites"):
-        shutil.copytree(ROOT / name, target / name, ignore=skip)
+        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=skip)
     return target
 
 
