@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -39,6 +40,23 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.setenv("AIFACTORY_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _unprotected_again() -> Iterator[None]:
+    """What a run under a privacy profile withholds in its process is shown to the next test."""
+    yield
+    redact = sys.modules.get("aifactory_train.private.redact")
+    if redact is not None and redact.is_active():
+        redact.deactivate()
+
+
+@pytest.fixture
+def csv_limit() -> Iterator[None]:
+    """The csv module's own limit of a cell, which reading rows raises for the whole process."""
+    before = csv.field_size_limit(131_072)
+    yield
+    csv.field_size_limit(before)
 
 
 @pytest.fixture(scope="session")

@@ -722,12 +722,12 @@ def odd_wheel(path: Path, members: list[tuple[str, bytes]], *, record: bytes | N
         ([("a", b"x"), ("a/b", b"x")], None, "broken"),
         ([("a/b", b"x"), ("a", b"x")], None, "broken"),
         ([("a", b"x")], b"\xff\xfe", "broken"),
-        ([("a", b"x")], b"a" * 200_000, "broken|does not list"),  # a reader of large CSV cells raises the limit
+        ([("a", b"x")], b"a" * 200_000, "broken"),
         ([("a", b"x")], b"", "RECORD does not list 'a'"),
         ([("a", b"x")], b"b,sha256=AAAA,1", "RECORD does not list 'a'"),
     ],
 )
-def test_odd_wheels(tmp_path, members, record, words):
+def test_odd_wheels(tmp_path, csv_limit, members, record, words):
     with pytest.raises(UserError, match=words):
         sources.unpack_wheel(odd_wheel(tmp_path / "w.whl", members, record=record), tmp_path / "out")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.private import egress, redact
+from aifactory_train.private import egress
 from aifactory_train.record import trackers
 from aifactory_train.record.files import load_record
 
@@ -109,7 +109,6 @@ def test_a_failing_tracker_ends_nothing(tell, monkeypatch, capsys):
         def finish(self, state):
             raise ConnectionError("gone")
 
-    redact.deactivate()  # another test of this process may have had a protected run
     monkeypatch.setattr(trackers, "MLflow", Broken)
     run = tell({"tracking.mlflow": True})
     record = load_record(run.path)
