@@ -80,7 +80,11 @@ def test_new_reads_slurm_and_asks_the_rest(cluster: dict[str, str], own_config: 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "check: passed" in done.stdout
     raw = yaml.safe_load((own_config / "sites" / "my-lab.yaml").read_text())
-    assert raw["partitions"] == {"main": {"max_time": "1h", "nodes": 2}}
+    assert raw["partitions"] == {
+        "main": {"max_time": "1h", "nodes": 2},  # the default comes first
+        "dev": {"max_time": "10m", "max_nodes": 1, "nodes": 2},
+    }
+    assert next(iter(raw["partitions"])) == "main"
     assert raw["node"]["gpus"] == 4 and raw["node"]["memory_usable_gib"] == 195.3
     assert raw["missing"] == []
     assert aifactory(env, "probe", "my-lab").stdout.startswith("my-lab: no difference")
