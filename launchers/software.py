@@ -2,9 +2,11 @@
 machines without internet.
 
     overlay     inside the site's container: a virtual environment with --system-site-packages over the image's own
-    torch modules     the same over the torch that the site's modules bring venv        an environment of our own, torch
-    included, from the package index wheelhouse  the same, from wheels that were fetched elsewhere for the compute
-    nodes' instruction set and carried over
+                torch
+    modules     the same over the torch that the site's modules bring
+    venv        an environment of our own, torch included, from the package index
+    wheelhouse  the same, from wheels that were fetched elsewhere for the compute nodes' instruction set and carried
+                over
 
 Nothing here installs anything on the machine that calls it, except ``verify_here``, which looks at one environment.
 """

@@ -1,16 +1,16 @@
 """Facts about machines: the 19 AI Factories and 13 Antennas, their systems, and this machine. Data, no policy.
 
-The interface that other rooms rely on (all cheap, none imports torch; everything raises :class:`UserError` on bad
-input)::
+The interface that other rooms rely on (all cheap, none imports torch; all raises :class:`UserError` on bad input)::
 
     from aifactory_train import sites
 
     sites.names(usable=True)              # ids of the systems that can be used today
     sites.members()                       # the 32: dicts with id, name, kind, country, sectors, links, systems, ...
     system = sites.load("lumi-g")         # a resolved System; also a path, "local", "generic-slurm";
-    overlay=FILE|dict|False sites.detect()                        # this machine as a System called "local"
-    sites.identify()                      # id of the known system we are on, or None sites.broken_limit(system,
-    partition, qos, nodes, seconds, gpus_per_node)  # first broken limit as a sentence, or None
+                                          # overlay=FILE|dict|False
+    sites.detect()                        # this machine as a System called "local"
+    sites.identify()                      # id of the known system we are on, or None
+    sites.broken_limit(system, partition, qos, nodes, seconds, gpus_per_node)  # the first, as a sentence, or None
 
 A :class:`System` holds plain Python values; ``None`` means *not published*, never a default:
 
@@ -34,37 +34,37 @@ A :class:`System` holds plain Python values; ``None`` means *not published*, nev
     system.default_partition
     system.qos[name] .max_time (s) .min_nodes .max_nodes .max_gpus .max_running_jobs .purpose .flags
     system.limits(partition, qos=None)   the tighter of both, as a dict;  system.qos_of(partition, qos) -> (name, Qos)
-    system.partition(name)               refuses an unknown one with did-you-mean;  system.max_nodes  over all
-    partitions system.request   .gpus ("gpus-per-node"|"gres"|"gpus"|"none"|"pbs-select"|"torque-nodes"|"kubernetes")
-    .gres_type
-                     .gres_name .node_selector .pbs_select .exclusive .cpus_per_gpu .cpus_per_gpu_rule
-                     ("exact"|"at-most"|"usual") .cpus_are ("cores"|"threads": what cpus_per_gpu counts) .memory
-                     ("none"|"mem"|"mem-per-gpu") .memory_gib .partial_multi_node .flags .never
+    system.partition(name)               refuses an unknown one with did-you-mean
+    system.max_nodes                     over all partitions
+    system.request   .gpus ("gpus-per-node"|"gres"|"gpus"|"none"|"pbs-select"|"torque-nodes"|"kubernetes") .gres_type
+                     .gres_name .node_selector .pbs_select .exclusive .cpus_per_gpu
+                     .cpus_per_gpu_rule ("exact"|"at-most"|"usual")
+                     .cpus_are ("cores"|"threads": what cpus_per_gpu counts)
+                     .memory ("none"|"mem"|"mem-per-gpu") .memory_gib .partial_multi_node .flags .never
     system.launch    .style ("torchrun"|"srun"|"mpi") .srun_flags .cpu_bind .cpu_bind_node .gpu_bind
-    .torchrun_numa_binding
-                     .mpi_type .mpiexec .repeat_cpus_per_task .login_shell .output_must_be_under
-                     .output_must_not_be_under .head_address.strategy
-                     ("hostname"|"fqdn"|"nodeaddr"|"suffix"|"interface"|"command") .suffix .strip_domain .interface
-                     .family .resolve
-    system.policy    .export ("NONE"|"ALL") .requeue ("allowed"|"forbidden"|None) .resubmit
-    ("requeue"|"chain"|"resubmit")
+                     .torchrun_numa_binding .mpi_type .mpiexec .repeat_cpus_per_task .login_shell
+                     .output_must_be_under .output_must_not_be_under
+                     .head_address.strategy ("hostname"|"fqdn"|"nodeaddr"|"suffix"|"interface"|"command") .suffix
+                     .strip_domain .interface .family .resolve
+    system.policy    .export ("NONE"|"ALL") .requeue ("allowed"|"forbidden"|None)
+                     .resubmit ("requeue"|"chain"|"resubmit")
                      .signal .preemption .unattended_submission ("allowed"|"human-needed"|None)
     system.environment  .set {NCCL_…} .avoid {variable: why} .workarounds
-    system.software  .modules_system .purge .use .modules .provides_torch .containers[i].{runtime, gpu_flag, image,
-    module,
-                     binds, exec_flags, image_dirs, notes} .os .cuda .rocm .driver .wheels_isa
+    system.software  .modules_system .purge .use .modules .provides_torch
+                     .containers[i].{runtime, gpu_flag, image, module, binds, exec_flags, image_dirs, notes}
+                     .os .cuda .rocm .driver .wheels_isa
     system.filesystems[i]  .role ("home"|"project"|"scratch"|"fast"|"node-local"|"data"|"archive") .path (template)
-    .variable
-                     .quota_gib .inodes .purge_days .kind .on_compute;  system.filesystem(role) the first of a role, or
-                     None
+                     .variable .quota_gib .inodes .purge_days .kind .on_compute
+    system.filesystem(role)              the first of a role, or None
     system.internet  .login .compute ("full"|"nat"|"proxy"|"none"|None);  system.offline  jobs must run offline
     system.energy    .counter .pue .grid_g_co2_per_kwh .grid_region
     system.user      the overlay's own values: account, partition, qos, reservation, constraint, project, work_dir,
                      scratch_dir, container_image, container_binds, venv, modules, env, exclude_nodes, budget_gpu_hours,
                      price_per_gpu_hour, currency, mail
-    system.provenance("gpu.memory_gib") -> Fact(path, value, source_id, source, url, date, retrieved, confidence, note)
-    | None system.stated_facts()                every stated leaf as a Fact system.as_dict()                     plain
-    JSON data with ``provenance``: what ``aifactory sites SYSTEM --json`` prints
+    system.provenance("gpu.memory_gib") -> Fact(path, value, source_id, source, url, date, retrieved,
+                                           confidence, note) | None
+    system.stated_facts()                every stated leaf as a Fact
+    system.as_dict()                     plain JSON data with ``provenance``: ``aifactory sites SYSTEM --json``
 
     sites.slurm_time(seconds) -> "2-00:00:00";  sites.parse_duration("48h") -> 172800
 """

@@ -49,11 +49,10 @@ def load(name: str, overlay: Path | str | dict[str, Any] | bool | None = None) -
     """The resolved system called ``name``.
 
     name:     an id or alias (``lumi-g``), ``local`` (detected now), ``generic-slurm``, or the path of a profile's YAML
-    file.
+              file.
               A profile of that name in ``~/.config/aifactory/sites/`` is found too; a shipped one wins.
     overlay:  a file or dict with the user's values (a file may also hold a whole profile of that name); ``None`` uses
-    ``~/.config/aifactory/sites/<id>.yaml`` where it exists;
-              ``False`` uses none.
+              ``~/.config/aifactory/sites/<id>.yaml`` where it exists; ``False`` uses none.
 
     Raises UserError for an unknown name (with the nearest system, factory, host or country), for a factory's or
     antenna's name (with its systems), and for a wrong key in profile or overlay (with file and line).

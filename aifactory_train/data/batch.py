@@ -21,13 +21,14 @@ class Batch:
 
     Attributes:
         input_ids: int64 [B, T]. Packed: B = 1 and the documents end to end; padded: one document a row, padding on the
-        right. position_ids: int64 [B, T], beginning at 0 for each document. labels: int64 [B, T], already shifted: the
-        target of the hidden state at that place, -100 where there is none. The
+            right.
+        position_ids: int64 [B, T], beginning at 0 for each document.
+        labels: int64 [B, T], already shifted: the target of the hidden state at that place, -100 where there is
+            none. The
             last token of a document has none, so nothing is predicted across documents.
         cu_seqlens: int32 [segments + 1] over the flattened B*T tokens; one segment per document. Padding lies at the
-        end of
-            the last segment (packed) or of its row's segment (padded): causal attention keeps it out of every real
-            token.
+            end of the last segment (packed) or of its row's segment (padded): causal attention keeps it out of
+            every real token.
         max_seqlen: tokens of the longest segment.
         num_supervised: labels that are not -100.
         num_tokens: real tokens, without padding.

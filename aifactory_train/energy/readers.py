@@ -1,17 +1,16 @@
 """Energy counters of one node. Each reader gives cumulative joules by counter; none samples power.
 
-=============  =======
-===================================================================================================== reader
-bounds   what it reads =============  =======
-===================================================================================================== nvml
-device   ``nvmlDeviceGetTotalEnergyConsumption`` (mJ since the driver was loaded; Volta and later) amdsmi         device
-``amdsmi_get_energy_count`` (accumulator x resolution in uJ). The two GCDs of an MI250X are one package
+=============  =======  ===============================================================================================
+reader         bounds   what it reads
+=============  =======  ===============================================================================================
+nvml           device   ``nvmlDeviceGetTotalEnergyConsumption`` (mJ since the driver was loaded; Volta and later)
+amdsmi         device   ``amdsmi_get_energy_count`` (accumulator x resolution in uJ). The two GCDs of an MI250X
+                        are one package
                         with one counter; the second die reads 0 or repeats the first, so the package is counted once
 pm_counters    node     Cray's ``/sys/cray/pm_counters/energy`` (J, the whole node at its board)
 pm_accel       device   the same tree's ``accelN_energy`` (J, one per module)
 rapl           cpu      ``/sys/class/powercap`` packages and their DRAM (uJ, wraps at ``max_energy_range_uj``)
-=============  =======
-=====================================================================================================
+=============  =======  ===============================================================================================
 
 The libraries are called through ``ctypes``: nothing needs to be installed, and a node without them says so by name.
 """

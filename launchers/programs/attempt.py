@@ -7,11 +7,14 @@ piece of code.
 Exit codes of launchers are not the truth (srun reports 143 for a rank that exited with 7, torchrun 1 for every
 failure), so everything here is decided from the files that the ranks left in ``attempts/NNN``:
 
-    outcome-RANK.json  the trainer's own word: done, stopped or failed, with exception and step
-    exit-RANK.json     the rank program's word: exit code or signal of the trainer, also when the trainer could say
-    nothing alive-RANK.json    the last heartbeat of a rank preflight-RANK.json, hang.json, node-state.txt, signal.txt
-    what the job itself saw stop-request.txt     the request to stop that this attempt answered: ``RUN/stop``, moved
-    here when the attempt was closed
+    outcome-RANK.json    the trainer's own word: done, stopped or failed, with exception and step
+    exit-RANK.json       the rank program's word: exit code or signal of the trainer, also when the trainer could say
+                         nothing
+    alive-RANK.json      the last heartbeat of a rank
+    preflight-RANK.json, hang.json, node-state.txt, signal.txt
+                         what the job itself saw
+    stop-request.txt     the request to stop that this attempt answered: ``RUN/stop``, moved here when the attempt was
+                         closed
 
 ``RUN/stop`` is the one record of who asked a run to stop. Everybody reads it; under a launcher nobody but `close` (or
 `begin`, for an attempt that was cut off before it could be closed) takes it away. So what the ranks acted on is still
