@@ -43,6 +43,11 @@ def interpret(arch: str = "sm_90", sku: str | None = "H100-80"):
         _interpreted = before
 
 
+def custom_op(name: str, schema: str):
+    """Registers a function as ``torch.ops.aifactory.NAME``, which changes none of its arguments."""
+    return torch.library.custom_op(f"aifactory::{name}", mutates_args=(), schema=schema)
+
+
 @lru_cache(None)
 def device_of(index: int) -> tuple[str, str | None, int]:
     """(architecture, SKU name or None, SM/CU count) of a GPU of this process."""

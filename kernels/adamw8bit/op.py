@@ -33,24 +33,11 @@ def adamw8bit_step(param, grad, m, v, m_scale, v_scale, lr, beta1, beta2, eps, w
     n = param.numel()
     config = runtime.launch(NAME, param, numel=n)["adamw8bit_step"]
     kernel[(cdiv(n, 256 * config["groups"]),)](
-        param,
-        grad.contiguous(),
-        m,
-        v,
-        m_scale,
-        v_scale,
-        n,
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        bias1,
-        bias2,
+        param, grad.contiguous(), m, v, m_scale, v_scale, n, lr, beta1, beta2, eps, weight_decay, bias1, bias2,
         max(seed, 0),
         **space.constexprs(config, "", {}) | {"STOCHASTIC": seed >= 0 and param.dtype == torch.bfloat16},
         **runtime.compiler_options(config),
-    )
+    )  # fmt: skip
 
 
 @adamw8bit_step.register_fake

@@ -58,10 +58,8 @@ def launch_backward(grad, logits, labels, lse, out, scale, softcap):
     return out
 
 
-@torch.library.custom_op(
-    "aifactory::cross_entropy_fwd",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor labels, float scale, float softcap) -> (Tensor, Tensor)",
+@runtime.custom_op(
+    "cross_entropy_fwd", "(Tensor logits, Tensor labels, float scale, float softcap) -> (Tensor, Tensor)"
 )
 def cross_entropy_fwd(logits, labels, scale, softcap):
     if not runtime.use_triton("cross_entropy", logits):
@@ -77,10 +75,8 @@ def _(logits, labels, scale, softcap):
     return loss, torch.empty_like(loss)
 
 
-@torch.library.custom_op(
-    "aifactory::cross_entropy_bwd",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor logits, Tensor labels, Tensor lse, float scale, float softcap) -> Tensor",
+@runtime.custom_op(
+    "cross_entropy_bwd", "(Tensor grad, Tensor logits, Tensor labels, Tensor lse, float scale, float softcap) -> Tensor"
 )
 def cross_entropy_bwd(grad, logits, labels, lse, scale, softcap):
     if not runtime.use_triton("cross_entropy", logits):

@@ -6,34 +6,15 @@ VOCABULARIES = (32000, 128256, 151936, 262144)
 
 
 def forward_arguments(dtype: str, shape: Shape) -> dict:
-    v = shape["vocab"]
-    return {
-        "X": "*" + dtype,
-        "L": "*i64",
-        "LOSS": "*fp32",
-        "LSE": "*fp32",
-        "sx": v,
-        "n_cols": v,
-        "scale": "fp32",
-        "softcap": "fp32",
-    }
+    return fused_arguments(dtype, shape) | {"LSE": "*fp32"}
 
 
 def backward_arguments(dtype: str, shape: Shape) -> dict:
-    v = shape["vocab"]
+    v, p = shape["vocab"], "*" + dtype
     return {
-        "G": "*fp32",
-        "X": "*" + dtype,
-        "L": "*i64",
-        "LSE": "*fp32",
-        "DX": "*" + dtype,
-        "sg": 1,
-        "sx": v,
-        "sdx": v,
-        "n_cols": v,
-        "scale": "fp32",
-        "softcap": "fp32",
-    }
+        "G": "*fp32", "X": p, "L": "*i64", "LSE": "*fp32", "DX": p, "sg": 1, "sx": v, "sdx": v, "n_cols": v,
+        "scale": "fp32", "softcap": "fp32",
+    }  # fmt: skip
 
 
 def fused_arguments(dtype: str, shape: Shape) -> dict:

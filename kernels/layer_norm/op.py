@@ -25,11 +25,7 @@ def layer_norm(
     return torch.ops.aifactory.layer_norm_fwd(x, weight, bias, eps)[0]
 
 
-@torch.library.custom_op(
-    "aifactory::layer_norm_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
-)
+@runtime.custom_op("layer_norm_fwd", "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)")
 def layer_norm_fwd(x, weight, bias, eps):
     if not runtime.use_triton("layer_norm", x):
         var, mean = torch.var_mean(runtime.wide(x), -1, correction=0)
@@ -69,11 +65,10 @@ def _(x, weight, bias, eps):
     return x.new_empty(x.shape), stat, torch.empty_like(stat)
 
 
-@torch.library.custom_op(
-    "aifactory::layer_norm_bwd",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor? weight, bool has_bias, Tensor mean, Tensor rstd, float eps) -> (Tensor, "
-    "Tensor, Tensor)",
+@runtime.custom_op(
+    "layer_norm_bwd",
+    "(Tensor dy, Tensor x, Tensor? weight, bool has_bias, Tensor mean, Tensor rstd, float eps) -> (Tensor, Tensor, "
+    "Tensor)",
 )
 def layer_norm_bwd(dy, x, weight, has_bias, mean, rstd, eps):
     none = x.new_empty(0)

@@ -77,12 +77,10 @@ def _chunk(hidden, rows, vocab):
     return space.chunk_rows(arch, sku, rows, vocab)
 
 
-@torch.library.custom_op(
-    "aifactory::linear_cross_entropy_fwd",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float scale, float softcap, int chunk, int "
-    "supervised,"
-    " bool need_hidden, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
+@runtime.custom_op(
+    "linear_cross_entropy_fwd",
+    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float scale, float softcap, int chunk, int "
+    "supervised, bool need_hidden, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_cross_entropy_fwd(hidden, weight, labels, bias, scale, softcap, chunk, supervised, need_hidden, need_weight):
     rows, picked, overflow = pick(labels, supervised)

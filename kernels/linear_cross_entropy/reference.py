@@ -5,13 +5,6 @@ import torch
 from aifactory_train.kernels.cross_entropy.reference import cross_entropy
 
 
-def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Sum of the losses of all rows whose label is not -100."""
+def linear_cross_entropy(hidden, weight, labels, bias=None, scale=1.0, softcap=None):
+    """The operator of that name: sum of the losses of all rows whose label is not -100."""
     return cross_entropy(torch.nn.functional.linear(hidden, weight, bias), labels, scale, softcap).sum()

@@ -71,11 +71,10 @@ def _rows(labels, first, last, picked):
     return slice(first, last) if picked is None else picked[first:last]
 
 
-@torch.library.custom_op(
-    "aifactory::linear_logps_fwd",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float scale, float softcap, int chunk) -> "
-    "(Tensor, Tensor)",
+@runtime.custom_op(
+    "linear_logps_fwd",
+    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float scale, float softcap, int chunk) -> (Tensor, "
+    "Tensor)",
 )
 def linear_logps_fwd(hidden, weight, labels, bias, scale, softcap, chunk):
     rows, picked, _ = pick(labels, -1)
@@ -102,12 +101,10 @@ def _(hidden, weight, labels, bias, scale, softcap, chunk):
     return logps, torch.empty_like(logps)
 
 
-@torch.library.custom_op(
-    "aifactory::linear_logps_bwd",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor lse, float scale, float "
-    "softcap,"
-    " int chunk) -> (Tensor, Tensor, Tensor)",
+@runtime.custom_op(
+    "linear_logps_bwd",
+    "(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor lse, float scale, float softcap, "
+    "int chunk) -> (Tensor, Tensor, Tensor)",
 )
 def linear_logps_bwd(grad, hidden, weight, labels, bias, lse, scale, softcap, chunk):
     rows, picked, _ = pick(labels, -1)

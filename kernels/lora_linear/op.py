@@ -56,11 +56,10 @@ def _sizes(weight, lora_a):
     return {"in": weight.shape[1], "out": weight.shape[0], "rank": lora_a.shape[0]}
 
 
-@torch.library.custom_op(
-    "aifactory::lora_linear_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? bias, Tensor? x_adapter)"
-    " -> (Tensor, Tensor)",
+@runtime.custom_op(
+    "lora_linear_fwd",
+    "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? bias, Tensor? x_adapter) -> "
+    "(Tensor, Tensor)",
 )
 def lora_linear_fwd(x, weight, lora_a, lora_b, scaling, bias, x_adapter):
     x2 = x.reshape(-1, x.shape[-1])
@@ -76,12 +75,10 @@ def _(x, weight, lora_a, lora_b, scaling, bias, x_adapter):
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, lora_a.shape[0])
 
 
-@torch.library.custom_op(
-    "aifactory::lora_linear_bwd",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor t, float scaling, Tensor? "
-    "x_adapter,"
-    " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+@runtime.custom_op(
+    "lora_linear_bwd",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor t, float scaling, Tensor? x_adapter, "
+    "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def lora_linear_bwd(dy, x, weight, lora_a, lora_b, t, scaling, x_adapter, need_x, need_weight, need_bias):
     dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])

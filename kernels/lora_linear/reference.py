@@ -3,15 +3,7 @@
 import torch
 
 
-def lora_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
-    bias: torch.Tensor | None = None,
-    x_adapter: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """``x W^T + bias + scaling (x_adapter A^T) B^T``; ``x_adapter`` defaults to x."""
+def lora_linear(x, weight, lora_a, lora_b, scaling, bias=None, x_adapter=None):
+    """The operator of that name: ``x W^T + bias + scaling (x_adapter A^T) B^T``; ``x_adapter`` defaults to x."""
     linear = torch.nn.functional.linear
     return linear(x, weight, bias) + linear(linear(x if x_adapter is None else x_adapter, lora_a), lora_b) * scaling

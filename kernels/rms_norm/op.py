@@ -22,11 +22,7 @@ def rms_norm(
     return torch.ops.aifactory.rms_norm_fwd(x, weight, eps, offset)[0]
 
 
-@torch.library.custom_op(
-    "aifactory::rms_norm_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)",
-)
+@runtime.custom_op("rms_norm_fwd", "(Tensor x, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)")
 def rms_norm_fwd(x, weight, eps, offset):
     if not runtime.use_triton("rms_norm", x):
         f = runtime.wide(x)
@@ -39,10 +35,8 @@ def _(x, weight, eps, offset):
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "aifactory::rms_norm_bwd",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float eps, float offset) -> (Tensor, Tensor)",
+@runtime.custom_op(
+    "rms_norm_bwd", "(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float eps, float offset) -> (Tensor, Tensor)"
 )
 def rms_norm_bwd(dy, x, weight, rstd, eps, offset):
     if not runtime.use_triton("rms_norm", x):

@@ -26,10 +26,9 @@ def rms_norm_residual(
     return y, s
 
 
-@torch.library.custom_op(
-    "aifactory::rms_norm_residual_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor, Tensor)",
+@runtime.custom_op(
+    "rms_norm_residual_fwd",
+    "(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor, Tensor)",
 )
 def rms_norm_residual_fwd(x, residual, weight, eps, offset):
     if not runtime.use_triton(NAME, x):
@@ -44,10 +43,9 @@ def _(x, residual, weight, eps, offset):
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "aifactory::rms_norm_residual_bwd",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor ds, Tensor s, Tensor? weight, Tensor rstd, float eps, float offset) -> (Tensor, Tensor)",
+@runtime.custom_op(
+    "rms_norm_residual_bwd",
+    "(Tensor dy, Tensor ds, Tensor s, Tensor? weight, Tensor rstd, float eps, float offset) -> (Tensor, Tensor)",
 )
 def rms_norm_residual_bwd(dy, ds, s, weight, rstd, eps, offset):
     if not runtime.use_triton(NAME, s):

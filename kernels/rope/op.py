@@ -73,11 +73,10 @@ def _rotate(name, sign, q, k, cos, sin, q_weight, k_weight, eps, offset):
     return qo, ko
 
 
-@torch.library.custom_op(
-    "aifactory::rope_fwd",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float eps, float offset)"
-    " -> (Tensor, Tensor)",
+@runtime.custom_op(
+    "rope_fwd",
+    "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float eps, float offset) -> "
+    "(Tensor, Tensor)",
 )
 def rope_fwd(q, k, cos, sin, q_weight, k_weight, eps, offset):
     if not runtime.use_triton("rope", q):
@@ -93,11 +92,7 @@ def _(q, k, cos, sin, q_weight, k_weight, eps, offset):
     return torch.empty_like(_inner(q)), torch.empty_like(_inner(k))
 
 
-@torch.library.custom_op(
-    "aifactory::rope_bwd",
-    mutates_args=(),
-    schema="(Tensor dq, Tensor dk, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
-)
+@runtime.custom_op("rope_bwd", "(Tensor dq, Tensor dk, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
 def rope_bwd(dq, dk, cos, sin):
     if not runtime.use_triton("rope", dq):
         outs = reference.rope(dq, dk, cos, -sin)
@@ -110,12 +105,10 @@ def _(dq, dk, cos, sin):
     return torch.empty_like(_inner(dq)), torch.empty_like(_inner(dk))
 
 
-@torch.library.custom_op(
-    "aifactory::rope_norm_bwd",
-    mutates_args=(),
-    schema="(Tensor dq, Tensor dk, Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor q_weight, Tensor k_weight, "
-    "float eps,"
-    " float offset) -> (Tensor, Tensor, Tensor, Tensor)",
+@runtime.custom_op(
+    "rope_norm_bwd",
+    "(Tensor dq, Tensor dk, Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor q_weight, Tensor k_weight, float eps, "
+    "float offset) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def rope_norm_bwd(dq, dk, q, k, cos, sin, q_weight, k_weight, eps, offset):
     q, k = _inner(q), _inner(k)

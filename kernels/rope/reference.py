@@ -12,17 +12,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
-def rope(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    q_weight: torch.Tensor | None = None,
-    k_weight: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    offset: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotated (q, k), each normalised over D first where a weight is given."""
+def rope(q, k, cos, sin, q_weight=None, k_weight=None, eps=1e-6, offset=0.0):
+    """The operator of that name: rotated (q, k), each normalised over D first where a weight is given."""
     if q_weight is not None and k_weight is not None:
         q, k = rms_norm(q, q_weight, eps, offset), rms_norm(k, k_weight, eps, offset)
     return rotate(q, cos, sin), rotate(k, cos, sin)

@@ -25,7 +25,7 @@ def _torch_path(gate, up, kind):
     return reference.swiglu(gate, up) if kind == 0 else geglu_reference.geglu(gate, up, "tanh" if kind == 1 else "none")
 
 
-@torch.library.custom_op("aifactory::glu_fwd", mutates_args=(), schema="(Tensor gate, Tensor up, int kind) -> Tensor")
+@runtime.custom_op("glu_fwd", "(Tensor gate, Tensor up, int kind) -> Tensor")
 def glu_fwd(gate, up, kind):
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must agree")
@@ -51,9 +51,7 @@ def _(gate, up, kind):
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op(
-    "aifactory::glu_bwd", mutates_args=(), schema="(Tensor grad, Tensor gate, Tensor up, int kind) -> (Tensor, Tensor)"
-)
+@runtime.custom_op("glu_bwd", "(Tensor grad, Tensor gate, Tensor up, int kind) -> (Tensor, Tensor)")
 def glu_bwd(grad, gate, up, kind):
     name = NAMES[kind]
     if not runtime.use_triton(name, gate):

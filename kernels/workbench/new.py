@@ -129,11 +129,7 @@ def NAME(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return torch.ops.aifactory.NAME_fwd(x, gate)
 
 
-@torch.library.custom_op(
-    "aifactory::NAME_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor gate) -> Tensor",
-)
+@runtime.custom_op("NAME_fwd", "(Tensor x, Tensor gate) -> Tensor")
 def NAME_fwd(x, gate):
     if x.shape != gate.shape or x.dtype != gate.dtype:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} and gate {tuple(gate.shape)} {gate.dtype} must agree")
@@ -157,11 +153,7 @@ def _(x, gate):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(
-    "aifactory::NAME_bwd",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor gate) -> (Tensor, Tensor)",
-)
+@runtime.custom_op("NAME_bwd", "(Tensor dy, Tensor x, Tensor gate) -> (Tensor, Tensor)")
 def NAME_bwd(dy, x, gate):
     if not runtime.use_triton("NAME", x):
         dx, dgate = reference.backward(dy, x, gate)
