@@ -1,7 +1,6 @@
 """Torque (with Moab): directives from the shape; one node, where torchrun starts the ranks.
 
-No Torque server has seen these scripts: their directives are checked by :mod:`aifactory_train.launchers.directives`
-only.
+No Torque server has seen these scripts: only tests check their directives, against the grammar of qsub.
 """
 
 from __future__ import annotations

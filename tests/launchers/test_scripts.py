@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import directives
 import pytest
 
 from aifactory_train import sites
 from aifactory_train.config.loading import load_recipe
-from aifactory_train.launchers import backends, directives
+from aifactory_train.launchers import backends
 from aifactory_train.launchers.build import build
 from aifactory_train.launchers.explain import explain
 from aifactory_train.launchers.files import finish
