@@ -28,17 +28,17 @@ class JobShape:
     gpus_per_node: int  # as the scheduler counts them; 0 = none
     ranks_per_node: int
     tasks_per_node: int
-    cpus_per_task: int | None  # as the scheduler counts: cores, or hardware threads where it counts those
-    cpus_per_rank: int | None  # cores
-    memory: tuple[str, int] | None  # ("mem" | "mem-per-gpu", GiB)
     time_s: int
     grace_s: int
-    partition: str | None  # None: not named to the scheduler
-    partition_key: str | None  # the profile's key
-    qos: str | None
-    constraint: str | None
-    account: str | None
-    exclusive: bool
+    cpus_per_task: int | None = None  # as the scheduler counts: cores, or hardware threads where it counts those
+    cpus_per_rank: int | None = None  # cores
+    memory: tuple[str, int] | None = None  # ("mem" | "mem-per-gpu", GiB)
+    partition: str | None = None  # None: not named to the scheduler
+    partition_key: str | None = None  # the profile's key
+    qos: str | None = None
+    constraint: str | None = None
+    account: str | None = None
+    exclusive: bool = False
     why: dict[str, Value] = field(default_factory=dict)
 
     @property

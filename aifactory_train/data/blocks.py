@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 BLOCK_BYTES = 1 << 18
@@ -23,3 +25,11 @@ class Block:
 
     def number(self, i: int) -> int:
         return self.numbers[i] if self.numbers is not None else self.first + i
+
+
+def in_blocks(rows: Iterable[Any], label: str) -> Iterator[Block]:
+    """Rows of a converter or a library, numbered from 1, in blocks."""
+    rows, first = iter(rows), 1
+    while held := list(islice(rows, BLOCK_ROWS)):
+        yield Block(label, first, rows=held)
+        first += len(held)

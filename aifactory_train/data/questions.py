@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aifactory_train.data.cells import (
-    FLAT,
-    RawRow,
-    RowError,
-    Unused,
-    blank,
-    kind_of,
-    parse_json,
-    unseen,
-)
+from aifactory_train.data.cells import FLAT, RawRow, RowError, Unused, blank, kind_of, parse_json, unseen
 from aifactory_train.data.turns import AS_TURNS, note_text, opening_system_turns, read_turns, role_of, turns_in_text
 
 #: Columns that hold the system prompt, the one that counts first.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.data.blocks import BLOCK_ROWS, Block
+from aifactory_train.data.blocks import BLOCK_ROWS, Block, in_blocks
 from aifactory_train.private import vault
 
 
@@ -97,13 +97,4 @@ def hugging_face_rows(path: Path, split: str | None) -> Iterator[Block]:
         label = f"{path.name}[{wanted}]:row"
     else:
         label = f"{path.name}:row"
-    rows: list[Any] = []
-    first = 1
-    for row in loaded:
-        rows.append(_without_nulls(dict(row)))
-        if len(rows) == BLOCK_ROWS:
-            yield Block(label, first, rows=rows)
-            first += len(rows)
-            rows = []
-    if rows:
-        yield Block(label, first, rows=rows)
+    yield from in_blocks((_without_nulls(dict(row)) for row in loaded), label)

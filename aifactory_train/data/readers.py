@@ -11,11 +11,10 @@ import io
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.data import documents, folders
-from aifactory_train.data.blocks import BLOCK_ROWS, Block
+from aifactory_train.data.blocks import Block, in_blocks
 from aifactory_train.data.read_arrow import arrow_rows, hugging_face_rows, parquet_rows
 from aifactory_train.data.read_csv import csv_rows
 from aifactory_train.data.read_json import json_lines, json_rows
@@ -56,7 +55,7 @@ def _file(path: Path, notes: documents.Notes) -> Iterator[Block]:
     if path.stat().st_size == 0:
         raise UserError("the file is empty", where=str(path), fix="give a file that holds rows, or take it away")
     if documents.kind_of(path) is not None:
-        yield from from_converter(documents.rows_of_file(path, notes), f"{path}:part")
+        yield from in_blocks(documents.rows_of_file(path, notes), f"{path}:part")
         return
     readers: dict[str, Callable[[Path], Iterator[Block]]] = {
         ".jsonl": json_lines,
@@ -160,20 +159,6 @@ def _of_split(root: Path, files: list[Path], split: str | None, notes: documents
 def _is_table(path: Path) -> bool:
     plain = vault.plain_name(path).suffix.lower()
     return plain in TABLE_SUFFIXES or (plain == ".gz" and len(path.suffixes) > 1)
-
-
-def from_converter(rows: Iterator[dict[str, Any]], label: str) -> Iterator[Block]:
-    """Rows of a converter, numbered from 1."""
-    held: list[Any] = []
-    first = 1
-    for row in rows:
-        held.append(row)
-        if len(held) == BLOCK_ROWS:
-            yield Block(label, first, rows=held)
-            first += len(held)
-            held = []
-    if held:
-        yield Block(label, first, rows=held)
 
 
 def limit(source: Iterator[Block], most: int | None) -> Iterator[Block]:

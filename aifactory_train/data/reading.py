@@ -20,7 +20,7 @@ from aifactory_train.config.data_blocks import DataSource
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.data import documents, readers, split
-from aifactory_train.data.blocks import Block
+from aifactory_train.data.blocks import Block, in_blocks
 from aifactory_train.data.cells import RowError, Unused, to_user_error
 from aifactory_train.data.encode_block import Done, RowTally, Task, process
 from aifactory_train.data.encoder import Encoder
@@ -178,7 +178,7 @@ def read_source(
     notes = documents.Notes(recipe.data.unreadable)
     if item.converter is not None:
         rows = _guarded(item.converter, item.path, source, label)
-        stream = readers.from_converter(rows, label)
+        stream = in_blocks(rows, label)
     else:
         stream = readers.blocks(item.path, split=source.split, hub=item.hub, notes=notes, role=item.role)
     stream = readers.limit(stream, source.max_rows)

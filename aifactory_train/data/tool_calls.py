@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aifactory_train.data.cells import (
-    RawRow,
-    RowError,
-    Unused,
-    blank,
-    kind_of,
-    parse_json,
-)
+from aifactory_train.data.cells import RawRow, RowError, Unused, blank, kind_of, parse_json
 
 
 def calls_of_turn(raw: dict[str, Any], where: str, unused: Unused) -> list[Any] | None:

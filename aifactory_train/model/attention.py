@@ -125,16 +125,7 @@ def _over_documents(kernel: _Kernel) -> Callable[..., tuple[torch.Tensor, None]]
 
     @functools.wraps(kernel)
     def attention(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        documents: Documents | None = None,
-        **kwargs,
+        module, query, key, value, attention_mask, *, dropout=0.0, scaling=None, documents=None, **kwargs
     ) -> tuple[torch.Tensor, None]:
         if documents is None:
             return per_document_attention(module, query, key, value, attention_mask)  # refuses

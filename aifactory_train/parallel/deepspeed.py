@@ -26,7 +26,7 @@ from aifactory_train.parallel.apply import block_modules
 from aifactory_train.parallel.dims import ParallelDims
 from aifactory_train.parallel.optim import build_optimizer, parameter_groups
 from aifactory_train.parallel.state import Piece, Sharded, run_of
-from aifactory_train.parallel.torch_engine import clip_factor, multiply, state_keys, sum_of_squares
+from aifactory_train.parallel.torch_engine import clip_to, state_keys, sum_of_squares
 from aifactory_train.parallel.traits import traits_of, zero_stage
 
 if TYPE_CHECKING:
@@ -204,10 +204,7 @@ class DeepSpeedEngine:
         gradients = self._gradients()
         square = sum_of_squares(gradients, self.world.device)
         dist.all_reduce(square)
-        norm = square.sqrt() * rest
-        if max_norm is not None or rest != 1.0:
-            multiply(gradients, rest * clip_factor(norm, max_norm))
-        return norm
+        return clip_to(gradients, square, max_norm, rest)
 
     def step(self, learning_rate: float) -> None:
         for group in self.zero.param_groups:

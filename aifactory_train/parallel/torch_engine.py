@@ -67,6 +67,15 @@ def multiply(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
             torch.mul(gradient, here.expand_as(gradient), out=gradient)
 
 
+def clip_to(gradients: list[torch.Tensor], square: torch.Tensor, max_norm: float | None, rest: float) -> torch.Tensor:
+    """Scale local gradients by ``rest``, and down to ``max_norm`` where their norm over all ranks is larger; ``square``
+    is the square of that norm. Returns the norm before it is clipped."""
+    norm = square.sqrt() * rest
+    if max_norm is not None or rest != 1.0:
+        multiply(gradients, rest * clip_factor(norm, max_norm))
+    return norm
+
+
 def split_scale(scale: float) -> tuple[float, float]:
     """``(power of two, rest in [0.5, 1))`` whose product is ``scale``.
 
@@ -124,10 +133,7 @@ class TorchEngine:
         group = self._norm_group()
         if group is not None:
             dist.all_reduce(square, group=group)
-        norm = square.sqrt() * rest
-        if max_norm is not None or rest != 1.0:
-            multiply(gradients, rest * clip_factor(norm, max_norm))
-        return norm
+        return clip_to(gradients, square, max_norm, rest)
 
     def step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -83,18 +83,6 @@ class Layout:
         return self.world // self.shard
 
     @property
-    def shards_parameters(self) -> bool:
-        return self.traits.shards_parameters
-
-    @property
-    def shards_gradients(self) -> bool:
-        return self.traits.shards_gradients
-
-    @property
-    def shards_optimizer(self) -> bool:
-        return self.traits.shards_optimizer
-
-    @property
     def deepspeed(self) -> bool:
         return self.traits.zero_stage is not None
 

@@ -278,16 +278,16 @@ def static_state(job: TrainingJob) -> State:
     def quantised() -> float:
         """Bytes of frozen weights: under nf4 the blocks' matrices, not embeddings and vectors."""
         if job.method != "qlora":
-            return elements(block, root, layout.shards_parameters) * b.frozen
+            return elements(block, root, layout.traits.shards_parameters) * b.frozen
         matrices = [t for t in block if t[1] > 1]
         vectors = [t for t in block if t[1] == 1]
-        packed = elements(matrices, [], layout.shards_parameters) * NF4_BYTES
-        return packed + elements(vectors, root, layout.shards_parameters) * b.frozen
+        packed = elements(matrices, [], layout.traits.shards_parameters) * NF4_BYTES
+        return packed + elements(vectors, root, layout.traits.shards_parameters) * b.frozen
 
     frozen_bytes = quantised() if job.method != "full" else 0.0
-    here = elements(trained_block, trained_root, layout.shards_parameters)
-    for_optimizer = elements(trained_block, trained_root, layout.shards_optimizer)
-    gradients = elements(trained_block, trained_root, layout.shards_gradients) * b.gradients
+    here = elements(trained_block, trained_root, layout.traits.shards_parameters)
+    for_optimizer = elements(trained_block, trained_root, layout.traits.shards_optimizer)
+    gradients = elements(trained_block, trained_root, layout.traits.shards_gradients) * b.gradients
     late = traits.shards_gradients and traits.reduces == "last" and job.accumulates_whole
     if late and job.grad_accum > 1 and layout.shard > 1:
         gradients = max(gradients, elements(trained_block, trained_root, False) * b.reduce)

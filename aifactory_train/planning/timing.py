@@ -155,14 +155,14 @@ def collectives(job: TrainingJob) -> tuple[float, float]:
     weights = shape.parameters * b.compute if job.method == "full" else frozen + job.trained_parameters * b.compute
     grads = job.trained_parameters
     each = layout.traits.reduces == "each"
-    if layout.shards_parameters:
+    if layout.traits.shards_parameters:
         # forward and backward gather the weights; gradients are reduce-scattered once a step, by ZeRO-3 for every
         # micro-batch
         scatter = grads * b.reduce * share
         if each:
             return (2 + job.scored) * weights * share + scatter, 0.0
         return (2 + job.scored) * weights * share, scatter
-    if layout.shards_optimizer:
+    if layout.traits.shards_optimizer:
         gather = grads * b.compute * share  # the updated weights, once a step
         scatter = grads * b.reduce * share
         return (scatter, gather) if each else (0.0, gather + scatter)
@@ -303,7 +303,7 @@ def predict(job: TrainingJob, constants: Constants | None = None) -> Times:
         )
 
     matmul, attention, pointwise, loss = _compute_seconds(job, c, rate, bandwidth)
-    local = job.trained_parameters / (job.layout.shard if job.layout.shards_optimizer else 1)
+    local = job.trained_parameters / (job.layout.shard if job.layout.traits.shards_optimizer else 1)
     host = 0.0
     state = 2 * (job.bytes.optimizer + job.bytes.parameters) + job.bytes.gradients + job.bytes.compute
     if job.layout.offload_optimizer:

@@ -206,7 +206,7 @@ def _flat(job: TrainingJob, rank: int) -> tuple[int, int, int, int, int]:
     frozen = sum(p.numel() for p in core.parameters() if not p.requires_grad)
     b = job.bytes
     parameters = trained * int(b.working or b.parameters) + frozen * int(b.frozen)
-    gradients = (share if job.layout.shards_gradients else trained) * int(b.gradients)
+    gradients = (share if job.layout.traits.shards_gradients else trained) * int(b.gradients)
     optimizer = share * (int(b.optimizer) + (int(b.parameters) if b.working else 0))
     others = share * (world - 1)
     return parameters, gradients, optimizer, others * int(b.compute), others * int(b.reduce)

@@ -7,6 +7,7 @@ show or send what lies there, when a person decides to. An error of a tracker ne
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import time
@@ -101,18 +102,22 @@ def parameters(recipe: Recipe) -> dict[str, str]:
     return found
 
 
+def _package(module: str) -> Any:
+    name = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"the package '{name}' is not installed", where=f"tracking.{name}", fix=_NEEDS) from None
+
+
 class MLflow:
     """One MLflow run in ``RUN/mlruns``."""
 
     def __init__(self, run: RunFolder, recipe: Recipe):
         os.environ.update(MLFLOW_ALLOW_FILE_STORE="true", MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")
-        try:
-            from mlflow.entities import Metric, Param
-            from mlflow.tracking import MlflowClient
-        except ImportError:
-            raise UserError("the package 'mlflow' is not installed", where="tracking.mlflow", fix=_NEEDS) from None
-        self._metric = Metric
-        self._client = MlflowClient(tracking_uri=(run.path / "mlruns").resolve().as_uri())
+        entities = _package("mlflow.entities")
+        self._metric = entities.Metric
+        self._client = _package("mlflow.tracking").MlflowClient(tracking_uri=(run.path / "mlruns").resolve().as_uri())
         experiment = self._client.get_experiment_by_name(recipe.tracking.experiment)
         number = experiment.experiment_id if experiment else self._client.create_experiment(recipe.tracking.experiment)
         name = run.path.resolve().name
@@ -123,7 +128,7 @@ class MLflow:
             self._client.update_run(self._run, status="RUNNING")
             return
         self._run = self._client.create_run(number, run_name=name).info.run_id
-        self._client.log_batch(self._run, params=[Param(k, v[:500]) for k, v in parameters(recipe).items()])
+        self._client.log_batch(self._run, params=[entities.Param(k, v[:500]) for k, v in parameters(recipe).items()])
 
     def log(self, values: dict[str, float], step: int, kind: str) -> None:
         now = int(time.time() * 1000)
@@ -140,10 +145,7 @@ class WandB:
 
     def __init__(self, run: RunFolder, recipe: Recipe):
         os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true", DO_NOT_TRACK="true")
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("the package 'wandb' is not installed", where="tracking.wandb", fix=_NEEDS) from None
+        wandb = _package("wandb")
         folder = str(run.path.resolve())
         settings = wandb.Settings(
             mode="offline",

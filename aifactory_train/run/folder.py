@@ -29,43 +29,30 @@ _STATE = {"state": str, "step?": int, "host?": str, "pid?": int, "time?": (int, 
 
 
 @dataclass(frozen=True)
+class _Below:
+    """A path below the run folder, as an attribute of it."""
+
+    name: str
+
+    def __get__(self, run: RunFolder, owner: type[RunFolder]) -> Path:
+        return run.path / self.name
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """Paths inside one run, and its state."""
 
     path: Path
 
     # ---- the layout that tools rely on
-    @property
-    def config_file(self) -> Path:
-        return self.path / "run.yaml"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def eval_file(self) -> Path:
-        return self.path / "eval.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def export(self) -> Path:
-        return self.path / "export"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def stop_file(self) -> Path:
-        return self.path / "stop"
-
-    @property
-    def state_file(self) -> Path:
-        return self.path / "state.json"
+    config_file = _Below("run.yaml")
+    metrics_file = _Below("metrics.jsonl")
+    eval_file = _Below("eval.json")
+    checkpoints = _Below("checkpoints")
+    export = _Below("export")
+    tensorboard = _Below("tensorboard")
+    stop_file = _Below("stop")
+    state_file = _Below("state.json")
 
     def attempt_dir(self, number: int) -> Path:
         return self.path / "attempts" / f"{number:03d}"

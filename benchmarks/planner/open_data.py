@@ -256,7 +256,7 @@ def _bytes(row: Mapping[str, str], layout: Layout) -> tuple[Bytes, bool]:
         # adapters are so few that their type hardly counts
         return Bytes(parameters=2, working=0, gradients=2, optimizer=each or 4), True
     stated = "fp32" in notes
-    if layout.deepspeed and layout.shards_gradients:
+    if layout.deepspeed and layout.traits.shards_gradients:
         return Bytes(parameters=4, working=2, gradients=2, optimizer=each or 8), stated
     return Bytes(optimizer=each or 8), stated
 

@@ -62,9 +62,9 @@ def step(param, grad, m, v, m_scale, v_scale, lr, beta1, beta2, eps, weight_deca
     """In-place step on parameter and 8-bit state, computed in at least fp32."""
     dtype = torch.promote_types(param.dtype, torch.float32)
     n = param.numel()
-    moments = decode(m, v, m_scale, v_scale, dtype)
-    values = (_blocked(x).to(dtype) for x in (param, grad))
-    new, first, second = update(*values, *moments, lr, beta1, beta2, eps, weight_decay, bias1, bias2)
+    first, second = decode(m, v, m_scale, v_scale, dtype)
+    p, g = _blocked(param).to(dtype), _blocked(grad).to(dtype)
+    new, first, second = update(p, g, first, second, lr, beta1, beta2, eps, weight_decay, bias1, bias2)
     cm, cv, sm, sv = encode(first, second)
     param.copy_(new.reshape(-1)[:n].view(param.shape))
     m.copy_(cm.reshape(-1)[:n].view(m.shape))

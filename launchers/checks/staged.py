@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from aifactory_train.core.errors import UserError
@@ -22,16 +23,7 @@ def model_staged(c: Context) -> Iterator[Finding]:
         return
     from aifactory_train.sources import resolve_model
 
-    try:
-        path = resolve_model(c.recipe.model)
-    except UserError as error:
-        yield refuse(
-            f"the model {c.recipe.model.base} is not there: {error.what}",
-            fix=f"aifactory fetch {c.request.recipe}",
-            where="model.base",
-        )
-        return
-    yield from _visible(c, path, "model.base")
+    yield from _readable(c, partial(resolve_model, c.recipe.model), f"the model {c.recipe.model.base} is", "model.base")
 
 
 @rule
@@ -46,19 +38,15 @@ def data_staged(c: Context) -> Iterator[Finding]:
     from aifactory_train.sources import resolve_data
 
     for source in sources:
-        try:
-            path = resolve_data(source)
-        except UserError as error:
-            yield refuse(
-                f"the data {source.source} are not there: {error.what}",
-                fix=f"aifactory fetch {c.request.recipe}",
-                where="data",
-            )
-            continue
-        yield from _visible(c, path, "data")
+        yield from _readable(c, partial(resolve_data, source), f"the data {source.source} are", "data")
 
 
-def _visible(c: Context, path: Path, where: str) -> Iterator[Finding]:
+def _readable(c: Context, resolve: Callable[[], Path], subject: str, where: str) -> Iterator[Finding]:
+    try:
+        path = resolve()
+    except UserError as error:
+        yield refuse(f"{subject} not there: {error.what}", fix=f"aifactory fetch {c.request.recipe}", where=where)
+        return
     under, never = c.system.launch.output_must_be_under, c.system.launch.output_must_not_be_under
     text = os.path.abspath(path)
     if c.batch and ((under and not lies_in(text, under)) or lies_in(text, never)):

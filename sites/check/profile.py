@@ -134,14 +134,17 @@ def _provenance(
                 f"{dotted} is remembered; only GPU constants may be",
                 "leave it out, list it under missing:, put it into a note",
             )
-    for i, fact in enumerate(system.facts):
-        if fact.source not in known:
+    stated = [("facts", i, fact.source) for i, fact in enumerate(system.facts)]
+    stated += [("notes", i, note.source) for i, note in enumerate(system.notes)]
+    for block, i, name in stated:
+        if name not in known:
             yield Fault(
                 "unknown-source",
-                at(path, "facts", i),
-                f"the source '{fact.source}' is not defined{did_you_mean(fact.source, known)}",
+                at(path, block, i),
+                f"the source '{name}' is not defined{did_you_mean(name, known)}",
                 "define it under sources:, or use one of sources.yaml",
             )
+    for i, fact in enumerate(system.facts):
         for dotted in fact.at:
             try:
                 value = dig(system, dotted)
@@ -149,13 +152,6 @@ def _provenance(
                 value = None
             if value in (None, [], {}):
                 yield Fault("unused-fact", at(path, "facts", i), f"facts names '{dotted}', which holds no value")
-    for i, note in enumerate(system.notes):
-        if note.source not in known:
-            yield Fault(
-                "unknown-source",
-                at(path, "notes", i),
-                f"the source '{note.source}' is not defined{did_you_mean(note.source, known)}",
-            )
     for name, source in system.sources.items():
         yield from dated(name, source, path, today)
         if name in shared:
