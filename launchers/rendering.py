@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aifactory_train.core.templates import environment
 from aifactory_train.launchers.submission import quoted
 
 if TYPE_CHECKING:
@@ -17,16 +18,7 @@ FOLDER = Path(__file__).resolve().parent / "templates"
 @functools.lru_cache(maxsize=1)
 def templates() -> jinja2.Environment:
     """The templates of this room; an undefined name is an error, and ``q`` is the only way in for outside text."""
-    import jinja2
-
-    made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
+    made = environment(FOLDER)
     made.globals["q"] = quoted
     return made
 
