@@ -3,10 +3,11 @@ record, ``metrics.jsonl`` and ``eval.json``."""
 
 from __future__ import annotations
 
-import html
 import json
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from aifactory_train.core.figures import FIGURES
 from aifactory_train.core.files import object_or_nothing, reading, write_atomic
@@ -57,7 +58,7 @@ def _page(run: RunFolder, record: dict[str, Any], live: bool) -> str:
     if title == "untitled":
         title = str(record.get("run", {}).get("recipe") or run.path.name)
     sections = [
-        ("curves", "Curves", curves(metrics, record, plan)),
+        ("curves", "Curves", Markup(curves(metrics, record, plan))),
         ("evaluation", "Held-out evaluation", _evaluation(record, results)),
         ("compute", "Compute and energy", _compute(record)),
         ("attempts", "Attempts", _attempts(record)),
@@ -65,27 +66,20 @@ def _page(run: RunFolder, record: dict[str, Any], live: bool) -> str:
         ("choices", "Where each choice came from", _choices(record)),
         ("evidence", "Evidence and open questions", _evidence(run, record)),
     ]
-    sections = [s for s in sections if s[2]]
-    navigation = "".join(f'<li><a href="#{anchor}">{html.escape(name)}</a></li>' for anchor, name, _ in sections)
-    body = "".join(
-        f'<section id="{anchor}" aria-labelledby="h-{anchor}"><h2 '
-        f'id="h-{anchor}">{html.escape(name)}</h2>{content}</section>\n'
-        for anchor, name, content in sections
-    )
     attempts = record.get("compute", {}).get("attempts", {})
-    state = attempts[max(attempts)]["state"] if attempts else "new"
+    about = record.get("run", {})
     return page(
+        "run.html.j2",
         title,
-        f'<header class="top"><p class="soft">{html.escape(str(record.get("run", {}).get("recipe", "")))} '
-        f"· run {html.escape(str(record.get('run', {}).get('id', '')))}</p><h1>{html.escape(title)}</h1>"
-        f'<p><span class="state {html.escape(state)}">{html.escape(state)}</span> {html.escape(_sentence(record))}</p>'
-        f'<nav aria-label="Sections"><ul>{navigation}</ul></nav></header>\n<main '
-        f'id="main">{_cards(record, results)}{body}</main>\n'
-        f'<footer class="end"><p>{html.escape(legal_basis()["footer"])}</p><p>Made by aifactory-train '
-        f"{html.escape(str(record.get('run', {}).get('code', {}).get('version', '')))} from record event "
-        f"{record['log']['events']}, head "
-        f"{record['log']['head_sha256'][:16]}. <code>aifactory verify</code> checks it.</p></footer>",
         live=live,
+        run={"recipe": about.get("recipe", ""), "id": about.get("id", "")},
+        version=about.get("code", {}).get("version", ""),
+        state=attempts[max(attempts)]["state"] if attempts else "new",
+        sentence=_sentence(record),
+        sections=[s for s in sections if s[2]],
+        cards=_cards(record, results),
+        legal=legal_basis()["footer"],
+        log=record["log"],
     )
 
 
@@ -104,7 +98,8 @@ def _sentence(record: dict[str, Any]) -> str:
     )
 
 
-def _cards(record: dict[str, Any], results: dict[str, Any]) -> str:
+def _cards(record: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """``(label, figure, what belongs to it)`` of the key figures."""
     totals, energy, law = record.get("compute", {}).get("totals", {}), record.get("energy", {}), record.get("aiact", {})
     cards: list[tuple[str, str, str]] = []
     before, after = results.get("before") or {}, results.get("after") or {}
@@ -157,57 +152,53 @@ def _cards(record: dict[str, Any], results: dict[str, Any]) -> str:
         )
         share = law["share_of_threshold"]
         cards.append(("one-third test", f"{share:.2g}" if share >= 1e-4 else "< 0.0001", f"of the threshold: {flag}"))
-    items = "".join(
-        f'<li><span class="label">{html.escape(a)}</span><span class="figure">{html.escape(b)}</span><span '
-        f'class="more">{html.escape(c)}</span></li>'
-        for a, b, c in cards
-    )
-    return f'<ul class="cards" aria-label="Key figures">{items}</ul>' if items else ""
+    return cards
 
 
-def _evaluation(record: dict[str, Any], results: dict[str, Any]) -> str:
+def _evaluation(record: dict[str, Any], results: dict[str, Any]) -> Markup:
     before, after = results.get("before") or {}, results.get("after") or {}
     rows = []
     for name, (label, sense) in FIGURES.items():
         if not any(isinstance(x.get(name), (int, float)) for x in (before, after)):
             continue
 
-        def shown(figures: dict[str, Any], name: str = name) -> str:
+        def shown(figures: dict[str, Any], name: str = name) -> str | Markup:
             value = figures.get(name)
             if not isinstance(value, (int, float)):
                 return "not measured"
             interval = (figures.get("ci") or {}).get(name)
-            text = f"{value:.4g}"
             if isinstance(interval, list) and len(interval) == 2 and all(isinstance(x, (int, float)) for x in interval):
-                text += f" <span class=soft>[{interval[0]:.4g}, {interval[1]:.4g}]</span>"
-            return text
+                return Markup("{:.4g} <span class=soft>[{:.4g}, {:.4g}]</span>").format(value, *interval)
+            return f"{value:.4g}"
 
-        rows.append([f"{label} <span class=soft>({sense})</span>", shown(before), shown(after)])
+        rows.append([Markup("{} <span class=soft>({})</span>").format(label, sense), shown(before), shown(after)])
     if not rows:
-        return "<p>Nothing was evaluated yet.</p>"
+        return Markup("<p>Nothing was evaluated yet.</p>")
     count = after.get("rows") or before.get("rows")
     content = table(
         f"Held-out figures with 95 % bootstrap intervals over {count} rows", ["metric", "before", "after"], rows
     )
     samples = after.get("samples") or []
     if record.get("run", {}).get("privacy_profile", "open") != "open":
-        return content + "<p>Sample answers are withheld: the run's privacy profile keeps texts out of reports.</p>"
+        return content + Markup(
+            "<p>Sample answers are withheld: the run's privacy profile keeps texts out of reports.</p>"
+        )
     earlier = {s.get("prompt"): s.get("answer") for s in before.get("samples") or []}
     for sample in samples:
         pairs = [("prompt", sample.get("prompt")), ("expected", sample.get("expected"))]
         if sample.get("prompt") in earlier:
             pairs.append(("answer before training", earlier[sample["prompt"]]))
         pairs.append(("answer after training", sample.get("answer")))
-        inner = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in pairs if v is not None)
-        content += f'<dl class="sample">{inner}</dl>'
+        inner = Markup().join(Markup("<dt>{}</dt><dd>{}</dd>").format(k, v) for k, v in pairs if v is not None)
+        content += Markup('<dl class="sample">{}</dl>').format(inner)
     return content
 
 
-def _compute(record: dict[str, Any]) -> str:
+def _compute(record: dict[str, Any]) -> Markup:
     totals, energy = record.get("compute", {}).get("totals", {}), record.get("energy", {})
     if not totals:
-        return "<p>No step is finished yet.</p>"
-    rows = [
+        return Markup("<p>No step is finished yet.</p>")
+    rows: list[list[Any]] = [
         ["wall time", f"{duration(totals['wall_s'])} ({totals['wall_days']:.3g} days)"],
         [
             "device hours",
@@ -224,18 +215,13 @@ def _compute(record: dict[str, Any]) -> str:
             f"{totals['flop_model_full_attention']:.4g}",
         ],
         ["executed FLOP", f"{totals['flop_executed']:.4g}"],
-        ["how FLOP are counted", html.escape(totals["flop_method"])],
+        ["how FLOP are counted", totals["flop_method"]],
     ]
     check = totals.get("cross_check")
     if check:
-        flag = " <span class=missing>more than 30 % apart</span>" if check["more_than_30_pct"] else ""
-        rows.append(
-            [
-                "cross-check",
-                f"{html.escape(check['formula'])} gives {check['flop']:.4g}: {check['difference_pct']:+.1f} %{flag}; "
-                f"{html.escape(check['why_it_may_differ'])}",
-            ]
-        )
+        flag = Markup(" <span class=missing>more than 30 % apart</span>") if check["more_than_30_pct"] else ""
+        text = Markup("{formula} gives {flop:.4g}: {difference_pct:+.1f} %{flag}; {why_it_may_differ}")
+        rows.append(["cross-check", text.format(**check, flag=flag)])
     for key, label in (
         ("measured_kwh", "energy measured (kWh)"),
         ("estimated_kwh", "energy estimated (kWh)"),
@@ -256,26 +242,25 @@ def _compute(record: dict[str, Any]) -> str:
         if key in energy and energy[key] not in (None, {}, []):
             rows.append([label, _sourced(energy[key]) if key in ("pue", "carbon") else show(energy[key])])
     law = record.get("aiact", {}).get("reasoning")
-    verdict = f"<h3>One-third test</h3><p>{show(law)}</p>" if law else ""
+    verdict = Markup("<h3>One-third test</h3><p>{}</p>").format(show(law)) if law else ""
     return table("Compute and energy of all attempts", ["quantity", "value"], rows) + verdict
 
 
-def _sourced(factor: Any) -> str:
+def _sourced(factor: Any) -> Markup:
     """A site's factor with its unit and source: ``{"value" or "g_per_kwh", "source"}``."""
     if not isinstance(factor, dict) or "source" not in factor:
         return show(factor)
     value, unit = factor.get("value"), ""
     if "g_per_kwh" in factor:
         value, unit = factor["g_per_kwh"], " g CO2e per kWh"
-    if is_missing(value):
-        return f"{show(value)} ({html.escape(str(factor['source']))})"
-    return f"{html.escape(str(value))}{unit} ({html.escape(str(factor['source']))})"
+    text, unit = (show(value), "") if is_missing(value) else (str(value), unit)
+    return Markup("{}{} ({})").format(text, unit, factor["source"])
 
 
-def _attempts(record: dict[str, Any]) -> str:
+def _attempts(record: dict[str, Any]) -> Markup:
     attempts = record.get("compute", {}).get("attempts", {})
     if not attempts:
-        return ""
+        return Markup()
     import datetime
 
     def seconds(text: str) -> float:
@@ -291,42 +276,39 @@ def _attempts(record: dict[str, Any]) -> str:
         rows.append(
             [
                 f"{int(number)}",
-                f'<span class="state {html.escape(a["state"])}">{html.escape(a["state"])}</span>',
-                html.escape(a["started"].replace("T", " ").rstrip("Z")),
+                Markup('<span class="state {0}">{0}</span>').format(a["state"]),
+                a["started"].replace("T", " ").rstrip("Z"),
                 duration(a["wall_s"]),
                 f"{a['first_step']:,} to {a['last_step']:,}",
-                html.escape(cause) or "none",
+                cause or "none",
             ]
         )
-    incidents = [
-        [f"{int(step):,}", html.escape(i["action"]), html.escape(i["why"])]
-        for step, i in sorted(record.get("incidents", {}).items())
-    ]
+    incidents = [[f"{int(step):,}", i["action"], i["why"]] for step, i in sorted(record.get("incidents", {}).items())]
     guarded = table("Batches that the guard left out", ["step", "action", "why"], incidents) if incidents else ""
     return (
-        timeline(bars)
+        Markup(timeline(bars))
         + guarded
         + table("Attempts and why they ended", ["attempt", "state", "started (UTC)", "time", "steps", "cause"], rows)
     )
 
 
-def _data(record: dict[str, Any]) -> str:
+def _data(record: dict[str, Any]) -> Markup:
     data = record.get("data", [])
     rows = [
         [
-            html.escape(str(d["name"])),
-            html.escape(d["role"]),
+            d["name"],
+            d["role"],
             show(d.get("rows")),
             show(d.get("tokens")),
             brief(d["licence"]),
             brief(d["origin"]),
             brief(d["personal_data"]),
-            f"<code>{html.escape(str(d.get('sha256'))[:16])}</code>",
+            Markup("<code>{}</code>").format(str(d.get("sha256"))[:16]),
         ]
         for d in data
     ]
     if not rows:
-        return ""
+        return Markup()
     content = table(
         "Sources",
         ["source", "role", "rows", "tokens", "licence", "origin", "personal data", "SHA-256"],
@@ -334,41 +316,34 @@ def _data(record: dict[str, Any]) -> str:
         right=(2, 3),
     )
     sets = record.get("data_sets", {})
-    facts = [[html.escape(k.replace("_", " ")), show(v)] for k, v in sets.items() if k not in ("digests",)]
+    facts = [[k.replace("_", " "), show(v)] for k, v in sets.items() if k != "digests"]
     return content + table("What became of them", ["stage", "result"], facts)
 
 
-def _choices(record: dict[str, Any]) -> str:
+def _choices(record: dict[str, Any]) -> Markup:
     choices = record.get("hparams", {}).get("choices", [])
-    rows = [
-        [html.escape(str(c["what"])), html.escape(str(c["choice"])), html.escape(str(c["why"])) or "default"]
-        for c in choices
-    ]
+    rows = [[c["what"], c["choice"], str(c["why"]) or "default"] for c in choices]
     settings = [
-        [html.escape(k.replace("_", " ")), show(v)]
+        [k.replace("_", " "), show(v)]
         for k, v in record.get("hparams", {}).items()
         if k != "choices" and v not in (None, {}, [])
     ]
     content = table("Chosen at start", ["what", "choice", "why"], rows) if rows else ""
-    return (
-        content
-        + "<details><summary>All hyperparameters</summary>"
-        + table("Hyperparameters", ["setting", "value"], settings)
-        + "</details>"
-    )
+    return content + _folded("All hyperparameters", table("Hyperparameters", ["setting", "value"], settings))
 
 
-def _evidence(run: RunFolder, record: dict[str, Any]) -> str:
+def _folded(summary: str, content: Markup) -> Markup:
+    return Markup("<details><summary>{}</summary>{}</details>").format(summary, content)
+
+
+def _evidence(run: RunFolder, record: dict[str, Any]) -> Markup:
     folder = run.path / "evidence"
     owed = missing_places(record)
-    content = ""
+    content = Markup()
     if folder.is_dir() or record.get("artefact", {}).get("tree_sha256"):
-        content += '<p>The documents lie in <a href="evidence/README.md">evidence/</a>.</p>'
-    rows = [[f"<code>{html.escape(place)}</code>", html.escape(who)] for place, who in owed]
+        content += Markup('<p>The documents lie in <a href="evidence/README.md">evidence/</a>.</p>')
+    rows = [[Markup("<code>{}</code>").format(place), who] for place, who in owed]
     if rows:
-        content += (
-            f"<details><summary>{len(rows)} entries that only people can supply</summary>"
-            + table("Missing entries", ["place in the record", "who must supply it"], rows)
-            + "</details>"
-        )
+        entries = table("Missing entries", ["place in the record", "who must supply it"], rows)
+        content += _folded(f"{len(rows)} entries that only people can supply", entries)
     return content

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import html
 import statistics
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import object_or_nothing, reading
 from aifactory_train.core.missing import is_missing
 from aifactory_train.core.output import note
 from aifactory_train.report.build import read_metrics
-from aifactory_train.report.page_parts import page
+from aifactory_train.report.page_parts import page, table
 from aifactory_train.report.svg import Curve, chart
 from aifactory_train.run.folder import RunFolder, open_run
 
@@ -96,19 +97,7 @@ def short_base(base: Any) -> Any:
 
 def compare_page(runs: list[RunFolder], rows: list[dict[str, Any]]) -> str:
     """A self-contained page: the table, and the losses of up to three runs a chart (more would not be told apart)."""
-    head = "".join(
-        f'<th scope="col"{" class=n" if number else ""}>{html.escape(label)}</th>' for _, label, number in COLUMNS
-    )
-    lines = []
-    for r in rows:
-        cells = [f'<th scope="row">{html.escape(str(r["run"]))}</th>']
-        for key, label, number in COLUMNS[1:]:
-            value = r[key]
-            text = "not recorded" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-            cells.append(
-                f'<td{" class=n" if number else ""} data-label="{html.escape(label)}">{html.escape(text)}</td>'
-            )
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+    cells = [[_cell(r[key]) for key, _, _ in COLUMNS] for r in rows]
     charts = []
     for start in range(0, len(runs), 3):
         curves = []
@@ -125,13 +114,15 @@ def compare_page(runs: list[RunFolder], rows: list[dict[str, Any]]) -> str:
                 curves,
             )
         )
-    body = (
-        f'<header class="top"><h1>{"One run" if len(runs) == 1 else f"{len(runs)} runs compared"}</h1></header><main '
-        f'id="main"><section aria-labelledby="h-t"><h2 id="h-t">Figures</h2>'
-        '<div class="scroll" tabindex="0" role="region" aria-label="Figures of the runs"><table '
-        'class="stack"><caption>One row a run; what a run '
-        f"did not record is said</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></section>"  # noqa: E501
-        f'<section aria-labelledby="h-c"><h2 id="h-c">Curves</h2><div '
-        f'class="charts">{"".join(charts)}</div></section></main>'
+    figures = table(
+        "One row a run; what a run did not record is said",
+        [label for _, label, _ in COLUMNS],
+        cells,
+        right=tuple(i for i, (_, _, number) in enumerate(COLUMNS) if number),
+        label="Figures of the runs",
     )
-    return page(f"{len(runs)} runs", body)
+    return page("compare.html.j2", f"{len(runs)} runs", runs=len(runs), table=figures, charts=Markup("".join(charts)))
+
+
+def _cell(value: Any) -> str:
+    return "not recorded" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -7,7 +7,6 @@ The first visit with it leaves a cookie, and goes on to the address without it.
 from __future__ import annotations
 
 import hmac
-import html
 import http.cookies
 import http.server
 import secrets
@@ -108,8 +107,7 @@ def live_page(run: RunFolder) -> str:
     try:
         return build(run, load_record(run.path), live=True)
     except UserError as error:
-        text = html.escape(str(error))
-        return page("damaged record", f'<main id="main"><h1>No report now</h1><p>{text}</p></main>', live=True)
+        return page("damaged.html.j2", "damaged record", live=True, error=str(error))
 
 
 def state(run: RunFolder) -> str:
