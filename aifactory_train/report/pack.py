@@ -14,7 +14,7 @@ from aifactory_train.record.chain import Chain, read_events
 from aifactory_train.record.digests import describe, files_below, tree_digest
 from aifactory_train.record.files import EVENTS, write_record
 from aifactory_train.record.render import card, forms, machine
-from aifactory_train.record.render.common import RECIPIENTS, cell, footer, form_markdown, inline, legal_basis
+from aifactory_train.record.render.common import RECIPIENTS, footer, form_markdown, legal_basis, markdown
 from aifactory_train.record.render.summary import public_summary
 from aifactory_train.record.signing import default_key, write_manifest
 from aifactory_train.run.folder import RunFolder
@@ -141,74 +141,17 @@ def render(record: dict[str, Any]) -> dict[str, str]:
         "Fragments for the technical documentation of a high-risk system.",
         annex_iv,
     ) + footer("annex_iv", record)
-    documents["one-third.md"] = _one_third(record) + footer("one_third", record)
+    documents["one-third.md"] = markdown("one-third", found=record.get("aiact", {})) + footer("one_third", record)
     documents["bom.cdx.json"] = as_json(machine.bom(record))
     documents["croissant.json"] = as_json(machine.croissant(record))
-    documents["README.md"] = _index(record, documents)
+    documents["README.md"] = markdown(
+        "index",
+        run=record.get("run", {}).get("id"),
+        documents=documents,
+        owed=missing_places(record),
+        footer=basis["footer"],
+    )
     return documents
-
-
-def _one_third(record: dict[str, Any]) -> str:
-    found = record.get("aiact", {})
-    lines = [
-        "# Whose model is it? The one-third test",
-        "",
-        inline(found.get("reasoning", "MISSING (run: FLOPs were not counted)")),
-        "",
-    ]
-    lines += ["| | value |", "|---|---|"]
-    labels = {
-        "original_flop": "training compute of the base model (FLOP)",
-        "modification_flop_this": "this run (FLOP)",
-        "modification_flop_lineage": "this run and the runs it started from (FLOP)",
-        "ratio_this": "this run as a share of the base's",
-        "ratio_lineage": "lineage as a share of the base's",
-        "threshold_flop": "threshold (FLOP)",
-        "share_of_threshold": "share of the threshold that is used",
-        "rule": "point of the Guidelines",
-        "base_is_gpai": "base above the indicator of a general-purpose model",
-        "over_one_third": "test 1: modifications above a third",
-        "base_and_modifications_cross_gpai": "test 2: base and modifications cross the indicator",
-        "provider_flag": "indicator says: provider of the modified model",
-    }
-    for key, label in labels.items():
-        value = found.get(key)
-        lines.append(f"| {label} | {'unknown' if value is None else cell(value)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _index(record: dict[str, Any], documents: dict[str, str]) -> str:
-    owed = missing_places(record)
-    what = {
-        "model-card.md": "Hugging Face model card",
-        "model-documentation-aio.md": "Model Documentation Form, view for the AI Office",
-        "model-documentation-nca.md": "Model Documentation Form, view for national authorities",
-        "model-documentation-dp.md": "Model Documentation Form, view for downstream providers",
-        "training-content-summary.md": "public summary of training content",
-        "annex-xi.md": "Annex XI fields",
-        "annex-xii.md": "Annex XII fields",
-        "annex-iv.md": "Annex IV fragments",
-        "one-third.md": "one-third test with its reasoning",
-        "bom.cdx.json": "CycloneDX 1.7 ML-BOM",
-        "croissant.json": "Croissant description of the data",
-    }
-    lines = [
-        f"# Evidence pack of run {inline(record.get('run', {}).get('id'))}",
-        "",
-        "| file | what it is |",
-        "|---|---|",
-    ]
-    lines += [f"| [{name}]({name}) | {text} |" for name, text in what.items() if name in documents]
-    lines += ["| manifest.json, manifest.dsse.json | digests of all files (in-toto), signed if a key was at hand |"]
-    lines += ["| ../ro-crate-metadata.json | the run folder as a Process Run RO-Crate |", ""]
-    lines += [f"## What is still MISSING ({len(owed)})", ""]
-    lines += [f"- `{place.replace('`', '')}`: {inline(who)}" for place, who in owed] or ["nothing"]
-    lines += [
-        "",
-        "`aifactory record fill` asks for it once per organisation; facts of data sources belong into the recipe.",
-        "",
-    ]
-    return "\n".join(lines) + f"\n{legal_basis()['footer']}\n"
 
 
 def _media(name: str) -> str:

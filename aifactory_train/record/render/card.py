@@ -8,7 +8,7 @@ from typing import Any
 from aifactory_train.core import yaml_text
 from aifactory_train.core.figures import FIGURES
 from aifactory_train.core.missing import is_missing
-from aifactory_train.record.render.common import cell, footer, get, inline, names
+from aifactory_train.record.render.common import footer, get, inline, markdown, names
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_LICENCES = {
@@ -92,62 +92,23 @@ def metadata(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _body(record: dict[str, Any]) -> str:
-    title = get(record, "people/model_name", "provider")
     data = record.get("data", [])
+    before, after = record.get("eval", {}).get("before", {}), record.get("eval", {}).get("after", {})
 
     def say(place: str, who: str = "run: not recorded") -> str:
         return inline(get(record, place, who))
 
-    lines = [f"# {say('run/title') if is_missing(title) else inline(title)}", ""]
-    lines += [
-        f"{say('method/kind')} fine-tuning of {say('base/id')} (revision {say('base/revision')}), made with "
-        f"aifactory-train {say('run/code/version')}, run {say('run/id')}.",
-        "",
-        "## Uses",
-        "",
-        f"Intended: {say('people/intended_use', 'provider')}",
-        "",
-        f"Restricted: {say('people/restricted_use', 'provider')}",
-        "",
-        "## Training data",
-        "",
-        "| source | role | rows | tokens | licence | origin | personal data |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for d in data:
-        cells = [d["name"], d["role"], d.get("rows"), d.get("tokens"), d["licence"], d["origin"], d["personal_data"]]
-        lines.append("| " + " | ".join(cell(c) for c in cells) + " |")
-    lines += ["", "## Training procedure", ""]
-    for key, value in {**record.get("method", {}), **record.get("hparams", {})}.items():
-        if key != "choices" and value not in (None, [], {}):
-            lines.append(f"- {key.replace('_', ' ')}: {inline(value)}")
-    lines += ["", "## Evaluation", "", "| metric | before | after | 95 % interval after |", "|---|---|---|---|"]
-    before, after = record.get("eval", {}).get("before", {}), record.get("eval", {}).get("after", {})
-    for name, (label, _) in FIGURES.items():
-        if isinstance(after.get(name), (int, float)):
-            interval = (after.get("ci") or {}).get(name)
-            lines.append(f"| {label} | {inline(before.get(name))} | {inline(after[name])} | {inline(interval)} |")
-    if not after:
-        lines.append("| MISSING (run: no evaluation) | | | |")
-    totals = record.get("compute", {}).get("totals", {})
-    lines += [
-        "",
-        "## Compute and environmental impact",
-        "",
-        f"- Hardware: {say('compute/device/count')} x {say('compute/device/model')} on {say('run/host_site')}",
-        f"- Device hours: {inline(totals.get('device_hours', 'MISSING (run)'))}",
-        f"- Training compute: {inline(totals.get('flop_model', 'MISSING (run)'))} FLOP (executed: "
-        f"{inline(totals.get('flop_executed', 'MISSING (run)'))})",
-        f"- Energy: {say('energy/measured_kwh', 'site')} kWh; {say('energy/method', 'site')}",
-        f"- Facility energy: {say('energy/facility_kwh', 'site')}; CO2e in kg: {say('energy/carbon_kg', 'site')}",
-        "",
-        "## Licences",
-        "",
-        f"Result: {say('people/licence_of_result', 'provider')}. Base model: {say('base/licence')}. "
-        f"Training data: {inline(names(d['licence'] for d in data if d['role'] == 'train'))}.",
-        "",
-        "## Contact",
-        "",
-        f"{say('people/provider_legal_name', 'provider')}; {say('people/contact', 'provider')}",
-    ]
-    return "\n".join(lines) + "\n" + footer("mdf", record)
+    text = markdown(
+        "card",
+        say=say,
+        is_missing=is_missing,
+        title=get(record, "people/model_name", "provider"),
+        data=data,
+        settings={**record.get("method", {}), **record.get("hparams", {})},
+        figures=[(name, label) for name, (label, _) in FIGURES.items() if isinstance(after.get(name), (int, float))],
+        before=before,
+        after=after,
+        totals=record.get("compute", {}).get("totals", {}),
+        licences=names(d["licence"] for d in data if d["role"] == "train"),
+    )
+    return text + footer("mdf", record)

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.missing import has_missing, is_missing, missing
+from aifactory_train.core.templates import render
 
+TEMPLATES = Path(__file__).resolve().parent / "templates"
 DATA = Path(__file__).resolve().parents[1] / "data"
 ALL = ("AIO", "NCA", "DP")
 AUTHORITIES = ("AIO", "NCA")
@@ -92,32 +94,27 @@ def cell(value: Any) -> str:
     return inline(value).replace("|", "\\|")
 
 
+def markdown(template: str, **values: Any) -> str:
+    """A document of ``templates/``, with :func:`inline` and :func:`cell` for texts from outside."""
+    return render(TEMPLATES / f"{template}.md.j2", inline=inline, cell=cell, **values)
+
+
 def footer(rule: str, record: dict[str, Any]) -> str:
     """Rule, its version, since when, where its text was taken from, and what this document is not."""
-    basis = legal_basis()
-    facts = basis["rules"][rule]
-    run = record.get("run", {})
-    return (
-        "\n---\n\n"
-        f"{basis['footer']}\n\n"
-        f"Rule: {facts['title']}, {facts['version']} (applies to {facts['applies']}). "
-        f"Text taken from: {facts['source']}. Legal status as of {basis['status']}.\n\n"
-        f"Rendered by aifactory-train {run.get('code', {}).get('version', '?')} from record "
-        f"{inline(run.get('id', '?'))}, "
-        f"event {record['log']['events']}, head {record['log']['head_sha256'][:16]}. Keep for 10 years.\n"
+    basis, run = legal_basis(), record.get("run", {})
+    return markdown(
+        "footer",
+        basis=basis,
+        rule=basis["rules"][rule],
+        version=run.get("code", {}).get("version", "?"),
+        run=run.get("id", "?"),
+        log=record["log"],
     )
 
 
 def form_markdown(title: str, intro: str, fields: Iterable[Field], recipient: str | None = None) -> str:
     """A form as headings and tables; sections by the first part of the number."""
-    lines = [f"# {title}", "", intro, ""]
-    lines += ["| no. | field | entry | filled by |", "|---|---|---|---|"]
-    for field in fields:
-        lines.append(
-            f"| {field.number} | {cell(field.title)} | {cell(field.shown_to(recipient))} | "
-            f"{field.status if field.status != 'auto' else 'program'} |"
-        )
-    return "\n".join(lines) + "\n"
+    return markdown("form", title=title, intro=intro, fields=fields, recipient=recipient)
 
 
 def get(record: dict[str, Any], place: str, who: str = "run: not recorded") -> Any:
