@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(folder: Any, *, as_json: bool) -> int:
     from aifactory_train.core import output
+    from aifactory_train.core.figures import measured
     from aifactory_train.core.files import read_json
     from aifactory_train.record.files import RECORD
 
@@ -69,7 +70,7 @@ def _show(folder: Any, *, as_json: bool) -> int:
     output.table(str(report["run"]), ["", ""], rows)
     before, after = report["before"] or {}, report["after"] or {}
     figures = [
-        [name.replace("_", " "), _figure(before.get(name)), _figure(after.get(name))]
+        [name.replace("_", " "), measured(before.get(name)), measured(after.get(name))]
         for name in ("bits_per_byte", "perplexity", "loss", "exact_match", "token_f1")
         if before.get(name) is not None or after.get(name) is not None
     ]
@@ -100,10 +101,6 @@ def _serve(folder, port: int) -> int:
     finally:
         server.server_close()
     return 0
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else "not measured"
 
 
 def collect(folder) -> dict[str, Any]:

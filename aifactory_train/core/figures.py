@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def significant(value: float, digits: int = 2) -> str:
     """``value`` to so many significant figures, in plain or scientific notation."""
@@ -9,6 +11,11 @@ def significant(value: float, digits: int = 2) -> str:
         return "0"
     text = f"{value:.{digits - 1}e}"
     return f"{float(text):g}" if 1e-4 <= abs(value) < 1e6 else text
+
+
+def measured(value: Any) -> str:
+    """A figure to four significant digits; what is no number was not measured."""
+    return f"{value:.4g}" if isinstance(value, (int, float)) else "not measured"
 
 
 #: Held-out figures in the order in which they are shown: what people call them, and which way is better.

@@ -6,8 +6,11 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
+
+#: What takes lines on how work goes on.
+Say = Callable[[str], None]
 
 _json_stream: TextIO | None = None
 

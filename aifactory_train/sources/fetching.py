@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from aifactory_train.config.loading import cache_dir
 from aifactory_train.config.schema import ModelConfig, Recipe
 from aifactory_train.config.source_spec import Spec, parse
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.output import Say
 from aifactory_train.sources import hub, packages
 from aifactory_train.sources.cache import (
     building,
@@ -35,7 +36,7 @@ def fetch(
     recipe: Recipe,
     *,
     force: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
     model: bool = True,
     data: bool = True,
 ) -> dict[str, Any]:
@@ -65,9 +66,7 @@ def fetch(
     return result
 
 
-def fetch_model(
-    model: ModelConfig, *, force: bool = False, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+def fetch_model(model: ModelConfig, *, force: bool = False, say: Say = lambda text: None) -> dict[str, Any]:
     """Fetch one base model; GGUF files are converted once to a safetensors folder. Returns its manifest."""
     spec = parse(model.base)
     if spec.kind == "hub":
@@ -110,9 +109,7 @@ def fetch_model(
     return read_manifest(target)
 
 
-def fetch_data(
-    source: DataSource, *, force: bool = False, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+def fetch_data(source: DataSource, *, force: bool = False, say: Say = lambda text: None) -> dict[str, Any]:
     """Fetch one data source and return its manifest."""
     spec = parse(source.source)
     if spec.kind == "hub":
@@ -134,7 +131,7 @@ def fetch_data(
     return read_manifest(target)
 
 
-def _in_cache(what: str, spec: Spec, target: Path, say: Callable[[str], None]) -> bool:
+def _in_cache(what: str, spec: Spec, target: Path, say: Say) -> bool:
     if not is_complete(target, spec):
         return False
     say(f"{what} {spec.text}: in the cache")
@@ -142,7 +139,7 @@ def _in_cache(what: str, spec: Spec, target: Path, say: Callable[[str], None]) -
 
 
 @contextlib.contextmanager
-def _unpacked(spec: Spec, target: Path, say: Callable[[str], None]) -> Iterator[tuple[Path, packages.Package]]:
+def _unpacked(spec: Spec, target: Path, say: Say) -> Iterator[tuple[Path, packages.Package]]:
     """``(folder that becomes the item, the package unpacked beside it)``; its licences are in the folder already."""
     with building(target) as folder, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".get-") as scratch:
         package = packages.get_package(spec, Path(scratch), say)

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from aifactory_train.config.source_spec import Spec
 from aifactory_train.core import yaml_text
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import file_digest
+from aifactory_train.core.output import Say
 from aifactory_train.sources.cache import (
     CACHE_FORMAT,
     MANIFEST,
@@ -58,7 +58,7 @@ def cached(spec: Spec, revision: str | None, kind: str, where: str) -> Path:
     return path
 
 
-def fetch(spec: Spec, revision: str | None, kind: str, say: Callable[[str], None]) -> dict[str, Any]:
+def fetch(spec: Spec, revision: str | None, kind: str, say: Say) -> dict[str, Any]:
     """Fetch a repository (``kind``: model or dataset) and return its manifest; wrong ids, gates and lost networks are
     :class:`UserError`.
     """

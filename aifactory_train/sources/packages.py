@@ -24,6 +24,7 @@ from aifactory_train.config.loading import RECIPES_DIR
 from aifactory_train.config.source_spec import Spec
 from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.core.files import file_digest, foreign, read_json
+from aifactory_train.core.output import Say
 from aifactory_train.core.unpacking import Growth
 from aifactory_train.sources.cache import disk_full
 
@@ -40,7 +41,7 @@ class Package:
     licence_from: str | None
 
 
-def get_package(spec: Spec, scratch: Path, say: Callable[[str], None]) -> Package:
+def get_package(spec: Spec, scratch: Path, say: Say) -> Package:
     """Download a package with its registry's own client and unpack what is needed into ``scratch``."""
     say(f"{spec.kind} {spec.name} {spec.version}: downloading")
     inbox = scratch / "inbox"

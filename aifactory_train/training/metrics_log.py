@@ -13,6 +13,7 @@ from typing import Any
 
 from aifactory_train.core import output
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.figures import measured
 from aifactory_train.core.files import read_json, write_atomic, write_json
 from aifactory_train.metrics import ANSWER_METRICS, LIKELIHOOD_METRICS, PREFERENCE_METRICS
 from aifactory_train.record.events import Evaluated, Event, Incident, RunEnded, StepDone
@@ -233,7 +234,7 @@ def print_comparison(results: dict[str, Any], run: RunFolder, exported: dict[str
             change = f"{100 * (new - old) / abs(old):+.1f} %"
         ci = (paired.get(name) or {}).get("ci")
         shown = f"{ci[0]:+.3g} to {ci[1]:+.3g}" if ci else ""
-        rows.append([name.replace("_", " "), _figure(old), _figure(new), change, shown])
+        rows.append([name.replace("_", " "), measured(old), measured(new), change, shown])
     if rows:
         head = ["", "before", "after", "change", "95 % of the difference"]
         output.table("held-out rows", head, rows, right=(1, 2, 3, 4))
@@ -282,7 +283,3 @@ def compare_with_plan(run: RunFolder, world) -> dict[str, Any] | None:
     found = compare(plan, speed, peak)
     write_json(run.path / "reality.json", found)
     return found
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else "not measured"

@@ -28,3 +28,9 @@ def ask(
         raise RunFailed(
             f"{argv[0]} did not answer within {timeout} s", fix="try again later: the scheduler is busy"
         ) from None
+
+
+def succeeded(done: subprocess.CompletedProcess[str], fault: str, where: str | None = None) -> None:
+    """Raise :class:`RunFailed` in a command's own words where it failed."""
+    if done.returncode != 0:
+        raise RunFailed(f"{fault}: {' '.join(done.stderr.split())}", where=where)

@@ -13,10 +13,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.core.errors import RunFailed
 from aifactory_train.launchers import request as rq
 from aifactory_train.launchers.backends.base import Backend, Job, register
-from aifactory_train.launchers.backends.commands import ask
+from aifactory_train.launchers.backends.commands import ask, succeeded
 from aifactory_train.launchers.request import Refusal
 from aifactory_train.launchers.submission import Submission
 
@@ -174,8 +173,7 @@ class Kubernetes(Backend):
     def submit(self, run_dir: Path, *, test_only: bool = False) -> str:
         file = run_dir / "submission" / "job.yaml"
         done = _kubectl("create", f"--filename={file}", "--output=name", *(["--dry-run=server"] if test_only else []))
-        if done.returncode != 0:
-            raise RunFailed("kubectl refused the manifest: " + " ".join(done.stderr.split()), where=str(file))
+        succeeded(done, "kubectl refused the manifest", where=str(file))
         return next((line for line in done.stdout.split() if line.startswith("job")), done.stdout.strip())
 
     def query(self, job: str) -> Job | None:
@@ -205,6 +203,4 @@ class Kubernetes(Backend):
         )
 
     def cancel(self, job: str) -> None:
-        done = _kubectl("delete", job)
-        if done.returncode != 0:
-            raise RunFailed(f"kubectl delete {job}: {' '.join(done.stderr.split())}")
+        succeeded(_kubectl("delete", job), f"kubectl delete {job}")

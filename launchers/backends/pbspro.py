@@ -1,6 +1,6 @@
 """PBS Pro (OpenPBS): directives from the shape; processes are started by the site's mpiexec, one per GPU.
 
-No PBS server has seen these scripts: their directives are checked by :mod:`aifactory_train.launchers.directives` only.
+No PBS server has seen these scripts: only tests check their directives, against the grammar of qsub.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.core.errors import UserError
 from aifactory_train.launchers.backends.base import Backend, Job, register
-from aifactory_train.launchers.backends.commands import ask
+from aifactory_train.launchers.backends.commands import ask, succeeded
 from aifactory_train.launchers.submission import Line, Submission, quoted
 
 STATES = {
@@ -82,12 +82,9 @@ class Pbs(Backend):
     def submit(self, run_dir: Path, *, test_only: bool = False) -> str:
         if test_only:
             raise UserError("PBS has no test of a script without submitting it", where="--test-only")
-        done = ask("qsub", str(run_dir / "submission" / "job.sh"))
-        if done.returncode != 0:
-            raise RunFailed(
-                "qsub refused the script: " + " ".join(done.stderr.split()),
-                where=str(run_dir / "submission" / "job.sh"),
-            )
+        script = str(run_dir / "submission" / "job.sh")
+        done = ask("qsub", script)
+        succeeded(done, "qsub refused the script", where=script)
         return done.stdout.strip()
 
     def query(self, job: str) -> Job | None:
@@ -112,9 +109,7 @@ class Pbs(Backend):
         )
 
     def cancel(self, job: str) -> None:
-        done = ask("qdel", job)
-        if done.returncode != 0:
-            raise RunFailed(f"qdel {job}: {' '.join(done.stderr.split())}")
+        succeeded(ask("qdel", job), f"qdel {job}")
 
 
 @register

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.launchers.backends.base import Backend, Job, register
-from aifactory_train.launchers.backends.commands import ask
+from aifactory_train.launchers.backends.commands import ask, succeeded
 from aifactory_train.launchers.backends.slurm_options import directives, srun_options
 from aifactory_train.launchers.submission import Line, Submission
 from aifactory_train.sites.schema import Container
@@ -202,6 +202,4 @@ class Slurm(Backend):
         return sorted(bad)
 
     def cancel(self, job: str) -> None:
-        done = _run("scancel", job)
-        if done.returncode != 0:
-            raise RunFailed(f"scancel {job}: {' '.join(done.stderr.split())}")
+        succeeded(_run("scancel", job), f"scancel {job}")
