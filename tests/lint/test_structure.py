@@ -30,7 +30,6 @@ LONG_FUNCTIONS = {
     "chart",
     "local_profile",
     "_write_start",
-    "model_card",
     "bom",
     "_apply_overrides",
     "compose",
