@@ -14,6 +14,20 @@ from aifactory_train.sites.schedulers import SCHEDULERS
 from aifactory_train.sites.schema import Partition, Qos
 from aifactory_train.sites.system import System
 
+#: Variables that no profile sets: how a process ends after a failed collective is a matter of torch's version and of
+#: the launcher, not of the site.
+LEFT_TO_TORCH = {
+    **dict.fromkeys(
+        ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING"),
+        "its own way after an error (3) ends the process without ncclCommAbort, which 1 calls and which may hang "
+        "(ProcessGroupNCCL.hpp)",
+    ),
+    **dict.fromkeys(
+        ("TORCH_NCCL_BLOCKING_WAIT", "NCCL_BLOCKING_WAIT"),
+        "every collective would hold up the host until the device has done it (ProcessGroupNCCL.hpp)",
+    ),
+}
+
 
 def gpu_faults(gpu: Gpu, where: Place | str) -> Iterator[Fault]:
     """Faults of GPU constants, in a profile or in the catalogue."""
@@ -252,6 +266,9 @@ def _launch(system: System, path: Path) -> Iterator[Fault]:
             or f"{variable}={system.environment.set[variable]}" in system.environment.avoid
         ):
             yield Fault("environment", at(path, "environment", "set", variable), f"{variable} is set and to be avoided")
+        if variable in LEFT_TO_TORCH:
+            why = f"{variable} is left to torch: {LEFT_TO_TORCH[variable]}"
+            yield Fault("environment", at(path, "environment", "set", variable), why)
     head = system.launch.head_address
     if head.strategy == "suffix" and not head.suffix:
         yield Fault("schema", at(path, "launch", "head_address"), "the strategy 'suffix' needs a suffix")

@@ -21,6 +21,7 @@ from aifactory_train import sites
 from aifactory_train.launchers.environment import OWNED, gloo_pattern
 from aifactory_train.launchers.programs import attempt, interface, preflight
 from aifactory_train.launchers.programs.interface import Interface
+from aifactory_train.sites.check.rules import LEFT_TO_TORCH
 
 GIB = 2**30
 PROGRAMS = Path(preflight.__file__).parent
@@ -227,6 +228,8 @@ def test_no_script_leaves_gloo_to_chance(system_id, plain_recipe):
         assert "--pattern" not in rank and "The profile names no interface" in rank
     script = files["submission/job.sh"] if system.scheduler.kind == "kubernetes" else sub.script
     assert "export GLOO_SOCKET_FAMILY" not in script, "torch does not read it"
+    for name in LEFT_TO_TORCH:
+        assert not any(name in content for content in (script, *files.values())), name
     assert ("GLOO_SOCKET_FAMILY of the profile is left out" in script) is (
         "GLOO_SOCKET_FAMILY" in system.environment.set
     )

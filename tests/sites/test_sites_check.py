@@ -71,6 +71,9 @@ PLANTED = [
                                                                 "MIOPEN_USER_DB: x\n"),
     ("environment", LUMI, "FI_MR_CACHE_MONITOR: userfaultfd\n", 'FI_MR_CACHE_MONITOR: userfaultfd\n    '
                                                                 'NCCL_NET_GDR_LEVEL: "3"\n'),
+    ("environment", "systems/jupiter-booster.yaml", "NCCL_PROTO: Simple\n", 'NCCL_PROTO: Simple\n    '
+                                                                'TORCH_NCCL_ASYNC_ERROR_HANDLING: "1"\n'),
+    ("environment", "systems/vega.yaml", "OMPI_MCA_pml: ucx", 'OMPI_MCA_pml: ucx, NCCL_BLOCKING_WAIT: "1"'),
     ("schema", LUMI, 'pattern: "*-full-*.sif"', 'pattern: "$(id)*.sif"'),
     ("cores", "systems/vega.yaml", "cpus_are: threads", "cpus_are: cores"),
     ("cores", "systems/vega.yaml", "cpus_per_gpu: 64", "cpus_per_gpu: 65"),
