@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import helpers
 import pytest
-from test_scripts import SYSTEMS, submission
+from test_scripts import SYSTEMS, submission, variants
 
 from aifactory_train import sites
 from aifactory_train.launchers.environment import OWNED, gloo_pattern
@@ -209,30 +209,36 @@ def test_the_program_names_an_interface_of_this_machine():
 
 @pytest.mark.parametrize("system_id", SYSTEMS)
 def test_no_script_leaves_gloo_to_chance(system_id, plain_recipe):
-    """Where interfaces are known the ranks are given them; where not, the script says so, and the loopback is still
-    avoided.
+    """However ranks are started, on one node or two: where interfaces are known the ranks are given them; where not,
+    the script says so, and the loopback is still avoided.
     """
     system = sites.load(system_id, overlay=False)
-    sub = submission(system_id, plain_recipe)
-    files = {f.path: f.content.decode() for f in sub.files if f.path.endswith((".sh", ".py"))}
-    rank = files["submission/rank.sh"]
-    assert "submission/interface.py" in files and '"$AIFACTORY_SUBMISSION/interface.py" --nodes 1' in rank
-    assert "export GLOO_SOCKET_IFNAME=$found" in rank
-    known = gloo_pattern(system)
-    assert bool(known) is any(
-        [*system.interconnect.socket_interfaces, *(n for n in system.environment.set if n.endswith("_SOCKET_IFNAME"))]
-    )
-    if known:
-        assert "--pattern" in rank and known in rank
-    else:
-        assert "--pattern" not in rank and "The profile names no interface" in rank
-    script = files["submission/job.sh"] if system.scheduler.kind == "kubernetes" else sub.script
-    assert "export GLOO_SOCKET_FAMILY" not in script, "torch does not read it"
-    for name in LEFT_TO_TORCH:
-        assert not any(name in content for content in (script, *files.values())), name
-    assert ("GLOO_SOCKET_FAMILY of the profile is left out" in script) is (
-        "GLOO_SOCKET_FAMILY" in system.environment.set
-    )
+    seen = 0
+    for label, sub in variants(plain_recipe, [system_id], more=False):
+        files = {f.path: f.content.decode() for f in sub.files if f.path.endswith((".sh", ".py"))}
+        rank = files["submission/rank.sh"]
+        assert "submission/interface.py" in files, label
+        assert f'"$AIFACTORY_SUBMISSION/interface.py" --nodes {sub.shape.nodes}' in rank, label
+        assert "export GLOO_SOCKET_IFNAME=$found" in rank, label
+        # Nothing starts the trainer but the script that looks for the interface first.
+        assert rank.index("export GLOO_SOCKET_IFNAME=$found") < rank.index('"$AIFACTORY_PYTHON" "${words[@]}"'), label
+        known = gloo_pattern(system)
+        assert bool(known) is any(
+            [*system.interconnect.socket_interfaces, *(n for n in system.environment.set if "_SOCKET_IFNAME" in n)]
+        )
+        if known:
+            assert "--pattern" in rank and known in rank, label
+        else:
+            assert "--pattern" not in rank and "The profile names no interface" in rank, label
+        script = files["submission/job.sh"] if system.scheduler.kind == "kubernetes" else sub.script
+        assert "export GLOO_SOCKET_FAMILY" not in script, "torch does not read it"
+        for name in LEFT_TO_TORCH:
+            assert not any(name in content for content in (script, *files.values())), (label, name)
+        assert ("GLOO_SOCKET_FAMILY of the profile is left out" in script) is (
+            "GLOO_SOCKET_FAMILY" in system.environment.set
+        ), label
+        seen += 1
+    assert seen
 
 
 @pytest.mark.parametrize("system_id", SYSTEMS)

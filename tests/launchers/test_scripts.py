@@ -34,13 +34,15 @@ def submission(system_id: str, recipe: Path, **more):
     return build(LaunchRequest(**{**base, **more}), system, load_recipe(str(recipe)))
 
 
-def variants(recipe: Path):
-    """Every system × style × {1, 2 nodes}, and the local backends: (label, submission)."""
-    for system_id in SYSTEMS:
+def variants(recipe: Path, systems=SYSTEMS, *, more: bool = True):
+    """Every system × style × {1, 2 nodes}, and the local backends (``more``): (label, submission)."""
+    for system_id in systems:
         kind = sites.load(system_id, overlay=False).scheduler.kind
         for style in backends.of_scheduler(kind or "none").styles:
             for nodes in (1, 2) if kind in ("slurm", "pbspro") else (1,):
                 yield f"{system_id}-{style}-{nodes}", submission(system_id, recipe, style=style, nodes=nodes)
+    if not more:
+        return
     yield "array", submission("vega", recipe, array=(("train.seed", ("1", "2")),))
     yield "own container", submission("vega", recipe, container="/ceph/images/torch.sif")
     for backend in ("local", "mpi"):
