@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -195,7 +196,7 @@ def from_main(world: World, function: Callable[[], Any], *, patience_h: float = 
     dist.broadcast_object_list(box, src=0, group=patient)
     dist.destroy_process_group(patient)
     if box[1] is not None:
-        raise box[1]
+        raise box[1].of(0)
     return box[0]
 
 
@@ -214,8 +215,14 @@ def leave_alone(code: int) -> NoReturn:
     os._exit(code)
 
 
-def leave_world() -> None:
-    """Tear the process group down, in the order that lets no rank wait for another.
+#: A rank whose work is done waits this long for the others to take the group down with it.
+LEAVE_S = 60.0
+
+
+def leave_world(code: int | None = None) -> None:
+    """Tear the process group down, in the order that lets no rank wait for another. With an exit ``code``, a group that
+    cannot be taken down within ``LEAVE_S`` (NCCL finalises together with ranks that may be gone) ends the process with
+    it: what it had to say is written, and the job must not last until its time is up.
 
     Gloo's threads are joined when the last reference to their group goes, and one that still releases a finished
     collective's tensors while the interpreter ends takes the process down ("terminate called without an active
@@ -223,7 +230,14 @@ def leave_world() -> None:
     """
     gc.collect()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        patience = threading.Timer(LEAVE_S, leave_alone, (code,))
+        patience.daemon = True
+        if code is not None:
+            patience.start()
+        try:
+            dist.destroy_process_group()
+        finally:
+            patience.cancel()
     gc.collect()
     for name, value in _BEFORE.items():
         os.environ.pop(name, None)

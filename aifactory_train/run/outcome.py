@@ -170,8 +170,17 @@ class Attempt:
         write_json(self.folder / f"alive-{self.rank}.json", heartbeat, sync=False)
         self._written = step, phase
 
-    def finish(self, status: str, code: int, exception: str | None = None, message: str | None = None) -> None:
-        """Write the outcome; the first one stays (a watchdog may have spoken already)."""
+    def finish(
+        self,
+        status: str,
+        code: int,
+        exception: str | None = None,
+        message: str | None = None,
+        cause_rank: int | None = None,
+    ) -> None:
+        """Write the outcome; the first one stays (a watchdog may have spoken already). ``cause_rank``: whose error it
+        is, where every rank raises it.
+        """
         if self.folder is None:
             return
         path = self.folder / f"outcome-{self.rank}.json"
@@ -188,6 +197,7 @@ class Attempt:
                 "step": self.step,
                 "exception": exception,
                 "message": message,
+                "cause_rank": cause_rank,
                 "signal": self.signal,
                 "stop_request": self.stop_request,
                 "started": self.started,
@@ -223,7 +233,7 @@ class Attempt:
                 status = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
                 self.finish(status, code, message=self.reason)
             elif isinstance(error, UserError):
-                self.finish("failed", error.exit_code, type(error).__name__, redact.message(error))
+                self.finish("failed", error.exit_code, type(error).__name__, redact.message(error), error.rank)
             elif isinstance(error, SystemExit):
                 code = error.code if isinstance(error.code, int) else EXIT_FAILED
                 self.finish("failed", code, "SystemExit", f"the process asked to end with {error.code!r}")

@@ -145,7 +145,7 @@ class Checkpointer:
                 box[1] = SaveFailed(f"{what}: {error.strerror or error}", where=str(error.filename or self.path))
         dist.broadcast_object_list(box, src=0, group=self.group)
         if box[1] is not None:
-            raise box[1]
+            raise box[1].of(0)
         return box[0]
 
     # ---- save
@@ -272,12 +272,13 @@ class Checkpointer:
 
     def _raise_any(self, trouble: str | None, step: int, beside: Path) -> None:
         """If any rank is in trouble, remove the torn folder and raise the same error on all."""
-        troubles = [t for t in self._all(trouble) if t is not None]
+        troubles = {rank: t for rank, t in enumerate(self._all(trouble)) if t is not None}
         if not troubles:
             return
+        rank, first = min(troubles.items())
         if self.world.is_main:
             shutil.rmtree(beside, ignore_errors=True)  # its bytes may be all that is missing on a full disk
-        raise SaveFailed(f"the checkpoint of step {step} could not be written: {troubles[0]}", where=str(self.path))
+        raise SaveFailed(f"the checkpoint of step {step} could not be written: {first}", where=str(self.path)).of(rank)
 
     def _prune(self, newest: int, best: int | None) -> None:
         """Delete what is neither among the last ``keep`` complete checkpoints nor the best. Rank 0, after a good

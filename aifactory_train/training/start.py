@@ -42,14 +42,16 @@ def train(
     protected = enforce(recipe, folder)  # before anything is read or written
     stop = StopChannels(stop_at)  # first: a signal that comes while things are loaded must not be lost
     world = join_world(recipe.parallel.timeout_s, recipe.parallel.threads)
+    code = None
     try:
-        return _train_as(world, recipe, folder, stop, protected, resume, quiet, attempt)
+        code = _train_as(world, recipe, folder, stop, protected, resume, quiet, attempt)
+        return code
     except BaseException as error:
         if leaves_alone(world):  # the outcome is written
             _end_alone(world, error)
         raise
     finally:
-        leave_world()
+        leave_world(code)
 
 
 def _end_alone(world: World, error: BaseException) -> NoReturn:

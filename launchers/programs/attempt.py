@@ -36,7 +36,8 @@ import time
 #: Errors that a rank raises because another one is gone: never the cause while any other explanation exists.
 SECONDARY = re.compile(
     r"connection (closed|reset|refused|was likely closed)|broken pipe|gloo|nccl|rccl|processgroup|timed? ?out|socket"
-    r"|recvvalue|sendbytes|recvbytes|store (is|was) |remote process exited|peer|unhandled system error",
+    r"|recvvalue|sendbytes|recvbytes|store (is|was) |remote process exited|peer|unhandled system error"
+    r"|another rank could not",
     re.I,
 )
 SECONDARY_TYPES = {
@@ -63,6 +64,8 @@ AMBIGUOUS = re.compile(
 MEMORY = re.compile(
     r"out of memory|_alloc_failed\b|cudaErrorMemoryAllocation|hipErrorOutOfMemory|can't allocate memory", re.I
 )
+#: What NCCL's own thread prints before it ends a process that has waited too long for the others.
+GAVE_UP = re.compile(r"caught collective operation timeout|collective.{0,60}timed? ?out", re.I)
 #: Errors of Python that no broken connection raises: a first cause, also where its text speaks of NCCL or a socket.
 OWN_TYPES = {
     "ValueError",
@@ -371,9 +374,14 @@ def _first_cause(folder, outcome, gone, alive, world, hang):
     """The rank that broke first, told apart from those that broke because of it."""
     killed, raised, secondary, silent = [], [], [], []
     reported = [other.get("step") for other in outcome.values()]
+
+    def node_of(rank):
+        files = [f for f in (outcome.get(rank), gone.get(rank), alive.get(rank)) if f]
+        return next((f.get("node") or f.get("host") for f in files if f.get("node") or f.get("host")), None)
+
     for rank in range(world):
         o, e, a = outcome.get(rank), gone.get(rank), alive.get(rank)
-        node = next((f.get("node") or f.get("host") for f in (o, e, a) if f and (f.get("node") or f.get("host"))), None)
+        node = node_of(rank)
         step = (o or {}).get("step")
         if step is None:
             step = (a or {}).get("step")
@@ -406,7 +414,9 @@ def _first_cause(folder, outcome, gone, alive, world, hang):
                 secondary.append((when, rank, node, "communication", "%s: %s" % (kind, text) if kind else text, step))
             else:
                 label = "%s: %s" % (kind, text) if kind else text or "exit code %s" % o.get("exit_code")
-                raised.append((when, rank, node, "exception", label, step))
+                by = o.get("cause_rank")  # every rank raises an error that concerns all
+                by = by if isinstance(by, int) and 0 <= by < world else rank
+                raised.append((when, by, node_of(by), "exception", label, step))
             continue
         if e is not None:
             when = seconds(e.get("ended")) or 1e18
@@ -414,21 +424,20 @@ def _first_cause(folder, outcome, gone, alive, world, hang):
             if e.get("terminated"):
                 silent.append((when, rank, node, "terminated", "ended after the launcher's SIGTERM", step, True))
             elif number:
-                text = "killed by %s" % signal_name(number)
+                kind, text = "signal", "killed by %s" % signal_name(number)
                 if int(number) == 9:
                     text += " (by the operator, the node's out-of-memory killer or a limit)"
-                killed.append((when, rank, node, "signal", text, step))
-            elif e.get("exit_code"):
-                raised.append(
-                    (
-                        when,
-                        rank,
-                        node,
-                        "exit",
-                        "exit code %s without an outcome; see rank-%s.log" % (e["exit_code"], rank),
-                        step,
-                    )
-                )
+                said = _last_words(folder, rank) if int(number) == signal.SIGABRT else ""
+                if said:
+                    text += ": " + said
+                    kind = "gpu-fault" if HARDWARE.search(said) else "gpu-error" if AMBIGUOUS.search(said) else kind
+                if kind == "signal" and said:  # it waited for the others
+                    secondary.append((when, rank, node, "communication", text, step))
+                else:
+                    killed.append((when, rank, node, kind, text, step))
+            else:  # also with 0: a rank whose work is done leaves an outcome
+                text = "exit code %s without an outcome; see rank-%s.log" % (e.get("exit_code"), rank)
+                raised.append((when, rank, node, "exit", text, step))
             continue
         when = seconds((a or {}).get("time")) or 1e18
         text = "no outcome and no exit status: the process vanished"
@@ -439,7 +448,7 @@ def _first_cause(folder, outcome, gone, alive, world, hang):
     if hang:
         return {
             "rank": hang.get("rank"),
-            "node": hang.get("node"),
+            "node": node_of(hang.get("rank")) or hang.get("node"),
             "kind": "hang",
             "message": hang.get("message", "no progress"),
             "step": hang.get("step"),
@@ -464,6 +473,26 @@ def _first_cause(folder, outcome, gone, alive, world, hang):
     if ended:
         return _cause(ended[0])
     return None
+
+
+def _last_words(folder, rank):
+    """Why a rank's process was aborted, where a driver or NCCL's own thread printed it into the rank's log (no
+    exception could tell); else an empty text.
+    """
+    path = os.path.join(folder, "rank-%d.log" % rank)
+    if not os.path.isfile(path):
+        return ""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 65536))
+            lines = file.read().decode("utf-8", "replace").split("\n")
+    except OSError:
+        return ""
+    for pattern in (HARDWARE, AMBIGUOUS, GAVE_UP):
+        for line in lines:
+            if pattern.search(line):
+                return _short(line, 300)
+    return ""
 
 
 def _cause(entry):

@@ -403,6 +403,7 @@ FILES = {
         (0, "out-of-memory"),
     ),
     "an exit without a word": ({"exit-0": {"exit_code": 9, "signal": None, "terminated": False, "ended": 9.0}, "outcome-1": {"status": "failed", "exception": "RuntimeError", "message": "connection reset", "ended": 9.5}}, (0, "exit")),
+    "an end with 0 before the work was done": ({"exit-0": {"exit_code": 0, "signal": None, "terminated": False, "ended": 9.0}, "outcome-1": {"status": "failed", "exception": "RuntimeError", "message": "connection reset", "ended": 9.5}}, (0, "exit")),
     "a rank that vanished": ({"alive-0": {"step": 3, "time": 2.0}, "outcome-1": {"status": "failed", "exception": "RuntimeError", "message": "Connection reset by peer", "ended": 9.5}}, (0, "lost")),
 }  # fmt: skip
 
@@ -414,6 +415,41 @@ def test_true_cause(tmp_path, case):
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     state, cause = attempt.diagnose(str(tmp_path), 2)
     assert state == "failed" and (cause["rank"], cause["kind"]) == (rank, kind), cause
+
+
+#: What is printed before a process is aborted -> the kind of the cause.
+PRINTED = [
+    ("[rank1]:[E1130 ProcessGroupNCCL.cpp:2068] Process group watchdog thread terminated with exception: CUDA error: uncorrectable ECC error encountered", "gpu-fault"),
+    ("Memory access fault by GPU node-4 (Agent handle: 0x55) on address 0x7f00. Reason: Page not present or supervisor privilege.", "gpu-error"),
+    (":0:rocdevice.cpp:2726: Callback: Queue 0x7f aborting with error : HSA_STATUS_ERROR_EXCEPTION: a hardware exception. code: 0x1016", "gpu-fault"),
+    ("[rank1]:[E1130 ProcessGroupNCCL.cpp:683] [Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12)", "communication"),
+    ("free(): invalid pointer", "signal"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, kind", PRINTED)
+def test_what_was_printed_before_an_abort_is_read(tmp_path, text, kind):
+    """No exception passes where a driver, or NCCL's own thread, ends the process."""
+    (tmp_path / "exit-0.json").write_text(json.dumps({"exit_code": 134, "signal": 6, "ended": 9.0}))
+    (tmp_path / "rank-0.log").write_text(f"step 3\n{text}\nFatal Python error: Aborted\n")
+    state, cause = attempt.diagnose(str(tmp_path), 1)
+    assert state == "failed" and cause["kind"] == kind and (text in cause["message"]) is (kind != "signal"), cause
+
+
+def test_ranks_that_nccl_ended_are_no_cause_where_one_is_silent(tmp_path):
+    """Three ranks waited until NCCL ended them; the fourth, which they waited for, had to be killed."""
+    for rank in (0, 2, 3):
+        (tmp_path / f"exit-{rank}.json").write_text(json.dumps({"exit_code": 134, "signal": 6, "ended": 9.0 + rank}))
+        (tmp_path / f"rank-{rank}.log").write_text(PRINTED[3][0])
+    (tmp_path / "exit-1.json").write_text(json.dumps({"exit_code": 137, "signal": 9, "terminated": True, "ended": 20}))
+    cause = attempt.diagnose(str(tmp_path), 4)[1]
+    assert (cause["rank"], cause["kind"]) == (1, "hang") and "gave up waiting" in cause["message"]
+
+
+def test_the_node_of_a_hang_has_the_scheduler_s_name(tmp_path):
+    (tmp_path / "hang.json").write_text(json.dumps({"rank": 1, "node": "h1.cluster.example", "message": "no news"}))
+    (tmp_path / "place-1.json").write_text(json.dumps({"rank": 1, "node": "n7", "host": "h1.cluster.example"}))
+    assert attempt.diagnose(str(tmp_path), 2)[1]["node"] == "n7"
 
 
 def test_the_step_of_a_killed_rank_is_what_the_others_reached(tmp_path):
