@@ -64,8 +64,12 @@ AMBIGUOUS = re.compile(
 MEMORY = re.compile(
     r"out of memory|_alloc_failed\b|cudaErrorMemoryAllocation|hipErrorOutOfMemory|can't allocate memory", re.I
 )
-#: What NCCL's own thread prints before it ends a process that has waited too long for the others.
-GAVE_UP = re.compile(r"caught collective operation timeout|collective.{0,60}timed? ?out", re.I)
+#: What threads of NCCL and gloo print before they end a process that waited too long for the others, or lost one.
+GAVE_UP = re.compile(
+    r"caught collective operation timeout|collective.{0,60}timed? ?out"
+    r"|what\(\): .*(gloo|nccl|rccl|connection (closed|reset)|broken pipe)",
+    re.I,
+)
 #: Errors of Python that no broken connection raises: a first cause, also where its text speaks of NCCL or a socket.
 OWN_TYPES = {
     "ValueError",

@@ -423,6 +423,7 @@ PRINTED = [
     ("Memory access fault by GPU node-4 (Agent handle: 0x55) on address 0x7f00. Reason: Page not present or supervisor privilege.", "gpu-error"),
     (":0:rocdevice.cpp:2726: Callback: Queue 0x7f aborting with error : HSA_STATUS_ERROR_EXCEPTION: a hardware exception. code: 0x1016", "gpu-fault"),
     ("[rank1]:[E1130 ProcessGroupNCCL.cpp:683] [Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12)", "communication"),
+    ("  what():  [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9", "communication"),
     ("free(): invalid pointer", "signal"),
 ]  # fmt: skip
 
@@ -433,7 +434,7 @@ def test_what_was_printed_before_an_abort_is_read(tmp_path, text, kind):
     (tmp_path / "exit-0.json").write_text(json.dumps({"exit_code": 134, "signal": 6, "ended": 9.0}))
     (tmp_path / "rank-0.log").write_text(f"step 3\n{text}\nFatal Python error: Aborted\n")
     state, cause = attempt.diagnose(str(tmp_path), 1)
-    assert state == "failed" and cause["kind"] == kind and (text in cause["message"]) is (kind != "signal"), cause
+    assert state == "failed" and cause["kind"] == kind and (text.strip()[:40] in cause["message"]) is (kind != "signal"), cause
 
 
 def test_ranks_that_nccl_ended_are_no_cause_where_one_is_silent(tmp_path):
