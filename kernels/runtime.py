@@ -76,9 +76,34 @@ def where(x: torch.Tensor) -> tuple[str, str | None, int]:
     return x.device.type, None, 1
 
 
+# Why Triton cannot run on this process's GPU, empty where it can; None: not tried yet. No cache of a function: compiled
+# code reads it.
+_trouble: str | None = None
+
+
+def trouble(device: torch.device) -> str:
+    """Why Triton cannot run on ``device``, a GPU: in one line, empty where it can. Tried once in a process."""
+    global _trouble
+    if _trouble is None:
+        try:
+            from aifactory_train.kernels import trial
+
+            trial.run(device)
+            _trouble = ""
+        except Exception as error:  # whatever the image lacks: the torch path needs none of it
+            text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            _trouble = f"{text} (it takes a C compiler and Python.h: gcc and python3-dev, or python3-devel)"
+    return _trouble
+
+
 def use_triton(op: str, x: torch.Tensor) -> bool:
     """Whether ``op`` runs as Triton kernels for this tensor; the reason for torch is logged once."""
     if x.device.type == "cpu" and _interpreted is None:
+        return False
+    if HAS_TRITON and x.device.type == "cuda" and torch.cuda.is_available() and not torch.compiler.is_compiling():
+        trouble(x.device)
+    if _trouble and x.device.type == "cuda":
+        _once(f"{op}: Triton cannot run here, torch path taken: {_trouble}")
         return False
     if x.dtype not in DTYPES:
         _once(f"{op}: {x.dtype} takes the torch path (kernels exist for bf16, fp16, fp32)")

@@ -46,12 +46,17 @@ def apply_operators(
 
 
 def _apply_triton(core: CausalLM, *, weights: str, report: ModelReport) -> None:
-    from aifactory_train.kernels import hardware
-    from aifactory_train.kernels.runtime import device_of
+    from aifactory_train.kernels import hardware, runtime
     from aifactory_train.model.gpu_operators import apply_kernels
     from aifactory_train.model.loss import chunk_rows
 
-    arch, sku, _ = device_of(torch.cuda.current_device())
+    index = torch.cuda.current_device()
+    arch, sku, _ = runtime.device_of(index)
+    trouble = runtime.trouble(torch.device("cuda", index)) if runtime.HAS_TRITON else "it is not installed"
+    if arch in hardware.TARGETS and trouble:
+        core.kernels = False
+        report.add("kernels", "the model's own", f"Triton cannot run here: {trouble}")
+        return
     # These two read their children's weights directly.
     skip = ("rms_norm_residual", "lora_linear") if weights == "module" else ()
     dtype = next((p.dtype for p in core.parameters() if not p.requires_grad), torch.bfloat16)

@@ -853,6 +853,10 @@ def preflight(args):
     speeds = [r["allreduce_gb_s"] for r in reports.values() if r.get("allreduce_gb_s") is not None]
     if speeds:
         verdict["allreduce_gb_s"] = min(speeds)
+    slow = {str(r.get("node")): r["kernels"] for r in reports.values() if r.get("kernels")}
+    if slow:
+        verdict["kernels"] = slow
+        print("pre-flight: %s (on %s)" % (min(slow.values()), ", ".join(sorted(slow))), file=sys.stderr)
     primary = [r for r in bad if not all(SECONDARY.search(p) for p in reports[r].get("problems", []))]
     if missing and not primary:
         # Nodes none of whose ranks answered are suspect; where some rank of every node answered, the ranks' places

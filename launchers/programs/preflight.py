@@ -15,7 +15,10 @@ import platform
 import re
 import shutil
 import socket
+import subprocess
 import sys
+import sysconfig
+import tempfile
 import threading
 import time
 
@@ -98,6 +101,10 @@ def check(args, rank, world, local_rank, report):
         torch.cuda.set_device(device)
         report["gpu"] = torch.cuda.get_device_name()
         memory(args, torch, report)
+    if args.gpus and local_rank == 0:
+        report["kernels"] = toolchain()
+        if report["kernels"]:
+            print("preflight: rank %d on %s: %s" % (rank, report["node"], report["kernels"]), flush=True)
     meet(args, torch, dist, rank, world, local_size, report)
     count = (CHUNK_MIB if cuda else 4) * 2**20 // 4
     tensor = torch.full((count,), float(rank + 1), device=device)
@@ -146,6 +153,36 @@ def gpus_seen(args, local_size, report):
     elif seen > 1 or local_size == 1:
         report["problems"].append("%d of %d GPUs are visible" % (seen, asked))
     # One GPU of several, and several ranks: each may have been given its own. same_gpu() looks at whose it is.
+
+
+def toolchain():
+    """Why Triton cannot build its kernels on this node, in words; None where it can. No reason to stop: the trainer
+    then takes the model's own operators, which are slower, and a cache that was filled before may need no compiler.
+    """
+    missing = None
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        missing = "no C compiler (gcc, clang or CC)"
+    else:
+        folder = tempfile.mkdtemp()
+        try:
+            source = os.path.join(folder, "a.c")
+            with open(source, "w") as file:
+                file.write("#include <Python.h>\nint main(void) { return 0; }\n")
+            command = [compiler, "-c", "-I", sysconfig.get_paths()["include"], source, "-o", source + ".o"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+            if done.returncode:
+                lines = done.stdout.decode(errors="replace").strip().splitlines() or ["exit code %d" % done.returncode]
+                said = [line for line in lines if "error" in line] or lines
+                missing = "%s cannot compile a file that includes Python.h: %s" % (compiler, said[0].strip()[:200])
+        except (OSError, subprocess.SubprocessError) as error:
+            missing = "%s does not run: %s" % (compiler, error)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    if missing is None:
+        return None
+    advice = "Triton cannot build kernels here and the model's own operators are slower; gcc and Python's headers help"
+    return "%s: %s" % (missing, advice)
 
 
 def memory(args, torch, report):

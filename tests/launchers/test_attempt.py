@@ -434,7 +434,9 @@ def test_what_was_printed_before_an_abort_is_read(tmp_path, text, kind):
     (tmp_path / "exit-0.json").write_text(json.dumps({"exit_code": 134, "signal": 6, "ended": 9.0}))
     (tmp_path / "rank-0.log").write_text(f"step 3\n{text}\nFatal Python error: Aborted\n")
     state, cause = attempt.diagnose(str(tmp_path), 1)
-    assert state == "failed" and cause["kind"] == kind and (text.strip()[:40] in cause["message"]) is (kind != "signal"), cause
+    assert (
+        state == "failed" and cause["kind"] == kind and (text.strip()[:40] in cause["message"]) is (kind != "signal")
+    ), cause
 
 
 def test_ranks_that_nccl_ended_are_no_cause_where_one_is_silent(tmp_path):

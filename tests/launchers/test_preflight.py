@@ -394,3 +394,54 @@ def test_the_rank_that_knows_more_than_that_it_waited_is_quoted(tmp_path):
     assert "1 of 3 ranks did not finish it; rank 1: gloo" in found["message"] and found["nodes"] == ["c"]
     report(2, "c", "timed out: waited 105 s for the others to form the group, with gloo on interface ib0")
     assert verdict()["rank"] == 1
+
+
+# ---- images that lack something
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH with nothing on it: no compiler, no numactl."""
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    monkeypatch.setenv("PATH", str(empty))
+    monkeypatch.delenv("CC", raising=False)
+    return empty
+
+
+def test_an_image_with_compiler_and_headers_needs_no_remark():
+    if shutil.which("gcc") is None or not Path(preflight.sysconfig.get_paths()["include"], "Python.h").is_file():
+        pytest.skip("this machine lacks them")
+    assert preflight.toolchain() is None
+
+
+def test_an_image_without_a_compiler_is_told(bare):
+    assert "no C compiler" in preflight.toolchain()
+
+
+def test_an_image_without_python_s_headers_is_told(tmp_path, monkeypatch):
+    if shutil.which("gcc") is None or Path("/usr/include/Python.h").exists():
+        pytest.skip("no gcc, or headers that it finds by itself")
+    monkeypatch.setattr(preflight.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.delenv("CPATH", raising=False)
+    monkeypatch.delenv("C_INCLUDE_PATH", raising=False)
+    assert "Python.h" in preflight.toolchain() and "No such file" in preflight.toolchain()
+
+
+def test_a_compiler_that_does_not_run_is_told(monkeypatch):
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    assert "/nowhere/cc does not run" in preflight.toolchain()
+
+
+def test_the_preflight_passes_without_compiler_and_numactl_and_says_what_that_costs(tmp_path, bare):
+    folder = tmp_path / "attempts" / "001"
+    folder.mkdir(parents=True)
+    (folder / "attempt.json").write_text(json.dumps({"world": 2, "nodes": ["n0", "n1"]}))
+    with contextlib.closing(helpers.reserved_port()) as port:
+        number = port.getsockname()[1]
+        starts = [([], environment(r, number, AIFACTORY_ALLOW_CPU="1", PATH=str(bare))) for r in range(2)]
+        reports = together(folder, 1, starts)
+    assert all(report["ok"] and "no C compiler" in report["kernels"] for report in reports.values()), reports
+    assert attempt.main(["preflight", "--run", str(tmp_path), "--attempt", "1"]) == 0
+    verdict = json.loads((folder / "preflight.json").read_text())
+    assert verdict["ok"] and set(verdict["kernels"]) == {"n0", "n1"}

@@ -129,3 +129,33 @@ def test_the_kernels_know_the_device(sku: Sku) -> None:
 def test_memory_that_is_the_host_s_is_known(sku: Sku) -> None:
     """Pages of weight files are let go where they push the model's own memory away."""
     assert compat.shares_memory("cuda:0") is ("MI300A" in sku.name)
+
+
+# ---- Triton that cannot run
+
+
+def test_without_a_compiler_the_model_keeps_its_own_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton needs one at its first launch: that is tried before anything is replaced, and told."""
+    import helpers
+
+    from aifactory_train.kernels import trial
+    from aifactory_train.model.causal_lm import CausalLM
+    from aifactory_train.model.operators import apply_operators
+    from aifactory_train.model.report import ModelReport
+
+    def no_compiler(device) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nand more")
+
+    pretend(monkeypatch, SKUS["A100"])
+    runtime.device_of.cache_clear()
+    for works in (False, True):
+        monkeypatch.setattr(trial, "run", (lambda device: None) if works else no_compiler)
+        monkeypatch.setattr(runtime, "_trouble", None)
+        core, report = CausalLM(helpers.tiny_model("llama"), loss_rows=16), ModelReport()
+        apply_operators(core, recipe(), device="cuda:0", engine="ddp", weights="always", report=report)
+        said = " ".join(str(line) for line in report.lines if line[0] == "kernels")
+        assert core.kernels is works, said
+        assert ("Failed to find C compiler" in said) is not works and "and more" not in said
+        on_gpu = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+        assert runtime.use_triton("adamw8bit", on_gpu) is works  # type: ignore[arg-type]
+    runtime.device_of.cache_clear()
