@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
+import json.scanner
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,13 +103,30 @@ def unseen(text: str) -> bool:
 
 def parse_json(text: str) -> Any:
     """``json.loads``, but an integer of more digits than Python converts (4,300) stays text, and NaN, with which pandas
-    fills gaps, is null. Raises :class:`ValueError`."""
+    fills gaps, is null. Raises :class:`json.JSONDecodeError`, and :class:`RowError` for an object that says two things
+    under one key, and for nesting without end."""
     try:
-        return _quick.decode(text)
-    except json.JSONDecodeError:
-        raise
-    except ValueError:
-        return _patient.decode(text)
+        try:
+            return _quick.decode(text)
+        except (json.JSONDecodeError, RowError):
+            raise
+        except ValueError:
+            return _patient.decode(text)
+    except RecursionError:
+        raise RowError("JSON nested too deeply", "rows are objects with named columns") from None
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs. JSON takes the last of several values in silence."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        for key, value in pairs:
+            if value != found[key]:
+                raise RowError(
+                    f"the key '{key[:80]}' stands more than once in one object, with different values",
+                    "keep the value that is meant",
+                )
+    return found
 
 
 def _integer(text: str) -> int | str:
@@ -121,8 +140,26 @@ def _constant(name: str) -> float | None:
     return None if name == "NaN" else float(name)
 
 
-_quick = json.JSONDecoder(parse_constant=_constant)
-_patient = json.JSONDecoder(parse_int=_integer, parse_constant=_constant)
+_quick = json.JSONDecoder(parse_constant=_constant, object_pairs_hook=_each_key_once)
+_patient = json.JSONDecoder(parse_int=_integer, parse_constant=_constant, object_pairs_hook=_each_key_once)
+
+
+def place_of_fault(text: str) -> int:
+    """The line of the object that :func:`parse_json` refused; slow."""
+    patient = json.JSONDecoder(parse_int=_integer, parse_constant=_constant, object_pairs_hook=_each_key_once)
+    plain, begins = patient.parse_object, []
+
+    def parse_object(begin: tuple[str, int], *how: Any) -> Any:
+        begins.append(begin[1])
+        found = plain(begin, *how)
+        begins.pop()
+        return found
+
+    patient.parse_object = parse_object
+    patient.scan_once = json.scanner.py_make_scanner(patient)
+    with contextlib.suppress(RowError, RecursionError):
+        patient.decode(text)
+    return text.count("\n", 0, begins[-1]) + 1 if begins else 1
 
 
 class RawRow:

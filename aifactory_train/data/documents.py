@@ -77,7 +77,7 @@ class Notes:
     repeated_headers: int = 0
     pages_without_text: int = 0
     rows_of_one_document: int = 0
-    beside: collections.Counter = field(default_factory=collections.Counter)  # what a JSON file holds beside its rows
+    beside: collections.Counter = field(default_factory=collections.Counter)  # what a file holds beside its rows
 
     def any(self) -> bool:
         """Whether there is anything to tell."""

@@ -46,6 +46,8 @@ def examples() -> Iterator[Example]:
         yield f"a turn's text under `{key}`", None, {"messages": [{"role": "user", key: "Q"}, _SAID]}, {}
     parts = [{"type": "text", "text": "Q"}]
     yield "content in parts, all of them text", None, {"messages": [{"role": "user", "content": parts}, _SAID]}, {}
+    as_text = {"role": "user", "content": json.dumps(parts)}
+    yield "content in parts as JSON text", None, {"messages": [as_text, _SAID]}, {}
     yield from _turns()
     for asked, answer in PROMPT_COLUMNS:
         yield f"`{asked}` and `{answer}`", None, {asked: "Q", answer: "A"}, {}
@@ -74,8 +76,14 @@ def examples() -> Iterator[Example]:
     yield "a pair as JSON text (CSV)", "preference", in_text, {}
     openai = {"preferred_output": [_SAID], "non_preferred_output": [{**_SAID, "content": "B"}]}
     yield "OpenAI's pair", "preference", {"input": {"messages": [_Q], "tools": []}, **openai}, {}
+    beside = {"rejected_response": "B"}
+    yield "ms-swift's pair", "preference", {"messages": [_Q, _SAID], **beside}, {}
+    yield "ms-swift's pair of a question", "preference", {"query": "Q", "response": "A", **beside}, {}
+    others = {"rejected_messages": [_Q, {**_SAID, "content": "B"}]}
+    yield "ms-swift's pair of conversations", "preference", {"messages": [_Q, _SAID], **others}, {}
     yield "a rated answer", "feedback", {"prompt": "Q", "completion": "A", "label": True}, {}
     yield "`label` as a number or text", "feedback", {"prompt": "Q", "completion": "A", "label": "0.0"}, {}
+    yield "LLaMA-Factory's `kto_tag`", "feedback", {"instruction": "Q", "output": "A", "kto_tag": False}, {}
     yield "a judged conversation", "feedback", {"messages": [*_EARLIER, _Q, _A], "label": 1}, {}
     yield (
         "renamed columns",

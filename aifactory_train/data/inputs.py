@@ -22,7 +22,7 @@ from aifactory_train.private import vault
 from aifactory_train.sources.digests import sha256_of
 
 #: Raised when the same input would give other files; older caches are then built again.
-PREPARED_FORMAT = 6
+PREPARED_FORMAT = 7
 
 
 @dataclass

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from aifactory_train.data.cells import FLAT, RawRow, RowError, Unused, blank, kind_of, parse_json, unseen
-from aifactory_train.data.turns import AS_TURNS, note_text, opening_system_turns, read_turns, role_of, turns_in_text
+from aifactory_train.data.cells import (
+    FLAT,
+    RawRow,
+    RowError,
+    Unused,
+    blank,
+    kind_of,
+    parse_json,
+    unseen,
+)
+from aifactory_train.data.turns import (
+    AS_TURNS,
+    note_text,
+    opening_system_turns,
+    read_turns,
+    role_of,
+    text_in_parts,
+    turns_in_text,
+)
 
 #: Columns that hold the system prompt, the one that counts first.
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
@@ -56,6 +73,7 @@ def asked(row: RawRow, key: str) -> list[dict[str, Any]]:
     elif isinstance(prompt, str):
         if unseen(prompt):
             raise RowError(f"'{key}' is empty")
+        prompt = text_in_parts(prompt, key, row.unused)
         note_text(prompt, row.unused)
         messages += _history(row)
         messages.append({"role": "user", "content": _question(row, key, prompt)})
@@ -115,6 +133,7 @@ def answered(row: RawRow, asked: list[dict[str, Any]], answer: Any, key: str) ->
             raise RowError(f"'{key}' is empty: no assistant turn to learn from")
         if held := _turns_of_answer(row, asked, answer):
             return answered(row, asked, held, key)
+        answer = text_in_parts(answer, key, row.unused)
         _note_repeated(row, asked, answer)
         return [*asked, {"role": "assistant", "content": answer}], False
     if not isinstance(answer, list):

@@ -18,6 +18,7 @@ def parquet_rows(path: Path) -> Iterator[Block]:
     first = 1
     try:
         file = pyarrow.parquet.ParquetFile(vault.open_source(path))
+        _check_names(file.schema_arrow, path)
         for batch in file.iter_batches(batch_size=BLOCK_ROWS):
             rows = [_without_nulls(row) for row in batch.to_pylist()]
             yield Block(f"{path}:row", first, rows=rows)
@@ -34,6 +35,15 @@ def parquet_rows(path: Path) -> Iterator[Block]:
             where=str(path),
             fix="write text as UTF-8, and moments in microseconds",
         ) from None
+
+
+def _check_names(schema: Any, path: Path) -> None:
+    """Refuse a table two of whose columns bear one name: a row would hold the last of them in silence."""
+    twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"two columns bear the name '{twice}'", where=str(path), fix="give each column a name of its own"
+        )
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +68,10 @@ def arrow_rows(path: Path) -> Iterator[Block]:
                 reader: Any = pyarrow.ipc.open_stream(source)
             except pyarrow.ArrowInvalid:
                 opened = pyarrow.ipc.open_file(source)
+                _check_names(opened.schema, path)
                 reader = (opened.get_batch(i) for i in range(opened.num_record_batches))
+            else:
+                _check_names(reader.schema, path)
             first = 1
             for batch in reader:
                 for at in range(0, batch.num_rows, BLOCK_ROWS):

@@ -36,21 +36,47 @@ def _text_lines(path: Path) -> Iterator[str]:
                 raise not_utf8(f"{path}:{number}", raw, error) from None
 
 
+#: What spreadsheets write of the cells around a table; counted.
+EMPTY_ROWS, EMPTY_COLUMNS = "empty rows of a table: left out", "empty columns without a name: left out"
+
+
 def _header(cells: list[str] | None, path: Path) -> list[str]:
-    """The names of the columns, each given once."""
+    """The names of the columns, each given once; a column without a name, as spreadsheets write them beside a table,
+    has to be empty."""
     header = [name.strip() for name in cells or []]
-    if not all(header) or not header:
+    if not any(header):
         raise UserError(
             "the first line must name every column",
             where=f"{path}:1",
-            fix="name them there; take out empty columns at the end, empty lines before it and a line 'sep=;'",
+            fix="name them there; take out empty lines before it and a line 'sep=;'",
         )
-    twice = next((name for name, n in collections.Counter(header).items() if n > 1), None)
+    twice = next((name for name, n in collections.Counter(filter(None, header)).items() if n > 1), None)
     if twice is not None:
         raise UserError(
             f"the column name '{twice}' is given twice", where=f"{path}:1", fix="give each column a name of its own"
         )
     return header
+
+
+def _of_width(cells: list[str], columns: int, where: str) -> list[str]:
+    """A row that goes on behind the last column in empty cells, without them. Raises :class:`UserError` for others."""
+    if len(cells) < columns or any(map(str.strip, cells[columns:])):
+        raise UserError(
+            f"{len(cells)} cells, but the header names {columns} columns",
+            where=where,
+            fix="quote cells that hold the separator",
+        )
+    return cells[:columns]
+
+
+def _check_unnamed(header: list[str], cells: list[str], where: str) -> None:
+    for number, (name, cell) in enumerate(zip(header, cells, strict=True), 1):
+        if not name and cell.strip():
+            raise UserError(
+                f"column {number} has no name in the first line, and holds '{cell.strip()[:40]}'",
+                where=where,
+                fix="name it there, or empty it; take out a line 'sep=;'",
+            )
 
 
 def csv_rows(path: Path, notes: documents.Notes) -> Iterator[Block]:
@@ -64,6 +90,8 @@ def csv_rows(path: Path, notes: documents.Notes) -> Iterator[Block]:
     numbers: list[int] = []
     try:
         header = _header(next(reader, None), path)
+        unnamed = header.count("")
+        notes.beside.update({EMPTY_COLUMNS: unnamed} if unnamed else {})
         before = reader.line_num
         for cells in reader:
             number, before = before + 1, reader.line_num
@@ -74,13 +102,16 @@ def csv_rows(path: Path, notes: documents.Notes) -> Iterator[Block]:
             if [cell.strip() for cell in cells] == header:
                 notes.repeated_headers += 1
                 continue
+            if not any(cells) or not any(map(str.strip, cells)):
+                notes.beside[EMPTY_ROWS] += 1
+                continue
             if len(cells) != len(header):
-                raise UserError(
-                    f"{len(cells)} cells, but the header names {len(header)} columns",
-                    where=f"{path}:{number}",
-                    fix="quote cells that hold the separator",
-                )
-            rows.append(dict(zip(header, cells, strict=True)))
+                cells = _of_width(cells, len(header), f"{path}:{number}")
+            row = dict(zip(header, cells, strict=True))
+            if unnamed:
+                _check_unnamed(header, cells, f"{path}:{number}")
+                del row[""]
+            rows.append(row)
             numbers.append(number)
             if len(rows) == BLOCK_ROWS:
                 yield Block(str(path), numbers[0], rows=rows, numbers=numbers)

@@ -14,7 +14,7 @@ from aifactory_train.core.errors import UserError
 from aifactory_train.core.unpacking import Growth, counted
 from aifactory_train.data import documents
 from aifactory_train.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Block
-from aifactory_train.data.cells import RowError, blank, parse_json
+from aifactory_train.data.cells import RowError, blank, parse_json, place_of_fault, to_user_error
 from aifactory_train.data.rows import detect_format
 from aifactory_train.data.turns import role_of
 from aifactory_train.private import vault
@@ -75,8 +75,8 @@ def parse_lines(block: Block) -> Iterator[tuple[int, Any]]:
                 where=f"{block.file}:{number}",
                 fix=UTF16 if b"\0" in raw else fix,
             ) from None
-        except RecursionError:
-            raise _too_deep(f"{block.file}:{number}") from None
+        except RowError as error:
+            raise to_user_error(error, f"{block.file}:{number}") from None
         if b"\\u" in raw and _HALF.search(raw):
             _refuse_halves(value, f"{block.file}:{number}")
         yield number, value
@@ -98,10 +98,6 @@ def _refuse_halves(value: Any, where: str) -> None:
             where=where,
             fix="the text was cut inside a character, often an emoji: take the escape out, or write the row again",
         ) from None
-
-
-def _too_deep(where: str) -> UserError:
-    return UserError("JSON nested too deeply", where=where, fix="rows are objects with named columns")
 
 
 def not_utf8(where: str, raw: bytes, error: UnicodeDecodeError) -> UserError:
@@ -170,8 +166,8 @@ def json_rows(path: Path, notes: documents.Notes) -> Iterator[Block]:
             where=f"{path}:{error.lineno}",
             fix=UTF16 if "\0" in text else "write it again, or one object a line as .jsonl",
         ) from None
-    except RecursionError:
-        raise _too_deep(str(path)) from None
+    except RowError as error:
+        raise to_user_error(error, f"{path}:{place_of_fault(text)}") from None
     if _HALF.search(text.encode("utf-8")):
         _refuse_halves(value, str(path))
     if isinstance(value, dict):

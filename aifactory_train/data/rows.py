@@ -8,8 +8,8 @@ Accepted forms (``DataSource.format``; ``auto`` decides by the columns of the fi
 * ``text``: ``{"text"}``, continued pre-training;
 * ``preference``: ``{"prompt", "chosen", "rejected", "system"?}`` (DPO, ORPO); chosen and rejected may be lists of
   messages, with the prompt as their common beginning where there is no ``prompt``, or where they repeat it; also
-  OpenAI's ``preferred_output``;
-* ``feedback``: the ``prompt`` form with ``label``, true or false (KTO).
+  OpenAI's ``preferred_output``, and ``rejected_response`` beside the chosen answer;
+* ``feedback``: the ``prompt`` form with ``label`` (or ``kto_tag``), true or false (KTO).
 
 Every form may carry ``id`` (unique within its source) and ``group`` (rows of one group are never split over train and
 eval), and for the slices of an evaluation ``language`` and ``label``.
@@ -24,6 +24,7 @@ preferences, or ``{"text": ...}`` plus ``id`` and ``group`` where given.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from typing import Any
 
@@ -44,7 +45,7 @@ from aifactory_train.data.tool_calls import tool_schemas
 from aifactory_train.data.turns import AS_TURNS, note_text, read_turns, role_of, supervised_turns, turns_in_text
 
 #: Columns of a question, for rows that judge answers.
-QUESTIONS = ("prompt", "instruction", "question", "input", "conversations", "messages")
+QUESTIONS = ("prompt", "instruction", "question", "input", "conversations", "messages", "query")
 #: (prompt column, completion column) that are read as the prompt form, most specific first.
 PROMPT_COLUMNS = [
     ("prompt", "completion"),
@@ -123,6 +124,9 @@ def canonical(
         if fmt == "preference":
             messages, out["rejected"] = _pair(cells)
         elif fmt == "feedback":
+            if blank(row.get("label")) and not blank(row.get("kto_tag")):  # LLaMA-Factory's name
+                row = cells.cells = {name: v for name, v in row.items() if name != "label"}
+                row["label"] = row.pop("kto_tag")
             messages = _rated(cells)
             out["desirable"] = desirable(row)
         else:
@@ -148,18 +152,24 @@ def canonical(
     return out
 
 
-def _from_messages(row: RawRow) -> list[dict[str, Any]]:
-    raw, where = row.get("messages"), "messages"
-    if raw is None and "conversations" in row.cells:
-        raw = row.get("conversations")
+def _turns_of_cell(raw: Any) -> Any:
+    """What a column of turns holds: a cell of a CSV file, or text in Parquet, holds JSON."""
     if isinstance(raw, str) and raw.lstrip().startswith("["):
         try:
-            raw = parse_json(raw)  # a CSV cell or Parquet string that holds JSON
-        except ValueError:
+            return parse_json(raw)
+        except json.JSONDecodeError:
             raise RowError(
                 "'messages' is text that is not valid JSON",
                 "what Python prints is none: write the column with json.dumps, or the rows as .jsonl",
             ) from None
+    return raw
+
+
+def _from_messages(row: RawRow) -> list[dict[str, Any]]:
+    raw, where = row.get("messages"), "messages"
+    if raw is None and "conversations" in row.cells:
+        raw = row.get("conversations")
+    raw = _turns_of_cell(raw)
     if raw is None:
         raise column_error("messages", row.cells)
     return with_system(row, read_turns(raw, where, row.unused))
@@ -183,6 +193,7 @@ def _rated(row: RawRow) -> list[dict[str, Any]]:
 def _pair(row: RawRow) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The conversations that end with the chosen and with the rejected answer; only what differs carries loss."""
     _from_openai(row)
+    _from_conversation(row)
     for name in ("chosen", "rejected"):
         if name not in row.cells:
             raise column_error(name, row.cells)
@@ -238,6 +249,26 @@ def _from_openai(row: RawRow) -> None:
     if isinstance(asked, dict) and "messages" in asked and "instruction" not in cells:
         cells = {**{name: value for name, value in cells.items() if name != "input"}, **asked}
     row.cells = cells
+
+
+def _from_conversation(row: RawRow) -> None:
+    """Bring a pair that ms-swift writes into ours: the chosen answer ends ``messages``, or is the ``response``, and the
+    other one stands beside it as ``rejected_response``, or with its whole conversation as ``rejected_messages``."""
+    cells = row.cells
+    if not (blank(cells.get("chosen")) and blank(cells.get("rejected"))):
+        return
+    talk = next((name for name in ("messages", "conversations") if not blank(cells.get(name))), None)
+    rest = dict(cells)
+    if talk and not blank(cells.get("rejected_messages")):
+        rest |= {"chosen": rest.pop(talk), "rejected": rest.pop("rejected_messages")}
+    elif talk and not blank(cells.get("rejected_response")):
+        turns = _turns_of_cell(cells[talk])
+        if not (isinstance(turns, list) and isinstance(turns[-1], dict) and role_of(turns[-1]) == "assistant"):
+            raise RowError(f"'{talk}' does not end with the turn that 'rejected_response' is an alternative to")
+        rest |= {talk: turns[:-1], "chosen": turns[-1:], "rejected": rest.pop("rejected_response")}
+    elif not blank(cells.get("response")) and not blank(cells.get("rejected_response")):
+        rest |= {"chosen": rest.pop("response"), "rejected": rest.pop("rejected_response")}
+    row.cells = rest
 
 
 def _question_of_pair(row: RawRow, answers: dict[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from aifactory_train.data.cells import RawRow, RowError, Unused, blank, kind_of, parse_json
@@ -13,7 +14,7 @@ def calls_of_turn(raw: dict[str, Any], where: str, unused: Unused) -> list[Any] 
     if isinstance(calls, str):
         try:
             calls = parse_json(calls) or None
-        except ValueError:
+        except json.JSONDecodeError:
             raise RowError(f"{where}: 'tool_calls' is text that is not valid JSON") from None
     if calls is not None and not isinstance(calls, list):
         raise RowError(f"{where}: 'tool_calls' is {kind_of(calls)}, not a list of calls")
@@ -33,7 +34,7 @@ def _old_call(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, str):
         try:
             value = parse_json(value)
-        except ValueError:
+        except json.JSONDecodeError:
             raise RowError(f"{where}: 'function_call' is text that is not valid JSON", _CALL) from None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise RowError(f"{where}: 'function_call' is no call with a name", _CALL)
@@ -48,7 +49,7 @@ def calls_of_text(value: Any, where: str) -> list[Any]:
     if isinstance(value, str):
         try:
             value = parse_json(value)
-        except ValueError:
+        except json.JSONDecodeError:
             raise RowError(f"{where}: the call is not valid JSON", _CALL) from None
     calls = value if isinstance(value, list) else [value]
     if not calls or not all(isinstance(call, dict) for call in calls):
@@ -76,7 +77,7 @@ def tool_call(call: Any, where: str, unused: Unused) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = parse_json(arguments) if arguments.strip() else {}
-        except ValueError:
+        except json.JSONDecodeError:
             raise RowError(f"{where}: function.{key} is not valid JSON") from None
     if not isinstance(arguments, dict):
         raise RowError(f"{where}: function.{key} is {kind_of(arguments)}, not an object")
@@ -115,12 +116,12 @@ def tool_schemas(row: RawRow) -> list[Any] | None:
     if isinstance(raw, str):
         try:
             raw = parse_json(raw)
-        except ValueError:
+        except json.JSONDecodeError:
             raise RowError(f"'{name}' is text that is not valid JSON") from None
     if isinstance(raw, list) and raw and all(isinstance(tool, str) for tool in raw):
         try:
             raw = [parse_json(tool) for tool in raw]
-        except ValueError:
+        except json.JSONDecodeError:
             raise RowError(f"'{name}' holds text that is not valid JSON") from None
     if not isinstance(raw, list) or not all(isinstance(tool, dict) for tool in raw):
         raise RowError(f"'{name}' is not a list of JSON schemas")

@@ -50,6 +50,7 @@ _PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 _OPENS, _NAMES_A_ROLE = re.compile(r"\s*(?:\[\s*)?\{"), re.compile(r"""["'](?:role|from)["']\s*:""")
 #: Remarks on such texts.
 AS_TURNS = "turns written as JSON text, read as turns"
+AS_PARTS = "content in parts written as JSON text, read as its text"
 AS_TEXT = "text like a list of turns, but no JSON of known roles that fits there: taken as text"
 
 
@@ -80,7 +81,7 @@ def turns_in_text(text: str) -> list[dict[str, Any]]:
         return []
     try:
         value = parse_json(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return []
     turns = [value] if isinstance(value, dict) else value
     return turns if all(isinstance(t, dict) and _is_turn(t) for t in turns) else []
@@ -91,6 +92,34 @@ def _is_turn(raw: dict[str, Any]) -> bool:
     return (
         isinstance(role, str) and role in ROLES and any(k in raw for k in (*TEXT_KEYS, "tool_calls", "function_call"))
     )
+
+
+#: What a part of a content names beside its text.
+_PART, _PARTS_OF_MEDIA = {"type", "text"}, re.compile(r"image_url|input_image|input_audio|input_file|video_url")
+_LIKE_PARTS = re.compile(r"""\s*(?:\[\s*)?\{.*["']type["']\s*:\s*["']""", re.DOTALL)
+_PRINTED_PART = re.compile(r"\s*\[\s*\{'(?:type': 'text', 'text': |text': .*'type': 'text')", re.DOTALL)
+
+
+def text_in_parts(text: str, where: str, unused: Unused) -> str:
+    """A text as it is learnt: where it is a content in parts, written as JSON, what they say. Raises :class:`RowError`
+    where a part of them is a picture or sound."""
+    if text.lstrip()[:1] not in ("[", "{") or not _LIKE_PARTS.match(text):
+        return text
+    try:
+        value = parse_json(text)
+    except ValueError:
+        if _PRINTED_PART.match(text):
+            unused.remarks["text like content in parts, but no JSON: taken as text"] += 1
+        return text
+    parts = value if isinstance(value, list) else [value]
+    if not all(isinstance(part, dict) for part in parts):
+        return text
+    if any(isinstance(kind := p.get("type"), str) and kind in p and _PARTS_OF_MEDIA.fullmatch(kind) for p in parts):
+        return _text_parts(parts, where, unused)  # refuses it
+    if not all(p.keys() == _PART and p["type"] in _TEXT_TYPES and isinstance(p["text"], str) for p in parts):
+        return text
+    unused.remarks[AS_PARTS] += 1
+    return _text_parts(parts, where, unused)
 
 
 def note_text(text: str, unused: Unused) -> None:
@@ -117,7 +146,7 @@ def _plain(raw: Any) -> dict[str, Any] | None:
     if type(raw) is dict and len(raw) == 2:
         role, content = raw.get("role"), raw.get("content")
         if type(content) is str and "!" <= content[:1] <= "~" and type(role) is str and role in ROLES:
-            odd = role == "user" and ("<" in content or content[0] in "[{")
+            odd = content[0] in "[{" or (role == "user" and "<" in content)
             return None if odd else {"role": role, "content": content}
     return None
 
@@ -142,11 +171,12 @@ def _message(raw: Any, where: str, unused: Unused) -> dict[str, Any]:
         hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
         raise RowError(f"{where}: unknown role {role!r}{hint}", f"roles are {', '.join(ROLES)}")
     if isinstance(content, list):
-        content = _text_parts(content, where)
+        content = _text_parts(content, where, unused)
     if content is None:
         content = ""
     if not isinstance(content, str):
         raise RowError(f"{where}: 'content' is {kind_of(content)}, not text")
+    content = text_in_parts(content, where, unused)
     out: dict[str, Any] = {"role": role, "content": content}
     calls = calls or calls_of_turn(raw, where, unused)
     if calls:
@@ -170,9 +200,9 @@ def _message(raw: Any, where: str, unused: Unused) -> dict[str, Any]:
             if key in MEDIA and not isinstance(value, (bool, int, float)):
                 raise RowError(f"{where}: '{key}' is not text", "only text can be trained on: leave the row out")
             unused.turn_keys[str(key)[:80]] += 1
-    if content_key == "content" and raw.get("value") is not None and raw["value"] != content:
+    if content_key == "content" and raw.get("value") is not None and raw["value"] not in (content, raw["content"]):
         unused.turn_keys["value"] += 1
-    if role == "user":
+    if role == "user" or content[:1] in ("[", "{"):
         note_text(content, unused)
     if raw.get("from") is not None and role_of(raw) != role_of({"role": raw["from"]}):
         unused.turn_keys["from"] += 1
@@ -216,13 +246,20 @@ def _weight(raw: dict[str, Any], role: str, where: str, unused: Unused) -> int |
     return None
 
 
-def _text_parts(parts: list[Any], where: str) -> str:
+#: Types of a content part that is text, those of OpenAI's later interface among them.
+_TEXT_TYPES = ("text", "input_text", "output_text")
+
+
+def _text_parts(parts: list[Any], where: str, unused: Unused) -> str:
     texts = []
     for part in parts:
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        elif isinstance(part, dict) and part.get("type", "text") in _TEXT_TYPES and isinstance(part.get("text"), str):
             texts.append(part["text"])
+            if not part.keys() <= _PART:
+                beside = (key for key in part if key not in _PART and not blank(part[key]))
+                unused.turn_keys.update(f"{str(key)[:80]} (of a content part)" for key in beside)
         else:
             kind = part.get("type") if isinstance(part, dict) else kind_of(part)
             raise RowError(f"{where}: a content part of type '{kind}' is not text", "only text can be trained on")

@@ -152,7 +152,8 @@ FILES = [
         ":1",
         "the column name 'prompt' is given twice",
     ),
-    ("CSV with a column without a name", "r.csv", "prompt,completion,\na,b,\n", ":1", "must name every column"),
+    ("CSV with a column without a name", "r.csv", "prompt,completion,\na,b,\nc,d,e\n", ":3", "column 3 has no name"),
+    ("CSV without names", "r.csv", ",\na,b\n", ":1", "must name every column"),
     (
         "damaged gzip",
         "r.jsonl.gz",
