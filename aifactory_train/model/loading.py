@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from aifactory_train.config.quantised_base import check_quantised, quantisation
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import foreign
@@ -33,6 +34,7 @@ def load_config(path: Path, recipe: Recipe):
         config = AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
         )
+    check_quantised(quantisation(vars(config)), f"model.base: {recipe.model.base}", recipe.adapter.quantise_base)
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and limit and recipe.data.sequence_length > limit:
         raise UserError(

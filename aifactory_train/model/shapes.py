@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.config.quantised_base import quantisation
 from aifactory_train.core.errors import UserError, did_you_mean
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -61,6 +62,7 @@ class ModelShape:
     learned_positions: bool = False
     window: int | None = None  # tokens that a windowed layer attends to
     window_layers: int = 0  # how many layers are windowed
+    quantised: str | None = None  # how the weights are quantised, by the configuration's own words
     family: str = "llama"
     source: str = ""
     confidence: str = ""
@@ -213,7 +215,7 @@ def from_config(config: Mapping[str, Any], name: str, where: str | None = None) 
     Raises :class:`UserError` for an architecture that is not covered or a dimension that is missing.
     """
     where = where or name
-    kind = config.get("model_type")
+    kind, quantised = config.get("model_type"), quantisation(config)
     inner = config.get("text_config")
     if isinstance(inner, Mapping):  # a vision-language model: the language model is what is trained here
         kind, config = (
@@ -266,6 +268,7 @@ def from_config(config: Mapping[str, Any], name: str, where: str | None = None) 
         tied=bool(config.get("tie_word_embeddings", kind == "gemma3_text")),
         window=window if windowed else None,
         window_layers=windowed,
+        quantised=quantised,
         family=kind,
         source=where,
         confidence="config.json",

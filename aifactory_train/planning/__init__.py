@@ -52,8 +52,11 @@ def plan_for(
     ``plan["overrides"]`` are the keys that ``train`` takes. Raises :class:`~aifactory_train.core.errors.UserError`
     where there is no plan.
     """
+    from aifactory_train.config.quantised_base import check_quantised
     from aifactory_train.planning import dimensions, plan, size
 
+    shape = dimensions.of_model(recipe.model, model_config)
+    check_quantised(shape.quantised, f"model.base: {recipe.model.base}", recipe.adapter.quantise_base)
     given = frozenset(given)
     touched = any(
         key.startswith(("data.train", "data.supervise", "model.base", "data.sequence_length")) for key in given
@@ -61,7 +64,7 @@ def plan_for(
     return plan.make(
         plan.PlanRequest(
             recipe=recipe,
-            shape=dimensions.of_model(recipe.model, model_config),
+            shape=shape,
             system=system,
             nodes=nodes,
             gpus_per_node=gpus_per_node,

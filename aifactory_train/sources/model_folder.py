@@ -8,6 +8,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from aifactory_train.config.quantised_base import check_quantised, quantisation
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import parse_json, read_json
 
@@ -17,6 +18,8 @@ _AGAIN = "take the model folder anew from where it comes from, or save it again 
 _HEADER = 100_000_000
 #: Layers that a configuration may claim whatever the files hold: libraries build a list entry for each.
 _LAYERS = 10_000
+#: Types of weights that are numbers by themselves; those of fewer bits mean nothing without their scales.
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _COUNTS = re.compile(r"n_?layers?|num_(hidden_|decoder_|encoder_)?layers|num_nextn_predict_layers")
 
 
@@ -66,11 +69,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_contents(folder: Path) -> None:
-    """Refuse a configuration that is no object, weight files whose header is damaged, and more layers than there are
-    tensors.
+    """Refuse a configuration that is no object, weight files whose header is damaged, more layers than there are
+    tensors, and weights that are quantised otherwise than the 4 bits of bitsandbytes.
     """
     config = read_json(folder / "config.json", dict)
-    tensors = sum(_tensors(file) for file in weight_files(folder) if file.name != INDEX)
+    how = quantisation(config)
+    check_quantised(how, str(folder / "config.json"))
+    tensors = sum(_tensors(file, any_type=how is not None) for file in weight_files(folder) if file.name != INDEX)
     for key, value in _counts(config):
         if value > max(tensors, _LAYERS):
             raise UserError(
@@ -90,8 +95,9 @@ def _counts(tree: Any, depth: int = 0) -> list[tuple[str, float]]:
     return found
 
 
-def _tensors(file: Path) -> int:
-    """Number of tensors in a safetensors file, whose header must fit to its size."""
+def _tensors(file: Path, *, any_type: bool) -> int:
+    """Number of tensors in a safetensors file, whose header must fit to its size. ``any_type``: weights may be other
+    than floating-point numbers of 16 bits or more."""
     if not file.is_file():  # a pipe would be waited for without end
         raise UserError("is missing, or no regular file", where=str(file), fix=_AGAIN)
     try:
@@ -116,6 +122,12 @@ def _tensors(file: Path) -> int:
             raise _damaged(file, f"{name[:200]!r} does not lie inside the file")
         if not isinstance(entry.get("shape"), list) or not isinstance(entry.get("dtype"), str):
             raise _damaged(file, f"{name[:200]!r} has no shape or type")
+        if not any_type and name.endswith(".weight") and entry["dtype"] not in _FLOATS:
+            raise UserError(
+                f"{name[:200]!r} is of type {entry['dtype'][:20]}: quantised weights cannot be trained",
+                where=str(file),
+                fix="name the base that it was made from, whose weights are floating-point numbers",
+            )
         covered += at[1] - at[0]  # type: ignore[index]
     if covered != size - 8 - length:
         raise _damaged(file, f"{size - 8 - length:,} bytes follow its header, its tensors have {covered:,}")
