@@ -7,7 +7,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,21 @@ def write_json(path: Path, value: Any, *, sync: bool = True) -> None:
     write_atomic(path, text + "\n", sync=sync)
 
 
+#: What a shell opened for this process: somebody writes into it.
+_OPENED = re.compile(r"/dev/stdin|(/dev|/proc/self)/fd/\d+")
+
+
+def check_regular(path: Path, where: object = None) -> None:
+    """Refuse what is there and is neither a regular file nor a folder: a pipe or a device would be waited for without
+    end, or give bytes without end. ``where``: what the message names in place of the path."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return  # whoever opens it says what is wrong
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or _OPENED.fullmatch(str(path))):
+        raise UserError("is a pipe, a socket or a device, not a regular file", where=str(where or path))
+
+
 def read_json(path: Path, shape: Any = None) -> Any:
     """The value of a JSON file that anybody may have written; whatever is wrong with it is one :class:`UserError` that
     names it.
@@ -73,9 +90,7 @@ def read_json(path: Path, shape: Any = None) -> Any:
     that key.
     """
     try:
-        # A pipe or a device would be waited for without end.
-        if path.exists() and not path.is_file():
-            raise UserError("is not a regular file", where=str(path))
+        check_regular(path)
         raw = path.read_bytes()
     except FileNotFoundError:
         raise UserError("no such file", where=str(path)) from None

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import check_regular
 
 #: Brackets and indentation, also through aliases; no file of this project comes near it, and parsers end in a crash
 #: without a limit.
@@ -168,6 +169,7 @@ class YamlDocument:
 def read(path: Path, *, keep_written: bool = False) -> YamlDocument:
     """A YAML file; ``keep_written``: ``010`` is a :class:`WrittenInt`. Raises :class:`UserError` with file and line: no
     file, not UTF-8, bad YAML, a key given twice, aliases that unfold without end."""
+    check_regular(path)
     try:
         content = path.read_bytes()
     except FileNotFoundError:

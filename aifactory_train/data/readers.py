@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import check_regular
 from aifactory_train.data import documents, folders
 from aifactory_train.data.blocks import Block, in_blocks
 from aifactory_train.data.read_arrow import arrow_rows, hugging_face_rows, parquet_rows
@@ -46,6 +47,7 @@ def blocks(
         return
     if not path.exists():
         raise UserError("no such file", where=str(path))
+    check_regular(path)
     yield from _file(path, notes)
 
 

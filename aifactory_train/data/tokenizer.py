@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
-from aifactory_train.core.files import foreign, read_json
+from aifactory_train.core.files import check_regular, foreign, read_json
 from aifactory_train.data.cells import RowError
 from aifactory_train.data.control_text import Prompts
 from aifactory_train.data.encoder_spec import EncoderSpec
@@ -53,6 +53,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def _read_template(path: Path) -> str:
+    check_regular(path, f"model.chat_template: {path}")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -17,6 +17,7 @@ from typing import Any
 
 from aifactory_train.config.quantised_base import quantisation
 from aifactory_train.core.errors import UserError, did_you_mean
+from aifactory_train.core.files import read_json
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -330,14 +331,7 @@ def load(base: str, folders: list[Path] | None = None, config_file: str | None =
 
 
 def _read(path: Path, name: str) -> ModelShape:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("no config.json here", where=str(path)) from None
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"not valid JSON: {error}", where=str(path)) from None
-    if not isinstance(config, dict):
-        raise UserError("a config.json holds a mapping", where=str(path))
+    if not path.exists():
+        raise UserError("no config.json here", where=str(path))
+    config = read_json(path, dict)
     return from_config(config, name, str(path))

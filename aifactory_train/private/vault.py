@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.core.files import foreign
+from aifactory_train.core.files import check_regular, foreign
 from aifactory_train.private.sealed_file import (
     PIECE,
     SUFFIXES,
@@ -48,6 +48,7 @@ class Vault:
     @classmethod
     def from_identity(cls, path: Path) -> Vault:
         """From an age identity file (mode 600). New files are for its own recipient."""
+        check_regular(path, f"privacy.identity: {path}")
         age = pyrage()
         try:
             mode = path.stat().st_mode
@@ -75,6 +76,7 @@ class Vault:
 
     def read(self, path: Path) -> bytes:
         """The plain content, in memory. A wrong key, a changed or shortened file is a :class:`UserError`."""
+        check_regular(path)
         if path.suffix == ".age":
             return self._unwrap(path.read_bytes(), path)
         return b"".join(self._pieces(path))
@@ -331,7 +333,9 @@ def content(path: Path) -> bytes | None:
 
 
 def open_source(path: Path) -> Any:
-    """A data file for reading in binary: decrypted in memory if it is encrypted."""
+    """A data file for reading in binary: decrypted in memory if it is encrypted. Raises :class:`UserError` for a pipe
+    or a device."""
+    check_regular(path)
     return io.BytesIO(active().read(path)) if is_encrypted(path) else open(path, "rb")
 
 

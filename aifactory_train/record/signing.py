@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import check_regular
 from aifactory_train.record.chain import RecordFault, canonical, now, printable
 from aifactory_train.record.digests import entries_below, file_digest, files_below, inside, is_regular
 
@@ -172,9 +173,10 @@ def load_public(path: Path) -> Any:
 
 
 def _ed25519(path: Path, load: Callable[[bytes], Any], form: str, kind: type) -> Any:
+    check_regular(path)
     try:
         with open(path, "rb") as file:
-            key = load(file.read(1 << 16))  # a device gives bytes without end
+            key = load(file.read(1 << 16))
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except (ValueError, TypeError) as error:

@@ -10,6 +10,7 @@ from aifactory_train.config.data_blocks import DataSource
 from aifactory_train.config.schema import ModelConfig
 from aifactory_train.config.source_spec import parse
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import check_regular
 from aifactory_train.sources import hub
 from aifactory_train.sources.cache import (
     MANIFEST,
@@ -67,6 +68,7 @@ def resolve_data(source: DataSource) -> Path:
                 where=spec.text,
                 fix="check the path; a data set of the Hugging Face hub is written ORG/NAME",
             )
+        check_regular(path)
         return path
     item = complete_item(item_folder(spec), spec, "data")
     return inside(item / "files", spec)

@@ -95,7 +95,7 @@ def test_unknown_base_suggests_and_names_the_fix(tmp_path):
     file.write_text(json.dumps(GOOD), encoding="utf-8")
     assert shapes.load("LumiOpen/Viking-33B", config_file=str(file)).layers == 2
     file.write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="cannot be read"):
         shapes.load("x/y", config_file=str(file))
 
 
