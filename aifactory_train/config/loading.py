@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from aifactory_train.config import wanted
 from aifactory_train.config.data_blocks import as_sources
 from aifactory_train.config.schema import Recipe
+from aifactory_train.config.source_spec import has_revisions, parse
 from aifactory_train.core import yaml_text
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.core.output import note
@@ -64,9 +65,15 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     _resolve_paths(tree, None)  # what --set brought
     _settle_micro_batch(tree, origin)
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise _readable(error, path, document, origin) from None
+    if recipe.model.revision is not None and not has_revisions(recipe.model.base):
+        note(
+            f"model.revision={recipe.model.revision} has no effect: {recipe.model.base} is no Hugging Face id, and is "
+            f"used as it is"
+        )
+    return recipe
 
 
 def _settle_micro_batch(tree: dict, origin: dict[tuple, str]) -> None:
@@ -158,7 +165,6 @@ def _absolute(text: str, folder: Path | None, *, beside: bool = False) -> str:
         return os.path.abspath(path)
     if folder is None or path.is_absolute() or not os.path.exists(folder / path):
         return text
-    from aifactory_train.config.source_spec import parse  # here: sources read this module
 
     # What could be the id of a hub (org/name) stays one: what it means must not depend on what lies beside the recipe.
     return os.path.abspath(folder / path) if parse(text).kind == "local" else text

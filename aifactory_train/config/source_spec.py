@@ -40,6 +40,11 @@ class Spec:
         return f"{self.kind}--{re.sub(r'[^A-Za-z0-9._-]+', '-', f'{self.name}-{self.version}'.strip('@'))}--{digest}"
 
 
+def has_revisions(text: str) -> bool:
+    """Whether a revision chooses anything of this source: it is an id of the Hugging Face hub."""
+    return parse(text).kind == "hub"
+
+
 def parse(text: str) -> Spec:
     """Tell what kind of source ``text`` is. A malformed package reference is a :class:`UserError`."""
     if text.startswith(("pypi:", "npm:")):

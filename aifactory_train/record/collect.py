@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train import __version__
+from aifactory_train.config.source_spec import has_revisions
 from aifactory_train.core.missing import missing
 from aifactory_train.record import aiact
 from aifactory_train.record.chain import canonical, now
@@ -151,7 +152,7 @@ def base_section(recipe: Recipe, config: dict[str, Any], parameters: int, traina
     licence = recipe.model.licence
     return {
         "id": recipe.model.base,
-        "revision": recipe.model.revision or "as fetched",
+        "revision": (recipe.model.revision if has_revisions(recipe.model.base) else None) or "as fetched",
         "start_from": recipe.model.start_from,
         "licence": licence if licence != "unknown" else missing("base model's provider: licence"),
         "params_total": parameters - trainable if adapter and not recipe.adapter.train_embeddings else parameters,

