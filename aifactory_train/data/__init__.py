@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from aifactory_train.data.pipeline import prepare as prepare
     from aifactory_train.data.sampler import Cursor as Cursor
     from aifactory_train.data.sampler import Sampler as Sampler
+    from aifactory_train.data.sampler import Shares as Shares
     from aifactory_train.data.sampler import split_step as split_step
     from aifactory_train.data.store import TokenDataset as TokenDataset
     from aifactory_train.data.tokenizer import check_vocabulary as check_vocabulary
@@ -30,6 +31,7 @@ _WHERE = {
     "prepare": "pipeline",
     "Cursor": "sampler",
     "Sampler": "sampler",
+    "Shares": "sampler",
     "split_step": "sampler",
     "TokenDataset": "store",
     "check_vocabulary": "tokenizer",
@@ -40,6 +42,7 @@ __all__ = [
     "Cursor",
     "PreparedData",
     "Sampler",
+    "Shares",
     "TokenDataset",
     "check_vocabulary",
     "collate",

@@ -12,7 +12,9 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
@@ -160,7 +162,7 @@ def split_step(
     grad_accum: int | str = "auto",
     micro_batch_tokens: int = 4096,
     batching: str = "packed",
-) -> list[list[np.ndarray]]:
+) -> Shares:
     """Share one step's documents among the ranks and their micro-batches.
 
     Args:
@@ -177,7 +179,7 @@ def split_step(
     docs = np.asarray(docs, dtype=np.int64)
     own = np.asarray(lengths)[docs].astype(np.int64)
     # Longest first; the place in the step breaks ties, so equal lengths keep their order.
-    by_length = np.argsort(-own, kind="stable")
+    by_length = stable_order(own.max() - own) if len(own) else np.empty(0, dtype=np.int64)
     sizes = own[by_length]
     share = _share_padded if batching == "padded" else _share_packed
     if grad_accum == "auto":
@@ -207,10 +209,56 @@ def split_step(
         spent[ranks] += cost[mine]
     placed = np.empty(len(docs), dtype=np.int64)
     placed[by_length] = place[slot]
-    dealt = docs[np.argsort(placed, kind="stable")]
-    ends = np.concatenate([[0], np.cumsum(np.bincount(placed, minlength=count))]).tolist()
-    parts = [dealt[a:b] for a, b in itertools.pairwise(ends)]
-    return [parts[rank * accum : (rank + 1) * accum] for rank in range(data_ranks)]
+    ends = np.concatenate([[0], np.cumsum(np.bincount(placed, minlength=count))])
+    return Shares(docs[stable_order(placed)], ends, accum)
+
+
+class Shares(Sequence[list[np.ndarray]]):
+    """``[rank][micro] -> documents``, cut out when it is asked for: each rank of thousands needs its own part alone.
+
+    Args:
+        dealt: int64 [n], documents of the step by rank and micro-batch.
+        ends: int64 [ranks * micros + 1], where each micro-batch begins in ``dealt``, and the end.
+        micros: micro-batches a rank.
+    """
+
+    def __init__(self, dealt: np.ndarray, ends: np.ndarray, micros: int):
+        self.dealt, self.ends, self.micros = dealt, ends, micros
+
+    def __len__(self) -> int:
+        return (len(self.ends) - 1) // self.micros
+
+    @overload
+    def __getitem__(self, rank: int) -> list[np.ndarray]: ...
+    @overload
+    def __getitem__(self, rank: slice) -> list[list[np.ndarray]]: ...
+    def __getitem__(self, rank: int | slice) -> list[np.ndarray] | list[list[np.ndarray]]:
+        if isinstance(rank, slice):
+            return [self[one] for one in range(*rank.indices(len(self)))]
+        first = range(len(self))[rank] * self.micros
+        cuts = self.ends[first : first + self.micros + 1].tolist()
+        return [self.dealt[begin:end] for begin, end in itertools.pairwise(cuts)]
+
+    def longest(self, lengths: np.ndarray) -> np.ndarray:
+        """For each document dealt, the length of the longest in its micro-batch (what padding makes of it).
+
+        ``lengths``: int [num_docs], of all documents; returns int64 [n] in the order of ``dealt``.
+        """
+        held = np.diff(self.ends)
+        if not len(self.dealt):
+            return np.empty(0, dtype=np.int64)
+        most = np.maximum.reduceat(np.asarray(lengths)[self.dealt], self.ends[:-1][held > 0])
+        return np.repeat(most.astype(np.int64), held[held > 0])
+
+
+def stable_order(keys: np.ndarray) -> np.ndarray:
+    """``np.argsort(keys, kind="stable")`` of integers from 0 to 2^32: NumPy sorts 16 bits at a time in linear time."""
+    if not len(keys) or int(keys.max()) >> 32 or int(keys.min()) < 0:
+        return np.argsort(keys, kind="stable")
+    order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
+    if int(keys.max()) >> 16:
+        order = order[np.argsort((keys[order] >> 16).astype(np.uint16), kind="stable")]
+    return order
 
 
 def _costs(sizes: np.ndarray, slot: np.ndarray, count: int, batching: str) -> np.ndarray:
@@ -284,7 +332,10 @@ def _share_padded(sizes: np.ndarray, count: int) -> np.ndarray:
             at += max(1, bound // longest[at]) if longest[at] else n
         return found
 
-    low, high = longest[0], longest[0] * n
+    low = max(longest[0], -(-int(sizes.sum()) // count))  # no slot costs less than its tokens
+    high = low
+    while len(begins(high)) > count:
+        low, high = high + 1, 2 * high
     while low < high:
         middle = (low + high) // 2
         if len(begins(middle)) <= count:

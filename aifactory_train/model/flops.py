@@ -154,10 +154,12 @@ def documents(
     ``segments``: tokens of what the attention kernel was given, where that is more than the documents (padded rows).
     Left out, as everywhere: embedding look-up, norms, activations, optimizer; also the weight norm that DoRA computes.
     """
+    import numpy as np  # a step of thousands of ranks has 100,000 documents; planning comes without numpy
+
     from aifactory_train.model.shapes import is_target
 
     run = lengths if segments is None else segments
-    real, positions = float(sum(lengths)), float(sum(run))
+    real, positions = float(np.sum(lengths)), float(np.sum(run))
     linears = shape.linears()
     adapters = {
         name: 2.0 * trained.rank * (a + b) if not trained.full and is_target(name, trained.targets) else 0.0
@@ -206,10 +208,12 @@ def documents(
 
 def _attention(shape: ModelShape, lengths: Sequence[int]) -> tuple[float, float]:
     """Forward FLOPs of all layers' attention over documents of ``lengths``: (causal, whole score matrix)."""
+    import numpy as np
+
     windowed, plain = shape.window_layers, shape.layers - shape.window_layers
-    causal = square = 0.0
-    for n in lengths:
-        n = int(n)
-        square += plain * n * n + windowed * n * min(n, shape.window or n)
-        causal += n * (plain * mean_context(n) + windowed * mean_context(n, shape.window))
-    return 4.0 * shape.q_width * causal, 4.0 * shape.q_width * square
+    n = np.asarray(lengths, dtype=np.float64)
+    seen = n if shape.window is None else np.minimum(n, shape.window)
+    square = plain * n * n + windowed * n * seen
+    # queries times mean_context: a triangle, and where there is a window full rows behind it
+    causal = plain * n * (n + 1) / 2 + windowed * (seen * (seen + 1) / 2 + (n - seen) * seen)
+    return 4.0 * shape.q_width * float(causal.sum()), 4.0 * shape.q_width * float(square.sum())

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from aifactory_train.data import PreparedData
+    from aifactory_train.data import PreparedData, Shares
     from aifactory_train.model.report import ModelReport
 
 
@@ -47,7 +47,7 @@ class StepDone:
 
     metrics: dict[str, Any]
     documents: Any
-    shares: Sequence[Sequence[Any]]
+    shares: Shares
     last: bool = False
 
 

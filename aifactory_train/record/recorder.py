@@ -41,6 +41,7 @@ from aifactory_train.sources.model_folder import weight_files
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
+    from aifactory_train.data import Shares
     from aifactory_train.parallel.world import World
 
 #: Seconds between two progress events: what a kill can lose.
@@ -354,7 +355,7 @@ class Recorder:
 
     # ---- while it trains
 
-    def step(self, record: dict[str, Any], documents: Any, shares: Sequence[Sequence[Any]]) -> None:
+    def step(self, record: dict[str, Any], documents: Any, shares: Shares) -> None:
         """After each optimizer step: its metrics, its documents, and how they were shared out (rank, micro-batch)."""
         if not self._active:
             return
@@ -363,18 +364,16 @@ class Recorder:
         self._step_cost += time.perf_counter() - began
 
     @_never_breaks
-    def _step(self, record: dict[str, Any], documents: Any, shares: Sequence[Sequence[Any]]) -> None:
-        lengths = self._lengths[documents].tolist()
+    def _step(self, record: dict[str, Any], documents: Any, shares: Shares) -> None:
+        lengths = self._lengths[documents]
         segments = None
         if self.recipe.data.batching == "padded":
-            segments = []
-            for batch in (b for rank in shares for b in rank if len(b)):
-                segments += [int(self._lengths[batch].max())] * len(batch)
+            segments = shares.longest(self._lengths)
         self._last = int(record["step"])
         sums = self._sums
         sums["steps"] += 1
         sums["tokens"] += int(record["tokens"])
-        sums["positions"] += sum(segments) if segments is not None else int(record["tokens"])
+        sums["positions"] += int(segments.sum()) if segments is not None else int(record["tokens"])
         sums["supervised_tokens"] += int(record["supervised_tokens"])
         sums["train_s"] += float(record["seconds"])
         if self._count is not None:
@@ -466,7 +465,7 @@ class Recorder:
         if self._active:
             if self._count is not None:
                 supervised = int(self._supervised[documents].sum())
-                self._work = self._work + self._count(self._lengths[documents].tolist(), supervised)
+                self._work = self._work + self._count(self._lengths[documents], supervised)
             values = {"attempt": self.attempt, "action": action, "why": why, "at": now()}
             self.chain.append("incident", {f"incidents/{step:09d}": values}, action)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from aifactory_train.data import Cursor, split_step
+from aifactory_train.data import Cursor, Shares, split_step
 from aifactory_train.methods.base import RunContext, StepContext, TrainingMethod
 from aifactory_train.methods.supervised import Supervised
 from aifactory_train.parallel.batches import micro_limit
@@ -29,7 +29,7 @@ class ReadyStep:
     """
 
     context: StepContext
-    shares: list[list[np.ndarray]]
+    shares: Shares
     batches: list[DeviceBatch] | None
     following: Cursor
     supervised: int
@@ -82,7 +82,7 @@ class StepsAhead:
         except BaseException as error:  # told to the loop when it wants the step
             self._made = error
 
-    def shares(self, cursor: Cursor) -> tuple[np.ndarray, Cursor, list[list[np.ndarray]]]:
+    def shares(self, cursor: Cursor) -> tuple[np.ndarray, Cursor, Shares]:
         """(documents of the step at ``cursor``, the cursor behind it, ``[rank][micro] -> documents``)."""
         run, lengths, settings = self.run, self.run.data.train.lengths, self.run.recipe.train
         documents, following = run.sampler.step(cursor)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aifactory_train.data import Cursor, Sampler, sampler, split_step
-from aifactory_train.data.sampler import hash_order, splitmix64
+from aifactory_train.data.sampler import hash_order, splitmix64, stable_order
 
 lengths = st.lists(st.integers(1, 200), min_size=1, max_size=60).map(np.asarray)
 
@@ -193,6 +193,22 @@ def test_split_step_deals_as_one_slot_after_the_other(lengths, world, accum, mic
     finally:
         sampler._TOGETHER = kept
     assert [[s.tolist() for s in r] for r in found] == [[s.tolist() for s in r] for r in expected]
+    assert found[-1][0].tolist() == expected[-1][0].tolist() and len(found[:2]) == len(expected[:2])
+    padded = [int(lengths[s].max()) for rank in expected for s in rank for _ in s]
+    assert found.longest(lengths).tolist() == padded
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    most=st.sampled_from([0, 3, 2**16 - 1, 2**16, 2**20, 2**32 - 1, 2**32, 2**62]),
+    n=st.integers(0, 300),
+    least=st.sampled_from([0, -5]),
+    seed=st.integers(0, 99),
+)
+def test_keys_are_ordered_as_a_stable_sort_orders_them(most, n, least, seed):
+    keys = np.random.default_rng(seed).integers(least, most, n, endpoint=True)
+    keys = np.concatenate([keys, keys[: n // 2]])  # equal keys keep their order
+    assert stable_order(keys).tolist() == np.argsort(keys, kind="stable").tolist()
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])

@@ -18,6 +18,7 @@ import pytest
 
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.core.files import write_json
+from aifactory_train.data import Shares
 from aifactory_train.record.devices import device_of
 from aifactory_train.record.events import Evaluated, EventBus, RunEnded, RunStarted, StepDone
 from aifactory_train.record.recorder import Recorder
@@ -138,7 +139,8 @@ def attempt(run: RunFolder, recipe, first: int, last: int, *, number: int, how: 
     with open(run.metrics_file, "a", encoding="utf-8") as metrics:
         for step in range(first + 1, last + 1):
             record = step_record(step)
-            bus.emit(StepDone(record, np.asarray([0, 1]), [[[0, 1]]]))
+            documents = np.asarray([0, 1])
+            bus.emit(StepDone(record, documents, Shares(documents, np.asarray([0, 2]), micros=1)))
             metrics.write(json.dumps(record) + "\n")
     if how == "killed":
         recorder.progress()
