@@ -2,7 +2,9 @@
 hangs.
 
 Launchers hide causes (torchrun turns every failure into 1, srun into 143), so the files decide:
-``attempts/NNN/outcome-RANK.json`` and ``attempts/NNN/alive-RANK.json``. Standard library only.
+``attempts/NNN/outcome-RANK.json`` and ``attempts/NNN/alive-RANK.json``. Where a node has several ranks, one of them
+writes their heartbeats, and how they ended if they ended well, into one file
+(:mod:`aifactory_train.run.node_board`). Standard library only.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from aifactory_train.core.files import write_json
 from aifactory_train.core.output import note
 from aifactory_train.private import redact
 from aifactory_train.run.folder import RunFolder
+from aifactory_train.run.node_board import NodeBoard
 from aifactory_train.run.ownership import TakenOver
 
 #: A heartbeat (and rank 0's ``state.json``) is written at most this often once an attempt has gone on for a while;
 #: after 1, 2, 4 and 8 seconds at first, so that short runs can be followed.
 BEAT_EVERY_S = 10.0
-#: With many ranks less often: so many heartbeats a second are enough for one folder of a parallel file system, up to
-#: this long.
-BEATS_PER_S, BEAT_LATEST_S = 50.0, 60.0
+#: From so many ranks on less often, at most so many file operations a rank and minute (a heartbeat is made and
+#: renamed): all lie in one folder of a parallel file system.
+MANY_RANKS, OPERATIONS_A_MINUTE, BEAT_LATEST_S = 64, 1, 60.0
 #: Phases in which every rank must make progress within the time-out; others (saving, evaluation) take as long as they
 #: take.
 WATCHED = ("forward", "reduce", "update")
@@ -70,7 +73,9 @@ class Attempt:
         timeout_s: float,
         device: str = "cpu",
         ranks: int = 1,
+        local_size: int = 1,
     ):
+        """``ranks`` train together, ``local_size`` of them on this node."""
         self.run, self.rank, self.local_rank = run, rank, local_rank
         self.host, self.started = socket.gethostname(), time.time()
         self.code: int | None = None
@@ -84,7 +89,12 @@ class Attempt:
         self._written: tuple[int, str] | None = None
         self._running: tuple[int, dict[str, Any]] | None = None
         self._running_written: int | None = None
-        self._every_s = max(BEAT_EVERY_S, min(BEAT_LATEST_S, ranks / BEATS_PER_S))
+        self._local_size = local_size
+        self._board: NodeBoard | None = None
+        self._published: dict[int, tuple[Any, Any]] = {}
+        self._every_s = BEAT_EVERY_S
+        if ranks >= MANY_RANKS:
+            self._every_s = min(BEAT_LATEST_S, max(BEAT_EVERY_S, 60 * 2 / OPERATIONS_A_MINUTE / local_size))
         self._quiet = threading.Event()
         self._writer: threading.Thread | None = None
         self._recent: collections.deque[tuple[float, int, str]] = collections.deque(maxlen=64)
@@ -96,8 +106,10 @@ class Attempt:
         """Attempt ``number`` has a folder from now on."""
         self.folder = self.run.attempt_dir(number)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self._local_size > 1:
+            self._board = NodeBoard(self.folder, self.rank)
         self._recent.append((time.time(), self.step, self.phase))
-        self._beat()
+        self._beat(publish=self.local_rank == 0)  # the others may be a moment later
         self._write_meanwhile()
 
     @property
@@ -142,7 +154,7 @@ class Attempt:
 
     def _write_down(self) -> None:
         """Heartbeat and state, where there is something new to say."""
-        if (self.step, self.phase) != self._written:
+        if self._board is not None or (self.step, self.phase) != self._written:
             self._beat()
         running = self._running
         if running is not None and running[0] != self._running_written:
@@ -154,7 +166,7 @@ class Attempt:
         if self._writer is not None:
             self._writer.join()
 
-    def _beat(self) -> None:
+    def _beat(self, publish: bool = True) -> None:
         if self.folder is None:
             return
         step, phase, when = self.step, self.phase, self._beat_at
@@ -167,8 +179,16 @@ class Attempt:
             "time": when,
         }
         # Whoever reads it takes a torn file for one that is missing: it need not reach the disk at once.
-        write_json(self.folder / f"alive-{self.rank}.json", heartbeat, sync=False)
-        self._written = step, phase
+        if self._board is None:
+            write_json(self.folder / f"alive-{self.rank}.json", heartbeat, sync=False)
+            self._written = step, phase
+            return
+        found = self._board.watch(heartbeat, self._every_s)
+        reached = {rank: (beat.get("step"), beat.get("phase")) for rank, beat in (found or {}).items()}
+        if found and publish and reached != self._published:
+            ranks = {str(rank): beat for rank, beat in found.items()}
+            write_json(self.folder / f"alive-node-{self.rank}.json", {"ranks": ranks}, sync=False)
+            self._published = reached
 
     def finish(
         self,
@@ -186,24 +206,25 @@ class Attempt:
         path = self.folder / f"outcome-{self.rank}.json"
         if path.exists():
             return
-        write_json(
-            path,
-            {
-                "rank": self.rank,
-                "local_rank": self.local_rank,
-                "host": self.host,
-                "status": status,
-                "exit_code": code,
-                "step": self.step,
-                "exception": exception,
-                "message": message,
-                "cause_rank": cause_rank,
-                "signal": self.signal,
-                "stop_request": self.stop_request,
-                "started": self.started,
-                "ended": time.time(),
-            },
-        )
+        outcome = {
+            "rank": self.rank,
+            "local_rank": self.local_rank,
+            "host": self.host,
+            "status": status,
+            "exit_code": code,
+            "step": self.step,
+            "exception": exception,
+            "message": message,
+            "cause_rank": cause_rank,
+            "signal": self.signal,
+            "stop_request": self.stop_request,
+            "started": self.started,
+            "ended": time.time(),
+        }
+        # One that failed speaks for itself, at once.
+        together = self._board is not None and status in ("done", "stopped")
+        if not (together and self._board.end_together(outcome, self._local_size)):  # type: ignore[union-attr]
+            write_json(path, outcome)
 
     def _refused(self, error: BaseException) -> bool:
         """Whether a request to go on was refused before anything was done: what the run had reached stays true."""
@@ -242,6 +263,9 @@ class Attempt:
                 self.finish("failed", EXIT_FAILED, type(error).__name__, f"{_short(error)} ({where})")
         except UserError as trouble:
             note(f"rank {self.rank}: the outcome could not be written: {trouble}")
+        finally:
+            if self._board is not None:
+                self._board.leave()
 
 
 def _short(error: BaseException) -> str:

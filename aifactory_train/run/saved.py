@@ -38,7 +38,10 @@ def evidence(run: RunFolder) -> str | None:
         return f"{run.checkpoints.name}/{sorted(p.name for p in named)[0]}"
     for number in run.attempts():
         for outcome in sorted(run.attempt_dir(number).glob("outcome-*.json")):
-            if object_or_nothing(outcome).get("status") == "stopped":
+            told = object_or_nothing(outcome)
+            ranks = told.get("ranks")  # of a file that one rank wrote for its node
+            every = [told, *(ranks.values() if isinstance(ranks, dict) else ())]
+            if any(isinstance(one, dict) and one.get("status") == "stopped" for one in every):
                 return f"attempt {number} stopped with a checkpoint"
     record = object_or_nothing(run.path / "record.json")
     if misfit(record, {"compute": {"attempts": dict}}) is None:

@@ -86,9 +86,9 @@ def _train_as(
     # The default name holds the time: one rank decides.
     run = RunFolder(from_main(world, lambda: folder or default_run_dir(recipe, None)))
     device = world.device if world.size > 1 else "alone"
-    timeout_s = recipe.parallel.timeout_s
     owner = Owner(run.path, attempt)
-    who: dict[str, Any] = {"timeout_s": timeout_s, "device": device, "ranks": world.size}
+    who: dict[str, Any] = {"timeout_s": recipe.parallel.timeout_s, "device": device}
+    who |= {"ranks": world.size, "local_size": world.local_size}
     with owner, Attempt(run, world.rank, world.local_rank, attempt, **who) as record:
         resume_from = from_main(world, lambda: open_for_training(run, resume, recipe, owner))
         record.training = True

@@ -11,6 +11,8 @@ failure), so everything here is decided from the files that the ranks left in ``
     exit-RANK.json       the rank program's word: exit code or signal of the trainer, also when the trainer could say
                          nothing
     alive-RANK.json      the last heartbeat of a rank
+    alive-node-RANK.json, outcome-node-RANK.json
+                         the same of several ranks of a node ({"ranks": {RANK: ...}}), written by RANK for all
     preflight-RANK.json, hang.json, node-state.txt, signal.txt
                          what the job itself saw
     stop-request.txt     the request to stop that this attempt answered: ``RUN/stop``, moved here when the attempt was
@@ -127,18 +129,30 @@ def read_text(path):
 
 
 def ranked(folder, kind):
-    """{rank: content} of the files ``KIND-RANK.json`` in a folder."""
+    """{rank: content} of the files ``KIND-RANK.json`` in a folder, and of ``KIND-node-RANK.json``, which hold several.
+
+    Of several heartbeats of a rank the latest counts: another rank of the node publishes them where the first is gone.
+    Otherwise a file of its own counts before what was written for it.
+    """
     found = {}  # type: dict
     try:
         names = os.listdir(folder)
     except OSError:
         return found
-    for name in names:
-        match = re.match(r"%s-0*(\d+)\.json$" % kind, name)
-        if match:
-            value = read_json(os.path.join(folder, name))
-            if isinstance(value, dict):
-                found[int(match.group(1))] = value
+    for name in sorted(names, key=lambda name: "-node-" not in name):
+        match = re.match(r"%s-(node-)?0*(\d+)\.json$" % kind, name)
+        value = read_json(os.path.join(folder, name)) if match else None
+        if match is None or value is None:
+            continue
+        held = {match.group(2): value}
+        if match.group(1):
+            held = value["ranks"] if isinstance(value.get("ranks"), dict) else {}
+        for rank, one in held.items():
+            if not (re.match(r"\d{1,9}$", rank) and isinstance(one, dict)):
+                continue
+            known = found.get(int(rank), {})
+            if (seconds(one.get("time")) or 0) >= (seconds(known.get("time")) or 0):
+                found[int(rank)] = one
     return found
 
 

@@ -52,8 +52,7 @@ def start(
 
 def seen(folder: Path, name: str, ranks: forked.Ranks) -> dict[str, Any]:
     """What a parent can know afterwards."""
-    from aifactory_train.core.files import read_json
-    from aifactory_train.launchers.programs.attempt import diagnose
+    from aifactory_train.launchers.programs.attempt import diagnose, ranked
     from aifactory_train.parallel.storage import faults, steps_in
 
     run = folder / name / "run"
@@ -64,7 +63,7 @@ def seen(folder: Path, name: str, ranks: forked.Ranks) -> dict[str, Any]:
     log = (folder / name / "log" / "rank-0.log").read_text()
     return {
         "codes": {str(r): c for r, c in ranks.codes.items()},
-        "outcomes": {str(o["rank"]): o for o in map(read_json, attempt.glob("outcome-*.json"))},
+        "outcomes": {str(rank): told for rank, told in ranked(str(attempt), "outcome").items()},
         "complete": [s for s in steps_in(checkpoints) if not faults(checkpoints / f"step-{s}")],
         "state": state,
         "cause": cause,
