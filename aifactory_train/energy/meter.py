@@ -70,7 +70,8 @@ class Sum:
 
 
 class NodeMeter:
-    """Reads all counters of this node until :meth:`stop`; the file is written after each round."""
+    """Reads all counters of this node until :meth:`stop`; the file is written after each round, or every
+    ``write_every_s`` seconds and at the end, where thousands of nodes write into one folder."""
 
     def __init__(
         self,
@@ -80,12 +81,14 @@ class NodeMeter:
         *,
         devices: int,
         interval_s: float = INTERVAL_S,
+        write_every_s: float = 0.0,
         clock: Any = time.monotonic,
     ):
         self.path, self.devices = path, devices
         self._sums = [Sum(reader) for reader in readers]
         self._unavailable = unavailable
-        self._interval, self._clock = interval_s, clock
+        self._interval, self._clock, self._write_every_s = interval_s, clock, write_every_s
+        self._written: float | None = None
         self._started = clock()
         self._halt = threading.Event()
         self._thread: threading.Thread | None = None
@@ -108,12 +111,15 @@ class NodeMeter:
                 one.sample(now)
         except Exception as error:  # a driver may answer in ways nobody foresaw; measuring must not end a training
             self._failed = f"{type(error).__name__}: {error}"
-        self._write(final)
+        if final or self._written is None or self._clock() - self._written >= self._write_every_s:
+            self._write(final)
 
     def _write(self, final: bool) -> None:
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._written is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._written = self._clock()
             beside.write_text(json.dumps(self.as_dict(final)), encoding="utf-8")
             os.replace(beside, self.path)
         except OSError as error:

@@ -48,6 +48,11 @@ if TYPE_CHECKING:
 PROGRESS_S = 60.0
 
 
+def node_file_every_s(ranks: int) -> float:
+    """Seconds between two writings of a node's energy file: with many ranks seldom, for the file system's sake."""
+    return 0.0 if ranks < 64 else 120.0
+
+
 def _never_breaks(method: Callable) -> Callable:
     """An error inside is said once on standard error and kept for the record."""
 
@@ -98,6 +103,9 @@ class Recorder:
         self._sums = {"steps": 0, "tokens": 0, "positions": 0, "supervised_tokens": 0, "train_s": 0.0}
         self._first = self._last = 0
         self._lengths: Any = None
+        self._ending = False
+        self._reading: threading.Thread | None = None
+        self._readings: list[dict[str, Any]] = []
         self._supervised: Any = None
         self._began, self._started = time.monotonic(), now()
         self._reported = self._began
@@ -153,7 +161,7 @@ class Recorder:
         here = [d for host, d in devices if host == self.world.host and d.get("kind") == "gpu"]
         found, why = find_readers([MeteredDevice(d.get("uuid"), d.get("pci"), d["model"]) for d in here])
         path = self.run.attempt_dir(int(self.attempt)) / f"energy-{self.world.host}.json"
-        self._meter = NodeMeter(path, found, why, devices=len(here))
+        self._meter = NodeMeter(path, found, why, devices=len(here), write_every_s=node_file_every_s(self.world.size))
         self._meter.start()
 
     @_never_breaks
@@ -437,12 +445,12 @@ class Recorder:
         }
 
     def _energy(self, attempts: dict[str, Any]) -> dict[str, Any]:
-        from aifactory_train.energy import read_nodes, summarise
+        from aifactory_train.energy import summarise
 
-        folders = [self.run.attempt_dir(int(number)) for number in sorted(attempts)]
+        nodes = self._node_readings([self.run.attempt_dir(int(number)) for number in sorted(attempts)])
         gpu = self.world.device != "cpu"
         return summarise(
-            read_nodes(folders),
+            nodes,
             node_seconds=sum(a["wall_s"] * a["nodes"] for a in attempts.values()),
             pue=self._site.get("pue"),
             grid=self._site.get("grid"),
@@ -450,6 +458,22 @@ class Recorder:
             device_seconds=sum(a["wall_s"] * a["ranks"] for a in attempts.values()) if gpu else 0.0,
             site=self._site.get("site"),
         )
+
+    def _node_readings(self, folders: list[Path]) -> list[dict[str, Any]]:
+        """What the meters of all nodes wrote. While it trains, no step waits for a file a node: a thread reads them for
+        the next report."""
+        from aifactory_train.energy import read_nodes
+
+        if self._ending or self._nodes <= 8:
+            return read_nodes(folders)
+        if self._reading is None or not self._reading.is_alive():
+
+            def read() -> None:
+                self._readings = read_nodes(folders)
+
+            self._reading = threading.Thread(target=read, name="energy-files", daemon=True)
+            self._reading.start()
+        return self._readings
 
     @_never_breaks
     def evaluated(self, when: str, figures: dict[str, Any], step: int) -> None:
@@ -495,6 +519,7 @@ class Recorder:
         if self._digesting is not None:
             self._digesting.join(timeout=600)
         self._wait_for_other_nodes()
+        self._ending = True
         self.progress(state, cause, kind="attempt-ended")
         self._active = False
         if state == "finished" and self.recipe.record.pack and self._write_pack is not None:
