@@ -74,6 +74,22 @@ def python_of(sub: Submission, container: Container | None) -> str:
     return f"{env_folder(system)}/bin/python"
 
 
+#: From so many ranks on, a Python on a shared file system is worth a word.
+MANY_RANKS = 256
+
+
+def say_what_imports_cost(sub: Submission, container: Container | None, python: str) -> None:
+    """Note where thousands of processes would open the same thousands of small files of a shared file system."""
+    inside = container is not None and any(python.startswith(root) for root in IMAGE_ROOTS)
+    if sub.shape.ranks < MANY_RANKS or inside or backends.get(sub.shape.backend).software == "image":
+        return
+    where = str(Path(python).parent.parent) if python.startswith("/") else "the site's modules"
+    sub.notes.append(
+        f"{sub.shape.ranks} ranks import Python from {where}, some 8,500 small files each: an image that holds it is "
+        f"one file a node (docs/launching.md, 'Thousands of ranks')"
+    )
+
+
 def env_folder(system: System) -> str:
     """Where ``aifactory env`` builds the environment of a site: below your work folder, else below ``~/aifactory``."""
     root = system.user.work_dir or str(Path.home() / "aifactory")

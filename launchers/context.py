@@ -9,7 +9,14 @@ from aifactory_train import __version__
 from aifactory_train.core.errors import UserError
 from aifactory_train.launchers import backends
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.container import cache_folder, container_context, container_of, mounts_of, python_of
+from aifactory_train.launchers.container import (
+    cache_folder,
+    container_context,
+    container_of,
+    mounts_of,
+    python_of,
+    say_what_imports_cost,
+)
 from aifactory_train.launchers.environment import environment_lines, gloo_pattern
 from aifactory_train.launchers.shape import JobShape
 from aifactory_train.launchers.submission import Line, Submission, quoted
@@ -33,6 +40,7 @@ def context_of(sub: Submission, recipe: Recipe) -> dict[str, Any]:
     if backends.get(sub.shape.backend).software == "site":
         container = container_of(sub.request, sub.system)
     python = python_of(sub, container)
+    say_what_imports_cost(sub, container, python)
     mounts = mounts_of(sub, recipe, container, python) if container is not None else []
     return {
         **_job(sub),

@@ -252,6 +252,22 @@ def test_every_gpu_job_says_how_many_gpus_it_expects(system_id, plain_recipe):
     assert "PYTHONPYCACHEPREFIX" not in rank, "every job would compile all of Python anew"
 
 
+@pytest.mark.parametrize(
+    ("nodes", "more", "told"),
+    [
+        (64, {}, True),
+        (64, {"container": "/scratch/torch.sif"}, True),  # the environment lies outside of the image
+        (64, {"container": "/scratch/torch.sif", "venv": "/opt/env"}, False),
+        (2, {}, False),
+    ],
+)
+def test_many_ranks_that_import_from_a_shared_file_system_are_told_so(nodes, more, told, plain_recipe):
+    sub = submission("jupiter-booster", plain_recipe, nodes=nodes, **more)
+    said = [note for note in sub.notes if "Thousands of ranks" in note]
+    assert len(said) == told and all(note.startswith("256 ranks import Python from /") for note in said)
+    assert "## Thousands of ranks" in (helpers.ROOT / "docs/launching.md").read_text(encoding="utf-8")
+
+
 def test_training_on_the_cpu_can_be_allowed_by_the_user_alone(lab_system):
     assert not OWNED.fullmatch("AIFACTORY_ALLOW_CPU") and OWNED.fullmatch("AIFACTORY_EXPECT_GPUS")
     assert lab_system.environment.set["AIFACTORY_ALLOW_CPU"] == "1"
