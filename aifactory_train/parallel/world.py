@@ -179,14 +179,28 @@ def _expect_gpus(local_size: int) -> None:
         )
 
 
-def from_main(world: World, function: Callable[[], Any], *, patience_h: float = 24.0) -> Any:
+#: Hours that ranks wait for what rank 0 alone does.
+PATIENCE_H = 24.0
+#: The group that :func:`from_main` uses, and the world that it belongs to. Made once: a group of thousands of ranks
+#: takes seconds to connect.
+_patient: list[Any] = []
+
+
+def _patient_group() -> dist.ProcessGroup:
+    if not _patient or _patient[0] is not dist.group.WORLD:
+        patience = datetime.timedelta(hours=PATIENCE_H)
+        _patient[:] = [dist.group.WORLD, dist.new_group(backend="gloo", timeout=patience)]
+    return _patient[1]
+
+
+def from_main(world: World, function: Callable[[], Any]) -> Any:
     """The result of ``function``, which rank 0 alone runs; a :class:`UserError` of rank 0 is raised on every rank.
 
     Waiting has its own long time-out: work such as tokenising on rank 0 must not end in a collective's time-out.
     """
     if world.size == 1:
         return function()
-    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=patience_h))
+    patient = _patient_group()
     box: list[Any] = [None, None]
     if world.is_main:
         try:
@@ -194,7 +208,6 @@ def from_main(world: World, function: Callable[[], Any], *, patience_h: float = 
         except UserError as error:
             box = [None, error]
     dist.broadcast_object_list(box, src=0, group=patient)
-    dist.destroy_process_group(patient)
     if box[1] is not None:
         raise box[1].of(0)
     return box[0]
@@ -228,6 +241,7 @@ def leave_world(code: int | None = None) -> None:
     collective's tensors while the interpreter ends takes the process down ("terminate called without an active
     exception", seen on busy cores). So everything that holds a group is collected here, where the interpreter is whole.
     """
+    _patient.clear()
     gc.collect()
     if dist.is_initialized():
         patience = threading.Timer(LEAVE_S, leave_alone, (code,))
