@@ -33,7 +33,7 @@ from aifactory_train.run.ownership import TakenOver
 BEAT_EVERY_S = 10.0
 #: From so many ranks on less often, at most so many file operations a rank and minute (a heartbeat is made and
 #: renamed): all lie in one folder of a parallel file system.
-MANY_RANKS, OPERATIONS_A_MINUTE, BEAT_LATEST_S = 64, 1, 60.0
+MANY_RANKS, OPERATIONS_A_MINUTE, BEAT_LATEST_S = 64, 0.5, 60.0
 #: Phases in which every rank must make progress within the time-out; others (saving, evaluation) take as long as they
 #: take.
 WATCHED = ("forward", "reduce", "update")
