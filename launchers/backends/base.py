@@ -63,6 +63,8 @@ class Backend(ABC):
     chain: ClassVar[bool] = True
     #: Several nodes meet before the model is loaded, unless told otherwise.
     preflight: ClassVar[bool] = False
+    #: A task that asks for no cores is held to one.
+    one_core: ClassVar[bool] = False
     #: ``status`` asks it about jobs; without, the run folder alone tells.
     followed: ClassVar[bool] = True
 

@@ -106,6 +106,7 @@ class Slurm(Backend):
     styles = ("torchrun", "srun")
     requeue = True
     preflight = True
+    one_core = True
     template = "slurm.sh.j2"
     job_id = "$SLURM_JOB_ID"
     node_rank = '"${SLURM_NODEID}"'

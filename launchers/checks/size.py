@@ -245,6 +245,17 @@ def cores_per_node(c: Context) -> Iterator[Finding]:
 
 
 @batch_rule
+def cores_known(c: Context) -> Iterator[Finding]:
+    """A task asks for its cores: a scheduler's own default may be one for all ranks of a node."""
+    if c.backend.one_core and c.shape.cpus_per_task is None and c.shape.gpus_per_node:
+        yield warn(
+            f"the cores of a node of {c.system.name} are not published: none are asked for, and "
+            f"{c.backend.title} may give the {c.shape.ranks_per_node} rank(s) of a node one core",
+            fix="'scontrol show node' tells CPUTot: put request.cpus_per_gpu under corrections: in your site file",
+        )
+
+
+@batch_rule
 def cores_per_gpu(c: Context) -> Iterator[Finding]:
     """The fixed ratio of cores to GPUs is kept, where the site rejects anything else."""
     ratio, kind = c.system.request.cpus_per_gpu, c.system.request.cpus_per_gpu_rule
