@@ -230,6 +230,32 @@ def edf(container: dict[str, Any]) -> str:
     )
 
 
+#: How an image is brought to a site, by runtime: from the registry's image that its vendor keeps for torch.
+_MAKE = {
+    "singularity": "singularity build {file}.sif docker://{registry}/{name}",
+    "apptainer": "apptainer build {file}.sif docker://{registry}/{name}",
+    "enroot-pyxis": "enroot import --output {file}.sqsh docker://{registry}#{name}",
+    "cscs-ce": "enroot import --output {file}.sqsh docker://{registry}#{name}",
+    "sarus": "sarus pull {registry}/{name}",
+}
+_TORCH = {"nvidia": ("nvcr.io", "nvidia/pytorch:25.06-py3"), "amd": ("docker.io", "rocm/pytorch:latest")}
+
+
+def image_commands(system: System) -> tuple[str, str, str] | None:
+    """(the image, the command that makes it, the one that writes what builds an environment over it) at a site.
+
+    None where no runtime is published, or no image for its GPUs.
+    """
+    runtime = system.software.containers[0].runtime if system.software.containers else None
+    if runtime not in _MAKE or system.gpu.vendor not in _TORCH:
+        return None
+    registry, name = _TORCH[system.gpu.vendor]
+    file = f"{Path(env_folder(system)).parent}/torch"
+    make = _MAKE[runtime].format(file=file, registry=registry, name=name)
+    image = next((word for word in make.split() if word.startswith(file)), f"{registry}/{name}")
+    return image, make, f"aifactory env --site {system.id} --container {image} --output build-env.sh"
+
+
 def cache_folder(system: System, shape: JobShape) -> str:
     """Where the job finds what `aifactory fetch` brought."""
     from aifactory_train.config.loading import cache_dir

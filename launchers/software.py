@@ -28,7 +28,7 @@ from aifactory_train import __version__
 from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.core.files import file_digest
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.container import IMAGE_SUFFIXES, container_of, env_folder
+from aifactory_train.launchers.container import IMAGE_SUFFIXES, container_of, env_folder, image_commands
 from aifactory_train.launchers.rendering import templates
 from aifactory_train.launchers.request import LaunchRequest
 from aifactory_train.launchers.submission import quoted
@@ -64,9 +64,10 @@ def way_of(system: System, request: LaunchRequest | None = None) -> Way:
     container = container_of(request, system)
     offline = system.internet.login == "none"
     if container is not None and container.image:
+        whose = "your" if request.container or system.user.container_image else "the site's"
         return Way(
             "overlay",
-            f"the site's {container.runtime} image holds a torch that knows its fabric",
+            f"{whose} {container.runtime} image holds a torch",
             isa,
             f"image {container.image}",
             folder,
@@ -130,25 +131,10 @@ def python_version(system: System) -> str:
     return f"{sys.version_info.major}.{min(sys.version_info.minor, 13)}"
 
 
-def script(system: System, way: Way, *, bundle: bool = False) -> str:
+def script(system: System, way: Way, request: LaunchRequest | None = None, *, bundle: bool = False) -> str:
     """The build script, to be run at the site (on a compute node where login and compute nodes differ)."""
-    request = LaunchRequest(recipe="env", site=system.id)
+    request = request or LaunchRequest(recipe="env", site=system.id)
     container = container_of(request, system) if way.kind == "overlay" else None
-    prefix = ""
-    if container is not None and container.runtime in ("singularity", "apptainer"):
-        words = [
-            container.runtime,
-            "exec",
-            *([container.gpu_flag] if container.gpu_flag else []),
-            f"--bind={Path(way.folder).parent}",
-        ]
-        prefix = " ".join(quoted(w) for w in words) + ' "$image" '
-    elif container is not None:
-        prefix = "srun --nodes=1 --ntasks=1 " + (
-            f"--container-image={quoted(container.image)} "
-            if container.runtime == "enroot-pyxis"
-            else f"--environment={quoted(container.image)} "
-        )
     modules = list(system.user.modules if system.user.modules is not None else system.software.modules)
     if container is not None and container.module:
         modules.append(container.module)
@@ -163,7 +149,9 @@ def script(system: System, way: Way, *, bundle: bool = False) -> str:
             image=container.image if container is not None else None,
             directory=container is not None and not str(container.image).endswith(IMAGE_SUFFIXES),
             pattern=container.pattern if container is not None else None,
-            prefix=prefix,
+            container=container,
+            step=_step(system) if container is not None else "",
+            ways=image_commands(system) if system.software.needs_image else None,
             python=python_version(system),
             imports=", ".join(IMPORTS),
             build_on_compute=bool(
@@ -173,6 +161,19 @@ def script(system: System, way: Way, *, bundle: bool = False) -> str:
             project=source_root(),
         )
     )
+
+
+def _step(system: System) -> str:
+    """``srun`` of one task, for runtimes that only a step of Slurm enters."""
+    words = ["srun", "--nodes=1", "--ntasks=1", "--time=00:45:00"]
+    short = [k for k, p in system.partitions.items() if p.purpose == "debug" and (p.max_time or 0) >= 2700]
+    key = system.user.partition or next(iter(short), system.default_partition)
+    partition = system.partitions.get(key) if key else None
+    if partition is not None and not partition.implicit:
+        words.append(f"--partition={key}")
+    if system.user.account:
+        words.append(f"--account={system.user.account}")
+    return " ".join(quoted(word) for word in words)
 
 
 def source_root() -> str | None:
@@ -255,7 +256,14 @@ def parses(text: str) -> None:
 
 
 def bundle(
-    system: System, way: Way, target: Path, *, recipes: list[str], wheels: bool, say: Callable[[str], None]
+    system: System,
+    way: Way,
+    target: Path,
+    request: LaunchRequest | None = None,
+    *,
+    recipes: list[str],
+    wheels: bool,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """A folder for one rsync: code, build script, wheels for the site's instruction set, and the recipes' model and
     data.
@@ -268,7 +276,7 @@ def bundle(
     (target / "wheels").mkdir(parents=True, exist_ok=True)
     say("code")
     code_archive(target / "code.tar.gz")
-    text = script(system, way, bundle=True)
+    text = script(system, way, request, bundle=True)
     parses(text)
     (target / "build-env.sh").write_text(text)
     os.chmod(target / "build-env.sh", 0o755)

@@ -15,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--site-file", metavar="FILE", help="your own values for the site (work_dir, container_image, modules)"
     )
     parser.add_argument(
+        "--container", metavar="IMAGE", help="over the torch of this image; without, the site's image, modules or none"
+    )
+    parser.add_argument(
         "--bundle",
         type=Path,
         metavar="DIR",
@@ -46,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.core.errors import EXIT_DONE, EXIT_FAILED
     from aifactory_train.core.output import note, print_json
     from aifactory_train.launchers import software
+    from aifactory_train.launchers.request import LaunchRequest
 
     system = sites.load(args.site, overlay=args.site_file) if args.site_file else sites.load(args.site)
     sites.require_usable(system)
@@ -62,9 +66,12 @@ def run(args: argparse.Namespace) -> int:
             for name, version in found["packages"].items():
                 print(f"{name} {version}")
         return EXIT_DONE if found["ok"] else EXIT_FAILED
-    way = software.way_of(system)
+    request = LaunchRequest(recipe="env", site=system.id, container=args.container)
+    way = software.way_of(system, request)
     if args.bundle is not None:
-        facts = software.bundle(system, way, args.bundle, recipes=args.recipe, wheels=not args.no_wheels, say=note)
+        facts = software.bundle(
+            system, way, args.bundle, request, recipes=args.recipe, wheels=not args.no_wheels, say=note
+        )
         if args.json:
             print_json(facts)
         else:
@@ -78,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             for text in facts["not_checked_here"]:
                 note(f"not checked here: {text}")
         return EXIT_DONE
-    text = software.script(system, way)
+    text = software.script(system, way, request)
     software.parses(text)
     facts = software.manifest(system, way)
     if args.output is not None:

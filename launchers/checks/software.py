@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from aifactory_train.launchers.checks.rules import (
     rule,
     warn,
 )
-from aifactory_train.launchers.container import container_of, env_folder, uenv_of
+from aifactory_train.launchers.container import IMAGE_ROOTS, container_of, env_folder, image_commands, uenv_of
 
 
 @batch_rule
@@ -47,14 +48,16 @@ def image_needed(c: Context) -> Iterator[Finding]:
         return
     plugin = c.system.interconnect.plugin or "the plug-in of the fabric"
     same = f"aifactory launch {c.request.recipe} --site {c.system.id}"
+    commands = image_commands(c.system)
+    make = f"\n    {commands[1]}\n    {commands[2]} && bash build-env.sh\n  " if commands else " "
     yield refuse(
         f"{c.system.name} has {plugin} in container images and uenvs only: without one NCCL ends at its first step",
         c.fact("software.needs_image"),
-        f"'{same} --container IMAGE' (a .sqsh file, registry#repository:tag or your own EDF in .toml; or "
-        f"user.container_image"
-        f" in your site file), or '{same} --directive=--uenv=NAME/VERSION:TAG --directive=--view=VIEW'; an "
-        f"environment that"
-        " brings the plug-in itself: correct software.needs_image to false in your site file",
+        f"make an image and the environment over it:{make}and '{same} --container IMAGE' (a .sqsh file, "
+        f"registry#repository:tag or your own EDF in .toml; or user.container_image in your site file). Or take a uenv "
+        f"('uenv image pull NAME/VERSION:TAG', 'aifactory env --site {c.system.id}' run inside it) and '{same} "
+        f"--directive=--uenv=NAME/VERSION:TAG --directive=--view=VIEW'. An environment that brings the plug-in itself: "
+        f"correct software.needs_image to false in your site file",
         "--container",
     )
 
@@ -122,14 +125,39 @@ def environment_present(c: Context) -> Iterator[Finding]:
     folder = named or (env_folder(c.system) if not c.system.software.provides_torch else None)
     if folder is None:
         return
+    box = container_of(c.request, c.system)
     if not c.here:
         yield not_checked(f"the Python environment {folder} at {c.system.name}")
+    elif named and box is not None and f"{named}/".startswith(IMAGE_ROOTS):
+        yield not_checked(f"the Python environment {folder} in the image")
     elif named and not (Path(folder) / "bin" / "python").exists():
         yield refuse(
             f"{folder} is no Python environment: it has no bin/python",
             fix=f"'aifactory env --site {c.system.id}' writes the script that builds one",
             where="--venv",
         )
+    elif not named and box is not None and not os.path.lexists(Path(folder) / "bin" / "python"):
+        # The interpreter is the image's: on this side of it the link may lead nowhere.
+        image = f" --container {c.request.container}" if c.request.container else ""
+        yield refuse(
+            f"the image has no environment yet: {folder} is not there",
+            fix=f"'aifactory env --site {c.system.id}{image} --output build-env.sh', then 'bash build-env.sh'; a Python "
+            f"that the image holds: --venv /opt/…",
+            where="--container",
+        )
+    elif not named and box is None and _bare(c):
+        yield refuse(
+            f"there is no environment yet: {sys.executable}, which the ranks would run with, has no torch",
+            fix=f"'aifactory env --site {c.system.id} --output build-env.sh', then 'bash build-env.sh'; name another with "
+            f"--venv",
+            where="--venv",
+        )
+
+
+def _bare(c: Context) -> bool:
+    """Neither this Python nor a module that the job loads may bring torch."""
+    modules = c.system.user.modules if c.system.user.modules is not None else c.system.software.modules
+    return not modules and not c.system.software.provides_torch and find_spec("torch") is None
 
 
 @batch_rule

@@ -28,7 +28,7 @@ PLANTED = [
     ("schema", LUMI, "numa_domains: 4", "numa_domain: 4"),
     ("schema", LUMI, "max_nodes: 1024, shared: false}", "max_nodes: many, shared: false}"),
     ("schema", LEO, "max_time: 30m", "max_time: half an hour"),
-    ("schema", LUMI, "detect: {hostnames: ['uan", "detect: {env: {SITE: 'lumi('}, hostnames: ['uan"),
+    ("schema", LUMI, "LUMI_STACK_VERSION: '.+'", "LUMI_STACK_VERSION: 'lumi('"),
     ("file-name", LUMI, "id: lumi-g", "id: lumi-x"),
     ("no-source", LEO, "{at: [node, interconnect], source: guide", "{at: [interconnect], source: guide"),
     ("unknown-source", LEO, "source: warpx, confidence", "source: warpz, confidence"),
