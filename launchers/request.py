@@ -184,6 +184,7 @@ class LaunchRequest:
     hang_s: int = 1800
     preflight: str = "auto"  # auto | on | off
     budget_gpu_hours: float | None = None
+    site_budget: float | None = None  # in the unit that the site bills in
     confirmed: bool = False
     resume: bool = False
     mpi: str | None = None  # openmpi | mpich

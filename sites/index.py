@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ROOM = Path(__file__).resolve().parent
 INDEX = ROOM / "index.json"
-FORMAT = 1
+FORMAT = 2
 
 #: What has been tried on a system (``readiness.yaml``), least first. Only *run* and *reported* say anything of the site
 #: itself: a twin is built from the same profile as the scripts that it judges.
@@ -32,8 +32,9 @@ READINESS_WORDS = {
 
 def source_files() -> list[Path]:
     """The files the index is built from, in a fixed order."""
-    named = [ROOM / "factories.yaml", ROOM / "gpus.yaml", ROOM / "sources.yaml", ROOM / "readiness.yaml"]
-    return [p for p in named if p.is_file()] + sorted((ROOM / "systems").glob("*.yaml"))
+    named = [ROOM / f"{name}.yaml" for name in ("factories", "gpus", "sources", "readiness", "access")]
+    folders = [ROOM / "systems", ROOM / "centres"]
+    return [p for p in named if p.is_file()] + [p for folder in folders for p in sorted(folder.glob("*.yaml"))]
 
 
 def digest() -> str:
@@ -107,6 +108,8 @@ def _system_row(system: System) -> dict[str, Any]:
 def _member_row(
     m: dict[str, Any], by_id: dict[str, Any], status: dict[str, str], countries: dict[str, str]
 ) -> dict[str, Any]:
+    from aifactory_train.sites.access import of_member
+
     linked = [
         s for link in m.get("links", []) for s in by_id.get(link, {}).get("systems", []) if status.get(s) == "usable"
     ]
@@ -127,6 +130,7 @@ def _member_row(
         "unsuitable": [s for s in m.get("unsuitable", []) if status.get(s) == "unsuitable"],
         "linked_systems": list(dict.fromkeys(linked)),
         "reason": m.get("reason"),
+        "access": of_member(m["id"]),
     }
 
 

@@ -25,11 +25,11 @@ def leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def fact_leaves(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The leaves of a raw profile that state facts (made-up example values are none)."""
+    """The leaves of a raw profile that state facts (made-up example values are none, nor is where one would ask)."""
     for section in FACT_SECTIONS:
         if section in raw:
             for path, value in leaves(raw[section], section):
-                if not path.startswith("access.example"):
+                if not path.startswith("access.example") and path.split(".")[1:2] != ["unknown"]:
                     yield path, value
 
 

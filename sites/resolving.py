@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.sites.catalogue import READINESS, gpu_catalogue, gpu_provenance
+from aifactory_train.sites.centres import with_centre
 from aifactory_train.sites.reading import place_of, read_yaml, refusal
 from aifactory_train.sites.schema import FACT_SECTIONS, FactEntry, Overlay, Profile, Source
 from aifactory_train.sites.system import System
@@ -35,7 +36,7 @@ def resolve(
     profile says nothing else.
     """
     _refuse_unknown_keys(raw, path)
-    raw = copy.deepcopy(raw)
+    raw = with_centre(copy.deepcopy(raw))
     if overlay is not None:
         for dotted, value in overlay.corrections.items():
             try:

@@ -20,6 +20,7 @@ from pydantic import Field, field_validator
 from aifactory_train.sites.fields import Positive, PositiveFloat, Seconds, SiteModel, Text
 from aifactory_train.sites.hardware import Gpu, Interconnect, Node
 from aifactory_train.sites.schedulers import Flavour, GpuRequest, Kind
+from aifactory_train.sites.services import Accounting, DataMovement, Help, Login, Queue
 
 # -- provenance --------------------------------------------------------------------------------------------------------
 
@@ -325,6 +326,8 @@ class UserValues(SiteModel):
     env: dict[str, Text] = {}
     exclude_nodes: list[Text] = []
     budget_gpu_hours: PositiveFloat | None = None
+    site_budget: PositiveFloat | None = None  # in the unit that the site bills in
+    cache: Text | None = None  # where fetched models and data lie: a folder, or 'shared' (data.model_cache)
     price_per_gpu_hour: PositiveFloat | None = None
     currency: Text | None = None
     mail: Text | None = None
@@ -379,6 +382,11 @@ class Profile(SiteModel):
     filesystems: list[Filesystem] = []
     internet: Internet = Internet()
     energy: Energy = Energy()
+    accounting: Accounting = Accounting()
+    login: Login = Login()
+    queue: Queue = Queue()
+    data: DataMovement = DataMovement()
+    help: Help = Help()
 
     notes: list[Note] = []
     sources: dict[str, Source] = {}
@@ -396,25 +404,10 @@ def json_schema(which: str = "profile") -> dict[str, Any]:
     return schema
 
 
+_ABOUT = ("schema_", "id", "name", "aliases", "status", "status_reason", "operator", "country", "docs", "maintainer")
 #: Top-level keys whose values are facts of the machine: each leaf below them needs provenance.
-FACT_SECTIONS = (
-    "detect",
-    "scheduler",
-    "access",
-    "partitions",
-    "default_partition",
-    "qos",
-    "request",
-    "node",
-    "gpu",
-    "interconnect",
-    "launch",
-    "policy",
-    "environment",
-    "software",
-    "filesystems",
-    "internet",
-    "energy",
+FACT_SECTIONS = tuple(
+    name for name in Profile.model_fields if name not in (*_ABOUT, "expires", "missing", "notes", "sources", "facts")
 )
 
 #: Facts that make a profile complete; each is a dotted path, `|` separates ways of meeting it.

@@ -95,6 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cost = parser.add_argument_group("cost and output")
     cost.add_argument("--budget", type=float, metavar="H", help="refuse more than H GPU-hours")
+    cost.add_argument(
+        "--site-budget", type=float, metavar="N", help="refuse more than N of the unit that the site bills in"
+    )
     cost.add_argument("--yes", action="store_true", help="confirm a large job")
     cost.add_argument("--dry-run", action="store_true", help="print the script alone on standard output; needs no site")
     cost.add_argument(
@@ -193,8 +196,10 @@ def request_of(args: argparse.Namespace):
     for flag, value in (("--chain", args.chain), ("--hang", args.hang), ("--grace", args.grace or 0)):
         if value < 0:
             raise rq.Refusal("not-negative", f"{value}", where=flag, fix="0 or more")
-    if args.budget is not None and not args.budget > 0:
-        raise rq.Refusal("budget-positive", f"a budget of {args.budget} GPU-hours", where="--budget", fix="more than 0")
+    for flag, budget in (("--budget", args.budget), ("--site-budget", args.site_budget)):
+        if budget is not None and not budget > 0:
+            unit = " GPU-hours" if flag == "--budget" else ""
+            raise rq.Refusal("budget-positive", f"a budget of {budget}{unit}", where=flag, fix="more than 0")
     return rq.LaunchRequest(
         recipe=args.recipe,
         site=args.site or "local",
@@ -224,6 +229,7 @@ def request_of(args: argparse.Namespace):
         hang_s=args.hang,
         preflight=args.preflight,
         budget_gpu_hours=args.budget,
+        site_budget=args.site_budget,
         confirmed=args.yes,
         mpi=args.mpi,
         extra_flags=tuple(args.directive),
@@ -260,13 +266,15 @@ def _tell(args: argparse.Namespace, sub: Any, found: list[Any]) -> None:
             note(f"not checked here: [{finding.rule}] {finding.what}" + (f" ({finding.fix})" if finding.fix else ""))
     shape = sub.shape
     if backends.get(shape.backend).batch:
-        from aifactory_train.launchers.checks import Context, gpu_hours
+        from aifactory_train.launchers.checks import Context, billed, gpu_hours
 
-        hours = gpu_hours(Context(sub, None, False, False))  # type: ignore[arg-type]
+        context = Context(sub, None, False, False)  # type: ignore[arg-type]
+        hours, cost = gpu_hours(context), billed(context)
         note(
             f"{sub.system.name}: {shape.nodes} node(s) x {shape.gpus_per_node} GPU(s)"
             + (f" (a GPU is {sub.system.gpu.counted_as})" if sub.system.gpu.counted_as else "")
             + f", {shape.ranks} ranks, at most {hours:,.1f} GPU-hours"
+            + (f"; the site bills at most {cost}" if cost else "; what the site bills for them is not published")
         )
 
 
@@ -281,7 +289,9 @@ def _explained(args: argparse.Namespace, sub: Any) -> dict[str, Any]:
 def _print_json(sub: Any, found: list[Any], extra: dict[str, Any]) -> None:
     from aifactory_train.core.output import print_json
 
-    shape = sub.shape
+    from aifactory_train.launchers.checks import Context, billed
+
+    shape, cost = sub.shape, billed(Context(sub, None, False, False))  # type: ignore[arg-type]
     print_json(
         {
             "site": sub.system.id,
@@ -297,6 +307,7 @@ def _print_json(sub: Any, found: list[Any], extra: dict[str, Any]) -> None:
             "account": shape.account,
             "time_s": shape.time_s,
             "gpu_hours_most": round(shape.gpu_hours, 3),
+            "billed_most": cost.as_dict() if cost else None,
             "findings": [f.as_dict() for f in found],
             "notes": sub.notes,
             "plan": sub.plan,

@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--budget", metavar="GPU_H", type=float, help="with --nodes auto: GPU-hours that may be spent")
     parser.add_argument(
+        "--site-budget",
+        metavar="N",
+        type=float,
+        help="the same in the unit that the site bills in ('aifactory sites S')",
+    )
+    parser.add_argument(
         "--tokens", metavar="N", type=float, help="tokens of one epoch; default: from the prepared data"
     )
     parser.add_argument("--model-config", metavar="FILE", help="config.json of a base whose dimensions are not shipped")
@@ -74,28 +80,35 @@ def build(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """The plan of the parsed arguments as plain values, and its chosen job."""
     from aifactory_train import sites
     from aifactory_train.planning import keys_set, plan_for
+    from aifactory_train.sites.billing import gpu_hours_of
 
     overrides = list(args.overrides)
     recipe = load_recipe(args.recipe, overrides)
     system = sites.load(args.site, overlay=args.site_file if args.site_file else None)
     nodes = _nodes(args.nodes)
-    for name in ("deadline", "budget", "tokens"):
+    for name in ("deadline", "budget", "site_budget", "tokens"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
-            raise UserError("must be a positive number", where=f"--{name}")
-    if nodes is not None and (args.deadline or args.budget):
+            raise UserError("must be a positive number", where=f"--{name.replace('_', '-')}")
+    if nodes is not None and (args.deadline or args.budget or args.site_budget):
         raise UserError(
             "a deadline or a budget chooses the number of nodes", where="--nodes", fix="use --nodes auto with it"
         )
+    partition = args.partition or system.user.partition
+    qos = args.qos or (system.user.qos if system.user.qos in system.qos else None)
+    budgets = [args.budget] if args.budget else []
+    if args.site_budget:
+        job = {"gpus_per_node": args.gpus_per_node, "partition": partition or system.default_partition, "qos": qos}
+        budgets.append(gpu_hours_of(system, args.site_budget, **job))
     return plan_for(
         recipe,
         system,
         nodes,
         gpus_per_node=args.gpus_per_node,
-        partition=args.partition or system.user.partition,
-        qos=args.qos or (system.user.qos if system.user.qos in system.qos else None),
+        partition=partition,
+        qos=qos,
         deadline_hours=args.deadline,
-        budget_gpu_hours=args.budget,
+        budget_gpu_hours=min(budgets, default=None),
         tokens=args.tokens,
         model_config=args.model_config,
         given=keys_set(overrides),

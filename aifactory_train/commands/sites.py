@@ -186,7 +186,8 @@ def _of_sector(members: list[dict[str, Any]], sector: str) -> list[dict[str, Any
 
 def _member_json(m: dict[str, Any]) -> dict[str, Any]:
     keys = ("id", "name", "kind", "country", "sectors", "links", "systems", "announced", "reason")
-    return {k: m[k] for k in keys} | {k: m[k] for k in ("host", "wave", "focus", "linked_systems", "unsuitable")}
+    more = ("host", "wave", "focus", "linked_systems", "unsuitable", "access")
+    return {k: m[k] for k in (*keys, *more)}
 
 
 def _hours(seconds: int | None) -> str:
@@ -254,11 +255,16 @@ def _show(name: str, args: argparse.Namespace) -> int:
             print(f"  {label}: {fact.source} ({when})" + (f" {fact.url}" if fact.url else ""))
     for remark in system.notes:
         print(f"\n- {remark.text} [{remark.confidence}, {remark.source}]")
+    from aifactory_train.commands import sites_services as services
+
+    services.show_unknown(system)
+    services.show_known_faults(system)
     return 0
 
 
 def _summary(system: Any) -> list[tuple[str, str]]:
     """What a user asks first, a line each; what is not known has no line. Every fact with its source follows below."""
+    from aifactory_train.commands import sites_services as services
     from aifactory_train.sites.fields import compact_time
 
     node, gpu, access, internet = system.node, system.gpu, system.access, system.internet
@@ -287,6 +293,7 @@ def _summary(system: Any) -> list[tuple[str, str]]:
         ("account", ", ".join(filter(None, [access.account, access.account_form])) if access.account else ""),
         ("login", ", ".join(access.login_hosts or [])),
         ("internet", ", ".join(f"{k}: {v}" for k, v in (("login", internet.login), ("jobs", internet.compute)) if v)),
+        *services.summary(system),
     ]
     return [(label, str(reported)) for label, reported in rows if reported]
 
@@ -309,6 +316,9 @@ def _show_member(member: dict[str, Any]) -> None:
         print(f"announced: {', '.join(member['announced'])}")
     if member["unsuitable"]:
         print(f"there, but not for this: {', '.join(member['unsuitable'])}")
+    from aifactory_train.commands.sites_services import show_access
+
+    show_access(member)
 
 
 # -- compare

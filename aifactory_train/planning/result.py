@@ -12,6 +12,7 @@ from aifactory_train.planning.request import PlanRequest, Totals
 from aifactory_train.planning.search import Candidate
 from aifactory_train.planning.timing import Constants
 from aifactory_train.planning.workload import Workload
+from aifactory_train.sites import billing
 
 #: Mean draw of a GPU in training as a share of its nominal (or capped) power. An assumption: measure it with the site's
 #: counters.
@@ -66,6 +67,7 @@ def as_dict(
         "steps": run.steps,
         "reference_hours": _rounded(run.reference_s / 3600) if reference else None,
         **_time_and_cost(request, gpu, run, mid, low, high),
+        **_billed(request, run, place),
         "mfu": _rounded(mid * per_token.model / peak),
         "hfu": _rounded(mid * executed / peak),
         "flops_per_token": {"model": per_token.model, "executed": executed},
@@ -121,6 +123,19 @@ def _time_and_cost(
         if price is None or run.gpu_hours is None
         else {"amount": round(price * run.gpu_hours, 2), "currency": system.user.currency},
         "allocation_share": _rounded(run.gpu_hours / allocation) if allocation and run.gpu_hours is not None else None,
+    }
+
+
+def _billed(request: PlanRequest, run: Totals, place: str | None) -> dict[str, Any]:
+    """What the site bills for the run in its own unit, and the share of the user's budget in it; ``None``: unknown."""
+    system, budget = request.system, request.system.user.site_budget
+    found = None
+    if run.hours is not None:
+        job = {"gpus_per_node": run.gpus // run.nodes, "partition": place, "qos": request.qos}
+        found = billing.bill(system, run.nodes, run.hours, **job)
+    return {
+        "billed": found.as_dict() if found else None,
+        "billed_share": _rounded(found.amount / budget) if found and budget else None,
     }
 
 

@@ -39,6 +39,7 @@ def _figures(plan: dict[str, Any]) -> None:
     speed = plan["tokens_per_s_per_gpu"]
     mesh = plan["mesh"]
     spread = f"{mesh['replicate']} x {mesh['shard']} (replicate x shard)"
+    billed = plan["billed"]
     rows: list[list[Any]] = [
         ["engine", f"{plan['engine']}, {spread}"],
         ["micro-batch", f"{plan['micro_batch']} x {plan['sequence_length']} tokens, {plan['grad_accum']} a step"],
@@ -56,6 +57,13 @@ def _figures(plan: dict[str, Any]) -> None:
         ["GPU-hours", _or_unknown(plan["gpu_hours"], "{:.4g}") + _interval(plan["gpu_hours_interval"])],
         ["GPU energy", _or_unknown(plan["kwh"], "{:.4g} kWh (85 % of the nominal power, GPUs alone)")],
     ]
+    if billed:
+        unit = billed["unit"] + (f", {billed['unit_is']}" if billed["unit_is"] else "")
+        rows.append(["billed there", f"{billed['amount']:.4g} {unit}"])
+    elif plan["hours"] is not None:
+        rows.append(["billed there", "unknown: what the site bills for an hour is not published"])
+    if plan["billed_share"] is not None:
+        rows.append(["share of its budget", f"{100 * plan['billed_share']:.3g} %"])
     if plan["co2_kg"] is not None:
         rows.append(["CO2", f"{plan['co2_kg']:.4g} kg"])
     if plan["cost"]:

@@ -16,14 +16,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from aifactory_train.launchers.checks import cost, paths, placement, size, software, staged, times
-from aifactory_train.launchers.checks.cost import CONFIRM_GPU_HOURS, gpu_hours
+from aifactory_train.launchers.checks.cost import CONFIRM_GPU_HOURS, billed, gpu_hours
 from aifactory_train.launchers.checks.rules import Context, Finding, Rule
 from aifactory_train.launchers.submission import Submission
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
 
-__all__ = ["CONFIRM_GPU_HOURS", "RULES", "Context", "Finding", "Rule", "check", "gpu_hours", "raise_refusals"]
+__all__ = ["CONFIRM_GPU_HOURS", "RULES", "Context", "Finding", "Rule", "billed", "check", "gpu_hours", "raise_refusals"]
 
 RULES: dict[str, Rule] = {
     found.name: found

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import date
 
 from aifactory_train.launchers.checks.rules import Context, Finding, batch_rule, refuse, rule, warn
+from aifactory_train.sites.billing import Bill, bill
 
 #: GPU-hours above which a job wants ``--yes`` (or an answer at the terminal).
 CONFIRM_GPU_HOURS = 100.0
@@ -25,6 +26,42 @@ def budget(c: Context) -> Iterator[Finding]:
 
 
 @batch_rule
+def site_budget(c: Context) -> Iterator[Finding]:
+    """The job stays within the budget that you named in the site's own unit."""
+    most = c.request.site_budget if c.request.site_budget is not None else c.system.user.site_budget
+    if most is None:
+        return
+    cost = billed(c)
+    if cost is None:
+        yield refuse(
+            f"what {c.system.name} bills for an hour is not published: a budget in its unit cannot be kept",
+            fix="a budget in GPU-hours: --budget; or correct accounting.unit and accounting.per_gpu_hour in your site file",
+            where="--site-budget",
+        )
+    elif cost.amount > most:
+        yield refuse(
+            f"up to {cost}, your budget is {most:,.4g}: {cost.how}",
+            c.fact("accounting.unit"),
+            "fewer nodes, a shorter --time, or a larger --site-budget",
+            "--site-budget",
+        )
+
+
+@batch_rule
+def jobs_submitted(c: Context) -> Iterator[Finding]:
+    """Tasks of an array and links of a chain are no more jobs than the queue takes of one user."""
+    jobs, most = c.request.tasks * (1 + c.request.chain), c.system.queue.max_submitted
+    if most is not None and jobs > most:
+        yield refuse(
+            f"{jobs} jobs, {c.system.name} takes {most} of one user, queued and running",
+            c.fact("queue.max_submitted"),
+            "a smaller --array or --chain; where your project may submit more, correct queue.max_submitted in your site "
+            "file",
+            "--array",
+        )
+
+
+@batch_rule
 def confirm_cost(c: Context) -> Iterator[Finding]:
     """A large job is confirmed by its user."""
     hours = gpu_hours(c)
@@ -39,6 +76,15 @@ def confirm_cost(c: Context) -> Iterator[Finding]:
 def gpu_hours(c: Context) -> float:
     """GPU-hours of the whole request: every task of an array and every link of a chain, each with its full time."""
     return c.shape.gpu_hours * c.request.tasks * (1 + c.request.chain)
+
+
+def billed(c: Context) -> Bill | None:
+    """What the site bills for the whole request at most; ``None`` where it is not published."""
+    if not c.batch or not c.shape.gpus_per_node:
+        return None
+    hours = c.shape.time_s / 3600 * c.request.tasks * (1 + c.request.chain)
+    job = {"gpus_per_node": c.shape.gpus_per_node, "partition": c.shape.partition_key, "qos": c.shape.qos}
+    return bill(c.system, c.shape.nodes, hours, exclusive=c.shape.exclusive, **job)
 
 
 @batch_rule

@@ -12,6 +12,7 @@ from typing import Any
 
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.sites.catalogue import shared_sources
+from aifactory_train.sites.centres import with_centre
 from aifactory_train.sites.check.faults import CheckReport, Fault, at, keys_of
 from aifactory_train.sites.check.rules import RULES
 from aifactory_train.sites.paths import covering, dig, fact_leaves, leaves
@@ -43,6 +44,7 @@ def check_system(path: Path, report: CheckReport, today: datetime.date | None = 
         name = "arch" if "architecture name" in error.what else "schema"
         faults.append(Fault(name, error.where or path.name, error.what, error.fix))
         return None
+    raw = with_centre(raw)
     name_gpu(raw)
     report.systems += 1
     faults.extend(_identity(system, path, today))

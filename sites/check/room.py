@@ -15,6 +15,7 @@ from aifactory_train.sites.catalogue import GPUS, ROOM, gpu_catalogue, merge_cat
 from aifactory_train.sites.check.faults import CheckReport, Fault, at
 from aifactory_train.sites.check.profile import check_system, dated
 from aifactory_train.sites.check.rules import gpu_faults
+from aifactory_train.sites.check.services import check_services
 from aifactory_train.sites.hardware import Gpu
 from aifactory_train.sites.index import READINESS_WORDS
 from aifactory_train.sites.reading import line_of, read_yaml
@@ -45,6 +46,7 @@ def check_room(room: Path | None = None, today: datetime.date | None = None) -> 
     report.faults.extend(guarded(room / "sources.yaml", lambda path: check_sources(path, today)))
     report.faults.extend(guarded(room / "readiness.yaml", lambda path: check_readiness(path, systems, today)))
     report.faults.extend(guarded(room / "factories.yaml", lambda path: check_members(path, systems, today)))
+    report.faults.extend(check_services(room, systems, today))
     if room == ROOM:
         report.faults.extend(index_fresh())
     return report
