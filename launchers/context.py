@@ -44,6 +44,7 @@ def context_of(sub: Submission, recipe: Recipe) -> dict[str, Any]:
     mounts = mounts_of(sub, recipe, container, python) if container is not None else []
     return {
         **_job(sub),
+        "more_groups": _more_groups(sub, recipe),
         **_machine(sub),
         "environment": environment_lines(sub, recipe, cache_folder(sub.system, sub.shape)),
         **_software(sub, container, mounts, python),
@@ -182,6 +183,16 @@ def _preflight(sub: Submission) -> bool:
     if sub.request.preflight == "off":
         return False
     return backends.get(sub.shape.backend).preflight and sub.shape.nodes > 1
+
+
+def _more_groups(sub: Submission, recipe: Recipe) -> int:
+    """Ranks that share a copy of the model, for an engine that forms further groups of ranks on the devices; 0: it forms
+    none, so that the pre-flight need not try."""
+    from aifactory_train.parallel.traits import traits_of
+
+    if not traits_of(recipe.parallel.engine).more_groups:
+        return 0
+    return recipe.parallel.shard_size or sub.shape.ranks_per_node
 
 
 def address_function(system: System, shape: JobShape) -> str:

@@ -1,6 +1,4 @@
-"""What a job costs in the unit that its site bills in, from the ``accounting`` facts. Nothing is guessed: where a site's
-rate is not published there is no bill.
-"""
+"""What a job costs in the unit that its site bills in, from the ``accounting`` facts. No rate, no bill."""
 
 from __future__ import annotations
 

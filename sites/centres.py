@@ -52,7 +52,7 @@ def read_centre(path: Path) -> Centre:
     return centre
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def centre_of(system: str) -> Centre | None:
     """The centre that runs a system. Only its own file is parsed: launching reads one profile, and is to be quick."""
     for path in sorted(CENTRES.glob("*.yaml")):

@@ -1,4 +1,4 @@
-"""``known-faults.yaml``: what is known to go wrong with an image, a version, a variable, an engine or a kind of machine.
+"""``known-faults.yaml``: what is known to go wrong with an image, a version, a variable, an engine, a kind of machine.
 
 Whoever starts something asks :func:`applicable` with what is known of it and tells what comes back. A condition whose
 subject is not known (the packages inside an image, say) does not hold: nothing is told on a guess.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import fnmatch
 import functools
+import importlib.metadata
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -134,6 +135,17 @@ def applicable(situation: Situation, faults: tuple[KnownFault, ...] | None = Non
     return [f for f in (known() if faults is None else faults) if all(_holds(f.where, situation))]
 
 
+def installed() -> dict[str, str]:
+    """Versions of the packages that the entries speak of, of those that are installed here."""
+    found = {}
+    for name in sorted({name for fault in known() for name in fault.where.packages}):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def of_system(system: System) -> list[KnownFault]:
     """Faults that name a system, or its kind of GPU or fabric, whatever is run there."""
     return [
@@ -198,8 +210,8 @@ def contradictions(system: System, faults: tuple[KnownFault, ...] | None = None)
     """``(fault, path of the default, date of the default's source)``: what a profile sets, or leaves unset, meets every
     condition of a fault that lies in a variable, and the fault's source is not older than that of the profile.
 
-    What is known of the default: the variables that the profile sets, its first image, several nodes, no engine. What is
-    left unset contradicts a source only where that sets it for everybody (``always``).
+    What is known of the default: the variables that the profile sets, its first image, several nodes, no engine. What
+    is left unset contradicts a source only where that sets it for everybody (``always``).
     """
     image = next((box.image for box in system.software.containers if box.image), None)
     situation = Situation(system, image, {}, dict(system.environment.set), None, tuple(system.request.flags), nodes=2)

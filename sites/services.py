@@ -8,8 +8,6 @@ the other, and ``aifactory sites check`` proves it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field, model_validator
 
 from aifactory_train.sites.fields import Positive, PositiveFloat, Seconds, SiteModel, Text

@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     output.table(None, ["", "found"], rows)
     for problem in found["problems"]:
         print(f"problem: {problem}")
+    for fault in found["known_faults"]:
+        print(f"known fault: {fault['said']}")
     return 0
 
 
@@ -112,7 +114,21 @@ def examine() -> dict[str, Any]:
         "offline": os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"),
         "choices": choices,
         "problems": problems,
+        "known_faults": _known_faults(),
     }
+
+
+def _known_faults() -> list[dict[str, Any]]:
+    """Faults that are known of this machine, the packages installed here and the variables that are set."""
+    from aifactory_train import sites
+    from aifactory_train.sites import known_faults
+
+    here = sites.identify()
+    system = sites.load(here) if here else sites.detect()
+    found = known_faults.applicable(
+        known_faults.Situation(system, packages=known_faults.installed(), variables=dict(os.environ))
+    )
+    return [{**fault.as_dict(), "said": fault.sentence()} for fault in found]
 
 
 def _torch_view() -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,12 +69,15 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_DONE if found["ok"] else EXIT_FAILED
     request = LaunchRequest(recipe="env", site=system.id, container=args.container)
     way = software.way_of(system, request)
+    known = _known_faults(system)
+    for fault in known:
+        note(f"known fault: {fault.sentence()}")
     if args.bundle is not None:
         facts = software.bundle(
             system, way, args.bundle, request, recipes=args.recipe, wheels=not args.no_wheels, say=note
         )
         if args.json:
-            print_json(facts)
+            print_json({**facts, "known_faults": [fault.as_dict() for fault in known]})
         else:
             size = sum(f["bytes"] for f in facts["files"].values()) / 1e6
             note(
@@ -92,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         args.output.write_text(text)
         args.output.chmod(0o755)
     if args.json:
+        facts["known_faults"] = [fault.as_dict() for fault in known]
         print_json({**facts, "script": str(args.output) if args.output else text})
         return EXIT_DONE
     for unchecked in facts["not_checked_here"]:
@@ -101,3 +106,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         note(f"{args.output}: {way.kind}, {way.why}; run it at {system.name}")
     return EXIT_DONE
+
+
+def _known_faults(system: Any) -> list[Any]:
+    """Faults of the image and the variables that jobs have there, as far as one knows before there is a job."""
+    from aifactory_train.launchers.container import container_of
+    from aifactory_train.launchers.request import LaunchRequest
+    from aifactory_train.sites import known_faults
+
+    container = container_of(LaunchRequest(recipe="env", site=system.id), system)
+    variables = {**system.environment.set, **system.user.env}
+    image = container.image if container is not None else None
+    return known_faults.applicable(known_faults.Situation(system, image, variables=variables, nodes=2))

@@ -288,7 +288,6 @@ def _explained(args: argparse.Namespace, sub: Any) -> dict[str, Any]:
 
 def _print_json(sub: Any, found: list[Any], extra: dict[str, Any]) -> None:
     from aifactory_train.core.output import print_json
-
     from aifactory_train.launchers.checks import Context, billed
 
     shape, cost = sub.shape, billed(Context(sub, None, False, False))  # type: ignore[arg-type]

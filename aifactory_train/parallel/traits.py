@@ -51,6 +51,8 @@ class EngineTraits:
     reduces: Literal["last", "each"] = "last"
     #: collectives run beside computation
     overlaps: bool = True
+    #: it forms further groups of ranks on the devices, beside that of all ranks
+    more_groups: bool = False
     # ---- what it can hold
     holds_quantised: bool = False
     #: values of ``train.optimizer`` whose state it can keep, save and cut
@@ -95,6 +97,7 @@ _ZERO: dict[str, Any] = {
     "gradient_buffers": True,
     "fp32_masters": True,
     "offloads_optimizer": True,
+    "more_groups": True,  # DeepSpeed copies the group of all ranks
     "package": "deepspeed",
 }
 #: The engines by the name in ``parallel.engine``. Among equally fast ones the planner takes the earlier.
@@ -111,7 +114,10 @@ ENGINES: dict[str, EngineTraits] = {
     ),
     "fsdp2": EngineTraits(means="one copy of the model over all GPUs", shard_group="all", **_FSDP),
     "hsdp": EngineTraits(
-        means="copies of the model on {shard} GPUs each keep gathering on the fast links", shard_group="chosen", **_FSDP
+        means="copies of the model on {shard} GPUs each keep gathering on the fast links",
+        shard_group="chosen",
+        more_groups=True,
+        **_FSDP,
     ),
     "zero1": EngineTraits(means="optimizer state in shards", zero_stage=1, **_ZERO),
     "zero2": EngineTraits(

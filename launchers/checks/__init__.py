@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from aifactory_train.launchers.checks import cost, paths, placement, size, software, staged, times
+from aifactory_train.launchers.checks import cost, known, paths, placement, size, software, staged, times
 from aifactory_train.launchers.checks.cost import CONFIRM_GPU_HOURS, billed, gpu_hours
 from aifactory_train.launchers.checks.rules import Context, Finding, Rule
 from aifactory_train.launchers.submission import Submission
@@ -27,7 +27,7 @@ __all__ = ["CONFIRM_GPU_HOURS", "RULES", "Context", "Finding", "Rule", "billed",
 
 RULES: dict[str, Rule] = {
     found.name: found
-    for module in (placement, size, times, paths, software, staged, cost)
+    for module in (placement, size, times, paths, software, known, staged, cost)
     for found in vars(module).values()
     if isinstance(found, Rule)
 }

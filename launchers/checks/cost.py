@@ -35,7 +35,8 @@ def site_budget(c: Context) -> Iterator[Finding]:
     if cost is None:
         yield refuse(
             f"what {c.system.name} bills for an hour is not published: a budget in its unit cannot be kept",
-            fix="a budget in GPU-hours: --budget; or correct accounting.unit and accounting.per_gpu_hour in your site file",
+            fix="a budget in GPU-hours: --budget; or correct accounting.unit and accounting.per_gpu_hour in your site "
+            "file",
             where="--site-budget",
         )
     elif cost.amount > most:
@@ -55,8 +56,8 @@ def jobs_submitted(c: Context) -> Iterator[Finding]:
         yield refuse(
             f"{jobs} jobs, {c.system.name} takes {most} of one user, queued and running",
             c.fact("queue.max_submitted"),
-            "a smaller --array or --chain; where your project may submit more, correct queue.max_submitted in your site "
-            "file",
+            "a smaller --array or --chain; where your project may submit more, correct queue.max_submitted in your "
+            "site file",
             "--array",
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import shlex
 import sys
@@ -11,9 +10,6 @@ from collections.abc import Iterator
 from aifactory_train.launchers.checks.rules import Context, Finding, rule, warn
 from aifactory_train.launchers.container import container_of, python_of
 from aifactory_train.sites import known_faults
-
-#: Packages that known faults speak of.
-PACKAGES = sorted({name for fault in known_faults.known() for name in fault.where.packages})
 
 
 @rule
@@ -34,7 +30,7 @@ def situation(c: Context) -> known_faults.Situation:
     return known_faults.Situation(
         system=c.system,
         image=container.image if container is not None else None,
-        packages=installed() if here else {},
+        packages=known_faults.installed() if here else {},
         variables=dict(_variables(c)),
         engine=(c.sub.plan or {}).get("engine", engine) if engine == "auto" else engine,
         flags=(*c.request.extra_flags, *c.system.request.flags),
@@ -58,14 +54,3 @@ def _variables(c: Context) -> Iterator[tuple[str, str]]:
             words = shlex.split(found[2])
             yield found[1], words[0] if words else ""
     yield from c.variables
-
-
-def installed() -> dict[str, str]:
-    """Versions of the packages that known faults speak of, of those that are installed here."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -24,6 +24,7 @@ import time
 
 CHUNK_MIB = 64  # of each all-reduce on GPUs; 4 on CPUs
 ROUNDS = 5
+GROUP_S = 60  # seconds for a further group and its first collective
 #: GPUs whose memory is the host's, and GPUs whose memory the host may use too: the page cache lies in it and the driver
 #: counts it as used, but the kernel gives it back when it is asked for.
 INTEGRATED = re.compile(r"MI300A|GB10\b", re.I)
@@ -42,6 +43,9 @@ def main():
     parser.add_argument("--scratch", required=True)
     parser.add_argument("--unified", action="store_true", help="the profile says that GPU and host share one memory")
     parser.add_argument("--transport", default=None, help="regular expression that the library's log must match")
+    parser.add_argument(
+        "--groups", type=int, default=0, help="ranks of a group that the engine forms; 0: it forms none"
+    )
     parser.add_argument("--timeout", type=float, default=90, help="seconds that the ranks wait for each other")
     args = parser.parse_args()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -129,6 +133,46 @@ def check(args, rank, world, local_rank, report):
     if args.transport and cuda and args.nodes > 1:
         transport(args, rank, report)
     dist.barrier()
+    if args.groups and world > 1:
+        more_groups(args, torch, dist, rank, world, device, report)
+
+
+def more_groups(args, torch, dist, rank, world, device, report):
+    """Further groups as the engine will form them: all ranks again, the ranks that share a copy, and those that hold the
+    same part. A group may be made without its first collective ever returning, which raises nothing: a timer tells."""
+    size = args.groups if world % args.groups == 0 else world
+    members = {
+        "all ranks": list(range(world)),
+        "ranks that share a copy": [rank - rank % size + i for i in range(size)],
+        "ranks with the same part": list(range(rank % size, world, size)),
+    }
+    report["groups"] = {}
+    for name, ranks in members.items():
+        if len(ranks) < 2:
+            continue
+        began = time.time()
+        patience = threading.Timer(GROUP_S, group_hangs, (args, report, name, ranks, began))
+        patience.daemon = True
+        patience.start()
+        group = dist.new_group(ranks, use_local_synchronization=True)
+        tensor = torch.ones(1024, device=device)
+        dist.all_reduce(tensor, group=group)
+        wrong = abs(tensor[0].item() - len(ranks)) > 1e-3  # .item() waits for the device
+        patience.cancel()
+        report["groups"][name] = round(time.time() - began, 3)
+        if wrong:
+            report["problems"].append("the all-reduce of a further group (%s) is wrong" % name)
+
+
+def group_hangs(args, report, name, ranks, began):
+    """The first collective of a further group did not return: say so and go. Other nodes would do no better."""
+    report["kind"] = "environment"
+    report["problems"].append(
+        "a second process group hangs: the first collective of the group of %s (%d ranks, first %s) did not return in %d "
+        "s, while the group of all ranks works; the engine asked for forms such groups: --set parallel.engine=fsdp2 or "
+        "ddp needs one group alone, or another image" % (name, len(ranks), ranks[:8], time.time() - began)
+    )
+    leave(args, report, began)
 
 
 def gpus_seen(args, local_size, report):

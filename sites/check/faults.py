@@ -48,7 +48,7 @@ FAULTS = {
     "no-reason": "a member without a usable system gives no reason",
     "orphan": "a system belongs to no member",
     "readiness": "readiness.yaml names no system, no known level, or gives no date and evidence",
-    "centre": "a centre names a system that is not usable, or that another centre names, or states facts without a value",
+    "centre": "a centre names a system that is not usable or another centre's, or states facts without a value",
     "unanswered": "a question that is asked before or after a job is neither answered nor named under unknown",
     "access": "access.yaml leaves out a member, or names a route, member or source that does not exist",
     "known-fault": "a known fault names no system, package or variable, has no source, or has expired",

@@ -202,6 +202,8 @@ def test_preflight_meets_and_measures(tmp_path):
                 "0",
                 "--scratch",
                 str(tmp_path),
+                "--groups",
+                "2",
             ],
             env={
                 **os.environ,
@@ -222,6 +224,7 @@ def test_preflight_meets_and_measures(tmp_path):
     for report in reports.values():
         assert report["ok"], report
         assert report["allreduce_gb_s"] > 0 and report["torch"] and report["scratch_mb_s"] > 0
+        assert set(report["groups"]) == {"all ranks", "ranks that share a copy"}, "each its own part: nobody to meet"
 
 
 def test_dry_run_prints_the_script_alone(cli, plain_recipe):

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -320,6 +321,45 @@ def test_gloo_on_an_interface_that_is_not_there_has_its_own_text(tmp_path):
         reports = together(tmp_path, 0, [([], environment(r, number, GLOO_SOCKET_IFNAME="nosuch0")) for r in range(2)])
     for report in reports.values():
         assert not report["ok"] and "control messages" in report["problems"][0] and "nosuch0" in report["problems"][0]
+
+
+#: The pre-flight, in a world whose further groups are made and never carry anything: what the LUMI images of August 2026
+#: did. The first group works.
+HANGING = """
+import sys, time
+sys.path.insert(0, {programs!r})
+import preflight, torch.distributed as dist
+works = dist.all_reduce
+dist.all_reduce = lambda tensor, group=None, **more: works(tensor, **more) if group is None else time.sleep(600)
+preflight.GROUP_S = 1.5
+preflight.main()
+"""
+
+
+def test_a_second_group_that_hangs_is_named_with_the_way_out(tmp_path):
+    """Known fault lumi-second-group: without this the job hangs at its first step, up to the time limit."""
+    folder = tmp_path / "attempts" / "001"
+    folder.mkdir(parents=True)
+    (folder / "attempt.json").write_text(json.dumps({"world": 2, "nodes": ["n0", "n1"]}))
+    began = time.monotonic()
+    with contextlib.closing(helpers.reserved_port()) as port:
+        command = [sys.executable, "-c", HANGING.format(programs=str(PROGRAMS)), "--dir", str(folder), "--nodes", "2"]
+        command += ["--gpus", "0", "--scratch", str(folder), "--groups", "1"]
+        number = port.getsockname()[1]
+        ranks = [subprocess.Popen(command, env=environment(r, number)) for r in range(2)]
+        assert [p.wait(timeout=300) for p in ranks] == [0, 0]
+    assert time.monotonic() - began < 120
+    assert attempt.main(["preflight", "--run", str(tmp_path), "--attempt", "1"]) == 1
+    state, cause = attempt.diagnose(str(folder))
+    assert state == "failed" and cause["kind"] == "environment", "other nodes would do no better"
+    assert "a second process group hangs" in cause["message"] and "parallel.engine=fsdp2" in cause["message"]
+
+
+@pytest.mark.parametrize("engine, groups", [("ddp", None), ("fsdp2", None), ("hsdp", 8), ("zero2", 8)])
+def test_the_preflight_tries_the_groups_that_the_engine_will_form(plain_recipe, engine, groups):
+    sub = submission("lumi-g", plain_recipe, nodes=2, overrides=(f"parallel.engine={engine}",))
+    rank = next(f.content.decode() for f in sub.files if f.path == "submission/rank.sh")
+    assert (f"--groups {groups})" in rank) if groups else ("--groups" not in rank)
 
 
 @contextlib.contextmanager

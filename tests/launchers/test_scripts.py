@@ -31,7 +31,7 @@ def submission(system_id: str, recipe: Path, **more):
         base["qos"] = system.access.example.get("qos", "proj")
     if system.scheduler.kind == "kubernetes":
         base["container"] = "registry.example/image:1"
-    return build(LaunchRequest(**{**base, **more}), system, load_recipe(str(recipe)))
+    return build(LaunchRequest(**{**base, **more}), system, load_recipe(str(recipe), list(more.get("overrides", ()))))
 
 
 def variants(recipe: Path, systems=SYSTEMS, *, more: bool = True):
