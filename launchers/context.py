@@ -9,8 +9,8 @@ from aifactory_train import __version__
 from aifactory_train.core.errors import UserError
 from aifactory_train.launchers import backends
 from aifactory_train.launchers import request as rq
+from aifactory_train.launchers.caches import cache_folder
 from aifactory_train.launchers.container import (
-    cache_folder,
     container_context,
     container_of,
     mounts_of,
@@ -186,8 +186,9 @@ def _preflight(sub: Submission) -> bool:
 
 
 def _more_groups(sub: Submission, recipe: Recipe) -> int:
-    """Ranks that share a copy of the model, for an engine that forms further groups of ranks on the devices; 0: it forms
-    none, so that the pre-flight need not try."""
+    """Ranks that share a copy of the model, for an engine that forms further groups of ranks on the devices; 0: it
+    forms none, so that the pre-flight need not try.
+    """
     from aifactory_train.parallel.traits import traits_of
 
     if not traits_of(recipe.parallel.engine).more_groups:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from aifactory_train.launchers import backends
 from aifactory_train.launchers import request as rq
+from aifactory_train.launchers.caches import HUGGING_FACE, cache_root
 from aifactory_train.launchers.shape import JobShape
 from aifactory_train.launchers.submission import Line, Submission, quoted
 from aifactory_train.sites.profiles import System
@@ -129,10 +130,10 @@ def _caches(system: System, cache: str | None, remote: bool, put: _Exports) -> N
     if home:
         put("HF_HOME", home, "your Hugging Face cache when you launched")
     elif remote:
-        root = system.user.work_dir
+        root = cache_root(system)
         put(
             "HF_HOME",
-            f"{root}/hf" if root else str(Path.home() / ".cache" / "huggingface"),
+            f"{root}/{HUGGING_FACE}" if root else str(Path.home() / ".cache" / "huggingface"),
             "an explicit Hugging Face cache: XDG_CACHE_HOME points to the node's disk",
         )
 

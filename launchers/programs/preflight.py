@@ -138,8 +138,9 @@ def check(args, rank, world, local_rank, report):
 
 
 def more_groups(args, torch, dist, rank, world, device, report):
-    """Further groups as the engine will form them: all ranks again, the ranks that share a copy, and those that hold the
-    same part. A group may be made without its first collective ever returning, which raises nothing: a timer tells."""
+    """Further groups as the engine will form them: all ranks again, the ranks that share a copy, and those that hold
+    the same part. The first collective of a group may never return, which raises nothing: a timer tells.
+    """
     size = args.groups if world % args.groups == 0 else world
     members = {
         "all ranks": list(range(world)),
@@ -168,9 +169,9 @@ def group_hangs(args, report, name, ranks, began):
     """The first collective of a further group did not return: say so and go. Other nodes would do no better."""
     report["kind"] = "environment"
     report["problems"].append(
-        "a second process group hangs: the first collective of the group of %s (%d ranks, first %s) did not return in %d "
-        "s, while the group of all ranks works; the engine asked for forms such groups: --set parallel.engine=fsdp2 or "
-        "ddp needs one group alone, or another image" % (name, len(ranks), ranks[:8], time.time() - began)
+        "a second process group hangs: the first collective of the group of %s (%d ranks, first %s) did not return in "
+        "%d s, while the group of all ranks works; the engine asked for forms such groups: --set parallel.engine=fsdp2 "
+        "or ddp needs one group alone, or another image" % (name, len(ranks), ranks[:8], time.time() - began)
     )
     leave(args, report, began)
 

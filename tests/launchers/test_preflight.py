@@ -323,8 +323,8 @@ def test_gloo_on_an_interface_that_is_not_there_has_its_own_text(tmp_path):
         assert not report["ok"] and "control messages" in report["problems"][0] and "nosuch0" in report["problems"][0]
 
 
-#: The pre-flight, in a world whose further groups are made and never carry anything: what the LUMI images of August 2026
-#: did. The first group works.
+#: The pre-flight, in a world whose further groups are made and never carry anything, as in the LUMI image of August
+#: 2026. The first group works.
 HANGING = """
 import sys, time
 sys.path.insert(0, {programs!r})
