@@ -217,11 +217,11 @@ def contradictions(system: System, faults: tuple[KnownFault, ...] | None = None)
     situation = Situation(system, image, {}, dict(system.environment.set), None, tuple(system.request.flags), nodes=2)
     found = []
     for fault in applicable(situation, faults):
-        blamed = [f"environment.set.{name}" for name in fault.where.variables]
-        if fault.always and fault.where.unset:
-            blamed.append("environment.set")
-        for path in blamed:
-            fact = system.provenance(path)
+        blamed = [(f"environment.set.{name}",) * 2 for name in fault.where.variables]
+        if fault.always:
+            blamed += [("environment.set", f"environment.set without {name}") for name in fault.where.unset]
+        for at, path in blamed:
+            fact = system.provenance(at)
             dated = (fact.date if fact.date != "n.d." else fact.retrieved or "") if fact is not None else ""
             if fault.dated >= dated[: len(fault.dated)]:
                 found.append((fault, path, dated))

@@ -14,6 +14,7 @@ from aifactory_train.sites.catalogue import READINESS, gpu_catalogue, gpu_proven
 from aifactory_train.sites.centres import with_centre
 from aifactory_train.sites.reading import place_of, read_yaml, refusal
 from aifactory_train.sites.schema import FACT_SECTIONS, FactEntry, Overlay, Profile, Source
+from aifactory_train.sites.services import SECTIONS
 from aifactory_train.sites.system import System
 
 
@@ -41,6 +42,9 @@ def resolve(
         for dotted, value in overlay.corrections.items():
             try:
                 _correct(raw, dotted, value)
+                section, _, key = dotted.partition(".")
+                if section in SECTIONS and value is not None:
+                    raw[section].get("unknown", {}).pop(key, None)  # what is corrected is known
             except UserError as error:
                 where = place_of(overlay_path, ("corrections", dotted), "overlay")
                 raise UserError(error.what, where=where, fix=error.fix) from None

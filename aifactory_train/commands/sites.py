@@ -10,7 +10,7 @@ from typing import Any
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.core.output import note, print_json, table
 
-ACTIONS = ("compare", "check", "new", "probe", "schema")
+ACTIONS = ("compare", "check", "new", "probe", "report", "schema")
 
 EPILOG = """\
   aifactory sites                        what runs today at each of the 32
@@ -21,6 +21,7 @@ EPILOG = """\
   aifactory sites check [NAME|FILE]      schema, sources, arithmetic, limits, links, dates
   aifactory sites probe [SYSTEM]         ask this machine and print the difference to the profile, as a patch
   aifactory sites new ID                 write a new profile: from Slurm where it answers, else by interview
+  aifactory sites report FILE            acceptance.json or a run folder to a pull request; shown, then written (--out)
   aifactory sites schema [overlay]       JSON Schema for editors
 """
 
@@ -41,8 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="check: name every fault that can be found")
     parser.add_argument("--patch", metavar="FILE", help="probe: write the differences as an overlay")
     parser.add_argument(
-        "--out", metavar="FILE", help="new: where the profile goes (default: your configuration folder)"
+        "--out",
+        metavar="FILE",
+        help="new: where the profile goes (default: your configuration folder); report: a folder",
     )
+    parser.add_argument("--site", metavar="SYSTEM", help="report: what it is of, where the file does not say")
     parser.add_argument("--partition", help="new: the GPU partition to read from Slurm")
     parser.add_argument("--no-probe", action="store_true", help="new: ask everything, do not ask Slurm")
 
@@ -59,12 +63,14 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"one system at a time{close}", where=" ".join(words), fix="aifactory sites compare A B")
         return _show(words[0], args)
     from aifactory_train.commands import sites_profiles as profiles
+    from aifactory_train.commands import sites_report
 
     actions = {
         "compare": _compare,
         "check": profiles.check_profiles,
         "new": profiles.new_profile,
         "probe": profiles.probe_system,
+        "report": sites_report.report,
         "schema": _schema,
     }
     return actions[action](words[1:], args)
@@ -77,12 +83,24 @@ _OPTIONS = {
     "check": {"json", "write_index", "list"},
     "new": {"out", "partition", "no_probe", "json"},
     "probe": {"json", "patch", "site_file"},
+    "report": {"json", "out", "site"},
     "schema": {"json"},
 }
 
 
 def _refuse_stray_options(args: argparse.Namespace, action: str) -> None:
-    for name in ("sector", "country", "site_file", "write_index", "list", "patch", "out", "partition", "no_probe"):
+    for name in (
+        "sector",
+        "country",
+        "site_file",
+        "write_index",
+        "list",
+        "patch",
+        "out",
+        "partition",
+        "no_probe",
+        "site",
+    ):
         if getattr(args, name) and name not in _OPTIONS[action]:
             where = f"sites {action}" if action in ACTIONS else "sites" + (" SYSTEM" if action == "show" else "")
             raise UserError(

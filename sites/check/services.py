@@ -14,7 +14,7 @@ from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.sites import known_faults
 from aifactory_train.sites.access import AccessFile
 from aifactory_train.sites.catalogue import shared_sources
-from aifactory_train.sites.centres import read_centre
+from aifactory_train.sites.centres import read_centre, with_centre
 from aifactory_train.sites.check.faults import Fault, at
 from aifactory_train.sites.check.profile import dated
 from aifactory_train.sites.paths import leaves
@@ -67,15 +67,16 @@ def check_centre(
         if name not in systems or not systems[name].usable:
             yield Fault("centre", where, f"{name} is no usable system{did_you_mean(name, systems)}")
             continue
-        yield from unanswered(systems[name], at(path, "sections"))
+        profile = path.parent.parent / "systems" / f"{name}.yaml"
+        yield from unanswered(with_centre(read_yaml(profile), centre), at(path, "sections"))
 
 
-def unanswered(system: System, where: Any) -> Iterator[Fault]:
-    """Questions that a system's sections leave open."""
-    for key in SECTIONS:
-        open_ = getattr(system, key).unanswered()
-        if open_:
-            what = f"{system.id}: {key} says nothing of {', '.join(open_)}"
+def unanswered(raw: dict[str, Any], where: Any) -> Iterator[Fault]:
+    """Questions that the sections of a merged raw profile leave open."""
+    for key, section in SECTIONS.items():
+        left = section.model_validate(raw.get(key) or {}).unanswered()
+        if left:
+            what = f"{raw.get('id')}: {key} says nothing of {', '.join(left)}"
             yield Fault("unanswered", where, what, "state it with a source, or name it under unknown with whom to ask")
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from aifactory_train.sites import catalogue
+from aifactory_train.sites.reading import read_yaml
+from aifactory_train.sites.resolving import resolve
+from aifactory_train.sites.system import System
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +29,15 @@ def room(tmp_path: Path) -> Path:
     (target / "systems").mkdir(parents=True)
     for path in catalogue.ROOM.glob("*.yaml"):
         shutil.copy(path, target)
-    for path in catalogue.SYSTEMS.glob("*.yaml"):
-        shutil.copy(path, target / "systems")
+    for folder in ("systems", "centres"):
+        shutil.copytree(catalogue.ROOM / folder, target / folder, dirs_exist_ok=True)
     return target
+
+
+@pytest.fixture(scope="session")
+def all_systems() -> dict[str, System]:
+    """Every shipped profile, loaded once."""
+    return {path.stem: resolve(read_yaml(path), path) for path in sorted(catalogue.SYSTEMS.glob("*.yaml"))}
 
 
 @pytest.fixture
