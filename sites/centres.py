@@ -70,15 +70,15 @@ def with_centre(raw: dict[str, Any], centre: Centre | None = None) -> dict[str, 
     name = raw.get("id")
     if centre is None:
         centre = centre_of(name) if isinstance(name, str) and raw.get("status") == "usable" else None
-    if centre is None:
-        return raw
+    if centre is None or not _well_formed(raw):
+        return raw  # what is malformed is refused when the profile is validated
     out = copy.deepcopy(raw)
     table = {path: entry for entry in centre.facts for path in entry.at}
     taken: list[dict[str, Any]] = []
     for key in SHARED:
         said = _lay(centre.sections.get(key), centre.of.get(str(name), {}).get(key))
         own = out.get(key) or {}
-        if not said or not isinstance(own, dict):
+        if not said:
             continue
         unknown = {k: v for k, v in said.pop("unknown", {}).items() if own.get(k) is None and said.get(k) is None}
         new = {k: v for k, v in said.items() if own.get(k) is None and k not in own.get("unknown", {})}
@@ -95,6 +95,15 @@ def with_centre(raw: dict[str, Any], centre: Centre | None = None) -> dict[str, 
     sources = {f"centre-{k}": v.model_dump() for k, v in centre.sources.items() if f"centre-{k}" in used}
     out["sources"] = sources | (out.get("sources") or {})
     return out
+
+
+def _well_formed(raw: dict[str, Any]) -> bool:
+    """Whether what is laid under has the kinds that laying needs."""
+    sections = [raw.get(key) or {} for key in SHARED]
+    unknown = [s.get("unknown", {}) for s in sections if isinstance(s, dict)]
+    return isinstance(raw.get("facts") or [], list) and all(
+        isinstance(part, dict) for part in (*sections, *unknown, raw.get("sources") or {})
+    )
 
 
 def _lay(below: dict[str, Any] | None, above: dict[str, Any] | None) -> dict[str, Any]:
