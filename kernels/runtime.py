@@ -24,6 +24,21 @@ IGNORE = -100
 
 # (arch, sku) whose configurations the interpreter uses; None: CPU tensors take the torch path.
 _interpreted: tuple[str, str | None] | None = None
+# (arch, sku) that meta tensors are taken to lie on; None: they take the torch path.
+_pretended: tuple[str, str | None] | None = None
+
+
+@contextlib.contextmanager
+def pretend(arch: str, sku: str | None = None):
+    """Take meta tensors for those of a device: operators prepare their launches for it. Whoever does so must catch the
+    launches (the step audit does), as there is nothing to run them.
+    """
+    global _pretended
+    before, _pretended = _pretended, (arch, sku)
+    try:
+        yield
+    finally:
+        _pretended = before
 
 
 @contextlib.contextmanager
@@ -65,12 +80,13 @@ def device_of(index: int) -> tuple[str, str | None, int]:
 
 def where(x: torch.Tensor) -> tuple[str, str | None, int]:
     """(architecture, SKU name or None, units) of the device a tensor lives on; ``cpu`` for a CPU outside the
-    interpreter.
+    interpreter, ``meta`` outside :func:`pretend`.
     """
     if x.device.type == "cuda":
         return device_of(x.device.index if x.device.index is not None else torch.cuda.current_device())
-    if x.device.type == "cpu" and _interpreted:
-        arch, sku = _interpreted
+    found_for = {"cpu": _interpreted, "meta": _pretended}.get(x.device.type)
+    if found_for:
+        arch, sku = found_for
         found = hardware.sku(sku, arch)
         return arch, sku, found.units if found else 128
     return x.device.type, None, 1
@@ -156,6 +172,14 @@ def units(x: torch.Tensor) -> int:
 def compiler_options(config: Config) -> dict[str, Any]:
     """The part of a configuration that the Triton compiler reads."""
     return {k: config[k] for k in COMPILER_OPTIONS if k in config}
+
+
+def arithmetic(x: torch.Tensor) -> torch.dtype:
+    """The dtype to compute in: autocast's where it is on for the tensor's device, else the tensor's own."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def rows2d(x: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from aifactory_train.core import compat
 from aifactory_train.core.errors import UserError
+from aifactory_train.kernels import runtime
 
 #: names in transformers' registry
 PER_DOCUMENT = "aifactory_per_document"
@@ -131,9 +132,8 @@ def _over_documents(kernel: _Kernel) -> Callable[..., tuple[torch.Tensor, None]]
             return per_document_attention(module, query, key, value, attention_mask)  # refuses
         _reject(module, documents.max_length, kwargs)
         batch, heads, length, _ = query.shape
-        device = query.device.type
-        if torch.is_autocast_enabled(device):  # SDPA follows it by itself; these kernels refuse fp32 and mixed types
-            query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
+        # SDPA follows autocast by itself; these kernels refuse fp32 and mixed types
+        query, key, value = (states.to(runtime.arithmetic(states)) for states in (query, key, value))
         q, k, v = (_flat(states).squeeze(0).transpose(0, 1).contiguous() for states in (query, key, value))
         return kernel(q, k, v, documents, dropout, scaling).reshape(batch, length, heads, -1), None
 

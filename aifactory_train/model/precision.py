@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from aifactory_train.config.schema import Recipe
+from aifactory_train.config.schema import PrecisionConfig, Recipe
 from aifactory_train.core import compat
 from aifactory_train.core.errors import UserError
 
@@ -46,20 +46,24 @@ def choose_precision(recipe: Recipe, device: str) -> tuple[Precision, str]:
     for key in ("parameters", "frozen", "compute", "reduce"):
         if getattr(settings, key) == "bf16" and not has_bf16:
             raise UserError("this GPU has no bf16 arithmetic", where=f"precision.{key}", fix="use fp32")
+    why = "GPU with bf16" if fast else ("CPU" if device == "cpu" else "this GPU has no bf16")
+    return policy(settings, fast=fast), why
+
+
+def policy(settings: PrecisionConfig, *, fast: bool) -> Precision:
+    """The types that ``settings`` ask for; ``fast``: ``auto`` computes in bf16."""
 
     def pick(value: str, automatic: str) -> torch.dtype:
         return DTYPES[automatic if value == "auto" else value]
 
     compute = pick(settings.compute, "bf16" if fast else "fp32")
     low = "bf16" if compute == torch.bfloat16 else "fp32"
-    policy = Precision(
+    return Precision(
         parameters=pick(settings.parameters, "fp32"),
         frozen=pick(settings.frozen, low),
         compute=compute,
         reduce=pick(settings.reduce, "fp32"),
     )
-    why = "GPU with bf16" if fast else ("CPU" if device == "cpu" else "this GPU has no bf16")
-    return policy, why
 
 
 def apply_precision(model: nn.Module, precision: Precision) -> None:

@@ -67,8 +67,7 @@ def prepare(hidden, weight, labels, bias):
             f"{NAME}: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: "
             f"expected [N, D], [V, D], [N]"
         )
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    dtype = runtime.arithmetic(hidden)
     return hidden.to(dtype), weight.to(dtype), labels, bias.to(dtype) if bias is not None else None
 
 
@@ -192,19 +191,19 @@ def accumulate(total, dlogits, h):
     a = dlogits.t()
     if total.dtype == h.dtype:
         total.addmm_(a, h)
-    elif _mixed_gemm(h.device.type, h.device.index, h.dtype):
+    elif _mixed_gemm(h.device.type, h.device.index, h.dtype, runtime.where(h)[0] if h.is_meta else ""):
         torch.addmm(total, a, h, out_dtype=torch.float32, out=total)
     else:
         total += a @ h
 
 
 @lru_cache(None)
-def _mixed_gemm(kind: str, index: int | None, dtype: torch.dtype) -> bool:
+def _mixed_gemm(kind: str, index: int | None, dtype: torch.dtype, pretended: str = "") -> bool:
     """Whether this device's ``addmm`` takes half inputs with an fp32 accumulator; tried once on a small matrix, and
-    logged.
+    logged. Of a pretended device what is documented: NVIDIA's library does.
     """
     if kind != "cuda":
-        return False
+        return pretended.startswith("sm_")
     device = torch.device(kind, index or 0)
     total, a = torch.zeros(16, 16, device=device), torch.eye(16, device=device, dtype=dtype)
     try:

@@ -26,8 +26,7 @@ def lora_linear(
     ``x_adapter`` is the adapter's input when it differs from x (dropout). Differentiable in every tensor; the weight's
     gradient is computed only if asked for. Result [..., M] in that dtype.
     """
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = runtime.arithmetic(x)
     x, weight, lora_a, lora_b = (t.to(dtype) for t in (x, weight, lora_a, lora_b))
     bias = bias.to(dtype) if bias is not None else None
     x_adapter = x_adapter.to(dtype) if x_adapter is not None else None
