@@ -34,15 +34,15 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(pretend.chip(sku.arch, sku.name))
         stack.enter_context(_liger_on_the_chip(sku, autocast))
-        stack.enter_context(torch.device("meta"))
-        model = _model(case, config, dtype, checkpointing, fp32_adapters=autocast)
+        with torch.device("meta"):
+            model = _model(case, config, dtype, checkpointing, fp32_adapters=autocast)
+            batch = _batch(tokens)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), fused=True)
         for p in trained:
             p.grad = torch.empty_like(p)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        batch = _batch(tokens)
         inputs = [t for t in batch.values() if isinstance(t, torch.Tensor)]
         with step.audited(model, answers, inputs, lambda: list(optimizer.state.values())) as recorder:
             low = stack.enter_context(Autocast()) if autocast else None
@@ -178,8 +178,9 @@ def _liger_on_the_chip(sku: Any, autocast: bool) -> Iterator[None]:
     from transformers.models.llama import modeling_llama
 
     capability = "8" if not sku.arch.startswith("sm_") else sku.arch.removeprefix("sm_")[:-1]
+    names = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")
     before = [
-        (modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb),
+        *((modeling_llama, name, getattr(modeling_llama, name)) for name in names),  # Liger's patch replaces them
         (loss, "_can_use_mm_out", loss._can_use_mm_out),
     ]
 

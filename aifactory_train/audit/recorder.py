@@ -236,7 +236,7 @@ class Recorder(TorchDispatchMode):
         if short in FREE or function.is_view or _only_views(function, args, kwargs, out):
             return None
         read, written = _traffic(function, short, args, kwargs, out)
-        packet = function._overloadpacket
+        packet = getattr(torch.ops.aten, short.removesuffix("_"), None)  # in place it is the same product
         flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
         return Booked(_kernels(short, args), read, written, flops)
 

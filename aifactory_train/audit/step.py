@@ -151,8 +151,8 @@ def run(spec: StepSpec) -> StepAccount:
         if spec.recipe.kernels.enabled != "off":
             pretend.refuse_unknown(spec.arch)
         stack.enter_context(pretend.chip(spec.arch, spec.sku))
-        stack.enter_context(torch.device("meta"))
-        engine = _engine(spec, _core(spec))
+        with torch.device("meta"):
+            engine = _engine(spec, _core(spec))
         engine.prepare_state(1)
         batch = _batch(spec)
         module: nn.Module = engine.core
@@ -209,6 +209,7 @@ def _core(spec: StepSpec) -> CausalLM:
     from aifactory_train.model.causal_lm import CausalLM
     from aifactory_train.model.gpu_operators import apply_kernels
     from aifactory_train.model.loss import chunk_rows
+    from aifactory_train.model.operators import skipped
     from aifactory_train.model.precision import apply_precision
     from aifactory_train.model.report import ModelReport
 
@@ -229,8 +230,7 @@ def _core(spec: StepSpec) -> CausalLM:
         rows = min(chunk_rows(vocabulary, device="meta"), hardware.chunk_rows(hardware.sku(spec.sku, spec.arch)))
     core = CausalLM(model, rows)
     if recipe.kernels.enabled != "off":
-        weights = traits_of(spec.engine).weights
-        skip = ("rms_norm_residual", "lora_linear") if weights == "module" else ()
+        skip = skipped(traits_of(spec.engine).weights, recipe.parallel.compile)
         apply_kernels(core.model, arch=spec.arch, sku=spec.sku, dtype=precision.frozen, skip=skip)
         core.kernels = True
     return core

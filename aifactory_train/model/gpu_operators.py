@@ -94,7 +94,8 @@ def apply_kernels(
     ``arch`` and ``sku`` name the device it will run on (``cpu`` changes nothing), ``dtype`` the activations.
     ``enabled=False`` switches everything off. ``skip`` names operators to leave out; where weights may only be read
     through their own module (DeepSpeed ZeRO-3), skip ``rms_norm_residual`` and ``lora_linear``, which read their
-    children's. Calling it twice changes nothing more.
+    children's. Adapted layers that belong together run as one operator (``lora_linears``, ``lora_mlp``) where nothing
+    speaks against it. Calling it twice changes nothing more.
     """
     kind = str(dtype).removeprefix("torch.")
     report = AppliedOperators(arch, sku, family_of(model))
@@ -253,7 +254,65 @@ def _attention(module: nn.Module, skip: Collection[str]) -> tuple[str | None, st
         return None, "its forward is wrapped by a decorator"
     if "apply_rotary_pos_emb" not in forward.__code__.co_names:
         return None, "its forward does not call apply_rotary_pos_emb"
-    return _turn(module, "rope", _with_rope(forward), skip)
+    together = "lora_linears" not in skip and set(_QKV) <= set(forward.__code__.co_names)
+    rotating = _with_rope(forward)
+    return _turn(module, "rope", _projecting_together(rotating) if together else rotating, skip)
+
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+class _Projected:
+    """An attention module whose three projections are computed already; everything else is the module's own."""
+
+    def __init__(self, module: nn.Module, results: dict[str, torch.Tensor]):
+        self._module, self._results = module, results
+
+    def __getattr__(self, name: str) -> Any:
+        result = self._results.get(name)
+        return getattr(self._module, name) if result is None else lambda _: result
+
+
+@lru_cache(None)
+def _projecting_together(forward: types.FunctionType):
+    """``forward`` with query, key and value projected by one operator, where all three are plain adapted layers."""
+
+    def together(self, hidden_states, *args, **kwargs):
+        adapted = _adapted([getattr(self, name, None) for name in _QKV])
+        if adapted is None:
+            return forward(self, hidden_states, *args, **kwargs)
+        results = dict(zip(_QKV, ops.lora_linears(hidden_states, *adapted), strict=True))
+        return forward(_Projected(self, results), hidden_states, *args, **kwargs)
+
+    return together
+
+
+def _adapted(modules: list[Any]) -> tuple[list, list, list, float] | None:
+    """(base weights, A, B, scaling) of layers that one operator can compute: each with the same one adapter of one rank
+    and scaling, without bias, dropout or an adapter's variant, and frozen. None where one of them is none of that.
+    """
+    weights, lora_a, lora_b, kinds = [], [], [], set()
+    for module in modules:
+        if getattr(module, "operator", None) != "lora_linear" or module.disable_adapters or module.merged:
+            return None
+        names = [n for n in module.active_adapters if n in module.lora_A]
+        if len(names) != 1 or module.lora_variant:
+            return None
+        (name,) = names
+        a, b, base, dropout = (module.lora_A[name], module.lora_B[name], module.base_layer, module.lora_dropout[name])
+        if (module.training and not isinstance(dropout, nn.Identity)) or base.weight.requires_grad:
+            return None
+        if a.bias is not None or b.bias is not None or base.bias is not None:
+            return None
+        weights.append(base.weight)
+        lora_a.append(a.weight)
+        lora_b.append(b.weight)
+        kinds.add((a.weight.shape, module.scaling[name]))
+    shapes = {shape[0] for shape, _ in kinds}
+    scalings = {scaling for _, scaling in kinds}
+    if len(shapes) != 1 or len(scalings) != 1:
+        return None
+    return weights, lora_a, lora_b, float(scalings.pop())
 
 
 @lru_cache(None)
@@ -294,18 +353,23 @@ def _layer(module: nn.Module, family: str, skip: Collection[str]) -> tuple[str |
         or list(inspect.signature(forward).parameters) != _LAYER_SIGNATURE
     ):
         return None, "residual not fused: its forward does more than the pre-norm form"
-    return _turn(module, "rms_norm_residual", _pre_norm(*norms, 1.0 if family in ONE_PLUS_WEIGHT else 0.0), skip)
+    offset = 1.0 if family in ONE_PLUS_WEIGHT else 0.0
+    return _turn(module, "rms_norm_residual", _pre_norm(*norms, offset, "lora_mlp" not in skip), skip)
 
 
 @lru_cache(None)
-def _pre_norm(first: str, second: str, offset: float):
+def _pre_norm(first: str, second: str, offset: float, fuses: bool):
     def forward(
         self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
         position_embeddings=None, **kwargs,
     ):  # fmt: skip
-        residual = hidden_states
+        before = getattr(self, first)
+        if fuses and getattr(before, "operator", None) == "rms_norm":
+            hidden_states, residual = ops.rms_norm_passing(hidden_states, before.weight, _eps(before), offset)
+        else:
+            residual, hidden_states = hidden_states, before(hidden_states)
         hidden_states, _ = self.self_attn(
-            hidden_states=getattr(self, first)(hidden_states), attention_mask=attention_mask, position_ids=position_ids,
+            hidden_states=hidden_states, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
         )  # fmt: skip
         norm = getattr(self, second)
@@ -314,9 +378,25 @@ def _pre_norm(first: str, second: str, offset: float):
         else:  # autocast: a half-precision branch on an fp32 stream
             residual = residual + hidden_states
             hidden_states = norm(residual)
-        return residual + self.mlp(hidden_states)
+        adapted = _adapted_mlp(self.mlp) if fuses and hidden_states.dtype == residual.dtype else None
+        if adapted is None:
+            return residual + self.mlp(hidden_states)
+        parts, kind = adapted
+        return ops.lora_mlp(hidden_states, residual, *parts, kind, norm.weight.detach(), _eps(norm), offset)
 
     return forward
+
+
+#: kinds of gated activation in the order of the operators' numbers
+_KINDS = ("silu", "tanh", "none")
+
+
+def _adapted_mlp(module: Any) -> tuple[tuple, int] | None:
+    """What :func:`ops.lora_mlp` needs of a gated MLP whose three layers are plain adapted ones; None for another."""
+    if getattr(module, "operator", None) not in ("swiglu", "geglu"):
+        return None
+    parts = _adapted([module.gate_proj, module.up_proj, module.down_proj])
+    return None if parts is None else (parts, _KINDS.index(ACTIVATIONS[type(module.act_fn).__name__]))
 
 
 def _lora(module: nn.Module, skip: Collection[str]) -> tuple[str | None, str]:

@@ -22,7 +22,7 @@ def apply_operators(
         report.add("operators", "the model's own", "kernels.enabled off")
     elif device != "cpu":
         core.kernels = True
-        _apply_triton(core, weights=weights, report=report)
+        _apply_triton(core, weights=weights, compiled=recipe.parallel.compile, report=report)
     elif weights == "module":
         why = f"{engine} gathers weights when a layer is called, and these operators read them directly"
         report.add("operators", "the model's own", why)
@@ -45,7 +45,15 @@ def apply_operators(
         report.add("matrix products", "oneDNN, called directly" if name == "onednn" else "torch's own choice", why)
 
 
-def _apply_triton(core: CausalLM, *, weights: str, report: ModelReport) -> None:
+def skipped(weights: str, compiled: bool) -> tuple[str, ...]:
+    """Operators that an engine which shows weights so (:func:`apply_operators`) cannot have: they read their children's
+    weights directly. Compiled blocks are traced through each layer's own call."""
+    if weights == "module":
+        return ("rms_norm_residual", "lora_linear")
+    return ("lora_linears", "lora_mlp") if compiled else ()
+
+
+def _apply_triton(core: CausalLM, *, weights: str, compiled: bool, report: ModelReport) -> None:
     from aifactory_train.kernels import hardware, runtime
     from aifactory_train.model.gpu_operators import apply_kernels
     from aifactory_train.model.loss import chunk_rows
@@ -57,10 +65,8 @@ def _apply_triton(core: CausalLM, *, weights: str, report: ModelReport) -> None:
         core.kernels = False
         report.add("kernels", "the model's own", f"Triton cannot run here: {trouble}")
         return
-    # These two read their children's weights directly.
-    skip = ("rms_norm_residual", "lora_linear") if weights == "module" else ()
     dtype = next((p.dtype for p in core.parameters() if not p.requires_grad), torch.bfloat16)
-    outcome = apply_kernels(core.model, arch=arch, sku=sku, dtype=dtype, skip=skip)
+    outcome = apply_kernels(core.model, arch=arch, sku=sku, dtype=dtype, skip=skipped(weights, compiled))
     shown = ", ".join(f"{count} {op} in {name}" for (op, name), count in sorted(outcome.replaced.items()))
     kept = "; ".join(f"{count} {name} kept: {why}" for (name, why), count in sorted(outcome.kept.items()))
     report.add(

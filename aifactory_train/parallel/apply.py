@@ -44,6 +44,61 @@ def isinstance_of_list(core: nn.Module, module: nn.Module) -> bool:
 # ---- compute type
 
 
+class _CastTogether(torch.autograd.Function):
+    """Copies of several parameters in another type, one behind the other in one piece of memory; their gradients come
+    back in the parameters' types. Few kernels serve all of them, in both directions."""
+
+    @staticmethod
+    def forward(ctx, compute: torch.dtype, *parameters: torch.Tensor):
+        ctx.set_materialize_grads(False)
+        ctx.types = [p.dtype for p in parameters]
+        sizes = [p.numel() for p in parameters]
+        parts = parameters[0].new_empty(sum(sizes), dtype=compute).split(sizes)
+        copies = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+        torch._foreach_copy_(copies, list(parameters))
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor | None):
+        given = [(i, g) for i, g in enumerate(gradients) if g is not None]
+        back = [torch.empty_like(g, dtype=ctx.types[i]) for i, g in given]
+        if back:
+            torch._foreach_copy_(back, [g for _, g in given])
+        found = dict(zip((i for i, _ in given), back, strict=True))
+        return None, *(found.get(i) for i in range(len(gradients)))
+
+
+#: Elements of the largest parameter that is cast with others, and tensors that torch's kernels take at once.
+MOST_TOGETHER, TENSORS_TOGETHER = 2**22, 64
+
+
+def _made_ahead(core: nn.Module, found: list[ComputeCopies]) -> None:
+    """Copies of small parameters (adapters) are made when the model's forward begins, for some blocks together and by
+    shape, so that operators which take several find them side by side. They stay until the next forward: recomputation
+    uses them again. Whole weights are copied block by block, and live as long as their block needs them."""
+    if any(p.numel() > MOST_TOGETHER for copies in found for p in copies.parameters.values()):
+        return
+    groups: list[list[ComputeCopies]] = []
+    for copies in found:
+        full = not groups or sum(len(c.slots) for c in [*groups[-1], copies]) > TENSORS_TOGETHER
+        groups.append([copies]) if full else groups[-1].append(copies)
+    inner = core.forward
+
+    @functools.wraps(inner)
+    def with_copies_made(*args: Any, **kwargs: Any) -> Any:
+        for group in groups:
+            parameters = sorted(
+                (item for copies in group for item in copies.parameters.items()), key=lambda item: tuple(item[1].shape)
+            )
+            made = _CastTogether.apply(group[0].compute, *(p for _, p in parameters))
+            by_id = dict(zip((key for key, _ in parameters), made, strict=True))
+            for copies in group:
+                copies.made = by_id
+        return inner(*args, **kwargs)
+
+    core.forward = with_copies_made  # type: ignore[method-assign]
+
+
 class ComputeCopies:
     """While active, the parameters of some modules read as copies in the compute type.
 
@@ -60,17 +115,21 @@ class ComputeCopies:
             for name, parameter in module._parameters.items()
             if parameter is not None and parameter.is_floating_point() and parameter.dtype != compute
         ]
+        #: by the parameter's id, where they were made before (:func:`_made_ahead`)
+        self.made: dict[int, torch.Tensor] | None = None
+
+    @property
+    def parameters(self) -> dict[int, nn.Parameter]:
+        """What is copied, by id: a tied weight is there once."""
+        return {id(p): p for module, name in self.slots if (p := module._parameters[name]) is not None}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        copies: dict[int, torch.Tensor] = {}  # a tied weight is cast once
+        copies = self.made
+        if copies is None:
+            copies = {key: parameter.to(self.compute) for key, parameter in self.parameters.items()}
         for module, name in self.slots:
-            parameter = module._parameters[name]
-            assert parameter is not None
-            copy = copies.get(id(parameter))
-            if copy is None:
-                copy = copies[id(parameter)] = parameter.to(self.compute)
-            module.__dict__[name] = copy  # found before _parameters
+            module.__dict__[name] = copies[id(module._parameters[name])]  # found before _parameters
         try:
             yield
         finally:
@@ -113,6 +172,8 @@ def apply_compute_type(core: CausalLM, compute: torch.dtype, between: Callable[[
     for block, copies in found:
         how = copies.wrap if between is None else copies.wrap_eager
         block.forward = how(block.forward)  # type: ignore[method-assign]
+    if between is None and found:
+        _made_ahead(core, [copies for _, copies in found])
     if between is not None:
         between()
         for block, copies in found:
@@ -138,6 +199,8 @@ KEPT = {
     "flash_attn::_flash_attn_varlen_forward",  # the flash-attn package
     "mkldnn::_linear_pointwise",  # model/cpu_matmul.py
     "aifactory::lora_linear_fwd",  # the product of base and adapter in one operator
+    "aifactory::lora_linears_fwd",
+    "aifactory::lora_mlp_fwd",
 }
 
 

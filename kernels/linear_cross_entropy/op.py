@@ -85,10 +85,11 @@ def linear_cross_entropy_fwd(hidden, weight, labels, bias, scale, softcap, chunk
     rows, picked, overflow = pick(labels, supervised)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     extra = 0 if picked is None else 1  # one row more takes the gradient of padding indices
-    dh = hidden.new_zeros((hidden.shape[0] + extra, hidden.shape[1]) if need_hidden else 0)
+    room = (hidden.shape[0] + extra, hidden.shape[1]) if need_hidden else (0,)
+    dh = hidden.new_zeros(room) if extra else hidden.new_empty(room)
     dw = weight.new_zeros(weight.shape, dtype=dtype) if need_weight else None
     db = weight.new_zeros(weight.shape[0], dtype=dtype) if need_weight and bias is not None else None
-    loss = hidden.new_zeros((), dtype=dtype)
+    each: list[torch.Tensor] = []
     buffer = weight.new_empty(min(chunk, rows), weight.shape[0])
     for first in range(0, rows, chunk):
         here = slice(first, min(first + chunk, rows))
@@ -100,17 +101,17 @@ def linear_cross_entropy_fwd(hidden, weight, labels, bias, scale, softcap, chunk
             label = torch.where(picked[here] < labels.shape[0], labels[at], runtime.IGNORE)
         logits = project(h, weight, bias, buffer[: h.shape[0]])
         losses, dlogits = _loss_and_gradient(logits, label, scale, softcap, need_hidden or need_weight)
-        loss += losses.sum()
+        each.append(losses)
         if need_hidden:
-            part = dlogits @ weight
             if picked is None:
-                dh[here] = part
+                torch.mm(dlogits, weight, out=dh[here])
             else:
-                dh.index_copy_(0, picked[here], part)
+                dh.index_copy_(0, picked[here], dlogits @ weight)
         if need_weight:
             accumulate(dw, dlogits, h)
             if db is not None:
                 db += dlogits.sum(0, dtype=dtype)
+    loss = torch.cat(each).sum(dtype=dtype) if each else hidden.new_zeros((), dtype=dtype)
     if overflow is not None:
         loss = torch.where(overflow, float("nan"), loss)
     if need_hidden and extra:

@@ -4,9 +4,10 @@ import torch
 
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.lora_linear import reference, space
+from aifactory_train.kernels.lora_linear.several import lora_linears, lora_mlp, scaled_product
 from aifactory_train.kernels.spec import cdiv
 
-__all__ = ["lora_linear"]
+__all__ = ["lora_linear", "lora_linears", "lora_mlp"]
 
 NAME = "lora_linear"
 
@@ -82,8 +83,8 @@ def _(x, weight, lora_a, lora_b, scaling, bias, x_adapter):
 def lora_linear_bwd(dy, x, weight, lora_a, lora_b, t, scaling, x_adapter, need_x, need_weight, need_bias):
     dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     u = dy2 @ lora_b
-    da = (u.t() @ (x2 if x_adapter is None else x_adapter.reshape(x2.shape))) * scaling
-    db = (dy2.t() @ t) * scaling
+    da = scaled_product(u.t(), x2 if x_adapter is None else x_adapter.reshape(x2.shape), scaling)
+    db = scaled_product(dy2.t(), t, scaling)
     dx, dxa = x.new_empty(0), x.new_empty(0)
     if need_x:
         dx = dy2 @ weight
@@ -110,6 +111,7 @@ def _(dy, x, weight, lora_a, lora_b, t, scaling, x_adapter, need_x, need_weight,
 
 
 def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # the thin product has no gradient: no zeros are made for it
     x, weight, lora_a, lora_b, ctx.scaling, _, x_adapter = inputs
     ctx.save_for_backward(x, weight, lora_a, lora_b, output[1], x_adapter)
     ctx.mark_non_differentiable(output[1])

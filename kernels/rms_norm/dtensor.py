@@ -11,7 +11,7 @@ def rms_norm_fwd(x, weight, eps, offset):
 
 
 @rule("rms_norm_bwd")
-def rms_norm_bwd(dy, x, weight, rstd, eps, offset):
+def rms_norm_bwd(dy, x, weight, rstd, eps, offset, need_weight=True):
     return [([whole] * 2, [whole, whole, optional(weight, whole), whole, None, None])] + [
         ([Shard(d), total], [Shard(d), Shard(d), optional(weight, whole), Shard(d), None, None]) for d in rows(x)
     ]

@@ -36,21 +36,24 @@ def _(x, weight, eps, offset):
 
 
 @runtime.custom_op(
-    "rms_norm_bwd", "(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float eps, float offset) -> (Tensor, Tensor)"
+    "rms_norm_bwd",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float eps, float offset, bool need_weight=True) -> "
+    "(Tensor, Tensor)",
 )
-def rms_norm_bwd(dy, x, weight, rstd, eps, offset):
+def rms_norm_bwd(dy, x, weight, rstd, eps, offset, need_weight=True):
     if not runtime.use_triton("rms_norm", x):
         dx, dw = reference.rms_norm_backward(dy, x, weight, eps, offset)
-        return dx, dw if dw is not None else x.new_empty(0)
-    return launch_backward("rms_norm", dy, None, x, weight, rstd, offset)
+        return dx, dw if dw is not None and need_weight else x.new_empty(0)
+    return launch_backward("rms_norm", dy, None, x, weight, rstd, offset, need_weight)
 
 
 @rms_norm_bwd.register_fake
-def _(dy, x, weight, rstd, eps, offset):
-    return x.new_empty(x.shape), torch.empty_like(weight) if weight is not None else x.new_empty(0)
+def _(dy, x, weight, rstd, eps, offset, need_weight=True):
+    return x.new_empty(x.shape), torch.empty_like(weight) if weight is not None and need_weight else x.new_empty(0)
 
 
 def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # the statistic has no gradient: no zeros are made for it
     x, weight, ctx.eps, ctx.offset = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -58,8 +61,9 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dy, _):
     x, weight, rstd = ctx.saved_tensors
-    dx, dw = torch.ops.aifactory.rms_norm_bwd(dy, x, weight, rstd, ctx.eps, ctx.offset)
-    return dx, dw if weight is not None else None, None, None
+    need = ctx.needs_input_grad[1]
+    dx, dw = torch.ops.aifactory.rms_norm_bwd(dy, x, weight, rstd, ctx.eps, ctx.offset, need)
+    return dx, dw if need else None, None, None
 
 
 rms_norm_fwd.register_autograd(_backward, setup_context=_setup)
@@ -89,8 +93,10 @@ def launch_forward(op, x, residual, weight, eps, offset):
     return y, rstd, s
 
 
-def launch_backward(op, dy, ds, x, weight, rstd, offset):
-    """(dx, dweight) of the backward kernel; with ``ds`` the gradient of the residual stream is added to dx."""
+def launch_backward(op, dy, ds, x, weight, rstd, offset, need_weight=True):
+    """(dx, dweight) of the backward kernel; with ``ds`` the gradient of the residual stream is added to dx. The partial
+    rows of a weight that needs no gradient are not summed.
+    """
     from aifactory_train.kernels.reduce import column_sum
     from aifactory_train.kernels.rms_norm.triton_kernels import rms_norm_bwd as kernel
 
@@ -99,7 +105,7 @@ def launch_backward(op, dy, ds, x, weight, rstd, offset):
     n, h = x2.shape
     dx = x.new_empty(x.shape)
     if n == 0:
-        return dx, torch.zeros_like(weight) if weight is not None else x.new_empty(0)
+        return dx, torch.zeros_like(weight) if weight is not None and need_weight else x.new_empty(0)
     configs = runtime.launch(op, x, rows=n, hidden=h)
     config = configs[f"{op}_bwd"]
     programs = grid_stride(config, n, runtime.units(x))
@@ -111,7 +117,7 @@ def launch_backward(op, dy, ds, x, weight, rstd, offset):
         dy2.stride(0), ds2.stride(0), x2.stride(0), h, n, h, offset,
         **constexprs, **runtime.compiler_options(config),
     )  # fmt: skip
-    if weight is None:
+    if weight is None or not need_weight:
         return dx, x.new_empty(0)
     return dx, sum_columns(column_sum, configs[f"{op}_sum"], partial, weight)
 

@@ -11,7 +11,7 @@ def rms_norm_residual_fwd(x, residual, weight, eps, offset):
 
 
 @rule("rms_norm_residual_bwd")
-def rms_norm_residual_bwd(dy, ds, s, weight, rstd, eps, offset):
+def rms_norm_residual_bwd(dy, ds, s, weight, rstd, eps, offset, need_weight=True):
     return [([whole] * 2, [whole, whole, whole, optional(weight, whole), whole, None, None])] + [
         ([Shard(d), total], [Shard(d)] * 3 + [optional(weight, whole), Shard(d), None, None]) for d in rows(s)
     ]

@@ -21,7 +21,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return torch.ops.aifactory.glu_fwd(gate, up, 0)
 
 
-def _torch_path(gate, up, kind):
+def plain_gated(gate, up, kind):
+    """The activation in plain torch, by kind."""
     return reference.swiglu(gate, up) if kind == 0 else geglu_reference.geglu(gate, up, "tanh" if kind == 1 else "none")
 
 
@@ -31,7 +32,7 @@ def glu_fwd(gate, up, kind):
         raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must agree")
     name = NAMES[kind]
     if not runtime.use_triton(name, gate):
-        return _torch_path(gate, up, kind).contiguous()
+        return plain_gated(gate, up, kind).contiguous()
     from aifactory_train.kernels.swiglu.triton_kernels import glu_fwd as kernel
 
     a, b = runtime.rows2d(gate), runtime.rows2d(up)
@@ -53,15 +54,24 @@ def _(gate, up, kind):
 
 @runtime.custom_op("glu_bwd", "(Tensor grad, Tensor gate, Tensor up, int kind) -> (Tensor, Tensor)")
 def glu_bwd(grad, gate, up, kind):
+    return launch_glu_backward(grad, gate, up, kind)
+
+
+def launch_glu_backward(grad, gate, up, kind, into=None):
+    """Gradients of gate and up. ``into`` are two tensors that take them; they may be any of the first three, because a
+    program reads its tile of all before it writes.
+    """
     name = NAMES[kind]
     if not runtime.use_triton(name, gate):
         da, db = reference.gated_backward(grad, gate, up, kind)
+        if into is not None:
+            return into[0].copy_(da), into[1].copy_(db)
         return da.contiguous(), db.contiguous()
     from aifactory_train.kernels.swiglu.triton_kernels import glu_bwd as kernel
 
     g, a, b = runtime.rows2d(grad), runtime.rows2d(gate), runtime.rows2d(up)
     n, width = a.shape
-    da, db = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    da, db = (gate.new_empty(gate.shape), up.new_empty(up.shape)) if into is None else into
     if n:
         config = runtime.launch(name, gate, rows=n, width=width)[f"{name}_bwd"]
         kernel[(n, cdiv(width, config["block"]))](
