@@ -37,6 +37,7 @@ COMMANDS = {
     "runs": "list and compare runs, as a table or a page",
     "kernels": "list, check, tune and measure the Triton kernels",
     "env": "the software environment of a site",
+    "accept": "does this machine train as it should: every check with its figures, in ten minutes",
     "doctor": "what is here: versions, devices, launchers, what would be chosen",
     "config": "JSON Schema of recipes for editors; the resolved tree of a recipe",
 }

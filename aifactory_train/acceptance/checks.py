@@ -1,0 +1,92 @@
+"""The checks of an acceptance, in order of value, as a table. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Seconds that a whole acceptance may take; what has not begun by then is left out and says so.
+LIMIT_S, QUICK_LIMIT_S = 590, 175
+
+
+@dataclass(frozen=True)
+class AcceptanceCheck:
+    """One check.
+
+    seconds: what it takes on a GPU; it is ended after twice that. quick: the same with ``--quick``, None where that
+    leaves it out. run: ``module:function`` below this room. gpus: GPUs that it needs, where the machine has any.
+    cpu: why a machine without a GPU leaves it out; empty where it runs there (small, on gloo or in Triton's interpreter).
+    """
+
+    name: str
+    shows: str
+    run: str
+    seconds: int
+    quick: int | None
+    gpus: int = 1
+    cpu: str = ""
+
+    def limit(self, quick: bool) -> int:
+        """Seconds after which it is ended."""
+        return 2 * (self.quick or self.seconds if quick else self.seconds)
+
+
+def _several(name: str, shows: str, run: str, seconds: int, cpu: str = "") -> AcceptanceCheck:
+    return AcceptanceCheck(name, shows, run, seconds, None, gpus=2, cpu=cpu)
+
+
+CHECKS: tuple[AcceptanceCheck, ...] = (
+    AcceptanceCheck(
+        "truth",
+        "torch is built for this GPU and driver, kernels can be compiled, the memory is free",
+        "truth:check",
+        20,
+        15,
+    ),
+    AcceptanceCheck(
+        "group", "the process group of training forms, reduces, ends; a rank that raises is gone", "group:check", 25, 20
+    ),
+    AcceptanceCheck(
+        "attention", "attention within documents, forward and backward, against fp64", "attention:check", 30, 15
+    ),
+    AcceptanceCheck(
+        "kernels", "every kernel, forward and backward, against its reference in fp64", "kernels:check", 75, 30
+    ),
+    AcceptanceCheck(
+        "curves", "one training curve: CPU = GPU, every engine, checkpointing, compilation, DPO", "curves:check", 110, 30
+    ),
+    AcceptanceCheck(
+        "synchronisation", "the host waits for the device once a step and never within forward and backward",
+        "host:check", 20, 15,
+    ),
+    AcceptanceCheck(
+        "resume", "a checkpoint is loaded bit for bit; a run that was killed goes on with the same curve", "resume:check",
+        60, None,
+    ),
+    AcceptanceCheck(
+        "speed", "tokens/s, utilisation and peak memory of a 1B-shaped model, against the plan", "speed:check", 60, None,
+        cpu="tokens/s and peak memory are figures of a GPU",
+    ),
+    AcceptanceCheck(
+        "loss", "the vocabulary's loss and its gradients at three sizes, against fp32", "loss:check", 20, 15
+    ),
+    AcceptanceCheck(
+        "out-of-memory", "too large a batch ends in advice that helps, with exit code 1", "memory:check", 30, None
+    ),
+    AcceptanceCheck(
+        "lifecycle", "train, evaluate, generate, export, gate, reload: the export scores as the run did",
+        "lifecycle:check", 60, None,
+    ),
+    AcceptanceCheck("nf4", "a step on a 4-bit base (bitsandbytes)", "quantised:check", 20, None),
+    AcceptanceCheck(
+        "energy", "the energy counter rises, and the power lies between idle and the cap", "energy:check", 15, 10,
+        cpu="no GPU whose energy could be counted",
+    ),
+    _several(
+        "bandwidth", "bus bandwidth of the collectives between this machine's GPUs", "several:bandwidth", 20,
+        cpu="bandwidths between GPUs need two of them",
+    ),
+    _several("ranks", "ddp, fsdp2 and hsdp over several ranks have one curve", "several:curves", 40),
+    _several("rank-out-of-memory", "one rank runs out of memory: the job ends, and that rank is named", "several:oom", 40),
+    _several("rank-sleeps", "one rank stands still: it and no other is blamed", "several:sleeps", 50),
+)  # fmt: skip
+BY_NAME = {check.name: check for check in CHECKS}
