@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 #: Seconds that a whole acceptance may take; what has not begun by then is left out and says so.
 LIMIT_S, QUICK_LIMIT_S = 590, 175
+#: What every check is given where there is no GPU.
+SLOWEST_S = 120
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class AcceptanceCheck:
     gpus: int = 1
     cpu: str = ""
 
-    def limit(self, quick: bool) -> int:
-        """Seconds after which it is ended."""
-        return 2 * (self.quick or self.seconds if quick else self.seconds)
+    def limit(self, quick: bool, gpu: bool = True) -> int:
+        """Seconds after which it is ended: twice its time; without a GPU nobody promises any, so a little more."""
+        seconds = 2 * (self.quick or self.seconds if quick else self.seconds)
+        return seconds if gpu else max(SLOWEST_S, seconds)
 
 
 def _several(name: str, shows: str, run: str, seconds: int, cpu: str = "") -> AcceptanceCheck:

@@ -80,7 +80,7 @@ class Acceptance:
         reason = self.why_not(check) if judged else ""
         if reason:
             return {"name": check.name, "status": "SKIP", "seconds": 0.0, "figures": {}, "why": reason}
-        limit = max(1.0, min(check.limit(self.quick), self.left_s))
+        limit = max(1.0, min(check.limit(self.quick, bool(self.gpus)), self.left_s))
         result, log = self.scratch / f"{check.name}.json", self.logs / f"{check.name}.log"
         settings = self.scratch / f"{check.name}.settings.json"
         settings.write_text(json.dumps(self.settings(check, limit)), encoding="utf-8")

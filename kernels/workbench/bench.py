@@ -77,9 +77,11 @@ def rivals(op: str) -> dict[str, Callable[..., Any]]:
     return found | (others.rivals() if others else {})
 
 
-def rows(operators: Iterable[str], n: int, hidden: int, dtype: str = "bf16") -> Iterator[dict[str, Any]]:
-    """One row an operator and direction: microseconds of every implementation, and ours as a share of the bandwidth
-    floor.
+def rows(
+    operators: Iterable[str], n: int, hidden: int, dtype: str = "bf16", *, others: bool = True
+) -> Iterator[dict[str, Any]]:
+    """One row an operator and direction: microseconds of every implementation (without ``others`` of ours alone), and
+    ours as a share of the bandwidth floor.
     """
     arch, name, _ = runtime.device_of(torch.cuda.current_device())
     device = hardware.sku(name, arch)
@@ -89,7 +91,7 @@ def rows(operators: Iterable[str], n: int, hidden: int, dtype: str = "bf16") -> 
         if "vocab" in sizes:
             sizes["vocab"] = 128256
         with torch.device("cuda"):
-            cases = _cases(op, sizes, traffic.DTYPES[dtype])
+            cases = _cases(op, sizes, traffic.DTYPES[dtype], others)
         for direction in ("forward", "backward"):
             us: dict[str, float | None] = {}
             for who, (run, arguments) in cases.items():
@@ -118,7 +120,9 @@ def _direction(run: Callable[..., Any], arguments: tuple[Any, ...], direction: s
     return _time(lambda: torch.autograd.backward(outs, grads, retain_graph=True)) * 1e6
 
 
-def _cases(op: str, shape: dict[str, int], dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+def _cases(
+    op: str, shape: dict[str, int], dtype: torch.dtype, others: bool
+) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """implementation -> (function, inputs) on the GPU."""
     arguments = inputs.draw(op, shape, dtype)
-    return {who: (run, arguments) for who, run in ({"ours": inputs.function(op)} | rivals(op)).items()}
+    return {who: (run, arguments) for who, run in ({"ours": inputs.function(op)} | (rivals(op) if others else {})).items()}

@@ -1,0 +1,137 @@
+"""A checkpoint is loaded bit for bit; a run that is killed between two steps goes on with the curve of one that was
+not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.acceptance import small
+from aifactory_train.acceptance.report import Report
+
+STEPS, EVERY = 8, 2
+#: Largest relative difference of the two curves: on a CPU they are equal; on a GPU flash attention's backward adds dQ in
+#: no fixed order.
+SAME_CPU, SAME_GPU = 1e-6, 2e-2
+
+
+def check(report: Report) -> None:
+    """The state through a checkpoint in this process; then a run, killed with SIGKILL, against one that was not."""
+    with report.part("save and load"):
+        state(report)
+    with report.part("kill and resume"):
+        killed(report)
+
+
+def state(report: Report) -> None:
+    """Masters and moments are equal, bit for bit, after they were loaded; a step was made while they were written."""
+    import torch
+
+    from aifactory_train.parallel.world import join_world
+    from aifactory_train.training.checkpoint import Checkpointer, flat_state
+
+    world = join_world(60, threads=1)
+    settings = small.recipe(adapter="none")
+    running = small.engine_of(settings, world)
+    for number in range(2):
+        small.step(running, world, number)
+    kept = {name: [piece.tensor.detach().cpu().clone() for piece in entry.pieces]
+            for name, entry in flat_state(running).items()}  # fmt: skip
+    keeper = Checkpointer(report.work / "checkpoints", settings, running, world)
+    keeper.prepare()
+    began = time.monotonic()
+    keeper.save(2, {}, wait=False)
+    staged = time.monotonic() - began
+    small.step(running, world, 2)  # while the copies are written
+    keeper.wait()
+    size = sum(entry.nbytes() for entry in flat_state(running).values())
+    report.figures |= {"saved_mib": size / 2**20, "step_waits_s": staged, "save_s": keeper.durations[-1]}
+    fresh = small.engine_of(settings, world)
+    Checkpointer(report.work / "checkpoints", settings, fresh, world).load(2)
+    found = flat_state(fresh)
+    report.expect(found.keys() == kept.keys(), "other tensors came back than were saved")
+    unlike = [name for name, tensors in kept.items()
+              if not all(torch.equal(a, p.tensor.detach().cpu()) for a, p in zip(tensors, found[name].pieces, strict=True))]  # fmt: skip
+    report.figures["tensors"] = len(kept)
+    report.expect(any(name.startswith("optimizer/") for name in kept), "no moments were saved")
+    report.expect(not unlike, f"{len(unlike)} of {len(kept)} tensors are others after loading: {unlike[:3]}")
+    if report.gpu:
+        report.begin("staging")
+        report.figures["staging_gb_s"] = staging(world.device)
+
+
+def staging(device: str) -> float:
+    """GB/s of copies of 1 GiB into pinned memory that is kept, the second time."""
+    import torch
+
+    from aifactory_train.parallel.state import Piece, Sharded
+    from aifactory_train.training.staging import Staging
+
+    tensor = torch.zeros(2**28, device=device)
+    entry = {"one": Sharded((2**28,), tensor.dtype, [Piece((0,), tensor)])}
+    copies = Staging(device)
+    copies.copies(entry)
+    began = time.perf_counter()
+    copies.copies(entry)
+    return 2**30 / (time.perf_counter() - began) / 1e9
+
+
+def killed(report: Report) -> None:
+    """The same recipe twice; one of the two is killed as soon as a checkpoint in its middle is complete."""
+    report.work.mkdir(parents=True, exist_ok=True)
+    threads = {} if report.gpu else {"parallel__threads": 1}
+    settings: dict[str, Any] = {"train__max_steps": STEPS, "checkpoint__every_steps": EVERY, "eval__before": False,
+                                "eval__after": False, "export__automatic": False, **threads}  # fmt: skip
+    recipe = small.run_files(report.work / "run", **settings)
+    whole, cut = report.work / "whole", report.work / "cut"
+    log = report.work / "train.log"
+    report.begin("a run that is not killed")
+    code, _ = small.call("train", recipe, "--run-dir", whole, "--quiet", log=log)
+    if not report.expect(code == 0, f"the run ended with {code}: {small.end_of(log)}"):
+        return
+    report.begin("kill -9")
+    at = kill_after_checkpoint([*small.command("train", recipe, "--run-dir", cut, "--quiet")], cut, log)
+    if not report.expect(at is not None, f"no checkpoint came, or the run ended before it could be killed: {small.end_of(log)}"):  # fmt: skip
+        return
+    report.begin("resume")
+    code, _ = small.call("train", recipe, "--run-dir", cut, "--quiet", "--resume", "auto", log=log)
+    report.expect(code == 0, f"the run that was killed did not go on: {small.end_of(log)}")
+    one, other = losses(whole), losses(cut)
+    report.figures |= {"killed_after_step": at, "steps": len(other)}
+    if report.expect(one.keys() == other.keys(), f"steps {sorted(other)} instead of {sorted(one)}"):
+        off = max(abs(other[k] - one[k]) / abs(one[k]) for k in one)
+        allowed = SAME_GPU if report.gpu else SAME_CPU
+        report.figures["deviation"] = off
+        report.expect(off <= allowed, f"after the kill the curve is off by {off:.2g}, at most {allowed:g}")
+
+
+def kill_after_checkpoint(command: list[str], run: Path, log: Path, seconds: float = 120) -> int | None:
+    """Start a run and SIGKILL it once its first checkpoint is complete; that step, or None where none came or the run
+    was done before."""
+    with open(log, "ab") as file:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(os.environ))
+    end = time.monotonic() + seconds
+    try:
+        while process.poll() is None and time.monotonic() < end:
+            done = sorted((run / "checkpoints").glob("step-*/COMPLETE"))
+            if done:
+                process.send_signal(signal.SIGKILL)
+                process.wait(timeout=20)
+                return int(done[0].parent.name.removeprefix("step-")) if process.returncode == -signal.SIGKILL else None
+            time.sleep(0.01)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait(timeout=20)
+    return None
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Step -> loss, the last word on each."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {row["step"]: row["loss"] for row in rows if row.get("kind") == "train"}
