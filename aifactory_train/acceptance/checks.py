@@ -7,7 +7,7 @@ from dataclasses import dataclass
 #: Seconds that a whole acceptance may take; what has not begun by then is left out and says so.
 LIMIT_S, QUICK_LIMIT_S = 590, 175
 #: What every check is given where there is no GPU.
-SLOWEST_S = 120
+SLOWEST_S = 240
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
-from aifactory_train.acceptance import ranks
+from aifactory_train.acceptance import processes, ranks
 from aifactory_train.acceptance.report import Report
 
 #: Seconds in which a group is taken down, and in which a rank that raised is gone.
@@ -13,11 +14,11 @@ LEAVE_S, GONE_S = 5.0, 15.0
 
 
 def check(report: Report) -> None:
-    """The group of one rank, all of its sides; then ranks of which one raises."""
-    with report.part("form and leave"):
-        alone(report)
+    """Ranks of which one raises; the group of one rank, all of its sides."""
     with report.part("a rank that raises"):
         raising(report)
+    with report.part("form and leave"):
+        alone(report)
 
 
 def alone(report: Report) -> None:
@@ -55,35 +56,28 @@ def alone(report: Report) -> None:
 def raising(report: Report) -> None:
     """Two ranks where there are two GPUs or none; NCCL takes one rank a GPU."""
     size = min(report.gpus, 2) if report.gpu else 2
-    report.work.mkdir(parents=True, exist_ok=True)
-    import json
-    import sys
-
-    given = report.work / "raising.json"
-    given.write_text(json.dumps({"out": str(report.work), "timeout_s": 60}), encoding="utf-8")
-    with ranks.port() as number:
-        command = [sys.executable, "-W", "ignore", "-m", ranks.MODULE, "group:raises", str(given)]
-        started = ranks.Started(command, size, report.work, number)
-        marker = report.work / "raised"
+    given = ranks.settings_file(report.work, {"timeout_s": 60})
+    marker = report.work / "raised"
+    with processes.port() as number:
+        started = processes.Started(processes.RANK, ["group:raises", given], size, report.work, number, fork=not report.gpu)
         end = time.monotonic() + 60
         while not marker.exists() and time.monotonic() < end and None in [p.poll() for p in started.processes]:
             time.sleep(0.02)
         began = time.monotonic()
-        victim = started.processes[size - 1]
-        while victim.poll() is None and time.monotonic() < began + GONE_S:
-            time.sleep(0.05)
-        code, took = victim.poll(), time.monotonic() - began
+        failed = started.processes[-1]
+        while failed.poll() is None and time.monotonic() < began + GONE_S:
+            time.sleep(0.02)
+        code, took = failed.poll(), time.monotonic() - began
         started.kill()
     report.figures |= {"ranks": size, "raising_gone_s": round(took, 2), "raising_exit_code": code}
-    if report.expect(marker.exists(), f"the ranks did not get as far as the failure: {started.said(size - 1)}"):
+    last = processes.end_of(started.logs[-1])
+    if report.expect(marker.exists(), f"the ranks did not get as far as the failure: {last}"):
         report.expect(code is not None, f"a rank that raised was still there after {GONE_S:.0f} s")
         report.expect(code != 0, "a rank that raised ended with exit code 0")
 
 
 def raises(world: Any, settings: dict[str, Any]) -> None:
     """The last rank fails while the others wait for it."""
-    from pathlib import Path
-
     import torch
     import torch.distributed as dist
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.acceptance import small
+from aifactory_train.acceptance import processes, small
 from aifactory_train.acceptance.report import NotHere, Report
 
 #: Largest difference of a held-out figure (relative) between the run and its export. On a GPU the run computes in bf16.
@@ -22,12 +22,12 @@ def check(report: Report) -> None:
                              export__merge=True, **threads)  # fmt: skip
     run, log = report.work / "run", report.work / "train.log"
     report.begin("train, evaluate, generate, export")
-    code, _ = small.call("train", recipe, "--run-dir", run, "--quiet", log=log)
-    if not report.expect(code == 0, f"the run ended with {code}: {small.end_of(log)}"):
+    code, _ = processes.call("train", recipe, "--run-dir", run, "--quiet", log=log, fork=not report.gpu)
+    if not report.expect(code == 0, f"the run ended with {code}: {processes.end_of(log)}"):
         return
     results = json.loads((run / "eval.json").read_text(encoding="utf-8"))
-    before, after = (results[when]["nll_per_token"] for when in ("before", "after"))
-    report.figures |= {"nll_before": before, "nll_after": after, "exports": sorted(p.name for p in (run / "export").iterdir())}  # fmt: skip
+    before, after = (results[when]["loss"] for when in ("before", "after"))
+    report.figures |= {"loss_before": before, "loss_after": after, "exports": sorted(p.name for p in (run / "export").iterdir())}  # fmt: skip
     report.expect(math.isfinite(after) and after < before, f"held-out loss went from {before:.4g} to {after:.4g}")
     with report.part("aifactory eval"):
         again(report, run, recipe.parent / "eval.jsonl", log, after)
@@ -39,17 +39,19 @@ def check(report: Report) -> None:
 
 def again(report: Report, run: Path, rows: Path, log: Path, after: float) -> None:
     """``aifactory eval`` on the held-out rows gives what the run itself found."""
-    code, out = small.call("eval", run, "--data", rows, "--no-generate", "--json", log=log)
-    if not report.expect(code == 0, f"eval ended with {code}: {small.end_of(log)}"):
+    code, out = processes.call(
+        "eval", run, "--data", rows, "--no-generate", "--json", log=log, fork=not report.gpu
+    )
+    if not report.expect(code == 0, f"eval ended with {code}: {processes.end_of(log)}"):
         return
-    found = json.loads(out)["nll_per_token"]
+    found = json.loads(out)["loss"]
     close(report, "aifactory eval", found, after)
 
 
 def close(report: Report, what: str, found: float, wanted: float) -> None:
     allowed = SAME_GPU if report.gpu else SAME_CPU
     off = abs(found - wanted) / abs(wanted)
-    report.figures[f"nll by {what}"] = found
+    report.figures[f"loss by {what}"] = found
     report.expect(off <= allowed, f"{what}: {found:.5g} per token, the run found {wanted:.5g}")
 
 

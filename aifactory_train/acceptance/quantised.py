@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from aifactory_train.acceptance import small
+from aifactory_train.acceptance import processes, small
 from aifactory_train.acceptance.report import NotHere, Report
 
 
@@ -17,8 +17,8 @@ def check(report: Report) -> None:
                              eval__before=False, eval__after=False, export__automatic=False)  # fmt: skip
     log, run = report.work / "train.log", report.work / "run"
     report.begin("two steps")
-    code, _ = small.call("train", recipe, "--run-dir", run, "--quiet", log=log)
-    if report.expect(code == 0, f"the run ended with {code}: {small.end_of(log)}"):
+    code, _ = processes.call("train", recipe, "--run-dir", run, "--quiet", log=log, fork=not report.gpu)
+    if report.expect(code == 0, f"the run ended with {code}: {processes.end_of(log)}"):
         from aifactory_train.acceptance.resume import losses
 
         report.figures["losses"] = list(losses(run).values())

@@ -4,14 +4,12 @@ not."""
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.acceptance import small
+from aifactory_train.acceptance import processes, small
 from aifactory_train.acceptance.report import Report
 
 STEPS, EVERY = 8, 2
@@ -21,11 +19,11 @@ SAME_CPU, SAME_GPU = 1e-6, 2e-2
 
 
 def check(report: Report) -> None:
-    """The state through a checkpoint in this process; then a run, killed with SIGKILL, against one that was not."""
-    with report.part("save and load"):
-        state(report)
+    """A run that is killed with SIGKILL against one that is not; the state through a checkpoint, in this process."""
     with report.part("kill and resume"):
         killed(report)
+    with report.part("save and load"):
+        state(report)
 
 
 def state(report: Report) -> None:
@@ -89,18 +87,19 @@ def killed(report: Report) -> None:
                                 "eval__after": False, "export__automatic": False, **threads}  # fmt: skip
     recipe = small.run_files(report.work / "run", **settings)
     whole, cut = report.work / "whole", report.work / "cut"
-    log = report.work / "train.log"
+    log, fork = report.work / "train.log", not report.gpu
     report.begin("a run that is not killed")
-    code, _ = small.call("train", recipe, "--run-dir", whole, "--quiet", log=log)
-    if not report.expect(code == 0, f"the run ended with {code}: {small.end_of(log)}"):
+    code, _ = processes.call("train", recipe, "--run-dir", whole, "--quiet", log=log, fork=fork)
+    if not report.expect(code == 0, f"the run ended with {code}: {processes.end_of(log)}"):
         return
     report.begin("kill -9")
-    at = kill_after_checkpoint([*small.command("train", recipe, "--run-dir", cut, "--quiet")], cut, log)
-    if not report.expect(at is not None, f"no checkpoint came, or the run ended before it could be killed: {small.end_of(log)}"):  # fmt: skip
+    process = processes.start(processes.PROGRAM, ["train", recipe, "--run-dir", cut, "--quiet"], log, fork=fork)
+    at = kill_after_checkpoint(process, cut)
+    if not report.expect(at is not None, f"no checkpoint came, or the run ended before it could be killed: {processes.end_of(log)}"):  # fmt: skip
         return
     report.begin("resume")
-    code, _ = small.call("train", recipe, "--run-dir", cut, "--quiet", "--resume", "auto", log=log)
-    report.expect(code == 0, f"the run that was killed did not go on: {small.end_of(log)}")
+    code, _ = processes.call("train", recipe, "--run-dir", cut, "--quiet", "--resume", "auto", log=log, fork=fork)
+    report.expect(code == 0, f"the run that was killed did not go on: {processes.end_of(log)}")
     one, other = losses(whole), losses(cut)
     report.figures |= {"killed_after_step": at, "steps": len(other)}
     if report.expect(one.keys() == other.keys(), f"steps {sorted(other)} instead of {sorted(one)}"):
@@ -110,24 +109,20 @@ def killed(report: Report) -> None:
         report.expect(off <= allowed, f"after the kill the curve is off by {off:.2g}, at most {allowed:g}")
 
 
-def kill_after_checkpoint(command: list[str], run: Path, log: Path, seconds: float = 120) -> int | None:
-    """Start a run and SIGKILL it once its first checkpoint is complete; that step, or None where none came or the run
-    was done before."""
-    with open(log, "ab") as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(os.environ))
+def kill_after_checkpoint(process: Any, run: Path, seconds: float = 120) -> int | None:
+    """SIGKILL a run once its first checkpoint is complete; that step, or None where none came or the run was done
+    before."""
     end = time.monotonic() + seconds
     try:
         while process.poll() is None and time.monotonic() < end:
             done = sorted((run / "checkpoints").glob("step-*/COMPLETE"))
             if done:
-                process.send_signal(signal.SIGKILL)
-                process.wait(timeout=20)
-                return int(done[0].parent.name.removeprefix("step-")) if process.returncode == -signal.SIGKILL else None
-            time.sleep(0.01)
+                process.kill()
+                killed = process.wait(timeout=20) == -signal.SIGKILL
+                return int(done[0].parent.name.removeprefix("step-")) if killed else None
+            time.sleep(0.005)
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait(timeout=20)
+        process.kill()
     return None
 
 

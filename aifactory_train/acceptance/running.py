@@ -120,7 +120,7 @@ class Acceptance:
         more = {"AIFACTORY_CACHE": str(self.scratch / "cache"), "PYTHONUNBUFFERED": "1", "COLUMNS": "110"}
         if self.machine and not self.gpus:
             # The check of the installation says that GPUs are missing; the others show what there is.
-            more["AIFACTORY_ALLOW_CPU"] = "1"
+            more |= {"AIFACTORY_ALLOW_CPU": "1", "OMP_NUM_THREADS": "1"}  # the models are tiny
         without = ("AIFACTORY_ATTEMPT", "AIFACTORY_RUN", "AIFACTORY_STOP_AT", "TRITON_INTERPRET", "PALS_", "MPI_LOCAL")
         return fresh_process.environment(*without, **more)
 

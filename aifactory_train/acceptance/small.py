@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -310,29 +307,3 @@ def run_files(folder: Path, **settings: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
     return path
-
-
-def command(*words: Any) -> list[str]:
-    """``aifactory WORDS`` as a process of this Python."""
-    return [sys.executable, "-W", "ignore", "-m", "aifactory_train", *map(str, words)]
-
-
-def call(*words: Any, log: Path, timeout: float = 240, **env: str) -> tuple[int, str]:
-    """``aifactory WORDS`` to its end: exit code and what it printed on standard output; all else goes to ``log``."""
-    with open(log, "ab") as file:
-        done = subprocess.run(
-            command(*words),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=file,
-            timeout=timeout,
-            env={**os.environ, **env},
-            check=False,
-        )
-    return done.returncode, done.stdout.decode("utf-8", "replace")
-
-
-def end_of(log: Path) -> str:
-    """What a process said last."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return " ".join(lines[-3:])[-500:]
