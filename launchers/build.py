@@ -28,7 +28,7 @@ SHELL_SCRIPT = "job.sh"
 def build(
     request: LaunchRequest,
     system: System,
-    recipe: Recipe,
+    recipe: Recipe | None,
     *,
     shape: JobShape | None = None,
     plan: dict[str, Any] | None = None,
@@ -36,6 +36,7 @@ def build(
 ) -> Submission:
     """The whole submission; without ``files`` only its script, which is all that is looked at in a dry run.
 
+    ``recipe`` is None where the request is for an acceptance.
     ``shape`` is that of :func:`shape_of`, where it is known already. Raises :class:`Refusal` for text that may not
     enter a script and for impossible combinations.
     """
@@ -58,13 +59,15 @@ def build(
 # ---- names and folders
 
 
-def run_name(request: LaunchRequest, recipe: Recipe) -> str:
+def run_name(request: LaunchRequest, recipe: Recipe | None) -> str:
     if request.name is not None:
         return rq.run_name(request.name)
     if request.run_dir is not None:
         last = Path(request.run_dir).name
         if rq.NAME.fullmatch(last):
             return last
+    if recipe is None:
+        return f"acceptance-{request.site}" if rq.NAME.fullmatch(f"acceptance-{request.site}") else "acceptance"
     base = recipe.id.replace("/", "-")[:48]
     return rq.run_name(base, "recipe id")
 

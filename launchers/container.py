@@ -115,16 +115,13 @@ def uenv_of(request: LaunchRequest, system: System) -> str | None:
     return None
 
 
-def mounts_of(sub: Submission, recipe: Recipe, container: Container, python: str) -> list[str]:
+def mounts_of(sub: Submission, recipe: Recipe | None, container: Container, python: str) -> list[str]:
     """Every folder of the host that the ranks use inside the container, ``PATH`` or ``SOURCE:TARGET``, whatever the
     runtime.
 
     Run folder, the environment that the ranks' Python lies in, your work folder, the cache, and local data of the
     recipe. A folder below another of the list is left out: it is there already.
     """
-    from aifactory_train.config.loading import to_tree
-    from aifactory_train.config.source_spec import parse
-
     folders = [str(sub.run_dir)]
     environment = str(Path(python).parent.parent)
     if python.startswith("/") and not any(f"{environment}/".startswith(root) for root in IMAGE_ROOTS):
@@ -134,12 +131,8 @@ def mounts_of(sub: Submission, recipe: Recipe, container: Container, python: str
     folders.append(cache_folder(sub.system, sub.shape))
     if os.environ.get("HF_HOME"):
         folders.append(os.environ["HF_HOME"])
-    for source in (recipe.model.base, *[d.source for d in (*recipe.data.train, *(recipe.data.eval or []))]):
-        spec = parse(source)
-        # A relative path is looked for where the job is submitted: nothing to mount where that is not here.
-        if spec.kind == "local" and (spec.name.startswith("/") or os.path.exists(spec.name)):
-            folders.append(_folder_of(spec.name))
-    folders += [_folder_of(text) for text in _strings(to_tree(recipe)) if text.startswith("/") and os.path.exists(text)]
+    if recipe is not None:
+        folders += _folders_of(recipe)
     folders += [_folder_of(v) for _, values in sub.request.array for v in values if v.startswith("/")]
     kept: list[str] = []
     for folder in sorted(dict.fromkeys(folders), key=lambda f: len(Path(f).parts)):
@@ -148,6 +141,22 @@ def mounts_of(sub: Submission, recipe: Recipe, container: Container, python: str
         elif not any(folder == k or folder.startswith(k.rstrip("/") + "/") for k in kept):
             kept.append(folder)
     return [*kept, *[b for b in container.binds if b and b not in kept]]
+
+
+def _folders_of(recipe: Recipe) -> list[str]:
+    """The folders of a recipe's local model, data and other files."""
+    from aifactory_train.config.loading import to_tree
+    from aifactory_train.config.source_spec import parse
+
+    folders = []
+    for source in (recipe.model.base, *[d.source for d in (*recipe.data.train, *(recipe.data.eval or []))]):
+        spec = parse(source)
+        # A relative path is looked for where the job is submitted: nothing to mount where that is not here.
+        if spec.kind == "local" and (spec.name.startswith("/") or os.path.exists(spec.name)):
+            folders.append(_folder_of(spec.name))
+    return folders + [
+        _folder_of(text) for text in _strings(to_tree(recipe)) if text.startswith("/") and os.path.exists(text)
+    ]
 
 
 def _folder_of(name: str) -> str:

@@ -34,7 +34,7 @@ PREFLIGHT_S = 180
 LOCAL_PATH = re.compile(r"/(?:[A-Za-z0-9._/-]|\$[A-Z][A-Z0-9_]*)*")
 
 
-def context_of(sub: Submission, recipe: Recipe) -> dict[str, Any]:
+def context_of(sub: Submission, recipe: Recipe | None) -> dict[str, Any]:
     """Every name that a template may use. Lines that carry a reason are registered with the submission on the way."""
     container = None
     if backends.get(sub.shape.backend).software == "site":
@@ -91,7 +91,7 @@ def _machine(sub: Submission) -> dict[str, Any]:
         "signal": system.policy.signal,
         "node_local": _node_local(system) if backend.batch else None,
         "numa_binding": system.launch.torchrun_numa_binding
-        if backend.software == "site" and shape.style == "torchrun"
+        if backend.software == "site" and shape.style == "torchrun" and sub.request.accept is None
         else None,
         "amd": system.gpu.vendor == "amd",
         "unified": bool(system.gpu.unified_memory),

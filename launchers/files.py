@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PROGRAMS = Path(__file__).resolve().parent / "programs"
 
 
-def add_files(sub: Submission, recipe: Recipe, context: dict[str, Any]) -> None:
+def add_files(sub: Submission, recipe: Recipe | None, context: dict[str, Any]) -> None:
     """Everything that lies in ``submission/`` beside the script, for the run or for each task of its array."""
     from aifactory_train.config.loading import load_recipe, to_tree
     from aifactory_train.core import yaml_text
@@ -33,7 +33,7 @@ def add_files(sub: Submission, recipe: Recipe, context: dict[str, Any]) -> None:
     shape, request = sub.shape, sub.request
     rank = render("rank.sh.j2", context)
     node = render("node.sh.j2", context) if shape.style == "torchrun" else None
-    folders = [("", recipe)]
+    folders: list[tuple[str, Recipe | None]] = [("", recipe)]
     if request.array:
         tasks = array_tasks(request)
         folders += [
@@ -43,8 +43,9 @@ def add_files(sub: Submission, recipe: Recipe, context: dict[str, Any]) -> None:
     for prefix, tree in folders:
         here = f"{prefix}submission/"
         run = f"{base}/{prefix}".rstrip("/")
-        text = "# The recipe with your overrides applied: what the ranks read.\n" + yaml_text.dump(to_tree(tree))
-        sub.files.append(File(f"{here}recipe.yaml", text.encode()))
+        if tree is not None:
+            text = "# The recipe with your overrides applied: what the ranks read.\n" + yaml_text.dump(to_tree(tree))
+            sub.files.append(File(f"{here}recipe.yaml", text.encode()))
         sub.files.append(File(f"{here}arguments", nul_joined(arguments(sub, run))))
         sub.files.append(File(f"{here}environment", nul_joined([f"{k}={v}" for k, v in request.env])))
         sub.files.append(File(f"{here}rank.sh", rank.encode(), 0o755))
@@ -66,6 +67,8 @@ def arguments(sub: Submission, run: str) -> list[str]:
     """Arguments of the rank's Python: the program, the resolved recipe, the run folder. Overrides are inside the
     recipe.
     """
+    if sub.request.accept is not None:
+        return ["-m", "aifactory_train", "accept", "--out", f"{run}/acceptance", "--run-dir", run, *sub.request.accept]
     program = sub.request.program or ("-m", "aifactory_train", "train")
     return [*program, f"{run}/submission/recipe.yaml", "--run-dir", run, "--resume", "auto"]
 
@@ -82,6 +85,8 @@ def policy(sub: Submission) -> dict[str, Any]:
     """What the job may do by itself between attempts."""
     request, system = sub.request, sub.system
     how = request.resubmit or resubmit_of(system, sub.shape)
+    if request.accept is not None:
+        how = "none"  # a machine that fails is looked at, not tried again
     return {
         "resubmit": how,
         "unattended": system.policy.unattended_submission != "human-needed",

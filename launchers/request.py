@@ -191,6 +191,8 @@ class LaunchRequest:
     #: The program of a rank and its fixed arguments, before recipe and run folder; ``None`` is ``aifactory train``.
     program: tuple[str, ...] | None = None
     extra_flags: tuple[str, ...] = ()
+    #: Instead of a recipe: the acceptance of one node (``aifactory accept``), with these options.
+    accept: tuple[str, ...] | None = None
 
     @property
     def tasks(self) -> int:

@@ -18,6 +18,8 @@ from aifactory_train.launchers.shape import JobShape, Value
 from aifactory_train.sites.profiles import System
 
 DEFAULT_TIME_S = 4 * 3600
+#: An acceptance ends within ten minutes; the rest is for the start of the job and its software.
+ACCEPT_TIME_S = 20 * 60
 
 
 def backend_of(request: LaunchRequest, system: System) -> Backend:
@@ -73,8 +75,7 @@ def shape_of(request: LaunchRequest, system: System) -> JobShape:
         return _local(request, system, backend, style, why)
 
     gpus = _gpus(request, system, why)
-    ranks = request.nproc if request.nproc is not None else max(gpus, 1)
-    why["ranks_per_node"] = Value(ranks, "you asked for it with --nproc" if request.nproc else "one process per GPU")
+    ranks = _ranks(request, gpus, why)
     tasks = 1 if style == "torchrun" else ranks
     per_rank = _cpus_per_rank(system, gpus, ranks, why)
     per_task = per_rank * (ranks // max(tasks, 1)) if per_rank else None  # no process: the checks refuse it
@@ -107,6 +108,15 @@ def shape_of(request: LaunchRequest, system: System) -> JobShape:
         exclusive=exclusive,
         why=why,
     )
+
+
+def _ranks(request: LaunchRequest, gpus: int, why: dict[str, Value]) -> int:
+    if request.accept is not None:
+        why["ranks_per_node"] = Value(1, "an acceptance is one process, which starts its ranks itself")
+        return 1
+    ranks = request.nproc if request.nproc is not None else max(gpus, 1)
+    why["ranks_per_node"] = Value(ranks, "you asked for it with --nproc" if request.nproc else "one process per GPU")
+    return ranks
 
 
 def _gpus(request: LaunchRequest, system: System, why: dict[str, Value]) -> int:
@@ -148,6 +158,10 @@ def _style(request: LaunchRequest, system: System, backend: Backend, why: dict[s
         why["style"] = Value(request.style, "you asked for it with --style")
         return request.style
     stated = system.launch.style
+    if request.accept is not None:
+        # The one process gets the whole node: masks of one task a GPU would leave it a part.
+        why["style"] = Value(allowed[0], "an acceptance is one process with the whole node")
+        return allowed[0]
     if stated in allowed:
         why["style"] = Value(stated, f"how processes are started at {system.name}", "launch.style")
         return str(stated)
@@ -162,15 +176,18 @@ def _local(request: LaunchRequest, system: System, backend: Backend, style: str,
         why["gpus_per_node"] = Value(gpus, "you asked for it with --gpus-per-node")
     else:
         why["gpus_per_node"] = Value(gpus, "GPUs visible here")
-    ranks = request.nproc if request.nproc is not None else max(gpus, 1)
-    why["ranks_per_node"] = Value(
-        ranks,
-        "you asked for it with --nproc"
-        if request.nproc is not None
-        else "one process per visible GPU"
-        if gpus
-        else "no GPU is visible: one process on the CPU",
-    )
+    if request.accept is not None:
+        ranks = _ranks(request, gpus, why)
+    else:
+        ranks = request.nproc if request.nproc is not None else max(gpus, 1)
+        why["ranks_per_node"] = Value(
+            ranks,
+            "you asked for it with --nproc"
+            if request.nproc is not None
+            else "one process per visible GPU"
+            if gpus
+            else "no GPU is visible: one process on the CPU",
+        )
     return JobShape(
         backend=backend.name,
         style=style,
@@ -270,13 +287,14 @@ def _time(request: LaunchRequest, system: System, partition: str | None, qos: st
         part = system.partitions[partition]
         limits = [v for v in (part.max_time, system.qos[qos].max_time if qos in system.qos else None) if v]
         limit = min(limits) if limits else None
-    if limit is not None and limit < DEFAULT_TIME_S:
+    default = DEFAULT_TIME_S if request.accept is None else ACCEPT_TIME_S
+    if limit is not None and limit < default:
         why["time_s"] = Value(
             limit, "the longest that this partition and QoS allow", f"partitions.{partition}.max_time"
         )
         return limit
-    why["time_s"] = Value(DEFAULT_TIME_S, "default of aifactory-train; ask for another with --time")
-    return DEFAULT_TIME_S
+    why["time_s"] = Value(default, "default of aifactory-train; ask for another with --time")
+    return default
 
 
 def _grace(request: LaunchRequest, time_s: int, why: dict[str, Value]) -> int:

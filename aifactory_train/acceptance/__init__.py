@@ -7,5 +7,7 @@
     page        ``acceptance.html``
     small       tiny models, batches and runs that the checks share
 
-The others are checks, a file for each kind. A check is a function of a :class:`~aifactory_train.acceptance.report.Report`.
+    processes   programs of this package as processes of their own; ranks: several of them; faulty: one with a fault
+
+The others are checks, a file for each kind. A check is a function of a :class:`report.Report`.
 """

@@ -120,7 +120,8 @@ def errors(run: Callable[..., Any], case: AttentionCase, dtype: Any, device: str
     out = run(*leaves, bounds)
     gradients = torch.autograd.grad(out, leaves, inputs[3].reshape(out.shape))
     exact, exactly = in_fp64([part.double() for part in inputs], case)
-    pairs = {"output": (out, exact), **{f"d{n}": pair for n, pair in zip("qkv", zip(gradients, exactly, strict=True), strict=True)}}  # fmt: skip
+    pairs = {"output": (out, exact)}
+    pairs |= {f"d{n}": pair for n, pair in zip("qkv", zip(gradients, exactly, strict=True), strict=True)}
     found = {}
     for what, (mine, theirs) in pairs.items():
         off = float((mine.detach().double().reshape(theirs.shape) - theirs).norm() / theirs.norm())

@@ -15,8 +15,8 @@ class AcceptanceCheck:
     """One check.
 
     seconds: what it takes on a GPU; it is ended after twice that. quick: the same with ``--quick``, None where that
-    leaves it out. run: ``module:function`` below this room. gpus: GPUs that it needs, where the machine has any.
-    cpu: why a machine without a GPU leaves it out; empty where it runs there (small, on gloo or in Triton's interpreter).
+    leaves it out. run: ``module:function`` below this room. gpus: GPUs that it needs, where the machine has any. cpu:
+    why a machine without a GPU leaves it out; empty where it runs there (small, on gloo or in Triton's interpreter).
     """
 
     name: str
@@ -55,18 +55,18 @@ CHECKS: tuple[AcceptanceCheck, ...] = (
         "kernels", "every kernel, forward and backward, against its reference in fp64", "kernels:check", 75, 30
     ),
     AcceptanceCheck(
-        "curves", "one training curve: CPU = GPU, every engine, checkpointing, compilation, DPO", "curves:check", 110, 30
+        "curves", "one curve: CPU = GPU, every engine, checkpointing, compilation, DPO", "curves:check", 110, 30
     ),
     AcceptanceCheck(
         "synchronisation", "the host waits for the device once a step and never within forward and backward",
         "host:check", 20, 15,
     ),
     AcceptanceCheck(
-        "resume", "a checkpoint is loaded bit for bit; a run that was killed goes on with the same curve", "resume:check",
+        "resume", "a checkpoint loads bit for bit; a killed run goes on with the same curve", "resume:check",
         60, None,
     ),
     AcceptanceCheck(
-        "speed", "tokens/s, utilisation and peak memory of a 1B-shaped model, against the plan", "speed:check", 60, None,
+        "speed", "tokens/s, utilisation, peak memory of a 1B-shaped model, against the plan", "speed:check", 60, None,
         cpu="tokens/s and peak memory are figures of a GPU",
     ),
     AcceptanceCheck(
@@ -89,7 +89,7 @@ CHECKS: tuple[AcceptanceCheck, ...] = (
         cpu="bandwidths between GPUs need two of them",
     ),
     _several("ranks", "ddp, fsdp2 and hsdp over several ranks have one curve", "several:curves", 40),
-    _several("rank-out-of-memory", "one rank runs out of memory: the job ends, and that rank is named", "several:oom", 40),
+    _several("rank-out-of-memory", "one rank runs out of memory: the job ends, that rank is named", "several:oom", 40),
     _several("rank-sleeps", "one rank stands still: it and no other is blamed", "several:sleeps", 50),
 )  # fmt: skip
 BY_NAME = {check.name: check for check in CHECKS}

@@ -87,9 +87,7 @@ def needs(case: dict[str, Any]) -> None:
         raise NotHere(f"{package} is not installed")
 
 
-def preference(
-    report: Report, world: Any, cpu: Any, steps: int, precision: dict[str, Any], allowed: float
-) -> None:
+def preference(report: Report, world: Any, cpu: Any, steps: int, precision: dict[str, Any], allowed: float) -> None:
     """DPO on this device against DPO on the CPU in fp32; on the CPU with checkpointing against without."""
     exact = small.curve(cpu, steps, preference=True)
     case = precision if report.gpu else {"checkpointing": "full"}
@@ -100,11 +98,9 @@ def preference(
     report.expect(off <= 2 * allowed, f"DPO: the curve is off by {off:.2g}, at most {2 * allowed:.2g}")
 
 
-def compiled(
-    report: Report, world: Any, steps: int, case: dict[str, Any], exact: list[float], allowed: float
-) -> None:
-    """Compiled blocks: the same curve. Where attention is one operator: from at most two graphs (lengths as numbers, and
-    any length) without a break; a step of documents one by one is another graph for each number of them."""
+def compiled(report: Report, world: Any, steps: int, case: dict[str, Any], exact: list[float], allowed: float) -> None:
+    """Compiled blocks: the same curve. Where attention is one operator: from at most two graphs (lengths as numbers,
+    and any length) without a break; a step of documents one by one is another graph for each number of them."""
     from torch._dynamo.utils import counters
 
     from aifactory_train.core import compat

@@ -24,7 +24,13 @@ def compare(system: System, machine: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         stated = _stated(system, path)
         rows.append(
-            {"fact": path, "profile": stated, "observed": observed, "verdict": verdict(path, stated, observed), "by": by}
+            {
+                "fact": path,
+                "profile": stated,
+                "observed": observed,
+                "verdict": verdict(path, stated, observed),
+                "by": by,
+            }
         )
     return rows
 

@@ -59,7 +59,9 @@ def raising(report: Report) -> None:
     given = ranks.settings_file(report.work, {"timeout_s": 60})
     marker = report.work / "raised"
     with processes.port() as number:
-        started = processes.Started(processes.RANK, ["group:raises", given], size, report.work, number, fork=not report.gpu)
+        started = processes.Started(
+            processes.RANK, ["group:raises", given], size, report.work, number, fork=not report.gpu
+        )
         end = time.monotonic() + 60
         while not marker.exists() and time.monotonic() < end and None in [p.poll() for p in started.processes]:
             time.sleep(0.02)

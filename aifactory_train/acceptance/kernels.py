@@ -113,7 +113,10 @@ def compare(
     wanted = [isinstance(a, torch.Tensor) and a.requires_grad for a in given]
 
     def run(function: Callable[..., Any], convert: Callable[[Any], Any]) -> list[Any]:
-        args = [convert(a).requires_grad_(w) if isinstance(a, torch.Tensor) else a for a, w in zip(given, wanted, strict=True)]  # fmt: skip
+        args = [
+            convert(a).requires_grad_(w) if isinstance(a, torch.Tensor) else a
+            for a, w in zip(given, wanted, strict=True)
+        ]
         out = function(*args)
         outs = out if isinstance(out, tuple) else (out,)
         leaves = [a for a, w in zip(args, wanted, strict=True) if w]
@@ -134,10 +137,11 @@ def compare(
         found = [part.detach().double() for part in (mine, theirs, truth)]
         off, allowed, size = (float(t.norm()) for t in (found[0] - found[2], found[1] - found[2], found[2]))
         good = bool(torch.isfinite(found[0]).all()) and off <= 2 * allowed + 1e-6 * size
-        report.expect(good, f"{label}: result {number} is off by {off / max(size, 1e-30):.2g}, torch by {allowed / max(size, 1e-30):.2g}")  # fmt: skip
+        off, allowed = off / max(size, 1e-30), allowed / max(size, 1e-30)
+        report.expect(good, f"{label}: result {number} is off by {off:.2g}, torch by {allowed:.2g}")
         worst = report.figures.setdefault("worst_error", {})
         operator = label.split(" ")[0]
-        worst[operator] = max(worst.get(operator, 0.0), off / max(size, 1e-30))
+        worst[operator] = max(worst.get(operator, 0.0), off)
 
 
 def wide(report: Report) -> None:

@@ -54,10 +54,8 @@ def one(report: Report, vocabulary: int, rows: int, width: int, kind: str) -> No
         figures |= {"triton": runtime.use_triton("linear_cross_entropy", hidden), "arch": arch, **timed(run, device)}
     exact = in_fp32(hidden.detach(), weight.detach(), targets)
     limits = LIMITS[kind]
-    for what, mine, theirs, limit in zip(
-        ("value", "gradient of the hidden states", "gradient of the weight"), found, exact, (limits[0], limits[1], limits[1]),
-        strict=True,
-    ):  # fmt: skip
+    names = ("value", "gradient of the hidden states", "gradient of the weight")
+    for what, mine, theirs, limit in zip(names, found, exact, (limits[0], limits[1], limits[1]), strict=True):
         off = float((mine.float() - theirs).norm() / theirs.norm())
         figures[f"error of the {what}"] = off
         report.expect(off <= limit, f"vocabulary of {vocabulary}: the {what} is off by {off:.2g}, at most {limit:g}")

@@ -1,4 +1,4 @@
-"""What this machine is, as torch, the driver and the system tell; in a process of its own, because a driver may hang."""
+"""What this machine is, as torch, the driver and the system tell; in a process of its own: a driver may hang."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from aifactory_train.acceptance import processes, small
 from aifactory_train.acceptance.report import Report
 
 STEPS, EVERY = 8, 2
-#: Largest relative difference of the two curves: on a CPU they are equal; on a GPU flash attention's backward adds dQ in
-#: no fixed order.
+#: Largest relative difference of the two curves: on a CPU they are equal; on a GPU flash attention's backward adds dQ
+#: in no fixed order.
 SAME_CPU, SAME_GPU = 1e-6, 2e-2
 
 
@@ -53,8 +53,11 @@ def state(report: Report) -> None:
     Checkpointer(report.work / "checkpoints", settings, fresh, world).load(2)
     found = flat_state(fresh)
     report.expect(found.keys() == kept.keys(), "other tensors came back than were saved")
-    unlike = [name for name, tensors in kept.items()
-              if not all(torch.equal(a, p.tensor.detach().cpu()) for a, p in zip(tensors, found[name].pieces, strict=True))]  # fmt: skip
+    unlike = []
+    for name, tensors in kept.items():
+        pieces = [piece.tensor.detach().cpu() for piece in found[name].pieces]
+        if not all(torch.equal(a, b) for a, b in zip(tensors, pieces, strict=True)):
+            unlike.append(name)
     report.figures["tensors"] = len(kept)
     report.expect(any(name.startswith("optimizer/") for name in kept), "no moments were saved")
     report.expect(not unlike, f"{len(unlike)} of {len(kept)} tensors are others after loading: {unlike[:3]}")
@@ -95,7 +98,8 @@ def killed(report: Report) -> None:
     report.begin("kill -9")
     process = processes.start(processes.PROGRAM, ["train", recipe, "--run-dir", cut, "--quiet"], log, fork=fork)
     at = kill_after_checkpoint(process, cut)
-    if not report.expect(at is not None, f"no checkpoint came, or the run ended before it could be killed: {processes.end_of(log)}"):  # fmt: skip
+    early = f"no checkpoint came, or the run ended before it could be killed: {processes.end_of(log)}"
+    if not report.expect(at is not None, early):
         return
     report.begin("resume")
     code, _ = processes.call("train", recipe, "--run-dir", cut, "--quiet", "--resume", "auto", log=log, fork=fork)
@@ -128,5 +132,7 @@ def kill_after_checkpoint(process: Any, run: Path, seconds: float = 120) -> int 
 
 def losses(run: Path) -> dict[int, float]:
     """Step -> loss, the last word on each."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
     return {row["step"]: row["loss"] for row in rows if row.get("kind") == "train"}

@@ -58,9 +58,7 @@ class Acceptance:
         (models, runs) is gone afterwards; their logs stay."""
         self.scratch = Path(tempfile.mkdtemp(prefix="aifactory-accept-"))
         try:
-            found = self.one(
-                AcceptanceCheck("machine", "what this machine is", "machine:check", 60, 60), judged=False
-            )
+            found = self.one(AcceptanceCheck("machine", "what this machine is", "machine:check", 60, 60), judged=False)
             self.machine = found["figures"]
             if found["status"] == "FAIL":
                 # torch cannot even be imported, or the driver does not answer: everything below rests on it.

@@ -170,7 +170,9 @@ def memory(report: Report, index: int) -> None:
     device = f"cuda:{index}"
     torch.cuda.set_device(index)
     free, total = torch.cuda.mem_get_info(device)
-    report.figures.setdefault("memory_gib", []).append({"free": round(free / 2**30, 2), "total": round(total / 2**30, 2)})
+    report.figures.setdefault("memory_gib", []).append(
+        {"free": round(free / 2**30, 2), "total": round(total / 2**30, 2)}
+    )
     if compat.shares_memory(device):
         found: dict[str, Any] = {"gpu": torch.cuda.get_device_properties(device).name, "problems": []}
         preflight.memory(SimpleNamespace(unified=True), torch, found)

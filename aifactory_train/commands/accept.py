@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") is None:
         raise UserError(
             "torch is not installed here, and an acceptance is about nothing else",
-            fix="run it in the environment that trains (aifactory env), or as a job: aifactory launch --accept --site S",
+            fix="run it in the environment that trains (aifactory env), or as a job: launch --accept --site S",
         )
     if args.run_dir is not None and args.attempt is not None:
         return _as_attempt(args, checks)
@@ -123,14 +123,16 @@ def _accept(args: argparse.Namespace, checks: list[Any], record: Any = None) -> 
 def _site(args: argparse.Namespace) -> Any:
     """The profile to compare with: the one asked for, the job's, or the known system that we are on; None: unknown."""
     from aifactory_train import sites
+    from aifactory_train.core.output import note
 
-    name = args.site or os.environ.get("AIFACTORY_SITE")
-    if name is None:
-        try:
-            name = sites.identify()
-        except UserError:
-            return None
-    return sites.load(name) if name and name != "local" else None
+    if args.site:
+        return sites.load(args.site) if args.site != "local" else None
+    try:
+        name = os.environ.get("AIFACTORY_SITE") or sites.identify()
+        return sites.load(name) if name and name != "local" else None
+    except UserError as error:
+        note(f"no profile is compared: {error.what}")
+        return None
 
 
 def _tell(found: dict[str, Any], out: Path) -> None:

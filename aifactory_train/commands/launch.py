@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--preflight", choices=["auto", "on", "off"], default="auto", help="auto: on for several nodes")
     how.add_argument("--directive", action="append", default=[], metavar="--FLAG[=V]", help="one more scheduler option")
     what = parser.add_argument_group("what")
+    what.add_argument(
+        "--accept",
+        action="store_true",
+        help="no recipe: check one node of the site (aifactory accept, docs/acceptance.md)",
+    )
+    what.add_argument("--quick", action="store_true", help="with --accept: the checks of most value alone")
     what.add_argument("--name", help="the run folder is runs/NAME")
     what.add_argument("--run-dir", metavar="DIR")
     what.add_argument(
@@ -108,7 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.recipe is None:
+    if args.accept or args.quick:
+        _only_an_acceptance(args)
+    elif args.recipe is None:
         raise UserError("no recipe is named", where="RECIPE", fix="'aifactory recipes' lists them")
     if args.resume:
         return _resume(args)
@@ -124,14 +132,15 @@ def run(args: argparse.Namespace) -> int:
 
     request = request_of(args)
     system = load_site(args)
-    recipe = load_recipe(args.recipe, args.overrides)
-    licences.gate(recipe)
+    recipe = None if args.accept else load_recipe(args.recipe, args.overrides)
+    if recipe is not None:
+        licences.gate(recipe)
     shape = shape_of(request, system)
     submitting = not (args.dry_run or args.explain)
     plan: dict[str, Any] | None = None
     wanted: list[str] = []
     reported: str | None = None
-    if not args.dry_run or args.json:
+    if recipe is not None and (not args.dry_run or args.json):
         plan, wanted, reported = plan_for(request, system, shape, recipe)
         if wanted:
             # The planner's settings lie below the user's own, which win.
@@ -165,6 +174,29 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.write(sub.script)
         return 0
     return _submit(args, sub, found)
+
+
+def _only_an_acceptance(args: argparse.Namespace) -> None:
+    """Refuse what has no meaning without a recipe: an acceptance is one process on one node, once."""
+    if not args.accept:
+        raise UserError("goes with --accept alone", where="--quick", fix="aifactory launch --accept --quick --site S")
+    given = {
+        "RECIPE": args.recipe is not None,
+        "--nodes": args.nodes != 1,
+        "--nproc": args.nproc is not None,
+        "--set": bool(args.overrides),
+        "--array": bool(args.array),
+        "--chain": bool(args.chain),
+        "--resubmit": args.resubmit not in (None, "none"),
+        "--resume": args.resume,
+    }
+    wrong = [name for name, there in given.items() if there]
+    if wrong:
+        raise UserError(
+            f"--accept checks one node, once, without a recipe; {', '.join(wrong)} cannot go with it",
+            where=wrong[0],
+            fix=f"leave {' and '.join(wrong)} out; for several nodes submit one acceptance each (--exclude NODE)",
+        )
 
 
 def request_of(args: argparse.Namespace):
@@ -201,7 +233,7 @@ def request_of(args: argparse.Namespace):
             unit = " GPU-hours" if flag == "--budget" else ""
             raise rq.Refusal("budget-positive", f"a budget of {budget}{unit}", where=flag, fix="more than 0")
     return rq.LaunchRequest(
-        recipe=args.recipe,
+        recipe="--accept" if args.accept else args.recipe,
         site=args.site or "local",
         backend=args.backend,
         style=args.style,
@@ -233,6 +265,7 @@ def request_of(args: argparse.Namespace):
         confirmed=args.yes,
         mpi=args.mpi,
         extra_flags=tuple(args.directive),
+        accept=(("--quick",) if args.quick else ()) if args.accept else None,
     ).checked()
 
 

@@ -125,4 +125,6 @@ def _cases(
 ) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """implementation -> (function, inputs) on the GPU."""
     arguments = inputs.draw(op, shape, dtype)
-    return {who: (run, arguments) for who, run in ({"ours": inputs.function(op)} | (rivals(op) if others else {})).items()}
+    return {
+        who: (run, arguments) for who, run in ({"ours": inputs.function(op)} | (rivals(op) if others else {})).items()
+    }

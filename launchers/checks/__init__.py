@@ -34,9 +34,9 @@ RULES: dict[str, Rule] = {
 LEVELS = ("refuse", "warn", "not-checked")
 
 
-def check(sub: Submission, recipe: Recipe, *, here: bool, submitting: bool = False) -> list[Finding]:
-    """All findings, refusals first."""
-    context = Context(sub, recipe, here, submitting)
+def check(sub: Submission, recipe: Recipe | None, *, here: bool, submitting: bool = False) -> list[Finding]:
+    """All findings, refusals first. ``recipe`` is None for an acceptance: rules about recipes are left out."""
+    context = Context(sub, recipe, here, submitting)  # type: ignore[arg-type]
     found = [finding for rule in RULES.values() for finding in rule(context)]
     return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 

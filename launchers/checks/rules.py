@@ -60,7 +60,7 @@ class Context:
     """
 
     sub: Submission
-    recipe: Recipe
+    recipe: Recipe  # rules about it are not asked where there is none
     here: bool
     submitting: bool
     environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
@@ -128,21 +128,27 @@ class Rule:
     text: str
     find: Find
     batch: bool  # concerns jobs of a scheduler alone
+    recipe: bool = False  # concerns the recipe: not asked for an acceptance, which has none
 
     def __call__(self, context: Context) -> Iterator[Finding]:
-        if context.batch or not self.batch:
+        if (context.batch or not self.batch) and (context.request.accept is None or not self.recipe):
             for finding in self.find(context):
                 yield replace(finding, rule=self.name)
 
 
-def rule(find: Find, batch: bool = False) -> Rule:
+def rule(find: Find, batch: bool = False, recipe: bool = False) -> Rule:
     """A rule named as its function (``_`` for ``-``), which says in the first line of its docstring what must hold."""
-    return Rule(find.__name__.replace("_", "-"), (find.__doc__ or "").strip().split("\n")[0], find, batch)
+    return Rule(find.__name__.replace("_", "-"), (find.__doc__ or "").strip().split("\n")[0], find, batch, recipe)
 
 
 def batch_rule(find: Find) -> Rule:
     """A rule for jobs that a scheduler takes."""
     return rule(find, batch=True)
+
+
+def recipe_rule(find: Find) -> Rule:
+    """A rule about the recipe."""
+    return rule(find, recipe=True)
 
 
 def lies_in(path: str, folders: Iterable[str]) -> bool:

@@ -16,6 +16,7 @@ from aifactory_train.launchers.checks.rules import (
     batch_rule,
     lies_in,
     not_checked,
+    recipe_rule,
     refuse,
     rule,
     warn,
@@ -194,6 +195,8 @@ def isa_of(folder: Path) -> str | None:
 @batch_rule
 def precision_supported(c: Context) -> Iterator[Finding]:
     """The GPU has the number format that the recipe asks for."""
+    if c.request.accept is not None:
+        return
     asked = {c.recipe.precision.compute, c.recipe.precision.parameters}
     if "bf16" in asked and c.system.gpu.peak_tflops and not c.system.gpu.has_bf16:
         yield refuse(
@@ -204,7 +207,7 @@ def precision_supported(c: Context) -> Iterator[Finding]:
         )
 
 
-@rule
+@recipe_rule
 def quantisation_supported(c: Context) -> Iterator[Finding]:
     """An 8-bit optimizer has the engine that it needs, a 4-bit base also the packages.
 
@@ -229,7 +232,7 @@ def quantisation_supported(c: Context) -> Iterator[Finding]:
         )
 
 
-@rule
+@recipe_rule
 def engine_fits_ranks(c: Context) -> Iterator[Finding]:
     """The shard size divides the ranks."""
     size = c.recipe.parallel.shard_size
@@ -241,7 +244,7 @@ def engine_fits_ranks(c: Context) -> Iterator[Finding]:
         )
 
 
-@rule
+@recipe_rule
 def batch_fits_ranks(c: Context) -> Iterator[Finding]:
     """A step has at least one document for each rank."""
     rows = c.recipe.train.batch_rows
@@ -254,7 +257,7 @@ def batch_fits_ranks(c: Context) -> Iterator[Finding]:
         )
 
 
-@rule
+@recipe_rule
 def plan_possible(c: Context) -> Iterator[Finding]:
     """The planner finds a way to train it there: memory, engine, division of a step over the ranks."""
     plan = c.sub.plan

@@ -10,10 +10,19 @@ from functools import partial
 from pathlib import Path
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.launchers.checks.rules import Context, Finding, batch_rule, lies_in, not_checked, refuse, rule
+from aifactory_train.launchers.checks.rules import (
+    Context,
+    Finding,
+    batch_rule,
+    lies_in,
+    not_checked,
+    recipe_rule,
+    refuse,
+    rule,
+)
 
 
-@rule
+@recipe_rule
 def model_staged(c: Context) -> Iterator[Finding]:
     """The base model lies where compute nodes can read it."""
     if c.batch and not c.here:
@@ -26,7 +35,7 @@ def model_staged(c: Context) -> Iterator[Finding]:
     yield from _readable(c, partial(resolve_model, c.recipe.model), f"the model {c.recipe.model.base} is", "model.base")
 
 
-@rule
+@recipe_rule
 def data_staged(c: Context) -> Iterator[Finding]:
     """The data lie where compute nodes can read them."""
     sources = [*c.recipe.data.train, *(c.recipe.data.eval or [])]
@@ -72,14 +81,7 @@ def scratch_space(c: Context) -> Iterator[Finding]:
     if not os.access(folder, os.W_OK):
         yield refuse(f"{folder} cannot be written", fix="choose another --run-dir", where="--run-dir")
         return
-    memory = (c.sub.plan or {}).get("memory_gib") or {}
-    # What a checkpoint holds of one rank: trained parameters and optimizer state; the planner's figures are per rank.
-    state = (
-        float(memory.get("parameters") or 0) + float(memory.get("optimizer") or 0)
-        if c.recipe.adapter.kind == "none"
-        else float(memory.get("adapters") or 0) * 3
-    )
-    needed = state * c.shape.ranks * (c.recipe.checkpoint.keep + 1)
+    needed = 0.0 if c.request.accept is not None else _checkpoints(c)
     free = shutil.disk_usage(folder).free / 2**30
     if free < max(1.0, needed):
         yield refuse(
@@ -87,6 +89,18 @@ def scratch_space(c: Context) -> Iterator[Finding]:
             fix="choose another --run-dir, or a smaller checkpoint.keep",
             where="--run-dir",
         )
+
+
+def _checkpoints(c: Context) -> float:
+    """GiB of the checkpoints that a run keeps at most."""
+    memory = (c.sub.plan or {}).get("memory_gib") or {}
+    # What a checkpoint holds of one rank: trained parameters and optimizer state; the planner's figures are per rank.
+    state = (
+        float(memory.get("parameters") or 0) + float(memory.get("optimizer") or 0)
+        if c.recipe.adapter.kind == "none"
+        else float(memory.get("adapters") or 0) * 3
+    )
+    return state * c.shape.ranks * (c.recipe.checkpoint.keep + 1)
 
 
 @batch_rule
