@@ -50,6 +50,9 @@ class Kernel:
     open; by default those that are usual for the key), ``tile(constexprs)`` the elements of each input that a block
     loads before it waits (by default BLOCK x ROWS), ``partial(shape)`` the columns of one fp32 partial row where
     programs keep sums (by default ``key``).
+
+    ``thin``: beside its tiles it loads single numbers a row into every lane that needs them, so that loads of 16 bytes
+    must be there but need not carry most of the data.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Kernel:
     ranges: tuple[int, ...] = ()
     tile: Callable[[Mapping[str, Any]], int] | None = None
     partial: Callable[[Shape], int] | None = None
+    thin: bool = False
 
     @property
     def source(self) -> Path:

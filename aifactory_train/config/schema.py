@@ -91,10 +91,11 @@ class ModelConfig(Strict):
         False, description="Run code that the model's repository ships. Off unless you ask."
     )
     chat_template: str | None = Field(None, description="Jinja file used instead of the tokenizer's own template.")
-    attention: Literal["auto", "per_document", "varlen", "flash"] = Field(
+    attention: Literal["auto", "per_document", "varlen", "flash", "triton"] = Field(
         "auto",
         description="per_document: SDPA on each document (any device); varlen: torch's variable-length kernel (GPU, "
-        "torch >= 2.10); flash: flash-attn.",
+        "torch >= 2.10); flash: flash-attn; triton: this project's kernel (GPU). Windows, sinks and soft caps that the "
+        "chosen one lacks are computed by this project's operator.",
     )
     vocabulary: VocabularyConfig | None = Field(
         None,

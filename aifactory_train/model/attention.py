@@ -26,6 +26,7 @@ from aifactory_train.kernels import runtime
 PER_DOCUMENT = "aifactory_per_document"
 VARLEN = "aifactory_varlen"
 FLASH = "aifactory_flash"
+TRITON = "aifactory_triton"
 #: with a mask and without documents: what :func:`decoding` puts in their place
 DECODING = "aifactory_decoding"
 
@@ -57,19 +58,73 @@ def _flat(states: torch.Tensor) -> torch.Tensor:
     return states.transpose(0, 1).reshape(1, heads, batch * length, dim)
 
 
-def _reject(module: torch.nn.Module, length: int, kwargs: dict) -> None:
-    """Variants of attention that the per-document kernels do not compute are refused, never ignored."""
-    window = kwargs.get("sliding_window") or None
-    if window is not None and length > window:
-        raise UserError(
-            f"this model attends over a window of {window} tokens and a document has {length}",
-            where="data.sequence_length",
-            fix=f"--set data.sequence_length={window}",
+@dataclass(frozen=True)
+class Variant:
+    """What a layer's attention does beyond the causal softmax, as far as documents of this length feel it.
+
+    ``window``: tokens that a token sees, itself included; ``chunk``: it sees its own chunk of so many alone; 0 is no
+    limit. ``softcap`` c: scores become c tanh(score / c). ``sinks``: a score a head without a value.
+    """
+
+    window: int = 0
+    chunk: int = 0
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
+
+    @staticmethod
+    def of(module: torch.nn.Module, longest: int, kwargs: dict[str, Any]) -> Variant:
+        """From what transformers passes to an attention function, and what it says by the layer alone."""
+        window, chunk = kwargs.get("sliding_window") or 0, _chunk(module)
+        sinks = kwargs.get("s_aux")
+        return Variant(
+            window if window < longest else 0,
+            chunk if chunk < longest else 0,
+            float(kwargs.get("softcap") or 0.0),
+            getattr(module, "sinks", None) if sinks is None else sinks,
         )
-    if kwargs.get("softcap") is not None:
-        raise UserError("attention with soft-capped logits is not supported", where="model.base")
-    if kwargs.get("s_aux") is not None or getattr(module, "sinks", None) is not None:
-        raise UserError("attention with sinks is not supported", where="model.base")
+
+    @property
+    def plain(self) -> bool:
+        return not (self.window or self.chunk or self.softcap) and self.sinks is None
+
+    @property
+    def windowed(self) -> bool:
+        """A window and nothing else."""
+        return bool(self.window) and not (self.chunk or self.softcap) and self.sinks is None
+
+
+def _chunk(module: torch.nn.Module) -> int:
+    """Tokens of a chunk of a layer that attends inside chunks (Llama 4 says so by the mask alone); 0 elsewhere."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or index is None or index >= len(kinds) or kinds[index] != "chunked_attention":
+        return 0
+    return int(getattr(config, "attention_chunk_size", None) or 0)
+
+
+def _own(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: Documents,
+    dropout: float,
+    scaling: float | None,
+    variant: Variant = Variant(),
+) -> torch.Tensor:
+    """This project's operator, which computes every variant; tensors as in :data:`_Kernel`. It has no dropout."""
+    if dropout:
+        raise UserError(
+            f"this model drops {dropout:g} of its attention in training, which attention with windows, sinks or soft "
+            "caps, and model.attention=triton, cannot",
+            where="model.base",
+            fix="set attention_dropout to 0 in the model's config.json",
+        )
+    from aifactory_train.kernels.attention.op import attention
+
+    return attention(
+        q, k, v, documents.cu_seqlens, documents.max_length, variant.sinks, None, scaling, variant.window,
+        variant.chunk, variant.softcap, documents.lengths,
+    )  # fmt: skip
 
 
 def per_document_attention(
@@ -84,13 +139,18 @@ def per_document_attention(
     documents: Documents | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Causal SDPA on each document. query ``[B, H, T, D]``, key/value ``[B, H_kv, T, D]`` -> ``[B, T, H, D]``."""
+    """Causal SDPA on each document. query ``[B, H, T, D]``, key/value ``[B, H_kv, T, D]`` -> ``[B, T, H, D]``.
+
+    What SDPA does not compute (windows, chunks, sinks, soft caps) our own operator does, by blocks of queries.
+    """
     if documents is None:
         # transformers makes no mask for this name: padding would be attended to in silence.
         raise ValueError(
             "the attention of training needs documents; generate within aifactory_train.model.attention.decoding"
         )
-    _reject(module, documents.max_length, kwargs)
+    variant = Variant.of(module, documents.max_length, kwargs)
+    if not variant.plain:
+        return _rows(_own, query, key, value, documents, dropout, scaling, variant)
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
     if groups > 1 and not shares_heads(query):
@@ -116,33 +176,72 @@ def shares_heads(query: torch.Tensor) -> bool:
     return query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-#: Attention of ``[B * T, H, D]`` queries to ``[B * T, H_kv, D]`` keys and values, given the documents, dropout and
-#: scaling.
-_Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, float, float | None], torch.Tensor]
+#: Attention of ``[B * T, H, D]`` queries to ``[B * T, H_kv, D]`` keys and values, given the documents, dropout, scaling
+#: and the layer's variant.
+_Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, float, float | None, Variant], torch.Tensor]
 
 
-def _over_documents(kernel: _Kernel) -> Callable[..., tuple[torch.Tensor, None]]:
-    """A variable-length kernel in transformers' form; without documents it is :func:`per_document_attention`."""
-
-    @functools.wraps(kernel)
-    def attention(
-        module, query, key, value, attention_mask, *, dropout=0.0, scaling=None, documents=None, **kwargs
-    ) -> tuple[torch.Tensor, None]:
-        if documents is None:
-            return per_document_attention(module, query, key, value, attention_mask)  # refuses
-        _reject(module, documents.max_length, kwargs)
-        batch, heads, length, _ = query.shape
-        # SDPA follows autocast by itself; these kernels refuse fp32 and mixed types
-        query, key, value = (states.to(runtime.arithmetic(states)) for states in (query, key, value))
-        q, k, v = (_flat(states).squeeze(0).transpose(0, 1).contiguous() for states in (query, key, value))
-        return kernel(q, k, v, documents, dropout, scaling).reshape(batch, length, heads, -1), None
-
-    return attention
+def _rows(
+    kernel: _Kernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    dropout: float,
+    scaling: float | None,
+    variant: Variant,
+) -> tuple[torch.Tensor, None]:
+    """A kernel over flattened tokens on transformers' ``[B, H, T, D]``; the result is ``[B, T, H, D]``."""
+    batch, heads, length, _ = query.shape
+    q, k, v = (_flat(states).squeeze(0).transpose(0, 1).contiguous() for states in (query, key, value))
+    return kernel(q, k, v, documents, dropout, scaling, variant).reshape(batch, length, heads, -1), None
 
 
-@_over_documents
+def _over_documents(computes: Callable[[Variant], bool]) -> Callable[[_Kernel], Callable[..., Any]]:
+    """A variable-length kernel in transformers' form; what it does not compute (``computes``) our own operator does.
+
+    Without documents it is :func:`per_document_attention`, which refuses.
+    """
+
+    def wrap(kernel: _Kernel) -> Callable[..., tuple[torch.Tensor, None]]:
+        @functools.wraps(kernel)
+        def attention(
+            module, query, key, value, attention_mask, *, dropout=0.0, scaling=None, documents=None, **kwargs
+        ) -> tuple[torch.Tensor, None]:
+            if documents is None:
+                return per_document_attention(module, query, key, value, attention_mask)
+            variant = Variant.of(module, documents.max_length, kwargs)
+            # SDPA follows autocast by itself; kernels refuse fp32 and mixed types
+            query, key, value = (states.to(runtime.arithmetic(states)) for states in (query, key, value))
+            taken = kernel if computes(variant) else _own
+            return _rows(taken, query, key, value, documents, dropout, scaling, variant)
+
+        return attention
+
+    return wrap
+
+
+def _varlen_computes(variant: Variant) -> bool:
+    """Windows where torch's kernel takes them; on AMD GPUs that was not seen, so our own operator computes them."""
+    return variant.plain or (variant.windowed and not torch.version.hip and "window_size" in _asked())
+
+
+@functools.cache
+def _asked() -> frozenset[str]:
+    """Names of the arguments of torch's variable-length kernel; empty where torch has none."""
+    attend = compat.varlen_attention()
+    return frozenset(inspect.signature(attend).parameters) if attend else frozenset()
+
+
+@_over_documents(_varlen_computes)
 def varlen_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, dropout: float, scaling: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: Documents,
+    dropout: float,
+    scaling: float | None,
+    variant: Variant = Variant(),
 ) -> torch.Tensor:
     """One variable-length kernel over all documents (``torch.nn.attention.varlen``), which has no dropout."""
     if dropout:
@@ -161,26 +260,39 @@ def varlen_attention(
     assert attend is not None  # choose() lets this backend be taken only where torch has it
     extra = {"enable_gqa": True} if heads != k.shape[1] else {}
     bounds, longest = documents.cu_seqlens, documents.max_length
-    return attend(q, k, v, bounds, bounds, longest, longest, **_causal(attend), **extra)
+    return attend(q, k, v, bounds, bounds, longest, longest, **_causal(attend, variant.window), **extra)
 
 
-def _causal(attend: Any) -> dict:
+def _causal(attend: Any, window: int) -> dict:
     """``varlen_attn``'s way to ask for causal attention changed from ``is_causal`` to a window."""
-    parameters = inspect.signature(attend).parameters
-    return {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
+    if "is_causal" in inspect.signature(attend).parameters and not window:
+        return {"is_causal": True}
+    return {"window_size": (window - 1 if window else -1, 0)}
 
 
-@_over_documents
+@_over_documents(lambda variant: not variant.chunk and variant.sinks is None)
 def flash_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, dropout: float, scaling: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: Documents,
+    dropout: float,
+    scaling: float | None,
+    variant: Variant = Variant(),
 ) -> torch.Tensor:
     """The flash-attn package's variable-length function."""
     from flash_attn import flash_attn_varlen_func
 
+    more: dict[str, Any] = {"window_size": (variant.window - 1, 0)} if variant.window else {}
+    if variant.softcap:
+        more["softcap"] = variant.softcap
     bounds, longest = documents.cu_seqlens, documents.max_length
     return flash_attn_varlen_func(
-        q, k, v, bounds, bounds, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=True
+        q, k, v, bounds, bounds, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=True, **more
     )
+
+
+triton_attention = _over_documents(lambda variant: True)(_own)
 
 
 def masked_attention(
@@ -198,7 +310,36 @@ def masked_attention(
     if attention_mask is None and ((window and key.shape[2] > window) or 1 < query.shape[2] < key.shape[2]):
         # register() makes no mask where no attention_mask was passed: what needs one must say so.
         raise ValueError("pass attention_mask: a window or a cache in use cannot be computed without a mask")
+    variant = Variant.of(module, key.shape[2], kwargs)
+    if variant.softcap or variant.sinks is not None:
+        return _capped_under_mask(query, key, value, attention_mask, kwargs.get("scaling"), variant), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _capped_under_mask(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    variant: Variant,
+) -> torch.Tensor:
+    """Soft caps and sinks under a mask (bool ``[B, 1, T, S]``, True is seen), which SDPA leaves out in silence."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
+    scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if variant.softcap:
+        scores = variant.softcap * torch.tanh(scores / variant.softcap)
+    if mask is None and query.shape[2] > 1:  # register(): a whole text without padding
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min  # a row of padding sees nothing: no NaN
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    if variant.sinks is not None:
+        sinks = variant.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
 @contextlib.contextmanager
@@ -232,15 +373,16 @@ def register() -> None:
         (PER_DOCUMENT, per_document_attention),
         (VARLEN, varlen_attention),
         (FLASH, flash_attention),
+        (TRITON, triton_attention),
         (DECODING, masked_attention),
     ):
         AttentionInterface.register(name, function)
     AttentionMaskInterface.register(DECODING, mask)
 
 
-def trial(device: str, dtype: torch.dtype, heads: tuple[int, int, int]) -> str:
-    """Why torch's variable-length kernel does not run here, forward and backward over three documents; empty where it
-    does.
+def trial(device: str, dtype: torch.dtype, heads: tuple[int, int, int], kernel: _Kernel | None = None) -> str:
+    """Why a variable-length kernel (torch's by default) does not run here, forward and backward over three documents;
+    empty where it does.
 
     ``heads``: query heads, key heads, numbers in each. Some builds of torch lack the kernel, and it has a largest head.
     """
@@ -250,8 +392,8 @@ def trial(device: str, dtype: torch.dtype, heads: tuple[int, int, int]) -> str:
         torch.zeros(16, count, dim, dtype=dtype, device=device, requires_grad=True) for count in (queries, keys, keys)
     ]
     try:
-        kernel = varlen_attention.__wrapped__  # type: ignore[attr-defined]
-        kernel(*states, documents, 0.0, None).sum().backward()
+        taken = kernel or varlen_attention.__wrapped__  # type: ignore[attr-defined]
+        taken(*states, documents, 0.0, None, Variant()).sum().backward()
         ran = all(bool(part.grad.isfinite().all()) for part in states)  # type: ignore[union-attr]
         return "" if ran else "its gradients are not finite"
     except Exception as error:  # whatever a build lacks
@@ -260,6 +402,11 @@ def trial(device: str, dtype: torch.dtype, heads: tuple[int, int, int]) -> str:
             if str(error).strip()
             else type(error).__name__
         )
+
+
+def _has_triton(device: str) -> bool:
+    """Whether our own operator runs as Triton kernels on ``device``."""
+    return device != "cpu" and runtime.use_triton("attention", torch.empty(0, dtype=torch.bfloat16, device=device))
 
 
 def heads_of(config: Any) -> tuple[int, int, int] | None:
@@ -309,6 +456,14 @@ def choose(
                 fix="--set model.attention=per_document",
             )
         return VARLEN, "asked for"
+    if setting == "triton":
+        if not _has_triton(device):
+            raise UserError(
+                "this project's attention kernel needs a GPU that Triton compiles for",
+                where="model.attention",
+                fix="--set model.attention=per_document",
+            )
+        return TRITON, "asked for"
     if setting == "per_document":
         return PER_DOCUMENT, "asked for"
     if device != "cpu" and has_varlen and compute != torch.float32:
@@ -320,6 +475,8 @@ def choose(
                 "SDPA on each document: on AMD GPUs torch's variable-length kernel is not right in compiled blocks",
             )
         trouble = trial(device, compute, heads) if heads else ""
+        if trouble and heads and _has_triton(device) and not trial(device, compute, heads, _own):
+            return TRITON, f"our own kernel: torch's variable-length one does not run here ({trouble})"
         if trouble:
             return PER_DOCUMENT, f"SDPA on each document: torch's variable-length kernel does not run here ({trouble})"
         return VARLEN, "GPU and torch >= 2.10"

@@ -17,14 +17,14 @@ from torch import nn
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.model import attention
-from aifactory_train.model.loss import linear_cross_entropy
+from aifactory_train.model.loss import linear_cross_entropy, shaped
 from aifactory_train.model.objective import SUMMED_NLL, Objective
 
 if TYPE_CHECKING:
     from aifactory_train.model.embedding_noise import Noise
 
-#: Arguments of the configuration that change the logits in ways the chunked loss must know.
-_LOGIT_SOFTCAPS = ("final_logit_softcapping",)
+#: Names under which configurations give the soft cap of the logits (Gemma, RecurrentGemma).
+_LOGIT_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 class Forward(enum.Enum):
@@ -59,6 +59,7 @@ class CausalLM(nn.Module):
         #: rows of the embeddings below this one do not move (``model.vocabulary.train: new``)
         self.first_moving_row = 0
         self.logit_scale = _logit_scale(self.language_model.config)
+        self.logit_softcap = _logit_softcap(self.language_model.config)
         _check_output_layer(self.language_model.get_output_embeddings())
 
     @property
@@ -79,6 +80,11 @@ class CausalLM(nn.Module):
         """``[V, D]``; the embedding itself where the weights are tied."""
         head = self.language_model.get_output_embeddings()
         return head.weight
+
+    @property
+    def output_bias(self) -> torch.Tensor | None:
+        """``[V]`` of the models whose output layer has one (Phi)."""
+        return getattr(self.language_model.get_output_embeddings(), "bias", None)
 
     def forward(self, *inputs: Any, task: Forward = Forward.LOSS, **more: Any) -> torch.Tensor:
         """Dispatch to :meth:`loss`, :meth:`logits`, :meth:`hidden` or :meth:`decode`, which say what the arguments
@@ -108,7 +114,13 @@ class CausalLM(nn.Module):
             weight = _StillRows.apply(weight, self.first_moving_row)
         if weight.dtype != hidden.dtype:
             weight = weight.to(hidden.dtype)
-        how: dict[str, Any] = {"scale": self.logit_scale, "rows": self.loss_rows, "kernels": self.kernels}
+        how: dict[str, Any] = {
+            "scale": self.logit_scale,
+            "softcap": self.logit_softcap,
+            "bias": self.output_bias,
+            "rows": self.loss_rows,
+            "kernels": self.kernels,
+        }
         return objective.loss(functools.partial(linear_cross_entropy, hidden, weight, targets, **how))
 
     @torch.no_grad()
@@ -162,7 +174,8 @@ class CausalLM(nn.Module):
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 ``[N, V]`` of a few hidden states ``[N, D]``."""
-        return (hidden @ self.output_weight.to(hidden.dtype).t()).float() * self.logit_scale
+        logits = (hidden @ self.output_weight.to(hidden.dtype).t()).float()
+        return shaped(logits, self.logit_scale, self.logit_softcap, self.output_bias)
 
 
 class _StillRows(torch.autograd.Function):
@@ -185,10 +198,7 @@ def _is_peft(model: nn.Module) -> bool:
 
 
 def _logit_scale(config) -> float:
-    """The factor between ``hidden @ weight.T`` and the logits; models with other arithmetic are refused."""
-    for name in _LOGIT_SOFTCAPS:
-        if getattr(config, name, None):
-            raise UserError(f"models with {name} are not supported by the chunked loss", where="model.base")
+    """The factor between what the output layer gives and the logits."""
     if getattr(config, "logits_scaling", None) not in (None, 1.0):  # Granite divides
         return 1.0 / float(config.logits_scaling)
     if getattr(config, "logit_scale", None) not in (None, 1.0):  # Cohere multiplies
@@ -196,12 +206,13 @@ def _logit_scale(config) -> float:
     return 1.0
 
 
+def _logit_softcap(config) -> float:
+    """c of ``c * tanh(logits / c)``; 0 where the logits are not capped."""
+    return next((float(cap) for name in _LOGIT_SOFTCAPS if (cap := getattr(config, name, None))), 0.0)
+
+
 def _check_output_layer(head: nn.Module) -> None:
-    """The loss computes ``hidden @ weight.T``: an output layer that computes more is refused."""
-    if getattr(head, "bias", None) is not None:
-        raise UserError(
-            "models whose output layer has a bias are not supported by the chunked loss", where="model.base"
-        )
+    """The loss computes the output layer by its weight and bias: an adapter on it is refused."""
     if hasattr(head, "base_layer"):
         raise UserError(
             "an adapter on the output layer is not supported by the chunked loss",

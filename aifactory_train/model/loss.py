@@ -9,7 +9,7 @@ CPUs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -50,23 +50,49 @@ def _sku(device: torch.device) -> hardware.Sku | None:
     return hardware.sku(name, arch)
 
 
-def _logits(chunk: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Tensor:
+class Shaping(NamedTuple):
+    """What lies between ``hidden @ weight.T`` and the logits beside a bias: a factor, and a soft cap (0: none)."""
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def slope_(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """d logit / d (the output layer's result) but for the factor, from the logits (a new tensor); None: it is 1."""
+        return (logits / self.softcap).square_().neg_().add_(1.0) if self.softcap else None
+
+
+def shaped(logits: torch.Tensor, scale: float, softcap: float, bias: torch.Tensor | None) -> torch.Tensor:
+    """The logits of a model from its ``hidden @ weight.T`` (fp32, overwritten): ``softcap * tanh(scale * (x + bias) /
+    softcap)``, without the tanh where ``softcap`` is 0."""
+    if bias is not None:
+        logits.add_(bias)
+    if scale != 1.0:
+        logits.mul_(scale)
+    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
+
+
+def _logits(chunk: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: Shaping) -> torch.Tensor:
     """fp32 ``[rows, V]``, to be overwritten."""
-    logits = by_rows(chunk, weight).float()
-    return logits.mul_(scale) if scale != 1.0 else logits
+    return shaped(by_rows(chunk, weight).float(), how.scale, how.softcap, bias)
 
 
 class _Gradients:
-    """Gradients of hidden states and weight (each None where nothing needs it), filled chunk by chunk; the weight's in
-    fp32.
+    """Gradients of hidden states, weight and bias (each None where nothing needs it), filled chunk by chunk; the last
+    two in fp32.
     """
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, need_hidden: bool, need_weight: bool):
-        self.hidden = torch.empty_like(hidden) if need_hidden else None
-        self.weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needs: Sequence[bool]):
+        self.hidden = torch.empty_like(hidden) if needs[0] else None
+        self.weight, self.bias = (
+            torch.zeros(t.shape, dtype=torch.float32, device=t.device) if t is not None and needed else None
+            for t, needed in ((weight, needs[1]), (bias, needs[2]))
+        )
 
     def add(self, here: slice, chunk: torch.Tensor, weight: torch.Tensor, dlogits: torch.Tensor) -> None:
-        """From the gradient of the logits of the rows ``here``."""
+        """From the gradient of the output layer's result (fp32) of the rows ``here``."""
+        if self.bias is not None:
+            self.bias += dlogits.sum(0)
+        dlogits = dlogits.to(chunk.dtype)
         if self.hidden is not None:
             self.hidden[here] = by_columns(dlogits, weight)
         if self.weight is not None:
@@ -82,31 +108,32 @@ class _Summed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, scale: float, rows: int):
+    def forward(ctx, hidden, weight, bias, labels, how: Shaping, rows: int):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradients = _Gradients(hidden, weight, hidden.requires_grad, weight.requires_grad)
+        needs = ctx.needs_input_grad[:3]
+        gradients = _Gradients(hidden, weight, bias, needs)
         for start in range(0, hidden.shape[0], rows):
             here = slice(start, start + rows)
             chunk, target = hidden[here], labels[here].unsqueeze(1)
-            logits = _logits(chunk, weight, scale)
+            logits = _logits(chunk, weight, bias, how)
+            slope = how.slope_(logits) if any(needs) else None
             picked = logits.gather(1, target)
             highest = logits.amax(1, keepdim=True)
             grad = logits.sub_(highest).exp_()
             norm = grad.sum(1, keepdim=True)
             total += (norm.log() + (highest - picked)).sum()
-            if hidden.requires_grad or weight.requires_grad:
-                grad.mul_(scale / norm)
-                grad.scatter_add_(1, target, torch.full_like(target, -scale, dtype=grad.dtype))
-                grad = grad.to(hidden.dtype)
-                gradients.add(here, chunk, weight, grad)
-            del logits, grad  # before the next chunk's are made: they take the same memory
-        ctx.save_for_backward(gradients.hidden, gradients.weight)
-        ctx.weight_dtype = weight.dtype
+            if any(needs):
+                grad.mul_(how.scale / norm)
+                grad.scatter_add_(1, target, torch.full_like(target, -how.scale, dtype=grad.dtype))
+                gradients.add(here, chunk, weight, grad if slope is None else grad.mul_(slope))
+            del logits, grad, slope  # before the next chunk's are made: they take the same memory
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         if grad_hidden is not None:
             # expanded, or the factor would be rounded to the type of the hidden states before the product
             factor = grad_output.expand_as(grad_hidden)
@@ -114,39 +141,44 @@ class _Summed(torch.autograd.Function):
         if grad_weight is not None:
             # In place, as it is as large as the embedding; a second backward pass is refused by autograd's version
             # count.
-            grad_weight = grad_weight.mul_(grad_output).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+            grad_weight = grad_weight.mul_(grad_output).to(ctx.dtypes[0])
+        if grad_bias is not None:
+            grad_bias = (grad_bias * grad_output).to(ctx.dtypes[1])
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 class _PerToken(torch.autograd.Function):
     """NLL of each row. What a row weighs in the loss is known after all of them, so backward makes the logits again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, scale: float, rows: int):
+    def forward(ctx, hidden, weight, bias, labels, how: Shaping, rows: int):
         nll, lse = (torch.empty(len(labels), dtype=torch.float32, device=hidden.device) for _ in range(2))
         for start in range(0, hidden.shape[0], rows):
             here = slice(start, start + rows)
-            logits = _logits(hidden[here], weight, scale)
+            logits = _logits(hidden[here], weight, bias, how)
             lse[here] = torch.logsumexp(logits, dim=1)
             nll[here] = lse[here] - logits.gather(1, labels[here].unsqueeze(1)).squeeze(1)
             del logits
-        ctx.save_for_backward(hidden, weight, labels, lse)
-        ctx.scale, ctx.rows = scale, rows
+        ctx.save_for_backward(hidden, weight, bias, labels, lse)
+        ctx.how, ctx.rows = how, rows
         return nll
 
     @staticmethod
     def backward(ctx, grad_output):
-        hidden, weight, labels, lse = ctx.saved_tensors
-        gradients = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])
+        hidden, weight, bias, labels, lse = ctx.saved_tensors
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         for start in range(0, hidden.shape[0], ctx.rows):
             here = slice(start, start + ctx.rows)
-            chunk, factor = hidden[here], grad_output[here].unsqueeze(1) * ctx.scale
-            grad = _logits(chunk, weight, ctx.scale).sub_(lse[here].unsqueeze(1)).exp_().mul_(factor)
-            grad = grad.scatter_add_(1, labels[here].unsqueeze(1), -factor).to(hidden.dtype)
-            gradients.add(here, chunk, weight, grad)
-            del grad
+            chunk, factor = hidden[here], grad_output[here].unsqueeze(1) * ctx.how.scale
+            logits = _logits(chunk, weight, bias, ctx.how)
+            slope = ctx.how.slope_(logits)
+            grad = logits.sub_(lse[here].unsqueeze(1)).exp_().mul_(factor)
+            grad.scatter_add_(1, labels[here].unsqueeze(1), -factor)
+            gradients.add(here, chunk, weight, grad if slope is None else grad.mul_(slope))
+            del grad, logits, slope
         grad_weight = gradients.weight.to(weight.dtype) if gradients.weight is not None else None
-        return gradients.hidden, grad_weight, None, None, None
+        grad_bias = gradients.bias.to(bias.dtype) if gradients.bias is not None else None
+        return gradients.hidden, grad_weight, grad_bias, None, None, None
 
 
 def linear_cross_entropy(
@@ -157,23 +189,26 @@ def linear_cross_entropy(
     reduction: Reduction = "sum",
     counts: Sequence[int] | None = None,
     scale: float = 1.0,
+    softcap: float = 0.0,
+    bias: torch.Tensor | None = None,
     rows: int | None = None,
     kernels: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy in nats of ``softmax(scale * hidden @ weight.T)`` at ``targets``, with gradients for hidden and
-    weight.
+    """Cross-entropy in nats of the softmax of :func:`shaped` ``hidden @ weight.T`` at ``targets``, with gradients for
+    hidden, weight and bias ``[V]``.
 
     hidden ``[N, D]``, weight ``[V, D]`` (same dtype), targets int64 ``[N]`` without ignored entries (select the
     supervised rows first). ``reduction``: :data:`Reduction`; ``counts`` are the targets of each document, in order,
     host integers that add up to ``N``. ``N = 0`` gives zeros (or nothing) with a connected graph. ``rows`` of logits
     exist at once (:func:`chunk_rows`). ``kernels``: by the registered operators, which run Triton where the registry
-    selects it.
+    selects it; models with a bias, which are few, go without.
 
     ``sum`` makes the gradients in its forward pass and costs 6 N V D FLOP; the others make the logits twice and cost 8.
     """
     if reduction == "documents":
         assert counts is not None
-        each = linear_cross_entropy(hidden, weight, targets, reduction="none", scale=scale, rows=rows, kernels=kernels)
+        how: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias, "rows": rows, "kernels": kernels}
+        each = linear_cross_entropy(hidden, weight, targets, reduction="none", **how)
         if not counts:
             return each
         # One sum after the other: an index_add on a GPU adds in no fixed order, and a resumed run would differ in the
@@ -181,17 +216,19 @@ def linear_cross_entropy(
         return torch.stack([part.sum() for part in each.split(list(counts))])
     if hidden.shape[0] == 0:
         nothing = hidden.sum().float() if reduction == "sum" else hidden.sum(1).float()
-        return nothing + 0.0 * weight[:1].sum().float()
+        unused = weight[:1].sum().float() + (0.0 if bias is None else bias.sum().float())
+        return nothing + 0.0 * unused
     rows = chunk_rows(weight.shape[0], rows, device=hidden.device)
-    if kernels:
-        return _by_kernels(hidden, weight, targets, reduction, scale, rows)
+    if kernels and bias is None:
+        return _by_kernels(hidden, weight, targets, reduction, Shaping(scale, softcap), rows)
     function = _Summed if reduction == "sum" else _PerToken
-    return function.apply(hidden, weight, targets, scale, rows)
+    return function.apply(hidden, weight, bias, targets, Shaping(scale, softcap), rows)
 
 
-def _by_kernels(hidden, weight, targets, reduction: Reduction, scale: float, rows: int) -> torch.Tensor:
+def _by_kernels(hidden, weight, targets, reduction: Reduction, how: Shaping, rows: int) -> torch.Tensor:
     from aifactory_train.kernels import ops
 
+    options: dict[str, Any] = {"scale": how.scale, "softcap": how.softcap or None, "chunk_size": rows}
     if reduction == "sum":
-        return ops.linear_cross_entropy(hidden, weight, targets, scale=scale, chunk_size=rows)
-    return -ops.linear_logps(hidden, weight, targets, scale=scale, chunk_size=rows)
+        return ops.linear_cross_entropy(hidden, weight, targets, **options)
+    return -ops.linear_logps(hidden, weight, targets, **options)

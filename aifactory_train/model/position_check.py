@@ -141,6 +141,7 @@ def _key(config: Any) -> str:
     """Digest of the configuration's structure, the versions, and the code that was examined."""
     import transformers
 
+    from aifactory_train.kernels.attention import blocks, op
     from aifactory_train.model import attention
     from aifactory_train.model import causal_lm as model
 
@@ -149,7 +150,7 @@ def _key(config: Any) -> str:
     digest.update(f"{type(config).__qualname__} {transformers.__version__} {torch.__version__} {__version__}".encode())
     if type(config).__module__.startswith("transformers_modules"):
         digest.update(type(config).__module__.encode())  # the model's own code: its folder and revision are in the name
-    for module in (attention, model):
+    for module in (attention, model, blocks, op):
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:24]

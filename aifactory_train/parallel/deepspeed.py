@@ -166,8 +166,10 @@ class DeepSpeedEngine:
             partition_while_reading(core, core.unread, self.config, precision, world)
             core.unread = None
         if stage == 3:
-            # CausalLM reads the output weight itself, outside the forward of the layer that owns it.
-            deepspeed.zero.register_external_parameter(core, core.output_weight)
+            # CausalLM reads the output layer itself, outside the forward of the layer that owns it.
+            for parameter in (core.output_weight, core.output_bias):
+                if parameter is not None:
+                    deepspeed.zero.register_external_parameter(core, parameter)
         self.engine, *_ = deepspeed.initialize(
             model=core, optimizer=optimizer, config=self.config, dist_init_required=False
         )

@@ -103,7 +103,8 @@ def one(operator: Operator, kernel: Kernel, selection, target: str, dtype: str, 
     except RuntimeError as error:
         return row | {"status": f"failed: {str(error).splitlines()[0]}"}
     chip = hardware.TARGETS[target]
-    problems = compiler.findings(use, chip, kernel.matrix and dtype != "fp32", is_aligned(kernel, dtype, shape))
+    aligned = is_aligned(kernel, dtype, shape)
+    problems = compiler.findings(use, chip, kernel.matrix and dtype != "fp32", aligned, kernel.thin)
     return row | {
         "registers": use.registers,
         "spills": use.spills,

@@ -195,11 +195,11 @@ def read(built, chip: Target) -> Compiled:
     )  # fmt: skip
 
 
-def findings(use: Compiled, chip: Target, matrix: bool, aligned: bool) -> list[str]:
+def findings(use: Compiled, chip: Target, matrix: bool, aligned: bool, thin: bool = False) -> list[str]:
     """Reasons why a configuration must not ship; empty when it passes legality and code quality.
 
     ``matrix``: a matrix instruction must appear. ``aligned``: rows are multiples of 16 bytes, so loads must be 16 bytes
-    wide.
+    wide; of a ``thin`` kernel (:class:`Kernel`) some of them.
     """
     out = []
     if use.warps * chip.wave > 1024:
@@ -208,8 +208,9 @@ def findings(use: Compiled, chip: Target, matrix: bool, aligned: bool) -> list[s
         out.append(f"{use.shared} bytes of shared memory, cap {chip.block_memory}")
     if use.spills or use.stack:
         out.append(f"spills ({use.spills}, {use.stack} bytes of stack)")
-    if aligned and use.load_bytes < 16:
-        out.append(f"loads of {use.load_bytes} bytes")
+    widest = max(use.loads, default=0) if thin else use.load_bytes
+    if aligned and widest < 16:
+        out.append(f"loads of {widest} bytes")
     if matrix and not use.matrix:
         out.append("no matrix instruction")
     if use.cas:

@@ -97,7 +97,7 @@ def gate(kernel: Kernel, dtype: str, shape: Shape, target: Target, configs: Iter
         else:
             matrix = kernel.matrix and dtype != "fp32"
             candidate.problems = tuple(
-                compiler.findings(candidate.use, target, matrix, is_aligned(kernel, dtype, shape))
+                compiler.findings(candidate.use, target, matrix, is_aligned(kernel, dtype, shape), kernel.thin)
             )
         out.append(candidate)
     return out

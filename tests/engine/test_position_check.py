@@ -12,6 +12,7 @@ import torch
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
+from aifactory_train.model import attention
 from aifactory_train.model import position_check as pc
 from aifactory_train.model.attention import decoding
 from aifactory_train.model.loading import build_model
@@ -46,6 +47,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "minimax": {"num_hidden_layers": 16, "layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 2},
 }
 PACKED = (
+    "gemma2",
+    "gpt_oss",
+    "phi",
     "llama",
     "qwen2",
     "qwen3",
@@ -122,11 +126,15 @@ def test_a_forward_pass_that_cannot_be_called_is_one_refusal(monkeypatch):
     assert verdict.batching == pc.REFUSED and "unexpected keyword argument 'documents'" in verdict.why
 
 
-def test_chunks_of_attention_limit_the_documents():
-    """Llama 4 attends within chunks by a mask, which per-document attention does not read."""
-    short = pc.examine(configuration("llama4_text", **ADAPTED["llama4_text"], attention_chunk_size=16))
-    assert short.limits == {"attention_chunk_size": 16}
-    verdict = pc.examine(configuration("llama4_text"))
+def test_chunks_of_attention_are_computed():
+    """Llama 4 attends within chunks and says so by a mask alone."""
+    verdict = pc.examine(configuration("llama4_text", **ADAPTED["llama4_text"], attention_chunk_size=16))
+    assert (verdict.batching, verdict.limits) == (pc.PACKED, {})
+
+
+def test_a_window_that_our_attention_leaves_out_limits_the_documents(monkeypatch):
+    monkeypatch.setattr(attention, "_chunk", lambda module: 0)
+    verdict = pc.examine(configuration("llama4_text", **ADAPTED["llama4_text"], attention_chunk_size=8192))
     assert verdict.batching == pc.PACKED and verdict.limits == {"attention_chunk_size": 8192}
     verdict.raise_refusal(8192)
     with pytest.raises(UserError, match="8192 tokens in some layers") as caught:

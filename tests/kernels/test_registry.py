@@ -18,6 +18,7 @@ CONFIGS = sorted(registry.CONFIGS.glob("*.json"))
 def test_names_are_the_contract():
     assert OPERATORS == (
         "adamw8bit",
+        "attention",
         "cross_entropy",
         "geglu",
         "layer_norm",
