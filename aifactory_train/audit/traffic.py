@@ -16,6 +16,17 @@ from typing import Any
 #: Kernels of this project, by the name of their function.
 OURS: dict[str, dict[str, str]] = {
     "adamw8bit_step": {"P": "rw", "G": "r", "M": "rw", "V": "rw", "SM": "rw", "SV": "rw"},
+    "attention_fwd": {
+        "Q": "r", "K": "r", "V": "r", "SINKS": "r?SINK", "SLOPE": "r?SLOPES", "CU": "r", "OUT": "w", "LSE": "w",
+    },
+    "attention_delta": {"OUT": "r", "DO": "r", "DELTA": "w"},
+    "attention_bwd_q": {
+        "Q": "r", "K": "r", "V": "r", "SLOPE": "r?SLOPES", "CU": "r", "DO": "r", "LSE": "r", "DELTA": "r", "DQ": "w",
+    },
+    "attention_bwd_kv": {
+        "Q": "r", "K": "r", "V": "r", "SLOPE": "r?SLOPES", "CU": "r", "DO": "r", "LSE": "r", "DELTA": "r", "DK": "w",
+        "DV": "w",
+    },
     "ce_fwd": {"X": "r", "L": "r", "LOSS": "w", "LSE": "w"},
     "ce_bwd": {"G": "r", "X": "r", "L": "r", "LSE": "r", "DX": "w"},
     "ce_fwd_bwd": {"X": "rw", "L": "r", "LOSS": "w"},
@@ -65,9 +76,22 @@ THEIRS: dict[str, dict[str, str]] = {
 
 TABLE = OURS | THEIRS
 
+
+def _pairs(a: Mapping[str, Any]) -> int:
+    """Queries times keys that they see, over all heads; a launch knows how many documents there are, not how long each
+    is: equal ones are counted."""
+    rows, documents = int(a["rows"]), a["CU"].numel() - 1
+    longest = max(1, rows // max(1, documents))
+    reach = min([longest, *(int(a[size]) for size, used in (("window", "WINDOW"), ("chunk", "CHUNK")) if a[used])])
+    return int(a["Q"].shape[1]) * rows * reach // (2 if reach == longest else 1)
+
+
 #: Floating-point operations of the kernels that multiply matrices; of the others they are not counted, nor are those
 #: of torch's pointwise operators.
 PRODUCTS: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    "attention_fwd": lambda a: 2 * _pairs(a) * (int(a["dim"]) + int(a["vdim"])),
+    "attention_bwd_q": lambda a: 2 * _pairs(a) * (2 * int(a["dim"]) + int(a["vdim"])),
+    "attention_bwd_kv": lambda a: 4 * _pairs(a) * (int(a["dim"]) + int(a["vdim"])),
     "lora_epilogue": lambda a: 2 * int(a["M"]) * int(a["N"]) * int(a["R"]),
 }
 
