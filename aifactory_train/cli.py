@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         with output.json_only() if getattr(args, "json", False) else contextlib.nullcontext():
             code = int(args.run(args) or 0)
-        sys.stdout.flush()  # here, where a full disk can still be told
+        sys.stdout.flush()  # here, where a full disk can still be reported
         return code
     except (Exception, KeyboardInterrupt) as error:
         return report_fault(command, error)

@@ -143,7 +143,7 @@ def cause_of(
 
 
 def _cancelled(state: str, cause: dict[str, Any] | None) -> dict[str, Any]:
-    """The scheduler cancelled the job; what its ranks had reached by themselves (``state``, ``cause``) is told too."""
+    """The scheduler cancelled the job; what its ranks had reached by themselves (``state``, ``cause``) is said too."""
     step = (cause or {}).get("step")
     saved = f"; every rank had saved step {step}" if state == "stopped" and step is not None else ""
     return cause_of("cancelled", f"the job was cancelled{saved}", step=step)

@@ -44,12 +44,12 @@ def stop(folder: Path, *, cancel: bool, reason: str = "user") -> dict[str, Any]:
             (run / "cancelled").write_text(f"cancelled by its user at {time.strftime('%Y-%m-%dT%H:%M:%S')}\n")
     backend = backends.get(manifest["backend"]) if manifest.get("backend") else None
     live = [j["id"] for j in before["jobs"] if j["state"] in LIVE]
-    reported = []
+    cancelled = []
     for job in live:
         if backend is None:
             continue
         state = next((j["state"] for j in before["jobs"] if j["id"] == job), None)
         if cancel or state == "pending":
             backend.cancel(job)
-            reported.append(job)
-    return {"run": str(folder), "stop_file": str(runs[0] / "stop"), "cancelled": reported, "state": before["state"]}
+            cancelled.append(job)
+    return {"run": str(folder), "stop_file": str(runs[0] / "stop"), "cancelled": cancelled, "state": before["state"]}

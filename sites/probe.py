@@ -53,7 +53,7 @@ class NodeGroup:
 
 @dataclass
 class Observation:
-    """Everything read here. ``evidence`` maps a fact's path to the command that told it."""
+    """Everything read here. ``evidence`` maps a fact's path to the command that showed it."""
 
     version: str | None = None
     cluster: str | None = None

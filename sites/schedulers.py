@@ -1,5 +1,5 @@
 """The schedulers that a profile may name, and what is true of each wherever it runs: how GPUs are asked for, its
-flavours, and the variables that it gives to jobs. What this project can do with one is told by its backend
+flavours, and the variables that it gives to jobs. What this project can do with one is stated by its backend
 (``launchers/backends``).
 
 Another kind is its words in the literals here and a row of ``SCHEDULERS``; then ``aifactory sites check --write-index``

@@ -139,9 +139,9 @@ def run(args: argparse.Namespace) -> int:
     submitting = not (args.dry_run or args.explain)
     plan: dict[str, Any] | None = None
     wanted: list[str] = []
-    reported: str | None = None
+    remark: str | None = None
     if recipe is not None and (not args.dry_run or args.json):
-        plan, wanted, reported = plan_for(request, system, shape, recipe)
+        plan, wanted, remark = plan_for(request, system, shape, recipe)
         if wanted:
             # The planner's settings lie below the user's own, which win.
             request = dataclasses.replace(request, overrides=(*wanted, *request.overrides))
@@ -149,8 +149,8 @@ def run(args: argparse.Namespace) -> int:
     sub = build(request, system, recipe, shape=shape, plan=plan, files=submitting)
     if wanted:
         sub.notes.append("settings of the planner: " + " ".join(wanted))
-    if reported:
-        sub.notes.append(reported)
+    if remark:
+        sub.notes.append(remark)
     batch = backends.get(shape.backend).batch
     here = not batch or system.id in ("lab",) or sites.identify() == system.id or submitting
     if not here:
@@ -355,11 +355,11 @@ def _submit(args: argparse.Namespace, sub: Any, found: list[Any]) -> int:
     script = runs.write(sub)
     backend = backends.get(sub.shape.backend)
     if args.test_only:
-        reported = backend.submit(sub.run_dir, test_only=True)
+        answer = backend.submit(sub.run_dir, test_only=True)
         if args.json:
             _print_json(sub, found, {"script": str(script), "accepted": True})
         else:
-            note(f"the scheduler accepts {script}" + (f" ({reported})" if reported else ""))
+            note(f"the scheduler accepts {script}" + (f" ({answer})" if answer else ""))
         return 0
     if not backend.batch:
         note(f"run folder: {sub.run_dir}")

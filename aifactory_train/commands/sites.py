@@ -132,8 +132,8 @@ def _list(args: argparse.Namespace) -> int:
             head = [m["name"] if i == 0 else "", kind if i == 0 else "", m["country"] if i == 0 else ""]
             if system_id is None:
                 linked = ", ".join(m["linked_systems"])
-                reported = f"no system of its own today: {m['reason']}" + (f" (linked: {linked})" if linked else "")
-                rows.append([*head, reported, "", "", "", "", ""])
+                why = f"no system of its own today: {m['reason']}" + (f" (linked: {linked})" if linked else "")
+                rows.append([*head, why, "", "", "", "", ""])
                 continue
             s = systems[system_id]
             rows.append(
@@ -253,8 +253,8 @@ def _show(name: str, args: argparse.Namespace) -> int:
     if system.usable:
         gaps = system.core_missing()
         print("complete" if not gaps else f"not known: {', '.join(gaps)}")
-    for label, reported in _summary(system):
-        print(f"  {label:11} {reported}")
+    for label, value in _summary(system):
+        print(f"  {label:11} {value}")
     rows, legend = [], {}
     for fact in system.stated_facts():
         value = slurm_time(fact.value) if fact.path.endswith(("max_time", "default_time")) else fact.value
@@ -299,13 +299,13 @@ def _summary(system: Any) -> list[tuple[str, str]]:
         limit = system.limits(name)
         other = part.max_time and limit["max_time"] and part.max_time > limit["max_time"]
         longer = f" ({compact_time(part.max_time)} with another QoS)" if other else ""
-        reported = [
+        limits = [
             "the default" if name == system.default_partition else "",
             (f"at most {compact_time(limit['max_time'])}" if limit["max_time"] else "") + longer,
             f"{limit['max_nodes']} node(s) a job" if limit["max_nodes"] else "",
             {True: "nodes are shared", False: "whole nodes"}.get(part.shared, ""),
         ]
-        rows.append(("partition", f"{name}: " + (", ".join(filter(None, reported)) or "no limit is published")))
+        rows.append(("partition", f"{name}: " + (", ".join(filter(None, limits)) or "no limit is published")))
     rows += [
         ("scheduler", system.scheduler.kind),
         ("account", ", ".join(filter(None, [access.account, access.account_form])) if access.account else ""),
@@ -313,7 +313,7 @@ def _summary(system: Any) -> list[tuple[str, str]]:
         ("internet", ", ".join(f"{k}: {v}" for k, v in (("login", internet.login), ("jobs", internet.compute)) if v)),
         *services.summary(system),
     ]
-    return [(label, str(reported)) for label, reported in rows if reported]
+    return [(label, str(value)) for label, value in rows if value]
 
 
 def _show_member(member: dict[str, Any]) -> None:

@@ -385,12 +385,12 @@ def _pdf(raw: bytes, path: Path, notes: Notes | None) -> str:
         raise Unusable("encrypted PDF", "its cipher needs the package 'cryptography'") from None
     except Exception as error:  # pypdf raises KeyError, ValueError, RecursionError and more for damaged files
         raise Unusable("damaged PDF", type(error).__name__) from None
-    reported = [p for p in pages if len("".join(p.split())) >= _PAGE_LEAST]
-    if not reported:
+    filled = [p for p in pages if len("".join(p.split())) >= _PAGE_LEAST]
+    if not filled:
         raise Unusable("PDF without a text layer", f"{len(pages)} page(s)")
     if notes is not None:
-        notes.pages_without_text += len(pages) - len(reported)
-    return "\n\n".join(_page(lines) for lines in _without_running_heads([p.splitlines() for p in reported]))
+        notes.pages_without_text += len(pages) - len(filled)
+    return "\n\n".join(_page(lines) for lines in _without_running_heads([p.splitlines() for p in filled]))
 
 
 def _without_running_heads(pages: list[list[str]]) -> list[list[str]]:

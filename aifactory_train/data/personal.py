@@ -70,7 +70,7 @@ def scan(rows: Iterable[str], hint: str = "") -> PersonalDataFound:
     hint = hint.casefold()
     for position, row in enumerate(rows):
         if not isinstance(row, str):
-            raise TypeError(f"row {position}: text is expected, not {type(row).__name__}")
+            raise TypeError(f"row {position}: expected text, got {type(row).__name__}")
         report.texts += 1
         report.bytes += len(row) if row.isascii() else len(row.encode("utf-8", "surrogatepass"))
         tally = Tally(tried)

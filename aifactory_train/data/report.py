@@ -343,7 +343,7 @@ def _missing(report: dict[str, Any]) -> list[str]:
         part, _, verdict = what.rpartition(" ")
         part = what if what in _TEMPLATE_FIX else part
         if part not in _TEMPLATE_FIX:
-            continue  # names, and the reasoning of turns that are not learnt: told in the line of the rows
+            continue  # names, and the reasoning of turns that are not learnt: reported in the line of the rows
         did = {"dropped": "drops the", "changed": "rewrites the"}.get(verdict)
         reported = f"{did} {part} in" if did else f"leaves an {part.replace(' left', '')} in"
         often = f" ({found['times']:,} times)" if found["times"] != found["rows"] else ""

@@ -120,7 +120,7 @@ class ShardFiles:
     def put(self, name: str, tensor: torch.Tensor) -> None:
         shape, dtype = self.plan[name]
         if tuple(tensor.shape) != shape:
-            raise RunFailed(f"{name} has the shape {list(tensor.shape)}, {list(shape)} was expected")
+            raise RunFailed(f"{name}: expected the shape {list(shape)}, got {list(tensor.shape)}")
         path, at = self.places[name]
         with open(path, "r+b") as file:
             file.seek(at)

@@ -133,8 +133,8 @@ def _check_command_line(recipe: Recipe) -> None:
     names = {Path(s.source).name for s in [*recipe.data.train, *(recipe.data.eval or [])]}
     names |= {s.source for s in [*recipe.data.train, *(recipe.data.eval or [])]}
     names |= {s.name for s in [*recipe.data.train, *(recipe.data.eval or [])] if s.name}
-    reported = [n for n in names if len(n) > 2 and any(n in word for word in sys.argv[1:])]
-    if reported:
+    exposed = [n for n in names if len(n) > 2 and any(n in word for word in sys.argv[1:])]
+    if exposed:
         raise UserError(
             "the name of a data source stands on the command line, where every user of the machine can read it",
             where="command line",

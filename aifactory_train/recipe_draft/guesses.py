@@ -1,4 +1,4 @@
-"""What a user's own rows are: columns, task, labels, how they are split. Each guess is told and can be set."""
+"""What a user's own rows are: columns, task, labels, how they are split. Each guess is reported and can be set."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ n+1 by making that file, which one process alone can do, after it has seen that 
 ever taken away from under an owner: whoever judged too early finds n+1 there. File locks are not used, because cluster
 file systems often switch them off.
 
-Whether n still trains is told by the first of these that knows:
+Whether n still trains is decided by the first of these that knows:
 
 * it said that it ended;
 * it is a process of this machine: the process is there, and is the same one (process numbers are used again);

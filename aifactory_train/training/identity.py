@@ -75,9 +75,9 @@ def keep(run: RunFolder, inputs: dict[str, Any], *, fresh: bool) -> None:
 
 
 def check(run: RunFolder, recipe: Recipe, now: dict[str, Any]) -> list[str]:
-    """Compare with the first attempt; returns lines to be told. Raises :class:`UserError` naming what changed.
+    """Compare with the first attempt; returns lines to be reported. Raises :class:`UserError` naming what changed.
 
-    Where all weights are trained they all come from the checkpoint: a base whose weights changed is told and not
+    Where all weights are trained they all come from the checkpoint: a base whose weights changed is reported and not
     refused.
     """
     path = run.path / INPUTS

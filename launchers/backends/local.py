@@ -106,7 +106,7 @@ class Local(Backend):
         return offset + len(data)
 
     def query(self, job: str) -> Job | None:
-        """Whether the script's process still lives; how it ended is told by the run folder, not by the process."""
+        """Whether the script's process still lives; how it ended stands in the run folder."""
         pid = job.partition(":")[2]
         if not pid.isdigit():
             return None

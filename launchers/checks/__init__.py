@@ -6,7 +6,7 @@ One module a subject; ``RULES`` keeps the rules in the order in which they are r
 is wrong, the fact it rests on (with its source) and the fix. Levels:
 
     refuse       nothing is submitted
-    warn         told, nothing else
+    warn         reported, nothing else
     not-checked  only the site itself can tell, and we are not there (never changes the exit code)
 """
 
@@ -42,7 +42,7 @@ def check(sub: Submission, recipe: Recipe | None, *, here: bool, submitting: boo
 
 
 def raise_refusals(found: Iterable[Finding]) -> None:
-    """Raise the first refusal; the others are told in its message."""
+    """Raise the first refusal; the others stand in its message."""
     refused = [f for f in found if f.level == "refuse"]
     if not refused:
         return

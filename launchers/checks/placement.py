@@ -49,11 +49,11 @@ def scheduler_unseen(c: Context) -> Iterator[Finding]:
 
 @batch_rule
 def human_submits(c: Context) -> Iterator[Finding]:
-    """Sites that want a person behind each submission."""
+    """Sites that require a person behind each submission."""
     if c.system.policy.unattended_submission == "human-needed":
         yield warn(
-            f"{c.system.name} wants a person behind every submission: a job that stops at its limit is not submitted "
-            f"again by itself",
+            f"{c.system.name} requires a person behind every submission: a job that stops at its limit is not "
+            "submitted again by itself",
             c.fact("policy.unattended_submission"),
             "aifactory launch --resume RUN goes on with it",
         )
@@ -165,13 +165,13 @@ def partition_is_for_training(c: Context) -> Iterator[Finding]:
 def qos_required(c: Context) -> Iterator[Finding]:
     """A QoS is given where the site demands one."""
     if c.system.access.qos in ("required", "project") and not c.shape.qos:
-        reported = (
+        choice = (
             "your project's name"
             if c.system.access.qos == "project"
             else f"one of {', '.join(c.system.qos) or 'your QoS'}"
         )
         yield refuse(
-            f"{c.system.name} takes no GPU job without a QoS", c.fact("access.qos"), f"--qos, {reported}", "--qos"
+            f"{c.system.name} takes no GPU job without a QoS", c.fact("access.qos"), f"--qos, {choice}", "--qos"
         )
 
 

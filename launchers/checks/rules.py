@@ -44,7 +44,7 @@ def refuse(what: str, fact: str | None = None, fix: str | None = None, where: st
 
 
 def warn(what: str, fact: str | None = None, fix: str | None = None) -> Finding:
-    """Told, nothing else."""
+    """Reported, nothing else."""
     return Finding("", "warn", what, fact, fix)
 
 

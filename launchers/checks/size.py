@@ -264,7 +264,7 @@ def cores_per_gpu(c: Context) -> Iterator[Finding]:
     per_gpu = c.shape.cpus_per_task * c.shape.tasks_per_node / c.shape.gpus_per_node
     if (kind == "exact" and per_gpu != ratio) or per_gpu > ratio:
         yield refuse(
-            f"{per_gpu:g} cores per GPU, {c.system.name} wants {'exactly' if kind == 'exact' else 'at most'} {ratio}",
+            f"{per_gpu:g} cores per GPU, {c.system.name} needs {'exactly' if kind == 'exact' else 'at most'} {ratio}",
             c.fact("request.cpus_per_gpu"),
             "use as many processes per node as GPUs: leave --nproc out",
             "--nproc",

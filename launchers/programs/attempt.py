@@ -603,7 +603,7 @@ def decide(run, number, state, cause, stop_reason, policy):
         exclude += [n for n in (other.get("decision") or {}).get("exclude") or [] if n not in exclude]
     how = policy.get("resubmit") or "none"
     if how == "none" or not policy.get("unattended", True):
-        return end("stopped, resumable: this site or your request wants a person to submit again", final=False)
+        return end("stopped, resumable: this site or your request requires a person to submit again", final=False)
     if policy.get("links"):
         action = "next-link"
     elif counted in ("time", "preempted") and how == "requeue":

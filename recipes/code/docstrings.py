@@ -40,7 +40,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
         for node in ast.walk(tree):
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or node.name.startswith("_"):
                 continue
-            reported = inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0]
+            text = inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0]
             signature = f"def {node.name}({ast.unparse(node.args)})"
             key = f"{module}:{node.name}:{node.lineno}"
-            yield {"id": key, "signature": signature, "wording": plain(reported), "group": module}
+            yield {"id": key, "signature": signature, "wording": plain(text), "group": module}

@@ -30,6 +30,6 @@ _DEFINITION = re.compile(r'skos:definition\s+"((?:[^"\\]|\\.)*)"')
 def rows(path: Path) -> Iterator[dict[str, Any]]:
     """Classes of ``Brick.ttl`` with a definition of their own: ``{"id", "name", "wording"}``."""
     for name, block in _BLOCK.findall(read_text(path)):
-        reported = _DEFINITION.search(block)
-        if reported:
-            yield {"id": name, "name": name.replace("_", " "), "wording": unescaped(reported[1])}
+        definition = _DEFINITION.search(block)
+        if definition:
+            yield {"id": name, "name": name.replace("_", " "), "wording": unescaped(definition[1])}

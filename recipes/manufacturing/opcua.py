@@ -38,11 +38,11 @@ def rows(path: Path, *, files: list[str] | None = None) -> Iterator[dict[str, An
             kind = tag(node)
             if not kind.startswith("UA"):
                 continue
-            reported = child(node, "Description")
+            description = child(node, "Description")
             yield {
                 "id": f"{spec}/{node.get('NodeId')}",
                 "name": node.get("BrowseName", "").rpartition(":")[2],
                 "kind": kind[2:],
                 "spec": spec,
-                "wording": plain(reported.text or "") if reported is not None else "",
+                "wording": plain(description.text or "") if description is not None else "",
             }

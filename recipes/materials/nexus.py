@@ -29,8 +29,8 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     """
     for file in sorted(path.glob("*.nxdl.xml")):
         root = read_xml(file)
-        for number, (name, reported) in enumerate(_documented(root, root.get("name", file.stem))):
-            yield {"id": f"{file.stem}/{number}", "name": name, "wording": plain(reported)}
+        for number, (name, text) in enumerate(_documented(root, root.get("name", file.stem))):
+            yield {"id": f"{file.stem}/{number}", "name": name, "wording": plain(text)}
 
 
 def _documented(node: ElementTree.Element, name: str) -> Iterator[tuple[str, str]]:
@@ -41,7 +41,7 @@ def _documented(node: ElementTree.Element, name: str) -> Iterator[tuple[str, str
         if kind not in ("field", "attribute", "group") or not label:
             continue
         full = f"{name}/{label}" if kind != "attribute" else f"{name}@{label}"
-        reported = child(below, "doc")
-        if reported is not None and reported.text:
-            yield full, reported.text
+        doc = child(below, "doc")
+        if doc is not None and doc.text:
+            yield full, doc.text
         yield from _documented(below, full)
