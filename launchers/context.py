@@ -164,16 +164,18 @@ def _module_lines(sub: Submission, modules: list[str]) -> list[Line]:
     own = system.user.modules is not None
     if system.software.purge and modules:
         out.append(sub.line("module purge || true", "a clean module environment", "software.purge"))
-    for folder in system.software.use if modules else []:
-        out.append(sub.line(f"module use {quoted(folder)}", "where the site keeps these modules", "software.use"))
-    for name in modules:
-        out.append(
-            sub.line(
-                f"module load {quoted(name)} || die {quoted(f'module {name} is not there')}",
-                "from your site file (user.modules)" if own else "software of the site, in its documented order",
-                None if own else "software.modules",
-            )
+    out.extend(
+        sub.line(f"module use {quoted(folder)}", "where the site keeps these modules", "software.use")
+        for folder in (system.software.use if modules else [])
+    )
+    out.extend(
+        sub.line(
+            f"module load {quoted(name)} || die {quoted(f'module {name} is not there')}",
+            "from your site file (user.modules)" if own else "software of the site, in its documented order",
+            None if own else "software.modules",
         )
+        for name in modules
+    )
     return out
 
 

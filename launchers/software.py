@@ -215,8 +215,7 @@ def wheelhouse_command(system: System, way: Way, target: Path) -> list[str]:
         "--implementation=cp",
         f"--python-version={version}",
     ]
-    for tag in TAGS:
-        argv.append(f"--platform={tag}_{isa}")
+    argv.extend(f"--platform={tag}_{isa}" for tag in TAGS)
     return [*argv, *requirements()]
 
 

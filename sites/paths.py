@@ -73,10 +73,7 @@ def _stated_paths(data: Any, keys: list[str], prefix: str) -> Iterator[str]:
         if data not in (None, [], {}, ""):
             yield prefix
         return
-    if keys[0] == "*":
-        children = list(data) if isinstance(data, dict) else []
-    else:
-        children = [keys[0]]
+    children = (list(data) if isinstance(data, dict) else []) if keys[0] == "*" else [keys[0]]
     for child in children:
         try:
             value = dig(data, child)

@@ -84,7 +84,7 @@ def build(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
     overrides = list(args.overrides)
     recipe = load_recipe(args.recipe, overrides)
-    system = sites.load(args.site, overlay=args.site_file if args.site_file else None)
+    system = sites.load(args.site, overlay=args.site_file or None)
     nodes = _nodes(args.nodes)
     for name in ("deadline", "budget", "site_budget", "tokens"):
         value = getattr(args, name)

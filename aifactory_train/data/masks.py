@@ -76,8 +76,9 @@ class Masks:
                     ready[i] = False
                     break
                 owners.append(i)
-                for char in (turn.start, turn.end, *turn.text):
-                    borders.append(base + (char if plain else len(full[:char].encode())))
+                borders.extend(
+                    base + (char if plain else len(full[:char].encode())) for char in (turn.start, turn.end, *turn.text)
+                )
         wanted, owner = np.asarray(borders, dtype=np.int64).reshape(-1, 4), np.asarray(owners, dtype=np.int64)
         found = np.searchsorted(begins, wanted)
         fits = (begins[found] == wanted).all(axis=1)

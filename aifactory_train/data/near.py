@@ -364,7 +364,6 @@ def _candidates(bands: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, np.ndarr
         begins = np.ones(len(order), dtype=bool)
         begins[same] = False
         first = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
-        for earlier in (first[same], same - 1):
-            pairs.append(some[order[same]] * len(rows) + some[order[earlier]])
+        pairs.extend(some[order[same]] * len(rows) + some[order[earlier]] for earlier in (first[same], same - 1))
     found = np.unique(np.concatenate(pairs))
     return rows[found // max(1, len(rows))], rows[found % max(1, len(rows))]

@@ -97,8 +97,7 @@ def csv_rows(path: Path, notes: documents.Notes) -> Iterator[Block]:
             number, before = before + 1, reader.line_num
             if not cells:
                 continue
-            if cells[0].startswith("\ufeff"):
-                cells[0] = cells[0][1:]  # the file was joined from several
+            cells[0] = cells[0].removeprefix("\ufeff")  # the file was joined from several
             if [cell.strip() for cell in cells] == header:
                 notes.repeated_headers += 1
                 continue

@@ -233,10 +233,7 @@ def _guarded(
 def _format(head: Block, source: DataSource) -> tuple[str, str]:
     if source.format != "auto":
         return source.format, "the recipe says so"
-    if head.lines is not None:
-        first = next(parse_lines(head), None)
-    else:
-        first = (head.number(0), (head.rows or [None])[0])
+    first = next(parse_lines(head), None) if head.lines is not None else (head.number(0), (head.rows or [None])[0])
     if first is None:
         raise UserError("no rows: every line is blank", where=head.file)
     number, row = first

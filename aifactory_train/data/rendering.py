@@ -171,10 +171,7 @@ class Renderer:
             raise RowError("the chat template leaves this assistant turn out of the text")
         before, after = probe.split(marker, 1)
         start = _common(before, full) if not full.startswith(before) else len(before)
-        if full.endswith(after):
-            tail = len(full) - len(after)
-        else:
-            tail = len(full) - _common(after[::-1], full[::-1])
+        tail = len(full) - len(after) if full.endswith(after) else len(full) - _common(after[::-1], full[::-1])
         # `tail` is where the content ends; the end-of-turn token that follows belongs to the turn as well.
         end = min(len(full), tail + _stop_reach(full[tail:], self._stops))
         return min(start, tail), max(end, tail)

@@ -421,8 +421,7 @@ def lines_of(own: dict[str, Any]) -> list[tuple[str, str]]:
             f"({leak['share']:.1%}; limit {leak['limit']:.0%})"
         )
         out.append(("held-out rows that training rows repeat", figures))
-    for entry in own["licences"]:
-        out.append((f"licence of {entry['source']}", entry["licence"]))
+    out.extend((f"licence of {entry['source']}", entry["licence"]) for entry in own["licences"])
     kinds = ", ".join(f"{n:,} x {kind} in {found['rows'].get(kind, 0):,} rows" for kind, n in found["counts"].items())
     weak = sum(found["possible"].values())
     out.append(

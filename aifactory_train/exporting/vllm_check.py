@@ -141,9 +141,11 @@ def _adapter(config: dict[str, Any]) -> list[LoadFinding]:
     for key, name in (("use_dora", "DoRA"), ("use_qalora", "QALoRA"), ("use_bdlora", "BD-LoRA")):
         if config.get(key):
             trouble.append(name)
-    for key in ("alora_invocation_tokens", "layer_replication", "trainable_token_indices", "target_parameters"):
-        if config.get(key):
-            trouble.append(key)
+    trouble.extend(
+        key
+        for key in ("alora_invocation_tokens", "layer_replication", "trainable_token_indices", "target_parameters")
+        if config.get(key)
+    )
     refused = f"vLLM refuses {'; '.join(trouble)}: export --merge" if trouble else "plain LoRA"
     found.append(LoadFinding("adapter", not trouble, refused))
     targets = config.get("target_modules") or []

@@ -132,10 +132,7 @@ class FSDPEngine(TorchEngine):
 
     def describe(self) -> list[tuple[str, str, str]]:
         shards = self.mesh.size(-1)
-        if self.mesh.ndim == 2:
-            how = f"{self.mesh.size(0)} copies of {shards} shards each"
-        else:
-            how = f"{shards} shards"
+        how = f"{self.mesh.size(0)} copies of {shards} shards each" if self.mesh.ndim == 2 else f"{shards} shards"
         lines = [
             (
                 "engine",

@@ -396,11 +396,12 @@ def read_parameters(folder: Path, prefix: str = "model/") -> Iterator[tuple[str,
 
 def same_tensors(one: Path, other: Path) -> list[str]:
     """Names of tensors that differ in any bit between two checkpoints, whatever wrote them. Empty: bitwise equal."""
-    different = []
     left, right = dict(read_parameters(one, "")), dict(read_parameters(other, ""))
-    for name in sorted(left.keys() | right.keys()):
-        if name not in left or name not in right or not _same_bits(left[name], right[name]):
-            different.append(name)
+    different = [
+        name
+        for name in sorted(left.keys() | right.keys())
+        if name not in left or name not in right or not _same_bits(left[name], right[name])
+    ]
     return different
 
 

@@ -19,8 +19,7 @@ def show(plan: dict[str, Any]) -> None:
     _figures(plan)
     out.print()
     stack = [[name, f"{value:.2f}"] for name, value in plan["memory_gib"].items() if name != "total" and value]
-    stack.append(["total", f"{plan['memory_gib']['total']:.2f}"])
-    stack.append(["GPU", f"{plan['capacity_gib']:.2f}"])
+    stack.extend((["total", f"{plan['memory_gib']['total']:.2f}"], ["GPU", f"{plan['capacity_gib']:.2f}"]))
     table("Memory per GPU at the peak, GiB", ["component", "GiB"], stack, right=(1,))
     out.print()
     out.print("Why", style="bold")

@@ -65,10 +65,11 @@ def _preference(recipe: Recipe) -> str | None:
 def _prepared(recipe: Recipe) -> Size | None:
     """The newest preparation of this recipe in the cache."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", recipe.id)
-    found: list[tuple[float, Path]] = []
-    for path in (cache_dir() / "prepared").glob(f"{name}-*/prepared.json"):
-        if re.fullmatch(re.escape(name) + r"-[0-9a-f]{16}", path.parent.name):
-            found.append((path.stat().st_mtime, path))
+    found: list[tuple[float, Path]] = [
+        (path.stat().st_mtime, path)
+        for path in (cache_dir() / "prepared").glob(f"{name}-*/prepared.json")
+        if re.fullmatch(re.escape(name) + r"-[0-9a-f]{16}", path.parent.name)
+    ]
     for _, path in sorted(found, reverse=True):
         try:
             report = json.loads(path.read_text(encoding="utf-8"))["report"]

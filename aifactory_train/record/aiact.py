@@ -73,10 +73,7 @@ def verdict(base: Base, this_run: float, earlier: float = 0.0) -> dict[str, Any]
     base_is_gpai = None if base.flop is None else base.flop > GPAI_FLOP
     over_third = lineage > limit
     crosses = base.flop is not None and not base_is_gpai and base.flop + lineage > GPAI_FLOP
-    if base_is_gpai is False:
-        provider = crosses
-    else:
-        provider = over_third
+    provider = crosses if base_is_gpai is False else over_third
     known = (
         f"The base model {base.name} took {base.flop:.2g} FLOP to train ({base.source})"
         if base.flop is not None

@@ -256,16 +256,16 @@ def check_manifest(
         if fault is not None:
             faults.append(fault)
     names = (*_ALWAYS, *_SINCE) if any(name in listed for name in _SINCE) else _ALWAYS
-    for name in _unsigned(folder, names, listed):
-        faults.append(RecordFault("file-added", name, "the manifest does not list this file"))
+    faults.extend(
+        RecordFault("file-added", name, "the manifest does not list this file")
+        for name in _unsigned(folder, names, listed)
+    )
     added = {f.where for f in faults}
-    for name in dict.fromkeys([*_NEEDED, *expected]):
-        if name not in listed and name not in added:
-            faults.append(
-                RecordFault(
-                    "manifest-incomplete", name, "the manifest does not list this file, which the run must have"
-                )
-            )
+    faults.extend(
+        RecordFault("manifest-incomplete", name, "the manifest does not list this file, which the run must have")
+        for name in dict.fromkeys([*_NEEDED, *expected])
+        if name not in listed and name not in added
+    )
     if not is_regular(envelope_file):
         notes.append("the manifest is not signed")
         if key is not None:

@@ -137,7 +137,9 @@ def _differences(
         changed.append(("data.train", "the training rows, or their tokens, are others"))
     # With another data.eval_rows, which may change, other rows are drawn: then there is nothing to compare.
     old, new = before["data"]["eval"], now["data"]["eval"]
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name) and before["data"]["eval_rows"] == now["data"]["eval_rows"]:
-            changed.append(("data.eval", f"the held-out rows '{name}', or their tokens, are others"))
+    changed.extend(
+        ("data.eval", f"the held-out rows '{name}', or their tokens, are others")
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and before["data"]["eval_rows"] == now["data"]["eval_rows"]
+    )
     return changed, reported

@@ -12,10 +12,7 @@ def chunk_rows(arch: str, sku: str | None, rows: int, vocab: int) -> int:
     """Rows of one chunk: the machine's balance on a GPU (:func:`hardware.chunk_rows`), cache size on a CPU; chunks of
     equal size.
     """
-    if arch == "cpu":
-        most = max(64, min(4096, CPU_LOGITS // vocab))
-    else:
-        most = hardware.chunk_rows(hardware.sku(sku, arch))
+    most = max(64, min(4096, CPU_LOGITS // vocab)) if arch == "cpu" else hardware.chunk_rows(hardware.sku(sku, arch))
     return max(1, cdiv(rows, cdiv(max(1, rows), most)))
 
 

@@ -5,9 +5,10 @@ from aifactory_train.kernels.sharding import Shard, optional, rule, total, whole
 
 @rule("lora_linear_fwd")
 def lora_linear_fwd(x, weight, lora_a, lora_b, scaling, bias, x_adapter):
-    out = []
-    for p in [whole, Shard(0)]:
-        out.append(([p, p], [p, whole, whole, whole, None, optional(bias, whole), optional(x_adapter, p)]))
+    out = [
+        ([p, p], [p, whole, whole, whole, None, optional(bias, whole), optional(x_adapter, p)])
+        for p in [whole, Shard(0)]
+    ]
     return out
 
 

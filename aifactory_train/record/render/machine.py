@@ -325,17 +325,17 @@ def crate(record: dict[str, Any], files: list[dict[str, Any]]) -> dict[str, Any]
         if not finished and attempt.get("cause"):
             action["error"] = str(attempt["cause"])
         graph.append(action)
-    for file in files:
-        graph.append(
-            {
-                "@id": file["path"],
-                "@type": "File",
-                "name": file["path"],
-                "encodingFormat": file["media"],
-                "contentSize": str(file["bytes"]),
-                "sha256": file["sha256"],
-            }
-        )
+    graph.extend(
+        {
+            "@id": file["path"],
+            "@type": "File",
+            "name": file["path"],
+            "encodingFormat": file["media"],
+            "contentSize": str(file["bytes"]),
+            "sha256": file["sha256"],
+        }
+        for file in files
+    )
     return {
         "@context": [
             "https://w3id.org/ro/crate/1.1/context",

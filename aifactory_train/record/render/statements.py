@@ -61,9 +61,11 @@ def curation(record: dict[str, Any]) -> str:
             + (f" ({text_of(counts)})" if counts else "")
         )
     sets = record.get("data_sets", {})
-    for key in ("rows", "unused", "duplicates", "overlap", "split"):
-        if key in sets:
-            parts.append(f"{key}: {text_of({k: v for k, v in sets[key].items() if k != 'groups'})}")
+    parts.extend(
+        f"{key}: {text_of({k: v for k, v in sets[key].items() if k != 'groups'})}"
+        for key in ("rows", "unused", "duplicates", "overlap", "split")
+        if key in sets
+    )
     return "; ".join(parts) or missing("run")
 
 
