@@ -304,21 +304,14 @@ def within(texts: Iterable[str] | Shingles, rows: np.ndarray | None = None) -> t
     return exact, near
 
 
-def across(train: Iterable[str], held: Iterable[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training texts that repeat a held-out text, and held-out texts that are repeated.
-
-    Returns ``(exact [train], near [train], exact [held], near [held])``, bool; near: not exactly, but nearly so.
-    """
-    train, held = list(train), list(held)
-    both = np.arange(len(train) + len(held))
-    return between(shingle([*train, *held]), both[: len(train)], both[len(train) :])
-
-
 def between(
     shingles: Shingles, train: np.ndarray, held: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """:func:`across` for two sets of rows of the same shingles. The last answer is remembered: where the overlap left
-    nothing to take out, the report asks the same once more."""
+    """Training texts that repeat a held-out text, and held-out texts that are repeated; both are rows of ``shingles``.
+
+    Returns ``(exact [train], near [train], exact [held], near [held])``, bool; near: not exactly, but nearly so. The
+    last answer is remembered: where the overlap left nothing to take out, the report asks the same once more.
+    """
     asked = (train.tobytes(), held.tobytes())
     if shingles._between is None or shingles._between[0] != asked:
         shingles._between = asked, _between(shingles, train, held)

@@ -42,10 +42,6 @@ def _ddmmyy(digits: str) -> bool:
     return is_date(int(digits[0:2]), int(digits[2:4]))
 
 
-def _yymmdd(digits: str) -> bool:
-    return is_date(int(digits[4:6]), int(digits[2:4]))
-
-
 # --------------------------------------------------------------------------- accounts and cards
 
 # ISO 13616 IBAN registry (SWIFT): length per country, European and neighbouring countries first.

@@ -21,8 +21,6 @@ GPAI_FLOP = 1e23  # indicator for a general-purpose model, Guidelines point 17
 SYSTEMIC_FLOP = 1e25  # presumption of systemic risk, Art. 51(2)
 SHARE = 1 / 3  # Guidelines point 60
 WARN_AT = 0.1  # of the threshold
-#: What an H100 does in an hour at 40 % of its dense bf16 peak of 989 TFLOP/s; for a feeling of size only.
-H100_HOUR = 0.4 * 989e12 * 3600
 
 
 @dataclass(frozen=True)

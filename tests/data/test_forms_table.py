@@ -9,15 +9,14 @@ import re
 from pathlib import Path
 
 import pytest
-
-from aifactory_train.data.forms import Example, examples, read_as, written
+from forms_table import Example, examples, read_as, written
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 
 
 def test_the_documentation_says_what_the_code_does():
     text = DOCS.read_text(encoding="utf-8")
-    assert written(text) == text, "python -m aifactory_train.data.forms docs/data.md"
+    assert written(text) == text, "python tests/data/forms_table.py docs/data.md"
 
 
 @pytest.mark.parametrize("example", list(examples()), ids=lambda e: e[0])

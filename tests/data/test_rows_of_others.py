@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from chat_families import byte_tokenizer
+from forms_table import table
 
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.data import prepare
 from aifactory_train.data.cells import RowError, Unused
-from aifactory_train.data.forms import table
 from aifactory_train.data.inputs import PREPARED_FORMAT
 from aifactory_train.data.report import rows_line
 from aifactory_train.data.rows import canonical, detect_format

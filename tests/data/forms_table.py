@@ -1,6 +1,6 @@
 """Every form that a row may have, as a table for the documentation: examples, and what the code itself makes of them.
 
-``python -m aifactory_train.data.forms docs/data.md`` writes it between its two marks.
+``python tests/data/forms_table.py docs/data.md`` writes it between its two marks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aifactory_train.data.rows import PROMPT_COLUMNS, QUESTIONS, canonical, dete
 from aifactory_train.data.tool_calls import ARGUMENT_KEYS
 from aifactory_train.data.turns import CALL_ROLES, LEARN_KEYS, OTHER_ROLES, ROLES, TEXT_KEYS
 
-BEGIN, END = "<!-- forms: written by python -m aifactory_train.data.forms -->", "<!-- forms: end -->"
+BEGIN, END = "<!-- forms: written by python tests/data/forms_table.py -->", "<!-- forms: end -->"
 
 _Q, _A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 _TALK: dict[str, Any] = {"messages": [_Q, _A]}
