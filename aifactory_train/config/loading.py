@@ -213,12 +213,7 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
         for depth, part in enumerate(path[:-1]):
             if isinstance(node, list):
                 if not isinstance(part, int) or part >= len(node):
-                    block = ".".join(map(str, path[:depth]))
-                    raise UserError(
-                        f"'{block}' is a list of {len(node)}",
-                        where=_shown(text),
-                        fix=f"say which one, counted from 0: {block}.0",
-                    )
+                    raise _no_such_item(path[:depth], node, text)
                 if not isinstance(node[part], dict):
                     node[part] = {"source": node[part]}
                 node = node[part]
@@ -237,12 +232,7 @@ def _apply_overrides(tree: dict, overrides: list[str]) -> dict[tuple, str]:
         last = path[-1]
         if isinstance(node, list):
             if not isinstance(last, int) or last >= len(node):
-                block = key.rpartition(".")[0]
-                raise UserError(
-                    f"'{block}' is a list of {len(node)}",
-                    where=_shown(text),
-                    fix=f"say which one, counted from 0: {block}.0",
-                )
+                raise _no_such_item(path[:-1], node, text)
         else:
             last = str(last)
         node[last] = value
@@ -269,6 +259,12 @@ def _tell_replaced(origin: dict[tuple, str], path: tuple, text: str) -> None:
         replaced = origin.pop(earlier)
         if replaced != text:
             note(f"{_shown(replaced)} has no effect: {_shown(text)} comes after it")
+
+
+def _no_such_item(path: tuple[str | int, ...], node: list[Any], text: str) -> UserError:
+    block = ".".join(map(str, path))
+    fix = f"say which one, counted from 0: {block}.0"
+    return UserError(f"'{block}' is a list of {len(node)}", where=_shown(text), fix=fix)
 
 
 def _shown(override: str) -> str:

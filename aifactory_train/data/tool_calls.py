@@ -30,12 +30,18 @@ def calls_of_turn(raw: dict[str, Any], where: str, unused: Unused) -> list[Any] 
     return calls
 
 
+def _parsed(value: Any, fault: str, fix: str | None = None) -> Any:
+    """What text says as JSON; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except json.JSONDecodeError:
+        raise RowError(fault, fix) from None
+
+
 def _old_call(value: Any, where: str) -> dict[str, Any]:
-    if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except json.JSONDecodeError:
-            raise RowError(f"{where}: 'function_call' is text that is not valid JSON", _CALL) from None
+    value = _parsed(value, f"{where}: 'function_call' is text that is not valid JSON", _CALL)
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise RowError(f"{where}: 'function_call' is no call with a name", _CALL)
     return {"function": value}
@@ -46,11 +52,7 @@ _CALL = 'write it as {"name": ..., "arguments": {...}}, or as tool_calls'
 
 def calls_of_text(value: Any, where: str) -> list[Any]:
     """Calls that stand as JSON in place of the text of a turn."""
-    if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except json.JSONDecodeError:
-            raise RowError(f"{where}: the call is not valid JSON", _CALL) from None
+    value = _parsed(value, f"{where}: the call is not valid JSON", _CALL)
     calls = value if isinstance(value, list) else [value]
     if not calls or not all(isinstance(call, dict) for call in calls):
         raise RowError(f"{where} is no call with a name", _CALL)
@@ -75,10 +77,7 @@ def tool_call(call: Any, where: str, unused: Unused) -> dict[str, Any]:
     if arguments is None:
         arguments = {}
     if isinstance(arguments, str):
-        try:
-            arguments = parse_json(arguments) if arguments.strip() else {}
-        except json.JSONDecodeError:
-            raise RowError(f"{where}: function.{key} is not valid JSON") from None
+        arguments = _parsed(arguments, f"{where}: function.{key} is not valid JSON") if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise RowError(f"{where}: function.{key} is {kind_of(arguments)}, not an object")
     if None in arguments.values():

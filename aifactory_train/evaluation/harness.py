@@ -109,18 +109,14 @@ def _plain_model(run: RunFolder, recipe: Recipe, device: str) -> tuple[Any, Any]
     from aifactory_train.model.base import base_folder
     from aifactory_train.model.generation_config import loading
     from aifactory_train.model.precision import choose_precision
-    from aifactory_train.model.trained import with_adapter
+    from aifactory_train.model.trained import nothing_exported, with_adapter
     from aifactory_train.private import vault
 
     precision, _ = choose_precision(recipe, device)
     adapter, whole = run.export / "adapter", run.export / "model"
     is_adapter = vault.holds(adapter / "adapter_model.safetensors")
     if not is_adapter and not (whole / "config.json").is_file():
-        raise UserError(
-            "this run has exported nothing yet",
-            where=str(run.path),
-            fix="finish it (aifactory train ... --resume auto); the export follows the last step",
-        )
+        raise nothing_exported(run)
     model: Any = AutoModelForCausalLM.from_pretrained(
         base_folder(recipe) if is_adapter else whole,
         dtype=precision.compute,

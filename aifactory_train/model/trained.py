@@ -51,6 +51,12 @@ def with_adapter(base: Any, adapter: Path) -> Any:
     return model
 
 
+def nothing_exported(run: RunFolder) -> UserError:
+    """The refusal where a model is needed that was not exported yet."""
+    fix = "finish it (aifactory train ... --resume auto); the export follows the last step"
+    return UserError("this run has exported nothing yet", where=str(run.path), fix=fix)
+
+
 def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
     """The trained model of a run for use (chat, eval): ``(model, tokenizer, recipe)``, with our attention, in eval
     mode.
@@ -76,11 +82,7 @@ def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
         model = load_language_model(whole, recipe, device=device, dtype=precision.compute, report=report)
         folder = whole
     else:
-        raise UserError(
-            "this run has exported nothing yet",
-            where=str(run.path),
-            fix="finish it (aifactory train ... --resume auto); the export follows the last step",
-        )
+        raise nothing_exported(run)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(

@@ -67,8 +67,14 @@ def linear_dpo(
     return reference.dpo(logps, reference_logps, beta, smoothing)
 
 
-def _rows(labels, first, last, picked):
-    return slice(first, last) if picked is None else picked[first:last]
+def _chunks(hidden, weight, labels, bias, chunk, rows, picked):
+    """(which rows, hidden, labels, logits) of each chunk; the logits of all lie in one buffer."""
+    buffer = weight.new_empty(min(chunk, rows), weight.shape[0])
+    for first in range(0, rows, chunk):
+        last = min(first + chunk, rows)
+        here = slice(first, last) if picked is None else picked[first:last]
+        h = hidden[here]
+        yield here, h, labels[here], project(h, weight, bias, buffer[: h.shape[0]])
 
 
 @runtime.custom_op(
@@ -80,11 +86,7 @@ def linear_logps_fwd(hidden, weight, labels, bias, scale, softcap, chunk):
     rows, picked, _ = pick(labels, -1)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logps, lse = (hidden.new_zeros(labels.shape[0], dtype=dtype) for _ in range(2))
-    buffer = weight.new_empty(min(chunk, rows), weight.shape[0])
-    for first in range(0, rows, chunk):
-        here = _rows(labels, first, min(first + chunk, rows), picked)
-        h, label = hidden[here], labels[here]
-        logits = project(h, weight, bias, buffer[: h.shape[0]])
+    for here, _, label, logits in _chunks(hidden, weight, labels, bias, chunk, rows, picked):
         if runtime.use_triton(NAME, logits):
             loss, part = launch_forward(logits, label, scale, softcap)
         else:
@@ -112,11 +114,7 @@ def linear_logps_bwd(grad, hidden, weight, labels, bias, lse, scale, softcap, ch
     dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     dw = weight.new_zeros(weight.shape, dtype=dtype)
     db = weight.new_zeros(weight.shape[0], dtype=dtype)
-    buffer = weight.new_empty(min(chunk, rows), weight.shape[0])
-    for first in range(0, rows, chunk):
-        here = _rows(labels, first, min(first + chunk, rows), picked)
-        h, label = hidden[here], labels[here]
-        logits = project(h, weight, bias, buffer[: h.shape[0]])
+    for here, h, label, logits in _chunks(hidden, weight, labels, bias, chunk, rows, picked):
         minus = -grad[here]  # the kernels differentiate the loss, which is minus the log-probability
         if runtime.use_triton(NAME, logits):
             dlogits = launch_backward(minus, logits, label, lse[here], logits, scale, softcap)

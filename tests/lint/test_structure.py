@@ -31,7 +31,6 @@ LONG_FUNCTIONS = {
     "local_profile",
     "_write_start",
     "bom",
-    "_apply_overrides",
     "compose",
     "check_members",
     "score",
