@@ -27,7 +27,6 @@ LONG_FUNCTIONS = {
     "run",
     "_first_cause",
     "add_arguments",
-    "chart",
     "local_profile",
     "_write_start",
     "bom",
