@@ -136,10 +136,8 @@ def _rank_on(where: Path, node: str | None) -> int | None:
     return ranks[0] if ranks else None
 
 
-def cause_of(
-    kind: str, message: str, *, rank: int | None = None, node: str | None = None, step: int | None = None
-) -> dict[str, Any]:
-    return {"rank": rank, "node": node, "kind": kind, "message": message, "step": step}
+def cause_of(kind: str, message: str, *, node: str | None = None, step: int | None = None) -> dict[str, Any]:
+    return {"rank": None, "node": node, "kind": kind, "message": message, "step": step}
 
 
 def _cancelled(state: str, cause: dict[str, Any] | None) -> dict[str, Any]:

@@ -199,11 +199,9 @@ def _limits(values: dict[str, Any]) -> dict[str, Any]:
     return part | ({"max_time": compact_time(part["max_time"])} if "max_time" in part else {})
 
 
-def compose(
-    system_id: str, answers: dict[str, Any], probed: set[str], today: datetime.date | None = None
-) -> dict[str, Any]:
+def compose(system_id: str, answers: dict[str, Any], probed: set[str]) -> dict[str, Any]:
     """The raw profile from the answers; ``probed`` names the answers that the machine gave."""
-    today = today or datetime.date.today()
+    today = datetime.date.today()
     get = answers.get
     raw: dict[str, Any] = {
         "schema": 1,

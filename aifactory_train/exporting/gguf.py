@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import RunFailed, UserError, did_you_mean
 from aifactory_train.core.files import write_json
 from aifactory_train.exporting import writer as ex
@@ -68,9 +67,7 @@ class GgufVerdict(GateVerdict):
     greedy_agreement: float  # share of all places where file and trained model choose the same token
 
 
-def export_gguf(
-    run: RunFolder, kind: str, *, step: int | None = None, verify: bool | None = None, recipe: Recipe | None = None
-) -> dict[str, Any]:
+def export_gguf(run: RunFolder, kind: str, *, step: int | None = None, verify: bool | None = None) -> dict[str, Any]:
     """Write ``export/gguf-KIND/RUN-KIND.gguf`` from what ``run`` exported (``step``: of that checkpoint, exported
     first).
 
@@ -82,7 +79,7 @@ def export_gguf(
         raise UserError(
             f"there is no type '{kind}'{did_you_mean(kind, TYPES)}", where="--type", fix=f"one of: {', '.join(TYPES)}"
         )
-    recipe = recipe or run.load_config()
+    recipe = run.load_config()
     profile.enforce(recipe, run.path)
     refuse_plain(run, "gguf")
     verify = recipe.export.verify if verify is None else verify

@@ -51,7 +51,6 @@ def apply_fsdp(
     compute: torch.dtype,
     reduce: torch.dtype,
     offload: bool = False,
-    reshard_after_forward: bool = True,
 ) -> None:
     """Shard ``core`` in place over ``mesh``: each block of :func:`block_modules`, then the rest as the root group.
 
@@ -60,9 +59,7 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
     where: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
     for block in block_modules(core):
-        fully_shard(
-            block, mesh=mesh, mp_policy=policy, offload_policy=where, reshard_after_forward=reshard_after_forward
-        )
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=where, reshard_after_forward=True)
     # The root is needed again at once by the backward: resharding it would only gather it twice.
     fully_shard(core, mesh=mesh, mp_policy=policy, offload_policy=where, reshard_after_forward=False)
     compat.sum_gradients(core)

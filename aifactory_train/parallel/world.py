@@ -196,7 +196,7 @@ def _patient_group() -> dist.ProcessGroup:
 def from_main(world: World, function: Callable[[], Any]) -> Any:
     """The result of ``function``, which rank 0 alone runs; a :class:`UserError` of rank 0 is raised on every rank.
 
-    Waiting has its own long time-out: work such as tokenising on rank 0 must not end in a collective's time-out.
+    Waiting has its own time-out of a day: work such as tokenising on rank 0 must not end in a collective's time-out.
     """
     if world.size == 1:
         return function()

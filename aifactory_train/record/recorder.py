@@ -281,8 +281,8 @@ class Recorder:
         )
         return functools.partial(flops.documents, shape, trained=trained)
 
-    def _inference(self, config: dict[str, Any], tokens: int = 100_000, answer: int = 1000) -> dict[str, Any]:
-        """Analytic FLOP of generating ``tokens`` tokens in answers of ``answer`` tokens with a key-value cache."""
+    def _inference(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Analytic FLOP of generating 100,000 tokens in answers of 1,000 tokens with a key-value cache."""
         from aifactory_train.core.errors import UserError
         from aifactory_train.model import shapes
 
@@ -290,6 +290,7 @@ class Recorder:
             shape = shapes.from_config(config, self.recipe.model.base)
         except UserError:
             return {"flop": missing("run: the architecture's FLOPs are not counted"), "method": missing("run")}
+        tokens, answer = 100_000, 1000
         one = flops.forward(shape, answer)
         return {
             "flop": tokens * (one.linear + one.head + one.attention_causal),
@@ -525,12 +526,12 @@ class Recorder:
         if state == "finished" and self.recipe.record.pack and self._write_pack is not None:
             self._write_pack(self.run)
 
-    def _wait_for_other_nodes(self, patience_s: float = 5.0) -> None:
-        """The other nodes' last readings, if they come soon."""
+    def _wait_for_other_nodes(self) -> None:
+        """The other nodes' last readings, if they come within five seconds."""
         if self._nodes <= 1:
             return
         folder = self.run.attempt_dir(int(self.attempt))
-        until = time.monotonic() + patience_s
+        until = time.monotonic() + 5.0
         while time.monotonic() < until:
             files = list(folder.glob("energy-*.json"))
             if len(files) >= self._nodes and all('"final": true' in f.read_text(encoding="utf-8") for f in files):
