@@ -17,7 +17,7 @@ class Target:
 
     ``wave`` is the number of lanes of one warp; ``block_memory`` the most shared memory (LDS) in bytes that one block
     may take; ``unit_memory`` and ``unit_registers`` (32-bit registers) what one SM or compute unit has for all its
-    blocks; ``lane_registers`` the most registers one lane can address without spilling.
+    blocks.
     """
 
     name: str
@@ -26,7 +26,6 @@ class Target:
     block_memory: int
     unit_memory: int
     unit_registers: int
-    lane_registers: int
     unit_threads: int = 2048
     unit_blocks: int = 32
     reserved_memory: int = 0
@@ -38,11 +37,11 @@ class Target:
 
 
 def _nvidia(name: str, block: int, unit: int, reserved: int) -> Target:
-    return Target(name, "cuda", 32, block, unit, 65536, 255, reserved_memory=reserved)
+    return Target(name, "cuda", 32, block, unit, 65536, reserved_memory=reserved)
 
 
 def _cdna(name: str, memory: int) -> Target:
-    return Target(name, "hip", 64, memory, memory, 4 * 512 * 64, 512)
+    return Target(name, "hip", 64, memory, memory, 4 * 512 * 64)
 
 
 # CUDA programming guide, table of compute capabilities (shared memory per block and per SM); AMD accelerator
@@ -58,8 +57,8 @@ TARGETS: dict[str, Target] = {
         _cdna("gfx90a", 65536),
         _cdna("gfx942", 65536),
         _cdna("gfx950", 163840),
-        Target("gfx1250", "hip", 32, 327680, 327680, 0, 1024),
-        Target("gfx1251", "hip", 32, 327680, 327680, 0, 1024),
+        Target("gfx1250", "hip", 32, 327680, 327680, 0),
+        Target("gfx1251", "hip", 32, 327680, 327680, 0),
     )
 }
 

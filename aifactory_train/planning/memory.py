@@ -260,7 +260,6 @@ class State:
     gradients: float
     optimizer: float
     adapters: float  # bytes of the adapters' parameters
-    trained_elements: float
     host: float = 0.0
 
 
@@ -320,7 +319,6 @@ def static_state(job: TrainingJob) -> State:
         gradients=gradients,
         optimizer=optimizer,
         adapters=adapters,
-        trained_elements=here,
         host=host,
     )
 
