@@ -9,6 +9,7 @@ gradient of ``sum of losses / supervised tokens of all ranks``.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -225,11 +226,26 @@ def build(case: dict[str, Any], world):
 
 
 def run_case(case: dict[str, Any], world) -> dict[str, Any]:
+    from torch._dynamo.utils import counters
+
+    import gpu_shaped
+
     engine = build(case, world)
-    points = [train_step(engine, case, world, step) for step in range(case.get("steps", 20))]
+    counters.clear()
+    points, collectives = [], []
+    for step in range(case.get("steps", 20)):
+        with gpu_shaped.Collectives() if case.get("count") else contextlib.nullcontext() as seen:
+            points.append(train_step(engine, case, world, step))
+        collectives.append(dict(seen.found) if seen is not None else {})
     del engine
     gc.collect()  # DeepSpeed's engines are cycles: let every rank drop this one here, not in the middle of the next
-    return {"losses": [p[0] for p in points], "norms": [p[1] for p in points]}
+    return {
+        "losses": [p[0] for p in points],
+        "norms": [p[1] for p in points],
+        "collectives": collectives,
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": dict(counters["graph_break"]),
+    }
 
 
 if __name__ == "__main__":

@@ -133,3 +133,17 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.found[function._schema.name] += 1
         return function(*args, **(kwargs or {}))
+
+
+class Launches(Operators):
+    """Counts what launches a kernel: no views, nothing that only makes memory."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if function.is_view or name.split("::")[1] in NO_LAUNCH:
+            return function(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+#: Operators that launch nothing, beside views.
+NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}

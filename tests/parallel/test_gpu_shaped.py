@@ -4,6 +4,7 @@ collectives."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import curves
@@ -15,7 +16,7 @@ from read_backs import ReadBacks
 
 from aifactory_train.core import compat
 from aifactory_train.model.precision import choose_precision
-from aifactory_train.parallel import apply
+from aifactory_train.parallel import apply, ddp
 from aifactory_train.parallel.build import build_engine
 from aifactory_train.parallel.world import World
 
@@ -137,17 +138,28 @@ def graphs(world: World, monkeypatch: pytest.MonkeyPatch, **case) -> tuple[list[
     return found, dict(counters["graph_break"])
 
 
-ALL = [(name, checkpointing) for name in ("ddp", "fsdp2") for checkpointing in ("none", "selective", "full")]
-SHARES = [pytest.param(*case, marks=() if case == ("ddp", "full") else pytest.mark.slow) for case in ALL]
+ALL = [
+    (name, checkpointing, compute)
+    for name in ("ddp", "fsdp2", "hsdp")
+    for checkpointing in ("none", "selective", "full")
+    for compute in ("bf16", "fp32")
+]
+SHARES = [pytest.param(*case, marks=() if case == ("ddp", "full", "bf16") else pytest.mark.slow) for case in ALL]
 
 
-@pytest.mark.parametrize(("name", "checkpointing"), SHARES)
-def test_one_compilation_serves_all_blocks(name: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16 (on a CPU the default is fp32, where nothing is copied): with lengths as numbers, and for any length; no
-    more.
+@pytest.mark.parametrize(("name", "checkpointing", "compute"), SHARES)
+def test_one_compilation_serves_all_blocks(
+    name: str, checkpointing: str, compute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 (on a CPU the default is fp32, where nothing is copied) as in fp32: with lengths as numbers, and for any
+    length; no more.
     """
-    with gpu_shaped.rank_of(2) as world:
-        found, breaks = graphs(world, monkeypatch, engine=name, checkpointing=checkpointing)
+    more = {"shard_size": 2} if name == "hsdp" else {}
+    precision = {"compute": compute, "frozen": compute}
+    with gpu_shaped.rank_of(4 if name == "hsdp" else 2) as world:
+        found, breaks = graphs(
+            world, monkeypatch, engine=name, checkpointing=checkpointing, precision=precision, **more
+        )
     assert not breaks and 1 <= len(found) <= 2
 
 
@@ -185,20 +197,102 @@ def test_what_could_not_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, cap
 # ---- collectives
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "hsdp"])
 @pytest.mark.parametrize("micros", [1, 3])
-def test_collectives_of_a_step(micros: int) -> None:
+def test_collectives_of_a_step(name: str, micros: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """FSDP2 gathers, for each micro-batch, each block for forward and backward and the root once; it reduces once a
-    step; one norm.
+    step, HSDP over its copies besides; one norm. DDP sums once a step, and every rank has the norm; the one besides is
+    its map of the parameters that were used (an int32 each).
     """
-    blocks = 2
+    blocks, buckets = 2, []
     batch = curves.make_batch(curves.step_documents(0), "cpu")
-    with gpu_shaped.rank_of(2) as world:
-        running = engine(world, engine="fsdp2")
+    with gpu_shaped.rank_of(4 if name == "hsdp" else 2) as world:
+        nowhere = ddp._sum_hook
+        monkeypatch.setattr(ddp, "_sum_hook", lambda dtype, bucket: (buckets.append(1), nowhere(dtype, bucket))[1])
+        running = engine(world, engine=name, **({"shard_size": 2} if name == "hsdp" else {}))
         with gpu_shaped.Collectives() as seen:
             for micro in range(micros):
                 running.forward_backward(batch, 0.5, last=micro == micros - 1)
             running.clip(1.0)
             running.step(1e-3)
-    assert set(seen.found) == {"allgather", "reduce_scatter", "allreduce"}, seen.found
-    assert seen.found["allgather"] == micros * (2 * blocks + 1), seen.found
-    assert (seen.found["reduce_scatter"], seen.found["allreduce"]) == (blocks + 1, 1), seen.found
+        monkeypatch.undo()
+    if name == "ddp":
+        assert len(buckets) == 1, buckets  # all of this model is in one
+        assert seen.found == {"allreduce": 1}, seen.found
+        return
+    assert seen.found == {
+        "allgather": micros * (2 * blocks + 1),
+        "reduce_scatter": blocks + 1,
+        "allreduce": 1 + (blocks + 1 if name == "hsdp" else 0),
+    }, seen.found
+
+
+@pytest.mark.slow
+def test_collectives_of_zero(tmp_path: Path) -> None:
+    """DeepSpeed's, on two ranks over gloo: as many in a second step as in a first, none of them an all-to-all; stage 3
+    gathers for each micro-batch, the others once a step.
+    """
+    cases = [
+        {"engine": name, "steps": 3, "accumulation": accumulation, "count": True, **HALF}
+        for name in ("zero1", "zero2", "zero3")
+        for accumulation in (1, 3)
+    ]
+    found = {}
+    for case, seen in zip(cases, curves.run_cases(2, cases, tmp_path), strict=True):
+        counts = seen["collectives"]
+        assert counts[1] == counts[2] and "alltoall" not in counts[1], (case, counts)
+        found[case["engine"], case["accumulation"]] = counts[1]
+    print(found)
+    for name in ("zero1", "zero2"):
+        assert found[name, 1].get("allgather", 0) == found[name, 3].get("allgather", 0) <= 2, found
+    assert found["zero3", 3]["allgather"] <= 3 * found["zero3", 1]["allgather"], found
+
+
+# ---- launches
+
+
+def launches(layers: int, monkeypatch: pytest.MonkeyPatch, *, kernels: bool, checkpointing: str) -> tuple[int, int]:
+    """(forward, backward and update) operators that launch something, of a LoRA step of a model on the meta device:
+    views are none, and one of our operators is one, as its Triton code is (its partial sums apart).
+    """
+    from aifactory_train.kernels import runtime
+    from aifactory_train.model.gpu_operators import apply_kernels
+
+    monkeypatch.setattr(runtime, "use_triton", lambda op, x: kernels)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cuda": False)  # meta is no device to autocast
+    alone = World(0, 1, 0, 1, "cpu", "alone", "here")
+    case = {"engine": "ddp", "adapter": "lora", "layers": layers, "gpu_shaped": True, **HALF}
+    case |= {"checkpointing": checkpointing, "adapter_more": {"targets": "all-linear"}}
+    recipe = curves.make_recipe(case)
+    precision, _ = choose_precision(recipe, "cpu")
+    core = curves.make_core(case, recipe, precision)
+    if kernels:
+        apply_kernels(core.model, arch="sm_90", sku="H100-80")
+    running = build_engine("ddp", core.to("meta"), recipe, precision, alone)
+    batch = curves.make_batch(curves.step_documents(0), "cpu")
+    batch = replace(
+        batch,
+        **{n: getattr(batch, n).to("meta") for n in ("input_ids", "position_ids", "positions", "targets")},
+    )
+    with gpu_shaped.Launches() as seen:
+        loss = running.module(**batch.kwargs())
+        forward = sum(seen.found.values())
+        loss.backward()
+    return forward, sum(seen.found.values()) - forward
+
+
+#: (forward, backward) of one layer: without recomputation, and where the backward pass computes the block again.
+LAUNCHES = {"none": (27, 39), "full": (27, 65)}
+
+
+def test_launches_of_a_lora_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per layer (the difference that one more makes), adapters on all seven matrices: 27 and 39, where the model's own
+    operators need 80 and 116.
+    """
+    for checkpointing, budget in LAUNCHES.items():
+        per_layer = {}
+        for kernels in (False, True):
+            two, three = (launches(n, monkeypatch, kernels=kernels, checkpointing=checkpointing) for n in (2, 3))
+            per_layer[kernels] = (three[0] - two[0], three[1] - two[1])
+        assert all(0 < seen <= most for seen, most in zip(per_layer[True], budget, strict=True)), per_layer
+        assert sum(per_layer[True]) < 0.4 * sum(per_layer[False]), per_layer
