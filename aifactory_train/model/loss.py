@@ -209,11 +209,7 @@ def linear_cross_entropy(
         assert counts is not None
         how: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias, "rows": rows, "kernels": kernels}
         each = linear_cross_entropy(hidden, weight, targets, reduction="none", **how)
-        if not counts:
-            return each
-        # One sum after the other: an index_add on a GPU adds in no fixed order, and a resumed run would differ in the
-        # last bits.
-        return torch.stack([part.sum() for part in each.split(list(counts))])
+        return document_sums(each, counts) if counts else each
     if hidden.shape[0] == 0:
         nothing = hidden.sum().float() if reduction == "sum" else hidden.sum(1).float()
         unused = weight[:1].sum().float() + (0.0 if bias is None else bias.sum().float())
@@ -223,6 +219,22 @@ def linear_cross_entropy(
         return _by_kernels(hidden, weight, targets, reduction, Shaping(scale, softcap), rows)
     function = _Summed if reduction == "sum" else _PerToken
     return function.apply(hidden, weight, bias, targets, Shaping(scale, softcap), rows)
+
+
+def document_sums(each: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """fp32 ``[documents]``: the sums of ``each`` ``[N]`` over the ``counts`` (host integers) of its documents.
+
+    In a fixed order: an index_add on a GPU has none, and a resumed run would differ in the last bits. On a GPU one
+    kernel sums all segments (each launch of its own would take longer than its sum); on a CPU sums one after the other
+    are pairwise, and so nearer to the exact ones.
+    """
+    if each.device.type == "cpu":
+        return torch.stack([part.sum() for part in each.split(list(counts))])
+    lengths = torch.tensor(counts, dtype=torch.int64)
+    if each.device.type == "cuda":
+        lengths = lengths.pin_memory()  # or the host would wait for the copy
+    # unsafe: without a look at the lengths, for which the host would wait
+    return torch.segment_reduce(each, "sum", lengths=lengths.to(each.device, non_blocking=True), unsafe=True)
 
 
 def _by_kernels(hidden, weight, targets, reduction: Reduction, how: Shaping, rows: int) -> torch.Tensor:

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aifactory_train.model.loss import CHUNK_BYTES, GPU_CHUNK_BYTES, chunk_rows, linear_cross_entropy
+from aifactory_train.model.loss import (
+    CHUNK_BYTES,
+    GPU_CHUNK_BYTES,
+    chunk_rows,
+    document_sums,
+    linear_cross_entropy,
+)
 
 
 def case(n: int, dim: int, vocabulary: int, seed: int = 0, dtype=torch.float32):
@@ -191,3 +197,43 @@ def test_a_frozen_weight_of_weighed_rows_gets_no_gradient():
         linear_cross_entropy(hidden, weight, labels, reduction="none", rows=5).sum().backward()
     assert weight.grad is None and largest.rows <= 12
     torch.testing.assert_close(hidden.grad.double(), reference(hidden, weight, labels, 1.0)[1], rtol=1e-4, atol=1e-5)
+
+
+# ---- sums over documents
+
+
+class _Launched(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_on_a_device_one_operator_sums_all_documents() -> None:
+    """Each document alone would be a launch of its own, and an index_add adds in no fixed order."""
+    launched = []
+    for counts in ([5, 0, 3], [2] * 200):
+        each = torch.empty(sum(counts), device="meta", requires_grad=True)
+        with _Launched() as seen:
+            found = document_sums(each, counts)
+            found.sum().backward()
+        assert found.shape == (len(counts),) and each.grad is not None
+        launched.append(len(seen.names))
+        assert "aten::segment_reduce" in seen.names and not any("index_add" in name for name in seen.names)
+    assert launched[0] == launched[1] < 20, launched
+
+
+def test_both_ways_to_sum_documents_agree() -> None:
+    torch.manual_seed(0)
+    counts = [7, 1, 0, 900, 12]
+    each = torch.rand(sum(counts), requires_grad=True)
+    weights = torch.rand(len(counts))
+    (document_sums(each, counts) * weights).sum().backward()
+    other = each.detach().clone().requires_grad_()
+    sums = torch.segment_reduce(other, "sum", lengths=torch.tensor(counts), unsafe=True)
+    (sums * weights).sum().backward()
+    torch.testing.assert_close(sums, document_sums(each, counts), rtol=1e-5, atol=0)
+    assert torch.equal(each.grad, other.grad)

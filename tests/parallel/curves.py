@@ -226,9 +226,8 @@ def build(case: dict[str, Any], world):
 
 
 def run_case(case: dict[str, Any], world) -> dict[str, Any]:
-    from torch._dynamo.utils import counters
-
     import gpu_shaped
+    from torch._dynamo.utils import counters
 
     engine = build(case, world)
     counters.clear()
