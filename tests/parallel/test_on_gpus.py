@@ -338,3 +338,35 @@ def test_pages_of_weight_files_are_let_go_where_the_gpu_needs_them(
     core = torch.nn.Module()
     assert build.build_engine("ddp", core, settings, MIXED, everyone) == "engine"  # type: ignore[arg-type]
     assert reported == ([(0, 0, weight_files.os.POSIX_FADV_DONTNEED)] if dropped else [])
+
+
+def test_zero_3_s_buffers_are_on_the_device_and_keep_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed leaves those of a model that it partitioned on the host, where each forward would fetch them anew, and
+    casts them to bf16.
+    """
+
+    def initialise(model, **more):
+        for buffer in model.buffers():
+            buffer.data = buffer.data.bfloat16()
+        return SimpleNamespace(optimizer=SimpleNamespace()), None, None, None
+
+    stub = SimpleNamespace(initialize=initialise, zero=SimpleNamespace(register_external_parameter=lambda *a: None))
+    monkeypatch.setattr(deepspeed, "import_deepspeed", lambda: stub)
+    recipe = curves.make_recipe({"engine": "zero3"})
+    core = curves.make_core({}, recipe, MIXED)
+    core.unread = None
+    before = {name: buffer.dtype for name, buffer in core.named_buffers()}
+    moved, whole = [], torch.Tensor.to
+
+    def to(self, *args, **more):
+        if args and args[0] == "cuda:1":
+            moved.append(self.dtype)
+            return self
+        return whole(self, *args, **more)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    everyone = world.World(1, 2, 1, 2, "cuda:1", "a test", "here")
+    deepspeed.DeepSpeedEngine("zero3", core, recipe, MIXED, everyone)
+    found = {name: buffer.dtype for name, buffer in core.named_buffers()}
+    assert found == before and torch.bfloat16 not in found.values()
+    assert moved == list(before.values()) != []
