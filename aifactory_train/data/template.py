@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from aifactory_train.data.cells import RowError
-from aifactory_train.data.template_limits import LimitedEnvironment
+from aifactory_train.data.template_limits import LimitedEnvironment, width
 
 #: What ``strftime_now`` returns: Llama 3's own default date. Were it today's, the same rows would give other tokens
 #: tomorrow.
@@ -105,7 +105,9 @@ def compile_template(source: str, adapt: Callable[[Any], None] | None = None) ->
     def tojson(
         value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=width(indent), separators=separators, sort_keys=sort_keys
+        )
 
     environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]

@@ -15,7 +15,8 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
+from markupsafe import Markup
 
 #: Passes of all loops in one rendering; a call of a macro counts as :data:`_MACRO` of them, which is what it costs.
 MOST_PASSES = 2_000_000
@@ -28,6 +29,7 @@ MOST_BITS = 1_000_000
 #: Names of our own filters, in the compiled template alone.
 SPEND, CHECKED = "_spend", "_checked"
 _WIDE = re.compile(r"%[^%a-zA-Z]*\d{8,}|\{[^{}]*\d{8,}[^{}]*\}")
+_STAR = re.compile(r"%[^%a-zA-Z]*\*")
 _WIDENS = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice")
 
 
@@ -69,7 +71,49 @@ def _modest(operator: str, left: Any, right: Any) -> bool:
         for many, times in ((left, right), (right, left)):
             if isinstance(many, (str, list, tuple)) and isinstance(times, int):
                 return len(many) * times <= (MOST_SIZE if isinstance(many, str) else MOST_ENTRIES)
-    return not (operator == "%" and isinstance(left, str) and _WIDE.search(left))
+    return not (operator == "%" and isinstance(left, str) and (_WIDE.search(left) or _star(left, right)))
+
+
+def _star(text: str, given: Any) -> bool:
+    """Whether ``text % given`` takes a width or a precision from what is given, and one is too large."""
+    numbers = given if isinstance(given, tuple) else (given,)
+    return _STAR.search(text) is not None and any(isinstance(n, int) and abs(n) > MOST_SIZE for n in numbers)
+
+
+class _Formatter(SandboxedFormatter):
+    """``str.format`` whose widths and precisions may stand in what it is given: they are looked at when they are known,
+    and all fields together make no more than one text may be."""
+
+    left = 0
+
+    def vformat(self, *given: Any) -> str:
+        self.left = MOST_SIZE
+        return super().vformat(*given)
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        if _wide(format_spec):
+            raise _too_large()
+        made = super().format_field(value, format_spec)
+        self.left -= len(made)
+        if self.left < 0:
+            raise _too_large()
+        return made
+
+
+class _EscapeFormatter(_Formatter, SandboxedEscapeFormatter):
+    """The same for text that is marked as safe."""
+
+
+def _wide(spec: str) -> bool:
+    """Whether a number in a format specification is beyond what a text may have."""
+    return any(len(number) > 9 or int(number) > MOST_SIZE for number in re.findall(r"\d+", spec))
+
+
+def width(value: Any) -> Any:
+    """``value``, unless it is a width beyond what a text may have."""
+    if isinstance(value, int) and value > MOST_SIZE:
+        raise _too_large()
+    return value
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
@@ -105,13 +149,21 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         made_from = getattr(obj, "__self__", None)
         if isinstance(made_from, str) and not _fits(obj.__name__, made_from, args, kwargs):
             raise _too_large()
+        if isinstance(made_from, int):  # to_bytes
+            width(max((v for v in (*args, *kwargs.values()) if isinstance(v, int)), default=0))
         return super().call(context, obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Any:
-        text = getattr(value, "__self__", None)
-        if isinstance(text, str) and not _fits(value.__name__, text, (), {}):
-            raise _too_large()
-        return super().wrap_str_format(value)
+        if super().wrap_str_format(value) is None:
+            return None
+        text, by_map = value.__self__, value.__name__ == "format_map"
+        marked = isinstance(text, Markup)
+        formatter: Any = _EscapeFormatter(self, escape=text.escape) if marked else _Formatter(self)
+
+        def wrapper(*args: Any, **kwargs: Any) -> str:
+            return type(text)(formatter.vformat(text, (), *args) if by_map else formatter.vformat(text, args, kwargs))
+
+        return wrapper
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree: Any = super()._parse(source, name, filename)
@@ -129,8 +181,11 @@ def _fits(method: str, text: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     given = [*args, *kwargs.values()]
     if method in _WIDENS:
         return all(not isinstance(v, int) or v <= MOST_SIZE for v in given)
-    if method in ("format", "format_map"):
-        return not _WIDE.search(text)
+    if method == "format":  # Jinja's filter, which is the operator %
+        return not (_WIDE.search(text) or _star(text, args))
+    if method in ("split", "rsplit", "splitlines"):
+        between = given[0] if given and isinstance(given[0], str) and given[0] else None
+        return (text.count(between) if between else len(text) // 2) <= MOST_ENTRIES
     if method == "join" and given and isinstance(given[0], (list, tuple, dict, str)):
         return len(text) * len(given[0]) <= MOST_SIZE
     if method == "replace" and len(given) > 1 and isinstance(given[0], str) and isinstance(given[1], str):
@@ -140,14 +195,16 @@ def _fits(method: str, text: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _narrow(plain: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that widens or cuts by a number that it is given."""
-    import functools
+    by_numbers = plain.__name__ != "do_format"  # whose numbers are what is said
 
     @functools.wraps(plain)
     def narrow(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(v, int) and v > MOST_SIZE for v in (*args, *kwargs.values())):
+        if by_numbers and any(isinstance(v, int) and v > MOST_SIZE for v in (*args, *kwargs.values())):
             raise _too_large()
         texts = [v for v in args if isinstance(v, str)]
-        if texts and not _fits(plain.__name__.removeprefix("do_"), texts[0], tuple(texts[1:]), {}):
+        if texts and not _fits(
+            plain.__name__.removeprefix("do_"), texts[0], tuple(texts[1:]) if by_numbers else args[1:], {}
+        ):
             raise _too_large()
         return plain(*args, **kwargs)
 

@@ -225,6 +225,18 @@ def test_tools_reach_the_template():
         "{{ 'a'|center(10000000000) }}",
         "{{ '%10000000000d' % 1 }}",
         "{{ '{:10000000000}'.format(1) }}",
+        "{{ '{:>{w}}'.format('x', w=10**9) }}",
+        "{{ '{:>{}}'.format('x', '1000000000') }}",
+        "{{ '{:{s}}'.format('x', s='>' ~ 10**9) }}",
+        "{{ '{0[w]:>{0[w]}}'.format({'w': 10**9}) }}",
+        "{{ '{a:.{w}f}'.format_map({'a': 1.5, 'w': 10**9}) }}",
+        "{% set f = '{:>{w}}'.format %}{{ f('x', w=10**9) }}",
+        "{{ ('{:>{w}}'|safe).format('x', w=10**9) }}",
+        "{{ ('{0:>1000000}' * 99).format('x') }}",
+        "{{ '%*d' % (10**9, 1) }}",
+        "{{ '%.*f'|format(10**9, 1.0) }}",
+        "{{ {'a': 1}|tojson(indent=10**9) }}",
+        "{{ (5).to_bytes(10**9, 'big') }}",
         "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
         "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}{% "
         "endfor %}",
@@ -245,3 +257,19 @@ def test_a_template_without_end_is_one_message(source, monkeypatch):
     monkeypatch.setattr(template_limits, "MOST_SIZE", 1 << 20)
     with pytest.raises(RowError, match="chat template"):
         ChatTemplate(source, {}).render(PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [
+        ("{{ '{:>{w}}'.format('x', w=5) }}", "    x"),
+        ("{{ '{a:.{w}f}'.format_map({'a': 1.5, 'w': 2}) }}", "1.50"),
+        ("{{ '%*d' % (5, 1) }}", "    1"),
+        ("{{ '%d * %d' % (1732980000, 10**10) }}", "1732980000 * 10000000000"),
+        ("{{ '%d'|format(1732980000) }} {{ '{}'.format(1732980000) }}", "1732980000 1732980000"),
+        ("{{ ('<{}>'|safe).format('<') }}", "<&lt;>"),
+        ("{{ {'a': 10**10}|tojson(indent=1) }}", '{\n "a": 10000000000\n}'),
+    ],
+)
+def test_widths_and_large_numbers_that_are_meant(source, written):
+    assert ChatTemplate(source, {}).render(PLAIN) == written
