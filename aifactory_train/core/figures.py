@@ -42,3 +42,10 @@ FIGURES = {
     "chosen_logp": ("log-probability of good answers in nats", "more is better"),
     "rejected_logp": ("log-probability of bad answers in nats", "less is better"),
 }
+
+
+def duration(seconds: float) -> str:
+    """``0m45s``, ``12m00s``, ``3h30m``"""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

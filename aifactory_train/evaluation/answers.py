@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from aifactory_train import metrics
+from aifactory_train.core.figures import duration
 from aifactory_train.evaluation.generate import generate
 from aifactory_train.evaluation.likelihood import choose_rows
 from aifactory_train.evaluation.results import Question, SetResult
@@ -65,6 +66,7 @@ def answers(
     rank: int = 0,
     world_size: int = 1,
     autocast: torch.dtype | None = None,
+    took: Callable[[float], None] | None = None,
 ) -> list[str]:
     """Greedy answers to all questions, on every rank. Ranks share the work unless the parameters are sharded."""
     ids = continuations(
@@ -77,6 +79,7 @@ def answers(
         rank=rank,
         world_size=world_size,
         autocast=autocast,
+        took=took,
     )
     return [tokenizer.decode(found, skip_special_tokens=True).strip() for found in ids]
 
@@ -114,9 +117,15 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def answer_rows(
-    module: nn.Module, tokenizer, result: SetResult, recipe: Recipe, info: dict[str, Any], how: dict[str, Any]
+    module: nn.Module,
+    tokenizer,
+    result: SetResult,
+    recipe: Recipe,
+    info: dict[str, Any],
+    how: dict[str, Any],
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[list[Question], list[str]]:
-    """The questions of one set and their generated answers."""
+    """The questions of one set and their generated answers; ``tell`` hears how many, and about how long they take."""
     wanted = set(metrics.ANSWER_METRICS) & set(recipe.eval.metrics)
     count = recipe.eval.generate_rows if wanted else min(recipe.eval.generate_rows, recipe.eval.samples)
     documents, template = result.scored.documents, chat_template(tokenizer, recipe)
@@ -127,7 +136,12 @@ def answer_rows(
             asked.append(found)
     if not asked:
         return [], []
-    given = answers(module, tokenizer, asked, max_new_tokens=recipe.eval.max_new_tokens, stop_ids=stop_ids(info), **how)
+    most = recipe.eval.max_new_tokens
+    took: Callable[[float], None] | None = None
+    if tell is not None:
+        tell(f"answering {len(asked):,} questions, at most {most:,} tokens each")
+        took = lambda seconds: tell(f"  they take at most about {duration(seconds)}")  # noqa: E731
+    given = answers(module, tokenizer, asked, max_new_tokens=most, stop_ids=stop_ids(info), took=took, **how)
     return asked, given
 
 

@@ -7,16 +7,17 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
 from aifactory_train import metrics
+from aifactory_train.core.figures import duration
 from aifactory_train.evaluation.answers import answer_rows
 from aifactory_train.evaluation.general import forgetting, general_documents
-from aifactory_train.evaluation.likelihood import HeldOut, held_out
+from aifactory_train.evaluation.likelihood import HeldOut, choose_rows, held_out
 from aifactory_train.evaluation.memorisation import probe_memory
 from aifactory_train.evaluation.results import SetResult
 from aifactory_train.metrics.bootstrap import packed
@@ -44,6 +45,7 @@ def evaluate(
     rank: int,
     world_size: int,
     generate: bool,
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Figures over all held-out rows at the top level, and of each evaluation set under ``sets``; the same on all
     ranks.
@@ -52,7 +54,7 @@ def evaluate(
     also the metrics of answers that ``eval.metrics`` asks for, with ``samples`` of prompt, expectation and answer, the
     ``slices``, the ``general`` text of the forgetting check, and ``replicates``
     (:func:`aifactory_train.metrics.changes` pairs them; they do not belong into eval.json). Text rows (continued
-    pre-training) have samples but no metrics of answers.
+    pre-training) have samples but no metrics of answers. ``tell`` hears what is done now, and about how long it takes.
     """
     from aifactory_train.model.precision import choose_precision
 
@@ -68,14 +70,18 @@ def evaluate(
     scoring = {"batching": recipe.data.batching, "micro_batch_tokens": recipe.train.micro_batch_tokens, **how}
     found: list[SetResult] = []
     sets: dict[str, Any] = {}
+    took = _announce(prepared, recipe, tell) if tell is not None else None
     for name, dataset in prepared.evals.items():
-        result = SetResult(dataset, held_out(module, dataset, max_rows=recipe.data.eval_rows, **scoring))
-        for side in ("rejected", "exchanged"):  # of a preference method
+        first = {"took": None if sets else took}
+        result = SetResult(dataset, held_out(module, dataset, max_rows=recipe.data.eval_rows, **scoring, **first))
+        for side in _SIDES:
             documents = getattr(dataset, side, None)
             if documents is not None:
                 setattr(result, side, held_out(module, documents, max_rows=recipe.data.eval_rows, **scoring))
         if generate:
-            result.asked, result.answers = answer_rows(module, tokenizer, result, recipe, prepared.tokenizer_info, how)
+            result.asked, result.answers = answer_rows(
+                module, tokenizer, result, recipe, prepared.tokenizer_info, how, tell
+            )
         found.append(result)
         sets[name] = _figures([result], recipe, generate=generate, pooled=False)
     figures = _figures(found, recipe, generate=generate, pooled=True)
@@ -86,6 +92,24 @@ def evaluate(
         scored = held_out(module, general, max_rows=len(general), **scoring)  # type: ignore[arg-type]
         figures["general"] = scored.figures()
     return {**figures, "sets": sets}
+
+
+#: Further documents of a held-out set, under a preference method.
+_SIDES = ("rejected", "exchanged")
+
+
+def _announce(prepared: PreparedData, recipe: Recipe, tell: Callable[[str], None]) -> Callable[[int, float], None]:
+    """Say how many rows are scored; what is returned hears of the first of them, and says about how long all take."""
+    sets = list(prepared.evals.values())
+    sides = [side for d in sets for side in (d, *(getattr(d, name, None) for name in _SIDES)) if side is not None]
+    tokens = sum(int(d.lengths[choose_rows(len(d), recipe.data.eval_rows)].sum()) for d in sides)
+    rows = sum(min(len(d), recipe.data.eval_rows) for d in sets)
+    tell(f"scoring {rows:,} held-out rows ({tokens:,} tokens)")
+
+    def took(done: int, seconds: float) -> None:
+        tell(f"  they take about {duration(seconds * tokens / max(1, done))}")
+
+    return took
 
 
 def _figures(results: list[SetResult], recipe: Recipe, *, generate: bool, pooled: bool) -> dict[str, Any]:

@@ -3,7 +3,8 @@ at the token that was supervised as end of turn; rows that have ended leave the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +29,14 @@ def generate(
     pad_id: int,
     device: str,
     batch: int = BATCH_ROWS,
+    took: Callable[[float], None] | None = None,
 ) -> list[list[int]]:
     """New token ids for each prompt, greedy, without the stop token; at most ``batch`` prompts at a time.
 
     ``module`` is called like :meth:`CausalLM.forward` with ``cache``; under a sharded engine every rank must call this
     function with the same prompts (the forward passes are collective). ``prompts`` must not be empty lists. The answer
     to a prompt does not depend on the prompts beside it, except for the rounding of sums whose order the batch changes.
+    ``took`` hears, once the first tokens are there, how many seconds all answers take if none stops early.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt without tokens cannot be answered")
@@ -41,8 +44,10 @@ def generate(
     module.eval()
     answers: list[list[int]] = [[] for _ in prompts]
     try:
-        for chosen in batches([len(prompt) for prompt in prompts], max_new_tokens, batch):
-            found = _decode(module, [prompts[i] for i in chosen], max_new_tokens, set(stop_ids), pad_id, device)
+        together = batches([len(prompt) for prompt in prompts], max_new_tokens, batch)
+        for number, chosen in enumerate(together):
+            first = (lambda s: took(s * len(together))) if took is not None and number == 0 else None
+            found = _decode(module, [prompts[i] for i in chosen], max_new_tokens, set(stop_ids), pad_id, device, first)
             for i, answer in zip(chosen, found, strict=True):
                 answers[i] = answer
     finally:
@@ -64,7 +69,13 @@ def batches(lengths: Sequence[int], max_new_tokens: int, most: int = BATCH_ROWS)
 
 
 def _decode(
-    module: nn.Module, prompts: list[Sequence[int]], max_new_tokens: int, stops: set[int], pad_id: int, device: str
+    module: nn.Module,
+    prompts: list[Sequence[int]],
+    max_new_tokens: int,
+    stops: set[int],
+    pad_id: int,
+    device: str,
+    took: Callable[[float], None] | None,
 ) -> list[list[int]]:
     """One batch: prefill, then a token at a time until every row has stopped."""
     from aifactory_train.evaluation.kv_cache import reserved_cache
@@ -81,7 +92,11 @@ def _decode(
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # of the prompts, in the order of the tensors
     running = set(rows)
+    began = step = time.monotonic()
     for left in range(max_new_tokens, 0, -1):
+        if took is not None and left == max_new_tokens - 2:  # the prompt was read, and one token followed
+            took((time.monotonic() - began) / 2 + (time.monotonic() - step) * max_new_tokens)
+        step = time.monotonic()
         logits = module(tokens, position_ids, attention_mask=mask, cache=cache, task=Forward.DECODE)
         chosen = logits.argmax(dim=-1)
         for i, token in zip(rows, chosen.tolist(), strict=True):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,11 +108,13 @@ def held_out(
     rank: int = 0,
     world_size: int = 1,
     autocast: torch.dtype | None = None,
+    took: Callable[[int, float], None] | None = None,
 ) -> HeldOut:
     """Likelihood of at most ``max_rows`` documents; the result does not depend on the number of ranks.
 
     ``module`` is a (wrapped or sharded) :class:`CausalLM`, called the same number of times on every rank. The model's
-    mode is restored; dropout is off meanwhile.
+    mode is restored; dropout is off meanwhile. ``took`` hears how many tokens the first micro-batches of all ranks had,
+    and how many seconds they took.
     """
     documents = choose_rows(len(dataset), max_rows)
     if not len(documents):
@@ -122,7 +126,11 @@ def held_out(
     try:
         for start in range(0, len(batches), world_size):
             mine = batches[start + rank] if start + rank < len(batches) else []
+            began = time.monotonic()
             _score(module, dataset, documents, mine, sums, batching, pad_id, device, autocast)
+            if took is not None and start == 0:
+                together = [row for batch in batches[:world_size] for row in batch]
+                took(int(dataset.lengths[documents[together]].sum()), time.monotonic() - began)
     finally:
         module.train(was_training)
     if world_size > 1:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from aifactory_train.core import compat
 from aifactory_train.core.errors import UserError
+from aifactory_train.parallel import patience
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class World:
     device: str
     started_by: str
     host: str
+    timeout_s: float = 600.0  # of a collective
 
     @property
     def is_main(self) -> bool:
@@ -149,7 +151,7 @@ def join_world(timeout_s: int = 600, threads: int | None = None) -> World:
             world_size=size,
             timeout=datetime.timedelta(seconds=timeout_s),
         )
-    return World(rank, size, local_rank, local_size, device, started_by, socket.gethostname())
+    return World(rank, size, local_rank, local_size, device, started_by, socket.gethostname(), timeout_s)
 
 
 def _expect_gpus(local_size: int) -> None:
@@ -179,35 +181,23 @@ def _expect_gpus(local_size: int) -> None:
         )
 
 
-#: Hours that ranks wait for what rank 0 alone does.
-PATIENCE_H = 24.0
-#: The group that :func:`from_main` uses, and the world that it belongs to. Made once: a group of thousands of ranks
-#: takes seconds to connect.
-_patient: list[Any] = []
-
-
-def _patient_group() -> dist.ProcessGroup:
-    if not _patient or _patient[0] is not dist.group.WORLD:
-        patience = datetime.timedelta(hours=PATIENCE_H)
-        _patient[:] = [dist.group.WORLD, dist.new_group(backend="gloo", timeout=patience)]
-    return _patient[1]
-
-
 def from_main(world: World, function: Callable[[], Any]) -> Any:
     """The result of ``function``, which rank 0 alone runs; a :class:`UserError` of rank 0 is raised on every rank.
 
-    Waiting has its own time-out of a day: work such as tokenising on rank 0 must not end in a collective's time-out.
+    The others wait as long as rank 0 gets on, which may be hours of tokenising; where it freezes, ``world.timeout_s``.
     """
     if world.size == 1:
         return function()
-    patient = _patient_group()
     box: list[Any] = [None, None]
     if world.is_main:
-        try:
-            box = [function(), None]
-        except UserError as error:
-            box = [None, error]
-    dist.broadcast_object_list(box, src=0, group=patient)
+        with patience.working(world.timeout_s) as group:
+            try:
+                box = [function(), None]
+            except UserError as error:
+                box = [None, error]
+    else:
+        group = patience.wait(world.timeout_s)
+    dist.broadcast_object_list(box, src=0, group=group)
     if box[1] is not None:
         raise box[1].of(0)
     return box[0]
@@ -241,17 +231,17 @@ def leave_world(code: int | None = None) -> None:
     collective's tensors while the interpreter ends takes the process down ("terminate called without an active
     exception", seen on busy cores). So everything that holds a group is collected here, where the interpreter is whole.
     """
-    _patient.clear()
+    patience.forget()
     gc.collect()
     if dist.is_initialized():
-        patience = threading.Timer(LEAVE_S, leave_alone, (code,))
-        patience.daemon = True
+        limit = threading.Timer(LEAVE_S, leave_alone, (code,))
+        limit.daemon = True
         if code is not None:
-            patience.start()
+            limit.start()
         try:
             dist.destroy_process_group()
         finally:
-            patience.cancel()
+            limit.cancel()
     gc.collect()
     for name, value in _BEFORE.items():
         os.environ.pop(name, None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from aifactory_train.core import output
 from aifactory_train.core.errors import UserError
-from aifactory_train.core.figures import measured
+from aifactory_train.core.figures import duration, measured
 from aifactory_train.core.files import read_json, write_atomic, write_json
 from aifactory_train.metrics import ANSWER_METRICS, LIKELIHOOD_METRICS, PREFERENCE_METRICS
 from aifactory_train.record.events import Evaluated, Event, Incident, RunEnded, StepDone
@@ -169,13 +169,7 @@ class Progress:
         if step == self.total or step == self._done_at_start + 1 or now - self._printed >= self.PLAIN_EVERY_S:
             self._printed = now
             left = (now - self._started) / max(1, step - self._done_at_start) * (self.total - step)
-            output.note(f"step {step}/{self.total}  {text}  {_duration(left)} left")
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+            output.note(f"step {step}/{self.total}  {text}  {duration(left)} left")
 
 
 def print_start(recipe, run: RunFolder, world, report, data, total_steps: int) -> None:
