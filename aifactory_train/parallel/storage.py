@@ -1,47 +1,47 @@
-"""The files of a checkpoint: safetensors and JSON behind torch.distributed.checkpoint, digests, and how they are read.
+"""The files of a checkpoint: safetensors and JSON, digests, and how they are written and read.
 
-torch.distributed.checkpoint plans who writes and who reads which box of a tensor; its own storage keeps the plan in a
-pickle. Here the plan is ``metadata.json`` and the boxes are safetensors, so reading a checkpoint never unpickles
-anything.
+Each rank writes the boxes of tensors that it owns into one safetensors file; ``metadata.json`` says which file holds
+what (:mod:`aifactory_train.parallel.layout`). Reading a checkpoint never unpickles anything.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import struct
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+import torch.distributed as dist
 
-from aifactory_train.core.errors import UserError
-from aifactory_train.core.files import file_digest, misfit, read_json, reading
-from aifactory_train.parallel.state import Piece, Sharded
+from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.core.files import file_digest, foreign, misfit, read_json, reading
+from aifactory_train.parallel.layout import (
+    describe_boxes,
+    describe_runs,
+    key_of,
+    parts_for,
+    run_of_pieces,
+    state_file,
+    stored_boxes,
+    written,
+)
+from aifactory_train.parallel.state import Sharded
 from aifactory_train.private import vault
 
-FORMAT = 1
+#: What is written. Format 1 lists every box of every tensor, and keeps random numbers in a file a rank.
+FORMAT = 2
+READS = (1, 2)
 MARKER = "COMPLETE"
 #: Bytes written between two looks at the digest; also the size of the reads when digests are checked.
 CHUNK = 8 * 2**20
 
-_DTYPES = {
+DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -49,7 +49,7 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 # ---- files
@@ -124,165 +124,88 @@ def self_digest(marker: dict[str, Any]) -> str:
     return hashlib.sha256(json_bytes({k: v for k, v in marker.items() if k != "sha256"})).hexdigest()
 
 
-# ---- planning and storage, behind torch.distributed.checkpoint
+# ---- what the ranks write, and read
 
 
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size(piece.offsets), piece.tensor.shape)
+def write_state(folder: Path, rank: int, state: dict[str, Sharded], more: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """This rank's file: the pieces that it writes, and ``more``. Returns its entry in ``files`` of the marker."""
+    tensors = {key_of(name, p.offsets): p.tensor for name, entry in state.items() for p in written(entry)}
+    return write_tensors(folder, state_file(rank), tensors | more)
 
 
-class PieceSavePlanner(DefaultSavePlanner):
-    """Each rank writes the pieces it owns; torch checks that together they cover every tensor exactly once."""
+def gather_layout(state: dict[str, Sharded], group: dist.ProcessGroup) -> dict[str, Any] | None:
+    """``metadata.json`` of what the ranks of ``group`` write, on its first rank; None on the others. Collective.
 
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def create_local_plan(self) -> SavePlan:
-        items, self.tensors = [], {}
-        for name, entry in self.state_dict.items():
-            for piece in entry.pieces if entry.owned else ():
-                index = MetadataIndex(name, torch.Size(piece.offsets))
-                data = TensorWriteData(_chunk(piece), TensorProperties(dtype=entry.dtype), torch.Size(entry.shape))
-                items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
-                self.tensors[index] = piece.tensor
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        return self.tensors[write_item.index]
-
-
-class PieceLoadPlanner(DefaultLoadPlanner):
-    """Each rank reads what overlaps its pieces, straight into the views of its memory."""
-
-    def __init__(self, state: dict[str, Sharded]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.state = state
-
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        # The default looks for meta tensors to allocate inside the values, and would empty ours.
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        requests, self.tensors = [], {}
-        for name, entry in self.state.items():
-            saved = self.metadata.state_dict_metadata[name]
-            assert isinstance(saved, TensorStorageMetadata)  # the only kind that these files hold
-            chunks = []
-            for piece in entry.pieces:
-                self.tensors[MetadataIndex(name, torch.Size(piece.offsets))] = piece.tensor
-                chunks.append(_chunk(piece))
-            requests += create_read_items_for_chunk_list(name, saved, chunks)
-        return LoadPlan(requests)
-
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        return self.tensors[index]
-
-
-class SafetensorsWriter(StorageWriter):
-    """One safetensors file per rank, one metadata.json from rank 0. ``written`` are this rank's files and digests."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.written: dict[str, dict[str, Any]] = {}
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        self.written = {}
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [
-            dataclasses.replace(plan, storage_data=f"state-{rank:05d}.safetensors") for rank, plan in enumerate(plans)
-        ]
-
-    def write_data(self, plan: SavePlan, planner: Any) -> torch.futures.Future[list[WriteResult]]:
-        name, tensors, results = plan.storage_data, {}, []
-        for item in plan.items:
-            key = f"{item.index.fqn}@{','.join(map(str, item.index.offset or ()))}"
-            tensors[key] = planner.resolve_data(item)
-            results.append(WriteResult(item.index, tensors[key].nbytes, (name, key)))
-        self.written |= write_tensors(self.folder, name, tensors)
-        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        future.set_result(results)
-        return future
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        places = {result.index: result.storage_data for part in results for result in part}
-        tree = {}
-        for name, entry in metadata.state_dict_metadata.items():
-            assert isinstance(entry, TensorStorageMetadata)
-            boxes = []
-            for chunk in entry.chunks:
-                file, key = places[MetadataIndex(name, chunk.offsets)]
-                boxes.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), "file": file, "key": key})
-            tree[name] = {"shape": list(entry.size), "dtype": DTYPE_NAMES[entry.properties.dtype], "boxes": boxes}
-        self.written["metadata.json"] = write_file(self.folder / "metadata.json", iter([json_bytes(tree)]))
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
-
-
-class SafetensorsReader(StorageReader):
-    """Reads what :class:`SafetensorsWriter` wrote, slice by slice (files are mapped, not read whole; encrypted ones
-    tensor by tensor).
+    Two integers a tensor and rank are sent, unless a tensor is not cut into runs somewhere or not known everywhere:
+    then every box is. Raises :class:`RunFailed` on the first rank where a tensor is not written exactly once.
     """
+    own = {name: run_of_pieces(entry) for name, entry in sorted(state.items())}
+    known = hashlib.sha256(repr([(name, state[name].shape) for name in own]).encode()).digest()[:7]
+    number = int.from_bytes(known, "big")
+    regular = all(run is not None for run in own.values())
+    same = torch.tensor([number, -number, int(not regular)])
+    dist.all_reduce(same, op=dist.ReduceOp.MAX, group=group)
+    if same.tolist() != [number, -number, 0]:
+        return _gather_boxes(state, group)
+    runs = torch.tensor([run or (0, 0) for run in own.values()], dtype=torch.int64).reshape(-1, 2)
+    first = dist.get_rank(group) == 0
+    parts = [torch.empty_like(runs) for _ in range(dist.get_world_size(group))] if first else None
+    dist.gather(runs, parts, group_dst=0, group=group)
+    if parts is None:
+        return None
+    return layout_of({name: (state[name].shape, state[name].dtype) for name in own}, torch.stack(parts).numpy())
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.places: dict[MetadataIndex, tuple[str, str]] = {}
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
+def layout_of(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], runs: np.ndarray) -> dict[str, Any]:
+    """``metadata.json`` where rank ``r`` writes of the ``i``-th of ``tensors`` (shape and type by name) the run
+    ``runs[r, i]``: start and length, int64 ``[ranks, tensors, 2]``."""
+    return {
+        name: _described(name, shape, dtype, "runs", describe_runs(shape, runs[:, at, 0], runs[:, at, 1]))
+        for at, (name, (shape, dtype)) in enumerate(tensors.items())
+    }
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        entries = {}
-        for name, entry in read_tree(self.folder, "metadata.json").items():
-            chunks = []
-            for box in entry["boxes"]:
-                chunk = ChunkStorageMetadata(torch.Size(box["offsets"]), torch.Size(box["sizes"]))
-                self.places[MetadataIndex(name, chunk.offsets)] = (box["file"], box["key"])
-                chunks.append(chunk)
-            properties = TensorProperties(dtype=_DTYPES[entry["dtype"]])
-            entries[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
-        return Metadata(entries)  # type: ignore[arg-type]
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
+def _gather_boxes(state: dict[str, Sharded], group: dist.ProcessGroup) -> dict[str, Any] | None:
+    """:func:`gather_layout` box by box."""
+    first = dist.get_rank(group) == 0
+    mine = {
+        name: (e.shape, e.dtype, [(tuple(p.offsets), tuple(p.tensor.shape)) for p in written(e)])
+        for name, e in state.items()
+    }
+    parts: list[Any] | None = [None] * dist.get_world_size(group) if first else None
+    dist.gather_object(mine, parts, group_dst=0, group=group)
+    if parts is None:
+        return None
+    facts = {name: (shape, dtype) for part in parts for name, (shape, dtype, _) in part.items()}
+    return {
+        name: _described(
+            name, shape, dtype, "boxes", describe_boxes(shape, [part.get(name, (0, 0, ()))[2] for part in parts])
+        )
+        for name, (shape, dtype) in sorted(facts.items())
+    }
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
 
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
+def _described(name: str, shape: tuple[int, ...], dtype: torch.dtype, kind: str, how: Any) -> dict[str, Any]:
+    if how is None:
+        raise RunFailed(f"the ranks do not write every element of {name} exactly once")
+    return {"shape": list(shape), "dtype": DTYPE_NAMES[dtype], kind: how}
 
-    def read_data(self, plan: LoadPlan, planner: Any) -> torch.futures.Future[None]:
-        by_file = defaultdict(list)
-        for item in plan.items:
-            file, key = self.places[item.storage_index]
-            by_file[file].append((key, item))
-        for file, items in sorted(by_file.items()):
-            with vault.open_tensors(self.folder / file) as shard:
-                for key, item in items:
-                    box = tuple(
-                        slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True)
-                    )
-                    target = planner.resolve_tensor(item).detach()
-                    target.copy_(shard.get_slice(key)[box])
-                    planner.commit_tensor(item, target)
-        future: torch.futures.Future[None] = torch.futures.Future()
-        future.set_result(None)
-        return future
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
+def read_state(folder: Path, layout: dict[str, Any], state: dict[str, Sharded]) -> None:
+    """Fill this rank's pieces in place from the files of a checkpoint, slice by slice: files are mapped, not read
+    whole; encrypted ones are decrypted tensor by tensor. Raises :class:`UserError` for what is damaged or missing."""
+    by_file: dict[str, list[tuple[str, Any, torch.Tensor]]] = {}
+    for name, entry in state.items():
+        for piece in entry.pieces:
+            if not piece.tensor.numel():
+                continue
+            wanted = tuple(piece.offsets), tuple(piece.tensor.shape)
+            for file, key, there, here in parts_for(name, layout[name], wanted):
+                by_file.setdefault(file, []).append((key, there, piece.tensor.detach()[here]))
+    for file, parts in sorted(by_file.items()):
+        with vault.open_tensors(folder / file) as shard, foreign(folder / file, "holds other tensors than it should"):
+            for key, there, target in parts:
+                target.copy_(shard.get_slice(key)[there] if there else shard.get_tensor(key))
 
 
 # ---- reading a checkpoint folder
@@ -302,8 +225,8 @@ def read_marker(folder: Path) -> dict[str, Any]:
 
 
 def _checked_marker(folder: Path, marker: dict[str, Any]) -> dict[str, Any]:
-    if marker.get("format") != FORMAT:
-        raise UserError(f"is not a marker of format {FORMAT}", where=str(folder / MARKER))
+    if marker.get("format") not in READS:
+        raise UserError(f"is not a marker of format {' or '.join(map(str, READS))}", where=str(folder / MARKER))
     if marker.get("sha256") != self_digest(marker):
         raise UserError("was changed after it was written (its digest differs)", where=str(folder / MARKER))
     step, files = marker.get("step"), marker.get("files")
@@ -321,13 +244,14 @@ def _checked_marker(folder: Path, marker: dict[str, Any]) -> dict[str, Any]:
     return marker
 
 
-def faults(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+def faults(folder: Path, part: int = 0, parts: int = 1, marker: dict[str, Any] | None = None) -> list[str]:
     """What is wrong with a checkpoint, by name of the file; empty if every size and digest is right.
 
-    ``part`` of ``parts``: check only these files, so that ranks share the reading.
+    ``part`` of ``parts``: check only these files, so that ranks share the reading. ``marker``: what
+    :func:`read_marker` gave, where it was read already.
     """
     try:
-        marker = read_marker(folder)
+        marker = marker or read_marker(folder)
     except UserError as error:
         return [str(error)]
     found = []
@@ -366,7 +290,7 @@ class StoredParameters(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, folder: Path, prefix: str = "model/"):
-        self.folder = folder
+        self.folder, self.prefix = folder, prefix
         self.entries = {
             name.removeprefix(prefix): entry
             for name, entry in sorted(read_tree(folder, "metadata.json").items())
@@ -375,11 +299,11 @@ class StoredParameters(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         entry = self.entries[name]
-        whole = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
-        for box in entry["boxes"]:
-            with vault.open_tensors(self.folder / box["file"]) as shard:
-                where = tuple(slice(at, at + n) for at, n in zip(box["offsets"], box["sizes"], strict=True))
-                whole[where] = shard.get_tensor(box["key"])
+        whole = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        for file, key, (offsets, sizes) in stored_boxes(self.prefix + name, entry, 0, prod(entry["shape"])):
+            with vault.open_tensors(self.folder / file) as shard:
+                where = tuple(slice(at, at + n) for at, n in zip(offsets, sizes, strict=True))
+                whole[where] = shard.get_tensor(key)
         return whole
 
     def __iter__(self) -> Iterator[str]:

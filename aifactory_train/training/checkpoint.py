@@ -2,9 +2,9 @@
 
 One folder a checkpoint, ``checkpoints/step-N``:
 
-    state-00000.safetensors …  the boxes of trained parameters and optimizer moments that one rank wrote
-    metadata.json              global shape and type of every tensor, and which file holds which box
-    rank-00000.json …          random-number states of one rank
+    state-00000.safetensors …  of one rank: the boxes of trained parameters and optimizer moments that it wrote, and its
+                               random-number states
+    metadata.json              global shape and type of every tensor, and which files hold it
     trainer.json               step, data cursor, counters, and the whole configuration
     COMPLETE                   written last: size and SHA-256 of every file above, and of itself
 
@@ -16,8 +16,8 @@ See docs/checkpoints.md.
 from __future__ import annotations
 
 import datetime
+import json
 import os
-import random
 import shutil
 import socket
 import threading
@@ -26,10 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from aifactory_train.config.loading import to_tree
 from aifactory_train.config.schema import Recipe
@@ -38,61 +36,33 @@ from aifactory_train.core.output import note
 from aifactory_train.parallel.changes import check_changes, config_digest
 from aifactory_train.parallel.state import Sharded, patience
 from aifactory_train.parallel.storage import (
+    DTYPES,
     FORMAT,
     MARKER,
-    PieceLoadPlanner,
-    PieceSavePlanner,
-    SafetensorsReader,
-    SafetensorsWriter,
     faults,
+    gather_layout,
     json_bytes,
     read_marker,
+    read_state,
     read_tree,
     self_digest,
     steps_in,
     sync_folder,
     write_file,
+    write_state,
+)
+from aifactory_train.training.random_state import (
+    RANDOM,
+    packed_random_state,
+    random_state,
+    read_random_state,
+    set_random_state,
 )
 from aifactory_train.training.staging import Staging
 
 if TYPE_CHECKING:
     from aifactory_train.parallel.engine import Engine
     from aifactory_train.parallel.world import World
-
-
-# ---- random numbers
-
-
-def random_state(device: str) -> dict[str, Any]:
-    """Every generator of this process, as JSON values."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-    }
-    if device != "cpu":
-        state["device"] = torch.cuda.get_rng_state(device).numpy().tobytes().hex()
-    return state
-
-
-def set_random_state(state: dict[str, Any], device: str) -> None:
-    """The inverse of :func:`random_state`."""
-
-    def tensor(text: str) -> torch.Tensor:
-        return torch.frombuffer(bytearray(bytes.fromhex(text)), dtype=torch.uint8)
-
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(tensor(state["torch"]))
-    if device != "cpu" and "device" in state:
-        torch.cuda.set_rng_state(tensor(state["device"]), device)
-
-
-# ---- saving and loading
 
 
 class SaveFailed(RunFailed):
@@ -132,6 +102,11 @@ class Checkpointer:
         values: list[Any] = [None] * self.world.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def _sum(self, value: int) -> int:
+        total = torch.tensor(value)
+        dist.all_reduce(total, group=self.group)
+        return int(total)
 
     def _main(self, what: str, function: Callable[[], Any]) -> Any:
         """Run on rank 0; its failure is raised on every rank."""
@@ -179,19 +154,12 @@ class Checkpointer:
             return
         started = time.monotonic()
         staged = self._staging.copies(flat_state(self.engine))
-        files = {
-            f"rank-{self.world.rank:05d}.json": json_bytes(
-                {"rank": self.world.rank, "host": socket.gethostname(), "random": random_state(self.world.device)}
-            )
-        }
-        if self.world.is_main:
-            files["trainer.json"] = json_bytes(
-                {"step": step, "updates": self.engine.updates, **trainer, "config": self.tree}
-            )
+        random = random_state(self.world.device)
+        values = {"step": step, "updates": self.engine.updates, **trainer, "config": self.tree}
 
         def work() -> None:
             try:
-                self._write(step, staged, files, best)
+                self._write(step, staged, random, values, best)
                 self.saved.add(step)
                 self.durations.append(time.monotonic() - started)
             except BaseException as error:
@@ -204,9 +172,12 @@ class Checkpointer:
         self._thread = threading.Thread(target=work, name=f"save-step-{step}", daemon=True)
         self._thread.start()
 
-    def _write(self, step: int, staged: dict[str, Sharded], files: dict[str, bytes], best: int | None) -> None:
+    def _write(
+        self, step: int, staged: dict[str, Sharded], random: dict[str, Any], values: dict[str, Any], best: int | None
+    ) -> None:
         beside, final = self.path / f".writing-step-{step}", self.path / f"step-{step}"
-        needed = sum(self._all(sum(entry.nbytes() for entry in staged.values()) + sum(map(len, files.values()))))
+        packed = packed_random_state(random)
+        needed = self._sum(sum(entry.nbytes() for entry in staged.values()) + packed.numel())
 
         def begin() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -221,24 +192,7 @@ class Checkpointer:
             beside.mkdir()
 
         self._main("the checkpoint cannot be started", begin)
-        writer = SafetensorsWriter(beside)
-        trouble = None
-        try:
-            for name, content in files.items():
-                writer.written[name] = write_file(beside / name, iter([content]))
-        except OSError as error:
-            trouble = self._describe(error)
-        self._raise_any(trouble, step, beside)
-        own = dict(writer.written)
-        try:
-            dcp.save(staged, storage_writer=writer, planner=PieceSavePlanner(), process_group=self.group)
-        except dcp.api.CheckpointException as error:
-            rank, (cause, _) = sorted(error.failures.items())[0]
-            trouble = f"rank {rank}: {self._describe(cause) if rank == self.world.rank else cause}"
-        except OSError as error:
-            trouble = self._describe(error)
-        self._raise_any(trouble, step, beside)
-        parts = self._all({**own, **writer.written})
+        files = self._write_files(step, beside, staged, packed, values)
 
         def finish() -> None:
             marker = {
@@ -249,7 +203,7 @@ class Checkpointer:
                 "config_digest": config_digest(self.tree),
                 "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 "torch": torch.__version__,
-                "files": {name: entry for part in parts for name, entry in part.items()},
+                "files": files,
             }
             marker["sha256"] = self_digest(marker)
             write_file(beside / MARKER, iter([json_bytes(marker)]))
@@ -264,6 +218,31 @@ class Checkpointer:
 
         self._main("the checkpoint cannot be completed", finish)
 
+    def _write_files(
+        self, step: int, beside: Path, staged: dict[str, Sharded], packed: torch.Tensor, values: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Every rank writes its file, rank 0 what describes them all. Returns on rank 0 ``files`` of the marker."""
+        own: dict[str, Any] = {}
+        trouble = None
+        try:
+            own |= write_state(beside, self.world.rank, staged, {RANDOM: packed})
+        except OSError as error:
+            trouble = self._describe(error)
+        self._raise_any(trouble, step, beside)
+        try:
+            layout = gather_layout(staged, self.group)
+            if self.world.is_main:
+                own["metadata.json"] = write_file(beside / "metadata.json", iter([json.dumps(layout).encode()]))
+                own["trainer.json"] = write_file(beside / "trainer.json", iter([json_bytes(values)]))
+        except RunFailed as error:
+            trouble = error.what
+        except OSError as error:
+            trouble = self._describe(error)
+        self._raise_any(trouble, step, beside)
+        parts: list[Any] | None = [None] * self.world.size if self.world.is_main else None
+        dist.gather_object(own, parts, group_dst=0, group=self.group)
+        return {name: entry for part in parts or () for name, entry in part.items()}
+
     def _describe(self, error: BaseException) -> str:
         text = str(error)
         if isinstance(error, OSError) and error.strerror:
@@ -272,9 +251,9 @@ class Checkpointer:
 
     def _raise_any(self, trouble: str | None, step: int, beside: Path) -> None:
         """If any rank is in trouble, remove the torn folder and raise the same error on all."""
-        troubles = {rank: t for rank, t in enumerate(self._all(trouble)) if t is not None}
-        if not troubles:
+        if not self._sum(int(trouble is not None)):
             return
+        troubles = {rank: t for rank, t in enumerate(self._all(trouble)) if t is not None}
         rank, first = min(troubles.items())
         if self.world.is_main:
             shutil.rmtree(beside, ignore_errors=True)  # its bytes may be all that is missing on a full disk
@@ -341,8 +320,7 @@ class Checkpointer:
         damaged: list[Path] = []
         for step in steps:
             folder = self.path / f"step-{step}"
-            found = [f for part in self._all(faults(folder, self.world.rank, self.world.size)) for f in part]
-            found = list(dict.fromkeys(found))
+            found = self._faults(folder)
             if not found:
                 for worse in damaged if self.world.is_main else []:
                     self._set_aside(worse)
@@ -361,6 +339,15 @@ class Checkpointer:
             "or --run-dir, "
             "or --resume never (keeps the old files in replaced/)",
         )
+
+    def _faults(self, folder: Path) -> list[str]:
+        """What is wrong with a checkpoint. One rank reads the marker, all share the files that it lists."""
+        try:
+            marker = self._main("the checkpoint cannot be read", lambda: read_marker(folder))
+        except UserError as error:
+            return [str(error)]
+        mine = faults(folder, self.world.rank, self.world.size, marker)
+        return [fault for part in self._all(mine) for fault in part] if self._sum(len(mine)) else []
 
     def leave_behind(self, step: int) -> None:
         """The run goes on from ``step``: later checkpoints, where there are any, are those of a continuation that was
@@ -385,8 +372,10 @@ class Checkpointer:
                 return
 
     def values(self, step: int) -> dict[str, Any]:
-        """What the trainer gave to :meth:`save` of ``step``, without touching the engine."""
-        return read_tree(self.path / f"step-{step}", "trainer.json")
+        """What the trainer gave to :meth:`save` of ``step``, without touching the engine. Called by all ranks."""
+        return self._main(
+            "the checkpoint cannot be read", lambda: read_tree(self.path / f"step-{step}", "trainer.json")
+        )
 
     def load(self, step: int, *, same_rates: Callable[[dict[str, Any]], bool] | None = None) -> dict[str, Any]:
         """Restore engine and random numbers from ``step``; returns the trainer's values (``cursor``, counters …).
@@ -395,7 +384,11 @@ class Checkpointer:
         given the old configuration tree). Another number of ranks or another engine is fine.
         """
         folder = self.path / f"step-{step}"
-        marker, trainer = read_marker(folder), read_tree(folder, "trainer.json")
+        # One rank reads: thousands would ask the file system for the same files.
+        names = "trainer.json", "metadata.json"
+        marker, trainer, layout = self._main(
+            "the checkpoint cannot be read", lambda: (read_marker(folder), *(read_tree(folder, n) for n in names))
+        )
         before = trainer.pop("config")  # kept out of what the trainer gets back
         lines = check_changes(before, self.tree, same_rates=same_rates is None or same_rates(before))
         if self.world.is_main:
@@ -403,13 +396,11 @@ class Checkpointer:
                 note(f"changed since the checkpoint: {line}")
         self.engine.prepare_state(trainer["updates"])
         state = flat_state(self.engine)
-        reader = SafetensorsReader(folder)
-        self._check_shapes(state, reader.read_metadata().state_dict_metadata, folder)
-        dcp.load(state, storage_reader=reader, planner=PieceLoadPlanner(state), process_group=self.group)
+        self._check_shapes(state, layout, folder)
+        random = self._read(folder, layout, state, marker)
         self.engine.finish_load(trainer["updates"])
-        if marker["world_size"] == self.world.size:
-            mine = read_tree(folder, f"rank-{self.world.rank:05d}.json")
-            set_random_state(mine["random"], self.world.device)
+        if random is not None:
+            set_random_state(random, self.world.device)
         else:
             # Dropout masks depend on how documents are dealt to ranks: there is no exact continuation to restore.
             torch.manual_seed(self.seed + 1_000_003 * (step + 1) + self.world.rank)
@@ -419,19 +410,36 @@ class Checkpointer:
             note(f"engine {marker['engine']} wrote the checkpoint, {self.engine.name} goes on")
         return trainer
 
+    def _read(
+        self, folder: Path, layout: dict[str, Any], state: dict[str, Sharded], marker: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """Fill ``state``; returns this rank's random numbers where as many ranks wrote them. What one rank cannot read
+        is raised on all."""
+        random, trouble = None, None
+        try:
+            read_state(folder, layout, state)
+            if marker["world_size"] == self.world.size:
+                random = read_random_state(folder, self.world.rank, marker["format"])
+        except (UserError, OSError) as error:
+            trouble = str(error) if isinstance(error, UserError) else self._describe(error)
+        if self._sum(int(trouble is not None)):
+            raise RunFailed(next(t for t in self._all(trouble) if t is not None), where=str(folder))
+        return random
+
     def _check_shapes(self, state: dict[str, Sharded], saved: dict[str, Any], folder: Path) -> None:
         for name in sorted(state.keys() | saved.keys()):
             if name not in saved or name not in state:
                 where = "the checkpoint" if name not in saved else "this model"
                 raise UserError(f"{where} has no {name}", where=str(folder), fix="use the same model and adapter")
-            if tuple(saved[name].size) != state[name].shape:
+            shape, dtype = saved[name]["shape"], DTYPES[saved[name]["dtype"]]
+            if tuple(shape) != state[name].shape:
                 raise UserError(
-                    f"{name} is {list(saved[name].size)} in the checkpoint and {list(state[name].shape)} here",
+                    f"{name} is {shape} in the checkpoint and {list(state[name].shape)} here",
                     where=str(folder),
                 )
-            if saved[name].properties.dtype != state[name].dtype:
+            if dtype != state[name].dtype:
                 raise UserError(
-                    f"{name} is {saved[name].properties.dtype} in the checkpoint and {state[name].dtype} here",
+                    f"{name} is {dtype} in the checkpoint and {state[name].dtype} here",
                     where="precision.parameters",
                 )
 

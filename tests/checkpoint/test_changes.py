@@ -13,7 +13,7 @@ from aifactory_train.config.loading import to_tree
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.parallel.changes import changes, check_changes, config_digest
-from aifactory_train.training.checkpoint import random_state, set_random_state
+from aifactory_train.training.random_state import random_state, set_random_state
 
 
 def tree() -> dict:

@@ -42,7 +42,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no marker": (lambda step: (step / MARKER).unlink(), "no COMPLETE marker"),
     "changed marker": (lambda step: flip(step / MARKER, 0.3), MARKER),
     "truncated marker": (lambda step: cut(step / MARKER), MARKER),
-    "missing rank file": (lambda step: (step / "rank-00001.json").unlink(), "rank-00001.json"),
+    "missing values": (lambda step: (step / "trainer.json").unlink(), "trainer.json"),
     "missing shard": (lambda step: (step / "state-00001.safetensors").unlink(), "state-00001.safetensors"),
     "changed metadata": (lambda step: flip(step / "metadata.json", 0.5), "metadata.json"),
     "changed cursor": (lambda step: flip(step / "trainer.json", 0.9), "trainer.json"),
