@@ -43,12 +43,14 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class StepDone:
-    """An optimizer step: its metrics, its documents (int ``[K]``), and how they were shared out (rank, micro-batch)."""
+    """An optimizer step: its metrics, its documents (int ``[K]``), how they were shared out (rank, micro-batch), and
+    the tokens of each (int ``[K]``) where they are at hand."""
 
     metrics: dict[str, Any]
     documents: Any
     shares: Shares
     last: bool = False
+    lengths: Any = None
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ class Recorder:
     def hear(self, event: Event) -> None:
         """Write down what the loop says; a listener of the run's event bus, on every rank."""
         if isinstance(event, StepDone):
-            self.step(event.metrics, event.documents, event.shares)
+            self.step(event.metrics, event.documents, event.shares, event.lengths)
         elif isinstance(event, RunStarted):
             self.start(event)
         elif isinstance(event, Evaluated):
@@ -364,17 +364,17 @@ class Recorder:
 
     # ---- while it trains
 
-    def step(self, record: dict[str, Any], documents: Any, shares: Shares) -> None:
-        """After each optimizer step: its metrics, its documents, and how they were shared out (rank, micro-batch)."""
+    def step(self, record: dict[str, Any], documents: Any, shares: Shares, lengths: Any = None) -> None:
+        """After each optimizer step: its metrics, its documents, how they were shared out (rank, micro-batch), and
+        their tokens where they are at hand."""
         if not self._active:
             return
         began = time.perf_counter()
-        self._step(record, documents, shares)
+        self._step(record, shares, self._lengths[documents] if lengths is None else lengths)
         self._step_cost += time.perf_counter() - began
 
     @_never_breaks
-    def _step(self, record: dict[str, Any], documents: Any, shares: Shares) -> None:
-        lengths = self._lengths[documents]
+    def _step(self, record: dict[str, Any], shares: Shares, lengths: Any) -> None:
         segments = None
         if self.recipe.data.batching == "padded":
             segments = shares.longest(self._lengths)

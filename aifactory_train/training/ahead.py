@@ -25,13 +25,15 @@ class ReadyStep:
     """One step, a function of its number and the cursor before it alone.
 
     shares: ``[rank][micro] -> documents``; batches: this rank's, or None where the method makes them when the step
-    begins; following: the cursor behind it; supervised, tokens: of all ranks; epochs: how many are done after it.
+    begins; following: the cursor behind it; lengths: tokens of each document; supervised, tokens: of all ranks;
+    epochs: how many are done after it.
     """
 
     context: StepContext
     shares: Shares
     batches: list[DeviceBatch] | None
     following: Cursor
+    lengths: np.ndarray
     supervised: int
     tokens: int
     epochs: float
@@ -93,14 +95,15 @@ class StepsAhead:
     def _make(self, step: int, cursor: Cursor) -> ReadyStep:
         run, train_set = self.run, self.run.data.train
         documents, following, shares = self.shares(cursor)
-        context = StepContext(run, step, documents)
+        context, lengths = StepContext(run, step, documents), train_set.lengths[documents]
         mine = shares[run.engine.dims.data_rank(run.world.rank)]
         return ReadyStep(
             context=context,
             shares=shares,
             batches=[self.method.batch(context, share) for share in mine] if self.batches_too else None,
             following=following,
+            lengths=lengths,
             supervised=int(train_set.supervised[documents].sum()),
-            tokens=int(train_set.lengths[documents].sum()),
+            tokens=int(lengths.sum()),
             epochs=following.epoch + following.position / len(run.sampler.order(following.epoch)),
         )

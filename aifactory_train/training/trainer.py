@@ -330,7 +330,7 @@ class Trainer:
             **self._row_ids(documents),
             "memory_bytes": peak_memory(self.world.device)["bytes"],
         }
-        self.events.emit(ev.StepDone(metrics, documents, ready.shares, last=self.step == self.total_steps))
+        self.events.emit(ev.StepDone(metrics, documents, ready.shares, self.step == self.total_steps, ready.lengths))
         return metrics
 
     def _row_ids(self, documents: np.ndarray) -> dict[str, Any]:

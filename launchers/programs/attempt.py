@@ -292,14 +292,22 @@ def diagnose(folder, world=None, rc=None):
     state: done | stopped | failed; cause: None or {rank, node, kind, message, step}. ``world`` is the number of ranks
     that were started, ``rc`` the launcher's exit status (used only where no file tells anything).
     """
-    outcome, gone, alive = ranked(folder, "outcome"), ranked(folder, "exit"), ranked(folder, "alive")
+    outcome = ranked(folder, "outcome")
+    record = read_json(os.path.join(folder, "attempt.json")) or {}
+    count = world or record.get("world")
+    if (
+        isinstance(count, int)
+        and count > 0
+        and all(outcome.get(rank, {}).get("status") == "done" for rank in range(count))
+    ):
+        return "done", None  # thousands of other files need not be read
+    gone, alive = ranked(folder, "exit"), ranked(folder, "alive")
     for rank, place in ranked(folder, "place").items():
         # The scheduler's name of the node: several of them may be one host, and host names carry domains or not.
         for found in (outcome, gone, alive):
             if rank in found:
                 found[rank]["node"] = place.get("node")
         alive.setdefault(rank, {"node": place.get("node"), "step": None, "time": place.get("started")})
-    record = read_json(os.path.join(folder, "attempt.json")) or {}
     world = world or record.get("world") or (max([*outcome, *gone, *alive], default=-1) + 1)
 
     outcome = {r: o for r, o in outcome.items() if r < world}
