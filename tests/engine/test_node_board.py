@@ -86,6 +86,14 @@ def test_a_rank_that_failed_is_named_and_the_others_are_not_lost(tmp_path: Path,
     assert state == "failed" and (cause["rank"], cause["message"]) == (who, "RunFailed: a row is bad")
 
 
+def published(run: Path, rank: int, step: int) -> None:
+    """Until the run folder tells that ``rank`` reached ``step``."""
+    end = time.monotonic() + 60
+    while ranked(str(run / "attempts/001"), "alive").get(rank, {}).get("step") != step:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def child(run: Path, rank: int, ready: int, go: int, start: int) -> int:
     pid = os.fork()
     if pid:
@@ -97,7 +105,7 @@ def child(run: Path, rank: int, ready: int, go: int, start: int) -> int:
             os.write(ready, b"x")
             os.read(go, 1)  # until the parent closes the other end
             attempt.beat(20 + rank, "forward")
-            time.sleep(0.3)
+            published(run, rank, 20 + rank)
             attempt.code, attempt.step = 0, 20 + rank
     finally:
         os._exit(0)
@@ -111,10 +119,8 @@ def test_another_rank_writes_for_a_node_whose_first_is_killed(tmp_path: Path, wh
     for _ in range(RANKS):
         os.read(ready, 1)
     folder = str(tmp_path / "attempts/001")
-    end = time.monotonic() + 60
-    while {r: b["step"] for r, b in ranked(folder, "alive").items()} != {r: 10 + r for r in range(RANKS)}:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    for rank in range(RANKS):
+        published(tmp_path, rank, 10 + rank)
     os.kill(pids[who], signal.SIGKILL)
     os.waitpid(pids[who], 0)
     for handle in (start, go, ready, told):
