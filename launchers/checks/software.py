@@ -142,15 +142,15 @@ def environment_present(c: Context) -> Iterator[Finding]:
         image = f" --container {c.request.container}" if c.request.container else ""
         yield refuse(
             f"the image has no environment yet: {folder} is not there",
-            fix=f"'aifactory env --site {c.system.id}{image} --output build-env.sh', then 'bash build-env.sh'; a Python "
-            f"that the image holds: --venv /opt/…",
+            fix=f"'aifactory env --site {c.system.id}{image} --output build-env.sh', then 'bash build-env.sh'; a "
+            "Python that the image holds: --venv /opt/…",
             where="--container",
         )
     elif not named and box is None and _bare(c):
         yield refuse(
             f"there is no environment yet: {sys.executable}, which the ranks would run with, has no torch",
-            fix=f"'aifactory env --site {c.system.id} --output build-env.sh', then 'bash build-env.sh'; name another with "
-            f"--venv",
+            fix=f"'aifactory env --site {c.system.id} --output build-env.sh', then 'bash build-env.sh'; name another "
+            "with --venv",
             where="--venv",
         )
 

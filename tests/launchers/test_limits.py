@@ -69,9 +69,31 @@ def test_taken_at_the_limit_and_refused_above(name, partition, qos, recipe):
             assert refused(1, p.max_gpus + 1) == {"gpus-over-limit"}
 
 
+def times():
+    """(system, partition, QoS or None, seconds) of every combination in which a limit of time is stated."""
+    for name, system in SYSTEMS.items():
+        for key, part in system.partitions.items():
+            for qos in part.qos or [None]:
+                limit = system.limits(key, qos)["max_time"]
+                if part.purpose != "data" and limit:
+                    yield name, key, qos, limit
+
+
+@pytest.mark.parametrize(
+    ("name", "partition", "qos", "limit"), [pytest.param(*t, id="-".join(filter(None, t[:3]))) for t in times()]
+)
+def test_time_is_taken_at_the_limit_and_refused_above(name, partition, qos, limit, recipe):
+    nodes = SYSTEMS[name].limits(partition, qos)["min_nodes"] or 1
+    rules = {"time-over-partition", "time-over-qos"}
+    more = {"gpus_per_node": 1} if SYSTEMS[name].node.gpus else {}
+    assert not set(refusals(name, recipe, nodes, partition, qos, time_s=limit, **more)) & rules
+    assert set(refusals(name, recipe, nodes, partition, qos, time_s=limit + 60, **more)) & rules
+
+
 def test_many_places_have_a_limit():
     found = list(places())
     assert len(found) >= 50 and len({name for name, _, _ in found}) >= 25
+    assert len([*times()]) >= 60
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,10 @@ pytestmark = pytest.mark.slurm
 SLURM = [s for s in sites.names(usable=True) if sites.load(s, overlay=False).scheduler.kind == "slurm"]
 
 
-def request_for(system, recipe: str, nodes: int, partition: str | None = None, **more) -> LaunchRequest:
-    most = system.limits(partition)["max_gpus"] if partition else None
+def request_for(
+    system, recipe: str, nodes: int, partition: str | None = None, qos: str | None = None, **more
+) -> LaunchRequest:
+    most = system.limits(partition, qos)["max_gpus"] if partition else None
     if most and system.node.gpus and most < system.node.gpus:
         more["gpus_per_node"] = most
     if system.software.needs_image:
@@ -39,18 +41,18 @@ def request_for(system, recipe: str, nodes: int, partition: str | None = None, *
         nodes=nodes,
         partition=partition,
         account=system.access.example.get("account", "acct"),
-        qos=system.access.example.get("qos", "proj") if system.access.qos == "project" else None,
+        qos=system.access.example.get("qos", "proj") if system.access.qos == "project" else qos,
         **more,
     )
 
 
-def size_limits(system, partition: str | None) -> tuple[int, int | None]:
-    """(fewest, most) nodes of a job that names this partition and its default QoS; most is None where nothing is
+def size_limits(system, partition: str | None, qos: str | None = None) -> tuple[int, int | None]:
+    """(fewest, most) nodes of a job that names this partition and QoS (its default one); most is None where nothing is
     published.
     """
     if partition is None:
         return 1, system.node.count
-    limits = system.limits(partition)
+    limits = system.limits(partition, qos)
     most = limits["max_nodes"]
     if system.node.count is not None:
         most = min(most, system.node.count) if most else system.node.count
@@ -97,7 +99,9 @@ def test_twin_accepts_what_we_allow_and_nothing_more(system_id: str, tmp_path: P
     def add(label: str, request: LaunchRequest, recipe, allowed: bool) -> None:
         sub = build(request, system, recipe, files=False)
         refused = [f.rule for f in checks.check(sub, recipe, here=False) if f.level == "refuse"]
-        cases.append((label, sub.script, refused[0] if refused else None))
+        # A reservation that a QoS goes with is not there in the twin.
+        script = re.sub(r"^#SBATCH --reservation=.*\n", "", sub.script, flags=re.M)
+        cases.append((label, script, refused[0] if refused else None))
         expected.append(allowed)
 
     default = system.default_partition or next(iter(system.partitions), None)
@@ -131,6 +135,23 @@ def test_twin_accepts_what_we_allow_and_nothing_more(system_id: str, tmp_path: P
             add(f"{key} for {time} s", request_for(system, recipes[0], low, key, time_s=time), recipe, True)
             add(f"{key} for {time + 60} s", request_for(system, recipes[0], low, key, time_s=time + 60), recipe, False)
 
+        for qos in system.partitions[key].qos[1:]:  # the first was named by default
+            if system.partitions[key].purpose == "data":
+                continue
+            low, high = size_limits(system, key, qos)
+            time = system.limits(key, qos)["max_time"]
+            limit = {"time_s": time} if time else {}
+            for nodes in sorted({low, high or UNKNOWN_NODES}):
+                request = request_for(system, recipes[0], nodes, key, qos, **limit)
+                add(f"{key}, {qos} on {nodes}", request, recipe, True)
+            if high:
+                add(f"{key}, {qos} on {high + 1}", request_for(system, recipes[0], high + 1, key, qos), recipe, False)
+            if low > 1:
+                add(f"{key}, {qos} on {low - 1}", request_for(system, recipes[0], low - 1, key, qos), recipe, False)
+            if time:
+                request = request_for(system, recipes[0], low, key, qos, time_s=time + 60)
+                add(f"{key}, {qos} for {time + 60} s", request, recipe, False)
+
     good = build(request_for(system, recipes[0], fewest, default), system, recipe, files=False).script
     broken = corruptions(good, system)
     assert len(broken) >= 10
@@ -141,6 +162,7 @@ def test_twin_accepts_what_we_allow_and_nothing_more(system_id: str, tmp_path: P
         verdicts = dict(zip(asked, judge.many([cases[i][1] for i in asked]), strict=True))
         for i, (label, _, rule) in enumerate(cases):
             accepted = rule is None and verdicts[i][0]
+            assert expected[i] or rule, f"{system_id}, {label}: above a limit, and no rule of ours says so first"
             assert accepted is expected[i], (
                 f"{system_id}, {label}: expected {'yes' if expected[i] else 'no'}, our rule {rule}, twin "
                 f"{verdicts.get(i)}"
