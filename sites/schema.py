@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from aifactory_train.sites.confirmed import Confirmation
 from aifactory_train.sites.fields import Positive, PositiveFloat, Seconds, SiteModel, Text
 from aifactory_train.sites.hardware import Gpu, Interconnect, Node
 from aifactory_train.sites.schedulers import Flavour, GpuRequest, Kind
@@ -391,6 +392,7 @@ class Profile(SiteModel):
     notes: list[Note] = []
     sources: dict[str, Source] = {}
     facts: list[FactEntry] = []
+    confirmed: list[Confirmation] = []  # further sources that say the same
 
 
 def json_schema(which: str = "profile") -> dict[str, Any]:

@@ -44,7 +44,8 @@ def check_profiles(words: list[str], args: argparse.Namespace) -> int:
         "numeric_facts_with_source_date_confidence": report.numeric_covered,
     }
     if args.json:
-        print_json({"ok": report.ok, **numbers, "faults": [f.as_dict() for f in report.faults]})
+        faults = [f.as_dict() for f in report.faults]
+        print_json({"ok": report.ok, **numbers, "faults": faults, "single_source": report.single})
     else:
         for f in report.faults:
             print(f"{f.severity}: {f.where}: [{f.name}] {f.what}" + (f"\n  fix: {f.fix}" if f.fix else ""))
@@ -53,6 +54,13 @@ def check_profiles(words: list[str], args: argparse.Namespace) -> int:
             f"{report.numeric_facts} numeric, "
             f"{report.numeric_covered} with source, date and confidence; {len(report.faults)} fault(s)"
         )
+        alone = {system: paths for system, paths in report.single.items() if paths}
+        if words:
+            for paths in alone.values():
+                print("resting on one user's repository alone: " + ", ".join(paths))
+        elif alone:
+            counts = ", ".join(f"{system} {len(paths)}" for system, paths in alone.items())
+            print(f"facts that rest on one user's repository alone ('aifactory sites check SYSTEM' names them): {counts}")
     return 0 if report.ok else 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ FAULTS = {
     "duplicate-name": "an id, name or alias is used by two systems",
     "no-source": "a fact has no entry in facts:",
     "unknown-source": "facts: or a note names a source that is not defined",
+    "second-source": "confirmed: names a source that is not defined, the first one again, or a path without a fact",
     "unused-fact": "facts: names a path that holds no value",
     "undated": "a source is undated and does not say when it was retrieved",
     "future-date": "a source is dated in the future",
@@ -98,6 +99,8 @@ class CheckReport:
     numeric_covered: int = 0
     facts: int = 0
     covered: int = 0
+    #: Facts of usable systems that rest on one user's repository alone, by system.
+    single: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

@@ -15,6 +15,7 @@ from aifactory_train.sites.catalogue import shared_sources
 from aifactory_train.sites.centres import with_centre
 from aifactory_train.sites.check.faults import CheckReport, Fault, at, keys_of
 from aifactory_train.sites.check.rules import RULES
+from aifactory_train.sites.confirmed import single
 from aifactory_train.sites.paths import covering, dig, fact_leaves, leaves
 from aifactory_train.sites.reading import read_yaml
 from aifactory_train.sites.resolving import name_gpu, resolve
@@ -63,6 +64,8 @@ def check_system(path: Path, report: CheckReport, today: datetime.date | None = 
             )
         return system
     report.complete += system.complete
+    report.single[system.id] = single(system)
+    faults.extend(_confirmed(system, path))
     for rule in RULES:
         faults.extend(rule(system, path))
     return system
@@ -158,6 +161,22 @@ def _provenance(
         yield from dated(name, source, path, today)
         if name in shared:
             yield Fault("unknown-source", at(path, "sources", name), f"'{name}' is defined in sources.yaml already")
+
+
+def _confirmed(system: System, path: Path) -> Iterator[Fault]:
+    known = {**shared_sources(), **system.sources}
+    first = {fact.path: fact.source_id for fact in system.stated_facts()}
+    for i, entry in enumerate(system.confirmed):
+        place = at(path, "confirmed", i)
+        if entry.source not in known:
+            close = did_you_mean(entry.source, known)
+            yield Fault("second-source", place, f"the source '{entry.source}' is not defined{close}")
+        for dotted in entry.at:
+            below = [p for p in first if p == dotted or p.startswith(dotted + ".")]
+            if not below:
+                yield Fault("second-source", place, f"confirmed names '{dotted}', which holds no fact")
+            elif all(first[p] == entry.source for p in below):
+                yield Fault("second-source", place, f"'{dotted}' is from '{entry.source}' already: that is no second one")
 
 
 def dated(name: str, source: Source, path: Path, today: datetime.date) -> Iterator[Fault]:

@@ -32,6 +32,11 @@ PLANTED = [
     ("file-name", LUMI, "id: lumi-g", "id: lumi-x"),
     ("no-source", LEO, "{at: [node, interconnect], source: guide", "{at: [interconnect], source: guide"),
     ("unknown-source", LEO, "source: warpx, confidence", "source: warpz, confidence"),
+    ("second-source", LUMI, "launch.cpu_bind, software.purge, access.account], source: workshop", "launch.cpu_bind], "
+                                                                                              "source: nobody"),
+    ("second-source", LUMI, "node.cores_usable, node.memory_gib, detect", "node.local_disk_gb, detect"),
+    ("second-source", MN5, "qos.acc_interactive.max_time, internet.transfer_host, internet.compute], source: table",
+     "qos.acc_interactive.max_time], source: truba"),
     ("unused-fact", LUMI, "{at: [default_partition]", "{at: [default_partition, node.local_disk_gb]"),
     ("undated", LUMI, "date: n.d., retrieved: 2026-10-10}", "date: n.d.}"),
     ("future-date", LUMI, "date: 2026-05}", "date: 2031-05}"),
@@ -155,6 +160,43 @@ def _source(name: str) -> tuple[Any, list[tuple[object, ...]]]:
     path = catalogue.SYSTEMS / name if (catalogue.SYSTEMS / name).exists() else catalogue.ROOM / name
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     return raw, sorted(_places(raw), key=str)
+
+
+def test_facts_that_rest_on_one_repository_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A second source takes a fact off the list; what has none stays on it, by name."""
+    from aifactory_train.cli import main
+    from aifactory_train.sites.confirmed import confirmed_by, single
+
+    karolina = sites.load("karolina", overlay=False)
+    assert "second" in confirmed_by(karolina, "partitions.qgpu.max_time")
+    alone = single(karolina)
+    assert "partitions.qgpu.max_time" not in alone and "software.modules" in alone
+    bare = single(karolina.model_copy(update={"confirmed": []}))
+    assert set(alone) < set(bare) and "partitions.qgpu.max_time" in bare
+    assert main(["sites", "check", "karolina"]) == 0
+    assert f"resting on one user's repository alone: {', '.join(alone)}" in capsys.readouterr().out
+
+
+#: The twelve largest systems, and what one user alone was found to say of what a job asks for there.
+ALONE = {"arrhenius": {"partitions.gpu.max_time", "request.cpus_per_gpu"}, "meluxina": {"request.cpus_per_gpu"}}
+ALONE |= {"vega": {"partitions.gpu.max_time"}}
+LARGEST = [
+    *("lumi-g", "jupiter-booster", "leonardo-booster", "marenostrum5-acc", "alps-clariden", "jean-zay-h100"),
+    *("arrhenius", "helios", "karolina", "snellius-h100", "meluxina", "vega"),
+]
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_what_a_job_asks_for_has_two_sources_at_the_largest(name: str) -> None:
+    """The account's form, the partition's time, GPUs and cores: each from documentation, or from two users at least."""
+    from aifactory_train.sites.confirmed import single
+
+    system = sites.load(name, overlay=False)
+    part = f"partitions.{system.default_partition}"
+    asked = {"access.account", "access.account_suffix", "request.gpus", "request.cpus_per_gpu", "node.gpus"}
+    asked |= {f"{part}.max_time", f"{part}.max_nodes", f"{part}.constraint"}
+    asked |= {f"qos.{q}.max_time" for q in system.partitions[system.default_partition or ""].qos}
+    assert asked & set(single(system)) == ALONE.get(name, set())
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -257,11 +257,11 @@ def test_hardware_is_compared_inside_a_job_only(monkeypatch: pytest.MonkeyPatch)
 
 def test_no_difference_where_a_partition_has_no_published_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "run_tool", lambda command: None)
-    text = SINFO.replace("gpu_dev", "dev_accelerated-h100").replace("gpu*", "accelerated-h100")
-    differences = probe.compare(sites.load("horeka-h100"), probe.Observation(groups=probe.parse_sinfo(text)), {})
+    text = SINFO.replace("gpu_dev", "tesla").replace("gpu*", "proxima")
+    differences = probe.compare(sites.load("proxima"), probe.Observation(groups=probe.parse_sinfo(text)), {})
     by_path = {d.path: d for d in differences}
-    assert by_path["partitions.accelerated-h100.max_time"].kind == "differs"
-    assert by_path["partitions.accelerated-h100.max_time"].correction == "24h"
+    assert by_path["partitions.proxima.max_time"].kind == "differs"
+    assert by_path["partitions.proxima.max_time"].correction == "24h"
     assert by_path["node.cores"].kind == "new"
 
 

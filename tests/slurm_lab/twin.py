@@ -98,6 +98,8 @@ def node_count(system: System) -> int:
     """Nodes of the twin: the machine's, and at least what the largest partition admits."""
     stated = [n for p in system.partitions.values() for n in (p.max_nodes, p.nodes, p.min_nodes) if n is not None]
     limits = [q.max_nodes for q in system.qos.values() if q.max_nodes is not None]
+    every = [*system.partitions.values(), *system.qos.values()]
+    limits += [limit.max_gpus // (system.node.gpus or 1) for limit in every if limit.max_gpus]
     # A partition without a published limit must not be limited by the size of another one.
     return max([system.node.count or UNKNOWN_NODES, *stated, *limits])
 
