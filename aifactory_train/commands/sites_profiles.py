@@ -60,7 +60,9 @@ def check_profiles(words: list[str], args: argparse.Namespace) -> int:
                 print("resting on one user's repository alone: " + ", ".join(paths))
         elif alone:
             counts = ", ".join(f"{system} {len(paths)}" for system, paths in alone.items())
-            print(f"facts that rest on one user's repository alone ('aifactory sites check SYSTEM' names them): {counts}")
+            print(
+                f"facts that rest on one user's repository alone ('aifactory sites check SYSTEM' names them): {counts}"
+            )
     return 0 if report.ok else 1
 
 

@@ -176,7 +176,9 @@ def _confirmed(system: System, path: Path) -> Iterator[Fault]:
             if not below:
                 yield Fault("second-source", place, f"confirmed names '{dotted}', which holds no fact")
             elif all(first[p] == entry.source for p in below):
-                yield Fault("second-source", place, f"'{dotted}' is from '{entry.source}' already: that is no second one")
+                yield Fault(
+                    "second-source", place, f"'{dotted}' is from '{entry.source}' already: that is no second one"
+                )
 
 
 def dated(name: str, source: Source, path: Path, today: datetime.date) -> Iterator[Fault]:

@@ -91,6 +91,13 @@ def _cores(system: System, path: Path) -> Iterator[Fault]:
             "the scheduler is said to count threads, but node.threads_per_core is not 2 or more",
             "state node.threads_per_core, or cpus_are: cores",
         )
+    if (node.threads_per_core or 1) > 1 and request.cpus_per_gpu and "cpus_are" not in request.model_fields_set:
+        yield Fault(
+            "cores",
+            at(path, "request", "cpus_per_gpu"),
+            f"cores have {node.threads_per_core} threads here, and it is not said which of them the scheduler counts",
+            "request.cpus_are: cores or threads, as a script that is known to fill a node asks for it",
+        )
     most = usable * (node.threads_per_core or 1 if threads else 1) if usable else None
     if request.cpus_per_gpu and node.gpus and most and request.cpus_per_gpu * node.gpus > most:
         yield Fault(
@@ -162,6 +169,13 @@ def _software(system: System, path: Path) -> Iterator[Fault]:
     for i, box in enumerate(system.software.containers):
         if (box.gpu_flag == "--rocm" and vendor == "nvidia") or (box.gpu_flag == "--nv" and vendor == "amd"):
             yield Fault("container", at(path, "software", "containers", i), f"{box.gpu_flag} on {vendor} GPUs")
+        if box.image and "." not in box.image.rpartition("/")[2] and "pattern" not in box.model_fields_set:
+            yield Fault(
+                "container",
+                at(path, "software", "containers", i),
+                f"{box.image} is a folder, and of several images the last by name would be taken",
+                "pattern: which of them holds torch, such as '*-full-*.sif'",
+            )
 
 
 def _limits(system: System, path: Path) -> Iterator[Fault]:

@@ -37,6 +37,8 @@ PLANTED = [
     ("second-source", LUMI, "node.cores_usable, node.memory_gib, detect", "node.local_disk_gb, detect"),
     ("second-source", MN5, "qos.acc_interactive.max_time, internet.transfer_host, internet.compute], source: table",
      "qos.acc_interactive.max_time], source: truba"),
+    ("cores", LUMI, "  cpus_are: cores\n", ""),
+    ("container", LUMI, '      pattern: "*-full-*.sif"\n', ""),
     ("unused-fact", LUMI, "{at: [default_partition]", "{at: [default_partition, node.local_disk_gb]"),
     ("undated", LUMI, "date: n.d., retrieved: 2026-10-10}", "date: n.d.}"),
     ("future-date", LUMI, "date: 2026-05}", "date: 2031-05}"),
