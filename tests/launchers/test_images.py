@@ -135,7 +135,9 @@ def paths_read(sub) -> set[str]:
         re.search(rf"^export {name}=(\S+)$", script, re.M).group(1) for name in ("AIFACTORY_PYTHON", "AIFACTORY_CACHE")
     }
     found.add(re.search(r"^base=(\S+)$", script, re.M).group(1))
-    found |= set(re.findall(r"^export \w+=(/\S+)$", script, re.M)) - {re.search(r"^image=(\S+)$", script, re.M).group(1)}
+    found |= set(re.findall(r"^export \w+=(/\S+)$", script, re.M)) - {
+        re.search(r"^image=(\S+)$", script, re.M).group(1)
+    }
     for name in ("submission/rank.sh", "submission/node.sh"):
         body = re.sub(r"^#.*", "", file_of(sub, name), flags=re.M)
         found |= {p for p in re.findall(r"(?<![\w$}/])(/\w[\w./-]+)", body) if not p.startswith(("/dev/", "/tmp"))}

@@ -43,7 +43,7 @@ PLANTED = [
     ("undated", LUMI, "date: n.d., retrieved: 2026-10-10}", "date: n.d.}"),
     ("future-date", LUMI, "date: 2026-05}", "date: 2031-05}"),
     ("expired", LUMI, "expires: 2027-05-31", "expires: 2026-11-29"),
-    ("recalled", MN5, "{at: [request], source: eessi, confidence: documented}", "{at: [request], source: eessi, "
+    ("recalled", MN5, "{at: [request], source: second, confidence: documented-user}", "{at: [request], source: second, "
                                                                                 "confidence: recalled}"),
     ("not-usable-fact", "systems/lumi-ai.yaml", "notes:", "node: {gpus: 4}\n\nnotes:"),
     ("missing-list", "systems/sofia.yaml", "missing: [time limit]", "missing: []"),
