@@ -58,9 +58,15 @@ A :class:`System` holds plain Python values; ``None`` means *not published*, nev
     system.filesystem(role)              the first of a role, or None
     system.internet  .login .compute ("full"|"nat"|"proxy"|"none"|None);  system.offline  jobs must run offline
     system.energy    .counter .pue .grid_g_co2_per_kwh .grid_region
+    system.accounting  .unit .unit_is .charged ("node"|"gpu") .per_gpu_hour .per_node_hour .factors .minimum
+                     .balance_command;  sites.billing.bill(system, nodes, hours, partition=…) -> Bill | None
+    system.login     .method .second_factor .certificate_hours .certificate_command .jump_host .notes
+    system.queue     .default_time .max_submitted .max_running .reservation .typical_wait
+    system.data      .transfer .quota_command .object_store .model_cache;  system.help  .support .documentation .status
+                     (each of these five has .unknown {key: where one would ask})
     system.user      the overlay's own values: account, partition, qos, reservation, constraint, project, work_dir,
                      scratch_dir, container_image, container_binds, venv, modules, env, exclude_nodes, budget_gpu_hours,
-                     price_per_gpu_hour, currency, mail
+                     site_budget, cache, price_per_gpu_hour, currency, mail
     system.provenance("gpu.memory_gib") -> Fact(path, value, source_id, source, url, date, retrieved,
                                            confidence, note) | None
     system.stated_facts()                every stated leaf as a Fact
