@@ -111,7 +111,7 @@ def _of_record(data: dict[str, Any], path: Path) -> Evidence:
         "gpu.vendor": device.get("vendor"),
         "node.gpus": count // nodes if device.get("kind") != "cpu" and count and count % nodes == 0 else None,
     }
-    figures = {k: totals.get(k) for k in ("steps", "wall_s", "device_hours", "restarts", "mfu")}
+    figures = {k: totals[k] for k in ("steps", "wall_s", "device_hours", "restarts", "mfu") if _number(totals.get(k))}
     facts = [{"fact": k, "profile": None, "observed": v, "verdict": None} for k, v in seen.items() if v is not None]
     return Evidence(
         "run",
@@ -122,7 +122,7 @@ def _of_record(data: dict[str, Any], path: Path) -> Evidence:
         _versions(run.get("versions")),
         [],
         facts,
-        {k: v for k, v in figures.items() if _number(v)},
+        figures,
     )
 
 

@@ -112,12 +112,13 @@ def check_access(room: Path, today: datetime.date) -> Iterator[Fault]:
     file = AccessFile.model_validate(read_yaml(path))
     for name, source in file.sources.items():
         yield from dated(name, source, path, today)
-    named = [*((r.source, "routes", k) for k, r in file.routes.items()), (file.ask.source, "ask", None)]
-    named += [(m.source, "members", k) for k, m in file.members.items() if m.source is not None]
-    named += [(r.source, "common", i) for i, r in enumerate(file.common)]
-    for source, *keys in named:
-        if source not in file.sources:
-            yield Fault("unknown-source", at(path, *keys), f"the source '{source}' is not defined")
+    named: list[tuple[str, tuple[Any, ...]]] = [(file.ask.source, ("ask",))]
+    named += [(route.source, ("routes", key)) for key, route in file.routes.items()]
+    named += [(m.source, ("members", key)) for key, m in file.members.items() if m.source is not None]
+    named += [(remark.source, ("common", i)) for i, remark in enumerate(file.common)]
+    for origin, keys in named:
+        if origin not in file.sources:
+            yield Fault("unknown-source", at(path, *keys), f"the source '{origin}' is not defined")
     members = {m["id"] for m in read_yaml(room / "factories.yaml").get("members", [])}
     for name in sorted(members - set(file.members)):
         yield Fault(
