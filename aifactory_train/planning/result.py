@@ -66,8 +66,7 @@ def as_dict(
         "step_tokens": round(work.step_tokens, 1),
         "steps": run.steps,
         "reference_hours": _rounded(run.reference_s / 3600) if reference else None,
-        **_time_and_cost(request, gpu, run, mid, low, high),
-        **_billed(request, run, place),
+        **_time_and_cost(request, gpu, run, place, (low, mid, high)),
         "mfu": _rounded(mid * per_token.model / peak),
         "hfu": _rounded(mid * executed / peak),
         "flops_per_token": {"model": per_token.model, "executed": executed},
@@ -103,10 +102,12 @@ def _configuration(job: TrainingJob, gpu: GpuRates) -> dict[str, Any]:
 
 
 def _time_and_cost(
-    request: PlanRequest, gpu: GpuRates, run: Totals, mid: float, low: float, high: float
+    request: PlanRequest, gpu: GpuRates, run: Totals, place: str | None, speeds: tuple[float, float, float]
 ) -> dict[str, Any]:
-    """Hours, energy and cost of the run; ``None`` where the size of the data or a price is not known."""
-    system = request.system
+    """Hours, energy and cost of the run; ``None`` where the size of the data or a price is not known. speeds: tokens/s
+    of a GPU, low, middle and high.
+    """
+    system, (low, mid, high) = request.system, speeds
     watts = min(w for w in (gpu.tdp_w, gpu.power_cap_w) if w) * POWER_SHARE if gpu.tdp_w else None
     kwh = run.gpu_hours * watts / 1000 if run.gpu_hours is not None and watts else None
     pue, grid = system.energy.pue, system.energy.grid_g_co2_per_kwh
@@ -123,6 +124,7 @@ def _time_and_cost(
         if price is None or run.gpu_hours is None
         else {"amount": round(price * run.gpu_hours, 2), "currency": system.user.currency},
         "allocation_share": _rounded(run.gpu_hours / allocation) if allocation and run.gpu_hours is not None else None,
+        **_billed(request, run, place),
     }
 
 
