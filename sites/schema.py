@@ -406,11 +406,10 @@ def json_schema(which: str = "profile") -> dict[str, Any]:
     return schema
 
 
-_ABOUT = ("schema_", "id", "name", "aliases", "status", "status_reason", "operator", "country", "docs", "maintainer")
-#: Top-level keys whose values are facts of the machine: each leaf below them needs provenance.
-FACT_SECTIONS = tuple(
-    name for name in Profile.model_fields if name not in (*_ABOUT, "expires", "missing", "notes", "sources", "facts")
-)
+_KEYS = list(Profile.model_fields)
+#: Top-level keys whose values are facts of the machine: each leaf below them needs provenance. In ``Profile`` they stand
+#: between what names a profile and its notes.
+FACT_SECTIONS = tuple(_KEYS[_KEYS.index("detect") : _KEYS.index("notes")])
 
 #: Facts that make a profile complete; each is a dotted path, `|` separates ways of meeting it.
 CORE_FACTS = {
