@@ -9,9 +9,7 @@ import re
 from pathlib import Path
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.launchers import backends
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.shape import JobShape
 from aifactory_train.sites.profiles import System
 
 #: Below the root: this program's cache, and Hugging Face's.
@@ -51,16 +49,6 @@ def _shared(system: System) -> str:
             fix=f"user.{lacking[0]} in your site file (~/.config/aifactory/sites/{system.id}.yaml)",
         )
     return str(rq.path(template.format(**values), "data.model_cache"))
-
-
-def cache_folder(system: System, shape: JobShape) -> str:
-    """Where the job finds what `aifactory fetch` brought."""
-    from aifactory_train.config.loading import cache_dir
-
-    root = cache_root(system)
-    if os.environ.get("AIFACTORY_CACHE") or not backends.get(shape.backend).batch or not root:
-        return str(cache_dir())
-    return f"{root}/{OURS}"
 
 
 def make_shared(root: str, system: System) -> None:

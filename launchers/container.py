@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from aifactory_train.launchers import backends
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.caches import cache_folder
+from aifactory_train.launchers.caches import OURS, cache_root
 from aifactory_train.launchers.request import LaunchRequest, Refusal
+from aifactory_train.launchers.shape import JobShape
 from aifactory_train.launchers.submission import Submission, quoted
 from aifactory_train.sites.profiles import System
 from aifactory_train.sites.schema import Container
@@ -263,3 +264,13 @@ def image_commands(system: System) -> tuple[str, str, str] | None:
     make = _MAKE[runtime].format(file=file, registry=registry, name=name)
     image = next((word for word in make.split() if word.startswith(file)), f"{registry}/{name}")
     return image, make, f"aifactory env --site {system.id} --container {image} --output build-env.sh"
+
+
+def cache_folder(system: System, shape: JobShape) -> str:
+    """Where the job finds what `aifactory fetch` brought."""
+    from aifactory_train.config.loading import cache_dir
+
+    root = cache_root(system)
+    if os.environ.get("AIFACTORY_CACHE") or not backends.get(shape.backend).batch or not root:
+        return str(cache_dir())
+    return f"{root}/{OURS}"

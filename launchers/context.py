@@ -9,8 +9,8 @@ from aifactory_train import __version__
 from aifactory_train.core.errors import UserError
 from aifactory_train.launchers import backends
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.caches import cache_folder
 from aifactory_train.launchers.container import (
+    cache_folder,
     container_context,
     container_of,
     mounts_of,

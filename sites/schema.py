@@ -407,8 +407,8 @@ def json_schema(which: str = "profile") -> dict[str, Any]:
 
 
 _KEYS = list(Profile.model_fields)
-#: Top-level keys whose values are facts of the machine: each leaf below them needs provenance. In ``Profile`` they stand
-#: between what names a profile and its notes.
+#: Top-level keys whose values are facts of the machine: each leaf below them needs provenance. In ``Profile`` they
+#: stand between what names a profile and its notes.
 FACT_SECTIONS = tuple(_KEYS[_KEYS.index("detect") : _KEYS.index("notes")])
 
 #: Facts that make a profile complete; each is a dotted path, `|` separates ways of meeting it.

@@ -54,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
     system = sites.load(args.site, overlay=args.site_file) if args.site_file else sites.load(args.site)
     sites.require_usable(system)
+    known = _known_faults(system)
+    for fault in known:
+        note(f"known fault: {fault.sentence()}")
     if args.verify:
         found = software.verify_here(args.verify)
         if system.node.isa and found["isa"] != system.node.isa:
