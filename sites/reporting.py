@@ -38,7 +38,7 @@ class Evidence:
     kind: str  # acceptance | run
     site: str | None
     date: str  # YYYY-MM-DD
-    good: bool  # no check failed; the run finished
+    why_not: str  # why it says nothing of the readiness; empty where it does
     summary: str
     versions: dict[str, str] = field(default_factory=dict)
     checks: list[dict[str, Any]] = field(default_factory=list)  # name, status, seconds, figures (numbers alone)
@@ -80,6 +80,10 @@ def _of_acceptance(data: dict[str, Any], path: Path) -> Evidence:
         checks.append({"name": check["name"], "status": check["status"], "seconds": seconds, "figures": figures})
     counts = {status: sum(c["status"] == status for c in checks) for status in STATUSES}
     failed = [c["name"] for c in checks if c["status"] == "FAIL"]
+    gpus = data.get("gpus")
+    why_not = "a check failed" if failed else "no check passed" if not counts["PASS"] else ""
+    if not why_not and not (_number(gpus) and gpus > 0):
+        why_not = "no GPU was there"
     said = f"aifactory accept: {counts['PASS']} passed, {counts['FAIL']} failed, {counts['SKIP']} left out"
     facts = [
         {key: row.get(key) for key in ("fact", "profile", "observed", "verdict")}
@@ -90,7 +94,7 @@ def _of_acceptance(data: dict[str, Any], path: Path) -> Evidence:
         "acceptance",
         data.get("site") if _plain(data.get("site")) else None,
         _day(data.get("written"), path),
-        bool(counts["PASS"]) and not failed,
+        why_not,
         said + (f" ({', '.join(failed)})" if failed else ""),
         _versions(data.get("versions")),
         checks,
@@ -117,7 +121,7 @@ def _of_record(data: dict[str, Any], path: Path) -> Evidence:
         "run",
         site if NAME.fullmatch(site) and not site.startswith("MISSING") else None,
         _day(run.get("created"), path),
-        finished,
+        "it did not finish" if not finished else "no GPU was there" if device.get("kind") == "cpu" else "",
         said,
         _versions(run.get("versions")),
         [],
@@ -180,7 +184,7 @@ def files(evidence: Evidence, system: System, profile: Path, readiness: Path = R
     confirmed = [path for path in sorted(own) if path in seen]
     if confirmed:
         out[f"sites/systems/{profile.name}"] = with_facts(profile.read_text(encoding="utf-8"), raw, evidence, confirmed)
-    if evidence.good:
+    if not evidence.why_not:
         out["sites/readiness.yaml"] = with_readiness(readiness.read_text(encoding="utf-8"), system, evidence)
     changed = {r["fact"]: r["observed"] for r in evidence.facts if r["verdict"] in ("contradicted", "new")}
     if changed:
@@ -241,10 +245,8 @@ def description(evidence: Evidence, system: System, confirmed: list[str]) -> str
         "",
         f"Date: {evidence.date}. Readiness so far: {level}.",
     ]
-    if not evidence.good:
-        out.append(
-            "No readiness entry: " + ("a check failed." if evidence.kind == "acceptance" else "it did not finish.")
-        )
+    if evidence.why_not:
+        out.append(f"No readiness entry: {evidence.why_not}.")
     for title, verdict in (("Confirmed", "confirmed"), ("Different", "contradicted"), ("New", "new")):
         rows = [r for r in evidence.facts if r["verdict"] == verdict]
         if rows:

@@ -27,7 +27,7 @@ def report(words: list[str], args: argparse.Namespace) -> int:
     reporting.judge(evidence, system)
     made = reporting.files(evidence, system, finding.find_file(site))
     if args.json:
-        print_json({"site": system.id, "good": evidence.good, "files": made})
+        print_json({"site": system.id, "why_no_readiness": evidence.why_not or None, "files": made})
     else:
         print(made["PULL_REQUEST.md"], end="")
         for name, text in made.items():

@@ -103,12 +103,17 @@ def test_a_finished_run_confirms_what_it_rested_on(report):
     assert "sites/readiness.yaml" not in json.loads(out)["files"], "a run that did not finish is no readiness"
 
 
-def test_a_failed_check_makes_no_readiness_entry_and_says_so(report):
-    failed = json.loads(json.dumps(ACCEPTANCE))
-    failed["checks"][0]["status"] = "FAIL"
-    _, out, _ = report(failed, "acceptance.json", "--json")
-    made = json.loads(out)["files"]
-    assert "sites/readiness.yaml" not in made and "a check failed" in made["PULL_REQUEST.md"]
+@pytest.mark.parametrize(
+    "status, gpus, why",
+    [("FAIL", 4, "a check failed"), ("SKIP", 4, "no check passed"), ("PASS", 0, "no GPU was there"), ("PASS", 4, None)],
+)
+def test_what_says_nothing_of_training_there_is_no_readiness(report, status, gpus, why):
+    data = json.loads(json.dumps({**ACCEPTANCE, "gpus": gpus}))
+    data["checks"][0]["status"] = status
+    _, out, _ = report(data, "acceptance.json", "--json")
+    found = json.loads(out)
+    assert ("sites/readiness.yaml" in found["files"]) is (why is None) and found["why_no_readiness"] == why
+    assert why is None or f"No readiness entry: {why}." in found["files"]["PULL_REQUEST.md"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +146,7 @@ def test_any_profile_takes_an_entry_and_passes_its_check(system, tmp_path):
     loaded = profiles.load(system, overlay=False)
     stated = [f for f in loaded.stated_facts() if f.path.startswith("node.") and f.path != "node.gpu_numa"][:2]
     rows = [{"fact": f.path, "profile": f.value, "observed": f.value, "verdict": "confirmed"} for f in stated]
-    evidence = reporting.Evidence("acceptance", system, "2026-11-29", True, "aifactory accept: 3 passed", facts=rows)
+    evidence = reporting.Evidence("acceptance", system, "2026-11-29", "", "aifactory accept: 3 passed", facts=rows)
     made = reporting.files(evidence, loaded, path)
     assert (f"sites/systems/{system}.yaml" in made) is bool(stated)
     if stated:
