@@ -1,4 +1,4 @@
-"""One training step counted on the meta device, ours and TRL's with Liger's kernels: bytes, launches, FLOPs, peak memory.
+"""One training step counted on the meta device, ours and TRL's with Liger's kernels: bytes, launches, FLOPs, peak.
 
     python benchmarks/step_audit.py --json [--case llama-8b-lora|llama-8b-full|qwen3-30b-a3b-lora]
 
@@ -63,9 +63,7 @@ def configuration(case: dict[str, Any]) -> Any:
 def ours(case: dict[str, Any], checkpointing: str, sku: Any) -> Any:
     from aifactory_train.audit import step
 
-    spec = step.StepSpec(
-        configuration(case), recipe(case, checkpointing), sku.arch, sku.name, (LENGTH,) * PACKS
-    )
+    spec = step.StepSpec(configuration(case), recipe(case, checkpointing), sku.arch, sku.name, (LENGTH,) * PACKS)
     return step.run(spec)
 
 
@@ -115,8 +113,17 @@ def as_text(row: dict[str, Any]) -> str:
         return head + f"refused: {row['why']}"
     sides = [s for s in ("ours", "peer", "peer_as_loaded", "peer_defaults") if row.get(s)]
     lines = [head, f"  {'':28}" + "".join(f"{side:>16}" for side in sides)]
-    for key, unit in (("bytes", 1e9), ("launches", 1), ("flops", 1e12), ("syncs", 1), ("peak_gib", 1), ("weights_gib", 1)):
-        label = {"bytes": "GB moved", "flops": "TFLOP", "peak_gib": "peak GiB", "weights_gib": "weights GiB"}.get(key, key)
+    for key, unit in (
+        ("bytes", 1e9),
+        ("launches", 1),
+        ("flops", 1e12),
+        ("syncs", 1),
+        ("peak_gib", 1),
+        ("weights_gib", 1),
+    ):
+        label = {"bytes": "GB moved", "flops": "TFLOP", "peak_gib": "peak GiB", "weights_gib": "weights GiB"}.get(
+            key, key
+        )
         lines.append(f"  {label:28}" + "".join(f"{row[s][key] / unit:16,.1f}" for s in sides))
     ratios = {k: v for k, v in row.items() if k.endswith("ratio") or "_ratio_" in k}
     lines += [f"  {name:40} {value:.3f}" for name, value in ratios.items()]

@@ -186,9 +186,7 @@ def _liger_on_the_chip(sku: Any, autocast: bool) -> Iterator[None]:
 
     def can_use_mm_out(left: torch.Tensor, right: torch.Tensor) -> bool:
         return (
-            not torch.is_grad_enabled()
-            and left.dtype == right.dtype
-            and (not autocast or left.dtype == torch.bfloat16)
+            not torch.is_grad_enabled() and left.dtype == right.dtype and (not autocast or left.dtype == torch.bfloat16)
         )
 
     loss._can_use_mm_out = can_use_mm_out

@@ -1,5 +1,5 @@
-"""Meta tensors pass for those of one chip: our operators prepare their launches for it, and torch's optimizers and norms
-take the ways that they take on GPUs (fused, many tensors at once)."""
+"""Meta tensors pass for those of one chip: our operators prepare their launches for it, and torch's optimizers and
+norms take the ways that they take on GPUs (fused, many tensors at once)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def chip(arch: str, sku: str | None) -> Iterator[None]:
         stack.enter_context(runtime.pretend(arch, sku))
         for place in (many, optimizers):
             for name in ("_get_foreach_kernels_supported_devices", "_get_fused_kernels_supported_devices"):
-                stack.enter_context(_replaced(place, name, _and_meta(getattr(place, name))))
+                stack.enter_context(replaced(place, name, _and_meta(getattr(place, name))))
         yield
 
 
@@ -50,7 +50,7 @@ def _and_meta(names: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _replaced(place: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(place: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(place, name)
     setattr(place, name, value)
     try:

@@ -154,6 +154,8 @@ class Recorder(TorchDispatchMode):
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(hasattr(kind, "to_local") for kind in types):
+            return NotImplemented  # a sharded tensor takes the operator apart: its local ones arrive here
         kwargs = kwargs or {}
         name = function.name()
         short = name.partition("::")[2]
@@ -172,10 +174,13 @@ class Recorder(TorchDispatchMode):
             _WHOLE.add(function)
         out = self._attended(name, args) or function(*args, **kwargs)
         self._see(out)
+        if name.startswith(("c10d::", "_c10d_functional::")):
+            largest = max(map(_size, args), default=0)  # what is gathered, or what is reduced
+            self.collectives.setdefault((self.phase, name), Booked()).add(Booked(1, largest))
+            return out
         row = self._booked(function, name, short.partition(".")[0], args, kwargs, out)
         if row is not None:
-            where = self.collectives if name.startswith(("c10d::", "_c10d_functional::", "fsdp::")) else self.rows
-            where.setdefault((self.phase, name), Booked()).add(row)
+            self.rows.setdefault((self.phase, name), Booked()).add(row)
         return out
 
     def _launched(self, kernel: Any, arguments: dict[str, Any]) -> None:
@@ -187,7 +192,7 @@ class Recorder(TorchDispatchMode):
     # ---- memory
 
     def _see(self, out: Any) -> None:
-        component = "activations" if self.phase == "forward" else "transient"
+        component = "activations" if self.phase.startswith("forward") else "transient"
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.holdings.see(tensor, component)
@@ -237,7 +242,8 @@ class Recorder(TorchDispatchMode):
             return None
         read, written = _traffic(function, short, args, kwargs, out)
         packet = getattr(torch.ops.aten, short.removesuffix("_"), None)  # in place it is the same product
-        flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+        factors = [a for a in args if isinstance(a, torch.Tensor)]
+        flops = flop_registry[packet](*factors, out_val=out) if packet in flop_registry else 0
         return Booked(_kernels(short, args), read, written, flops)
 
 

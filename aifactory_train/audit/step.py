@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from aifactory_train.audit import pretend
+from aifactory_train.audit import pretend, ranks
 from aifactory_train.audit.recorder import COMPONENTS, Answers, Booked, Recorder
+from aifactory_train.core.errors import UserError
 from aifactory_train.parallel.traits import traits_of
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from aifactory_train.model.precision import Precision
 
 GIB = 2**30
+#: ends the name of a phase of every micro-batch but the first
+AGAIN = " again"
 
 
 @dataclass(frozen=True)
@@ -129,13 +132,20 @@ def audited(module: nn.Module, answers: Answers, inputs: Sequence[torch.Tensor],
             handle.remove()
 
 
-def account(recorder: Recorder, module: nn.Module) -> StepAccount:
-    """What ``recorder`` saw of a step of ``module``."""
+def account(recorder: Recorder, module: nn.Module, micro_batches: int = 1) -> StepAccount:
+    """What ``recorder`` saw of a step of ``module``; the second of its micro-batches stands for all further ones."""
     held = recorder.holdings
     weights = {id(p.untyped_storage()): p.untyped_storage().nbytes() for p in map(_local, module.parameters())}
-    return StepAccount(
-        recorder.rows, recorder.collectives, dict(recorder.syncs), dict(held.peak), sum(weights.values())
-    )
+    rows, collectives = (_all_micro_batches(part, micro_batches) for part in (recorder.rows, recorder.collectives))
+    return StepAccount(rows, collectives, dict(recorder.syncs), dict(held.peak), sum(weights.values()))
+
+
+def _all_micro_batches(seen: dict[tuple[str, str], Booked], count: int) -> dict[tuple[str, str], Booked]:
+    rows: dict[tuple[str, str], Booked] = {}
+    for (phase, name), row in seen.items():
+        times = count - 1 if phase.endswith(AGAIN) else 1
+        rows.setdefault((phase.removesuffix(AGAIN), name), Booked()).add(row, times)
+    return rows
 
 
 def _local(tensor: Any) -> torch.Tensor:
@@ -146,11 +156,20 @@ def _local(tensor: Any) -> torch.Tensor:
 
 
 def run(spec: StepSpec) -> StepAccount:
-    """One step of ``spec``, counted. Raises :class:`UserError` for a chip without kernels."""
+    """One step of ``spec``, counted. Raises :class:`UserError` for a chip without kernels, and for ZeRO, whose engine
+    is DeepSpeed's own and needs a device."""
+    if traits_of(spec.engine).zero_stage is not None:
+        raise UserError(
+            f"the step audit runs torch's engines, not {spec.engine}",
+            where="--audit",
+            fix="--set parallel.engine=fsdp2, which holds what ZeRO-3 holds",
+        )
     with ExitStack() as stack:
         if spec.recipe.kernels.enabled != "off":
             pretend.refuse_unknown(spec.arch)
         stack.enter_context(pretend.chip(spec.arch, spec.sku))
+        if traits_of(spec.engine).cuts == "rows":
+            stack.enter_context(ranks.sharding(spec.world))
         with torch.device("meta"):
             engine = _engine(spec, _core(spec))
         engine.prepare_state(1)
@@ -160,29 +179,40 @@ def run(spec: StepSpec) -> StepAccount:
         state = lambda: list(engine.optimizer.state.values())  # noqa: E731
         with audited(module, Answers(spec.targets, list(spec.lengths)), inputs, state) as recorder:
             _steps(engine, batch, spec, recorder)
-        return account(recorder, module)
+        made = account(recorder, module, spec.micro_batches)
+        if traits_of(spec.engine).cuts == "whole" and spec.world > 1:
+            _summed_copies(made, engine)
+        return made
+
+
+def _summed_copies(made: StepAccount, engine: Any) -> None:
+    """DDP's sum over the copies, once a step in buckets of 25 MiB. Its C++ part takes no meta tensors, so that the step
+    of one process is run, and the sum is said by the engine's own rule: every trained gradient in the type of
+    reduction."""
+    size = sum(p.numel() for _, p in engine.named) * engine.precision.reduce.itemsize
+    made.collectives["backward", "c10d::allreduce_"] = Booked(max(1, -(-size // (25 * 2**20))), size)
 
 
 def _steps(engine: Any, batch: Any, spec: StepSpec, recorder: Recorder) -> None:
     settings = spec.recipe.train
-    module = engine.module
-    for number in range(spec.micro_batches):
-        recorder.phase = "forward"
-        with _turns_to_backward(recorder):
-            engine.forward_backward(batch, 1 / 2**13, last=number == spec.micro_batches - 1)
+    counted = min(2, spec.micro_batches)  # all but the first are alike: they find gradients
+    for number in range(counted):
+        again = AGAIN if number else ""
+        recorder.phase = "forward" + again
+        with _turns_to_backward(recorder, "backward" + again):
+            engine.forward_backward(batch, 1 / 2**13, last=number == counted - 1)
     recorder.phase = "update"
     engine.clip(settings.max_grad_norm, 0.75)
     engine.step(settings.learning_rate)
-    assert module is engine.module
 
 
 @contextmanager
-def _turns_to_backward(recorder: Recorder) -> Iterator[None]:
-    """The phase is ``backward`` from the call of ``Tensor.backward`` on, which is inside the engine."""
+def _turns_to_backward(recorder: Recorder, phase: str) -> Iterator[None]:
+    """The phase is ``phase`` from the call of ``Tensor.backward`` on, which is inside the engine."""
     before = torch.Tensor.backward
 
     def backward(self, *args, **kwargs):
-        recorder.phase = "backward"
+        recorder.phase = phase
         return before(self, *args, **kwargs)
 
     torch.Tensor.backward = backward  # type: ignore[method-assign]

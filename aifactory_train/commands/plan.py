@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--html", metavar="FILE", type=Path, help="also write a page with the memory stack and the scaling curve"
     )
     parser.add_argument(
+        "--audit",
+        action="store_true",
+        help="run one step on the meta device and count FLOPs, bytes, launches, memory, collectives (needs torch, or "
+        "an audit of the same plan in the cache)",
+    )
+    parser.add_argument(
         "--verify-sharding",
         action="store_true",
         help="build the sharded model with a fake world and compare (needs torch)",
@@ -58,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.core.output import note, print_json
 
     plan, job = build(args)
+    if args.audit:
+        from aifactory_train.audit import kept
+
+        plan["audit"] = kept.of_plan(job, load_recipe(args.recipe, list(args.overrides)))
     if args.verify_sharding:
         from aifactory_train.planning.verify_sharding import compare
 
@@ -73,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         from aifactory_train.planning.show import show
 
         show(plan)
+        if args.audit:
+            kept.show(plan["audit"])
     return 0
 
 

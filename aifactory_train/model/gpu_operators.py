@@ -94,8 +94,8 @@ def apply_kernels(
     ``arch`` and ``sku`` name the device it will run on (``cpu`` changes nothing), ``dtype`` the activations.
     ``enabled=False`` switches everything off. ``skip`` names operators to leave out; where weights may only be read
     through their own module (DeepSpeed ZeRO-3), skip ``rms_norm_residual`` and ``lora_linear``, which read their
-    children's. Adapted layers that belong together run as one operator (``lora_linears``, ``lora_mlp``) where nothing
-    speaks against it. Calling it twice changes nothing more.
+    children's. Adapted layers that belong together run as one operator (``lora_linears``, ``lora_gated_down``) where
+    nothing speaks against it. Calling it twice changes nothing more.
     """
     kind = str(dtype).removeprefix("torch.")
     report = AppliedOperators(arch, sku, family_of(model))
@@ -278,12 +278,14 @@ def _projecting_together(forward: types.FunctionType):
     """``forward`` with query, key and value projected by one operator, where all three are plain adapted layers."""
 
     def together(self, hidden_states, *args, **kwargs):
+        origin = kwargs.pop(ORIGIN, None)
         adapted = _adapted([getattr(self, name, None) for name in _QKV])
         if adapted is None:
             return forward(self, hidden_states, *args, **kwargs)
-        results = dict(zip(_QKV, ops.lora_linears(hidden_states, *adapted), strict=True))
+        results = dict(zip(_QKV, ops.lora_linears(hidden_states, *adapted, origin), strict=True))
         return forward(_Projected(self, results), hidden_states, *args, **kwargs)
 
+    together.takes_origin = True  # type: ignore[attr-defined]
     return together
 
 
@@ -354,7 +356,7 @@ def _layer(module: nn.Module, family: str, skip: Collection[str]) -> tuple[str |
     ):
         return None, "residual not fused: its forward does more than the pre-norm form"
     offset = 1.0 if family in ONE_PLUS_WEIGHT else 0.0
-    return _turn(module, "rms_norm_residual", _pre_norm(*norms, offset, "lora_mlp" not in skip), skip)
+    return _turn(module, "rms_norm_residual", _pre_norm(*norms, offset, "lora_linears" not in skip), skip)
 
 
 @lru_cache(None)
@@ -363,14 +365,17 @@ def _pre_norm(first: str, second: str, offset: float, fuses: bool):
         self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
         position_embeddings=None, **kwargs,
     ):  # fmt: skip
-        before = getattr(self, first)
+        before, origin = getattr(self, first), None
         if fuses and getattr(before, "operator", None) == "rms_norm":
             hidden_states, residual = ops.rms_norm_passing(hidden_states, before.weight, _eps(before), offset)
+            if getattr(type(self.self_attn).forward, "takes_origin", False):
+                origin = {ORIGIN: (residual, before.weight, _eps(before), offset)}
         else:
             residual, hidden_states = hidden_states, before(hidden_states)
         hidden_states, _ = self.self_attn(
             hidden_states=hidden_states, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
+            **(origin or {}),
         )  # fmt: skip
         norm = getattr(self, second)
         if hidden_states.dtype == residual.dtype:
@@ -381,18 +386,24 @@ def _pre_norm(first: str, second: str, offset: float, fuses: bool):
         adapted = _adapted_mlp(self.mlp) if fuses and hidden_states.dtype == residual.dtype else None
         if adapted is None:
             return residual + self.mlp(hidden_states)
-        parts, kind = adapted
-        return ops.lora_mlp(hidden_states, residual, *parts, kind, norm.weight.detach(), _eps(norm), offset)
+        (weights, a, b, scaling), kind = adapted
+        origin = (residual, norm.weight, _eps(norm), offset)
+        gate, up = ops.lora_linears(hidden_states, weights[:2], a[:2], b[:2], scaling, origin)
+        del hidden_states  # nothing keeps it: its memory is free for what follows
+        return ops.lora_gated_down(gate, up, residual, weights[2], a[2], b[2], scaling, kind)
 
     return forward
 
+
+#: Under this name a layer tells its attention what the hidden states were normalised from.
+ORIGIN = "normalised_from"
 
 #: kinds of gated activation in the order of the operators' numbers
 _KINDS = ("silu", "tanh", "none")
 
 
 def _adapted_mlp(module: Any) -> tuple[tuple, int] | None:
-    """What :func:`ops.lora_mlp` needs of a gated MLP whose three layers are plain adapted ones; None for another."""
+    """What the operators need of a gated MLP whose three layers are plain adapted ones; None for another."""
     if getattr(module, "operator", None) not in ("swiglu", "geglu"):
         return None
     parts = _adapted([module.gate_proj, module.up_proj, module.down_proj])

@@ -50,7 +50,7 @@ def skipped(weights: str, compiled: bool) -> tuple[str, ...]:
     weights directly. Compiled blocks are traced through each layer's own call."""
     if weights == "module":
         return ("rms_norm_residual", "lora_linear")
-    return ("lora_linears", "lora_mlp") if compiled else ()
+    return ("lora_linears",) if compiled else ()
 
 
 def _apply_triton(core: CausalLM, *, weights: str, compiled: bool, report: ModelReport) -> None:

@@ -201,7 +201,7 @@ KEPT = {
     "mkldnn::_linear_pointwise",  # model/cpu_matmul.py
     "aifactory::lora_linear_fwd",  # the product of base and adapter in one operator
     "aifactory::lora_linears_fwd",
-    "aifactory::lora_mlp_fwd",
+    "aifactory::lora_gated_down_fwd",
 }
 
 

@@ -4,10 +4,10 @@ import torch
 
 from aifactory_train.kernels import runtime
 from aifactory_train.kernels.lora_linear import reference, space
-from aifactory_train.kernels.lora_linear.several import lora_linears, lora_mlp, scaled_product
+from aifactory_train.kernels.lora_linear.several import lora_gated_down, lora_linears, scaled_product
 from aifactory_train.kernels.spec import cdiv
 
-__all__ = ["lora_linear", "lora_linears", "lora_mlp"]
+__all__ = ["lora_gated_down", "lora_linear", "lora_linears"]
 
 NAME = "lora_linear"
 

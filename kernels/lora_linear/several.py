@@ -1,5 +1,5 @@
-"""Adapted linear layers that belong together, as one operator each: those of one input (query, key, value), and a gated
-MLP from its input to the residual stream.
+"""Adapted linear layers that belong together: those of one input (query, key and value; gate and up), and the end of a
+gated MLP from the activation to the residual stream, as one operator each.
 
 One operator knows more than its parts: the adapters' first products are one product, the gradients of the common input
 are added inside the products that make them, and what can be made again from what is kept anyway is not kept. The
@@ -20,50 +20,53 @@ from aifactory_train.kernels.swiglu.op import glu_fwd, launch_glu_backward, plai
 Tensors = Sequence[torch.Tensor]
 
 
+#: What a layer's input was normalised from, so that it can be made again: (source, weight or None, eps, offset).
+Origin = tuple[torch.Tensor, torch.Tensor | None, float, float]
+
+
 def lora_linears(
-    x: torch.Tensor, weights: Tensors, lora_a: Tensors, lora_b: Tensors, scaling: float
+    x: torch.Tensor, weights: Tensors, lora_a: Tensors, lora_b: Tensors, scaling: float, origin: Origin | None = None
 ) -> list[torch.Tensor]:
     """:func:`lora_linear` of one input for several layers: ``x W_i^T + scaling (x A_i^T) B_i^T``, a list of [..., M_i].
 
     ``x`` [..., K], ``weights`` [M_i, K], ``lora_a`` [R, K] with one rank, ``lora_b`` [M_i, R]; autocast is followed.
-    Weights are frozen: they get no gradient.
+    Differentiable in x and the adapters; weights are frozen. With ``origin`` ``x`` must be its RMS normalisation: it is
+    made again in backward rather than kept (no gradient flows to the origin from here).
     """
     dtype = runtime.arithmetic(x)
     x, weights, lora_a, lora_b = x.to(dtype), *([t.to(dtype) for t in ts] for ts in (weights, lora_a, lora_b))
     if not runtime.use_triton("lora_linear", x):
         parts = zip(weights, lora_a, lora_b, strict=True)
         return [reference.lora_linear(x, w, a, b, scaling) for w, a, b in parts]
-    return torch.ops.aifactory.lora_linears_fwd(x, weights, lora_a, lora_b, scaling)[0]
+    source, norm_weight, eps, offset = origin or (None, None, 0.0, 0.0)
+    source, norm_weight = (None if t is None else t.detach() for t in (source, norm_weight))
+    return torch.ops.aifactory.lora_linears_fwd(x, weights, lora_a, lora_b, scaling, source, norm_weight, eps, offset)[
+        0
+    ]
 
 
-def lora_mlp(
-    x: torch.Tensor,
+def lora_gated_down(
+    gate: torch.Tensor,
+    up: torch.Tensor,
     residual: torch.Tensor,
-    weights: Tensors,
-    lora_a: Tensors,
-    lora_b: Tensors,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
     scaling: float,
     kind: int = 0,
-    norm_weight: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    offset: float = 0.0,
 ) -> torch.Tensor:
-    """``residual + down(act(gate(x)) * up(x))`` with adapted ``gate``, ``up`` and ``down`` (in this order in the lists).
+    """``residual + lora_linear(act(gate) * up)``: the end of a gated MLP, [..., M].
 
-    ``x`` and ``residual`` [..., K]; ``kind`` is that of the activation (0 silu, 1 gelu by tanh, 2 gelu by erf). With
-    ``norm_weight`` [K] ``x`` must be the RMS normalisation of ``residual`` under it, ``eps`` and ``offset``: it is then
-    made again in backward rather than kept, as the activation always is. Differentiable in x, residual and the
-    adapters; base weights are frozen.
+    ``gate`` and ``up`` [..., I], ``residual`` [..., M]; ``kind`` is that of the activation (0 silu, 1 gelu by tanh, 2 gelu
+    by erf). The product is made again in backward rather than kept, and the gradients of gate and up take their memory:
+    nothing else may keep them, and a second backward pass is refused by autograd's version count. Differentiable in all
+    but ``weight``, which is frozen.
     """
-    dtype = runtime.arithmetic(x)
-    x, weights, lora_a, lora_b = x.to(dtype), *([t.to(dtype) for t in ts] for ts in (weights, lora_a, lora_b))
-    if not runtime.use_triton("lora_linear", x):
-        gate, up = (reference.lora_linear(x, weights[i], lora_a[i], lora_b[i], scaling) for i in (0, 1))
-        hidden = plain_gated(gate, up, kind)
-        return residual + reference.lora_linear(hidden, weights[2], lora_a[2], lora_b[2], scaling)
-    return torch.ops.aifactory.lora_mlp_fwd(
-        x, residual, weights, lora_a, lora_b, scaling, kind, norm_weight, eps, offset
-    )[0]
+    dtype = runtime.arithmetic(gate)
+    gate, up, weight, lora_a, lora_b = (t.to(dtype) for t in (gate, up, weight, lora_a, lora_b))
+    if not runtime.use_triton("lora_linear", gate):
+        return residual + reference.lora_linear(plain_gated(gate, up, kind), weight, lora_a, lora_b, scaling)
+    return torch.ops.aifactory.lora_gated_down_fwd(gate, up, residual, weight, lora_a, lora_b, scaling, kind)[0]
 
 
 # ---- products of several layers with one input
@@ -136,15 +139,16 @@ def _input_gradient(dys, u, weights, lora_a, scaling):
 @torch.library.custom_op(
     "aifactory::lora_linears_fwd",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, float scaling) -> (Tensor[], Tensor)",
+    schema="(Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, float scaling, Tensor? source, Tensor? "
+    "norm_weight, float eps, float offset) -> (Tensor[], Tensor)",
 )
-def lora_linears_fwd(x, weights, lora_a, lora_b, scaling):
+def lora_linears_fwd(x, weights, lora_a, lora_b, scaling, source, norm_weight, eps, offset):
     results, t = _forward(x.reshape(-1, x.shape[-1]), weights, lora_a, lora_b, scaling)
     return [y.view(*x.shape[:-1], y.shape[1]) for y in results], t
 
 
 @lora_linears_fwd.register_fake
-def _(x, weights, lora_a, lora_b, scaling):
+def _(x, weights, lora_a, lora_b, scaling, source, norm_weight, eps, offset):
     rows = x.numel() // x.shape[-1]
     results = [x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights]
     return results, x.new_empty(rows, lora_a[0].shape[0] * len(lora_a))
@@ -153,93 +157,16 @@ def _(x, weights, lora_a, lora_b, scaling):
 @torch.library.custom_op(
     "aifactory::lora_linears_bwd",
     mutates_args=(),
-    schema="(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor t, float scaling, "
-    "bool need_x) -> (Tensor, Tensor, Tensor[])",
+    schema="(Tensor[] dys, Tensor kept, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor t, float scaling, "
+    "bool normalise, Tensor? norm_weight, float eps, float offset, bool need_x) -> (Tensor, Tensor, Tensor[])",
 )
-def lora_linears_bwd(dys, x, weights, lora_a, lora_b, t, scaling, need_x):
+def lora_linears_bwd(dys, kept, weights, lora_a, lora_b, t, scaling, normalise, norm_weight, eps, offset, need_x):
     flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    x = _normalised(kept, norm_weight, eps, offset) if normalise else kept
     da, dbs, u = _adapter_gradients(flat, x.reshape(-1, x.shape[-1]), lora_b, t, scaling)
-    dx = _input_gradient(flat, u, weights, lora_a, scaling).view(x.shape) if need_x else x.new_empty(0)
+    del x  # before the gradient is made that takes the same memory
+    dx = _input_gradient(flat, u, weights, lora_a, scaling).view(kept.shape) if need_x else kept.new_empty(0)
     return dx, da, dbs
-
-
-@lora_linears_bwd.register_fake
-def _(dys, x, weights, lora_a, lora_b, t, scaling, need_x):
-    rows = lora_a[0].shape[0] * len(lora_a)
-    return (
-        x.new_empty(x.shape if need_x else 0),
-        x.new_empty(rows, x.shape[-1]),
-        [b.new_empty(b.shape) for b in lora_b],
-    )
-
-
-def _setup_linears(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # the thin product has no gradient: no zeros are made for it
-    x, weights, lora_a, lora_b, ctx.scaling = inputs
-    ctx.count = len(weights)
-    ctx.save_for_backward(x, *weights, *lora_a, *lora_b, output[1])
-
-
-def _backward_linears(ctx, dys, _):
-    x, *rest, t = ctx.saved_tensors
-    n = ctx.count
-    weights, lora_a, lora_b = rest[:n], rest[n : 2 * n], rest[2 * n :]
-    need_x = ctx.needs_input_grad[0]
-    dys = [x.new_zeros(*x.shape[:-1], w.shape[0]) if dy is None else dy for dy, w in zip(dys, weights, strict=True)]
-    dx, da, dbs = torch.ops.aifactory.lora_linears_bwd(dys, x, weights, lora_a, lora_b, t, ctx.scaling, need_x)
-    return dx if need_x else None, [None] * n, list(da.split(lora_a[0].shape[0])), dbs, None
-
-
-lora_linears_fwd.register_autograd(_backward_linears, setup_context=_setup_linears)
-
-
-# ---- a gated MLP
-
-
-@torch.library.custom_op(
-    "aifactory::lora_mlp_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor residual, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, float scaling, int kind, "
-    "Tensor? norm_weight, float eps, float offset) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def lora_mlp_fwd(x, residual, weights, lora_a, lora_b, scaling, kind, norm_weight, eps, offset):
-    (gate, up), t = _forward(x.reshape(-1, x.shape[-1]), weights[:2], lora_a[:2], lora_b[:2], scaling)
-    hidden = glu_fwd(gate, up, kind)
-    onto = residual.reshape(-1, residual.shape[-1])
-    (out,), t_down = _forward(hidden, weights[2:], lora_a[2:], lora_b[2:], scaling, onto)
-    return out.view(residual.shape), gate, up, t, t_down
-
-
-@lora_mlp_fwd.register_fake
-def _(x, residual, weights, lora_a, lora_b, scaling, kind, norm_weight, eps, offset):
-    rows, rank = x.numel() // x.shape[-1], lora_a[0].shape[0]
-    halves = [x.new_empty(rows, w.shape[0]) for w in weights[:2]]
-    return residual.new_empty(residual.shape), *halves, x.new_empty(rows, 2 * rank), x.new_empty(rows, rank)
-
-
-@torch.library.custom_op(
-    "aifactory::lora_mlp_bwd",
-    mutates_args=("gate", "up"),
-    schema="(Tensor dy, Tensor source, Tensor(a!) gate, Tensor(b!) up, Tensor t, Tensor t_down, Tensor[] weights, Tensor[] "
-    "lora_a, Tensor[] lora_b, float scaling, int kind, Tensor? norm_weight, float eps, float offset) -> (Tensor, "
-    "Tensor, Tensor, Tensor[])",
-)
-def lora_mlp_bwd(
-    dy, source, gate, up, t, t_down, weights, lora_a, lora_b, scaling, kind, norm_weight, eps, offset
-):  # fmt: skip
-    dy2 = dy.reshape(-1, dy.shape[-1])
-    hidden = glu_fwd(gate, up, kind)
-    da_down, db_down, u = _adapter_gradients([dy2], hidden, lora_b[2:], t_down, scaling)
-    del hidden  # before its gradient is made, which takes the same memory
-    dhidden = _input_gradient([dy2], u, weights[2:], lora_a[2:], scaling)
-    # In place: a second backward pass would need what is overwritten here, and autograd's version count refuses it.
-    halves = launch_glu_backward(dhidden, gate, up, kind, into=(gate, up))
-    del dhidden
-    x = source if norm_weight is None else _normalised(source, norm_weight, eps, offset)
-    da, dbs, u = _adapter_gradients(halves, x.reshape(-1, x.shape[-1]), lora_b[:2], t, scaling)
-    del x
-    dx = _input_gradient(halves, u, weights[:2], lora_a[:2], scaling)
-    return dx.view(source.shape), da, da_down, [*dbs, *db_down]
 
 
 def _normalised(source, weight, eps, offset):
@@ -250,35 +177,92 @@ def _normalised(source, weight, eps, offset):
     return launch_forward("rms_norm", source, None, weight, eps, offset)[0]
 
 
-@lora_mlp_bwd.register_fake
-def _(dy, source, gate, up, t, t_down, weights, lora_a, lora_b, scaling, kind, norm_weight, eps, offset):
-    rank = lora_a[0].shape[0]
+@lora_linears_bwd.register_fake
+def _(dys, kept, weights, lora_a, lora_b, t, scaling, normalise, norm_weight, eps, offset, need_x):
+    rows = lora_a[0].shape[0] * len(lora_a)
     return (
-        source.new_empty(source.shape),
-        source.new_empty(2 * rank, source.shape[-1]),
-        source.new_empty(rank, gate.shape[1]),
+        kept.new_empty(kept.shape if need_x else 0),
+        kept.new_empty(rows, kept.shape[-1]),
         [b.new_empty(b.shape) for b in lora_b],
     )
 
 
-def _setup_mlp(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # what is kept for backward has no gradient
-    x, residual, weights, lora_a, lora_b, ctx.scaling, ctx.kind, norm_weight, ctx.eps, ctx.offset = inputs
-    source = x if norm_weight is None else residual
-    ctx.save_for_backward(source, norm_weight, *output[1:], *weights, *lora_a, *lora_b)
+def _setup_linears(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # the thin product has no gradient: no zeros are made for it
+    x, weights, lora_a, lora_b, ctx.scaling, source, norm_weight, ctx.eps, ctx.offset = inputs
+    ctx.count, ctx.normalise = len(weights), source is not None
+    kept = x if source is None else source
+    ctx.save_for_backward(kept, norm_weight, output[1], *weights, *lora_a, *lora_b)
 
 
-def _backward_mlp(ctx, dy, *_):
-    if dy is None:
-        return (None,) * 10
-    source, norm_weight, gate, up, t, t_down, *rest = ctx.saved_tensors
-    weights, lora_a, lora_b = rest[:3], rest[3:6], rest[6:]
-    dx, da, da_down, dbs = torch.ops.aifactory.lora_mlp_bwd(
-        dy, source, gate, up, t, t_down, weights, lora_a, lora_b, ctx.scaling, ctx.kind, norm_weight, ctx.eps,
-        ctx.offset,
-    )  # fmt: skip
-    both = list(da.split(lora_a[0].shape[0]))
-    return dx, dy, [None] * 3, [*both, da_down], dbs, None, None, None, None, None
+def _backward_linears(ctx, dys, _):
+    kept, norm_weight, t, *rest = ctx.saved_tensors
+    n = ctx.count
+    weights, lora_a, lora_b = rest[:n], rest[n : 2 * n], rest[2 * n :]
+    need_x = ctx.needs_input_grad[0]
+    dys = [kept.new_zeros(*kept.shape[:-1], w.shape[0]) if d is None else d for d, w in zip(dys, weights, strict=True)]
+    dx, da, dbs = torch.ops.aifactory.lora_linears_bwd(
+        dys, kept, weights, lora_a, lora_b, t, ctx.scaling, ctx.normalise, norm_weight, ctx.eps, ctx.offset, need_x
+    )
+    das = list(da.split(lora_a[0].shape[0]))
+    return dx if need_x else None, [None] * n, das, dbs, None, None, None, None, None
 
 
-lora_mlp_fwd.register_autograd(_backward_mlp, setup_context=_setup_mlp)
+lora_linears_fwd.register_autograd(_backward_linears, setup_context=_setup_linears)
+
+
+# ---- the end of a gated MLP
+
+
+@torch.library.custom_op(
+    "aifactory::lora_gated_down_fwd",
+    mutates_args=(),
+    schema="(Tensor gate, Tensor up, Tensor residual, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, "
+    "int kind) -> (Tensor, Tensor)",
+)
+def lora_gated_down_fwd(gate, up, residual, weight, lora_a, lora_b, scaling, kind):
+    hidden = glu_fwd(gate, up, kind).reshape(-1, gate.shape[-1])
+    onto = residual.reshape(-1, residual.shape[-1])
+    (out,), t = _forward(hidden, [weight], [lora_a], [lora_b], scaling, onto)
+    return out.view(residual.shape), t
+
+
+@lora_gated_down_fwd.register_fake
+def _(gate, up, residual, weight, lora_a, lora_b, scaling, kind):
+    return residual.new_empty(residual.shape), gate.new_empty(gate.numel() // gate.shape[-1], lora_a.shape[0])
+
+
+@torch.library.custom_op(
+    "aifactory::lora_gated_down_bwd",
+    mutates_args=("gate", "up"),
+    schema="(Tensor dy, Tensor(a!) gate, Tensor(b!) up, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor t, "
+    "float scaling, int kind) -> (Tensor, Tensor)",
+)
+def lora_gated_down_bwd(dy, gate, up, weight, lora_a, lora_b, t, scaling, kind):
+    dy2 = dy.reshape(-1, dy.shape[-1])
+    hidden = glu_fwd(gate, up, kind).reshape(-1, gate.shape[-1])
+    da, (db,), u = _adapter_gradients([dy2], hidden, [lora_b], t, scaling)
+    del hidden  # before its gradient is made, which takes the same memory
+    dhidden = _input_gradient([dy2], u, [weight], [lora_a], scaling)
+    launch_glu_backward(dhidden.view(gate.shape), gate, up, kind, into=(gate, up))
+    return da, db
+
+
+@lora_gated_down_bwd.register_fake
+def _(dy, gate, up, weight, lora_a, lora_b, t, scaling, kind):
+    return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+
+
+def _setup_down(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # the thin product has no gradient: no zeros are made for it
+    gate, up, _, weight, lora_a, lora_b, ctx.scaling, ctx.kind = inputs
+    ctx.save_for_backward(gate, up, weight, lora_a, lora_b, output[1])
+
+
+def _backward_down(ctx, dy, _):
+    gate, up, weight, lora_a, lora_b, t = ctx.saved_tensors
+    da, db = torch.ops.aifactory.lora_gated_down_bwd(dy, gate, up, weight, lora_a, lora_b, t, ctx.scaling, ctx.kind)
+    return gate, up, dy, None, da, db, None, None
+
+
+lora_gated_down_fwd.register_autograd(_backward_down, setup_context=_setup_down)

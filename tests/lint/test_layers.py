@@ -19,7 +19,7 @@ LAYERS = """
     exporting : report
     launchers
     methods
-    record : evaluation : recipe_draft
+    record : evaluation : recipe_draft : audit
     planning
     parallel
     model : recipes

@@ -6,8 +6,11 @@ from collections import Counter
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from aifactory_train.kernels import ops
 from aifactory_train.model.gpu_operators import apply_kernels
+from aifactory_train.parallel.apply import apply_activation_checkpointing
 
 SMALL = {
     "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -182,6 +185,70 @@ def test_lora(dropout):
     with patched.disable_adapter():
         off = loss_and_gradients_free(patched)
     assert not torch.allclose(off, loss_and_gradients_free(patched.eval()))
+
+
+def adapted_everywhere():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
+    model = peft.get_peft_model(build("Llama"), config, autocast_adapter_dtype=False)
+    for n, p in model.named_parameters():
+        if "lora_B" in n:
+            p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(4))
+    return model
+
+
+class Called(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_adapted_layers_of_a_block_run_together(dtype):
+    """Query, key and value are one operator, gate and up another, the end of the MLP with its sum a third; what they do
+    not keep is made again in backward. Values and gradients are those of the model's own layers."""
+    plain, patched = adapted_everywhere(), adapted_everywhere()
+    apply_kernels(patched, arch="sm_90", sku="H100-80", dtype=dtype)
+    with Called() as called:
+        ours = loss_and_gradients(patched, dtype)
+    names = {n.partition("::")[2]: c for n, c in called.names.items() if n.startswith("aifactory::")}
+    assert (names["lora_linears_fwd"], names["lora_gated_down_fwd"], names["lora_linear_fwd"]) == (4, 2, 2)
+    assert (
+        called.names["aten::add.Tensor"] <= 5
+    )  # none in the residual stream, and none of its gradients (rotary tables, the loss)
+    theirs = loss_and_gradients(plain, dtype)
+    assert theirs[2].keys() == ours[2].keys() and len(ours[2]) == 2 * 7 * 2
+    if dtype == torch.float32:
+        for a, b in zip(flat(ours), flat(theirs), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    else:
+        exact = loss_and_gradients(adapted_everywhere(), torch.float64)
+        for a, b, c in zip(flat(ours), flat(theirs), flat(exact), strict=True):
+            judge_l2("Llama", a, b, c)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputation_of_adapted_layers_changes_nothing(mode):
+    kept, again = adapted_everywhere(), adapted_everywhere()
+    for model in (kept, again):
+        apply_kernels(model, arch="sm_90", dtype="fp32")
+    apply_activation_checkpointing(again, mode)
+    for a, b in zip(*(flat(loss_and_gradients(m, torch.float32)) for m in (kept, again)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_backward_overwrites_is_not_used_again():
+    gate, up, x = (torch.randn(5, 32, requires_grad=True) for _ in range(3))
+    weight, a, b = torch.randn(32, 32), torch.randn(4, 32), torch.randn(32, 4)
+    out = ops.lora_gated_down(gate * 1, up * 1, x, weight, a, b, 2.0).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
 
 
 def loss_and_gradients_free(model):
