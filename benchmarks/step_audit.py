@@ -32,7 +32,11 @@ CASES = ("llama-8b-lora", "llama-8b-full", "qwen3-30b-a3b-lora")
 DIMENSIONS = Path(__file__).with_name("step_audit")
 PACKS, LENGTH, RANK = 4, 4096, 16
 MODES = ("none", "full")
-GIB = 2**30
+#: key of a side -> (words, unit)
+SHOWN = {
+    "bytes": ("GB moved", 1e9), "launches": ("launches", 1), "flops": ("TFLOP", 1e12), "syncs": ("host waits", 1),
+    "peak_gib": ("peak GiB", 1), "weights_gib": ("weights GiB", 1),
+}  # fmt: skip
 
 
 def recipe(case: dict[str, Any], checkpointing: str) -> Any:
@@ -113,17 +117,7 @@ def as_text(row: dict[str, Any]) -> str:
         return head + f"refused: {row['why']}"
     sides = [s for s in ("ours", "peer", "peer_as_loaded", "peer_defaults") if row.get(s)]
     lines = [head, f"  {'':28}" + "".join(f"{side:>16}" for side in sides)]
-    for key, unit in (
-        ("bytes", 1e9),
-        ("launches", 1),
-        ("flops", 1e12),
-        ("syncs", 1),
-        ("peak_gib", 1),
-        ("weights_gib", 1),
-    ):
-        label = {"bytes": "GB moved", "flops": "TFLOP", "peak_gib": "peak GiB", "weights_gib": "weights GiB"}.get(
-            key, key
-        )
+    for key, (label, unit) in SHOWN.items():
         lines.append(f"  {label:28}" + "".join(f"{row[s][key] / unit:16,.1f}" for s in sides))
     ratios = {k: v for k, v in row.items() if k.endswith("ratio") or "_ratio_" in k}
     lines += [f"  {name:40} {value:.3f}" for name, value in ratios.items()]

@@ -10,6 +10,7 @@ A kernel without an entry is refused by name: a launch that nobody counts would 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -116,7 +117,9 @@ def moved(kernel: str, arguments: Mapping[str, Any]) -> tuple[int, int]:
             continue
         how, _, part = how.partition("/")
         tensor = arguments[name]
-        size = tensor.numel() * tensor.element_size() // int(part or 1)
+        shape = zip(tensor.shape, tensor.stride(), strict=True)
+        distinct = math.prod(n for n, stride in shape if stride or n == 0)
+        size = distinct * tensor.element_size() // int(part or 1)
         read += size * ("r" in how)
         written += size * ("w" in how)
     return read, written

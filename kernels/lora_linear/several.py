@@ -57,10 +57,10 @@ def lora_gated_down(
 ) -> torch.Tensor:
     """``residual + lora_linear(act(gate) * up)``: the end of a gated MLP, [..., M].
 
-    ``gate`` and ``up`` [..., I], ``residual`` [..., M]; ``kind`` is that of the activation (0 silu, 1 gelu by tanh, 2 gelu
-    by erf). The product is made again in backward rather than kept, and the gradients of gate and up take their memory:
-    nothing else may keep them, and a second backward pass is refused by autograd's version count. Differentiable in all
-    but ``weight``, which is frozen.
+    ``gate`` and ``up`` [..., I], ``residual`` [..., M]; ``kind`` is that of the activation (0 silu, 1 gelu by tanh, 2
+    gelu by erf). The product is made again in backward rather than kept, and the gradients of gate and up take their
+    memory: nothing else may keep them, and a second backward pass is refused by autograd's version count.
+    Differentiable in all but ``weight``, which is frozen.
     """
     dtype = runtime.arithmetic(gate)
     gate, up, weight, lora_a, lora_b = (t.to(dtype) for t in (gate, up, weight, lora_a, lora_b))
