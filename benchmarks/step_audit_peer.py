@@ -2,8 +2,8 @@
 
 transformers' model, peft's adapters, Liger's patch of the instance, TRL's padding-free collation (boundaries made on
 the host), gradient checkpointing that does not re-enter, the loss over the items of the batch, clipping and fused AdamW
-by torch. What a meta tensor cannot say is said for it, always in the peer's favour: where Liger asks whether a tensor is
-on a GPU of compute capability 8 or newer it is told yes; autocast, which meta tensors do not have, is applied by its
+by torch. What a meta tensor cannot say is said for it, always in the peer's favour: where Liger asks whether a tensor
+is on a GPU of compute capability 8 or newer it is told yes; autocast, which meta tensors do not have, is applied by its
 own rule (products in bf16; the copy of a trained fp32 leaf is made once a forward).
 """
 

@@ -119,6 +119,9 @@ class Stack:
     glu: str = "fused"
     loss_bytes_per_logit: float = 0.0
     casts_adapter_input: bool = False  # peft with fp32 adapters over a bf16 base copies each adapter's input
+    #: adapted layers run together (our kernels/lora_linear/several.py): what follows a norm or the activation is made
+    #: again in backward rather than kept
+    remakes: bool = False
     recomputes_norm: bool = (
         False  # the norm's output is computed again in backward rather than kept (torch.compile's partitioner)
     )

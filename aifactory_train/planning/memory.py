@@ -79,6 +79,17 @@ def _norm(job: TrainingJob, width: int, rows: int = 1) -> float:
     return 4 * width + 4 * rows + (kept if trained else 0)  # the fp32 copy (in fp32 the input itself)
 
 
+def _remade(job: TrainingJob, *names: str) -> bool:
+    """Whether the layers ``names`` of a block are adapted and run together, so that their common input is not kept: all
+    of them plain (no bias, DoRA or 4-bit base), between an RMS norm before and a gated MLP."""
+    shape = job.shape
+    targets = job.targets if isinstance(job.targets, str) else list(job.targets)
+    plain = job.method == "lora" and not (job.dora or job.compiled or shape.qkv_bias or shape.linear_bias)
+    pre_norm = shape.mlp == "gated" and shape.family not in ("olmo2", "olmo3", "gemma3_text")
+    whole = job.layout.traits.weights != "module"
+    return job.stack.remakes and plain and pre_norm and whole and all(is_target(n, targets) for n in names)
+
+
 def _linear_inputs(job: TrainingJob) -> float:
     """Bytes of the inputs that linear layers keep: for their own weight's gradient, or for an adapter's."""
     shape, e = job.shape, job.bytes.compute
@@ -92,6 +103,8 @@ def _linear_inputs(job: TrainingJob) -> float:
         else:
             hit = [n for n in names if is_target(n, targets)]
             copies = len(hit) if job.stack.casts_adapter_input else min(1, len(hit))
+            if _remade(job, *(("q", "k", "v") if "q" in group else ("gate", "up", "down"))):
+                copies = 0
             total += e * width * copies + sum(e * job.lora_rank for _ in hit)
     if job.method != "full" and is_target("o", targets):
         # the input itself is attention's output and counted there

@@ -130,7 +130,8 @@ def candidates(
 ) -> Iterator[Counted]:
     """Every configuration, fitting or not, in a fixed order."""
     chunk = loss_chunk(work, gpu)
-    stack = replace(STACKS["fused" if uses_kernels(work, gpu) else "eager"], loss_bytes_per_logit=0.0)
+    ours = uses_kernels(work, gpu)
+    stack = replace(STACKS["fused" if ours else "eager"], loss_bytes_per_logit=0.0, remakes=ours and not work.dropout)
     if fixed.offload is not None:
         offloads = tuple(o for o in offloads if o == fixed.offload)
     modes = ("none", "selective", "full") if fixed.checkpointing is None else (fixed.checkpointing,)

@@ -40,6 +40,7 @@ class Workload:
     by_rows: bool  # the step is a number of rows (else of tokens)
     preference: str | None = None  # methods.preference.kind
     optimizer: str = "adamw"
+    dropout: float = 0.0  # of the adapters' inputs
 
     @property
     def row_documents(self) -> int:
@@ -128,6 +129,7 @@ def of_recipe(recipe: Recipe, shape: ModelShape, document: float | None, supervi
         by_rows=train.batch_tokens is None,
         preference=preference,
         optimizer=train.optimizer,
+        dropout=adapter.dropout if adapter.kind != "none" else 0.0,
     )
 
 
