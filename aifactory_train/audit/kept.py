@@ -75,6 +75,7 @@ def of_plan(job: TrainingJob, recipe: Recipe) -> dict[str, Any]:
             f"(this one looked for {file})",
         )
     found = _run(job, recipe, settings)
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, found)
     return {**found, "from_cache": None}
 
@@ -87,7 +88,7 @@ def _run(job: TrainingJob, recipe: Recipe, settings: dict[str, Any]) -> dict[str
     given = recipe.model_copy(deep=True)
     given.parallel.activation_checkpointing = job.checkpointing  # type: ignore[assignment]
     given.parallel.compile = False
-    if settings["engine"] == "hsdp":
+    if job.layout.traits.shard_group == "chosen":
         given.parallel.shard_size = job.layout.shard
     spec = step.StepSpec(
         build_config(job.shape), given, str(job.gpu.arch), job.gpu.sku, tuple(settings["lengths"]), settings["engine"],

@@ -130,7 +130,7 @@ class Holdings:
         self.peak = {name: self.bytes[name] for name in COMPONENTS}
 
 
-class Recorder(TorchDispatchMode):
+class StepRecorder(TorchDispatchMode):
     """See the module. ``phase`` is what the rows of :attr:`rows` are kept under; set it while recording."""
 
     def __init__(self, answers: Answers):
@@ -340,7 +340,7 @@ def _filled(function, args: tuple, kwargs: dict) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _again(mode: Recorder) -> Iterator[None]:
+def _again(mode: StepRecorder) -> Iterator[None]:
     """``mode`` on, without replacing the launcher a second time."""
     TorchDispatchMode.__enter__(mode)
     try:

@@ -1,5 +1,5 @@
 """One training step of one rank on the meta device: built in the order in which training builds it, run under the
-:class:`~aifactory_train.audit.recorder.Recorder`.
+:class:`~aifactory_train.audit.recorder.StepRecorder`.
 
 The model is transformers' own (from its configuration, without weights), with our adapters, operators, blocks, engine,
 loss and optimizer. A step is the forward and backward of its micro-batches, the norm with clipping, and the update.
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from aifactory_train.audit import pretend, ranks
-from aifactory_train.audit.recorder import COMPONENTS, Answers, Booked, Recorder
+from aifactory_train.audit.recorder import COMPONENTS, Answers, Booked, StepRecorder
 from aifactory_train.core.errors import UserError
 from aifactory_train.parallel.traits import traits_of
 
@@ -107,10 +107,10 @@ def _plain(row: Booked) -> dict[str, int]:
 @contextmanager
 def audited(module: nn.Module, answers: Answers, inputs: Sequence[torch.Tensor], state: Callable[[], Any]) -> Iterator:
     """A recorder over a step of ``module``: its parameters are weights, what accumulates in them gradients, what
-    ``state()`` returns (tensors in any nesting) the optimizer's. Yields the :class:`Recorder`."""
+    ``state()`` returns (tensors in any nesting) the optimizer's. Yields the :class:`StepRecorder`."""
     from torch.utils._pytree import tree_leaves
 
-    recorder = Recorder(answers)
+    recorder = StepRecorder(answers)
     held = recorder.holdings
     handles = []
     for parameter in module.parameters():
@@ -132,7 +132,7 @@ def audited(module: nn.Module, answers: Answers, inputs: Sequence[torch.Tensor],
             handle.remove()
 
 
-def account(recorder: Recorder, module: nn.Module, micro_batches: int = 1) -> StepAccount:
+def account(recorder: StepRecorder, module: nn.Module, micro_batches: int = 1) -> StepAccount:
     """What ``recorder`` saw of a step of ``module``; the second of its micro-batches stands for all further ones."""
     held = recorder.holdings
     weights = {id(p.untyped_storage()): p.untyped_storage().nbytes() for p in map(_local, module.parameters())}
@@ -193,7 +193,7 @@ def _summed_copies(made: StepAccount, engine: Any) -> None:
     made.collectives["backward", "c10d::allreduce_"] = Booked(max(1, -(-size // (25 * 2**20))), size)
 
 
-def _steps(engine: Any, batch: Any, spec: StepSpec, recorder: Recorder) -> None:
+def _steps(engine: Any, batch: Any, spec: StepSpec, recorder: StepRecorder) -> None:
     settings = spec.recipe.train
     counted = min(2, spec.micro_batches)  # all but the first are alike: they find gradients
     for number in range(counted):
@@ -207,7 +207,7 @@ def _steps(engine: Any, batch: Any, spec: StepSpec, recorder: Recorder) -> None:
 
 
 @contextmanager
-def _turns_to_backward(recorder: Recorder, phase: str) -> Iterator[None]:
+def _turns_to_backward(recorder: StepRecorder, phase: str) -> Iterator[None]:
     """The phase is ``phase`` from the call of ``Tensor.backward`` on, which is inside the engine."""
     before = torch.Tensor.backward
 
