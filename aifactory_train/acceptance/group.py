@@ -11,6 +11,8 @@ from aifactory_train.acceptance.report import Report
 
 #: Seconds in which a group is taken down, and in which a rank that raised is gone.
 LEAVE_S, GONE_S = 5.0, 15.0
+#: On a CPU, where only the threads of gloo are waited for, a busy machine may take longer.
+LEAVE_CPU_S = 20.0
 
 
 def check(report: Report) -> None:
@@ -50,7 +52,8 @@ def alone(report: Report) -> None:
     leave_world()
     took = time.monotonic() - began
     report.figures["leave_s"] = round(took, 2)
-    report.expect(took < LEAVE_S, f"taking the group down took {took:.1f} s, more than {LEAVE_S:.0f}")
+    most = LEAVE_S if report.gpu else LEAVE_CPU_S
+    report.expect(took < most, f"taking the group down took {took:.1f} s, more than {most:.0f}")
 
 
 def raising(report: Report) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.acceptance.checks import LIMIT_S, QUICK_LIMIT_S, AcceptanceCheck
+from aifactory_train.acceptance.checks import LIMIT_S, MACHINE, QUICK_LIMIT_S, AcceptanceCheck
 from aifactory_train.core import fresh_process
 from aifactory_train.core.files import object_or_nothing
 
@@ -46,7 +46,7 @@ class Acceptance:
     @property
     def left_s(self) -> float:
         """Seconds left of the whole time."""
-        whole = self.limit_s or (QUICK_LIMIT_S if self.quick else LIMIT_S)
+        whole = (QUICK_LIMIT_S if self.quick else LIMIT_S) if self.limit_s is None else self.limit_s
         return whole - (time.monotonic() - self.began)
 
     @property
@@ -58,7 +58,7 @@ class Acceptance:
         (models, runs) is gone afterwards; their logs stay."""
         self.scratch = Path(tempfile.mkdtemp(prefix="aifactory-accept-"))
         try:
-            found = self.one(AcceptanceCheck("machine", "what this machine is", "machine:check", 60, 60), judged=False)
+            found = self.one(MACHINE, judged=False)
             self.machine = found["figures"]
             if found["status"] == "FAIL":
                 # torch cannot even be imported, or the driver does not answer: everything below rests on it.
@@ -110,7 +110,7 @@ class Acceptance:
             "site": self.site,
             "work": str(self.scratch / check.name),
             "run": check.run,
-            "stacks_after_s": max(0.5, 0.9 * limit),
+            "stacks_after_s": max(0.5, 0.9 * limit - 1),
         }
 
     def environment(self) -> dict[str, str]:
@@ -119,6 +119,9 @@ class Acceptance:
         if self.machine and not self.gpus:
             # The check of the installation says that GPUs are missing; the others show what there is.
             more |= {"AIFACTORY_ALLOW_CPU": "1", "OMP_NUM_THREADS": "1"}  # the models are tiny
+        elif self.gpus:
+            cores = int((self.machine.get("host") or {}).get("cores_usable") or 1)
+            more["OMP_NUM_THREADS"] = str(max(1, cores // self.gpus))
         without = ("AIFACTORY_ATTEMPT", "AIFACTORY_RUN", "AIFACTORY_STOP_AT", "TRITON_INTERPRET", "PALS_", "MPI_LOCAL")
         return fresh_process.environment(*without, **more)
 

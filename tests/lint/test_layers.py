@@ -15,6 +15,7 @@ pytest.importorskip("importlinter", reason="import-linter belongs to the extra t
 #: Top to bottom. Rooms of one line do not import each other.
 LAYERS = """
     commands
+    acceptance
     training
     exporting : report
     launchers
