@@ -32,7 +32,7 @@ class PretendedGpu:
 
 GPUS = {
     "A100": PretendedGpu("NVIDIA A100-SXM4-40GB", "sm_80", 108, 39.4, "A100-40", "vega"),
-    "H100": PretendedGpu("NVIDIA H100", "sm_90", 132, 63.4, "H100-64", "marenostrum5-acc"),
+    "H100": PretendedGpu("NVIDIA H100 64GB HBM2", "sm_90", 132, 63.4, "H100-64", "marenostrum5-acc"),
     "GH200": PretendedGpu("NVIDIA GH200 120GB", "sm_90", 132, 94.5, "GH200", "jupiter-booster"),
     "MI250X GCD": PretendedGpu("AMD Instinct MI250X", "gfx90a", 110, 64.0, "MI250X-GCD", "lumi-g", count=8),
     "MI300A": PretendedGpu("AMD Instinct MI300A", "gfx942", 228, 128.0, "MI300A", "hunter", integrated=True),
