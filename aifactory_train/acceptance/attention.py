@@ -74,8 +74,8 @@ def implementations(device: str) -> dict[str, Callable[..., Any] | None]:
     from aifactory_train.model import attention
 
     def per_document(q: Any, k: Any, v: Any, bounds: Any) -> Any:
-        states = [part.transpose(0, 1)[None] for part in (q, k, v)]
-        return attention.per_document_attention(torch.nn.Module(), *states, None, documents=bounds)[0][0]
+        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+        return attention.per_document_attention(torch.nn.Module(), q, k, v, None, documents=bounds)[0][0]
 
     def whole(kernel: Any) -> Callable[..., Any]:
         return lambda q, k, v, bounds: kernel.__wrapped__(q, k, v, bounds, 0.0, None)

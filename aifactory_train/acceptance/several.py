@@ -82,15 +82,15 @@ def exact_of(world: Any, settings: dict[str, Any]) -> list[float]:
 def curves_of(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """``name: (losses, allowed)``."""
     from aifactory_train.core import compat
+    from aifactory_train.parallel.traits import traits_of
 
     steps, half = settings["steps"], world.device != "cpu" and compat.supports_bf16(world.device)
     precision = {"precision": small.HALF} if half else {}
     allowed, found = one_process.SAME, {}
-    for name, case in {
-        "ddp": {"engine": "ddp"},
-        "fsdp2": {"engine": "fsdp2"},
-        "hsdp": {"engine": "hsdp", "shard_size": 2 if world.size % 2 == 0 else world.size},
-    }.items():
+    for name in ("ddp", "fsdp2", "hsdp"):
+        case: dict[str, Any] = {"engine": name}
+        if traits_of(name).shard_group == "chosen":
+            case["shard_size"] = 2 if world.size % 2 == 0 else world.size
         losses = small.curve(world, steps, **precision, **case)
         if half and not found:
             found["ddp"] = losses, one_process.BF16_MOST
