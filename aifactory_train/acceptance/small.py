@@ -159,7 +159,7 @@ def batch(given: list[tuple[list[int], int]], device: str) -> DeviceBatch:
 def full_batch(tokens: int, length: int, device: str, vocabulary: int = VOCABULARY) -> DeviceBatch:
     """``tokens`` tokens in documents of ``length``, all supervised."""
     dice = random.Random(tokens)
-    ids = [[dice.randrange(vocabulary) for _ in range(min(length, tokens - at))] for at in range(0, tokens, length)]
+    ids = [dice.choices(range(vocabulary), k=min(length, tokens - at)) for at in range(0, tokens, length)]
     return batch([(one, max(1, len(one) - 1)) for one in ids if len(one) > 1], device)
 
 

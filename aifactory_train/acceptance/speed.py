@@ -64,6 +64,7 @@ def one(report: Report, world: Any, shape: dict[str, Any], adapter: str) -> None
 
     settings = small.recipe(adapter=adapter, tokens=TOKENS, length=LENGTH)
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(world.device)
     running = small.engine_of(settings, world, shape)
     batch = small.full_batch(TOKENS, LENGTH, world.device, shape["vocab_size"])
     try_step(running, batch, accumulates=False)

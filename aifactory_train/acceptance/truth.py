@@ -43,19 +43,22 @@ def build(report: Report) -> None:
     from aifactory_train.core import compat
     from aifactory_train.launchers.shaping import visible_gpus
 
-    asked = os.environ.get("AIFACTORY_EXPECT_GPUS", "")
-    there = max(visible_gpus(), int(asked) if asked.isdigit() else 0)
+    expected = os.environ.get("AIFACTORY_EXPECT_GPUS", "")
+    asked = int(expected) if expected.isdigit() else 0
+    there = visible_gpus()
     seen = torch.cuda.device_count() if compat.device_type() == "cuda" else 0
     built = torch.version.cuda or torch.version.hip
-    report.figures |= {"torch": torch.__version__, "gpus_there": there, "gpus_seen": seen}
-    if there and not seen:
+    report.figures |= {"torch": torch.__version__, "gpus_there": there, "gpus_asked": asked, "gpus_seen": seen}
+    if not seen and max(asked, there):
         what = "sees none of them" if built else "is a build for CPUs"
         report.problems.append(
-            f"{there} GPUs were asked for or are here, torch {torch.__version__} {what}: install a build of torch for"
-            " this GPU and driver (aifactory env)"
+            f"{max(asked, there)} GPUs were asked for or are here, torch {torch.__version__} {what}: install a build of"
+            " torch for this GPU and driver (aifactory env)"
         )
-    elif there > seen:
-        report.problems.append(f"torch sees {seen} of {there} GPUs: look at the node and at *_VISIBLE_DEVICES")
+    elif seen < asked:
+        report.problems.append(f"torch sees {seen} of {asked} GPUs: look at the node and at *_VISIBLE_DEVICES")
+    elif seen < there:  # a container may be given some of those that the driver lists
+        report.said.append(f"torch sees {seen} of the {there} GPUs that the driver lists")
     if not seen:
         return
     arch_list = torch.cuda.get_arch_list()
