@@ -15,7 +15,7 @@ def check(report: Report) -> None:
     from aifactory_train.parallel.world import join_world
 
     world = join_world(60, threads=1)
-    for checkpointing in ("none",) if report.quick else ("none", "full"):
+    for checkpointing in ("none",) if report.quick or not report.gpu else ("none", "full"):
         for engine in ("ddp", "fsdp2"):
             with report.part(f"{engine}, checkpointing {checkpointing}"):
                 one(report, world, f"{engine}, checkpointing {checkpointing}", engine, checkpointing)

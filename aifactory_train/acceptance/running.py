@@ -78,7 +78,8 @@ class Acceptance:
         reason = self.why_not(check) if judged else ""
         if reason:
             return {"name": check.name, "status": "SKIP", "seconds": 0.0, "figures": {}, "why": reason}
-        limit = max(1.0, min(check.limit(self.quick, bool(self.gpus)), self.left_s))
+        own = check.limit(self.quick, bool(self.gpus))
+        limit = max(1.0, min(own, self.left_s))
         result, log = self.scratch / f"{check.name}.json", self.logs / f"{check.name}.log"
         settings = self.scratch / f"{check.name}.settings.json"
         settings.write_text(json.dumps(self.settings(check, limit)), encoding="utf-8")
@@ -88,7 +89,10 @@ class Acceptance:
             code = run_group(command, limit, env=self.environment(), stdout=file, stderr=subprocess.STDOUT)
         seconds = round(time.monotonic() - began, 2)
         shutil.rmtree(self.scratch / check.name, ignore_errors=True)
-        return judge(check.name, code, seconds, limit, object_or_nothing(result), log)
+        found = judge(check.name, code, seconds, limit, object_or_nothing(result), log)
+        if code is None and limit < own:  # not its own time, but that of the whole: nothing is known against it
+            found |= {"status": "SKIP", "why": f"cut by the time of the whole acceptance: {found['why']}"}
+        return found
 
     def why_not(self, check: AcceptanceCheck) -> str:
         """Why a check is not begun; empty where it is."""

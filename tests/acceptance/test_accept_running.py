@@ -126,6 +126,13 @@ def test_a_machine_whose_torch_cannot_be_asked_fails(acceptance: Acceptance, mon
     assert [(r["name"], r["status"]) for r in found] == [("raises", "FAIL"), ("good", "PASS")]
 
 
+def test_a_check_that_the_whole_time_cuts_did_not_fail(acceptance: Acceptance) -> None:
+    acceptance.limit_s = running.LEAST_S + 3
+    found = acceptance.run([lab("hangs", seconds=60), lab("good")])
+    assert [result["status"] for result in found] == ["SKIP", "SKIP"]
+    assert "cut by the time of the whole" in found[0]["why"] and "the third part" in found[0]["why"]
+
+
 def test_times_add_up() -> None:
     assert sum(check.seconds for check in CHECKS) <= LIMIT_S < 600
     assert sum(check.quick or 0 for check in CHECKS) <= QUICK_LIMIT_S < 180
