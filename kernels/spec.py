@@ -103,7 +103,8 @@ class Operator:
     arguments of the operator alone. ``small`` are the shapes whose values are tested (by default a few that fit no
     block). ``counted`` are the directions whose bytes are counted, and ``shrink`` the sizes to use there for what the
     vendor's GEMM does. ``flops`` is floating-point operations an element, which places it on the roofline. ``eager``:
-    whether ``kernels bench`` times the oracle beside it, eager and compiled; an optional ``rivals.py`` with
+    whether ``kernels bench`` times the oracle beside it, eager and compiled; ``covers(dtype, shape)``: whether there
+    are kernels for it (elsewhere the torch path is taken, and nothing is compiled); an optional ``rivals.py`` with
     ``rivals()`` names other implementations.
     """
 
@@ -121,6 +122,7 @@ class Operator:
     shrink: Mapping[str, int] = dataclasses.field(default_factory=dict)
     flops: int | None = None
     eager: bool = True
+    covers: Callable[[str, Shape], bool] = lambda dtype, shape: True
 
     def shape(self, shape: Mapping[str, int] | tuple[int, ...]) -> dict[str, int]:
         """A shape as named sizes; a tuple is read in the order of ``dims``."""

@@ -41,7 +41,8 @@ def attention(
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not runtime.use_triton(NAME, q):
+    covered = space.covers(runtime.DTYPES.get(q.dtype, ""), {"head_dim": max(q.shape[-1], v.shape[-1])})
+    if not (covered and runtime.use_triton(NAME, q)):
         if lengths is None:
             lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
         return blocks.attention(q, k, v, lengths, sinks, slopes, scale, window, chunk, softcap)

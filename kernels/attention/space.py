@@ -49,16 +49,23 @@ def _arguments(pointers: tuple[str, ...], strides: tuple[str, ...], whole: tuple
 _WHOLE = ("rows", "groups", "dim", "vdim", "scale", "softcap", "window", "chunk")
 
 
-def tiles(each: int, registers: tuple[int, int]) -> Callable[[Target, str, Shape], Iterable[Config]]:
-    """A space of tiles whose sums fit into so many ``registers`` a lane (of waves of 32, of 64).
+#: Heads up to this width are compiled in fp32, which has no matrix unit on NVIDIA GPUs: wider ones would spill, and
+#: take the torch path.
+WIDEST_FP32 = 128
 
-    ``each``: sums as wide as a head that a program keeps, over queries (1) or keys (2).
-    """
+#: Sums that a lane may keep, by kernel: waves of 32, of 64, and both in fp32. From compiling for every target.
+_SUMS = {FORWARD: (128, 128, 32, 64), QUERIES: (50, 128, 24, 64), KEYS: (80, 40, 20, 20)}
+
+
+def tiles(kernel: str) -> Callable[[Target, str, Shape], Iterable[Config]]:
+    """A kernel's tiles whose sums fit into a lane's registers: as wide as a head, over queries, or over keys twice."""
+    each = 2 if kernel == KEYS else 1
 
     def space(target: Target, dtype: str, shape: Shape) -> Iterable[Config]:
         wide, item = width(shape["head_dim"]), ITEMSIZE[dtype]
-        most = registers[target.wave == 64]
-        for bm, bn, warps in itertools.product((128, 64, 32, 16) if each == 1 else (64, 32, 16), (64, 32, 16), (4, 8)):
+        most = _SUMS[kernel][(target.wave == 64) + 2 * (dtype == "fp32")] * (0.74 if wide > 128 else 1)
+        sizes = itertools.product((128, 64, 32, 16) if each == 1 else (64, 32, 16), (64, 32, 16), (4, 8))
+        for bm, bn, warps in sorted(sizes, key=lambda size: -size[0] * size[1]):
             lanes = warps * target.wave
             held = each * (bm if each == 1 else bn) * wide // lanes + 2 * bm * bn // lanes
             memory = 2 * (bm + bn) * wide * item
@@ -66,6 +73,11 @@ def tiles(each: int, registers: tuple[int, int]) -> Callable[[Target, str, Shape
                 yield {"block_m": bm, "block_n": bn, "num_warps": warps, "num_stages": 1}
 
     return space
+
+
+def covers(dtype: str, shape: Shape) -> bool:
+    """Whether the kernels are made for heads of this width in this dtype."""
+    return dtype != "fp32" or width(shape["head_dim"]) <= WIDEST_FP32
 
 
 def delta_space(target: Target, dtype: str, shape: Shape) -> Iterable[Config]:
@@ -106,7 +118,7 @@ KERNELS = (
     Kernel(
         FORWARD, "forward", f"{MODULE}:{FORWARD}",
         _arguments(("Q", "K", "V", "SINKS", "SLOPE", "CU", "OUT", "LSE"), ("sq", "sk", "sv", "so"), _WHOLE),
-        lambda config, dtype, shape: constants(FORWARD, config, shape), tiles(1, (128, 128)), "head_dim", matrix=True,
+        lambda config, dtype, shape: constants(FORWARD, config, shape), tiles(FORWARD), "head_dim", matrix=True,
         inputs=3, ranges=(64, 128),
     ),
     Kernel(
@@ -120,7 +132,7 @@ KERNELS = (
         _arguments(
             ("Q", "K", "V", "SLOPE", "CU", "DO", "LSE", "DELTA", "DQ"), ("sq", "sk", "sv", "sd", "so"), _WHOLE
         ),
-        lambda config, dtype, shape: constants(QUERIES, config, shape), tiles(1, (48, 128)), "head_dim", matrix=True,
+        lambda config, dtype, shape: constants(QUERIES, config, shape), tiles(QUERIES), "head_dim", matrix=True,
         inputs=4, ranges=(64, 128),
     ),
     Kernel(
@@ -129,7 +141,7 @@ KERNELS = (
             ("Q", "K", "V", "SLOPE", "CU", "DO", "LSE", "DELTA", "DK", "DV"),
             ("sq", "sk", "sv", "sd", "sok", "sov"), _WHOLE,
         ),
-        lambda config, dtype, shape: constants(KEYS, config, shape), tiles(2, (96, 40)), "head_dim", matrix=True,
+        lambda config, dtype, shape: constants(KEYS, config, shape), tiles(KEYS), "head_dim", matrix=True,
         inputs=4, ranges=(64, 128), thin=True,
     ),
 )  # fmt: skip
@@ -158,6 +170,6 @@ SMALL = (
     _TINY | {"rows": 33, "heads": 3, "kv_heads": 1, "head_dim": 48, "window": 200, "softcap": 1, "sinks": 1},
 )
 OPERATOR = Operator(
-    "attention", DIMS, KERNELS, floor, CHECKS, inputs, pointwise=False, small=SMALL, eager=False,
+    "attention", DIMS, KERNELS, floor, CHECKS, inputs, pointwise=False, small=SMALL, eager=False, covers=covers,
     note="inside documents: windows, chunks, sinks, soft caps, ALiBi; no atomics",
 )  # fmt: skip

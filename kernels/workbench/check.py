@@ -51,6 +51,8 @@ def rows(
             operator = registry.operator(name)
             for dtype in dtypes:
                 for shape in shapes or (subset(operator, operator.checks) if quick else operator.checks):
+                    if not operator.covers(dtype, shape):
+                        continue
                     selection = registry.select(name, target, sku, dtype, shape)
                     for kernel in operator.kernels:
                         yield one(operator, kernel, selection, target, dtype, shape)
