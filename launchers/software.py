@@ -54,13 +54,14 @@ class Way:
     index: str | None  # package index of torch wheels, where torch is installed by us
 
 
-def way_of(system: System) -> Way:
+def way_of(system: System, request: LaunchRequest | None = None) -> Way:
     """The way that the profile names, in this order: container, modules with torch, then by the login nodes'
     internet.
     """
+    request = request or LaunchRequest(recipe="env", site=system.id)
     isa = system.node.isa
     folder = env_folder(system)
-    container = container_of(LaunchRequest(recipe="env", site=system.id), system)
+    container = container_of(request, system)
     offline = system.internet.login == "none"
     if container is not None and container.image:
         whose = "your" if request.container or system.user.container_image else "the site's"

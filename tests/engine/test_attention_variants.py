@@ -139,7 +139,7 @@ def test_bias_and_soft_cap_of_the_loss_in_double_precision(reduction):
 def test_what_cannot_be_dropped_is_refused():
     q = torch.zeros(1, 2, 8, 4)
     documents = Documents.of(torch.tensor([0, 8], dtype=torch.int32), "cpu")
-    with pytest.raises(UserError, match="drops 0.1 of its attention"):
+    with pytest.raises(UserError, match=r"drops 0\.1 of its attention"):
         attention.per_document_attention(
             torch.nn.Module(), q, q, q, None, documents=documents, dropout=0.1, sliding_window=3
         )
