@@ -26,6 +26,18 @@ LEAST_S = 5.0
 AFTER_KILL_S = 5.0
 
 
+def _end(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+#: A scheduler that ends the job ends the check that runs, too; its warning before that is of no interest here.
+SIGNALS: dict[int, Callable[[int, Any], None]] = {
+    signal.SIGTERM: _end,
+    signal.SIGUSR1: lambda number, frame: None,
+    signal.SIGUSR2: lambda number, frame: None,
+}
+
+
 @dataclass
 class Acceptance:
     """How the checks are run. ``out`` keeps the logs; ``site`` is the profile that facts are compared with."""
@@ -57,6 +69,7 @@ class Acceptance:
         """All results, ``{name, status, seconds, figures, why}`` each, in the order of ``checks``. What checks write
         (models, runs) is gone afterwards; their logs stay."""
         self.scratch = Path(tempfile.mkdtemp(prefix="aifactory-accept-"))
+        before = {number: signal.signal(number, handler) for number, handler in SIGNALS.items()}
         try:
             found = self.one(MACHINE, judged=False)
             self.machine = found["figures"]
@@ -66,6 +79,8 @@ class Acceptance:
             for check in checks:
                 self.add(self.one(check))
         finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
             shutil.rmtree(self.scratch, ignore_errors=True)
         return self.results
 

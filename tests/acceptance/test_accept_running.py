@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,6 +127,33 @@ def test_a_machine_whose_torch_cannot_be_asked_fails(acceptance: Acceptance, mon
     monkeypatch.setattr(running, "MACHINE", lab("raises"))
     found = acceptance.run([lab("good")])
     assert [(r["name"], r["status"]) for r in found] == [("raises", "FAIL"), ("good", "PASS")]
+
+
+def test_the_end_of_the_job_is_the_end_of_its_check(acceptance: Acceptance, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from aifactory_train.acceptance import running\n"
+        "from aifactory_train.acceptance.checks import AcceptanceCheck as C\n"
+        "running.MACHINE = C('machine', '', 'lab.faults:machine', 30, 30)\n"
+        "running.Acceptance(Path(sys.argv[1])).run([C('hangs', '', 'lab.faults:hangs', 60, 60)])"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    job = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "job")], env=environment)
+    end = time.monotonic() + 30
+    while not running_here(tmp_path, "time.sleep(60)") and time.monotonic() < end:
+        time.sleep(0.05)
+    assert running_here(tmp_path, "time.sleep(60)")
+    job.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    assert job.poll() is None  # a warning, no more
+    job.terminate()
+    assert job.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not running_here(tmp_path, "") and not list(tmp_path.glob("aifactory-accept-*"))
+
+
+def running_here(scratch: Path, words: str) -> list[Path]:
+    """Processes of checks whose files are below ``scratch``."""
+    return [p for p in Path("/proc").glob("[0-9]*/cmdline")
+            if f"{scratch}/aifactory-accept-".encode() in _bytes(p) and words.encode() in _bytes(p)]  # fmt: skip
 
 
 def test_a_check_that_the_whole_time_cuts_did_not_fail(acceptance: Acceptance) -> None:
