@@ -283,7 +283,7 @@ def test_keys_with_dots_are_one_key(tmp_path: Path) -> None:
     path.write_text(
         text.replace("partition: gpu,", "partition: gpu.a100,")
         .replace("_partition: gpu\n", "_partition: gpu.a100\n")
-        .replace("partitions.gpu.nodes", "partitions.gpu.a100.nodes")
+        .replace("partitions.gpu.", "partitions.gpu.a100.")
     )
     from aifactory_train.sites import check
 
