@@ -137,6 +137,8 @@ def canonical(
             out["tools"] = tools
         if not any(m["role"] == "assistant" for m in messages):
             raise RowError("no assistant turn: nothing to learn from this row", "add the answer, or leave the row out")
+        if messages[-1]["role"] != "assistant":
+            unused.remarks["a conversation does not end with the assistant: nothing is learnt of its last turns"] += 1
         if all(m.get("weight", 1) == 0 for m in messages if m["role"] == "assistant"):
             raise RowError("every assistant turn has weight 0: all tokens would be masked")
     for key in ("id", "group", "language", "label"):
@@ -225,6 +227,10 @@ def _pair(row: RawRow) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             for message in side[:common]:
                 if message["role"] == "assistant":
                     message["weight"] = 0
+    if [m["content"] for m in chosen if m["role"] == "system"] != [
+        m["content"] for m in rejected if m["role"] == "system"
+    ]:
+        row.unused.remarks["the two answers of a pair stand behind different system turns"] += 1
     for name, side in zip(("chosen", "rejected"), sides, strict=True):
         if not supervised_turns(side):
             raise RowError(f"'{name}' has no answer of the assistant of its own")

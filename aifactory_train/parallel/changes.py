@@ -32,8 +32,9 @@ MAY_CHANGE = (
     "train.micro_batch_tokens",
     "train.loss_chunk_tokens",
 )
-#: Keys that decide what rows become: the digest of the tokens, which is compared too, says whether anything changed.
-SEEN_IN_TOKENS = ("data.control_tokens_in_content",)
+#: Keys that decide what rows become: digests of tokens and template, which are compared too, say whether anything
+#: changed.
+SEEN_IN_TOKENS = ("data.control_tokens_in_content", "model.chat_template")
 #: Keys that prolong a run: allowed where the steps already made would have had the same learning rates.
 PROLONG = ("train.epochs", "train.max_steps")
 

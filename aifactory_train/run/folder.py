@@ -63,9 +63,13 @@ class RunFolder:
     # ---- state
     def state(self) -> dict[str, Any]:
         """``{"state": "new"|"running"|"stopped"|"failed"|"finished", "step": ...}`` of the last attempt."""
-        if not self.state_file.is_file():
+        if not os.path.lexists(self.state_file):
             return {"state": "new", "step": 0}
-        return read_json(self.state_file, _STATE)
+        try:
+            return read_json(self.state_file, _STATE)
+        except UserError as error:
+            fix = "move it away: where the run stands is read from its checkpoints"
+            raise UserError(error.what, where=str(self.state_file), fix=fix) from None
 
     def set_state(self, state: str, **more: Any) -> None:
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "process_start": process_start(os.getpid())}

@@ -47,6 +47,9 @@ def open_for_training(
         probe.unlink()
     except OSError as error:
         raise UserError(f"the run folder cannot be written: {error.strerror}", where=str(run.path)) from None
+    if os.path.lexists(run.config_file) and not run.config_file.is_file():
+        fix = "put the file back; without it the folder holds no run"
+        raise UserError("is no regular file", where=str(run.config_file), fix=fix)
     if not run.config_file.is_file():
         strangers = [p.name for p in run.path.iterdir() if not _may_exist(p, run)]
         if strangers and not run.config_file.is_file():  # else: a run that began this moment
@@ -122,6 +125,8 @@ def _open_claimed(run: RunFolder, resume: str | None, recipe: Recipe | None) -> 
             where=str(run.path),
             fix="--resume auto goes on, --resume never starts over",
         )
+    if steps:
+        _look_at_config(run)
     if resume == "auto":
         if not steps:
             _may_start_over(run)
@@ -133,6 +138,15 @@ def _open_claimed(run: RunFolder, resume: str | None, recipe: Recipe | None) -> 
         known = ", ".join(map(str, steps)) or "none"
         raise UserError(f"there is no checkpoint of step {resume}", where=str(run.path), fix=f"complete steps: {known}")
     return int(resume)
+
+
+def _look_at_config(run: RunFolder) -> None:
+    """Say where ``run.yaml`` is damaged. What the run goes on from stands in the checkpoint, and this start writes the
+    file again."""
+    try:
+        run.load_config()
+    except UserError as error:
+        note(f"{error.where}: {error.what}; it is written again, the checkpoint says what the run was begun with")
 
 
 def _may_start_over(run: RunFolder) -> None:

@@ -96,10 +96,45 @@ def check(run: RunFolder, recipe: Recipe, now: dict[str, Any]) -> list[str]:
         raise UserError(
             f"the run was begun with other inputs:\n    {lines}",
             where=", ".join(dict.fromkeys(key for key, _ in changed)),
-            fix=f"put back what the run was begun with, or start a new run (--name NEW or --run-dir NEW); "
-            f"{_without(run)}",
+            fix="; ".join(
+                [
+                    *as_before(run, recipe, {key for key, _ in changed}),
+                    "put back what the run was begun with, or start a new run (--name NEW or --run-dir NEW)",
+                    _without(run),
+                ]
+            ),
         )
     return reported
+
+
+def as_before(run: RunFolder, recipe: Recipe, changed: set[str]) -> list[str]:
+    """What to set where rows became other tokens because an earlier version, which began the run, read them
+    otherwise; one line each. ``changed``: the keys that name what is other now."""
+    from aifactory_train.sources import resolve_model
+
+    if not changed <= {"data.train", "data.eval", "model.base"}:
+        return []
+    said: list[str] = []
+    written = run.config_file.read_text(encoding="utf-8", errors="replace") if run.config_file.is_file() else ""
+    if "control_tokens_in_content" not in written and recipe.data.control_tokens_in_content == "as_text":
+        said.append(
+            "the version that began this run read special tokens inside rows as the template's own: "
+            "--set data.control_tokens_in_content=as_tokens"
+        )
+    if "model.base" in changed and recipe.model.chat_template is None and _named_templates(resolve_model(recipe.model)):
+        said.append(
+            "an earlier version used the tokenizer's default template for rows with tools too: --set "
+            "model.chat_template=FILE, which holds that one (chat_template.jinja of the base)"
+        )
+    return said
+
+
+def _named_templates(folder: Path) -> bool:
+    """Whether the tokenizer in a model folder has several templates, of which tools choose one."""
+    if (folder / "additional_chat_templates").is_dir():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and isinstance(read_json(config, dict).get("chat_template"), list)
 
 
 def _without(run: RunFolder) -> str:

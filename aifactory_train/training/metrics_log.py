@@ -41,22 +41,24 @@ class MetricsLog:
         if not self.enabled:
             return
         path = self.run.metrics_file
-        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for without end
             raise UserError("is no regular file", where=str(path), fix="move what lies there away")
         if path.is_file():
-            kept = []
-            for line in path.read_text(encoding="utf-8", errors="replace").split(
-                "\n"
-            ):  # not splitlines: a row's id may hold U+2028
+            kept, odd = [], []
+            # not splitlines: a row's id may hold U+2028
+            *lines, torn = path.read_bytes().split(b"\n")
+            for number, line in enumerate([*lines, torn], 1):
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line.decode("utf-8"))
                 except (ValueError, RecursionError):
-                    continue  # the line that was being written when the run was killed
-                if not isinstance(record, dict) or not isinstance(record.get("step", 0), int):
-                    output.note(f"{path}: a line that is no row of metrics is left out: {line[:80]!r}")
-                elif record.get("step", 0) <= step:
-                    kept.append(line)
-            write_atomic(path, "".join(line + "\n" for line in kept))
+                    record = None
+                if isinstance(record, dict) and isinstance(record.get("step", 0), int):
+                    kept += [line] if record.get("step", 0) <= step else []
+                elif line is not torn:  # that one was being written when the run was killed
+                    odd.append(number)
+            if odd:
+                output.note(f"{path}:{odd[0]}: {len(odd):,} lines that are no rows of metrics are left out")
+            write_atomic(path, b"".join(line + b"\n" for line in kept).decode("utf-8"))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         self._whole = self._file.seek(0, 2)
         if self.tensorboard:

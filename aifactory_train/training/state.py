@@ -59,13 +59,14 @@ def refuse_length(step: int, total_steps: int, finished: bool) -> None:
         )
 
 
-def refuse_other_rows(saved: dict[str, Any], data: str) -> None:
-    """Raise :class:`UserError` if ``data`` is not the digest of the rows that the checkpoint counted."""
+def refuse_other_rows(saved: dict[str, Any], data: str, fixes: list[str]) -> None:
+    """Raise :class:`UserError` if ``data`` is not the digest of the rows that the checkpoint counted; ``fixes``: what
+    may be set so that it is."""
     if saved["data"] != data:
         raise UserError(
             "the training rows are not those that the checkpoint counted",
             where="data.train",
-            fix="restore the data, or start a new run (--run-dir NEW)",
+            fix="; ".join([*fixes, "restore the data, or start a new run (--run-dir NEW)"]),
         )
 
 

@@ -198,3 +198,19 @@ def test_cells_that_hold_something_are_never_dropped(tmp_path, text, what, line)
     with pytest.raises(UserError, match=what) as refused:
         rows_in(path)
     assert refused.value.where == f"{path}:{line}"
+
+
+# ---- turns that nothing is learnt of
+
+
+def test_turns_behind_the_last_answer_are_counted():
+    _, unused = read({"messages": [Q, A, Q]})
+    assert sum(unused.remarks.values()) == 1
+    assert not read({"messages": [Q, A]})[1].remarks
+
+
+def test_pairs_behind_different_system_turns_are_counted():
+    system = {"role": "system", "content": "s"}
+    for chosen, count in (([system, Q, A], 1), ([Q, A], 0)):
+        _, unused = read({"chosen": chosen, "rejected": [Q, B]}, "preference")
+        assert sum(unused.remarks.values()) == count

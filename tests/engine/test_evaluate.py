@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import helpers
@@ -488,3 +489,15 @@ def test_evaluate_gives_json_with_intervals_and_pools_its_sets(tmp_path, tiny_mo
     quick = ev.evaluate(wrapped, tokenizer, data, recipe, device="cpu", rank=0, world_size=1, generate=False)
     assert quick["loss"] == out["loss"]
     assert "samples" not in quick and "exact_match" not in quick
+
+
+def test_an_evaluation_says_what_it_does_over_how_many_rows_and_about_how_long(prepared, wrapped):
+    recipe, tokenizer, data = prepared
+    recipe = recipe.model_copy(deep=True)
+    recipe.eval.generate_rows, recipe.eval.samples, recipe.eval.max_new_tokens = 2, 2, 4
+    said: list[str] = []
+    ev.evaluate(wrapped, tokenizer, data, recipe, device="cpu", rank=0, world_size=1, generate=True, tell=said.append)
+    scoring, takes, answering, at_most = said
+    rows = sum(min(len(d), recipe.data.eval_rows) for d in data.evals.values())
+    assert scoring.startswith(f"scoring {rows:,} held-out rows (") and re.search(r"take about \d+m\d\ds", takes)
+    assert answering.startswith("answering 2 questions") and re.search(r"at most about \d+m\d\ds", at_most)
