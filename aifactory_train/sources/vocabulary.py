@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.core.output import note
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import VocabularyConfig
@@ -81,20 +82,34 @@ def _text_file(settings: VocabularyConfig) -> Path:
 
 
 def texts(path: Path) -> Iterator[str]:
-    """Texts of a ``.jsonl`` file (``text``, or the contents of ``messages``), or the lines of any other."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if path.suffix != ".jsonl":
-                yield line
-                continue
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except ValueError:
-                raise UserError("not valid JSON", where=f"{path}:{number}") from None
-            if isinstance(row, dict) and isinstance(row.get("text"), str):
-                yield row["text"]
-            for message in row.get("messages") or [] if isinstance(row, dict) else []:
-                yield message.get("content") or ""
+    """Texts of a ``.jsonl`` file (``text``, or the contents of ``messages``; other rows are counted), or the lines of
+    any other."""
+    others = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if path.suffix != ".jsonl":
+                    yield line
+                    continue
+                found = _texts_of(line, f"{path}:{number}")
+                others += bool(line.strip()) and not found
+                yield from found
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8 text", where=str(path), fix="save the file as UTF-8") from None
+    if others:
+        note(
+            f"{path}: {others:,} rows hold neither 'text' nor 'messages' as text: the vocabulary does not learn of them"
+        )
+
+
+def _texts_of(line: str, where: str) -> list[str]:
+    try:
+        row = json.loads(line) if line.strip() else {}
+    except (ValueError, RecursionError):
+        raise UserError("not valid JSON", where=where) from None
+    held, turns = ([row.get("text")], row.get("messages")) if isinstance(row, dict) else ([], None)
+    held += [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return [text for text in held if isinstance(text, str)]
 
 
 def learn_merges(tokenizer: Any, lines: Iterator[str], size: int) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.config.schema import VocabularyConfig
 from aifactory_train.core.errors import UserError
-from aifactory_train.sources.vocabulary import extended, learn_merges
+from aifactory_train.sources.vocabulary import extended, learn_merges, texts
 from aifactory_train.training.start import train
 
 LINES = [
@@ -181,3 +181,14 @@ def test_weight_decay_would_move_rows_that_are_to_stay(tiny_recipe, tmp_path):
     vocabulary = f"model.vocabulary={{text: {tmp_path}/t.txt, train: new}}"
     with pytest.raises(UserError, match="needs 0"):
         load_recipe(str(tiny_recipe), [vocabulary, "adapter.kind=none", "train.weight_decay=0.1"])
+
+
+def test_rows_that_a_vocabulary_does_not_learn_of_are_counted(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": "a"}, {"prompt": "b", "completion": "c"}, {"messages": [{"content": "d"}, {"content": None}]}, [1]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    assert list(texts(file)) == ["a", "d"] and "2 rows hold neither" in capsys.readouterr().err
+    for content, what in ((b"\xff\n", "not UTF-8"), (b"{\n", "not valid JSON"), (b"[" * 100_000, "not valid JSON")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=what):
+            list(texts(file))
