@@ -81,7 +81,7 @@ def check(run: RunFolder, recipe: Recipe, now: dict[str, Any]) -> list[str]:
     refused.
     """
     path = run.path / INPUTS
-    if not path.is_file():
+    if not os.path.lexists(path):
         return [
             f"the run has no {INPUTS}: whether base model, tokenizer and rows are those of its first attempt was not "
             "checked (from now on it is)"

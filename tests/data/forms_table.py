@@ -57,6 +57,17 @@ def examples() -> Iterator[Example]:
     yield "an answer that repeats the question", None, {"prompt": "Q", "completion": [_Q, _SAID]}, {}
     yield from _beside()
     yield "running text", None, {"text": "T"}, {}
+    yield from _judged()
+    yield (
+        "renamed columns",
+        None,
+        {"frage": "Q", "prompt": "no", "klasse": 3.0},
+        {"frage": "prompt", "klasse": "completion"},
+    )
+
+
+def _judged() -> Iterator[Example]:
+    """Pairs of answers, and answers that are rated."""
     pair = {"chosen": "A", "rejected": "B"}
     for name in QUESTIONS:
         asked_in_turns = name in ("conversations", "messages")
@@ -85,12 +96,6 @@ def examples() -> Iterator[Example]:
     yield "`label` as a number or text", "feedback", {"prompt": "Q", "completion": "A", "label": "0.0"}, {}
     yield "LLaMA-Factory's `kto_tag`", "feedback", {"instruction": "Q", "output": "A", "kto_tag": False}, {}
     yield "a judged conversation", "feedback", {"messages": [*_EARLIER, _Q, _A], "label": 1}, {}
-    yield (
-        "renamed columns",
-        None,
-        {"frage": "Q", "prompt": "no", "klasse": 3.0},
-        {"frage": "prompt", "klasse": "completion"},
-    )
 
 
 def _turns() -> Iterator[Example]:
