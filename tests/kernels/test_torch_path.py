@@ -18,6 +18,7 @@ def d(*shape):
 
 
 COS = torch.randn(1, 3, 4, dtype=torch.float64).repeat(1, 1, 2)
+FIXED = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 LABELS = torch.tensor([1, -100, 4])
 CASES = {
     "rms_norm": (
@@ -67,7 +68,26 @@ CASES = {
         lambda x, w, a, b, c: ops.lora_linear(x, w, a, b, 2.0, c),
         lambda: (d(3, 5), d(6, 5), d(2, 5), d(6, 2), d(6)),
     ),
+    "lora_linears": (
+        lambda s, a, b, c, e: _several(aif.lora_linears_fwd, s, a, b, c, e, (s.detach(), None, 1e-6, 0.0)),
+        lambda s, a, b, c, e: _several(ops.lora_linears, s, a, b, c, e, None),
+        lambda: (d(3, 5), d(2, 5), d(6, 2), d(2, 5), d(4, 2)),
+    ),
+    "lora_gated_down": (
+        lambda g, u, r, a, b: aif.lora_gated_down_fwd(g * 1, u * 1, r, FIXED[:4].to(g.dtype), a, b, 2.0, 0)[0],
+        lambda g, u, r, a, b: ops.lora_gated_down(g * 1, u * 1, r, FIXED[:4].to(g.dtype), a, b, 2.0, 0),
+        lambda: (d(3, 5), d(3, 5), d(3, 4), d(2, 5), d(4, 2)),
+    ),
 }
+
+
+def _several(function, s, a, b, c, e, origin):
+    """Two adapted layers of one normalised input; the registered form makes the input again in backward."""
+    weights = [FIXED.to(s.dtype), FIXED[:4].to(s.dtype)]
+    x = ops.rms_norm(s, None, 1e-6)
+    if origin is None:
+        return torch.cat(function(x, weights, [a, c], [b, e], 2.0), -1)
+    return torch.cat(function(x, weights, [a, c], [b, e], 2.0, *origin)[0], -1)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

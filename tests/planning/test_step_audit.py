@@ -78,7 +78,8 @@ def test_without_our_kernels_flops_are_those_of_torchs_counter() -> None:
             engine = step._engine(own, step._core(own))
         with FlopCounterMode(display=False) as counter:
             engine.forward_backward(step._batch(own), 1.0, last=True)
-    assert counted == counter.get_total_flops()
+    theirs = counter.get_flop_counts()["Global"]  # attention apart: on meta it knows no lengths, and takes the longest
+    assert counted == sum(flops for operator, flops in theirs.items() if "varlen" not in str(operator))
 
 
 def test_the_host_never_waits_and_the_floor_is_below(lora) -> None:
