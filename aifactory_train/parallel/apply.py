@@ -91,7 +91,7 @@ def _made_ahead(core: nn.Module, found: list[ComputeCopies]) -> None:
                 (item for copies in group for item in copies.parameters.items()), key=lambda item: tuple(item[1].shape)
             )
             made = _CastTogether.apply(group[0].compute, *(p for _, p in parameters))
-            by_id = dict(zip((key for key, _ in parameters), made, strict=True))
+            by_id = {key: (copy, p._version) for (key, p), copy in zip(parameters, made, strict=True)}
             for copies in group:
                 copies.made = by_id
         return inner(*args, **kwargs)
@@ -115,8 +115,8 @@ class ComputeCopies:
             for name, parameter in module._parameters.items()
             if parameter is not None and parameter.is_floating_point() and parameter.dtype != compute
         ]
-        #: by the parameter's id, where they were made before (:func:`_made_ahead`)
-        self.made: dict[int, torch.Tensor] | None = None
+        #: by the parameter's id, with its version then: where they were made before (:func:`_made_ahead`)
+        self.made: dict[int, tuple[torch.Tensor, int]] = {}
 
     @property
     def parameters(self) -> dict[int, nn.Parameter]:
@@ -125,9 +125,11 @@ class ComputeCopies:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        copies = self.made
-        if copies is None:
-            copies = {key: parameter.to(self.compute) for key, parameter in self.parameters.items()}
+        copies: dict[int, torch.Tensor] = {}
+        for key, parameter in self.parameters.items():
+            made, version = self.made.get(key, (None, None))
+            current = made is not None and version == parameter._version  # not of before the last update
+            copies[key] = made if made is not None and current else parameter.to(self.compute)
         for module, name in self.slots:
             module.__dict__[name] = copies[id(module._parameters[name])]  # found before _parameters
         try:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
+from aifactory_train.model.attention import Documents
 from aifactory_train.model.precision import Precision, choose_precision
 from aifactory_train.parallel.apply import apply_compute_type, block_modules
 from aifactory_train.parallel.build import build_engine, choose_engine
@@ -56,6 +57,26 @@ def test_compute_copies_leave_names_and_masters_alone() -> None:
     model(**batch.kwargs())
     handle.remove()
     assert seen == [torch.bfloat16]
+
+
+def test_copies_made_ahead_are_those_of_the_weights_as_they_are() -> None:
+    """A part of the model that is called by itself after an update computes with the new weights."""
+    model = core()
+    apply_compute_type(model, torch.bfloat16)
+    batch = curves.make_batch(curves.step_documents(0), "cpu")
+    with torch.no_grad():
+        before = model(**batch.kwargs())
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        layer, seen = model.backbone.layers[0], []
+        handle = layer.mlp.register_forward_pre_hook(lambda m, i: seen.append(m.down_proj.weight))
+        hidden = torch.zeros(1, 2, model.language_model.config.hidden_size, dtype=torch.bfloat16)
+        positions = model.backbone.rotary_emb(hidden, torch.arange(2)[None])
+        documents = Documents.of(torch.tensor([0, 2], dtype=torch.int32), "cpu")
+        layer(hidden, position_embeddings=positions, documents=documents)
+        handle.remove()
+        assert torch.equal(seen[0].float(), dict(layer.named_parameters())["mlp.down_proj.weight"].bfloat16().float())
+        assert model(**batch.kwargs()) != before
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
