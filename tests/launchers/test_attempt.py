@@ -435,7 +435,9 @@ def test_what_was_printed_before_an_abort_is_read(tmp_path, text, kind):
     (tmp_path / "rank-0.log").write_text(f"step 3\n{text}\nFatal Python error: Aborted\n")
     state, cause = attempt.diagnose(str(tmp_path), 1)
     assert (
-        state == "failed" and cause["kind"] == kind and (" ".join(text.split()) in cause["message"]) is (kind != "signal")
+        state == "failed"
+        and cause["kind"] == kind
+        and (" ".join(text.split()) in cause["message"]) is (kind != "signal")
     ), cause
 
 
