@@ -59,7 +59,7 @@ def _figures(plan: dict[str, Any]) -> None:
     if billed:
         unit = billed["unit"] + (f", {billed['unit_is']}" if billed["unit_is"] else "")
         rows.append(["billed there", f"{billed['amount']:.4g} {unit}"])
-    elif plan["hours"] is not None:
+    elif plan["hours"] is not None and plan["site"] != "local":
         rows.append(["billed there", "unknown: what the site bills for an hour is not published"])
     if plan["billed_share"] is not None:
         rows.append(["share of its budget", f"{100 * plan['billed_share']:.3g} %"])
