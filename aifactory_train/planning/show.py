@@ -38,7 +38,7 @@ def _figures(plan: dict[str, Any]) -> None:
     speed = plan["tokens_per_s_per_gpu"]
     mesh = plan["mesh"]
     spread = f"{mesh['replicate']} x {mesh['shard']} (replicate x shard)"
-    billed = plan["billed"]
+    billed = plan.get("billed")
     rows: list[list[Any]] = [
         ["engine", f"{plan['engine']}, {spread}"],
         ["micro-batch", f"{plan['micro_batch']} x {plan['sequence_length']} tokens, {plan['grad_accum']} a step"],
@@ -61,7 +61,7 @@ def _figures(plan: dict[str, Any]) -> None:
         rows.append(["billed there", f"{billed['amount']:.4g} {unit}"])
     elif plan["hours"] is not None and plan["site"] != "local":
         rows.append(["billed there", "unknown: what the site bills for an hour is not published"])
-    if plan["billed_share"] is not None:
+    if plan.get("billed_share") is not None:
         rows.append(["share of its budget", f"{100 * plan['billed_share']:.3g} %"])
     if plan["co2_kg"] is not None:
         rows.append(["CO2", f"{plan['co2_kg']:.4g} kg"])
