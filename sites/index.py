@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ROOM = Path(__file__).resolve().parent
 INDEX = ROOM / "index.json"
-FORMAT = 2
+FORMAT = 1
 
 #: What has been tried on a system (``readiness.yaml``), least first. Only *run* and *reported* say anything of the site
 #: itself: a twin is built from the same profile as the scripts that it judges.
@@ -32,9 +32,8 @@ READINESS_WORDS = {
 
 def source_files() -> list[Path]:
     """The files the index is built from, in a fixed order."""
-    named = [ROOM / f"{name}.yaml" for name in ("factories", "gpus", "sources", "readiness", "access")]
-    folders = [ROOM / "systems", ROOM / "centres"]
-    return [p for p in named if p.is_file()] + [p for folder in folders for p in sorted(folder.glob("*.yaml"))]
+    named = [ROOM / "factories.yaml", ROOM / "gpus.yaml", ROOM / "sources.yaml", ROOM / "readiness.yaml"]
+    return [p for p in named if p.is_file()] + sorted((ROOM / "systems").glob("*.yaml"))
 
 
 def digest() -> str:
@@ -108,8 +107,6 @@ def _system_row(system: System) -> dict[str, Any]:
 def _member_row(
     m: dict[str, Any], by_id: dict[str, Any], status: dict[str, str], countries: dict[str, str]
 ) -> dict[str, Any]:
-    from aifactory_train.sites.access import of_member
-
     linked = [
         s for link in m.get("links", []) for s in by_id.get(link, {}).get("systems", []) if status.get(s) == "usable"
     ]
@@ -130,7 +127,6 @@ def _member_row(
         "unsuitable": [s for s in m.get("unsuitable", []) if status.get(s) == "unsuitable"],
         "linked_systems": list(dict.fromkeys(linked)),
         "reason": m.get("reason"),
-        "access": of_member(m["id"]),
     }
 
 

@@ -204,8 +204,7 @@ def _of_sector(members: list[dict[str, Any]], sector: str) -> list[dict[str, Any
 
 def _member_json(m: dict[str, Any]) -> dict[str, Any]:
     keys = ("id", "name", "kind", "country", "sectors", "links", "systems", "announced", "reason")
-    more = ("host", "wave", "focus", "linked_systems", "unsuitable", "access")
-    return {k: m[k] for k in (*keys, *more)}
+    return {k: m[k] for k in keys} | {k: m[k] for k in ("host", "wave", "focus", "linked_systems", "unsuitable")}
 
 
 def _hours(seconds: int | None) -> str:
@@ -226,7 +225,10 @@ def _show(name: str, args: argparse.Namespace) -> int:
         member = find_member(name)
         found = [member] if member is not None else members_at(name)
         if found and args.json:
-            print_json(_member_json(found[0]) if member is not None else [_member_json(m) for m in found])
+            from aifactory_train.sites.access import of_member
+
+            rows = [{**_member_json(m), "access": of_member(m["id"])} for m in found]
+            print_json(rows[0] if member is not None else rows)
         for i, one in enumerate(found if not args.json else []):
             print("\n" if i else "", end="")
             _show_member(one)

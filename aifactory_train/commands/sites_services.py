@@ -7,7 +7,9 @@ from typing import Any
 
 def show_access(member: dict[str, Any]) -> None:
     """Where to run today, how to get access and whom to ask, for one member (a row of the index)."""
-    access = member["access"]
+    from aifactory_train.sites.access import of_member
+
+    access = of_member(member["id"])
     own, linked = member["systems"], member["linked_systems"]
     print("\nwhere to run today: " + (", ".join(own) or ", ".join(linked) or "on EuroHPC systems, by the routes below"))
     for system in own:

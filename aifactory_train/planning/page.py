@@ -41,7 +41,10 @@ def render(plan: dict[str, Any]) -> str:
         ("model FLOPs utilisation", f"{100 * plan['mfu']:.0f} % (executed {100 * plan['hfu']:.0f} %)"),
         ("time", "unknown" if plan["hours"] is None else f"{plan['hours']:.4g} h"),
         ("GPU-hours", "unknown" if plan["gpu_hours"] is None else f"{plan['gpu_hours']:.4g}"),
-        ("billed there", f"{plan['billed']['amount']:.4g} {plan['billed']['unit']}" if plan.get("billed") else "unknown"),
+        (
+            "billed there",
+            f"{plan['billed']['amount']:.4g} {plan['billed']['unit']}" if plan.get("billed") else "unknown",
+        ),
         ("GPU energy", "unknown" if plan["kwh"] is None else f"{plan['kwh']:.4g} kWh"),
     ]
     title = f"{plan['recipe']} on {plan['nodes']} node(s) of {plan['site']}"
