@@ -217,23 +217,29 @@ def _hours(seconds: int | None) -> str:
 # --------------------------------------------------------------------------------------------------------
 
 
+def _show_members(name: str, json: bool) -> bool:
+    """Show the member of that name, or those of that host or country; False where there is none."""
+    from aifactory_train.sites.finding import find_member, members_at
+
+    member = find_member(name)
+    found = [member] if member is not None else members_at(name)
+    if found and json:
+        from aifactory_train.sites.access import of_member
+
+        rows = [{**_member_json(m), "access": of_member(m["id"])} for m in found]
+        print_json(rows[0] if member is not None else rows)
+    for i, one in enumerate(found if not json else []):
+        print("\n" if i else "", end="")
+        _show_member(one)
+    return bool(found)
+
+
 def _show(name: str, args: argparse.Namespace) -> int:
-    from aifactory_train.sites.finding import find_member, members_at, shipped
+    from aifactory_train.sites.finding import shipped
     from aifactory_train.sites.profiles import load
 
-    if not args.site_file and name not in shipped():
-        member = find_member(name)
-        found = [member] if member is not None else members_at(name)
-        if found and args.json:
-            from aifactory_train.sites.access import of_member
-
-            rows = [{**_member_json(m), "access": of_member(m["id"])} for m in found]
-            print_json(rows[0] if member is not None else rows)
-        for i, one in enumerate(found if not args.json else []):
-            print("\n" if i else "", end="")
-            _show_member(one)
-        if found:
-            return 0
+    if not args.site_file and name not in shipped() and _show_members(name, args.json):
+        return 0
     system = load(name, overlay=args.site_file)
     if system.expired:
         note(
