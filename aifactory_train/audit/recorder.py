@@ -18,6 +18,7 @@ What is counted, for everybody alike:
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 import weakref
@@ -107,14 +108,14 @@ class Holdings:
                     self._known[key] = (known[0], known[1], component)
                 continue
             size = storage.nbytes()
-            self._known[key] = (weakref.ref(storage, lambda _, key=key: self._gone(key)), size, component)
+            self._known[key] = (weakref.ref(storage, functools.partial(self._gone, key)), size, component)
             self.bytes[component] += size
             self._total += size
             if self._total > self._largest:
                 self._largest = self._total
                 self.peak = {name: self.bytes[name] for name in COMPONENTS}
 
-    def _gone(self, key: int) -> None:
+    def _gone(self, key: int, _: object = None) -> None:
         _, size, component = self._known.pop(key)
         self.bytes[component] -= size
         self._total -= size

@@ -146,7 +146,8 @@ _patient = json.JSONDecoder(parse_int=_integer, parse_constant=_constant, object
 
 def place_of_fault(text: str) -> int:
     """The line of the object that :func:`parse_json` refused; slow."""
-    patient = json.JSONDecoder(parse_int=_integer, parse_constant=_constant, object_pairs_hook=_each_key_once)
+    # its Python parts have no types
+    patient: Any = json.JSONDecoder(parse_int=_integer, parse_constant=_constant, object_pairs_hook=_each_key_once)
     plain, begins = patient.parse_object, []
 
     def parse_object(begin: tuple[str, int], *how: Any) -> Any:
@@ -156,7 +157,7 @@ def place_of_fault(text: str) -> int:
         return found
 
     patient.parse_object = parse_object
-    patient.scan_once = json.scanner.py_make_scanner(patient)
+    patient.scan_once = json.scanner.py_make_scanner(patient)  # type: ignore[attr-defined]
     with contextlib.suppress(RowError, RecursionError):
         patient.decode(text)
     return text.count("\n", 0, begins[-1]) + 1 if begins else 1

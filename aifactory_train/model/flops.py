@@ -212,7 +212,7 @@ def _attention(shape: ModelShape, lengths: Sequence[int]) -> tuple[float, float]
 
     windowed, plain = shape.window_layers, shape.layers - shape.window_layers
     tokens = np.asarray(lengths, dtype=np.int64)
-    n, often = tokens.astype(np.float64), 1
+    n, often = tokens.astype(np.float64), np.ones(1, dtype=np.int64)
     if len(tokens) and int(tokens.max()) < 1 << 20:  # each length once
         counts = np.bincount(tokens)
         n = np.flatnonzero(counts).astype(np.float64)

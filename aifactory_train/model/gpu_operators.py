@@ -365,17 +365,18 @@ def _pre_norm(first: str, second: str, offset: float, fuses: bool):
         self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
         position_embeddings=None, **kwargs,
     ):  # fmt: skip
-        before, origin = getattr(self, first), None
+        before = getattr(self, first)
+        normed: dict[str, Any] | None = None
         if fuses and getattr(before, "operator", None) == "rms_norm":
             hidden_states, residual = ops.rms_norm_passing(hidden_states, before.weight, _eps(before), offset)
             if getattr(type(self.self_attn).forward, "takes_origin", False):
-                origin = {ORIGIN: (residual, before.weight, _eps(before), offset)}
+                normed = {ORIGIN: (residual, before.weight, _eps(before), offset)}
         else:
             residual, hidden_states = hidden_states, before(hidden_states)
         hidden_states, _ = self.self_attn(
             hidden_states=hidden_states, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
-            **(origin or {}),
+            **(normed or {}),
         )  # fmt: skip
         norm = getattr(self, second)
         if hidden_states.dtype == residual.dtype:

@@ -64,6 +64,8 @@ def tiles(kernel: str) -> Callable[[Target, str, Shape], Iterable[Config]]:
     def space(target: Target, dtype: str, shape: Shape) -> Iterable[Config]:
         wide, item = width(shape["head_dim"]), ITEMSIZE[dtype]
         most = _SUMS[kernel][(target.wave == 64) + 2 * (dtype == "fp32")] * (0.74 if wide > 128 else 1)
+        if shape["softcap"] and kernel == KEYS and dtype != "fp32":
+            most *= 0.58  # the cap's slope is held beside the sums
         tall = (128, 64, 32, 16) if each == 1 else (32, 16) if dtype == "fp32" else (64, 32, 16)
         sizes = itertools.product(tall, (64, 32, 16), (4, 8))
         for bm, bn, warps in sorted(sizes, key=lambda size: -size[0] * size[1]):

@@ -122,9 +122,7 @@ def test_bias_and_soft_cap_of_the_loss_in_double_precision(reduction):
     hidden, weight, bias = (torch.randn(*n, requires_grad=True) for n in ((9, 8), (30, 8), (30,)))
     labels = torch.randint(0, 30, (9,))
     weights = torch.rand(9)
-    found = linear_cross_entropy(
-        hidden, weight, labels, reduction=reduction, scale=1.5, softcap=2.0, bias=bias, rows=4
-    )
+    found = linear_cross_entropy(hidden, weight, labels, reduction=reduction, scale=1.5, softcap=2.0, bias=bias, rows=4)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
     logits = 2.0 * torch.tanh(1.5 * (exact[0] @ exact[1].t() + exact[2]) / 2.0)
     nll = torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
