@@ -82,7 +82,7 @@ def _of_acceptance(data: dict[str, Any], path: Path) -> Evidence:
     failed = [c["name"] for c in checks if c["status"] == "FAIL"]
     gpus = data.get("gpus")
     why_not = "a check failed" if failed else "no check passed" if not counts["PASS"] else ""
-    if not why_not and not (_number(gpus) and gpus > 0):
+    if not why_not and not (isinstance(gpus, int) and gpus > 0):
         why_not = "no GPU was there"
     said = f"aifactory accept: {counts['PASS']} passed, {counts['FAIL']} failed, {counts['SKIP']} left out"
     facts = [

@@ -44,7 +44,7 @@ def check(report: Report) -> None:
     import torch
 
     from aifactory_train.core import compat
-    from aifactory_train.model import attention
+    from aifactory_train.model import attention_choice
 
     if report.gpu:
         torch.cuda.set_device(report.device)
@@ -59,7 +59,7 @@ def check(report: Report) -> None:
                 one(report, f"{name} {kind}", run, kind, dtype)
     with report.part("backend of SDPA"):
         report.figures["sdpa_backend"] = {k: backend(report.device, dtype) for k, dtype in kinds.items()}
-    chosen, why = attention.choose("auto", report.device, next(iter(kinds.values())), heads=(8, 2, 128))
+    chosen, why = attention_choice.choose("auto", report.device, next(iter(kinds.values())), heads=(8, 2, 128))
     report.figures["chosen"] = f"{chosen.removeprefix('aifactory_')}: {why}"
     report.said.append(f"auto is {report.figures['chosen']}")
 

@@ -82,7 +82,7 @@ def engine_of(settings: Recipe, world: World, shape: dict[str, Any] | None = Non
     import torch
     from transformers import AutoModelForCausalLM
 
-    from aifactory_train.model import attention
+    from aifactory_train.model import attention, attention_choice
     from aifactory_train.model.adapters import apply_adapter
     from aifactory_train.model.causal_lm import CausalLM
     from aifactory_train.model.operators import apply_operators
@@ -98,11 +98,11 @@ def engine_of(settings: Recipe, world: World, shape: dict[str, Any] | None = Non
     dimensions = config(**(shape or {}))
     with torch.device(world.device if shape else "cpu"):  # a large one is made where it is used
         model = AutoModelForCausalLM.from_config(dimensions, dtype=torch.float32)
-    chosen, _ = attention.choose(
+    chosen, _ = attention_choice.choose(
         settings.model.attention,
         world.device,
         precision.compute,
-        heads=attention.heads_of(dimensions),
+        heads=attention_choice.heads_of(dimensions),
         compiled=settings.parallel.compile,
     )
     model.set_attn_implementation(chosen)

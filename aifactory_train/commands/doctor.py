@@ -139,7 +139,7 @@ def _torch_view() -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
 
     from aifactory_train.config.schema import Recipe
     from aifactory_train.core import compat
-    from aifactory_train.model import attention
+    from aifactory_train.model import attention_choice
     from aifactory_train.model.precision import choose_precision
     from aifactory_train.parallel.build import choose_engine
     from aifactory_train.parallel.world import World
@@ -159,7 +159,7 @@ def _torch_view() -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
             )
     recipe = Recipe.model_validate({"model": {"base": "any"}, "data": {"train": "any.jsonl"}})
     precision, precision_why = choose_precision(recipe, device)
-    name, why = attention.choose("auto", device, precision.compute)
+    name, why = attention_choice.choose("auto", device, precision.compute)
     ranks = max(1, len(devices))
     engine, engine_why = choose_engine(recipe, World(0, ranks, 0, ranks, device, "doctor", ""))
     return devices, {

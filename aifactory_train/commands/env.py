@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
     system = sites.load(args.site, overlay=args.site_file) if args.site_file else sites.load(args.site)
     sites.require_usable(system)
-    known = _known_faults(system)
+    request = LaunchRequest(recipe="env", site=system.id, container=args.container)
+    known = _known_faults(system, request)
     for fault in known:
         note(f"known fault: {fault.sentence()}")
     if args.verify:
@@ -70,11 +71,7 @@ def run(args: argparse.Namespace) -> int:
             for name, version in found["packages"].items():
                 print(f"{name} {version}")
         return EXIT_DONE if found["ok"] else EXIT_FAILED
-    request = LaunchRequest(recipe="env", site=system.id, container=args.container)
     way = software.way_of(system, request)
-    known = _known_faults(system)
-    for fault in known:
-        note(f"known fault: {fault.sentence()}")
     if args.bundle is not None:
         facts = software.bundle(
             system, way, args.bundle, request, recipes=args.recipe, wheels=not args.no_wheels, say=note
@@ -111,13 +108,12 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _known_faults(system: Any) -> list[Any]:
+def _known_faults(system: Any, request: Any) -> list[Any]:
     """Faults of the image and the variables that jobs have there, as far as one knows before there is a job."""
     from aifactory_train.launchers.container import container_of
-    from aifactory_train.launchers.request import LaunchRequest
     from aifactory_train.sites import known_faults
 
-    container = container_of(LaunchRequest(recipe="env", site=system.id), system)
+    container = container_of(request, system)
     variables = {**system.environment.set, **system.user.env}
     image = container.image if container is not None else None
     return known_faults.applicable(known_faults.Situation(system, image, variables=variables, nodes=2))

@@ -102,7 +102,7 @@ def _chunk(module: torch.nn.Module) -> int:
     return int(getattr(config, "attention_chunk_size", None) or 0)
 
 
-def _own(
+def own_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -111,7 +111,7 @@ def _own(
     scaling: float | None,
     variant: Variant = Variant(),
 ) -> torch.Tensor:
-    """This project's operator, which computes every variant; tensors as in :data:`_Kernel`. It has no dropout."""
+    """This project's operator, which computes every variant; tensors as in :data:`Kernel`. It has no dropout."""
     if dropout:
         raise UserError(
             f"this model drops {dropout:g} of its attention in training, which attention with windows, sinks or soft "
@@ -150,7 +150,7 @@ def per_document_attention(
         )
     variant = Variant.of(module, documents.max_length, kwargs)
     if not variant.plain:
-        return _rows(_own, query, key, value, documents, dropout, scaling, variant)
+        return _rows(own_attention, query, key, value, documents, dropout, scaling, variant)
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
     if groups > 1 and not shares_heads(query):
@@ -178,11 +178,11 @@ def shares_heads(query: torch.Tensor) -> bool:
 
 #: Attention of ``[B * T, H, D]`` queries to ``[B * T, H_kv, D]`` keys and values, given the documents, dropout, scaling
 #: and the layer's variant.
-_Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, float, float | None, Variant], torch.Tensor]
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, float, float | None, Variant], torch.Tensor]
 
 
 def _rows(
-    kernel: _Kernel,
+    kernel: Kernel,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -197,13 +197,13 @@ def _rows(
     return kernel(q, k, v, documents, dropout, scaling, variant).reshape(batch, length, heads, -1), None
 
 
-def _over_documents(computes: Callable[[Variant], bool]) -> Callable[[_Kernel], Callable[..., Any]]:
+def _over_documents(computes: Callable[[Variant], bool]) -> Callable[[Kernel], Callable[..., Any]]:
     """A variable-length kernel in transformers' form; what it does not compute (``computes``) our own operator does.
 
     Without documents it is :func:`per_document_attention`, which refuses.
     """
 
-    def wrap(kernel: _Kernel) -> Callable[..., tuple[torch.Tensor, None]]:
+    def wrap(kernel: Kernel) -> Callable[..., tuple[torch.Tensor, None]]:
         @functools.wraps(kernel)
         def attention(
             module, query, key, value, attention_mask, *, dropout=0.0, scaling=None, documents=None, **kwargs
@@ -213,7 +213,7 @@ def _over_documents(computes: Callable[[Variant], bool]) -> Callable[[_Kernel], 
             variant = Variant.of(module, documents.max_length, kwargs)
             # SDPA follows autocast by itself; kernels refuse fp32 and mixed types
             query, key, value = (states.to(runtime.arithmetic(states)) for states in (query, key, value))
-            taken = kernel if computes(variant) else _own
+            taken = kernel if computes(variant) else own_attention
             return _rows(taken, query, key, value, documents, dropout, scaling, variant)
 
         return attention
@@ -226,7 +226,6 @@ def _varlen_computes(variant: Variant) -> bool:
     return variant.plain or (variant.windowed and not torch.version.hip and "window_size" in _asked())
 
 
-@functools.cache
 def _asked() -> frozenset[str]:
     """Names of the arguments of torch's variable-length kernel; empty where torch has none."""
     attend = compat.varlen_attention()
@@ -292,7 +291,7 @@ def flash_attention(
     )
 
 
-triton_attention = _over_documents(lambda variant: True)(_own)
+triton_attention = _over_documents(lambda variant: True)(own_attention)
 
 
 def masked_attention(
@@ -378,106 +377,3 @@ def register() -> None:
     ):
         AttentionInterface.register(name, function)
     AttentionMaskInterface.register(DECODING, mask)
-
-
-def trial(device: str, dtype: torch.dtype, heads: tuple[int, int, int], kernel: _Kernel | None = None) -> str:
-    """Why a variable-length kernel (torch's by default) does not run here, forward and backward over three documents;
-    empty where it does.
-
-    ``heads``: query heads, key heads, numbers in each. Some builds of torch lack the kernel, and it has a largest head.
-    """
-    queries, keys, dim = heads
-    documents = Documents.of(torch.tensor([0, 1, 6, 16], dtype=torch.int32), device)
-    states = [
-        torch.zeros(16, count, dim, dtype=dtype, device=device, requires_grad=True) for count in (queries, keys, keys)
-    ]
-    try:
-        taken = kernel or varlen_attention.__wrapped__  # type: ignore[attr-defined]
-        taken(*states, documents, 0.0, None, Variant()).sum().backward()
-        ran = all(bool(part.grad.isfinite().all()) for part in states)  # type: ignore[union-attr]
-        return "" if ran else "its gradients are not finite"
-    except Exception as error:  # whatever a build lacks
-        return (
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-            if str(error).strip()
-            else type(error).__name__
-        )
-
-
-def _has_triton(device: str) -> bool:
-    """Whether our own operator runs as Triton kernels on ``device``."""
-    return device != "cpu" and runtime.use_triton("attention", torch.empty(0, dtype=torch.bfloat16, device=device))
-
-
-def heads_of(config: Any) -> tuple[int, int, int] | None:
-    """Query heads, key heads, numbers in each, of a transformers configuration; None where it does not say."""
-    text = config.get_text_config()
-    queries, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
-    if not isinstance(queries, int) or not isinstance(hidden, int) or queries < 1:
-        return None
-    keys = getattr(text, "num_key_value_heads", None) or queries
-    return queries, int(keys), int(getattr(text, "head_dim", None) or hidden // queries)
-
-
-def choose(
-    setting: str,
-    device: str,
-    compute: torch.dtype = torch.bfloat16,
-    *,
-    heads: tuple[int, int, int] | None = None,
-    compiled: bool = False,
-) -> tuple[str, str]:
-    """The registry name for ``model.attention`` on ``device`` and the reason, for the start-up report.
-
-    ``compute``: the type of arithmetic. FlashAttention, which is what both variable-length kernels are, has no fp32,
-    and so none on GPUs without bf16. ``heads`` (:func:`heads_of`): with them ``auto`` tries the kernel first.
-    ``compiled``: blocks are compiled. Raises :class:`UserError` if the wanted backend cannot run here.
-    """
-    has_varlen = compat.varlen_attention() is not None
-    if setting in ("flash", "varlen") and device != "cpu" and compute == torch.float32:
-        raise UserError(
-            "variable-length attention kernels compute in bf16 only, this run computes in fp32",
-            where="model.attention",
-            fix="--set model.attention=per_document, or precision.compute=bf16 where the GPU has it",
-        )
-    if setting == "flash":
-        try:
-            import flash_attn  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "flash-attn is not installed", where="model.attention", fix="--set model.attention=auto"
-            ) from None
-        return FLASH, "asked for"
-    if setting == "varlen":
-        if device == "cpu" or not has_varlen:
-            raise UserError(
-                "torch's variable-length attention needs a GPU and torch >= 2.10",
-                where="model.attention",
-                fix="--set model.attention=per_document",
-            )
-        return VARLEN, "asked for"
-    if setting == "triton":
-        if not _has_triton(device):
-            raise UserError(
-                "this project's attention kernel needs a GPU that Triton compiles for",
-                where="model.attention",
-                fix="--set model.attention=per_document",
-            )
-        return TRITON, "asked for"
-    if setting == "per_document":
-        return PER_DOCUMENT, "asked for"
-    if device != "cpu" and has_varlen and compute != torch.float32:
-        if compiled and torch.version.hip:
-            # pytorch#187872: its stand-in in compiled code says another shape of the log-sum-exp than the kernel
-            # returns.
-            return (
-                PER_DOCUMENT,
-                "SDPA on each document: on AMD GPUs torch's variable-length kernel is not right in compiled blocks",
-            )
-        trouble = trial(device, compute, heads) if heads else ""
-        if trouble and heads and _has_triton(device) and not trial(device, compute, heads, _own):
-            return TRITON, f"our own kernel: torch's variable-length one does not run here ({trouble})"
-        if trouble:
-            return PER_DOCUMENT, f"SDPA on each document: torch's variable-length kernel does not run here ({trouble})"
-        return VARLEN, "GPU and torch >= 2.10"
-    return PER_DOCUMENT, "SDPA on each document: no variable-length kernel for this device, torch and precision"

@@ -13,7 +13,7 @@ from aifactory_train.config.quantised_base import check_quantised, quantisation
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import foreign
-from aifactory_train.model import attention, quantise
+from aifactory_train.model import attention, attention_choice, quantise
 from aifactory_train.model.adapters import apply_adapter, start_from_adapter
 from aifactory_train.model.base import base_folder
 from aifactory_train.model.causal_lm import CausalLM
@@ -48,11 +48,11 @@ def load_config(path: Path, recipe: Recipe):
 def choose_attention(recipe: Recipe, config: Any, device: str, report: ModelReport) -> str:
     """The name of ``model.attention`` in transformers' registry, where our functions are from now on."""
     attention.register()
-    name, why = attention.choose(
+    name, why = attention_choice.choose(
         recipe.model.attention,
         device,
         choose_precision(recipe, device)[0].compute,
-        heads=attention.heads_of(config),
+        heads=attention_choice.heads_of(config),
         compiled=recipe.parallel.compile,
     )
     report.add("attention", name.removeprefix("aifactory_"), why)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.model import attention
+from aifactory_train.model import attention, attention_choice
 from aifactory_train.model.attention import Documents
 from aifactory_train.model.causal_lm import CausalLM
 
@@ -192,21 +192,21 @@ def test_no_tensor_of_pack_length_squared_exists():
 
 
 def test_choice_of_backend_on_a_cpu():
-    assert attention.choose("auto", "cpu")[0] == attention.PER_DOCUMENT
-    assert attention.choose("per_document", "cuda")[0] == attention.PER_DOCUMENT
+    assert attention_choice.choose("auto", "cpu")[0] == attention.PER_DOCUMENT
+    assert attention_choice.choose("per_document", "cuda")[0] == attention.PER_DOCUMENT
     for setting in ("varlen", "triton"):
         with pytest.raises(UserError, match="needs a GPU"):
-            attention.choose(setting, "cpu")
+            attention_choice.choose(setting, "cpu")
 
 
 def test_kernels_without_fp32_are_not_chosen_for_it(monkeypatch):
     """On a GPU without bf16, or where the recipe asks for fp32."""
     monkeypatch.setattr(attention.compat, "varlen_attention", lambda: plain_varlen)
-    assert attention.choose("auto", "cuda:0", torch.bfloat16)[0] == attention.VARLEN
-    assert attention.choose("auto", "cuda:0", torch.float32)[0] == attention.PER_DOCUMENT
+    assert attention_choice.choose("auto", "cuda:0", torch.bfloat16)[0] == attention.VARLEN
+    assert attention_choice.choose("auto", "cuda:0", torch.float32)[0] == attention.PER_DOCUMENT
     for setting in ("varlen", "flash"):
         with pytest.raises(UserError, match="in bf16 only"):
-            attention.choose(setting, "cuda:0", torch.float32)
+            attention_choice.choose(setting, "cuda:0", torch.float32)
 
 
 # ---- kernels that exist on GPUs only: what we hand them, and what we make of what they return

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from aifactory_train.core import compat
-from aifactory_train.model import attention, weight_files
+from aifactory_train.model import attention, attention_choice, weight_files
 from aifactory_train.model.precision import Precision
 from aifactory_train.parallel import build, deepspeed, fsdp, memory_advice, torch_engine, world
 from aifactory_train.parallel.state import Piece, Sharded
@@ -73,28 +73,32 @@ def kernel(monkeypatch):
 
     monkeypatch.setattr(compat, "varlen_attention", lambda: attend)
     monkeypatch.setattr(compat, "varlen_supports_gqa", lambda: True)
-    monkeypatch.setattr(attention, "trial", lambda device, *rest, _whole=attention.trial: _whole("cpu", *rest))
+    monkeypatch.setattr(
+        attention_choice, "trial", lambda device, *rest, _whole=attention_choice.trial: _whole("cpu", *rest)
+    )
 
 
 def test_the_kernel_is_tried_before_it_is_chosen(kernel) -> None:
-    name, why = attention.choose("auto", "cuda:0", torch.bfloat16, heads=(8, 2, 64))
+    name, why = attention_choice.choose("auto", "cuda:0", torch.bfloat16, heads=(8, 2, 64))
     assert (name, why) == (attention.VARLEN, "GPU and torch >= 2.10")
-    name, why = attention.choose("auto", "cuda:0", torch.bfloat16, heads=(8, 2, 512))
+    name, why = attention_choice.choose("auto", "cuda:0", torch.bfloat16, heads=(8, 2, 512))
     assert name == attention.PER_DOCUMENT and "at most 256)" in why and "and more" not in why
 
 
 def test_compiled_blocks_on_amd_do_without_it(kernel, monkeypatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert attention.choose("auto", "cuda:0", heads=(8, 2, 64), compiled=True)[0] == attention.PER_DOCUMENT
-    assert attention.choose("auto", "cuda:0", heads=(8, 2, 64), compiled=False)[0] == attention.VARLEN
-    assert attention.choose("varlen", "cuda:0", heads=(8, 2, 64), compiled=True)[0] == attention.VARLEN  # asked for
+    assert attention_choice.choose("auto", "cuda:0", heads=(8, 2, 64), compiled=True)[0] == attention.PER_DOCUMENT
+    assert attention_choice.choose("auto", "cuda:0", heads=(8, 2, 64), compiled=False)[0] == attention.VARLEN
+    assert (
+        attention_choice.choose("varlen", "cuda:0", heads=(8, 2, 64), compiled=True)[0] == attention.VARLEN
+    )  # asked for
 
 
 def test_heads_are_read_from_the_configuration() -> None:
     import helpers
 
-    assert attention.heads_of(helpers.tiny_config("llama")) == (4, 2, 16)
-    assert attention.heads_of(helpers.tiny_config("qwen3", head_dim=32)) == (4, 2, 32)
+    assert attention_choice.heads_of(helpers.tiny_config("llama")) == (4, 2, 16)
+    assert attention_choice.heads_of(helpers.tiny_config("qwen3", head_dim=32)) == (4, 2, 32)
 
 
 # ---- memory: what the trial and the advice count
