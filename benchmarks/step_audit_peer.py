@@ -26,11 +26,11 @@ def run(
     """The account of one step, as plain values. ``weights``: bf16 or fp32, of the base; adapters are fp32 under
     autocast, as peft makes them, else of the base's type."""
     from aifactory_train.audit import pretend, step
-    from aifactory_train.audit.recorder import Answers
+    from aifactory_train.audit.recorder import HostAnswers
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[weights]
     tokens = PACKS * LENGTH
-    answers = Answers(tokens - PACKS, [LENGTH] * PACKS)
+    answers = HostAnswers(tokens - PACKS, [LENGTH] * PACKS)
     with contextlib.ExitStack() as stack:
         stack.enter_context(pretend.chip(sku.arch, sku.name))
         stack.enter_context(_liger_on_the_chip(sku, autocast))

@@ -187,13 +187,13 @@ def _preflight(sub: Submission) -> bool:
     return backends.get(sub.shape.backend).preflight and sub.shape.nodes > 1
 
 
-def _more_groups(sub: Submission, recipe: Recipe) -> int:
+def _more_groups(sub: Submission, recipe: Recipe | None) -> int:
     """Ranks that share a copy of the model, for an engine that forms further groups of ranks on the devices; 0: it
     forms none, so that the pre-flight need not try.
     """
     from aifactory_train.parallel.traits import traits_of
 
-    if not traits_of(recipe.parallel.engine).more_groups:
+    if recipe is None or not traits_of(recipe.parallel.engine).more_groups:
         return 0
     return recipe.parallel.shard_size or sub.shape.ranks_per_node
 

@@ -47,7 +47,7 @@ def runs_out(marker: Path) -> None:
             trainer.engine.forward_backward = fail
         return whole(trainer)
 
-    Trainer.train_step = step  # type: ignore[method-assign]
+    Trainer.train_step = step  # type: ignore[method-assign, assignment]
 
 
 def stands_still(marker: Path) -> None:
@@ -64,7 +64,7 @@ def stands_still(marker: Path) -> None:
             ahead._thread.start()
         return whole(ahead, number, cursor)
 
-    StepsAhead.take = take  # type: ignore[method-assign]
+    StepsAhead.take = take  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

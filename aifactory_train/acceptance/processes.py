@@ -130,7 +130,7 @@ class Started:
         self.began = time.monotonic()
         self.processes = []
         for rank, log in enumerate(self.logs):
-            mine = {
+            mine: dict[str, Any] = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(size),

@@ -86,7 +86,8 @@ def curves_of(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
     steps, half = settings["steps"], world.device != "cpu" and compat.supports_bf16(world.device)
     precision = {"precision": small.HALF} if half else {}
-    allowed, found = one_process.SAME, {}
+    allowed = one_process.SAME
+    found: dict[str, Any] = {}
     for name in ("ddp", "fsdp2", "hsdp"):
         case: dict[str, Any] = {"engine": name}
         if traits_of(name).shard_group == "chosen":

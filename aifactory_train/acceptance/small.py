@@ -138,7 +138,9 @@ def batch(given: list[tuple[list[int], int]], device: str) -> DeviceBatch:
     from aifactory_train.model.attention import Documents
     from aifactory_train.parallel.engine import DeviceBatch as Batch
 
-    tokens, places, positions, targets, edges = [], [], [], [], [0]
+    tokens: list[int] = []
+    places: list[int] = []
+    positions, targets, edges = [], [], [0]
     for ids, supervised in given:
         begin = len(tokens)
         positions += [begin + i for i in range(len(ids) - 1 - supervised, len(ids) - 1)]

@@ -78,7 +78,7 @@ class Booked:
 
 
 @dataclass
-class Answers:
+class HostAnswers:
     """What the host is told where it would wait for the device, and the documents of the batch."""
 
     targets: int
@@ -134,7 +134,7 @@ class Holdings:
 class StepRecorder(TorchDispatchMode):
     """See the module. ``phase`` is what the rows of :attr:`rows` are kept under; set it while recording."""
 
-    def __init__(self, answers: Answers):
+    def __init__(self, answers: HostAnswers):
         super().__init__()
         self.answers = answers
         self.phase = "forward"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from aifactory_train.audit import pretend, ranks
-from aifactory_train.audit.recorder import COMPONENTS, Answers, Booked, StepRecorder
+from aifactory_train.audit.recorder import COMPONENTS, Booked, HostAnswers, StepRecorder
 from aifactory_train.core.errors import UserError
 from aifactory_train.parallel.traits import traits_of
 
@@ -105,7 +105,9 @@ def _plain(row: Booked) -> dict[str, int]:
 
 
 @contextmanager
-def audited(module: nn.Module, answers: Answers, inputs: Sequence[torch.Tensor], state: Callable[[], Any]) -> Iterator:
+def audited(
+    module: nn.Module, answers: HostAnswers, inputs: Sequence[torch.Tensor], state: Callable[[], Any]
+) -> Iterator:
     """A recorder over a step of ``module``: its parameters are weights, what accumulates in them gradients, what
     ``state()`` returns (tensors in any nesting) the optimizer's. Yields the :class:`StepRecorder`."""
     from torch.utils._pytree import tree_leaves
@@ -177,7 +179,7 @@ def run(spec: StepSpec) -> StepAccount:
         module: nn.Module = engine.core
         inputs = [batch.input_ids, batch.position_ids, batch.documents.cu_seqlens, batch.positions, batch.targets]
         state = lambda: list(engine.optimizer.state.values())  # noqa: E731
-        with audited(module, Answers(spec.targets, list(spec.lengths)), inputs, state) as recorder:
+        with audited(module, HostAnswers(spec.targets, list(spec.lengths)), inputs, state) as recorder:
             _steps(engine, batch, spec, recorder)
         made = account(recorder, module, spec.micro_batches)
         if traits_of(spec.engine).cuts == "whole" and spec.world > 1:

@@ -72,7 +72,7 @@ def evaluate(
     sets: dict[str, Any] = {}
     took = _announce(prepared, recipe, tell) if tell is not None else None
     for name, dataset in prepared.evals.items():
-        first = {"took": None if sets else took}
+        first: dict[str, Any] = {"took": None if sets else took}
         result = SetResult(dataset, held_out(module, dataset, max_rows=recipe.data.eval_rows, **scoring, **first))
         for side in _SIDES:
             documents = getattr(dataset, side, None)

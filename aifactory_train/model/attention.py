@@ -158,9 +158,7 @@ def per_document_attention(
     # split, not slices: the backward of split is one concatenation, that of a slice a full-size tensor per document
     parts = zip(*(_flat(states).split(documents.lengths, dim=2) for states in (query, key, value)), strict=True)
     outputs = [
-        F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=q.shape[2] > 1, scale=scaling, enable_gqa=groups > 1
-        )
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=groups > 1)
         for q, k, v in parts
     ]
     out = torch.cat(outputs, dim=2)  # [1, H, B*T, D]

@@ -79,39 +79,9 @@ def choose(
     and so none on GPUs without bf16. ``heads`` (:func:`heads_of`): with them ``auto`` tries the kernel first.
     ``compiled``: blocks are compiled. Raises :class:`UserError` if the wanted backend cannot run here.
     """
+    if setting != "auto":
+        return _asked_for(setting, device, compute), "asked for"
     has_varlen = compat.varlen_attention() is not None
-    if setting in ("flash", "varlen") and device != "cpu" and compute == torch.float32:
-        raise UserError(
-            "variable-length attention kernels compute in bf16 only, this run computes in fp32",
-            where="model.attention",
-            fix="--set model.attention=per_document, or precision.compute=bf16 where the GPU has it",
-        )
-    if setting == "flash":
-        try:
-            import flash_attn  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "flash-attn is not installed", where="model.attention", fix="--set model.attention=auto"
-            ) from None
-        return FLASH, "asked for"
-    if setting == "varlen":
-        if device == "cpu" or not has_varlen:
-            raise UserError(
-                "torch's variable-length attention needs a GPU and torch >= 2.10",
-                where="model.attention",
-                fix="--set model.attention=per_document",
-            )
-        return VARLEN, "asked for"
-    if setting == "triton":
-        if not _has_triton(device):
-            raise UserError(
-                "this project's attention kernel needs a GPU that Triton compiles for",
-                where="model.attention",
-                fix="--set model.attention=per_document",
-            )
-        return TRITON, "asked for"
-    if setting == "per_document":
-        return PER_DOCUMENT, "asked for"
     if device != "cpu" and has_varlen and compute != torch.float32:
         if compiled and torch.version.hip:
             # pytorch#187872: its stand-in in compiled code says another shape of the log-sum-exp than the kernel
@@ -127,3 +97,39 @@ def choose(
             return PER_DOCUMENT, f"SDPA on each document: torch's variable-length kernel does not run here ({trouble})"
         return VARLEN, "GPU and torch >= 2.10"
     return PER_DOCUMENT, "SDPA on each document: no variable-length kernel for this device, torch and precision"
+
+
+def _asked_for(setting: str, device: str, compute: torch.dtype) -> str:
+    """The registry name of what a recipe names, or :class:`UserError` where it cannot run."""
+    has_varlen = compat.varlen_attention() is not None
+    if setting in ("flash", "varlen") and device != "cpu" and compute == torch.float32:
+        raise UserError(
+            "variable-length attention kernels compute in bf16 only, this run computes in fp32",
+            where="model.attention",
+            fix="--set model.attention=per_document, or precision.compute=bf16 where the GPU has it",
+        )
+    if setting == "flash":
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "flash-attn is not installed", where="model.attention", fix="--set model.attention=auto"
+            ) from None
+        return FLASH
+    if setting == "varlen":
+        if device == "cpu" or not has_varlen:
+            raise UserError(
+                "torch's variable-length attention needs a GPU and torch >= 2.10",
+                where="model.attention",
+                fix="--set model.attention=per_document",
+            )
+        return VARLEN
+    if setting == "triton":
+        if not _has_triton(device):
+            raise UserError(
+                "this project's attention kernel needs a GPU that Triton compiles for",
+                where="model.attention",
+                fix="--set model.attention=per_document",
+            )
+        return TRITON
+    return PER_DOCUMENT

@@ -388,7 +388,7 @@ class Trainer:
     def _evaluate(self, when: str, *, generate: bool) -> dict[str, Any]:
         """Held-out figures of every evaluation set; all ranks take part."""
         self._phase("evaluate")
-        here = {"device": self.world.device, "rank": self.world.rank, "world_size": self.world.size}
+        here: dict[str, Any] = {"device": self.world.device, "rank": self.world.rank, "world_size": self.world.size}
         tell = None if self.quiet or when == "during" else note
         if tell is not None:
             tell(f"evaluating {when} the training:")

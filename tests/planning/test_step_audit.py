@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from aifactory_train.audit import floor, kept, pretend, step, traffic
-from aifactory_train.audit.recorder import Answers, StepRecorder
+from aifactory_train.audit.recorder import HostAnswers, StepRecorder
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.kernels import registry
@@ -119,7 +119,7 @@ def test_the_peak_is_that_of_torchs_own_tracker() -> None:
     tracker.track_external(theirs)
     step_of(theirs, tracker)
     peak = next(iter(tracker.get_tracker_snapshot("peak").values()))["Total"]
-    recorder = StepRecorder(Answers(1))
+    recorder = StepRecorder(HostAnswers(1))
     for tensor in [*ours.parameters(), *ours.buffers()]:
         recorder.holdings.see(tensor, "weights")
     step_of(ours, recorder)

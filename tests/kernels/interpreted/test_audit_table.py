@@ -7,7 +7,7 @@ import test_models as models
 import torch
 
 from aifactory_train.audit import pretend
-from aifactory_train.audit.recorder import Answers, StepRecorder
+from aifactory_train.audit.recorder import HostAnswers, StepRecorder
 from aifactory_train.kernels import registry, runtime
 from aifactory_train.kernels.workbench import interpreter, traffic
 from aifactory_train.model.gpu_operators import apply_kernels
@@ -27,7 +27,7 @@ def test_the_table_says_what_each_kernel_reads_and_writes(op):
     """Distinct addresses, counted by the interpreter in a dry run, equal the table's words, argument by argument."""
     interpreter.quick()
     with runtime.interpret("sm_90", "H100-80"), interpreter.counting(dry=True) as launches:
-        recorder = StepRecorder(Answers(ROWS))
+        recorder = StepRecorder(HostAnswers(ROWS))
         with recorder:
             forward, backward = traffic.programs(op, traffic.shape_of(op, ROWS, HIDDEN), torch.bfloat16)
             made = forward()
@@ -52,9 +52,13 @@ def test_a_step_on_meta_launches_what_the_same_step_launches_on_a_cpu():
     for model in (real, meta):
         apply_kernels(model, arch="sm_90", sku="H100-80", dtype="fp32")
     ids = torch.randint(3, 160, (2, 7))
-    with runtime.interpret("sm_90", "H100-80"), interpreter.counting() as launches, StepRecorder(Answers(12)) as on_cpu:
+    with (
+        runtime.interpret("sm_90", "H100-80"),
+        interpreter.counting() as launches,
+        StepRecorder(HostAnswers(12)) as on_cpu,
+    ):
         real(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    with pretend.chip("sm_90", "H100-80"), StepRecorder(Answers(12)) as on_meta:
+    with pretend.chip("sm_90", "H100-80"), StepRecorder(HostAnswers(12)) as on_meta:
         meta(input_ids=ids.to("meta"), labels=ids.to("meta"), use_cache=False).loss.backward()
     ran = Counter(launch.kernel for launch in launches)
     assert ran["lora_epilogue"] == 2 * 7 + 2 * 4 - 1  # one a layer; backward one for each input, none before the first
