@@ -26,7 +26,7 @@ def situation(c: Context) -> known_faults.Situation:
     site = c.backend.software == "site"
     container = container_of(c.request, c.system) if site else None
     here = c.backend.software == "here" or (container is None and _python(c) == sys.executable)
-    engine = c.recipe.parallel.engine
+    engine = c.recipe.parallel.engine if c.request.accept is None else None  # an acceptance has no recipe
     return known_faults.Situation(
         system=c.system,
         image=container.image if container is not None else None,
