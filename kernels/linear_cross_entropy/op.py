@@ -234,6 +234,8 @@ def _times(tensor, factor, dtype):
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 10
     dh, dw, db = ctx.saved_tensors
     need_hidden, need_weight = ctx.needs
     weight_dtype, bias_dtype = ctx.dtypes

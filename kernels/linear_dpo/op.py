@@ -139,6 +139,8 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 7
     hidden, weight, labels, bias, lse = ctx.saved_tensors
     dh, dw, db = torch.ops.aifactory.linear_logps_bwd(
         grad, hidden, weight, labels, bias, lse, ctx.scale, ctx.softcap, ctx.chunk

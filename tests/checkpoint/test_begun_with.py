@@ -150,6 +150,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_at_step_1_and_says_so(c
     (cut.path / "checkpoints" / ".writing-step-1").mkdir(parents=True)
     shutil.rmtree(cut.path / "attempts")
     (cut.path / "saved.json").unlink()
+    cut.state("running", 1)  # the first save was being written: with more steps one would have been complete
+    file = cut.path / "metrics.jsonl"
+    file.write_text(file.read_text().split("\n")[0] + "\n")
     code, said = cut.resume()
     assert code == 0, said
     assert "starts at step 1" in said

@@ -212,12 +212,16 @@ def test_kernels_without_fp32_are_not_chosen_for_it(monkeypatch):
 # ---- kernels that exist on GPUs only: what we hand them, and what we make of what they return
 
 
-def plain_varlen(q, k, v, bounds, _bounds, longest, _longest, *, scale=None, **_):
+def plain_varlen(q, k, v, bounds, _bounds, longest, _longest, *, scale=None, window_size=(-1, 0), **_):
     """What variable-length kernels compute, written out; ``[N, H, D]`` and ``[N, H_kv, D]``."""
     assert longest == int(bounds.diff().max()) and q.is_contiguous() and bounds.dtype == torch.int32
     out = []
     for part in zip(*(t.transpose(0, 1).split(bounds.diff().tolist(), dim=1) for t in (q, k, v)), strict=True):
-        out.append(F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True))
+        n = part[0].shape[1]
+        seen = torch.ones(n, n, dtype=torch.bool).tril()
+        if window_size[0] >= 0:
+            seen = seen.triu(-window_size[0])
+        out.append(F.scaled_dot_product_attention(*part, attn_mask=seen, scale=scale, enable_gqa=True))
     return torch.cat(out, dim=1).transpose(0, 1)
 
 
@@ -239,8 +243,8 @@ def test_variable_length_kernels_agree_with_each_document_alone(kernel, gqa, sca
         function = attention.varlen_attention
     else:
         package = ModuleType("flash_attn")
-        package.flash_attn_varlen_func = lambda *args, dropout_p, softmax_scale, causal: plain_varlen(  # type: ignore[attr-defined]
-            *args, scale=softmax_scale
+        package.flash_attn_varlen_func = lambda *args, dropout_p, softmax_scale, causal, **more: plain_varlen(  # type: ignore[attr-defined]
+            *args, scale=softmax_scale, **more
         )
         monkeypatch.setitem(sys.modules, "flash_attn", package)
         function = attention.flash_attention
@@ -249,8 +253,11 @@ def test_variable_length_kernels_agree_with_each_document_alone(kernel, gqa, sca
     wanted, _ = attention.per_document_attention(module, query, key, value, None, scaling=scaling, documents=cut)
     assert found.shape == (2, 12, 4, 8)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    with pytest.raises(UserError, match="window of 6"):
-        function(module, query, key, value, None, documents=cut, sliding_window=6)
+    how = {"scaling": scaling, "documents": cut, "sliding_window": 6}
+    found, _ = function(module, query, key, value, None, **how)
+    narrow, _ = attention.per_document_attention(module, query, key, value, None, **how)
+    torch.testing.assert_close(found, narrow, rtol=1e-5, atol=1e-6)
+    assert (narrow - wanted).abs().max() > 0.01
 
 
 def test_variable_length_kernels_follow_autocast_as_sdpa_does(monkeypatch):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from aifactory_train.core import compat
-from aifactory_train.model import attention, attention_choice, weight_files
+from aifactory_train.model import attention, attention_choice, base, weight_files
 from aifactory_train.model.precision import Precision
 from aifactory_train.parallel import build, deepspeed, fsdp, memory_advice, torch_engine, world
 from aifactory_train.parallel.state import Piece, Sharded
@@ -332,7 +332,7 @@ def test_pages_of_weight_files_are_let_go_where_the_gpu_needs_them(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name=name, is_integrated=integrated)
     )
     monkeypatch.setattr(weight_files.os, "posix_fadvise", lambda *arguments: reported.append(arguments[1:]))
-    monkeypatch.setattr(build, "base_folder", lambda recipe: tmp_path)
+    monkeypatch.setattr(base, "base_folder", lambda recipe: tmp_path)
     monkeypatch.setattr(
         build, "traits_of", lambda engine: SimpleNamespace(compute_copies=False, load=lambda: lambda *a: "engine")
     )
