@@ -166,7 +166,7 @@ def test_on_a_gpu_a_chunk_hides_the_traffic_of_the_weights_gradient(monkeypatch,
         f"aifactory_train.kernels.ops.{name}", lambda h, w, t, **how: asked.update(how) or torch.zeros(())
     )
     linear_cross_entropy(*case(5, 8, 30), reduction=reduction, scale=2.0, kernels=True)
-    assert asked == {"scale": 2.0, "chunk_size": 7} and seen == ["cpu"]
+    assert asked == {"scale": 2.0, "softcap": None, "chunk_size": 7} and seen == ["cpu"]
 
 
 @pytest.mark.parametrize("kernels", [False, True])

@@ -212,7 +212,7 @@ def test_a_registered_engine_is_known_to_the_checks_and_the_advice(toy: EngineTr
     context: Any = SimpleNamespace(
         recipe=recipe,
         batch=True,
-        request=SimpleNamespace(venv=None),
+        request=SimpleNamespace(venv=None, accept=None),
         system=SimpleNamespace(user=SimpleNamespace(venv=None)),
     )
     (finding,) = quantisation_supported(context)

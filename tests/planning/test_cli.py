@@ -68,8 +68,8 @@ def test_fast_and_without_torch(recipe):
     libraries = [sys.executable, "-c", "import pydantic, yaml, jinja2; from pydantic import BaseModel"]
     unit = processor_time(lambda: subprocess.run(libraries, capture_output=True, text=True, check=False))
     plan = processor_time(lambda: run(recipe, *BASE, "--json", code=code))
-    # half a second, or on a slower machine three times what importing the libraries it needs costs there
-    assert plan < max(0.5, 3 * unit), f"{plan:.3f} s; the libraries alone {unit:.3f} s"
+    # half a second, or on a slower machine three and a half times what importing the libraries it needs costs there
+    assert plan < max(0.5, 3.5 * unit), f"{plan:.3f} s; the libraries alone {unit:.3f} s"
 
 
 class _Checker(HTMLParser):
