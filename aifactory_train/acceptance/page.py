@@ -43,16 +43,15 @@ def summary(acceptance: Acceptance, system: System | None) -> dict[str, Any]:
 
 def render(found: dict[str, Any]) -> str:
     """The page as text; every value is escaped by the template."""
-    import jinja2
+    from markupsafe import Markup
 
+    from aifactory_train.core.templates import render as filled
     from aifactory_train.report.page_parts import page
 
-    made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters["lines"] = figure_lines
-    template = made.from_string(TEMPLATE.read_text(encoding="utf-8"))
     shows = {name: check.shows for name, check in BY_NAME.items()}
-    return page(f"Acceptance of {found['machine'].get('host', {}).get('name') or 'a machine'}",
-                template.render(**found, shows=shows))  # fmt: skip
+    body = filled(TEMPLATE, autoescape=True, **found, shows=shows, lines=figure_lines)
+    host = found["machine"].get("host", {}).get("name") or "a machine"
+    return page("body.html.j2", f"Acceptance of {host}", body=Markup(body))
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
