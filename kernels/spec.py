@@ -104,7 +104,8 @@ class Operator:
     block). ``counted`` are the directions whose bytes are counted, and ``shrink`` the sizes to use there for what the
     vendor's GEMM does. ``flops`` is floating-point operations an element, which places it on the roofline. ``eager``:
     whether ``kernels bench`` times the oracle beside it, eager and compiled; ``covers(dtype, shape)``: whether there
-    are kernels for it (elsewhere the torch path is taken, and nothing is compiled); an optional ``rivals.py`` with
+    are kernels for it (elsewhere the torch path is taken, and nothing is compiled); ``dry``: whether its bytes can be
+    counted without loading anything, because no value decides what is touched; an optional ``rivals.py`` with
     ``rivals()`` names other implementations.
     """
 
@@ -123,6 +124,7 @@ class Operator:
     flops: int | None = None
     eager: bool = True
     covers: Callable[[str, Shape], bool] = lambda dtype, shape: True
+    dry: bool = True
 
     def shape(self, shape: Mapping[str, int] | tuple[int, ...]) -> dict[str, int]:
         """A shape as named sizes; a tuple is read in the order of ``dims``."""

@@ -174,5 +174,6 @@ SMALL = (
 )
 OPERATOR = Operator(
     "attention", DIMS, KERNELS, floor, CHECKS, inputs, pointwise=False, small=SMALL, eager=False, covers=covers,
+    dry=False,  # the bounds of the documents decide what is read
     note="inside documents: windows, chunks, sinks, soft caps, ALiBi; no atomics",
 )  # fmt: skip

@@ -61,7 +61,7 @@ def count(
     with runtime.interpret(arch, sku):
         forward, backward = programs(op, shape, DTYPES[dtype])
         for direction in ("forward", "backward") if backward else ("forward",):
-            with interpreter.counting(dry=True) as launches:
+            with interpreter.counting(dry=operator.dry) as launches:
                 if direction == "forward":
                     made = forward()
                 elif backward:

@@ -26,7 +26,7 @@ def booked(recorder):
 def test_the_table_says_what_each_kernel_reads_and_writes(op):
     """Distinct addresses, counted by the interpreter in a dry run, equal the table's words, argument by argument."""
     interpreter.quick()
-    with runtime.interpret("sm_90", "H100-80"), interpreter.counting(dry=True) as launches:
+    with runtime.interpret("sm_90", "H100-80"), interpreter.counting(dry=registry.operator(op).dry) as launches:
         recorder = StepRecorder(HostAnswers(ROWS))
         with recorder:
             forward, backward = traffic.programs(op, traffic.shape_of(op, ROWS, HIDDEN), torch.bfloat16)
