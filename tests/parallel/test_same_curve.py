@@ -105,7 +105,7 @@ def test_the_comparison_sees_the_classic_mistakes(alone: dict[str, Curve], tmp_p
     bugs = ["times world", "mean of means", "last only"]
     cases = [{**method, "engine": "fsdp2", "accumulation": 4, "bug": bug, "steps": 3} for bug in bugs]
     for case, curve in zip(cases, run_cases(2, cases, tmp_path), strict=True):
-        reference = {key: values[:3] for key, values in alone["sgd full"].items()}
+        reference = {key: values[:3] for key, values in alone["sgd full"].items() if isinstance(values, list)}
         assert not agrees(curve, reference), case["bug"]
 
 
