@@ -175,6 +175,7 @@ def test_on_a_gpu_supervised_training_goes_through_the_fused_loss(monkeypatch, e
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(runtime, "device_of", lambda index: ("sm_90", "H100-80", 132))
+    monkeypatch.setattr(runtime, "trouble", lambda device: "")
     plain, _ = build("llama", lora=False, saving=False)
     core, _ = build("llama", lora=False, saving=False)
     asked = []

@@ -74,6 +74,13 @@ def resume(run: RunFolder, recipe) -> int | None:
     return step
 
 
+def _loads(run: RunFolder) -> bool:
+    try:
+        return bool(run.load_config())
+    except UserError:
+        return False
+
+
 @pytest.mark.parametrize("how", DAMAGE)
 def test_odd_files_of_a_run(run, how, capsys, tmp_path):
     recipe = load_recipe(str(tmp_path / "r" / "recipe.yaml"))
@@ -86,6 +93,7 @@ def test_odd_files_of_a_run(run, how, capsys, tmp_path):
         shutil.rmtree(run.path)
         shutil.copytree(whole, run.path)
         DAMAGE[how](run.path / name)
+        cut_between_keys = how == "half" and name == "run.yaml" and _loads(run)
         try:
             step = resume(run, recipe)
         except UserError as error:
@@ -94,7 +102,8 @@ def test_odd_files_of_a_run(run, how, capsys, tmp_path):
         assert step == 4, name
         said = capsys.readouterr().err
         quiet = how in ("empty", "half") and name == "metrics.jsonl"  # the line that was being written at the end
-        assert name in said or quiet or name == "saved.json", name
+        # half a configuration may be a whole one with defaults, which the recipe that is given replaces
+        assert name in said or quiet or cut_between_keys or name == "saved.json", name
         assert run.state()["step"] == 5 and run.load_config()  # repaired
 
 
