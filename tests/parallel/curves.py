@@ -227,9 +227,11 @@ def build(case: dict[str, Any], world):
 
 def run_case(case: dict[str, Any], world) -> dict[str, Any]:
     import gpu_shaped
+    import torch
     from torch._dynamo.utils import counters
 
     engine = build(case, world)
+    torch._dynamo.reset()  # or a block that an earlier case compiled would be used again, and not counted
     counters.clear()
     points, collectives = [], []
     for step in range(case.get("steps", 20)):
