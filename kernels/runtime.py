@@ -58,9 +58,9 @@ def interpret(arch: str = "sm_90", sku: str | None = "H100-80"):
         _interpreted = before
 
 
-def custom_op(name: str, schema: str):
-    """Registers a function as ``torch.ops.aifactory.NAME``, which changes none of its arguments."""
-    return torch.library.custom_op(f"aifactory::{name}", mutates_args=(), schema=schema)
+def custom_op(name: str, schema: str, changes: tuple[str, ...] = ()):
+    """Registers a function as ``torch.ops.aifactory.NAME``; ``changes`` are the arguments that it writes to."""
+    return torch.library.custom_op(f"aifactory::{name}", mutates_args=changes, schema=schema)
 
 
 @lru_cache(None)

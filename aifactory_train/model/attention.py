@@ -191,6 +191,8 @@ def _rows(
 ) -> tuple[torch.Tensor, None]:
     """A kernel over flattened tokens on transformers' ``[B, H, T, D]``; the result is ``[B, T, H, D]``."""
     batch, heads, length, _ = query.shape
+    # SDPA follows autocast by itself; kernels refuse fp32 and mixed types
+    query, key, value = (states.to(runtime.arithmetic(states)) for states in (query, key, value))
     q, k, v = (_flat(states).squeeze(0).transpose(0, 1).contiguous() for states in (query, key, value))
     return kernel(q, k, v, documents, dropout, scaling, variant).reshape(batch, length, heads, -1), None
 
@@ -209,8 +211,6 @@ def _over_documents(computes: Callable[[Variant], bool]) -> Callable[[Kernel], C
             if documents is None:
                 return per_document_attention(module, query, key, value, attention_mask)
             variant = Variant.of(module, documents.max_length, kwargs)
-            # SDPA follows autocast by itself; kernels refuse fp32 and mixed types
-            query, key, value = (states.to(runtime.arithmetic(states)) for states in (query, key, value))
             taken = kernel if computes(variant) else own_attention
             return _rows(taken, query, key, value, documents, dropout, scaling, variant)
 

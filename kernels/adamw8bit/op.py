@@ -13,12 +13,12 @@ NAME = "adamw8bit"
 _ARGUMENTS = "float lr, float beta1, float beta2, float eps, float weight_decay, float bias1, float bias2, int seed"
 
 
-@torch.library.custom_op(
-    "aifactory::adamw8bit_step",
-    mutates_args=("param", "m", "v", "m_scale", "v_scale"),
-    schema="(Tensor(a!) param, Tensor grad, Tensor(b!) m, Tensor(c!) v, Tensor(d!) m_scale, Tensor(e!) v_scale, "
+@runtime.custom_op(
+    "adamw8bit_step",
+    "(Tensor(a!) param, Tensor grad, Tensor(b!) m, Tensor(c!) v, Tensor(d!) m_scale, Tensor(e!) v_scale, "
     + _ARGUMENTS
     + ") -> ()",
+    changes=("param", "m", "v", "m_scale", "v_scale"),
 )
 def adamw8bit_step(param, grad, m, v, m_scale, v_scale, lr, beta1, beta2, eps, weight_decay, bias1, bias2, seed):
     if not param.numel():

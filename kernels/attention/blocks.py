@@ -120,4 +120,5 @@ def attention(
     softcap: float,
 ) -> torch.Tensor:
     """As :func:`aifactory_train.kernels.attention.op.attention`, with the documents' lengths on the host."""
-    return Blocks.apply(q, k, v, sinks, slopes, lengths, (scale, window, chunk, softcap))
+    with torch.autocast(q.device.type, enabled=False):  # or its products would be made in half precision
+        return Blocks.apply(q, k, v, sinks, slopes, lengths, (scale, window, chunk, softcap))

@@ -136,10 +136,9 @@ def _input_gradient(dys, u, weights, lora_a, scaling):
 # ---- several layers of one input
 
 
-@torch.library.custom_op(
-    "aifactory::lora_linears_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, float scaling, Tensor? source, Tensor? "
+@runtime.custom_op(
+    "lora_linears_fwd",
+    "(Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, float scaling, Tensor? source, Tensor? "
     "norm_weight, float eps, float offset) -> (Tensor[], Tensor)",
 )
 def lora_linears_fwd(x, weights, lora_a, lora_b, scaling, source, norm_weight, eps, offset):
@@ -154,10 +153,9 @@ def _(x, weights, lora_a, lora_b, scaling, source, norm_weight, eps, offset):
     return results, x.new_empty(rows, lora_a[0].shape[0] * len(lora_a))
 
 
-@torch.library.custom_op(
-    "aifactory::lora_linears_bwd",
-    mutates_args=(),
-    schema="(Tensor[] dys, Tensor kept, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor t, float scaling, "
+@runtime.custom_op(
+    "lora_linears_bwd",
+    "(Tensor[] dys, Tensor kept, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor t, float scaling, "
     "bool normalise, Tensor? norm_weight, float eps, float offset, bool need_x) -> (Tensor, Tensor, Tensor[])",
 )
 def lora_linears_bwd(dys, kept, weights, lora_a, lora_b, t, scaling, normalise, norm_weight, eps, offset, need_x):
@@ -214,10 +212,9 @@ lora_linears_fwd.register_autograd(_backward_linears, setup_context=_setup_linea
 # ---- the end of a gated MLP
 
 
-@torch.library.custom_op(
-    "aifactory::lora_gated_down_fwd",
-    mutates_args=(),
-    schema="(Tensor gate, Tensor up, Tensor residual, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, "
+@runtime.custom_op(
+    "lora_gated_down_fwd",
+    "(Tensor gate, Tensor up, Tensor residual, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, "
     "int kind) -> (Tensor, Tensor)",
 )
 def lora_gated_down_fwd(gate, up, residual, weight, lora_a, lora_b, scaling, kind):
@@ -232,11 +229,11 @@ def _(gate, up, residual, weight, lora_a, lora_b, scaling, kind):
     return residual.new_empty(residual.shape), gate.new_empty(gate.numel() // gate.shape[-1], lora_a.shape[0])
 
 
-@torch.library.custom_op(
-    "aifactory::lora_gated_down_bwd",
-    mutates_args=("gate", "up"),
-    schema="(Tensor dy, Tensor(a!) gate, Tensor(b!) up, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor t, "
+@runtime.custom_op(
+    "lora_gated_down_bwd",
+    "(Tensor dy, Tensor(a!) gate, Tensor(b!) up, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor t, "
     "float scaling, int kind) -> (Tensor, Tensor)",
+    changes=("gate", "up"),
 )
 def lora_gated_down_bwd(dy, gate, up, weight, lora_a, lora_b, t, scaling, kind):
     dy2 = dy.reshape(-1, dy.shape[-1])

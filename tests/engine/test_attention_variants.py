@@ -143,6 +143,19 @@ def test_what_cannot_be_dropped_is_refused():
         )
 
 
+def test_queries_of_another_type_are_cast_as_sdpa_casts_them():
+    """Rotary embeddings leave queries and keys in fp32 under autocast, values are bf16: a kernel takes one type."""
+    q, k, v = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
+    documents = Documents.of(torch.tensor([0, 5, 12], dtype=torch.int32), "cpu")
+    how = {"documents": documents, "sliding_window": 3}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = attention.per_document_attention(torch.nn.Module(), q, k, v.bfloat16(), None, **how)
+    assert found.dtype == torch.bfloat16
+    one_type = (t.bfloat16() for t in (q, k, v))
+    wanted, _ = attention.per_document_attention(torch.nn.Module(), *one_type, None, **how)
+    assert torch.equal(found, wanted)
+
+
 def test_work_grows_with_the_window():
     """Of a document of n tokens, a window w needs about n * (w + a block) scores, not n * n / 2."""
     from aifactory_train.kernels.attention.blocks import blocks
