@@ -157,8 +157,10 @@ def per_document_attention(
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
     # split, not slices: the backward of split is one concatenation, that of a slice a full-size tensor per document
     parts = zip(*(_flat(states).split(documents.lengths, dim=2) for states in (query, key, value)), strict=True)
+    # by a branch, not by the comparison: in compiled blocks that is a symbol, which SDPA does not take
+    extra = {"enable_gqa": True} if groups > 1 else {}
     outputs = [
-        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, **extra)
         for q, k, v in parts
     ]
     out = torch.cat(outputs, dim=2)  # [1, H, B*T, D]
