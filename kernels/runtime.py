@@ -119,23 +119,23 @@ def use_triton(op: str, x: torch.Tensor) -> bool:
     if HAS_TRITON and x.device.type == "cuda" and torch.cuda.is_available() and not torch.compiler.is_compiling():
         trouble(x.device)
     if _trouble and x.device.type == "cuda":
-        _once(f"{op}: Triton cannot run here, torch path taken: {_trouble}")
+        say_once(f"{op}: Triton cannot run here, torch path taken: {_trouble}")
         return False
     if x.dtype not in DTYPES:
-        _once(f"{op}: {x.dtype} takes the torch path (kernels exist for bf16, fp16, fp32)")
+        say_once(f"{op}: {x.dtype} takes the torch path (kernels exist for bf16, fp16, fp32)")
         return False
     if not HAS_TRITON:
-        _once(f"{op}: Triton is not installed, torch path taken")
+        say_once(f"{op}: Triton is not installed, torch path taken")
         return False
     arch = where(x)[0]
     if arch not in hardware.TARGETS:
-        _once(f"{op}: the kernels are proven for {', '.join(hardware.TARGETS)}, not for {arch}: torch path taken")
+        say_once(f"{op}: the kernels are proven for {', '.join(hardware.TARGETS)}, not for {arch}: torch path taken")
         return False
     return True
 
 
 @lru_cache(None)
-def _once(text: str) -> None:
+def say_once(text: str) -> None:
     log.warning(text)
 
 

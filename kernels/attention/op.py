@@ -42,6 +42,8 @@ def attention(
         raise ValueError(f"attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     covered = space.covers(runtime.DTYPES.get(q.dtype, ""), {"head_dim": max(q.shape[-1], v.shape[-1])})
+    if not covered and q.device.type != "cpu":
+        runtime.say_once(f"{NAME}: no kernels for heads of {q.shape[-1]} numbers in {q.dtype}, torch path taken")
     if not (covered and runtime.use_triton(NAME, q)):
         if lengths is None:
             lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
