@@ -158,9 +158,9 @@ def per_document_attention(
     # split, not slices: the backward of split is one concatenation, that of a slice a full-size tensor per document
     parts = zip(*(_flat(states).split(documents.lengths, dim=2) for states in (query, key, value)), strict=True)
     # by a branch, not by the comparison: in compiled blocks that is a symbol, which SDPA does not take
-    extra = {"enable_gqa": True} if groups > 1 else {}
+    shared: dict[str, Any] = {"enable_gqa": True} if groups > 1 else {}
     outputs = [
-        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, **extra)
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, **shared)
         for q, k, v in parts
     ]
     out = torch.cat(outputs, dim=2)  # [1, H, B*T, D]
