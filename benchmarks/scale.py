@@ -43,7 +43,7 @@ from aifactory_train.run.outcome import Attempt
 from aifactory_train.run.ownership import BEAT_S, LOOK_S, Owner
 from aifactory_train.training.ahead import StepsAhead
 from aifactory_train.training.metrics_log import MetricsLog
-from aifactory_train.training.stopping import LOOK_EVERY_S, StopChannels
+from aifactory_train.training.stopping import StopChannels
 
 #: Llama 3.1 8B, whose checkpoint of full training has 3 x 291 tensors.
 CONFIG: dict[str, Any] = {
@@ -282,9 +282,10 @@ def file_operations(ranks: int, local: int, folder: Path) -> dict[str, Any]:
         node += counted.of(meter.sample)
     stop = object.__new__(StopChannels)  # without its handlers of signals
     stop.reason, stop.signal, stop.deadline, stop._steps = "", None, None, []
-    stop.stop_file, stop._looked = folder / "stop", -LOOK_EVERY_S
+    stop.watch_file(folder / "stop", ranks=ranks)
+    stop._looked = -stop._look_every_s
     asks = 60 / LOOK_S * counted.of(lambda: owner.lost(look=True) and None)
-    main_a_minute = main / MINUTES + asks + 60 / LOOK_EVERY_S * counted.of(lambda: stop.look(0.0) and None)
+    main_a_minute = main / MINUTES + asks + 60 / stop._look_every_s * counted.of(lambda: stop.look(0.0) and None)
     owner.release()
     for attempt in attempts:
         attempt._watchdog.stop()

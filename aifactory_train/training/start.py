@@ -99,7 +99,7 @@ def _train_as(
             # newer word.
             age = process_age(os.getpid())
             started = record.started if age is None else time.time() - age
-            stop.watch_file(run.stop_file, since=None if record.closed_by_launcher else started)
+            stop.watch_file(run.stop_file, None if record.closed_by_launcher else started, world.size)
         try:
             trainer = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet, owner, protected)
             record.code = trainer.run_to_end()

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.output import note
 from aifactory_train.metrics import higher_is_better
+from aifactory_train.run.outcome import MANY_RANKS
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 #: SIGINT is for people at a keyboard: the second one interrupts at once.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _REASONS = ["", "deadline", "stop file", *(s.name for s in SIGNALS)]
-#: The stop file is looked at by rank 0, at most this often.
-LOOK_EVERY_S = 0.5
+#: The stop file is looked at by rank 0, at most this often, and more seldom where many ranks load the file system.
+LOOK_EVERY_S, LOOK_EVERY_S_OF_MANY = 0.5, 2.0
 #: Kept free before a deadline for what no estimate covers: closing collectives, outcome files and the end of the
 #: processes (on two busy cores 1.4 s were not enough).
 RESERVE_S = 5.0
@@ -74,7 +75,7 @@ class StopChannels:
         self.signal: str | None = None
         self.stop_file: Path | None = None
         self.request: str | None = None  # what the stop file said when it was seen, on the rank that watches it
-        self._looked = 0.0
+        self._look_every_s, self._looked = LOOK_EVERY_S, 0.0
         self._steps: list[float] = []
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
@@ -86,12 +87,13 @@ class StopChannels:
             os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once, without one\n")
         self.signal = signal.Signals(number).name
 
-    def watch_file(self, path: Path, since: float | None = None) -> None:
-        """Rank 0 watches ``path``. A request that was made before ``since`` (seconds since the epoch) asked an earlier
-        attempt: whoever started this one knew of it. It is removed. Without ``since`` every request counts, also one
-        made while things are loaded.
+    def watch_file(self, path: Path, since: float | None = None, ranks: int = 1) -> None:
+        """Rank 0 of ``ranks`` watches ``path``. A request that was made before ``since`` (seconds since the epoch)
+        asked an earlier attempt: whoever started this one knew of it. It is removed. Without ``since`` every request
+        counts, also one made while things are loaded.
         """
         self.stop_file = path
+        self._look_every_s = LOOK_EVERY_S if ranks < MANY_RANKS else LOOK_EVERY_S_OF_MANY
         if since is None or not path.exists():
             return
         # The file server's clock wrote the time of the request; it may differ from this machine's.
@@ -127,7 +129,7 @@ class StopChannels:
             self.reason = self.signal
         elif self.deadline is not None and now + needed >= self.deadline:
             self.reason = "deadline"
-        elif self.stop_file is not None and time.monotonic() - self._looked >= LOOK_EVERY_S:
+        elif self.stop_file is not None and time.monotonic() - self._looked >= self._look_every_s:
             self._looked = time.monotonic()
             try:
                 if self.stop_file.exists() and not self.stop_file.is_file():

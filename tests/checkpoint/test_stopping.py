@@ -106,6 +106,20 @@ def test_a_stop_file_of_an_earlier_attempt_does_not_stop_this_one(channels: Any,
     assert stop.look(0.0) == "stop file" and stop.request == "user noon"
 
 
+@pytest.mark.parametrize(("ranks", "asked"), [(1, 21), (512, 6)])
+def test_the_file_system_of_many_ranks_is_asked_seldom(
+    channels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, asked: int
+) -> None:
+    stop, clock, looks = channels(None), [100.0], []
+    stop.watch_file(tmp_path / "stop", ranks=ranks)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(Path, "exists", lambda self: bool(looks.append(self.name)))
+    for _ in range(101):  # ten seconds of micro-batches
+        assert stop.look(0.0) == ""
+        clock[0] = round(clock[0] + 0.1, 1)
+    assert looks == ["stop"] * asked
+
+
 @pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
 def test_a_stop_that_is_no_file_is_asked_all_the_same(channels: Any, tmp_path: Path, kind: str) -> None:
     stop, path = channels(None), tmp_path / "stop"
