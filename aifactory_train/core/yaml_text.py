@@ -25,6 +25,10 @@ DEEPEST = 100
 #: million values.
 LARGEST = 1_000_000
 
+#: A first line that says so is of a file that is whole only with YAML's end of a document as its last line: half of a
+#: file that was cut between two keys reads as well as the whole.
+ENDS = "The last line is '...'."
+
 _TAG = "tag:yaml.org,2002:"
 _CORE = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -189,6 +193,13 @@ def read(path: Path, *, keep_written: bool = False) -> YamlDocument:
 def parse(text: str, where: str, *, doubled: bool = False, keep_written: bool = False) -> YamlDocument:
     """A YAML text; ``where`` names it in messages. Raises as :func:`read`; ``doubled``: of a key that stands twice the
     last counts, in what strangers wrote."""
+    if ENDS in text.partition("\n")[0] and not text.rstrip().endswith("\n..."):
+        lines = text.rstrip().count("\n") + 1
+        raise UserError(
+            "was cut: its last line is not '...'",
+            where=f"{where}:{lines}",
+            fix="take it from a copy; if nothing is missing, add that line",
+        )
     try:
         loader = _Loader(text)
         loader.keeps_written = keep_written

@@ -112,8 +112,8 @@ class RunFolder:
 
     # ---- the resolved configuration
     def save_config(self, recipe: Recipe) -> None:
-        header = "# Everything resolved. Repeat this run: aifactory train run.yaml --run-dir NEW\n"
-        write_atomic(self.config_file, header + yaml_text.dump(to_tree(recipe)))
+        header = f"# Everything resolved. Repeat this run: aifactory train run.yaml --run-dir NEW. {yaml_text.ENDS}\n"
+        write_atomic(self.config_file, header + yaml_text.dump(to_tree(recipe), explicit_end=True))
 
     def load_config(self) -> Recipe:
         if not self.config_file.is_file():
