@@ -21,7 +21,9 @@ from aifactory_train.sites.catalogue import READINESS
 from aifactory_train.sites.check import check_file, check_readiness
 from aifactory_train.sites.paths import fact_leaves
 from aifactory_train.sites.reading import read_yaml
-from aifactory_train.sites.resolving import readiness_of
+from aifactory_train.sites.resolving import readiness_of, resolve
+from aifactory_train.sites.schedulers import SCHEDULERS
+from aifactory_train.sites.schema import Overlay
 from aifactory_train.sites.system import System
 
 #: Statuses of a check, as an acceptance writes them.
@@ -110,8 +112,10 @@ def _of_record(data: dict[str, Any], path: Path) -> Evidence:
     site = str(run.get("host_site"))
     count, nodes = device.get("count") or 0, device.get("nodes") or 1
     said = f"a training {'finished' if finished else 'that did not finish'} on {nodes} node(s), {count} device(s)"
+    scheduler = (run.get("scheduler") or {}).get("name")
     seen = {
-        "scheduler.kind": (run.get("scheduler") or {}).get("name"),
+        # A process outside any job (a login node, an ssh to a node) does not say that the site has no scheduler.
+        "scheduler.kind": scheduler if _told_by_jobs(scheduler) else None,
         "gpu.vendor": device.get("vendor"),
         "node.gpus": count // nodes if device.get("kind") != "cpu" and count and count % nodes == 0 else None,
     }
@@ -128,6 +132,11 @@ def _of_record(data: dict[str, Any], path: Path) -> Evidence:
         facts,
         figures,
     )
+
+
+def _told_by_jobs(kind: Any) -> bool:
+    """Whether a job can tell this kind of scheduler from the others."""
+    return kind in SCHEDULERS and SCHEDULERS[kind].variables is not None
 
 
 def _plain(value: Any) -> bool:
@@ -167,6 +176,8 @@ def judge(evidence: Evidence, system: System) -> None:
             row["profile"] = stated.get(row["fact"])
             same = row["profile"] == row["observed"]
             part = row["fact"] == "node.gpus" and row["profile"] and row["observed"] < row["profile"]
+            # Jobs of Torque see the names of PBS.
+            part = part or (row["fact"] == "scheduler.kind" and not _told_by_jobs(row["profile"] or row["observed"]))
             row["verdict"] = "not seen" if part else "confirmed" if same else "new"
             if row["verdict"] == "new" and row["profile"] is not None:
                 row["verdict"] = "contradicted"
@@ -186,12 +197,24 @@ def files(evidence: Evidence, system: System, profile: Path, readiness: Path = R
         out[f"sites/systems/{profile.name}"] = with_facts(profile.read_text(encoding="utf-8"), raw, evidence, confirmed)
     if not evidence.why_not:
         out["sites/readiness.yaml"] = with_readiness(readiness.read_text(encoding="utf-8"), system, evidence)
+    for row in evidence.facts:
+        if row["verdict"] in ("contradicted", "new") and not _taken(raw, profile, row):
+            row["verdict"] = "no fact"
     changed = {r["fact"]: r["observed"] for r in evidence.facts if r["verdict"] in ("contradicted", "new")}
     if changed:
         out["differences.yaml"] = yaml_text.dump({"overlay_for": system.id, "corrections": changed})
     out["PULL_REQUEST.md"] = description(evidence, system, confirmed)
     _prove(out, profile, system)
     return out
+
+
+def _taken(raw: dict[str, Any], profile: Path, row: dict[str, Any]) -> bool:
+    """Whether a profile can hold what was seen: differences are an overlay that must load."""
+    try:
+        resolve(raw, profile, Overlay(overlay_for=raw["id"], corrections={row["fact"]: row["observed"]}))
+    except UserError:
+        return False
+    return True
 
 
 def with_facts(text: str, raw: dict[str, Any], evidence: Evidence, confirmed: list[str]) -> str:
@@ -247,7 +270,13 @@ def description(evidence: Evidence, system: System, confirmed: list[str]) -> str
     ]
     if evidence.why_not:
         out.append(f"No readiness entry: {evidence.why_not}.")
-    for title, verdict in (("Confirmed", "confirmed"), ("Different", "contradicted"), ("New", "new")):
+    titles = {
+        "confirmed": "Confirmed",
+        "contradicted": "Different",
+        "new": "New",
+        "no fact": "Nothing that a profile holds",
+    }
+    for verdict, title in titles.items():
         rows = [r for r in evidence.facts if r["verdict"] == verdict]
         if rows:
             out += ["", f"## {title}", ""]
@@ -255,6 +284,7 @@ def description(evidence: Evidence, system: System, confirmed: list[str]) -> str
                 "confirmed": "{observed}",
                 "contradicted": "profile {profile}, here {observed}",
                 "new": "{observed}",
+                "no fact": "{observed}",
             }
             out += [f"- `{r['fact']}`: {said[verdict].format(**r)}" for r in rows]
     if evidence.checks:

@@ -103,6 +103,30 @@ def test_a_finished_run_confirms_what_it_rested_on(report):
     assert "sites/readiness.yaml" not in json.loads(out)["files"], "a run that did not finish is no readiness"
 
 
+@pytest.mark.parametrize("site, seen", [("lumi-g", "none"), ("hunter", "none"), ("rudens", "pbspro")])
+def test_what_a_job_cannot_tell_of_the_scheduler_is_no_difference(report, site, seen):
+    """A process outside any job finds none; jobs of Torque see the variables of PBS."""
+    data = json.loads(json.dumps(RECORD))
+    data["run"] |= {"scheduler": {"name": seen, "job_ids": []}, "host_site": site}
+    code, out, _ = report(data, "record.json")
+    assert code == 0 and "scheduler.kind" not in out
+
+
+@pytest.mark.parametrize("fact, observed", [("node.gpus", "four"), ("node.colour", "red"), ("gpu.sku", "gh200 144")])
+def test_differences_are_an_overlay_that_loads(report, fact, observed):
+    data = json.loads(json.dumps(ACCEPTANCE))
+    data["facts"].append({"fact": fact, "profile": None, "observed": observed, "verdict": "new", "by": "x"})
+    code, out, _ = report(data, "acceptance.json", "--json")
+    files = json.loads(out)["files"]
+    overlay = yaml_text.parse(files["differences.yaml"], "differences.yaml").value
+    assert code == 0 and profiles.load("alps-clariden", overlay=overlay).node.cores == 280
+    assert fact not in overlay["corrections"]
+    assert (
+        "Nothing that a profile holds" in files["PULL_REQUEST.md"]
+        and f"`{fact}`: {observed}" in files["PULL_REQUEST.md"]
+    )
+
+
 @pytest.mark.parametrize(
     "status, gpus, why",
     [("FAIL", 4, "a check failed"), ("SKIP", 4, "no check passed"), ("PASS", 0, "no GPU was there"), ("PASS", 4, None)],
