@@ -30,6 +30,15 @@ def cache_root(system: System, shared: bool = False) -> str | None:
     return str(rq.path(named, "user.cache")) if named else system.user.work_dir
 
 
+def hugging_face_folder(system: System) -> str:
+    """The Hugging Face cache of a job: the one of the launching shell, else beside ours, else that of the home."""
+    named = os.environ.get("HF_HOME")
+    if named:
+        return named
+    root = cache_root(system)
+    return f"{root}/{HUGGING_FACE}" if root else str(Path.home() / ".cache" / "huggingface")
+
+
 def _shared(system: System) -> str:
     template = system.data.model_cache
     if template is None:

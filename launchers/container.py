@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aifactory_train.launchers import backends
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.caches import OURS, cache_root
+from aifactory_train.launchers.caches import OURS, cache_root, hugging_face_folder
 from aifactory_train.launchers.request import LaunchRequest, Refusal
 from aifactory_train.launchers.shape import JobShape
 from aifactory_train.launchers.submission import Submission, quoted
@@ -25,6 +25,21 @@ if TYPE_CHECKING:
 #: Where images have software of their own: a Python named there is the image's, and the host's folder must not cover
 #: it.
 IMAGE_ROOTS = ("/usr/", "/opt/")
+#: What a container has of its own beside them: a path of a variable there means the container's.
+SYSTEM_ROOTS = (
+    *IMAGE_ROOTS,
+    "/bin/",
+    "/boot/",
+    "/dev/",
+    "/etc/",
+    "/lib/",
+    "/lib64/",
+    "/proc/",
+    "/run/",
+    "/sbin/",
+    "/sys/",
+)
+SYSTEM_ROOTS += ("/tmp/", "/var/")
 #: What the file of an image, or of its description, ends in; another path is a folder.
 IMAGE_SUFFIXES = (".sif", ".sqsh", ".img", ".toml")
 
@@ -56,9 +71,10 @@ def python_of(sub: Submission, container: Container | None) -> str:
     if venv:
         return str(rq.path(venv, "--venv") / "bin" / "python")
     if container is not None:
+        image = f" --container {request.container}" if request.container else ""
         sub.notes.append(
             f"Python of the ranks: {env_folder(system)}/bin/python inside the container, which `aifactory env --site "
-            f"{system.id}` builds"
+            f"{system.id}{image}` builds"
         )
         return f"{env_folder(system)}/bin/python"
     software = backends.get(shape.backend).software
@@ -120,8 +136,8 @@ def mounts_of(sub: Submission, recipe: Recipe | None, container: Container, pyth
     """Every folder of the host that the ranks use inside the container, ``PATH`` or ``SOURCE:TARGET``, whatever the
     runtime.
 
-    Run folder, the environment that the ranks' Python lies in, your work folder, the cache, and local data of the
-    recipe. A folder below another of the list is left out: it is there already.
+    Run folder, the environment that the ranks' Python lies in, your work folder, both caches, local data of the
+    recipe, and folders that your variables name. A folder below another of the list is left out: it is there already.
     """
     folders = [str(sub.run_dir)]
     environment = str(Path(python).parent.parent)
@@ -130,8 +146,10 @@ def mounts_of(sub: Submission, recipe: Recipe | None, container: Container, pyth
     if sub.system.user.work_dir:
         folders.append(os.path.abspath(sub.system.user.work_dir))
     folders.append(cache_folder(sub.system, sub.shape))
-    if os.environ.get("HF_HOME"):
-        folders.append(os.environ["HF_HOME"])
+    yours = {**sub.system.user.env, **dict(sub.request.env)}
+    if "HF_HOME" not in yours:
+        folders.append(hugging_face_folder(sub.system))
+    folders += _folders_of_variables(sub, yours)
     if recipe is not None:
         folders += _folders_of(recipe)
     folders += [_folder_of(v) for _, values in sub.request.array for v in values if v.startswith("/")]
@@ -142,6 +160,27 @@ def mounts_of(sub: Submission, recipe: Recipe | None, container: Container, pyth
         elif not any(folder == k or folder.startswith(k.rstrip("/") + "/") for k in kept):
             kept.append(folder)
     return [*kept, *[b for b in container.binds if b and b not in kept]]
+
+
+def _folders_of_variables(sub: Submission, variables: dict[str, str]) -> list[str]:
+    """Folders that values of your variables name, lists with ``:`` too. One that is not here cannot be mounted (the
+    container would not start): it is said.
+    """
+    folders, missing = [], []
+    for name, value in variables.items():
+        for path in value.split(":"):
+            if not path.startswith("/") or "//" in path or f"{path}/".startswith(SYSTEM_ROOTS):
+                continue
+            if os.path.exists(path):
+                folders.append(_folder_of(path))
+            else:
+                missing.append(f"{name}={path}")
+    if missing:
+        sub.notes.append(
+            f"not mounted into the container, because it is not on this machine: {', '.join(missing)} "
+            f"(user.container_binds mounts it all the same)"
+        )
+    return folders
 
 
 def _folders_of(recipe: Recipe) -> list[str]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aifactory_train.launchers import backends
 from aifactory_train.launchers import request as rq
-from aifactory_train.launchers.caches import HUGGING_FACE, cache_root
+from aifactory_train.launchers.caches import hugging_face_folder
 from aifactory_train.launchers.shape import JobShape
 from aifactory_train.launchers.submission import Line, Submission, quoted
 from aifactory_train.sites.profiles import System
@@ -51,17 +50,20 @@ def environment_lines(sub: Submission, recipe: Recipe | None, cache: str | None)
     _caches(system, cache, remote, put)
     _threads(sub.shape, recipe, remote, put)
     for name, value in system.user.env.items():
+        put.seen.discard(name)
         put(name, value, "from your site file (user.env)")
     return put.lines
 
 
 class _Exports:
-    """Collects ``export`` lines: the first value of a name counts, and what breaks jobs at the site is left out."""
+    """Collects ``export`` lines: yours count, else the first value of a name; what breaks jobs at the site is left
+    out.
+    """
 
     def __init__(self, sub: Submission):
         self.sub = sub
         self.lines: list[Line] = []
-        self.seen: set[str] = set()
+        self.seen: set[str] = set(sub.system.user.env)
 
     def __call__(self, name: str, value: str, why: str, fact: str | None = None) -> None:
         avoid = self.sub.system.environment.avoid
@@ -126,14 +128,12 @@ def _caches(system: System, cache: str | None, remote: bool, put: _Exports) -> N
             cache,
             "where `aifactory fetch` put model and data; the home folder may differ on compute nodes",
         )
-    home = os.environ.get("HF_HOME")
-    if home:
-        put("HF_HOME", home, "your Hugging Face cache when you launched")
+    if os.environ.get("HF_HOME"):
+        put("HF_HOME", hugging_face_folder(system), "your Hugging Face cache when you launched")
     elif remote:
-        root = cache_root(system)
         put(
             "HF_HOME",
-            f"{root}/{HUGGING_FACE}" if root else str(Path.home() / ".cache" / "huggingface"),
+            hugging_face_folder(system),
             "an explicit Hugging Face cache: XDG_CACHE_HOME points to the node's disk",
         )
 

@@ -105,8 +105,8 @@ class Context:
 
     @property
     def variables(self) -> list[tuple[str, str]]:
-        """Environment variables that the user sets, on the command line and in the site file."""
-        return [*self.request.env, *self.system.user.env.items()]
+        """Environment variables that the user sets, in the site file and on the command line; the later counts."""
+        return [*self.system.user.env.items(), *self.request.env]
 
     def fact(self, path: str) -> str | None:
         """``source (date, confidence)`` of a fact."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -184,6 +185,63 @@ def test_the_edf_mounts_all_that_the_script_reads(name, with_work, plain_recipe,
             f"{path} is read and not mounted: {edf['mounts']}"
         )
     assert f"--environment={sub.run_dir}/submission/environment.toml" in sub.script
+
+
+@pytest.mark.parametrize("name", [*ALPS, "vega", "karolina"])
+@pytest.mark.parametrize("cache", ["shared", "/store/mine", None])
+def test_both_caches_are_inside_the_container_wherever_they_lie(name, cache, plain_recipe, monkeypatch):
+    """HF_HOME of a shared cache or of the home was exported and not mounted."""
+    monkeypatch.delenv("AIFACTORY_CACHE", raising=False)
+    monkeypatch.delenv("HF_HOME", raising=False)
+    user = {"account": "g000", "project": "a00", "work_dir": "/scratch/me", **({"cache": cache} if cache else {})}
+    if cache == "shared":
+        overlay = {"user": user, "corrections": {"data.model_cache": "/store/{project}"}}
+    else:
+        overlay = {"user": user}
+    sub, _ = made(name, plain_recipe, overlay=overlay, container="/images/torch.sqsh")
+    text = sub.script + "".join(f.content.decode() for f in sub.files if f.path.endswith((".toml", "rank.sh")))
+    for variable in ("AIFACTORY_CACHE", "HF_HOME"):
+        folder = re.search(rf"^export {variable}=(\S+)$", sub.script, re.M).group(1)
+        parents = [folder, *(str(p) for p in Path(folder).parents if str(p) != "/")]
+        assert any(f"{p}:{p}" in text or f"--bind={p} " in text or f"--bind={p}'" in text for p in parents), folder
+    assert 'mkdir -p "${AIFACTORY_CACHE:-$run}" "${HF_HOME:-$run}"' in sub.script
+
+
+def test_folders_that_your_variables_name_are_mounted_where_they_are(plain_recipe, monkeypatch):
+    there = {"/iopsstor/a", "/iopsstor/b/x.txt", "/opt/tools", "/tmp/x", "/iopsstor/hf"}
+    real = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: str(path) in there or real(path))
+    user = {
+        "env": {
+            "TABLES": "/iopsstor/a:/iopsstor/b/x.txt:/opt/tools",
+            "PAGE": "https://x.example/y",
+            "HF_HOME": "/iopsstor/hf",
+        }
+    }
+    sub, _ = made(
+        "alps-clariden",
+        plain_recipe,
+        overlay={"user": user},
+        container="/capstor/i.sqsh",
+        env=(("SCRATCHPAD", "/tmp/x"), ("LIST", "/iopsstor/c")),
+    )
+    edf = file_of(sub, "submission/environment.toml")
+    for folder in ("/iopsstor/a", "/iopsstor/b", "/iopsstor/hf"):
+        assert f'"{folder}:{folder}"' in edf
+    for folder in ("/opt/tools", "/tmp/x", "/iopsstor/c", "x.example"):
+        assert folder not in edf
+    assert any("LIST=/iopsstor/c" in note and "not mounted" in note and "PAGE" not in note for note in sub.notes)
+
+
+def test_values_of_your_site_file_come_instead_of_the_defaults(plain_recipe):
+    """They were dropped without a word wherever the launcher has a value of its own."""
+    env = {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "3", "HF_HOME": "/data/hf", "NCCL_PROTO": "Simple", "MINE": "1"}
+    for name in ("alps-clariden", "lumi-g", "hunter", "jupiter-booster"):
+        image = {"container": "/capstor/i.sqsh"} if name.startswith("alps") else {}
+        sub, _ = made(name, plain_recipe, overlay={"user": {"env": env}}, **image)
+        exports = re.findall(r"^export (\w+)=(\S+)$", sub.script, re.M)
+        for variable, value in env.items():
+            assert [v for n, v in exports if n == variable] == [value], (name, variable)
 
 
 def test_an_edf_of_your_own_is_told_what_it_must_mount(plain_recipe):
