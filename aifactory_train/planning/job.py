@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 
 from aifactory_train.core.errors import UserError
@@ -143,6 +144,11 @@ STACKS = {
 }
 
 
+@functools.lru_cache(maxsize=1024)
+def _adapter_parameters(shape: ModelShape, rank: int, targets: str | tuple[str, ...], dora: bool) -> int:
+    return shape.lora_parameters(rank, targets if isinstance(targets, str) else list(targets), dora)
+
+
 @dataclass(frozen=True)
 class TrainingJob:
     """Everything one prediction depends on. Sequences and micro-batches are per rank; one *micro-batch* is
@@ -203,8 +209,7 @@ class TrainingJob:
     def adapter_parameters(self) -> int:
         if self.method == "full":
             return 0
-        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
-        return self.shape.lora_parameters(self.lora_rank, targets, self.dora)
+        return _adapter_parameters(self.shape, self.lora_rank, self.targets, self.dora)
 
     @property
     def trained_parameters(self) -> int:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
+from collections.abc import Hashable
 from dataclasses import dataclass, field, fields
 
 from aifactory_train.model.shapes import ModelShape, is_target
@@ -53,7 +55,7 @@ class Memory:
         default=0.0, metadata={"host": True}
     )  # host memory of this rank's offloaded state; not in the total
 
-    @property
+    @functools.cached_property
     def total(self) -> float:
         return sum(getattr(self, f.name) for f in fields(self) if not f.metadata.get("host"))
 
@@ -363,8 +365,26 @@ def communication_bytes(job: TrainingJob) -> tuple[float, float]:
     return bucket, bucket
 
 
+#: What memory depends on: everything of a job but the machine, of which only the vendor counts.
+_COUNTED = operator.attrgetter(*(f.name for f in fields(TrainingJob) if f.name not in ("gpu", "links")), "gpu.vendor")
+_MOST_KEPT = 50_000
+_kept: dict[Hashable, Memory] = {}
+
+
 def predict(job: TrainingJob, *, context: bool = True, fragmentation: float = FRAGMENTATION) -> Memory:
-    """Peak GiB of one rank. ``context``: count what lies outside torch's allocator (what has to fit on the device)."""
+    """Peak GiB of one rank. ``context``: count what lies outside torch's allocator (what has to fit on the device).
+
+    The same job on another machine is counted once: many sites are asked with one recipe.
+    """
+    key = (_COUNTED(job), context, fragmentation)
+    if key not in _kept:
+        if len(_kept) >= _MOST_KEPT:
+            _kept.clear()
+        _kept[key] = _predict(job, context, fragmentation)
+    return _kept[key]
+
+
+def _predict(job: TrainingJob, context: bool, fragmentation: float) -> Memory:
     state = static_state(job)
     kept, backward = activation_bytes(job)
     loss = loss_bytes(job)

@@ -3,24 +3,63 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.planning import machine, search, workload
 from aifactory_train.planning import reasons as why
-from aifactory_train.planning.job import TrainingJob
+from aifactory_train.planning.job import GpuRates, Links, TrainingJob
 from aifactory_train.planning.request import PlanRequest, Totals
 from aifactory_train.planning.result import as_dict
 from aifactory_train.planning.search import Candidate
 from aifactory_train.planning.timing import Constants
-from aifactory_train.planning.workload import Workload
+from aifactory_train.planning.workload import Fixed, Workload
 
 
-def make(request: PlanRequest) -> tuple[dict[str, Any], TrainingJob]:
-    """``(plan as plain values, its job)``: the keys of ``aifactory plan --json``. Raises :class:`UserError` where there
-    can be none.
-    """
+@dataclass(frozen=True)
+class Ready:
+    """A request with what every number of nodes shares."""
+
+    request: PlanRequest
+    gpu: GpuRates
+    links: Links
+    work: Workload
+    fixed: Fixed
+    constants: Constants
+    host_gib: float | None
+    place: str | None  # the partition
+    steps: int | None  # of the whole run
+
+    @property
+    def per_node(self) -> int:
+        """GPUs of a node that the job takes."""
+        return self.links.gpus_per_node
+
+    @property
+    def most(self) -> int | None:
+        """Nodes of the largest job that the site publishes."""
+        return _site_nodes(self.request, self.place, self.per_node)
+
+    def tried(self, nodes: int) -> tuple[Totals, list[Candidate]]:
+        """The best configuration on so many nodes, and all that fit; raises :class:`UserError` where none does."""
+        world = nodes * self.per_node
+        most = self.most * self.per_node if self.most else None
+        found = search.search(self.work, self.gpu, self.links, world, self.fixed, self.constants, self.host_gib, most)
+        return self.totals(nodes, found[0]), found[1]
+
+    def totals(self, nodes: int, best: Candidate) -> Totals:
+        """The run of a configuration from start to end."""
+        before = 0.0
+        if self.steps is not None and self.work.reference_passes:
+            steps = _reference_steps(self.request, self.work, self.steps)
+            before = steps * search.reference_seconds(best, self.work, self.constants)
+        hours = None if self.steps is None else (self.steps * best.step + before) / 3600
+        return Totals(nodes, nodes * self.per_node, best, self.steps, hours, before)
+
+
+def ready(request: PlanRequest) -> Ready:
+    """What a request comes to before a number of nodes is chosen. Raises :class:`UserError` where it comes to none."""
     from aifactory_train.sites.limits import require_usable
 
     system, recipe = request.system, request.recipe
@@ -31,38 +70,40 @@ def make(request: PlanRequest) -> tuple[dict[str, Any], TrainingJob]:
         raise UserError(
             f"a node of {system.name} has {links.gpus_per_node} GPUs, {per_node} are asked for", where="--gpus-per-node"
         )
-    links = replace(links, gpus_per_node=per_node)  # ranks beyond these are on other nodes
-    constants = Constants.load()
     work = workload.of_recipe(recipe, request.shape, request.size.document, request.size.supervised)
-    fixed = workload.fixed_by(recipe, request.given)
-    host = machine.host_memory_gib(system)
-    place = _partition(request)
-    steps = _steps(request, work)
-    most = _site_nodes(request, place, per_node)
+    return Ready(
+        request,
+        gpu,
+        replace(links, gpus_per_node=per_node),  # ranks beyond these are on other nodes
+        work,
+        workload.fixed_by(recipe, request.given),
+        Constants.load(),
+        machine.host_memory_gib(system),
+        _partition(request),
+        _steps(request, work),
+    )
 
-    def tried(nodes: int) -> tuple[Totals, list[Candidate]]:
-        """The best configuration on so many nodes, and all that fit."""
-        world = nodes * per_node
-        best, every = search.search(work, gpu, links, world, fixed, constants, host, most * per_node if most else None)
-        before = 0.0
-        if steps is not None and work.reference_passes:
-            before = _reference_steps(request, work, steps) * search.reference_seconds(best, work, constants)
-        hours = None if steps is None else (steps * best.step + before) / 3600
-        return Totals(nodes, world, best, steps, hours, before), every
+
+def make(request: PlanRequest) -> tuple[dict[str, Any], TrainingJob]:
+    """``(plan as plain values, its job)``: the keys of ``aifactory plan --json``. Raises :class:`UserError` where there
+    can be none.
+    """
+    at = ready(request)
+    gpu, links, work, place, per_node = at.gpu, at.links, at.work, at.place, at.per_node
 
     def totals(nodes: int) -> Totals:
-        return tried(nodes)[0]
+        return at.tried(nodes)[0]
 
     reasons: list[str] = []
     nodes = request.nodes if request.nodes is not None else _auto(request, work, per_node, place, totals, reasons)
     _check_limits(request, place, nodes, per_node)
-    run, fitting = tried(nodes)
+    run, fitting = at.tried(nodes)
     chosen = run.candidate
     curve = _curve(nodes, totals, run, place, request)
-    reasons += why.of_choice(request, work, gpu, links, run, fitting, fixed)
+    reasons += why.of_choice(request, work, gpu, links, run, fitting, at.fixed)
     reasons += why.slower(run, curve, work)
     reasons += why.limits_of_time(run, place, request) + why.whole_nodes(request, place, per_node)
-    return as_dict(request, work, gpu, run, fitting, reasons, curve, constants, place), chosen.job
+    return as_dict(request, work, gpu, run, fitting, reasons, curve, at.constants, place), chosen.job
 
 
 # ---- numbers of nodes

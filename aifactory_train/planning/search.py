@@ -235,6 +235,21 @@ def check_batch(work: Workload, world: int) -> None:
         )
 
 
+def what_fits(
+    work: Workload, gpu: GpuRates, links: Links, world: int, fixed: Fixed, host_gib: float | None
+) -> tuple[list[Counted], list[Counted]]:
+    """``(what fits, all that was counted)`` for ``world`` ranks; refuses more ranks than a step has rows."""
+    check_batch(work, world)
+    # offload is for what fits in no other way
+    every = list(candidates(work, gpu, links, world, fixed, (False,)))
+    possible = [c for c in every if c.fits]
+    if not possible:
+        offloaded = list(candidates(work, gpu, links, world, fixed, (True,)))
+        possible = [c for c in offloaded if c.fits and _host_fits(c, links, host_gib)]
+        every += offloaded
+    return possible, every
+
+
 def search(
     work: Workload,
     gpu: GpuRates,
@@ -248,14 +263,7 @@ def search(
     """``(best, all that fit)`` for ``world`` ranks. Raises :class:`UserError` where nothing fits, with the smallest
     change that would; more than ``most_ranks`` are not proposed."""
     fixed, constants = fixed or Fixed(), constants or Constants.load()
-    check_batch(work, world)
-    # offload is for what fits in no other way
-    every = list(candidates(work, gpu, links, world, fixed, (False,)))
-    possible = [c for c in every if c.fits]
-    if not possible:
-        offloaded = list(candidates(work, gpu, links, world, fixed, (True,)))
-        possible = [c for c in offloaded if c.fits and _host_fits(c, links, host_gib)]
-        every += offloaded
+    possible, every = what_fits(work, gpu, links, world, fixed, host_gib)
     if not every:
         raise _no_engine(work, gpu, world, fixed)
     if not possible:

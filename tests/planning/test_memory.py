@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from common import job
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from aifactory_train.core.errors import UserError
 from aifactory_train.model import shapes
 from aifactory_train.planning import memory
-from aifactory_train.planning.job import GIB, Bytes, Layout
+from aifactory_train.planning.job import GIB, Bytes, Layout, Links
 
 P = 8_030_261_248  # Llama-3-8B, as published
 
@@ -113,3 +115,21 @@ def test_bad_layouts_and_lengths_are_refused():
 def test_moments_follow_the_optimizer():
     plain = memory.static_state(job(bytes=Bytes(working=0, optimizer=0)))
     assert plain.optimizer == 0
+
+
+def test_memory_of_a_job_depends_on_its_machine_by_the_vendor_alone() -> None:
+    """Results are kept by everything but GPU and links, so that many sites are asked quickly."""
+    here = job(world=16)
+    other = here.with_(gpu=replace(here.gpu, sku="other", arch="sm_80", memory_gib=39.5), links=Links(4, 25.0, 12.5))
+    memory._kept.clear()
+    first = memory.predict(here)
+    assert memory.predict(other) is first and memory._predict(other, True, memory.FRAGMENTATION) == first
+    amd = here.with_(gpu=replace(here.gpu, vendor="amd"))
+    assert memory.predict(amd).framework > first.framework
+    for change in (
+        {"micro_batch": 2.0},
+        {"checkpointing": "full"},
+        {"sequence": 4096},
+        {"lora_rank": 64, "method": "lora"},
+    ):
+        assert memory.predict(here.with_(**change)) != first, change
