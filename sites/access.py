@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,18 @@ class Remark(SiteModel):
     confidence: Confidence
 
 
+#: Who applies: a small or medium company or start-up, another company, a university, a public body.
+UserKind = Literal["sme", "industry", "academia", "public"]
+
+
+class Award(SiteModel):
+    """What one application gives, as published."""
+
+    unit: Literal["GPU-hours", "node-hours"]
+    least: float | None = None
+    most: float | None = None
+
+
 class Route(SiteModel):
     """A call or scheme. What is ``None`` is not published, or was not found."""
 
@@ -34,6 +46,26 @@ class Route(SiteModel):
     link: str
     source: str
     confidence: Confidence
+    # the same for machines to read
+    open_to: list[UserKind] = Field(min_length=1)
+    on: Literal[
+        "eurohpc", "host", "own"
+    ]  # whose share of a machine it gives: the JU's, the host country's, the operator's
+    operator: str | None = None  # on own
+    systems: list[str] = []  # only these
+    countries: list[str] = []  # only applicants from these
+    award: Award | None = None
+
+
+class Part(SiteModel):
+    """Systems, countries or both, with the source of the list."""
+
+    system: str | None = None
+    systems: list[str] = []
+    countries: list[str] = []
+    source: str
+    confidence: Confidence
+    note: str | None = None
 
 
 class MemberAccess(SiteModel):
@@ -54,6 +86,9 @@ class AccessFile(SiteModel):
     sources: dict[str, Source]
     common: list[Remark] = []
     routes: dict[str, Route]
+    eurohpc: Part
+    states: Part
+    shares: list[Part] = []
     ask: Remark
     members: dict[str, MemberAccess]
 

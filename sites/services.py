@@ -87,6 +87,13 @@ class DataMovement(Answers):
     quota_command: str | None = None
     object_store: str | None = None
     model_cache: str | None = None  # template of a folder that all of a project read: {project}, {account}
+    #: personal data of special categories: allowed | agreement (once one is made with the site) | elsewhere (the centre
+    #: has another service for them) | no
+    sensitive: str | None = Field(default=None, pattern="^(allowed|agreement|elsewhere|no)$")
+    sensitive_rule: str | None = None  # the rule in a sentence
+
+    def optional(self) -> tuple[str, ...]:
+        return ("sensitive_rule",)
 
 
 class Help(Answers):

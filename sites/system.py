@@ -55,6 +55,11 @@ class System(Profile):
         self._table, self._gpu_table, self._gpu_sources, self._own_gpu = table, gpu_table, gpu_sources, own_gpu
         return self
 
+    @property
+    def own_gpu(self) -> frozenset[str]:
+        """Keys of ``gpu`` that the profile states itself; the others are the catalogue's."""
+        return self._own_gpu
+
     def provenance(self, path: str) -> Fact | None:
         """The fact at a dotted path, such as ``gpu.memory_gib`` or ``partitions.standard-g.max_time``.
 

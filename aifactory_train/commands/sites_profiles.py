@@ -26,9 +26,10 @@ def check_profiles(words: list[str], args: argparse.Namespace) -> int:
     if len(words) > 1:
         raise UserError("one profile at a time, or none for all", where="sites check", fix="aifactory sites check FILE")
     if args.write_index:
-        from aifactory_train.sites import index
+        from aifactory_train.sites import fleet, index
 
-        note(f"written: {index.write_index().name}, " + ", ".join(p.name for p in index.write_schemas()))
+        written = [index.write_index(), fleet.write_fleet(), *index.write_schemas()]
+        note("written: " + ", ".join(path.name for path in written))
     if words:
         path = Path(words[0])
         if not path.suffix:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from aifactory_train.core.errors import UserError, did_you_mean
-from aifactory_train.sites import index
+from aifactory_train.sites import fleet, index
 from aifactory_train.sites.catalogue import GPUS, ROOM, gpu_catalogue, merge_catalogue
 from aifactory_train.sites.check.faults import CheckReport, Fault, at
 from aifactory_train.sites.check.profile import check_system, dated
@@ -235,8 +235,11 @@ def check_members(path: Path, systems: dict[str, System], today: datetime.date) 
 
 
 def index_fresh() -> Iterator[Fault]:
-    """A fault where ``index.json`` is missing or was built from other files."""
-    if not index.INDEX.is_file():
-        yield Fault("index", "index.json", "there is no index", "aifactory sites check --write-index")
-    elif json.loads(index.INDEX.read_text(encoding="utf-8")).get("digest") != index.digest():
-        yield Fault("index", "index.json", "built from other files", "aifactory sites check --write-index")
+    """A fault for each of ``index.json`` and ``fleet.json`` that is missing or was built from other files."""
+    for path, built_from in ((index.INDEX, index.digest), (fleet.FLEET, fleet.digest)):
+        what = "is not there"
+        if path.is_file():
+            same = json.loads(path.read_text(encoding="utf-8")).get("digest") == built_from()
+            what = "" if same else "was built from other files"
+        if what:
+            yield Fault("index", path.name, what, "aifactory sites check --write-index")

@@ -116,9 +116,18 @@ def check_access(room: Path, today: datetime.date) -> Iterator[Fault]:
     named += [(route.source, ("routes", key)) for key, route in file.routes.items()]
     named += [(m.source, ("members", key)) for key, m in file.members.items() if m.source is not None]
     named += [(remark.source, ("common", i)) for i, remark in enumerate(file.common)]
+    parts = [(file.eurohpc, ("eurohpc",)), (file.states, ("states",))]
+    parts += [(part, ("shares", i)) for i, part in enumerate(file.shares)]
+    named += [(part.source, keys) for part, keys in parts]
     for origin, keys in named:
         if origin not in file.sources:
             yield Fault("unknown-source", at(path, *keys), f"the source '{origin}' is not defined")
+    systems = {p.stem for p in (room / "systems").glob("*.yaml")}
+    lists = [(part.systems + ([part.system] if part.system else []), keys) for part, keys in parts]
+    lists += [(route.systems, ("routes", key)) for key, route in file.routes.items()]
+    for names, keys in lists:
+        for name in sorted(set(names) - systems):
+            yield Fault("access", at(path, *keys), f"no profile '{name}'{did_you_mean(name, systems)}")
     members = {m["id"] for m in read_yaml(room / "factories.yaml").get("members", [])}
     for name in sorted(members - set(file.members)):
         yield Fault(
