@@ -22,6 +22,7 @@ COMMANDS = {
     "fetch": "model and data into the cache, with digests and licences (the only command that uses the network)",
     "prepare": "validate, tokenise and mask the data; --inspect shows what is supervised",
     "plan": "memory, strategy, speed and cost of a recipe at a site, with reasons",
+    "where": "all sites ranked for a recipe: what it takes there, and which routes of access are open to you",
     "train": "the training process itself (what torchrun, srun or mpirun start)",
     "launch": "run a recipe here, or write, check and submit the batch script of a site",
     "status": "state, attempts and cause of a run",

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.planning import machine, search, workload
+from aifactory_train.planning import machine, search, timing, workload
 from aifactory_train.planning import reasons as why
 from aifactory_train.planning.job import GpuRates, Links, TrainingJob
 from aifactory_train.planning.request import PlanRequest, Totals
-from aifactory_train.planning.result import as_dict
+from aifactory_train.planning.result import as_dict, time_and_cost
 from aifactory_train.planning.search import Candidate
 from aifactory_train.planning.timing import Constants
 from aifactory_train.planning.workload import Fixed, Workload
@@ -40,6 +40,23 @@ class Ready:
     def most(self) -> int | None:
         """Nodes of the largest job that the site publishes."""
         return _site_nodes(self.request, self.place, self.per_node)
+
+    def node_counts(self) -> list[int]:
+        """The fewest nodes of a job, powers of two, and the most that site and step allow."""
+        least = _least_nodes(self.request, self.place)
+        most = max(least, _most_nodes(self.request, self.place, self.work, self.per_node))
+        powers = [1 << i for i in range(most.bit_length()) if least < 1 << i < most]
+        return sorted({least, *powers, most})
+
+    def check_limits(self, nodes: int) -> None:
+        """Refuse a job of so many nodes where the partition or its QoS takes none."""
+        _check_limits(self.request, self.place, nodes, self.per_node)
+
+    def figures(self, run: Totals) -> dict[str, Any]:
+        """Hours, GPU-hours, energy, CO2, cost and bill of a run: the keys that the plan has."""
+        speeds = timing.interval(run.candidate.job, run.candidate.tokens_per_s, self.constants)
+        mid = run.candidate.tokens_per_s
+        return time_and_cost(self.request, self.gpu, run, self.place, (speeds[0], mid, speeds[1]))
 
     def tried(self, nodes: int) -> tuple[Totals, list[Candidate]]:
         """The best configuration on so many nodes, and all that fit; raises :class:`UserError` where none does."""
@@ -95,7 +112,7 @@ def make(request: PlanRequest) -> tuple[dict[str, Any], TrainingJob]:
         return at.tried(nodes)[0]
 
     reasons: list[str] = []
-    nodes = request.nodes if request.nodes is not None else _auto(request, work, per_node, place, totals, reasons)
+    nodes = request.nodes if request.nodes is not None else _auto(request, at, totals, reasons)
     _check_limits(request, place, nodes, per_node)
     run, fitting = at.tried(nodes)
     chosen = run.candidate
@@ -152,16 +169,12 @@ def _most_nodes(request: PlanRequest, place: str | None, work: Workload, per_nod
     return max(1, min(*limits, _site_nodes(request, place, per_node) or limits[0]))
 
 
-def _auto(
-    request: PlanRequest, work: Workload, per_node: int, place: str | None, totals: Any, reasons: list[str]
-) -> int:
+def _auto(request: PlanRequest, at: Ready, totals: Any, reasons: list[str]) -> int:
     """How many nodes: the fewest that meet the deadline, the most that the budget pays, or else the cheapest."""
-    least = _least_nodes(request, place)
-    most = max(least, _most_nodes(request, place, work, per_node))
     tried: list[Totals] = []
     refused: UserError | None = None
-    powers = [1 << i for i in range(most.bit_length()) if least < 1 << i < most]
-    for n in sorted({least, *powers, most}):
+    counts = at.node_counts()
+    for n in counts:
         try:
             tried.append(totals(n))
         except UserError as error:
@@ -186,10 +199,9 @@ def _auto(
             quickest = min(tried, key=lambda t: t.hours or 0)
             cheapest = min(tried, key=lambda t: t.gpu_hours or 0)
             raise UserError(
-                f"no number of nodes up to {most} meets the deadline and the budget: the quickest is {quickest.nodes} "
-                f"node(s) with "
-                f"{quickest.hours:.2f} h, the cheapest {cheapest.nodes} node(s) with {cheapest.gpu_hours:.2f} "
-                f"GPU-hours",
+                f"no number of nodes up to {counts[-1]} meets the deadline and the budget: the quickest is "
+                f"{quickest.nodes} node(s) with {quickest.hours:.2f} h, the cheapest {cheapest.nodes} node(s) with "
+                f"{cheapest.gpu_hours:.2f} GPU-hours",
                 where="--deadline" if request.deadline_hours is not None else "--budget",
                 fix="allow more time or GPU-hours, fewer epochs (train.epochs), or an adapter instead of full "
                 "fine-tuning",

@@ -66,7 +66,7 @@ def as_dict(
         "step_tokens": round(work.step_tokens, 1),
         "steps": run.steps,
         "reference_hours": _rounded(run.reference_s / 3600) if reference else None,
-        **_time_and_cost(request, gpu, run, place, (low, mid, high)),
+        **time_and_cost(request, gpu, run, place, (low, mid, high)),
         "mfu": _rounded(mid * per_token.model / peak),
         "hfu": _rounded(mid * executed / peak),
         "flops_per_token": {"model": per_token.model, "executed": executed},
@@ -101,7 +101,7 @@ def _configuration(job: TrainingJob, gpu: GpuRates) -> dict[str, Any]:
     }
 
 
-def _time_and_cost(
+def time_and_cost(
     request: PlanRequest, gpu: GpuRates, run: Totals, place: str | None, speeds: tuple[float, float, float]
 ) -> dict[str, Any]:
     """Hours, energy and cost of the run; ``None`` where the size of the data or a price is not known. speeds: tokens/s

@@ -17,7 +17,7 @@ LAYERS = """
     commands
     acceptance
     training
-    exporting : report
+    exporting : report : advice
     launchers
     methods
     record : evaluation : recipe_draft : audit
@@ -34,6 +34,7 @@ LAYERS = """
 """
 #: What a room never imports, at any depth of it: login nodes have none of these.
 LIGHT = {
+    "advice": ("torch", "transformers", "numpy"),
     "sites": ("torch", "transformers", "numpy", "jinja2"),
     "config": ("torch", "transformers", "numpy"),
 }

@@ -1,0 +1,7 @@
+"""What a project asks before and after its jobs, from the facts alone: where to run, how to get access, what was used.
+Torch-free.
+
+    sizing   the fewest nodes of each system that do a recipe's job, and what they cost there
+    routes   routes of access that are open to an applicant
+    where    all sites, ranked for one job (``aifactory where``)
+"""

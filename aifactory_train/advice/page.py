@@ -1,0 +1,46 @@
+"""The ranking as one HTML page: the map of the 32, the table with the source of each column, what was left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.advice import map as europe
+from aifactory_train.advice.show import asked, number, plan_command
+from aifactory_train.core.errors import UserError
+from aifactory_train.core.templates import render
+
+TEMPLATE = Path(__file__).with_name("where.html.j2")
+
+
+def write_page(answer: dict[str, Any], path: Path) -> None:
+    """Write the page; raises :class:`UserError` where the file cannot be written."""
+    try:
+        path.write_text(page(answer), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=f"--html {path}") from None
+
+
+def page(answer: dict[str, Any]) -> str:
+    """The page as text. No script, no outside resource; every text escaped."""
+    members = europe.points(answer["sites"])
+    left_out: dict[str, list[str]] = {}
+    for row in answer["sites"]:
+        if not row["fits"]:
+            left_out.setdefault(row["why"], []).append(row["id"])
+    fits = [row for row in answer["sites"] if row["fits"]]
+    return render(
+        TEMPLATE,
+        autoescape=True,
+        answer=answer,
+        asked=asked(answer["asked"]),
+        fits=fits,
+        left_out=left_out,
+        members=members,
+        links=europe.links(members),
+        graticule=europe.graticule(),
+        width=europe.WIDTH,
+        height=europe.HEIGHT,
+        number=number,
+        command=plan_command(answer, fits[0]) if fits else None,
+    )
