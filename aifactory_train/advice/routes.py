@@ -34,6 +34,10 @@ class Need:
         return self.billed_gpu_hours if self.billed_gpu_hours is not None else self.gpu_hours
 
 
+#: What people and the EU write for two countries, and what ISO 3166 does.
+_OTHER_CODES = {"UK": "GB", "EL": "GR"}
+
+
 def country_code(text: str) -> str:
     """The two letters of a country, given by them or by its name. Refuses one that neither hosts a member nor is known
     to take part."""
@@ -41,7 +45,7 @@ def country_code(text: str) -> str:
     file = access_file()
     known = {*names.values(), *file.states.countries, *(c for part in file.shares for c in part.countries)}
     wanted = text.strip()
-    code = names.get(wanted.lower(), wanted.upper())
+    code = names.get(wanted.lower(), _OTHER_CODES.get(wanted.upper(), wanted.upper()))
     if code not in known:
         words = {name.title(): code for name, code in names.items()} | {c: c for c in known}
         raise UserError(

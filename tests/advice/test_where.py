@@ -181,6 +181,7 @@ def test_bad_input_is_refused_by_name(capsys: pytest.CaptureFixture[str], args: 
 
 def test_countries_by_name_and_letters() -> None:
     assert country_code("finland") == country_code(" fi ") == "FI" and country_code("no") == "NO"
+    assert country_code("uk") == "GB" and country_code("EL") == "GR"  # what people and the EU write
     with pytest.raises(UserError, match="no country"):
         country_code("")
 
