@@ -47,10 +47,10 @@ class DataSource(Strict):
         description="RECIPES-MODULE:FUNCTION below aifactory_train.recipes that turns the source into rows.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the converter.")
-    format: Literal["auto", "messages", "prompt", "text", "preference", "feedback"] = Field(
+    format: Literal["auto", "messages", "prompt", "text", "preference", "feedback", "label", "labels"] = Field(
         "auto",
         description="preference: chosen and rejected answers; feedback: answers labelled good or bad "
-        "(methods.preference).",
+        "(methods.preference). label, labels: a text and its label or labels (methods.head).",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Rename columns: {question: prompt, answer: completion}."
@@ -124,7 +124,10 @@ class DataConfig(Strict):
         description="How held-out rows are chosen: {group: COLUMN} or {time: COLUMN}; default: by question or text.",
     )
     labels: list[str] | None = Field(
-        None, min_length=1, description="The only answers that rows may have (classification); any other is refused."
+        None,
+        min_length=1,
+        description="The only answers that rows may have (classification); any other is refused. Their order is "
+        "that of a head's outputs (methods.head).",
     )
     batching: Literal["packed", "padded"] = Field(
         "packed",

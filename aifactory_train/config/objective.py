@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from aifactory_train.config.head_block import HeadConfig
     from aifactory_train.config.schema import Recipe
 
 
@@ -14,7 +15,9 @@ def objective(recipe: Recipe) -> str:
     over = "assistant turns" if recipe.data.supervise == "assistant" else "all tokens"
     likelihood = f"next-token cross-entropy over {over}"
     replayed = [source.share for source in recipe.data.train if source.share is not None]
-    if how is None:
+    if methods.head is not None:
+        parts = [_of_head(methods.head)]
+    elif how is None:
         parts = [likelihood]
         if methods.goldfish is not None:
             parts.append(f"one token in {methods.goldfish.k} withheld (goldfish loss, arXiv 2406.10209)")
@@ -41,7 +44,17 @@ def objective(recipe: Recipe) -> str:
     # A block without words of its own is named with its settings: the record never calls another loss plain
     # cross-entropy.
     for name, block in methods:
-        if block is not None and name not in ("preference", "goldfish", "neftune"):
+        if block is not None and name not in ("preference", "head", "goldfish", "neftune"):
             settings = ", ".join(f"{key} {value}" for key, value in block.model_dump().items())
             parts.append(f"changed by methods.{name} ({settings})")
     return "; ".join(parts)
+
+
+def _of_head(head: HeadConfig) -> str:
+    """The loss of a head, in words."""
+    weighted = {True: "", False: ", labels weighted"}[head.class_weights is None]
+    names = {
+        "classification": f"cross-entropy of one label a document{weighted}",
+        "multi_label": f"binary cross-entropy of each label, a mean over labels{weighted}",
+    }
+    return f"{names[head.kind]}, by a linear head on the last token, a mean over documents"

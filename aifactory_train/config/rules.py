@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aifactory_train.config.head_block import FORMS, check_head
 from aifactory_train.config.schema import RULES, Recipe
 
 
@@ -62,6 +63,11 @@ def _check_methods(recipe: Recipe) -> None:
     chosen = [name for name, block in methods if block is not None and name not in methods.ADDITIONS]
     if len(chosen) > 1:
         raise ValueError(f"methods: {' and '.join(chosen)} are each a training method of their own; keep one block")
+    if methods.head is not None:
+        check_head(recipe)
+        return
+    if any(source.format in FORMS.values() for source in [*data.train, *(data.eval or [])]):
+        raise ValueError("data.train: rows of format label or labels are what methods.head learns from")
     preference = methods.preference
     wanted = None if preference is None else ("feedback" if preference.kind == "kto" else "preference")
     for source in [*data.train, *(data.eval or [])]:

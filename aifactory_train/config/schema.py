@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, WithJsonSchema, model_validator
 
 from aifactory_train.config.data_blocks import DataConfig
+from aifactory_train.config.head_block import HeadConfig
 from aifactory_train.config.strict import Strict
 
 #: What a file may hold where ``auto`` is settled when the recipe is read (:mod:`aifactory_train.config.loading`).
@@ -228,6 +229,7 @@ class MethodsConfig(Strict):
     ADDITIONS: ClassVar[tuple[str, ...]] = ("goldfish", "neftune")
 
     preference: PreferenceConfig | None = None
+    head: HeadConfig | None = None
     goldfish: GoldfishConfig | None = None
     neftune: NeftuneConfig | None = None
 

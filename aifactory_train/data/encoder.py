@@ -70,8 +70,9 @@ class Encoder:
             if one.lost and isinstance(found, Encoded):
                 found.lost = one.lost
             results[i] = found
-        for i, found in zip(texts, self._texts([rows[i]["text"] for i in texts]), strict=True):
-            results[i] = found
+        said = [rows[i]["text"] for i in texts]
+        for i, text, tokens in zip(texts, said, self._offsets(said), strict=True):
+            results[i] = self._read(text, tokens) if "labels" in rows[i] else self.masks.text(text, tokens)
         for found_here, result in zip(controls, results, strict=True):
             if found_here and isinstance(result, Encoded):
                 result.controls = found_here
@@ -164,7 +165,8 @@ class Encoder:
                     results[i] = error
         return results  # type: ignore[return-value]
 
-    def _texts(self, texts: list[str]) -> list[Encoded]:
+    def _offsets(self, texts: list[str]) -> list[Offsets]:
+        """Plain texts as the tokenizer writes them, with what it adds around them."""
         offsets: list[Offsets | None] = [None] * len(texts)
         if self.tokens.added is not None and texts:
             block = self.tokens.block(texts, added=True)
@@ -173,6 +175,18 @@ class Encoder:
         encodings = self.tokenizer.encode_batch([texts[i] for i in left], add_special_tokens=True) if left else []
         for i, encoding in zip(left, encodings, strict=True):
             offsets[i] = Offsets(encoding, len(texts[i]))
-        return [
-            self.masks.text(text, tokens) for text, tokens in zip(texts, offsets, strict=True) if tokens is not None
-        ]
+        return offsets  # type: ignore[return-value]
+
+    def _read(self, text: str, tokens: Offsets) -> Encoded:
+        """A text that a head reads: the tokens that ``tokenizer(text, truncation=True)`` gives, so that whoever uses
+        the export feeds it as it was trained."""
+        ids, length = tokens.ids, self.spec.sequence_length
+        if len(ids) <= length:
+            return self.masks.read(ids, cut=False)
+        if self.spec.long_documents == "drop":
+            return Encoded([], "long")
+        self.tokenizer.enable_truncation(length)
+        try:
+            return self.masks.read(self.tokenizer.encode(text, add_special_tokens=True).ids, cut=True)
+        finally:
+            self.tokenizer.no_truncation()

@@ -18,6 +18,7 @@ from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.data import folders
 from aifactory_train.data.encoder_spec import EncoderSpec
+from aifactory_train.data.split import has_labels
 from aifactory_train.private import vault
 from aifactory_train.sources.digests import sha256_of
 
@@ -161,7 +162,7 @@ def cache_key(recipe: Recipe, spec: EncoderSpec, inputs: list[Input]) -> str:
         # what lies between several labels decides with the labels alone
         "row_rules": [
             data.split_by.model_dump() if data.split_by else None,
-            data.labels and [data.labels, recipe.eval.label_separator],
+            (data.labels or has_labels(data)) and [data.labels, recipe.eval.label_separator],
         ],
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()

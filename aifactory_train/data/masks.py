@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +184,18 @@ class Masks:
         # Without a BOS token nothing predicts the first token: its bytes are not scored either.
         scored_from = 0 if begin or len(tokens.ids) == 0 else tokens.span(0)[1]
         return self._fit(text, ids, mask, text_mask, [(scored_from, len(text))], tokens, set())
+
+    @staticmethod
+    def read(ids: Sequence[int], *, cut: bool) -> Encoded:
+        """A text that a head reads: nothing of it is predicted, the mask marks the last token, whose hidden state is
+        read (of a single token nothing is marked: a first token carries no loss anywhere).
+        """
+        tokens = np.asarray(ids, dtype=np.int64)
+        if not len(tokens):
+            return Encoded([], "empty")
+        mask = np.zeros(len(tokens), dtype=bool)
+        mask[1:][-1:] = True
+        return Encoded([Document(tokens, mask, np.zeros(len(tokens), dtype=bool), 0, cut)])
 
     def _fit(
         self,

@@ -157,7 +157,7 @@ class _Source:
             "template": self.lost.as_dict(),
             "control_tokens": self.controls.as_dict(),
             # What is not a chat is taken as it stands.
-            "control_tokens_read_as": "text" if self.as_text and fmt != "text" else "tokens",
+            "control_tokens_read_as": "text" if self.as_text and fmt not in ("text", "label", "labels") else "tokens",
         }
 
 

@@ -9,7 +9,9 @@ Accepted forms (``DataSource.format``; ``auto`` decides by the columns of the fi
 * ``preference``: ``{"prompt", "chosen", "rejected", "system"?}`` (DPO, ORPO); chosen and rejected may be lists of
   messages, with the prompt as their common beginning where there is no ``prompt``, or where they repeat it; also
   OpenAI's ``preferred_output``, and ``rejected_response`` beside the chosen answer;
-* ``feedback``: the ``prompt`` form with ``label`` (or ``kto_tag``), true or false (KTO).
+* ``feedback``: the ``prompt`` form with ``label`` (or ``kto_tag``), true or false (KTO);
+* ``label``, ``labels``: ``{"text", "label"}``, or one of the forms above with the label for an answer (heads,
+  :mod:`~aifactory_train.data.labelled`).
 
 Every form may carry ``id`` (unique within its source) and ``group`` (rows of one group are never split over train and
 eval), and for the slices of an evaluation ``language`` and ``label``.
@@ -19,7 +21,7 @@ What else stands beside these is used where its meaning is certain (``system`` b
 where the text would be wrong without it (pictures, sound), and otherwise named with its count (:class:`Unused`).
 
 The canonical row is ``{"messages": [...], "tools"?: [...]}``, with ``rejected: [...]`` or ``desirable: bool`` for
-preferences, or ``{"text": ...}`` plus ``id`` and ``group`` where given.
+preferences, or ``{"text": ...}``, for heads with ``labels: [...]``; plus ``id`` and ``group`` where given.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from collections.abc import Collection
 from typing import Any
 
 from aifactory_train.core.errors import did_you_mean
+from aifactory_train.data import labelled
 from aifactory_train.data.cells import (
     RawRow,
     RowError,
@@ -101,7 +104,7 @@ def canonical(
     """Validate one raw row and return its canonical form.
 
     Args:
-        fmt: ``messages``, ``prompt``, ``text``, ``preference`` or ``feedback``.
+        fmt: ``messages``, ``prompt``, ``text``, ``preference``, ``feedback``, ``label`` or ``labels``.
         columns: new names of columns.
         unused: gathers what the row holds and training does not use.
         ruled: columns that the split reads; they are in use.
@@ -119,6 +122,8 @@ def canonical(
             raise RowError("'text' is empty")
         note_text(text, unused)
         out: dict[str, Any] = {"text": text}
+    elif fmt in ("label", "labels"):
+        out = _labelled(cells, several=fmt == "labels")
     else:
         out = {}
         if fmt == "preference":
@@ -142,7 +147,7 @@ def canonical(
         if all(m.get("weight", 1) == 0 for m in messages if m["role"] == "assistant"):
             raise RowError("every assistant turn has weight 0: all tokens would be masked")
     for key in ("id", "group", "language", "label"):
-        value = row.get(key) if key != "label" or fmt != "feedback" else None
+        value = row.get(key) if key != "label" or fmt not in ("feedback", "label", "labels") else None
         if value is not None and value != "" and value == value:  # not a gap of pandas
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
                 if key in ("language", "label"):
@@ -152,6 +157,29 @@ def canonical(
             out[key] = str(value)
     cells.count(fmt, ruled)
     return out
+
+
+def _labelled(row: RawRow, *, several: bool) -> dict[str, Any]:
+    """A text and its labels: of an answer that is the label, or of a column beside a text."""
+    names = row.cells
+    for question, answer in PROMPT_COLUMNS:
+        if question in names and answer in names and not _is_turns(names[answer]):
+            return labelled.answered(row, question, answer, several)
+    if any(names.get(name) for name in ("messages", "conversations")):
+        return labelled.of_conversation(row, _from_messages(row), several)
+    if any(question in names and answer in names for question, answer in PROMPT_COLUMNS):
+        return labelled.of_conversation(row, _from_prompt(row), several)
+    found = labelled.beside(row, several)
+    if found is None:
+        raise RowError(
+            f"a head learns from rows with 'text' and 'label' (found: {', '.join(map(str, list(names)[:12]))})",
+            "rename with data.train.0.columns={mine: text, other: label}",
+        )
+    return found
+
+
+def _is_turns(answer: Any) -> bool:
+    return isinstance(answer, list) and bool(answer) and isinstance(answer[0], dict)
 
 
 def _turns_of_cell(raw: Any) -> Any:

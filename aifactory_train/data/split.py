@@ -41,13 +41,16 @@ class RowRules:
     def of(cls, data: DataConfig, separator: str | None = None) -> RowRules | None:
         """The rules of ``data``; ``separator`` is ``eval.label_separator``. None where every row is taken."""
         by = data.split_by
-        if by is None and data.labels is None:
+        divided = separator is not None and has_labels(data)
+        if by is None and data.labels is None and not divided:
             return None
         labels = frozenset(data.labels) if data.labels is not None else None
         return cls(by.group if by else None, by.time if by else None, labels, separator)
 
     def apply(self, raw: dict[str, Any], row: dict[str, Any]) -> int | None:
         """Check one row; sets ``row["group"]``, or returns the number of its moment. Raises :class:`RowError`."""
+        if "labels" in row:
+            self._divide(row)
         if self.labels is not None:
             _check_label(row, self.labels, self.separator)
         if self.group is not None:
@@ -56,6 +59,17 @@ class RowRules:
                 raise RowError(f"'{self.group}' (data.split_by.group) is neither text nor a number")
             row["group"] = str(value)
         return moment(_value(raw, self.time, "data.split_by.time"), self.time) if self.time is not None else None
+
+    def _divide(self, row: dict[str, Any]) -> None:
+        """Several labels that stand in one text; a list of them is taken as it is."""
+        given = row["labels"]
+        if self.separator is not None and len(given) == 1 and given[0] not in (self.labels or ()):
+            row["labels"] = list(dict.fromkeys(part for p in given[0].split(self.separator) if (part := p.strip())))
+
+
+def has_labels(data: DataConfig) -> bool:
+    """Whether rows have any number of labels each (a head of kind multi_label)."""
+    return any(source.format == "labels" for source in [*data.train, *(data.eval or [])])
 
 
 def _value(raw: dict[str, Any], column: str, key: str) -> Any:
@@ -72,13 +86,15 @@ def _value(raw: dict[str, Any], column: str, key: str) -> Any:
 
 
 def _check_label(row: dict[str, Any], labels: frozenset[str], separator: str | None) -> None:
-    if "messages" not in row:
+    if "messages" not in row and "labels" not in row:
         raise RowError("data.labels is given, but rows of plain text have no answer", "take data.labels out")
-    for message in row["messages"]:
+    answers = [row["labels"]] if "labels" in row else []
+    for message in row.get("messages", ()):
         if message["role"] != "assistant" or message.get("weight", 1) == 0:
             continue
         answer = message["content"].strip()
-        given = [part.strip() for part in answer.split(separator)] if separator else [answer]
+        answers.append([part.strip() for part in answer.split(separator)] if separator else [answer])
+    for given in answers:
         for label in (label for label in given if label not in labels):
             shown = sorted(labels)
             more = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
