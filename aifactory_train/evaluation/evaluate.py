@@ -67,6 +67,10 @@ def evaluate(
         "autocast": precision.compute if mixed else None,
         "pad_id": prepared.tokenizer_info["pad_id"],
     }
+    if recipe.methods.head is not None:
+        from aifactory_train.evaluation.heads import evaluate_head
+
+        return evaluate_head(module, prepared, recipe, how=how, whole=generate, tell=tell)
     scoring = {"batching": recipe.data.batching, "micro_batch_tokens": recipe.train.micro_batch_tokens, **how}
     found: list[SetResult] = []
     sets: dict[str, Any] = {}

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 #: Block of the recipe below ``methods`` -> ``module:class``, imported only where a recipe has the block. At most one
 #: may be set.
-METHODS = {"preference": "aifactory_train.methods.preference:Preference"}
+METHODS = {
+    "preference": "aifactory_train.methods.preference:Preference",
+    "head": "aifactory_train.methods.head:Classifier",
+}
 
 
 def method_of(recipe: Recipe) -> TrainingMethod:

@@ -1,7 +1,7 @@
 """Figures of merit, deterministic and without network or models (docs/metrics.md).
 
 ``answers`` one answer against one expectation, ``overlap`` chrF and ROUGE-L, ``labels`` classification, ``bootstrap``
-intervals over rows, ``registry`` all of them by name.
+intervals over rows, ``scores`` classifiers that give probabilities, ``registry`` all of them by name.
 """
 
 from aifactory_train.metrics.answers import (
@@ -24,6 +24,7 @@ from aifactory_train.metrics.labels import accuracy
 from aifactory_train.metrics.overlap import chrf, rouge_l
 from aifactory_train.metrics.registry import (
     ANSWER_METRICS,
+    HEAD_METRICS,
     LIKELIHOOD_METRICS,
     PREFERENCE_METRICS,
     changes,
@@ -35,6 +36,7 @@ __all__ = [
     "ANSWER_METRICS",
     "BOOTSTRAP_SAMPLES",
     "BOOTSTRAP_SEED",
+    "HEAD_METRICS",
     "LIKELIHOOD_METRICS",
     "PREFERENCE_METRICS",
     "accuracy",

@@ -81,11 +81,18 @@ PREFERENCE_METRICS = {
     "chosen_logp": True,
     "rejected_logp": False,
 }
+#: Held-out figures of a head (evaluation/heads.py) beside accuracy and F1, which are those of answers.
+HEAD_METRICS = {
+    "auroc": True,
+    "calibration_error": False,
+    "calibrated_error": False,
+    "macro_f1_chosen": True,
+}
 
 
 def higher_is_better(name: str) -> bool:
     """Whether a larger figure is a better one (``memorisation``, bits and losses are better small)."""
-    return name in ANSWER_METRICS or PREFERENCE_METRICS.get(name, False)
+    return name in ANSWER_METRICS or PREFERENCE_METRICS.get(name, False) or HEAD_METRICS.get(name, False)
 
 
 @dataclass

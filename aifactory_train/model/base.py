@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
-from aifactory_train.run.folder import open_run
+from aifactory_train.run.folder import RunFolder, open_run
 
 if TYPE_CHECKING:
     pass
@@ -34,6 +34,12 @@ def _base_below(recipe: Recipe, seen: list[Path]) -> Path:
     run = open_run(recipe.model.start_from)
     if run.path.resolve() in seen:
         raise UserError("the chain of earlier runs leads back to itself", where=f"model.start_from: {run.path}")
+    if _trained_head(run):
+        raise UserError(
+            "the earlier run trained a head: its weights are those of a classifier, and its head has no place here",
+            where=f"model.start_from: {recipe.model.start_from}",
+            fix="start from a run that learnt text, or prolong that run (the same --run-dir with more epochs)",
+        )
     if (run.export / "model" / "config.json").is_file():
         check_weight_index(run.export / "model")
         return run.export / "model"
@@ -45,6 +51,17 @@ def _base_below(recipe: Recipe, seen: list[Path]) -> Path:
             fix=f"--set model.base={earlier.model.base}",
         )
     return _base_below(earlier, [*seen, run.path.resolve()])
+
+
+def _trained_head(run: RunFolder) -> bool:
+    """Whether what ``run`` exported is a classifier."""
+    config = run.export / "model" / "config.json"
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):  # named by its own loader
+        if config.is_file():
+            return any("SequenceClassification" in n for n in json.loads(config.read_text("utf-8"))["architectures"])
+        adapter = json.loads((run.export / "adapter" / "adapter_config.json").read_text("utf-8"))
+        return adapter.get("task_type") == "SEQ_CLS"
+    return False
 
 
 def public_base(recipe: Recipe) -> tuple[str, str | None]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.model import attention
+from aifactory_train.model.head import Head, HeadObjective
 from aifactory_train.model.loss import linear_cross_entropy, shaped
 from aifactory_train.model.objective import SUMMED_NLL, Objective
 
@@ -58,6 +59,8 @@ class CausalLM(nn.Module):
         self.unread: Path | None = None
         #: rows of the embeddings below this one do not move (``model.vocabulary.train: new``)
         self.first_moving_row = 0
+        #: what classifies in place of the vocabulary (:func:`aifactory_train.model.head.attach_head`)
+        self.head: Head | None = None
         self.logit_scale = _logit_scale(self.language_model.config)
         self.logit_softcap = _logit_softcap(self.language_model.config)
         _check_output_layer(self.language_model.get_output_embeddings())
@@ -101,14 +104,18 @@ class CausalLM(nn.Module):
         targets: torch.Tensor,
         *,
         noise: Noise | None = None,
-        objective: Objective = SUMMED_NLL,
+        objective: Objective | HeadObjective = SUMMED_NLL,
     ) -> torch.Tensor:
         """``objective`` of the supervised ``positions`` (int64 ``[N]`` into the flattened batch) with ``targets``
         ``[N]``.
 
-        The fp32 sum of their negative log-likelihoods by default.
+        The fp32 sum of their negative log-likelihoods by default. With a head ``positions`` are those that it reads,
+        one of each document, and ``targets`` are not looked at.
         """
         hidden = self.hidden(input_ids, position_ids, documents, noise).index_select(0, positions)
+        if isinstance(objective, HeadObjective):
+            assert self.head is not None
+            return objective.loss(self.head(hidden))
         weight = self.output_weight
         if self.first_moving_row:
             weight = _StillRows.apply(weight, self.first_moving_row)

@@ -18,6 +18,7 @@ from aifactory_train.model.adapters import apply_adapter, start_from_adapter
 from aifactory_train.model.base import base_folder
 from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.model.generation_config import loading
+from aifactory_train.model.head import attach_head
 from aifactory_train.model.precision import Precision, apply_precision, choose_precision
 from aifactory_train.model.report import ModelReport
 from aifactory_train.sources.vocabulary import first_new_row
@@ -171,6 +172,7 @@ def build_model(
     apply_precision(model, precision)
     core = CausalLM(model, recipe.train.loss_chunk_tokens)
     core.unread = unread
+    attach_head(core, recipe, dtype=precision.parameters, report=report)
     if recipe.model.vocabulary is not None and recipe.model.vocabulary.train == "new":
         core.first_moving_row = first_new_row(path)
         report.add("embeddings", f"rows from {core.first_moving_row} on are trained", "model.vocabulary.train new")

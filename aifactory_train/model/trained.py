@@ -12,6 +12,7 @@ from aifactory_train.core import compat
 from aifactory_train.core.errors import UserError
 from aifactory_train.model.base import base_folder
 from aifactory_train.model.causal_lm import CausalLM
+from aifactory_train.model.head import IN_ADAPTER
 from aifactory_train.model.report import ModelReport
 from aifactory_train.model.weight_files import Source, TensorFiles
 from aifactory_train.private import profile, vault
@@ -36,7 +37,11 @@ def adapter_tensors(folder: Path) -> Source:
 def load_adapter(core: CausalLM, folder: Path) -> None:
     from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(core.model, vault.load_tensors(folder / "adapter_model.safetensors"))
+    tensors = vault.load_tensors(folder / "adapter_model.safetensors")
+    if core.head is not None:
+        with torch.no_grad():
+            core.head.weight.copy_(tensors.pop(IN_ADAPTER))
+    set_peft_model_state_dict(core.model, tensors)
 
 
 def with_adapter(base: Any, adapter: Path) -> Any:
@@ -57,6 +62,33 @@ def nothing_exported(run: RunFolder) -> UserError:
     return UserError("this run has exported nothing yet", where=str(run.path), fix=fix)
 
 
+def load_classifier(run: RunFolder, device: str) -> tuple[Any, Any, Path]:
+    """transformers' own classifier from the export of a run with a head, in fp32 and eval mode: ``(model, tokenizer,
+    exported folder)``. Raises :class:`UserError` where the run has no head, or has exported nothing.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    recipe = run.load_config()
+    profile.enforce(recipe, run.path)
+    if recipe.methods.head is None:
+        fix = "its answers: aifactory eval, aifactory chat; labels need methods.head in the recipe"
+        raise UserError("this run trained no head, so it gives no labels", where=str(run.path), fix=fix)
+    adapter, whole = run.export / "adapter", run.export / "model"
+    how: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32, "use_safetensors": True}
+    if vault.holds(adapter / "adapter_model.safetensors"):
+        folder = adapter
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        base = AutoModelForSequenceClassification.from_pretrained(str(base_folder(recipe)), config=config, **how)
+        with compat.quiet_peft():
+            model: Any = with_adapter(base, adapter)
+    elif (whole / "config.json").is_file():
+        folder = whole
+        model = AutoModelForSequenceClassification.from_pretrained(str(folder), **how)
+    else:
+        raise nothing_exported(run)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(str(folder), local_files_only=True), folder
+
+
 def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
     """The trained model of a run for use (chat, eval): ``(model, tokenizer, recipe)``, with our attention, in eval
     mode.
@@ -69,6 +101,12 @@ def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
     from aifactory_train.model.precision import choose_precision
 
     recipe = run.load_config()
+    if recipe.methods.head is not None:
+        raise UserError(
+            "this run trained a head: it gives labels and writes no text",
+            where=str(run.path),
+            fix=f"aifactory predict {run.path} --data FILE; its held-out figures are in eval.json",
+        )
     profile.enforce(recipe, run.path)
     precision, _ = choose_precision(recipe, device)
     report = ModelReport()

@@ -27,9 +27,9 @@ _PEFT_PARTS = (".base_layer", ".original_module", ".modules_to_save.default")
 
 def file_name_of(name: str) -> str | None:
     """Name in the base model's files of a parameter of :class:`~aifactory_train.model.causal_lm.CausalLM`; None for
-    adapters.
+    adapters and heads.
     """
-    if ".lora_" in name:
+    if ".lora_" in name or name.startswith("head."):
         return None
     name = name.removeprefix("model.")
     if name.startswith("base_model.model."):
@@ -53,12 +53,14 @@ def tensors_in(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(shard.keys(), single)
 
 
-def skeleton(config: Any, attention: str, dtype: torch.dtype) -> nn.Module:
-    """The transformers model of ``config`` with stride-0 zeros in ``dtype`` for weights and real buffers."""
-    from transformers import AutoModelForCausalLM
+def skeleton(config: Any, attention: str, dtype: torch.dtype, *, classifies: bool = False) -> nn.Module:
+    """The transformers model of ``config`` with stride-0 zeros in ``dtype`` for weights and real buffers;
+    ``classifies``: its classifier."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    kind: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     with foreign("model.base", "no model can be built from its configuration"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = kind.from_config(config, dtype=dtype, attn_implementation=attention)
     replaced: dict[int, nn.Parameter] = {}  # tied weights stay one
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -41,6 +41,16 @@ def micro_batch(dataset: TokenDataset, share: Any, batching: str, pad_id: int, d
     return device_batch(collate(dataset, share, batching, pad_id), device)
 
 
+def last_places(batch: DeviceBatch, lengths: Any, batching: str) -> None:
+    """Let a batch of documents of ``lengths`` (int ``[K]``) be read at the last token of each, as heads do."""
+    tokens = np.asarray(lengths, dtype=np.int64)
+    width = int(batch.input_ids.shape[1])
+    ends = np.cumsum(tokens) if batching == "packed" else np.arange(len(tokens)) * width + tokens
+    device = str(batch.input_ids.device)
+    batch.positions = to_device(torch.from_numpy(ends - 1), device)
+    batch.targets = torch.zeros_like(batch.positions)
+
+
 def empty_batch(pad_id: int, device: str) -> DeviceBatch:
     """One token (``[1, 1]``) and no supervised position."""
     one = torch.full((1, 1), pad_id, dtype=torch.int64, device=device)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from aifactory_train.model.attention import Documents
     from aifactory_train.model.causal_lm import CausalLM
     from aifactory_train.model.embedding_noise import Noise
+    from aifactory_train.model.head import HeadObjective
     from aifactory_train.parallel.dims import ParallelDims
     from aifactory_train.parallel.state import Sharded
 
@@ -35,8 +36,8 @@ class DeviceBatch:
     targets: torch.Tensor
     #: on the embeddings (NEFTune)
     noise: Noise | None = None
-    #: what the forward pass computes from the targets' likelihoods; a preference method gives its own
-    objective: Objective = SUMMED_NLL
+    #: what the forward pass computes from the targets' likelihoods, or from a head; a method gives its own
+    objective: Objective | HeadObjective = SUMMED_NLL
 
     def kwargs(self) -> dict[str, Any]:
         """Arguments by name of :meth:`aifactory_train.model.causal_lm.CausalLM.loss`."""

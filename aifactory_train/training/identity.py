@@ -45,6 +45,9 @@ def of_run(recipe: Recipe, data: Any, train_set: Any) -> dict[str, Any]:
     desirable = getattr(train_set, "desirable", None)
     if desirable is not None:  # which answers are to become likelier stands in the rows, not in their tokens
         train["labels"] = hashlib.sha256(desirable.tobytes()).hexdigest()
+    label_digest = getattr(train_set, "label_digest", None)
+    if label_digest is not None:  # so with the labels of a head
+        train["labels"] = label_digest
     held_out = {name: {"tokens": rows.digest} for name, rows in data.evals.items()}
     return {
         "format": FORMAT,

@@ -15,7 +15,7 @@ from aifactory_train.core import output
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.figures import duration, measured
 from aifactory_train.core.files import read_json, write_atomic, write_json
-from aifactory_train.metrics import ANSWER_METRICS, LIKELIHOOD_METRICS, PREFERENCE_METRICS
+from aifactory_train.metrics import ANSWER_METRICS, HEAD_METRICS, LIKELIHOOD_METRICS, PREFERENCE_METRICS
 from aifactory_train.record.events import Evaluated, Event, Incident, RunEnded, StepDone
 from aifactory_train.run.folder import RunFolder
 
@@ -220,7 +220,7 @@ def print_comparison(results: dict[str, Any], run: RunFolder, exported: dict[str
     """Held-out figures before and after, with the change, and where things lie."""
     before, after = results.get("before") or {}, results.get("after") or {}
     names = [k for k in (*LIKELIHOOD_METRICS, *ANSWER_METRICS, "memorisation") if k in before or k in after]
-    names += [k for k in PREFERENCE_METRICS if k in before or k in after]
+    names += [k for k in (*HEAD_METRICS, *PREFERENCE_METRICS) if k in before or k in after]
     rows = []
     paired = results.get("change") or {}
     for name in names:
