@@ -18,6 +18,7 @@ from aifactory_train.core.fresh_process import environment
 from aifactory_train.model.attention import Documents
 from aifactory_train.model.causal_lm import CausalLM, Forward
 from aifactory_train.model.cpu_matmul import as_torch
+from aifactory_train.model.head import Outputs
 from aifactory_train.private import redact, vault
 
 if TYPE_CHECKING:
@@ -71,9 +72,17 @@ def gate_rows(data: PreparedData) -> list[list[int]]:
     return [held.tokens(int(i))[:GATE_TOKENS].tolist() for i in choose_rows(len(held), GATE_ROWS)]
 
 
+def unpadded(row: list[int], pad_id: int) -> list[int]:
+    """A row for a classifier, which reads the last token that is no padding: it must end with another one."""
+    end = max((i for i, token in enumerate(row) if token != pad_id), default=0)
+    return row[: end + 1]
+
+
 @torch.no_grad()
 def reference_logits(core: CausalLM, rows: list[list[int]]) -> list[torch.Tensor]:
     """fp32 ``[places, V]`` of the last places of each row, through our attention; the model's mode is restored.
+
+    Of a model with a head its outputs, ``[1, outputs]``.
 
     Products are torch's own here, as they are in the process that reloads the files: summed in another order, the
     logits of a 135M model move by 2e-6, which is more than the gate lets pass.
@@ -88,6 +97,9 @@ def reference_logits(core: CausalLM, rows: list[list[int]]) -> list[torch.Tensor
             places = torch.arange(max(0, len(row) - GATE_POSITIONS), len(row))
             with as_torch():
                 positions = torch.arange(len(row)).unsqueeze(0)
+                if core.head is not None:
+                    out.append(core(ids, positions, documents, places[-1:], places[-1:], objective=Outputs()))
+                    continue
                 out.append(core(ids, positions, documents, places, task=Forward.LOGITS))
         return out
     finally:
@@ -96,7 +108,9 @@ def reference_logits(core: CausalLM, rows: list[list[int]]) -> list[torch.Tensor
 
 @torch.no_grad()
 def plain_logits(model, rows: list[list[int]]) -> list[torch.Tensor]:
-    """The same places from a transformers model in this process."""
+    """The same places from a transformers model in this process, or the outputs of a classifier."""
+    if getattr(model, "score", None) is not None:
+        return [model(torch.tensor([row])).logits.float() for row in rows]
     return [model(torch.tensor([row]), logits_to_keep=min(GATE_POSITIONS, len(row))).logits[0].float() for row in rows]
 
 
@@ -150,18 +164,23 @@ def relative(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     return max((e - f).abs().max().item() for e, f in zip(expected, found, strict=True)) / largest
 
 
-def judge(kind: str, dtype: str, expected: list[torch.Tensor], found: list[torch.Tensor]) -> GateVerdict:
-    """Compare logits, lists of fp32 ``[places, V]``. Anything not finite fails."""
+def judge(
+    kind: str, dtype: str, expected: list[torch.Tensor], found: list[torch.Tensor], *, bound: float | None = None
+) -> GateVerdict:
+    """Compare logits, lists of fp32 ``[places, V]``. Anything not finite fails. ``bound``: the limit in fp32, where it
+    is not that of the kind.
+    """
     reference, other = torch.cat(expected), torch.cat(found)
     difference = relative(expected, found)
-    best = reference.topk(2, dim=1).values
-    decisive = (best[:, 0] - best[:, 1]) > (0.0 if dtype == "fp32" else BF16_TIE * reference.abs().max())
+    best = reference.topk(min(2, reference.shape[1]), dim=1).values
+    decisive = (best[:, 0] - best[:, -1]) > (0.0 if dtype == "fp32" else BF16_TIE * reference.abs().max())
     same = (reference.argmax(1) == other.argmax(1))[decisive]
     top1 = same.float().mean().item() if len(same) else 1.0
     p, q = reference.double().log_softmax(1), other.double().log_softmax(1)
     kl = (p.exp() * (p - q)).sum(1).mean().item()
     if dtype == "fp32":
-        bound = ADAPTER_LIMIT if kind == "adapter" else FP32_LIMIT
+        if bound is None:
+            bound = ADAPTER_LIMIT if kind == "adapter" else FP32_LIMIT
         limit, passed = f"relative difference at most {bound:.0e}", difference <= bound
     else:
         limit = f"top-1 agreement at least {BF16_TOP1} at decisive places, mean KL at most {BF16_KL} nats"

@@ -80,6 +80,10 @@ def export_gguf(run: RunFolder, kind: str, *, step: int | None = None, verify: b
             f"there is no type '{kind}'{did_you_mean(kind, TYPES)}", where="--type", fix=f"one of: {', '.join(TYPES)}"
         )
     recipe = run.load_config()
+    if recipe.methods.head is not None:
+        raise UserError(
+            "llama.cpp has no place for a trained head", where=str(run.path), fix="--merge writes safetensors"
+        )
     profile.enforce(recipe, run.path)
     refuse_plain(run, "gguf")
     verify = recipe.export.verify if verify is None else verify

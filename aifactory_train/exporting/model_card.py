@@ -10,6 +10,7 @@ from aifactory_train import __version__
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.figures import FIGURES, measured
 from aifactory_train.core.templates import render
+from aifactory_train.exporting.head_files import use_of
 from aifactory_train.record.render.common import cell, inline
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.sources import licences
@@ -28,19 +29,20 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
     before, after = _results(run)
     result = licences.result_licence(recipe)
     licence, licence_name = _licence(result)
+    task = "text-generation" if recipe.methods.head is None else "text-classification"
     metadata = ModelCardData(
         base_model=_public(base),
         datasets=sorted({s.source for s in recipe.data.train if _is_hub(s.source)}) or None,
         language=recipe.about.languages or None,
         library_name={"adapter": "peft", "gguf": "gguf"}.get(kind, "transformers"),
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         license=licence,
         license_name=licence_name,
         tags=["aifactory-train", recipe.about.sector, recipe.adapter.kind if kind != "model" else "full fine-tuning"],
         model_name=run.path.resolve().name,
         eval_results=[
             EvalResult(
-                task_type="text-generation",
+                task_type=task,
                 dataset_type="held-out",
                 dataset_name=", ".join(data.evals) or "held-out rows",
                 metric_type=name,
@@ -71,6 +73,7 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
             if before.get(name) is not None or after.get(name) is not None
         ],
         training=_training(recipe, data),
+        use=None if recipe.methods.head is None else use_of(recipe),
         cell=cell,
         code=_code,
         public=_public,

@@ -16,13 +16,19 @@ def main(job_file: str) -> None:
     It is JSON: ``{"checks": [{"name", "base", "adapter" or null, "dtype"}], "rows": [[token ids], ...], "positions": n,
     "threads": n, "out": FILE}``. A check with ``gguf`` (a file name in ``base``) reads that file instead of
     safetensors, with ``settings`` for what transformers leaves out of its configuration; one with ``plain_generation``
-    leaves the base's generation settings out, which transformers would not load. For each check the logits of the last
-    ``positions`` places of every row go to ``out`` (safetensors, fp32 ``[places, V]``, keys ``NAME.ROW``), each row
-    alone in its batch, without padding.
+    leaves the base's generation settings out, which transformers would not load; one with ``head`` is of a classifier,
+    whose configuration lies in that folder, and whose outputs are ``[1, outputs]``. For each check the logits of the
+    last ``positions`` places of every row go to ``out`` (safetensors, fp32 ``[places, V]``, keys ``NAME.ROW``), each
+    row alone in its batch, without padding.
     """
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        GenerationConfig,
+    )
 
     with open(job_file, encoding="utf-8") as file:
         job = json.load(file)
@@ -38,7 +44,11 @@ def main(job_file: str) -> None:
             for key, value in check["settings"].items():
                 setattr(config, key, value)
             how["config"] = config
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        kind: Any = AutoModelForCausalLM
+        if check.get("head"):
+            kind = AutoModelForSequenceClassification
+            how["config"] = AutoConfig.from_pretrained(check["head"], local_files_only=True)
+        model: Any = kind.from_pretrained(
             check["base"],
             dtype=getattr(torch, check["dtype"]),
             attn_implementation="sdpa",
@@ -52,7 +62,11 @@ def main(job_file: str) -> None:
         model.eval()
         with torch.no_grad():
             for i, row in enumerate(job["rows"]):
-                logits = model(torch.tensor([row]), logits_to_keep=min(job["positions"], len(row))).logits
+                ids = torch.tensor([row])
+                if check.get("head"):
+                    found[f"{check['name']}.{i}"] = model(ids).logits.float().contiguous()
+                    continue
+                logits = model(ids, logits_to_keep=min(job["positions"], len(row))).logits
                 found[f"{check['name']}.{i}"] = logits[0].float().contiguous()
         del model
         gc.collect()

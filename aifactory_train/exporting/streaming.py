@@ -156,6 +156,7 @@ class Streamed:
             self._fill(list(self.meta))
             return
         blocks = block_modules(model)
+        # a classifier has no output embeddings
         first, last = language_model.get_input_embeddings(), language_model.get_output_embeddings()
         own = [self._names_in(unit) for unit in blocks]
         late = [n for n in self._names_in(last) if n not in {m for names in own for m in names}]
@@ -169,8 +170,8 @@ class Streamed:
         blocks[-1].register_forward_hook(lambda *_: self._fill(late))
         model.register_forward_hook(lambda *_: self._empty(late))
 
-    def _names_in(self, module: nn.Module) -> list[str]:
-        return [self.names[id(p)] for p in module.parameters()]
+    def _names_in(self, module: nn.Module | None) -> list[str]:
+        return [] if module is None else [self.names[id(p)] for p in module.parameters()]
 
     def _around(self, module: nn.Module, names: list[str]) -> None:
         module.register_forward_pre_hook(lambda *_: self._fill(names))

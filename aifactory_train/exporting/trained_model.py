@@ -13,6 +13,7 @@ from aifactory_train.exporting.gate import (
 )
 from aifactory_train.exporting.streaming import Streamed, adapter_names, all_to_meta
 from aifactory_train.model.causal_lm import CausalLM
+from aifactory_train.model.head import IN_ADAPTER, PARAMETER, attach_head
 from aifactory_train.model.loading import build_model
 from aifactory_train.model.precision import Precision
 from aifactory_train.model.report import ModelReport
@@ -90,9 +91,12 @@ class TrainedModel:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         core = CausalLM(model)
+        attach_head(core, plain, dtype=torch.float32, report=ModelReport())
         base, trained = TensorFiles.of(self.base), self.trained
         adapter = adapter_tensors(self.run.export / "adapter") if trained is None else {}
         keys = {f"model.{p}": key for key, p in adapter_names(model).items()} if trained is None else {}
+        if keys and core.head is not None:
+            keys[PARAMETER] = IN_ADAPTER
 
         def read(name: str) -> torch.Tensor:
             if trained is not None and name in trained:

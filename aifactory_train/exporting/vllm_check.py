@@ -276,6 +276,8 @@ def check(run: RunFolder, recipe: Recipe, *, load: bool, python: str | None, dty
     from aifactory_train.model.base import base_folder
     from aifactory_train.private import profile, vault
 
+    if recipe.methods.head is not None:
+        raise UserError("what vLLM would make of a trained head is not checked", where=str(run.path))
     profile.enforce(recipe, run.path)
     if vault.seals() or list(run.export.glob("*/*.aft")):
         raise UserError("vLLM reads no encrypted weights", where=str(run.export), fix="export where they may be plain")

@@ -41,7 +41,9 @@ from aifactory_train.exporting.gate import (
     plain_logits,
     relative,
     reload_logits,
+    unpadded,
 )
+from aifactory_train.exporting.head_files import chosen_for, classifier_config, write_head_file
 from aifactory_train.exporting.place import named, refuse_plain, remove_left
 from aifactory_train.exporting.streaming import Merged, ShardFiles, Streamed, adapter_names, all_to_meta
 from aifactory_train.exporting.trained_model import TrainedModel
@@ -49,6 +51,7 @@ from aifactory_train.exporting.trained_tensors import trained_before, trained_by
 from aifactory_train.model.base import base_folder, public_base
 from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.model.generation_config import loading, read_base
+from aifactory_train.model.head import IN_ADAPTER, PARAMETER, PLAIN
 from aifactory_train.model.trained import adapter_tensors, with_adapter
 from aifactory_train.model.weight_files import Source, TensorFiles
 from aifactory_train.private import profile, vault
@@ -100,7 +103,7 @@ def export_run(
     with trained_by(engine, run) as (source, core):
         return from_main(
             engine.world,  # type: ignore[attr-defined]
-            lambda: Export(run, recipe, source, core, tokenizer, data, dtype, verify).run_all(merge),
+            lambda: Export(run, recipe, source, core, tokenizer, data, dtype, verify, live=True).run_all(merge),
         )
 
 
@@ -117,10 +120,14 @@ class Export:
         data: PreparedData | None,
         dtype: str,
         verify: bool,
+        *,
+        live: bool = False,
     ):
         from aifactory_train.data import load_tokenizer, prepare
 
         self.run, self.recipe, self.trained, self.dtype, self.verify = run, recipe, trained, dtype, verify
+        self.has_head = recipe.methods.head is not None
+        self.chosen = chosen_for(run, live=live, again=trained is None) if self.has_head else None
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe)
         self.data = data if data is not None else prepare(recipe, self.tokenizer)
         self.base = base_folder(recipe)
@@ -128,6 +135,9 @@ class Export:
         if self.generation.repaired and core is None:  # a training has said it at its start
             note(f"{self.base / 'generation_config.json'}: {self.generation.describe()}")
         self.rows = gate_rows(self.data) if verify else []
+        if self.has_head:
+            pad_id = self.data.tokenizer_info["pad_id"]
+            self.rows = [unpadded(row, pad_id) for row in self.rows]
         self.reference = TrainedModel(run, recipe, self.base, trained, core, self.rows)
         self.whole = self.reference.why_whole
         if self.whole is not None and core is None:
@@ -165,6 +175,8 @@ class Export:
         one_name = {id(p): n for n, p in core.named_parameters()}
         own = {n: one_name[id(p)] for n, p in core.named_parameters(remove_duplicate=False)}
         names = {key: own[f"model.{name}"] for key, name in adapter_names(core.model).items()}
+        if self.has_head:
+            names[IN_ADAPTER] = PARAMETER
         shapes = {n: tuple(p.shape) for n, p in core.named_parameters()}
 
         def tensor_of(name: str) -> torch.Tensor:
@@ -177,13 +189,13 @@ class Export:
             files.put(key, tensor_of(name))
         files.finish()
         config: Any = core.model.peft_config["default"]  # type: ignore[index]
-        before = (config.base_model_name_or_path, config.revision, config.inference_mode)
+        config = copy.copy(config)
         config.base_model_name_or_path, config.revision = public_base(self.recipe)
         config.inference_mode = True
-        try:
-            config.save_pretrained(str(folder))
-        finally:
-            config.base_model_name_or_path, config.revision, config.inference_mode = before
+        if self.has_head:  # as peft writes it where it trained the classifier itself
+            config.task_type, config.modules_to_save = "SEQ_CLS", ["classifier", "score"]
+            self._bare().config.save_pretrained(str(folder))
+        config.save_pretrained(str(folder))
         _sort_sets(folder / "adapter_config.json")
         self._write_companions(folder, "adapter")
 
@@ -197,10 +209,10 @@ class Export:
             parameters = dict(model.named_parameters(remove_duplicate=False))
             with torch.no_grad():
                 for name in trained:
-                    parameters[name.removeprefix("model.")].copy_(trained[name])
+                    parameters[_plain_name(name)].copy_(trained[name])
             self._save_whole(model, folder, "model")
             return
-        weights = {name.removeprefix("model."): name for name in trained}
+        weights = {_plain_name(name): name for name in trained}
         base = TensorFiles.of(self.base)
         self._save(lambda name: trained[weights[name]] if name in weights else base[name], folder, "model")
 
@@ -222,11 +234,14 @@ class Export:
         return source
 
     def _bare(self) -> Any:
-        """The plain transformers model as meta tensors."""
+        """The plain transformers model (with a head its classifier) as meta tensors."""
         from aifactory_train.model.loading import load_config
         from aifactory_train.model.weight_files import skeleton
 
-        model = skeleton(load_config(self.base, self.recipe), "sdpa", torch.float32)
+        config = load_config(self.base, self.recipe)
+        if self.has_head:
+            config = classifier_config(config, self.recipe, self.data.tokenizer_info["pad_id"])
+        model = skeleton(config, "sdpa", torch.float32, classifies=self.has_head)
         all_to_meta(model)
         return model
 
@@ -259,7 +274,8 @@ class Export:
         config = model.config
         config.architectures, config.dtype = [type(model).__name__], wanted
         config.save_pretrained(str(folder))
-        self._generation_config().save_pretrained(str(folder))
+        if not self.has_head:
+            self._generation_config().save_pretrained(str(folder))
         self._write_companions(folder, kind)
         if self.verify and wanted != torch.float32:
             Streamed(model, model, read, MAX_SHARD_BYTES)
@@ -277,10 +293,12 @@ class Export:
     # ---- models that only transformers can load: whole in memory
 
     def _load_plain(self) -> Any:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-        return AutoModelForCausalLM.from_pretrained(
+        kind: Any = AutoModelForSequenceClassification if self.has_head else AutoModelForCausalLM
+        return kind.from_pretrained(
             self.base,
+            **({"config": self._bare().config} if self.has_head else {}),
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
@@ -294,7 +312,7 @@ class Export:
             merged = with_adapter(self._load_plain(), adapter).merge_and_unload(safe_merge=True)
         for parameter in merged.parameters():
             parameter.requires_grad_(False)
-        if getattr(merged.config, "tie_word_embeddings", False):
+        if getattr(merged.config, "tie_word_embeddings", False) and not self.has_head:
             ours, theirs = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
             if ours is not theirs and not torch.equal(ours, theirs):
                 raise RunFailed(_TIED_DIFFER, where=str(folder))
@@ -308,7 +326,8 @@ class Export:
             self._before_rounding(self.reference.expected(), plain_logits(model, self.rows), kind)
         model.to(wanted)
         model.config.dtype = wanted
-        model.generation_config = self._generation_config()
+        if not self.has_head:
+            model.generation_config = self._generation_config()
         model.save_pretrained(str(folder), max_shard_size=MAX_SHARD_BYTES)
         self._write_companions(folder, kind)
         del model
@@ -337,7 +356,9 @@ class Export:
         from aifactory_train.exporting.model_card import model_card
 
         self.tokenizer.save_pretrained(str(folder))
-        if kind == "adapter":
+        if self.has_head:
+            write_head_file(folder, self.recipe, self.chosen)
+        elif kind == "adapter":
             self._generation_config().save_pretrained(str(folder))
         (folder / "README.md").write_text(
             model_card(self.run, self.recipe, self.data, kind, self.dtype), encoding="utf-8"
@@ -356,6 +377,7 @@ class Export:
                     "base": str((self.base if kind == "adapter" else folder).resolve()),
                     "adapter": str(folder.resolve()) if kind == "adapter" else None,
                     "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+                    **({"head": str(folder.resolve())} if self.has_head else {}),
                     # a base that transformers only loads without its own generation settings (they do not touch the
                     # logits)
                     "plain_generation": kind == "adapter" and not self.generation.loadable,
@@ -363,7 +385,7 @@ class Export:
             ],
             self.rows,
         )[kind]
-        verdict = judge(kind, dtype, expected, found)
+        verdict = judge(kind, dtype, expected, found, bound=FP32_LIMIT if self.has_head else None)
         self.verdicts[kind] = verdict
         if not verdict.passed:
             raise RunFailed(
@@ -399,6 +421,11 @@ class Export:
             for left in (folder, old):
                 if left is not None:
                     shutil.rmtree(left, ignore_errors=True)
+
+
+def _plain_name(name: str) -> str:
+    """Name in the plain transformers model of a trained weight."""
+    return PLAIN if name == PARAMETER else name.removeprefix("model.")
 
 
 def _sort_sets(config: Path) -> None:
