@@ -29,6 +29,7 @@ COMMANDS = {
     "logs": "show or follow the logs of a run",
     "stop": "ask a run to save and stop, or cancel it",
     "eval": "score rows with a trained run",
+    "predict": "labels of texts, from a run that trained a head",
     "chat": "answer prompts with a trained run",
     "export": "adapter or merged weights for the ecosystem, behind a logits gate",
     "report": "what a run did, as a table or JSON",

@@ -1,0 +1,58 @@
+"""``aifactory predict``: labels and calibrated probabilities of texts, from a run that trained a head."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_name", metavar="RUN", help="name of a run below runs/, or its folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="FILE", help="rows with a text (or a question), in any form training reads")
+    what.add_argument("--text", metavar="TEXT", help="one text")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="with --data (default: RUN/predictions.jsonl)")
+    parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    from aifactory_train.core import compat, output
+    from aifactory_train.core.errors import UserError
+    from aifactory_train.core.files import write_atomic
+    from aifactory_train.evaluation.predicting import Classifier, texts_of
+    from aifactory_train.run.folder import open_run
+
+    folder = open_run(args.run_name)
+    if args.text is not None:
+        if args.out is not None:
+            raise UserError("is for --data", where="--out")
+        if not args.text.strip():
+            raise UserError("is empty: there is nothing to classify", where="--text")
+        (found,) = Classifier(folder, compat.device_type()).predict([("text", args.text)])
+        if args.json:
+            output.print_json({"run": str(folder.path), **found})
+        else:
+            print(_said(found))
+        return 0
+    recipe = folder.load_config()
+    rows = texts_of(Path(args.data), recipe)
+    predictions = Classifier(folder, compat.device_type()).predict(rows)
+    target = args.out or folder.path / "predictions.jsonl"
+    write_atomic(target, "".join(json.dumps(p, ensure_ascii=False, allow_nan=False) + "\n" for p in predictions))
+    if args.json:
+        counts: dict[str, int] = {}
+        for label in (label for p in predictions for label in p["labels"]):
+            counts[label] = counts.get(label, 0) + 1
+        shown = {"run": str(folder.path), "data": args.data, "rows": len(predictions), "labels": counts}
+        output.print_json({**shown, "predictions": str(target)})
+        return 0
+    print(f"{len(predictions)} rows of {args.data}\npredictions: {target}")
+    return 0
+
+
+def _said(found: dict[str, Any]) -> str:
+    labels = ", ".join(found["labels"]) or "no label"
+    best = sorted(found["probabilities"].items(), key=lambda item: -item[1])[:5]
+    return f"{labels}\n" + "\n".join(f"  {p:.3f}  {name}" for name, p in best)
