@@ -98,7 +98,8 @@ def measure(name: str, steps: int, rows: int, note: str) -> dict[str, Any]:
     settings = [f"train.max_steps={steps}"] if recipe.train.max_steps is None or recipe.train.max_steps > steps else []
     settings += [f"data.eval_rows={rows}"] if recipe.data.eval_rows > rows else []
     # every held-out row that is scored is answered as well, where the metric is one of answers
-    settings += [f"eval.generate_rows={min(rows, recipe.data.eval_rows) if recipe.about.metric not in SMALLER else 0}"]
+    writes = recipe.about.metric not in SMALLER and recipe.methods.head is None
+    settings += [f"eval.generate_rows={min(rows, recipe.data.eval_rows) if writes else 0}"]
     command = ["aifactory", "train", name, *(word for s in settings for word in ("--set", s))]
     result: dict[str, Any] = {"id": name, "metric": recipe.about.metric, "command": " ".join(command)}
     result |= {"before": None, "after": None, "ci": None, "seconds": None, "improved": False}
@@ -172,6 +173,8 @@ def judge(metric: str, figures: dict[str, Any]) -> dict[str, Any]:
     an error: nothing stands in for it.
     """
     out = {"metric": metric, **verdict(metric, figures), "rows": figures["after"]["rows"]}
+    if BITS not in figures["after"]:
+        return out  # a head writes nothing: it is judged on all rows, and there are no bits
     if metric not in SMALLER:
         out["rows"] = figures["after"]["answered_rows"]
     if metric != BITS:
@@ -224,8 +227,13 @@ def constant(recipe: Any) -> float | None:
     if recipe.about.metric not in ("accuracy", "micro_f1", "macro_f1"):
         return None
     prepared = prepare(recipe)
-    wanted = [rows.row(i)["messages"][-1]["content"] for rows in prepared.evals.values() for i in range(len(rows))]
-    seen = collections.Counter(prepared.train.row(i)["messages"][-1]["content"] for i in range(len(prepared.train)))
+    between = recipe.eval.label_separator or ""
+
+    def label(row: dict[str, Any]) -> str:
+        return between.join(row["labels"]) if "labels" in row else row["messages"][-1]["content"]
+
+    wanted = [label(rows.row(i)) for rows in prepared.evals.values() for i in range(len(rows))]
+    seen = collections.Counter(label(prepared.train.row(i)) for i in range(len(prepared.train)))
     metric, (answer, _) = ANSWER_METRICS[recipe.about.metric], seen.most_common(1)[0]
     sums = metric.statistics([answer] * len(wanted), wanted, recipe.eval.label_separator).sum(0)
     return float(metric.value(sums))
@@ -282,7 +290,7 @@ def document(results: dict[str, Any]) -> str:
         f"out what these figures do not need: `{' '.join(LEAVE_OUT)}`.",
         "",
         f"{sum(results[n]['improved'] for n in measured)} of {len(measured)} measured recipes improved their metric, "
-        f"{sum(bits_of(results[n])['improved'] for n in measured)} bits per byte; the longest run took "
+        f"{sum(bits_of(results[n]).get('improved', False) for n in measured)} bits per byte; the longest run took "
         f"{max((results[n]['seconds'] for n in measured), default=0):.0f} seconds.",
         "",
         "| recipe | metric | before | after | improved | bits per byte before | after | improved | rows | repeated | "
@@ -293,7 +301,7 @@ def document(results: dict[str, Any]) -> str:
         r = results[name]
         again = r.get("repeated")
         shown = f"{again['rows']} of {again['of']}" if again else "not counted"
-        own = "| | | " if r["metric"] == BITS else columns(bits_of(r))
+        own = "| | | " if r["metric"] == BITS or BITS not in r else columns(bits_of(r))
         lines.append(
             f"| `{name}` | {r['metric'].replace('_', ' ')} {columns(r)}{own}"
             f"| {r['rows']} | {shown} | {r['tokens']:,} | {r['seconds']:.0f} |"
@@ -307,6 +315,7 @@ def document(results: dict[str, Any]) -> str:
             "A classifier that is not above it after so short a run has learnt the form of the answer and the "
             "commonest label, no more.",
         ]
+    lines += side_by_side(list(recipes), results)
     lines += ["", "| recipe | command | machine |", "|---|---|---|"]
     for name in measured:
         machine = results[name]["machine"]
@@ -357,9 +366,33 @@ def document(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def side_by_side(names: list[str], results: dict[str, Any]) -> list[str]:
+    """The recipes that classify by a head beside those that write the label of the same rows."""
+    lines = [
+        "",
+        "### Classifiers beside the generative form",
+        "",
+        "The same rows and metric. The head is judged on all held-out rows that are scored, the generative form on "
+        "those that it answered.",
+        "",
+        "| rows | metric | generative form | seconds | head | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in (n for n in names if n.endswith("-classifier")):
+        both = [results.get(n) or {} for n in (name.removesuffix("-classifier"), name)]
+        shown = [
+            (figure(r["after"], r["ci"]["after"]), f"{r['seconds']:.0f}") if r.get("ci") else ("not measured", "")
+            for r in both
+        ]
+        metric = next((r["metric"].replace("_", " ") for r in both if r.get("metric")), "")
+        cells = " | ".join(cell for pair in shown for cell in pair)
+        lines.append(f"| `{name.removesuffix('-classifier')}` | {metric} | {cells} |")
+    return lines
+
+
 def bits_of(result: dict[str, Any]) -> dict[str, Any]:
-    """The verdict on bits per byte, which is the recipe's own where that is its metric."""
-    return result if result["metric"] == BITS else result[BITS]
+    """The verdict on bits per byte, which is the recipe's own where that is its metric; a head has none."""
+    return result if result["metric"] == BITS else result.get(BITS, {})
 
 
 def columns(found: dict[str, Any]) -> str:

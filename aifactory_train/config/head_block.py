@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
 
 #: Form of the rows (``data.train[].format``) that each kind of head learns from.
-FORMS = {"classification": "label", "multi_label": "labels"}
+FORMS = {"classification": "label", "multi_label": "labels", "reward": "preference"}
 #: Figures that every head of labels has; ``eval.metrics`` may name them, and changes nothing by it.
 _OWN_FIGURES = frozenset({"accuracy", "micro_f1", "macro_f1"})
 _DEFAULT_FIGURES = frozenset({"bits_per_byte", "perplexity"})  # of eval.metrics where a recipe names none
@@ -21,9 +21,10 @@ _DEFAULT_FIGURES = frozenset({"bits_per_byte", "perplexity"})  # of eval.metrics
 class HeadConfig(Strict):
     """A small layer on the last hidden states in place of the vocabulary (docs/methods.md)."""
 
-    kind: Literal["classification", "multi_label"] = Field(
+    kind: Literal["classification", "multi_label", "reward"] = Field(
         description="classification: rows with text and one label; multi_label: any number of labels (a list, or text "
-        "that eval.label_separator divides). Labels are data.labels, else those of the rows in alphabetical order."
+        "that eval.label_separator divides). Labels are data.labels, else those of the rows in alphabetical order. "
+        "reward: a reward model from pairs (prompt, chosen, rejected)."
     )
     class_weights: Literal["balanced"] | dict[str, float] | None = Field(
         None,
@@ -35,10 +36,16 @@ class HeadConfig(Strict):
 
 def outputs(recipe: Recipe) -> int | None:
     """Rows of the head's weight; None for a recipe without a head. Labels must be settled (``data.labels``)."""
-    if recipe.methods.head is None:
-        return None
+    return None if recipe.methods.head is None else len(names(recipe))
+
+
+def names(recipe: Recipe) -> list[str]:
+    """What the head's outputs mean, in their order."""
+    assert recipe.methods.head is not None
+    if recipe.methods.head.kind == "reward":
+        return ["reward"]
     assert recipe.data.labels is not None, "the rows' labels are settled when they are read"
-    return len(recipe.data.labels)
+    return recipe.data.labels
 
 
 def check_head(recipe: Recipe) -> None:
@@ -61,12 +68,16 @@ def check_head(recipe: Recipe) -> None:
         raise ValueError("model.vocabulary: new tokens are learnt by predicting them, and a head predicts labels")
     if recipe.adapter.train_embeddings:
         raise ValueError("adapter.train_embeddings: does not go with a head; adapter.kind none trains all weights")
-    if data.long_documents in ("split", "paragraphs"):
+    if head.kind == "reward":
+        if data.labels is not None or head.class_weights is not None:
+            key = "data.labels" if data.labels is not None else "methods.head.class_weights"
+            raise ValueError(f"{key}: belongs to heads of labels; a reward model compares the two answers of a pair")
+    elif data.long_documents in ("split", "paragraphs"):
         raise ValueError(
             f"data.long_documents: {data.long_documents} would give each piece of a text the label of the whole; "
             "truncate or drop"
         )
-    if head.kind == "classification" and recipe.eval.label_separator is not None:
+    if head.kind != "multi_label" and recipe.eval.label_separator is not None:
         raise ValueError(
             "eval.label_separator: divides several labels; set methods.head.kind multi_label, or leave it out"
         )
@@ -85,11 +96,13 @@ def check_head(recipe: Recipe) -> None:
 
 def _check_eval(recipe: Recipe) -> None:
     asked = set(recipe.eval.metrics)
-    odd = sorted(asked - _OWN_FIGURES)
+    rewards = recipe.methods.head is not None and recipe.methods.head.kind == "reward"
+    odd = sorted(asked if rewards else asked - _OWN_FIGURES)
     if odd and asked != _DEFAULT_FIGURES:
         raise ValueError(
             f"eval.metrics: {', '.join(odd)} judges text, and a head writes none; its own figures (accuracy, F1, "
             "AUROC, calibration error) come by themselves: take it out"
         )
-    if recipe.eval.best_by not in ("auto", "loss"):
-        raise ValueError(f"eval.best_by: {recipe.eval.best_by} is no figure of a head; auto or loss")
+    figures = ("auto", "loss", "reward_accuracy") if rewards else ("auto", "loss")
+    if recipe.eval.best_by not in figures:
+        raise ValueError(f"eval.best_by: {recipe.eval.best_by} is no figure of this head; {', '.join(figures)} are")

@@ -53,6 +53,11 @@ def objective(recipe: Recipe) -> str:
 def _of_head(head: HeadConfig) -> str:
     """The loss of a head, in words."""
     weighted = {True: "", False: ", labels weighted"}[head.class_weights is None]
+    if head.kind == "reward":
+        return (
+            "likelihood of the order of pairs (Bradley-Terry) by the rewards of a linear head on the last token, "
+            "a mean over pairs"
+        )
     names = {
         "classification": f"cross-entropy of one label a document{weighted}",
         "multi_label": f"binary cross-entropy of each label, a mean over labels{weighted}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aifactory_train.config.head_block import FORMS, check_head
+from aifactory_train.config.head_block import check_head
 from aifactory_train.config.schema import RULES, Recipe
 
 
@@ -66,7 +66,7 @@ def _check_methods(recipe: Recipe) -> None:
     if methods.head is not None:
         check_head(recipe)
         return
-    if any(source.format in FORMS.values() for source in [*data.train, *(data.eval or [])]):
+    if any(source.format in ("label", "labels") for source in [*data.train, *(data.eval or [])]):
         raise ValueError("data.train: rows of format label or labels are what methods.head learns from")
     preference = methods.preference
     wanted = None if preference is None else ("feedback" if preference.kind == "kto" else "preference")

@@ -29,12 +29,13 @@ from torch import nn
 from aifactory_train import metrics
 from aifactory_train.core.errors import UserError
 from aifactory_train.evaluation.likelihood import _micro_batches, choose_rows
+from aifactory_train.evaluation.rewards import evaluate_rewards
 from aifactory_train.metrics import labels as of_labels
 from aifactory_train.metrics import scores
 from aifactory_train.metrics.bootstrap import interval, packed, ratio
 from aifactory_train.metrics.registry import Figure
 from aifactory_train.model.head import Outputs, label_losses
-from aifactory_train.parallel.batches import last_places, micro_batch
+from aifactory_train.parallel.batches import micro_batch, read_at
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
@@ -51,6 +52,7 @@ def head_outputs(
     module: nn.Module,
     dataset: Any,
     documents: np.ndarray,
+    ends: np.ndarray,
     *,
     width: int,
     batching: str,
@@ -62,7 +64,7 @@ def head_outputs(
     autocast: torch.dtype | None = None,
 ) -> np.ndarray:
     """The head's outputs for some documents, float64 ``[documents, width]``, the same on all ranks and for any number
-    of them.
+    of them. ``ends`` int64 ``[documents]``: the place that is read in each.
 
     ``module`` is called the same number of times on every rank; its mode is restored, dropout is off meanwhile.
     """
@@ -76,7 +78,7 @@ def head_outputs(
         for start in range(0, len(batches), world_size):
             mine = batches[start + rank] if start + rank < len(batches) else []
             batch = micro_batch(dataset, documents[mine], batching, pad_id, device)
-            last_places(batch, lengths[mine], batching)
+            read_at(batch, lengths[mine], ends[mine], batching)
             batch.objective = Outputs()
             with mixed:
                 outputs = module(**batch.kwargs())
@@ -111,12 +113,14 @@ def evaluate_head(
     if tell is not None:
         rows = sum(min(len(d), recipe.data.eval_rows) for d in prepared.evals.values())
         tell(f"reading {rows:,} held-out rows")
+    if recipe.methods.head is not None and recipe.methods.head.kind == "reward":
+        return evaluate_rewards(module, prepared, recipe, scoring=scoring, whole=whole)
     for name, dataset in prepared.evals.items():
         held: ClassifiedTokens = dataset  # type: ignore[assignment]
         documents = choose_rows(len(held), recipe.data.eval_rows)
         if not len(documents):
             raise UserError("no held-out rows to evaluate", where=f"data.eval: {held.name}")
-        outputs = head_outputs(module, held, documents, width=len(held.names), **scoring)
+        outputs = head_outputs(module, held, documents, held.ends[documents], width=len(held.names), **scoring)
         found.append((held, documents, outputs))
         sets[name] = Judgement(outputs, held.targets[documents]).figures()
     judged = Judgement(np.concatenate([o for _, _, o in found]), np.concatenate([h.targets[d] for h, d, _ in found]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.config.head_block import names
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.files import read_json, write_json
 from aifactory_train.core.output import note
@@ -13,6 +14,13 @@ from aifactory_train.run.folder import RunFolder
 
 #: Beside the weights: labels, temperature, thresholds.
 HEAD_FILE = "head.json"
+
+
+#: What a head reads: a text, or (True) a conversation with its answer.
+_READS = {
+    False: "tokenizer(text, truncation=True, max_length=sequence_length)",
+    True: "tokenizer.apply_chat_template(messages)",
+}
 
 
 def classifier_config(config: Any, recipe: Recipe, pad_id: int | None) -> Any:
@@ -31,11 +39,11 @@ def write_head_file(folder: Path, recipe: Recipe, chosen: dict[str, Any] | None)
     assert recipe.methods.head is not None
     content: dict[str, Any] = {
         "kind": recipe.methods.head.kind,
-        "labels": recipe.data.labels,
+        "labels": names(recipe),
         "sequence_length": recipe.data.sequence_length,
-        "pooling": "last token of tokenizer(text, truncation=True, max_length=sequence_length)",
+        "reads": "the last token that is no padding of " + _READS[recipe.methods.head.kind == "reward"],
     }
-    if chosen is None:
+    if chosen is None and recipe.methods.head.kind != "reward":
         note("the export has no temperature and no thresholds: its weights were not evaluated, or on too few rows")
     write_json(folder / HEAD_FILE, {**content, **(chosen or {})})
 
@@ -56,6 +64,12 @@ def chosen_for(run: RunFolder, *, live: bool, again: bool) -> dict[str, Any] | N
 def use_of(recipe: Recipe) -> str:
     """Lines of Python for the model card, behind ``model`` and ``tokenizer``: from a text to calibrated labels."""
     assert recipe.methods.head is not None
+    if recipe.methods.head.kind == "reward":
+        return (
+            'messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]\n'
+            'inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")\n'
+            "reward = model(**inputs).logits[0, 0]  # only differences between answers to one question mean something"
+        )
     start = (
         'head = json.load(open("THIS FOLDER/head.json"))\n'
         'inputs = tokenizer("a text", truncation=True, max_length=head["sequence_length"], return_tensors="pt")\n'

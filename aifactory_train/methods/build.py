@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: may be set.
 METHODS = {
     "preference": "aifactory_train.methods.preference:Preference",
-    "head": "aifactory_train.methods.head:Classifier",
+    "head": "aifactory_train.methods.head:head_method",
 }
 
 

@@ -17,8 +17,7 @@ class ClassifiedTokens(TokenDataset):
     ``[documents, labels]``.
 
     Each document counts as one supervised target, whatever its length: the loss of a step is a mean over documents.
-    Raises :class:`UserError` for a label that is not among ``names``, and for a text that ends with the padding token
-    ``pad_id``, behind which plain transformers would look for the end of the text.
+    ``ends``: :func:`ends_of` them. Raises :class:`UserError` for a label that is not among ``names``.
     """
 
     def __init__(self, base: TokenDataset, names: Sequence[str], *, several: bool, pad_id: int):
@@ -37,15 +36,7 @@ class ClassifiedTokens(TokenDataset):
                     )
                 marks[number, place[label]] = True
         self.targets = marks if several else marks.argmax(axis=1)
-        ends = base.store.starts[np.asarray(base._docs) + 1] - 1
-        padded = np.flatnonzero(base.store.token_map[ends] == pad_id)
-        if len(padded):
-            raise UserError(
-                "the text ends with the tokenizer's padding token: transformers would take it for padding and read "
-                "another token",
-                where=self.place(int(padded[0])),
-                fix="take the special token at its end away",
-            )
+        self.ends = ends_of(base, pad_id)
 
     @property
     def label_digest(self) -> str:
@@ -59,6 +50,19 @@ class ClassifiedTokens(TokenDataset):
         if self.several:
             return self.targets.sum(axis=0)
         return np.bincount(self.targets, minlength=len(self.names))
+
+
+def ends_of(base: TokenDataset, pad_id: int) -> np.ndarray:
+    """int64 ``[documents]``: the place that a head reads in each document, the last one that is no padding token. That
+    is the last one, but where a text (or a chat template) ends with the token that pads; transformers' classifiers,
+    which see no length, look before it, and so does training.
+    """
+    ends = base.lengths.astype(np.int64) - 1
+    last = base.store.token_map[base.store.starts[np.asarray(base._docs) + 1] - 1]
+    for number in np.flatnonzero(last == pad_id):
+        real = np.flatnonzero(base.tokens(int(number)) != pad_id)
+        ends[number] = real[-1] if len(real) else 0
+    return ends
 
 
 def labels_of(base: TokenDataset) -> list[list[str]]:

@@ -14,15 +14,22 @@ import torch
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.methods.classified import ClassifiedTokens, names_of
+from aifactory_train.methods.reward import RewardModel
 from aifactory_train.methods.supervised import Supervised
 from aifactory_train.model.head import LabelLoss
-from aifactory_train.parallel.batches import last_places, to_device
+from aifactory_train.parallel.batches import read_at, to_device
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
     from aifactory_train.data import PreparedData, TokenDataset
-    from aifactory_train.methods.base import RunContext
+    from aifactory_train.methods.base import RunContext, TrainingMethod
     from aifactory_train.parallel.engine import DeviceBatch
+
+
+def head_method(recipe: Recipe) -> TrainingMethod:
+    """The method of the recipe's kind of head."""
+    assert recipe.methods.head is not None
+    return RewardModel(recipe) if recipe.methods.head.kind == "reward" else Classifier(recipe)
 
 
 class Classifier(Supervised):
@@ -103,8 +110,9 @@ class Classifier(Supervised):
         """(batch, its documents, their lengths in tokens)."""
         train: ClassifiedTokens = run.data.train  # type: ignore[assignment]
         batch, documents, lengths = super().micro_batch(run, share)
-        last_places(batch, lengths, self.recipe.data.batching)
-        targets = torch.from_numpy(train.targets[np.asarray(share, dtype=np.int64)])
+        share = np.asarray(share, dtype=np.int64)
+        read_at(batch, lengths, train.ends[share], self.recipe.data.batching)
+        targets = torch.from_numpy(train.targets[share])
         device = run.world.device
         batch.objective = LabelLoss(to_device(targets.float() if self.several else targets, device), self.weights)
         return batch, documents, lengths

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aifactory_train.config.head_block import outputs
+from aifactory_train.config.head_block import names, outputs
 from aifactory_train.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: The head's name among trained parameters, in a transformers classifier, and in a PEFT adapter's file.
 PARAMETER, PLAIN, IN_ADAPTER = "head.weight", "score.weight", "base_model.model.score.weight"
-#: transformers' ``problem_type`` of each kind of head.
+#: transformers' ``problem_type`` of each kind of head; a reward is none of its problems.
 PROBLEMS = {"classification": "single_label_classification", "multi_label": "multi_label_classification"}
 
 
@@ -71,6 +71,18 @@ class LabelLoss(HeadObjective):
 
     def loss(self, outputs: torch.Tensor) -> torch.Tensor:
         return label_losses(outputs, self.targets, self.weights).sum()
+
+
+class PairLoss(HeadObjective):
+    """The summed loss of pairs of answers, which are neighbours, the chosen one first (fp32 scalar)."""
+
+    def loss(self, outputs: torch.Tensor) -> torch.Tensor:
+        return pair_losses(outputs).sum()
+
+
+def pair_losses(outputs: torch.Tensor) -> torch.Tensor:
+    """Bradley-Terry: ``-log sigmoid(chosen - rejected)`` of rewards ``[2 * pairs, 1]``, ``[pairs]``."""
+    return -F.logsigmoid(outputs[0::2, 0] - outputs[1::2, 0])
 
 
 def label_losses(outputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -146,10 +158,10 @@ def configured(config: Any, recipe: Recipe) -> Any:
     """A copy of a model's configuration that says what the head's outputs are."""
     import copy
 
-    head, labels = recipe.methods.head, recipe.data.labels
-    assert head is not None and labels is not None
+    head, labels = recipe.methods.head, names(recipe)
+    assert head is not None
     config = copy.deepcopy(config)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
-    config.problem_type = PROBLEMS[head.kind]
+    config.problem_type = PROBLEMS.get(head.kind)
     return config

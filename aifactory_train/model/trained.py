@@ -73,6 +73,9 @@ def load_classifier(run: RunFolder, device: str) -> tuple[Any, Any, Path]:
     if recipe.methods.head is None:
         fix = "its answers: aifactory eval, aifactory chat; labels need methods.head in the recipe"
         raise UserError("this run trained no head, so it gives no labels", where=str(run.path), fix=fix)
+    if recipe.methods.head.kind == "reward":
+        fix = "the README of its export shows how an answer gets its reward"
+        raise UserError("this run trained a reward model, which gives no labels", where=str(run.path), fix=fix)
     adapter, whole = run.export / "adapter", run.export / "model"
     how: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32, "use_safetensors": True}
     if vault.holds(adapter / "adapter_model.safetensors"):
@@ -102,10 +105,12 @@ def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
 
     recipe = run.load_config()
     if recipe.methods.head is not None:
+        rewards = recipe.methods.head.kind == "reward"
+        use = "the README of its export shows how" if rewards else f"aifactory predict {run.path} --data FILE"
         raise UserError(
-            "this run trained a head: it gives labels and writes no text",
+            f"this run trained a head: it gives {'rewards' if rewards else 'labels'} and writes no text",
             where=str(run.path),
-            fix=f"aifactory predict {run.path} --data FILE; its held-out figures are in eval.json",
+            fix=f"{use}; its held-out figures are in eval.json",
         )
     profile.enforce(recipe, run.path)
     precision, _ = choose_precision(recipe, device)

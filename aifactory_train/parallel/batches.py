@@ -41,13 +41,13 @@ def micro_batch(dataset: TokenDataset, share: Any, batching: str, pad_id: int, d
     return device_batch(collate(dataset, share, batching, pad_id), device)
 
 
-def last_places(batch: DeviceBatch, lengths: Any, batching: str) -> None:
-    """Let a batch of documents of ``lengths`` (int ``[K]``) be read at the last token of each, as heads do."""
+def read_at(batch: DeviceBatch, lengths: Any, ends: Any, batching: str) -> None:
+    """Let a batch of documents of ``lengths`` (int ``[K]``) be read at one place of each (``ends``), as heads do."""
     tokens = np.asarray(lengths, dtype=np.int64)
     width = int(batch.input_ids.shape[1])
-    ends = np.cumsum(tokens) if batching == "packed" else np.arange(len(tokens)) * width + tokens
+    begins = np.cumsum(tokens) - tokens if batching == "packed" else np.arange(len(tokens)) * width
     device = str(batch.input_ids.device)
-    batch.positions = to_device(torch.from_numpy(ends - 1), device)
+    batch.positions = to_device(torch.from_numpy(begins + np.asarray(ends, dtype=np.int64)), device)
     batch.targets = torch.zeros_like(batch.positions)
 
 

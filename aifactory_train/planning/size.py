@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.config.loading import cache_dir
-from aifactory_train.planning.workload import documents_of_a_row
+from aifactory_train.planning.workload import documents_of_a_row, preference_of
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
@@ -44,7 +44,7 @@ def of_recipe(recipe: Recipe, tokens: float | None = None, *, data_overridden: b
     own = [source for source in recipe.data.train if source.share is None]
     if own and all(source.max_rows for source in own):
         rows = sum((source.max_rows or 0) * source.weight for source in own)
-        length = documents_of_a_row(_preference(recipe)) * recipe.data.sequence_length
+        length = documents_of_a_row(preference_of(recipe)) * recipe.data.sequence_length
         replayed = sum(source.share or 0.0 for source in recipe.data.train)
         rows /= 1 - replayed
         return Size(
@@ -56,10 +56,6 @@ def of_recipe(recipe: Recipe, tokens: float | None = None, *, data_overridden: b
             f"prepare' counts them",
         )
     return Size(None, None, None, None, "unknown: run 'aifactory prepare', or give --tokens")
-
-
-def _preference(recipe: Recipe) -> str | None:
-    return recipe.methods.preference.kind if recipe.methods.preference else None
 
 
 def _prepared(recipe: Recipe) -> Size | None:
@@ -77,7 +73,7 @@ def _prepared(recipe: Recipe) -> Size | None:
             tokens, documents, supervised = train["tokens"], train["documents"], train["supervised"]
             if report.get("recipe") != recipe.id or not tokens or not documents:
                 continue
-            seen = _epoch(report.get("sources", []), float(tokens), float(documents), _preference(recipe))
+            seen = _epoch(report.get("sources", []), float(tokens), float(documents), preference_of(recipe))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
             continue  # written by another version: not this recipe's size
         text = f"{documents} documents, {tokens} tokens"

@@ -15,8 +15,18 @@ if TYPE_CHECKING:
 
 
 def documents_of_a_row(preference: str | None) -> int:
-    """Documents of a row of training data, by ``methods.preference.kind``: a pair has two."""
-    return 2 if preference in ("dpo", "orpo") else 1
+    """Documents of a row of training data, by :func:`preference_of`: a pair has two."""
+    return 2 if preference in ("dpo", "orpo", "reward") else 1
+
+
+def preference_of(recipe: Recipe) -> str | None:
+    """``methods.preference.kind``; ``reward`` where the pairs train a reward model (``methods.head``), which has no
+    reference. None where rows are no pairs and are not rated.
+    """
+    head, preference = recipe.methods.head, recipe.methods.preference
+    if head is not None and head.kind == "reward":
+        return "reward"
+    return preference.kind if preference else None
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Workload:
     kernels: str  # auto | on | off
     loss_chunk: int | None
     by_rows: bool  # the step is a number of rows (else of tokens)
-    preference: str | None = None  # methods.preference.kind
+    preference: str | None = None  # preference_of() the recipe
     optimizer: str = "adamw"
     dropout: float = 0.0  # of the adapters' inputs
 
@@ -96,7 +106,7 @@ def of_recipe(recipe: Recipe, shape: ModelShape, document: float | None, supervi
             fix=f"--set data.sequence_length={shape.max_positions}",
         )
     mean = min(document or data.sequence_length, data.sequence_length)
-    preference = recipe.methods.preference.kind if recipe.methods.preference else None
+    preference = preference_of(recipe)
     per_row = documents_of_a_row(preference) * (data.sequence_length if data.batching == "padded" else mean)
     if train.batch_tokens:
         tokens, rows = float(train.batch_tokens), train.batch_tokens / per_row

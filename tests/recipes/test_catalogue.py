@@ -172,7 +172,7 @@ def test_kept_results_are_of_the_metric_of_their_recipe():
         assert result["metric"] == load_recipe(name).about.metric, f"{name}: measure it again"
         assert result["seconds"] <= 300 or result["machine"]["note"], f"{name}: too long for an idle machine"
         assert result["before"] is not None and result["ci"]["after"]
-        if result["metric"] != "bits_per_byte":
+        if result["metric"] != "bits_per_byte" and load_recipe(name).methods.head is None:
             assert (
                 result["bits_per_byte"]["ci"]["after"] and f"eval.generate_rows={result['rows']}" in result["command"]
             )
