@@ -33,6 +33,10 @@ OURS: dict[str, dict[str, str]] = {
     "ce_fwd_bwd": {"X": "rw", "L": "r", "LOSS": "w"},
     "glu_fwd": {"A": "r", "B": "r", "C": "w"},
     "glu_bwd": {"DC": "r", "A": "r", "B": "r", "DA": "w", "DB": "w"},
+    "grouped_mm": {
+        "X": "r", "W": "r", "OFF": "r", "BIAS": "r?HAS_BIAS", "T": "r?LORA", "B": "r?LORA", "Y": "w",
+    },
+    "grouped_outer": {"A": "r", "C": "r", "OFF": "r", "OUT": "w"},
     "layer_norm_fwd": {"X": "r", "W": "r?HAS_W", "B": "r?HAS_B", "Y": "w", "M": "w", "R": "w"},
     "layer_norm_bwd": {
         "DY": "r", "X": "r", "W": "r?HAS_W", "M": "r", "R": "r", "DX": "w", "P": "w?SUMS",
@@ -93,6 +97,8 @@ PRODUCTS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "attention_fwd": lambda a: 2 * _pairs(a) * (int(a["dim"]) + int(a["vdim"])),
     "attention_bwd_q": lambda a: 2 * _pairs(a) * (2 * int(a["dim"]) + int(a["vdim"])),
     "attention_bwd_kv": lambda a: 4 * _pairs(a) * (int(a["dim"]) + int(a["vdim"])),
+    "grouped_mm": lambda a: 2 * len(a["X"]) * int(a["N"]) * (int(a["K"]) + (int(a["R"]) if a["LORA"] else 0)),
+    "grouped_outer": lambda a: 2 * len(a["A"]) * int(a["M"]) * int(a["N"]),
     "lora_epilogue": lambda a: 2 * int(a["M"]) * int(a["N"]) * int(a["R"]),
 }
 

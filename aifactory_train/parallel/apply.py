@@ -200,6 +200,7 @@ KEPT = {
     "torch_attn::_varlen_attn",  # torch.nn.attention.varlen
     "flash_attn::_flash_attn_varlen_forward",  # the flash-attn package
     "aifactory::attention_fwd",
+    "aifactory::grouped_linear_fwd",
     "mkldnn::_linear_pointwise",  # model/cpu_matmul.py
     "aifactory::lora_linear_fwd",  # the product of base and adapter in one operator
     "aifactory::lora_linears_fwd",
