@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, WithJsonSchema, model_validator
 
 from aifactory_train.config.data_blocks import DataConfig
+from aifactory_train.config.experts_block import ExpertsConfig
 from aifactory_train.config.head_block import HeadConfig
 from aifactory_train.config.strict import Strict
 
@@ -412,6 +413,7 @@ class Recipe(Strict):
     about: About = Field(default_factory=About)
     model: ModelConfig
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
     methods: MethodsConfig = Field(default_factory=MethodsConfig)

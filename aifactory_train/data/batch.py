@@ -41,6 +41,8 @@ class Batch:
     max_seqlen: int
     num_supervised: int
     num_tokens: int
+    #: bool [B, T]: what is no padding; None: all is
+    real: torch.Tensor | None = None
 
     def to(self, device: Any, non_blocking: bool = True) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -54,6 +56,7 @@ class Batch:
             position_ids=move(self.position_ids),
             labels=move(self.labels),
             cu_seqlens=move(self.cu_seqlens),
+            real=None if self.real is None else move(self.real),
         )
 
 
@@ -89,11 +92,13 @@ def collate(
         positions = np.arange(pad_to_multiple_of, dtype=np.int64)[None]
         targets = np.full_like(ids, IGNORE)
         edges = np.asarray([0, pad_to_multiple_of])
+        lengths = np.zeros(1)
     elif batching == "packed":
         width = _round_up(real, pad_to_multiple_of)
         ids = np.full((1, width), pad_id, dtype=np.int64)
         targets = np.full_like(ids, IGNORE)
         positions = np.zeros_like(ids)
+        lengths = np.asarray([real])
         edges = np.concatenate([[0], np.cumsum([len(t) for t in tokens])])
         edges[-1] = width
         for a, b, t, label in zip(edges[:-1], edges[1:], tokens, labels, strict=True):
@@ -106,6 +111,7 @@ def collate(
         targets = np.full_like(ids, IGNORE)
         positions = np.broadcast_to(np.arange(width, dtype=np.int64), ids.shape).copy()
         edges = np.arange(len(docs) + 1) * width
+        lengths = np.asarray([len(t) for t in tokens])
         for r, (t, label) in enumerate(zip(tokens, labels, strict=True)):
             ids[r, : len(t)] = t
             targets[r, : len(t)] = label
@@ -119,6 +125,7 @@ def collate(
         max_seqlen=int(np.diff(edges).max()),
         num_supervised=int((targets != IGNORE).sum()),
         num_tokens=real,
+        real=torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]),
     )
 
 

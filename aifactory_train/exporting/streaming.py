@@ -21,6 +21,7 @@ from torch import nn
 
 from aifactory_train.core import compat
 from aifactory_train.core.errors import RunFailed
+from aifactory_train.model import experts
 from aifactory_train.model.weight_files import Source, file_name_of
 from aifactory_train.parallel.apply import block_modules
 from aifactory_train.parallel.materialise import slots
@@ -242,7 +243,9 @@ class Merged(Mapping[str, torch.Tensor]):
         self.layers: dict[str, tuple[str, Any]] = {}
         self.whole: dict[str, str] = {}
         for name, module in self.model.named_modules():
-            if isinstance(module, LoraLayer):
+            if hasattr(module, "parameter_name"):  # of experts: wrappers of several parameters of one module are nested
+                self.layers[self._plain(f"{name}.base_layer.{module.parameter_name}")] = (name, module)
+            elif isinstance(module, LoraLayer):
                 for inner, _ in module.get_base_layer().named_parameters():
                     self.layers[self._plain(f"{name}.base_layer.{inner}")] = (name, module)
             elif isinstance(module, ModulesToSaveWrapper):
@@ -263,8 +266,10 @@ class Merged(Mapping[str, torch.Tensor]):
         if name not in self.layers:
             return self.base[name].float()
         place, layer = self.layers[name]
-        before = []
+        of_parameter, before = hasattr(layer, "parameter_name"), []
         for inner, parameter in list(layer.named_parameters()):
+            if of_parameter and not inner.startswith(("lora_A.", "lora_B.")):
+                continue
             owner = layer.get_submodule(inner.rpartition(".")[0])
             slot, full = inner.rpartition(".")[2], f"{place}.{inner}"
             source = self.adapter[self.keys_of[full]] if full in self.keys_of else self.base[self._plain(full)]
@@ -272,6 +277,8 @@ class Merged(Mapping[str, torch.Tensor]):
             self._set(owner, slot, nn.Parameter(source.float(), requires_grad=False))
         try:
             with torch.no_grad():
+                if of_parameter:
+                    return self.base[name].float() + experts.delta(layer)
                 layer.merge(safe_merge=True)
             inner_name = next(
                 n

@@ -9,8 +9,10 @@ from torch import nn
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core import compat
 from aifactory_train.core.errors import UserError
+from aifactory_train.model import expert_targets, experts
 from aifactory_train.model.causal_lm import _is_peft, _tuple_linears
 from aifactory_train.model.report import ModelReport
+from aifactory_train.model.routing import routers_of
 from aifactory_train.run.folder import open_run
 
 if TYPE_CHECKING:
@@ -24,12 +26,14 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         report.add("trained", "all weights", "adapter.kind none")
+        _all_experts(model, recipe, report)
     else:
         from peft import LoraConfig, get_peft_model
 
-        targets = settings.targets
+        placed = expert_targets.choose(model, recipe, report)
+        targets = settings.targets if placed is None else placed.modules
         routers = _tuple_linears(model)
-        spared = routers if targets == "all-linear" else []
+        spared = routers if targets == "all-linear" else []  # with experts, the targets name no router
         saved = _embedding_modules(model) if settings.train_embeddings else None
         try:
             with compat.quiet_peft():
@@ -41,6 +45,7 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
                         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft takes fractions too
                         lora_dropout=settings.dropout,
                         target_modules=targets,
+                        target_parameters=placed.parameters or None if placed is not None else None,
                         exclude_modules=spared or None,
                         use_rslora=settings.kind == "rslora",
                         use_dora=settings.kind == "dora",
@@ -58,7 +63,8 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
                 where="adapter.targets",
                 fix="leave it out, or --set adapter.targets=all-linear, which does",
             )
-        shown = targets if isinstance(targets, str) else ", ".join(targets)
+        experts.use_factors(model)
+        shown = targets if isinstance(targets, str) else ", ".join([*targets, *(placed.parameters if placed else [])])
         if spared:
             shown += f" but {len(spared)} routers"
         extra = " and the embeddings in full" if saved else ""
@@ -68,6 +74,21 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
     report.parameters = sum(p.numel() for p in model.parameters())
     report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return model
+
+
+def _all_experts(model: Any, recipe: Recipe, report: ModelReport) -> None:
+    """Say what of a mixture of experts is trained with all weights; freeze its routers where the recipe says so."""
+    found = experts.find(model)
+    routers = routers_of(model)
+    if found:
+        total = sum(module.down_proj.shape[0] for _, module in found)
+        report.add("experts", f"{total} experts in {len(found)} layers, all trained", "adapter.kind none")
+    if recipe.experts.router == "frozen" and routers:
+        for _, router, _ in routers:
+            router.requires_grad_(False)
+    if routers:
+        shown = "frozen" if recipe.experts.router == "frozen" else "trained"
+        report.add("routers", f"{shown} in {len(routers)} layers", f"experts.router {recipe.experts.router}")
 
 
 def _embedding_modules(model: Any) -> list[str]:

@@ -7,6 +7,7 @@ each did and why is collected in :class:`ModelReport`, printed once at start and
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 from pathlib import Path
@@ -23,6 +24,7 @@ from aifactory_train.model.objective import SUMMED_NLL, Objective
 
 if TYPE_CHECKING:
     from aifactory_train.model.embedding_noise import Noise
+    from aifactory_train.model.routing import Routing
 
 #: Names under which configurations give the soft cap of the logits (Gemma, RecurrentGemma).
 _LOGIT_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -61,6 +63,8 @@ class CausalLM(nn.Module):
         self.first_moving_row = 0
         #: what classifies in place of the vocabulary (:func:`aifactory_train.model.head.attach_head`)
         self.head: Head | None = None
+        #: what the routers of a mixture of experts decide while it is trained; None: there are none, or nobody asks
+        self.routing: Routing | None = None
         self.logit_scale = _logit_scale(self.language_model.config)
         self.logit_softcap = _logit_softcap(self.language_model.config)
         _check_output_layer(self.language_model.get_output_embeddings())
@@ -105,14 +109,17 @@ class CausalLM(nn.Module):
         *,
         noise: Noise | None = None,
         objective: Objective | HeadObjective = SUMMED_NLL,
+        real: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``objective`` of the supervised ``positions`` (int64 ``[N]`` into the flattened batch) with ``targets``
         ``[N]``.
 
         The fp32 sum of their negative log-likelihoods by default. With a head ``positions`` are those that it reads,
-        one of each document, and ``targets`` are not looked at.
+        one of each document, and ``targets`` are not looked at. ``real`` (bool ``[B, T]``) are the tokens that are no
+        padding: those that routers of experts are judged by.
         """
-        hidden = self.hidden(input_ids, position_ids, documents, noise).index_select(0, positions)
+        with contextlib.nullcontext() if self.routing is None else self.routing.watching(real):
+            hidden = self.hidden(input_ids, position_ids, documents, noise).index_select(0, positions)
         if isinstance(objective, HeadObjective):
             assert self.head is not None
             return objective.loss(self.head(hidden))
@@ -128,7 +135,8 @@ class CausalLM(nn.Module):
             "rows": self.loss_rows,
             "kernels": self.kernels,
         }
-        return objective.loss(functools.partial(linear_cross_entropy, hidden, weight, targets, **how))
+        found = objective.loss(functools.partial(linear_cross_entropy, hidden, weight, targets, **how))
+        return found if self.routing is None else self.routing.scaled(found)
 
     @torch.no_grad()
     def logits(

@@ -13,7 +13,7 @@ from aifactory_train.config.quantised_base import check_quantised, quantisation
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import foreign
-from aifactory_train.model import attention, attention_choice, quantise
+from aifactory_train.model import attention, attention_choice, experts, quantise, routing
 from aifactory_train.model.adapters import apply_adapter, start_from_adapter
 from aifactory_train.model.base import base_folder
 from aifactory_train.model.causal_lm import CausalLM
@@ -100,6 +100,7 @@ def load_language_model(
     _check_complete(found, path, report)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
+    experts.use(model)
     return model if more else model.to(device)  # quantised weights are where they were made
 
 
@@ -171,6 +172,7 @@ def build_model(
         start_from_adapter(model, recipe, report)
     apply_precision(model, precision)
     core = CausalLM(model, recipe.train.loss_chunk_tokens)
+    core.routing = routing.watch(model, core.language_model, recipe, report, device)
     core.unread = unread
     attach_head(core, recipe, dtype=precision.parameters, report=report)
     if recipe.model.vocabulary is not None and recipe.model.vocabulary.train == "new":
@@ -210,4 +212,5 @@ def empty_language_model(
     model = skeleton(config, choose_attention(recipe, config, device, report), dtype)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
+    experts.use(model)
     return model

@@ -10,6 +10,7 @@ import torch
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core import compat
 from aifactory_train.core.errors import UserError
+from aifactory_train.model import experts
 from aifactory_train.model.base import base_folder
 from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.model.head import IN_ADAPTER
@@ -120,6 +121,7 @@ def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
         base = load_language_model(base_folder(recipe), recipe, device=device, dtype=precision.frozen, report=report)
         with compat.quiet_peft():
             model: Any = with_adapter(base, adapter)
+        experts.use_factors(model)
         folder = adapter
     elif (whole / "config.json").is_file():
         model = load_language_model(whole, recipe, device=device, dtype=precision.compute, report=report)

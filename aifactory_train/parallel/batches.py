@@ -56,7 +56,7 @@ def empty_batch(pad_id: int, device: str) -> DeviceBatch:
     one = torch.full((1, 1), pad_id, dtype=torch.int64, device=device)
     none = torch.zeros(0, dtype=torch.int64, device=device)
     lone = Documents.of(torch.tensor([0, 1], dtype=torch.int32), device)
-    return DeviceBatch(one, torch.zeros_like(one), lone, none, none)
+    return DeviceBatch(one, torch.zeros_like(one), lone, none, none, real=torch.zeros_like(one, dtype=torch.bool))
 
 
 def device_batch(batch: Any, device: str) -> DeviceBatch:
@@ -69,6 +69,7 @@ def device_batch(batch: Any, device: str) -> DeviceBatch:
         documents=Documents.of(pinned(batch.cu_seqlens, device), device),
         positions=to_device(torch.from_numpy(positions), device),
         targets=to_device(torch.from_numpy(labels[positions]), device),
+        real=None if batch.real is None or batch.real.all() else to_device(batch.real, device),
     )
 
 

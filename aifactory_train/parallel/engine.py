@@ -38,6 +38,8 @@ class DeviceBatch:
     noise: Noise | None = None
     #: what the forward pass computes from the targets' likelihoods, or from a head; a method gives its own
     objective: Objective | HeadObjective = SUMMED_NLL
+    #: bool ``[B, T]``: tokens that are no padding; None: all
+    real: torch.Tensor | None = None
 
     def kwargs(self) -> dict[str, Any]:
         """Arguments by name of :meth:`aifactory_train.model.causal_lm.CausalLM.loss`."""
@@ -49,6 +51,7 @@ class DeviceBatch:
             "targets": self.targets,
             "noise": self.noise,
             "objective": self.objective,
+            "real": self.real,
         }
 
 

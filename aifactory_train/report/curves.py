@@ -38,6 +38,10 @@ def curves(metrics: list[dict[str, Any]], record: dict[str, Any], plan: dict[str
     ]
     if preference:
         charts.append(chart("margin", "Reward margin", "good minus bad answers", [curve("reward_margin", "training")]))
+    if any("expert_load_max" in m for m in train):
+        most, even = "most on one expert, of an even share", "entropy of the loads, 1 is even"
+        charts.append(chart("experts", "Expert load", most, [curve("expert_load_max", "fullest expert")], zero=True))
+        charts.append(chart("entropy", "Expert entropy", even, [curve("expert_load_entropy", "mean over layers")]))
     memory = [m for m in train if isinstance(m.get("memory_bytes"), (int, float))]
     planned = _planned_bytes(plan)
     if memory:

@@ -46,7 +46,7 @@ from aifactory_train.run.outcome import Attempt, in_one_line
 from aifactory_train.run.ownership import Owner
 from aifactory_train.run.saved import note_saved
 from aifactory_train.sources import resolve_model
-from aifactory_train.training import identity
+from aifactory_train.training import identity, routed
 from aifactory_train.training.ahead import StepsAhead
 from aifactory_train.training.checkpoint import Checkpointer
 from aifactory_train.training.guard import Guard, StepVerdict, stopped_by_guard
@@ -291,6 +291,7 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, settings)
 
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        routed.begin(self.engine, batches, ready.tokens, units)
         for number, batch in enumerate(batches):
             self._phase("forward")
             self.stop.look(self.checkpoints.save_estimate())
@@ -306,7 +307,7 @@ class Trainer:
         verdict = state.guard.judge(mean_loss, grad_norm)
         if verdict.action != "go":
             return self._skip_step(verdict, ready.following, documents)
-        figures = self.method.figures()  # before the update: the device has just been waited for
+        figures = self.method.figures() | routed.figures(self.engine)  # before the update: the device was waited for
         self._phase("update")
         with explain_memory(self.engine, self.recipe, self.world):
             self.engine.step(rate)

@@ -88,6 +88,7 @@ def make_recipe(case: dict[str, Any]):
             "model": {"base": "unused"},
             "data": {"train": ["unused.jsonl"]},
             "adapter": {"kind": case.get("adapter", "none"), "rank": 4, "alpha": 8, **case.get("adapter_more", {})},
+            "experts": case.get("experts", {}),
             "train": {
                 "optimizer": case.get("optimizer", "adamw"),
                 "learning_rate": case.get("rate", 1e-2),
@@ -111,7 +112,7 @@ def make_core(case: dict[str, Any], recipe, precision):
     import helpers
     import torch
 
-    from aifactory_train.model import attention
+    from aifactory_train.model import attention, experts, routing
     from aifactory_train.model.adapters import apply_adapter
     from aifactory_train.model.causal_lm import CausalLM
     from aifactory_train.model.precision import apply_precision
@@ -120,7 +121,13 @@ def make_core(case: dict[str, Any], recipe, precision):
     attention.register()
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape["layers"] = case.get("layers", 2)
-    model = helpers.tiny_model("llama", vocabulary=VOCABULARY, tied=case.get("tied", True), **shape)
+    if case.get("moe"):
+        import moe
+
+        model = moe.model(case["moe"], vocabulary=VOCABULARY)
+        experts.use(model)
+    else:
+        model = helpers.tiny_model("llama", vocabulary=VOCABULARY, tied=case.get("tied", True), **shape)
     model.set_attn_implementation(attention.PER_DOCUMENT)
     model.config.use_cache = False
     torch.manual_seed(5)
@@ -134,6 +141,7 @@ def make_core(case: dict[str, Any], recipe, precision):
                     parameter.normal_(0, 0.05)
     apply_precision(model, precision)
     core = CausalLM(model, loss_rows=16)
+    core.routing = routing.watch(model, core.language_model, recipe, ModelReport(), "cpu")
     if not case.get("gpu_shaped"):
         return core
     import gpu_shaped
@@ -182,6 +190,7 @@ def make_batch(documents: list[tuple[list[int], int]], device: str):
         Documents.of(torch.tensor(edges, dtype=torch.int32), device),
         row(positions),
         row(targets),
+        real=None if documents else torch.zeros(1, 1, dtype=torch.bool, device=device),
     )
 
 
@@ -191,6 +200,7 @@ def train_step(engine, case: dict[str, Any], world, step: int) -> tuple[float, f
     import torch.distributed as dist
 
     from aifactory_train.parallel.torch_engine import split_scale
+    from aifactory_train.training import routed
 
     documents = step_documents(step)
     supervised = sum(count for _, count in documents)
@@ -199,6 +209,8 @@ def train_step(engine, case: dict[str, Any], world, step: int) -> tuple[float, f
     micros = [mine[i::accumulation] for i in range(accumulation)]
     power, rest = split_scale(1.0 / supervised)
     loss = torch.zeros((), dtype=torch.float64)
+    batches = [make_batch(micro, world.device) for micro in micros]
+    routed.begin(engine, batches, sum(len(ids) for ids, _ in documents), supervised)
     for number, micro in enumerate(micros):
         last = number == accumulation - 1
         scale = power
@@ -208,7 +220,7 @@ def train_step(engine, case: dict[str, Any], world, step: int) -> tuple[float, f
             scale = 1.0 / (max(1, sum(c for _, c in micro)) * accumulation * world.size * rest)
         if bug == "last only" and not last:
             continue
-        loss += engine.forward_backward(make_batch(micro, world.device), scale, last).cpu()
+        loss += engine.forward_backward(batches[number], scale, last).cpu()
     norm = engine.clip(case.get("max_norm"), rest)
     engine.step(case.get("rate", 1e-2))
     dist.all_reduce(loss)

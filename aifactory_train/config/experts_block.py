@@ -1,0 +1,34 @@
+"""The block ``experts`` of a recipe: what is trained of a mixture of experts, and the losses of its routers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from aifactory_train.config.strict import Strict
+
+
+class ExpertsConfig(Strict):
+    """Mixtures of experts; a model without experts takes no notice of it."""
+
+    adapt: Literal["auto", "all", "none"] = Field(
+        "auto",
+        description="With an adapter, on the routed experts: all of them, or none; auto: all where adapter.targets is "
+        "all-linear or names them and adapter.kind can be put on them.",
+    )
+    router: Literal["auto", "frozen", "trained"] = Field(
+        "auto", description="auto: trained with adapter.kind none, frozen beside an adapter."
+    )
+    balance_loss: float | None = Field(
+        None,
+        ge=0,
+        description="Weight of the load-balancing loss over the tokens of the whole step; null: what the model's "
+        "configuration asks for (router_aux_loss_coef where output_router_logits is set), else 0.",
+    )
+    z_loss: float | None = Field(
+        None,
+        ge=0,
+        description="Weight of the routers' z loss (mean square of the log of their softmax's sum); null: what the "
+        "model's configuration asks for (router_z_loss_coef where output_router_logits is set), else 0.",
+    )
