@@ -48,6 +48,7 @@ from aifactory_train.exporting.place import named, refuse_plain, remove_left
 from aifactory_train.exporting.streaming import Merged, ShardFiles, Streamed, adapter_names, all_to_meta
 from aifactory_train.exporting.trained_model import TrainedModel
 from aifactory_train.exporting.trained_tensors import trained_before, trained_by
+from aifactory_train.exporting.vllm_check import VERSION as VLLM
 from aifactory_train.model.base import base_folder, public_base
 from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.model.generation_config import loading, read_base
@@ -161,6 +162,8 @@ class Export:
                     vault.seal(weights)
             if merge:
                 self._write_merged(Path(self.paths["adapter"]))
+            else:
+                _say_who_ignores(Path(self.paths["adapter"]))
         return {"paths": self.paths, "gate": {kind: asdict(v) for kind, v in self.verdicts.items()}}
 
     # ---- what is written
@@ -429,6 +432,17 @@ class Export:
 def _plain_name(name: str) -> str:
     """Name in the plain transformers model of a trained weight."""
     return PLAIN if name == PARAMETER else name.removeprefix("model.")
+
+
+def _say_who_ignores(adapter: Path) -> None:
+    """Warn where a server is known not to take an adapter like this one."""
+    named = read_json(adapter / "adapter_config.json", dict).get("target_parameters") or []
+    of_experts = sorted({n for n in named if "experts" in n})
+    if of_experts:
+        note(
+            f"the adapter is on experts ({', '.join(of_experts)}): vLLM {VLLM} refuses target_parameters "
+            "(vllm/lora/peft_helper.py); to serve it there, aifactory export RUN --merge"
+        )
 
 
 def _sort_sets(config: Path) -> None:

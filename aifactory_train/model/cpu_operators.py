@@ -260,6 +260,8 @@ def apply_cpu_operators(model: nn.Module, *, in_place: bool = True) -> tuple[Cou
     forwards: list[tuple[nn.Module, Any]] = []
     for module in model.modules():
         kind = type(module).__name__
+        if hasattr(module, "parameter_name"):
+            continue  # of experts: theirs already (model/experts.py)
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             inside_lora.update(id(child) for child in module.modules() if child is not module)
             if _is_plain_lora(module):

@@ -56,6 +56,12 @@ def use(model: nn.Module) -> list[tuple[str, Any]]:
     return found
 
 
+def without_kernels(model: nn.Module) -> None:
+    """Leave the products to torch, one for each expert that has tokens (``kernels.enabled: off``)."""
+    for _, module in find(model):
+        module.by_kernels = False
+
+
 # ---- order of tokens: permutations whose gradient is a permutation, not a sum by atomics
 
 
@@ -125,7 +131,7 @@ def forward(
             weight = weight.transpose(1, 2)
         bias = getattr(module, f"{name}_bias") if module.has_bias else None
         a, b, scaling = (adapters or {}).get(name, (None, None, 1.0))
-        return grouped_linear(x, weight, bounds, a, b, scaling, bias)
+        return grouped_linear(x, weight, bounds, a, b, scaling, bias, getattr(module, "by_kernels", True))
 
     inner = product(_Sorted.apply(hidden_states, perm, inverse, k), "gate_up_proj" if module.has_gate else "up_proj")
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
@@ -150,12 +156,27 @@ def wrappers(model: nn.Module) -> list[tuple[str, Any]]:
 
 def use_factors(model: nn.Module) -> int:
     """Let adapted parameters keep their two matrices instead of peft's product of them; returns the parameters."""
-    found = wrappers(model)
-    inside = {id(module.base_layer) for _, module in found}
-    for _, module in found:
-        if id(module) not in inside:
-            module.forward = types.MethodType(_adapted, module)
-    return len(found)
+    for module in outermost(model):
+        module.forward = types.MethodType(_adapted, module)
+    return len(wrappers(model))
+
+
+def outermost(model: nn.Module) -> list[Any]:
+    """Of the wrappers those that no other one wraps: what the model calls."""
+    found = [module for _, module in wrappers(model)]
+    inside = {id(module.base_layer) for module in found}
+    return [module for module in found if id(module) not in inside]
+
+
+def read_by(wrapper: Any) -> Iterator[nn.Parameter]:
+    """The parameters that an outermost wrapper's forward reads of modules below it that it does not call."""
+    layer = wrapper
+    while hasattr(layer, "parameter_name"):
+        yield from layer.lora_A.parameters()
+        yield from layer.lora_B.parameters()
+        layer = layer.base_layer
+    if not fused(layer):
+        yield from layer.parameters(recurse=False)
 
 
 def factors(wrapper: Any) -> Factors:

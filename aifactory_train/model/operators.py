@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from aifactory_train.config.schema import Recipe
+from aifactory_train.model import experts
 from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.model.report import ModelReport
 
@@ -20,6 +21,7 @@ def apply_operators(
     """
     if recipe.kernels.enabled == "off":
         report.add("operators", "the model's own", "kernels.enabled off")
+        experts.without_kernels(core.model)
     elif device != "cpu":
         core.kernels = True
         _apply_triton(core, weights=weights, compiled=recipe.parallel.compile, report=report)

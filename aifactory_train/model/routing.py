@@ -77,7 +77,7 @@ class Routing:
         #: the gradient of the loss that a backward pass began with
         self.scale: torch.Tensor | None = None
         self._logits: torch.Tensor | None = None
-        self._open = False
+        self._open = self._counting = False
         self.begin(1, 1)
         self.routers = routers_of(model)
         for _, router, index in self.routers:
@@ -107,9 +107,13 @@ class Routing:
         if not self.weights.balance or len(forwards) < 2:
             return
         cuda = [torch.device(self.device).index or 0] if torch.device(self.device).type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
-            for run in forwards:
-                run()
+        self._counting = True
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+                for run in forwards:
+                    run()
+        finally:
+            self._counting = False
         self._share_loads()
 
     def _share_loads(self) -> None:
@@ -124,7 +128,8 @@ class Routing:
     def watching(self, real: torch.Tensor | None) -> Iterator[None]:
         """Around a forward pass of the training: what routers decide is counted."""
         self.real = None if real is None else real.flatten()
-        self._open = self.loads is None  # not twice what was counted before
+        # not twice what was counted before, and not what is only scored
+        self._open = self.loads is None and (self._counting or torch.is_grad_enabled())
         try:
             yield
         finally:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.model import experts
 from aifactory_train.model.weight_files import file_name_of, read_tensor, tensors_in
 from aifactory_train.parallel.apply import block_modules
 from aifactory_train.parallel.dims import ParallelDims
@@ -170,6 +171,10 @@ class DeepSpeedEngine:
             for parameter in (core.output_weight, core.output_bias):
                 if parameter is not None:
                     deepspeed.zero.register_external_parameter(core, parameter)
+            # ... and experts read the matrices of their adapters, outside of the layers that own them.
+            for wrapper in experts.outermost(core):
+                for parameter in experts.read_by(wrapper):
+                    deepspeed.zero.register_external_parameter(wrapper, parameter)
         self.engine, *_ = deepspeed.initialize(
             model=core, optimizer=optimizer, config=self.config, dist_init_required=False
         )

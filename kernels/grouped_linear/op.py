@@ -23,6 +23,7 @@ def grouped_linear(
     lora_b: torch.Tensor | None = None,
     scaling: float = 1.0,
     bias: torch.Tensor | None = None,
+    kernels: bool = True,
 ) -> torch.Tensor:
     """``x W_e^T + bias_e + scaling (x A_e^T) B_e^T``, each row with the matrices of its expert e.
 
@@ -30,24 +31,21 @@ def grouped_linear(
     offsets[e + 1], the first is 0 and the last N. ``weight`` [E, M, K] in any strides (a view of [E, K, M] will do),
     ``lora_a`` [E, R, K] and ``lora_b`` [E, M, R] or neither, ``bias`` [E, M]; one dtype for all (autocast is followed).
     Differentiable in every one of them; the gradient of the weights is computed only if asked for. Returns [N, M].
-    Nothing is read back from the device, except on the torch path, which needs the bounds on the host.
+    Nothing is read back from the device, except on the torch path (``kernels`` False, or no Triton there), which needs
+    the bounds on the host.
     """
     if (lora_a is None) != (lora_b is None):
         raise ValueError(f"{NAME}: an adapter has both matrices, lora_a and lora_b, or neither")
     dtype = runtime.arithmetic(x)
     x, weight = x.to(dtype), weight.to(dtype)
     lora_a, lora_b, bias = (None if t is None else t.to(dtype) for t in (lora_a, lora_b, bias))
-    return torch.ops.aifactory.grouped_linear_fwd(x, weight, offsets, lora_a, lora_b, scaling, bias)[0]
+    return torch.ops.aifactory.grouped_linear_fwd(x, weight, offsets, lora_a, lora_b, scaling, bias, kernels)[0]
 
 
 def _sizes(x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor | None, bias: bool = False) -> dict[str, int]:
     rank = 0 if lora_a is None else lora_a.shape[1]
     return {"rows": x.shape[0], "experts": weight.shape[0], "in": weight.shape[2], "out": weight.shape[1],
             "rank": rank, "bias": int(bias)}  # fmt: skip
-
-
-def _by_kernels(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return weight.shape[0] <= 1024 and runtime.use_triton(NAME, x)
 
 
 def _launch(x: torch.Tensor, sizes: dict[str, int]) -> dict:
@@ -62,9 +60,9 @@ def _inner(x: torch.Tensor) -> torch.Tensor:
 class _Launcher:
     """The products of one pass over rows [N, ...]: by Triton, or one matrix product an expert in torch."""
 
-    def __init__(self, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, sizes: dict[str, int]):
+    def __init__(self, x: torch.Tensor, offsets: torch.Tensor, sizes: dict[str, int], kernels: bool):
         self.offsets, self.sizes, self.rows = offsets, sizes, x.shape[0]
-        self.triton = _by_kernels(x, weight)
+        self.triton = kernels and space.covers("", sizes) and runtime.use_triton(NAME, x)
         self.config = _launch(x, sizes) if self.triton and self.rows else {}
         if not self.triton:
             bounds = offsets.tolist()
@@ -130,12 +128,12 @@ class _Launcher:
 
 @runtime.custom_op(
     "grouped_linear_fwd",
-    "(Tensor x, Tensor weight, Tensor offsets, Tensor? lora_a, Tensor? lora_b, float scaling, Tensor? bias) -> "
-    "(Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor offsets, Tensor? lora_a, Tensor? lora_b, float scaling, Tensor? bias, "
+    "bool kernels) -> (Tensor, Tensor)",
 )
-def grouped_linear_fwd(x, weight, offsets, lora_a, lora_b, scaling, bias):
+def grouped_linear_fwd(x, weight, offsets, lora_a, lora_b, scaling, bias, kernels):
     x = _inner(x)
-    run = _Launcher(x, weight, offsets, _sizes(x, weight, lora_a, bias is not None))
+    run = _Launcher(x, offsets, _sizes(x, weight, lora_a, bias is not None), kernels)
     if lora_a is None:
         return run.product(space.FORWARD, x, weight.transpose(1, 2), bias=bias), x.new_empty(0)
     t = run.product(space.DOWN, x, lora_a.transpose(1, 2), scaling)
@@ -143,7 +141,7 @@ def grouped_linear_fwd(x, weight, offsets, lora_a, lora_b, scaling, bias):
 
 
 @grouped_linear_fwd.register_fake
-def _(x, weight, offsets, lora_a, lora_b, scaling, bias):
+def _(x, weight, offsets, lora_a, lora_b, scaling, bias, kernels):
     thin = x.new_empty(0) if lora_a is None else x.new_empty(x.shape[0], lora_a.shape[1])
     return x.new_empty(x.shape[0], weight.shape[1]), thin
 
@@ -151,11 +149,11 @@ def _(x, weight, offsets, lora_a, lora_b, scaling, bias):
 @runtime.custom_op(
     "grouped_linear_bwd",
     "(Tensor dy, Tensor x, Tensor weight, Tensor offsets, Tensor? lora_a, Tensor? lora_b, Tensor t, float scaling, "
-    "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool need_x, bool need_weight, bool need_bias, bool kernels) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def grouped_linear_bwd(dy, x, weight, offsets, lora_a, lora_b, t, scaling, need_x, need_weight, need_bias):
+def grouped_linear_bwd(dy, x, weight, offsets, lora_a, lora_b, t, scaling, need_x, need_weight, need_bias, kernels):
     x, dy = _inner(x), _inner(dy)
-    run = _Launcher(x, weight, offsets, _sizes(x, weight, lora_a))
+    run = _Launcher(x, offsets, _sizes(x, weight, lora_a), kernels)
     dx, dw, da, db, dbias = (x.new_empty(0) for _ in range(5))
     u = None
     if lora_a is not None:
@@ -173,7 +171,7 @@ def grouped_linear_bwd(dy, x, weight, offsets, lora_a, lora_b, t, scaling, need_
 
 
 @grouped_linear_bwd.register_fake
-def _(dy, x, weight, offsets, lora_a, lora_b, t, scaling, need_x, need_weight, need_bias):
+def _(dy, x, weight, offsets, lora_a, lora_b, t, scaling, need_x, need_weight, need_bias, kernels):
     none = x.new_empty(0)
     contiguous = torch.contiguous_format
     return (
@@ -187,7 +185,7 @@ def _(dy, x, weight, offsets, lora_a, lora_b, t, scaling, need_x, need_weight, n
 
 def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # the thin product has no gradient: no zeros are made for it
-    x, weight, offsets, lora_a, lora_b, ctx.scaling, _ = inputs
+    x, weight, offsets, lora_a, lora_b, ctx.scaling, _, ctx.kernels = inputs
     ctx.save_for_backward(x, weight, offsets, lora_a, lora_b, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -196,11 +194,11 @@ def _backward(ctx, dy, _):
     x, weight, offsets, lora_a, lora_b, t = ctx.saved_tensors
     needs = ctx.needs_input_grad
     dx, dw, da, db, dbias = torch.ops.aifactory.grouped_linear_bwd(
-        dy, x, weight, offsets, lora_a, lora_b, t, ctx.scaling, needs[0], needs[1], needs[6]
+        dy, x, weight, offsets, lora_a, lora_b, t, ctx.scaling, needs[0], needs[1], needs[6], ctx.kernels
     )
     return (
         dx if needs[0] else None, dw if needs[1] else None, None, None if lora_a is None else da,
-        None if lora_b is None else db, None, dbias if needs[6] else None,
+        None if lora_b is None else db, None, dbias if needs[6] else None, None,
     )  # fmt: skip
 
 
