@@ -12,13 +12,14 @@ from aifactory_train.config.strict import Strict
 class ExpertsConfig(Strict):
     """Mixtures of experts; a model without experts takes no notice of it."""
 
-    adapt: Literal["auto", "all", "none"] = Field(
-        "auto",
-        description="With an adapter, on the routed experts: all of them, or none; auto: all where adapter.targets is "
+    # Defaults are null: a checkpoint of before this block was there goes on as it began.
+    adapt: Literal["all", "none"] | None = Field(
+        None,
+        description="With an adapter, on the routed experts: all of them, or none; null: all where adapter.targets is "
         "all-linear or names them and adapter.kind can be put on them.",
     )
-    router: Literal["auto", "frozen", "trained"] = Field(
-        "auto", description="auto: trained with adapter.kind none, frozen beside an adapter."
+    router: Literal["frozen", "trained"] | None = Field(
+        None, description="null: trained with adapter.kind none, frozen beside an adapter."
     )
     balance_loss: float | None = Field(
         None,

@@ -88,7 +88,9 @@ def _all_experts(model: Any, recipe: Recipe, report: ModelReport) -> None:
             router.requires_grad_(False)
     if routers:
         shown = "frozen" if recipe.experts.router == "frozen" else "trained"
-        report.add("routers", f"{shown} in {len(routers)} layers", f"experts.router {recipe.experts.router}")
+        report.add(
+            "routers", f"{shown} in {len(routers)} layers", f"experts.router {recipe.experts.router or 'not given'}"
+        )
 
 
 def _embedding_modules(model: Any) -> list[str]:

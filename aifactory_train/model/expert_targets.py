@@ -49,7 +49,7 @@ def choose(model: Any, recipe: Recipe, report: ModelReport) -> Targets | None:
     chosen = linears if settings.targets == "all-linear" else [n for n in linears if _matches(settings.targets, n)]
     adapted = _experts_wanted(recipe, names, found)
     why_not = _why_not(recipe)
-    if adapted and why_not and recipe.experts.adapt == "auto" and settings.targets == "all-linear":
+    if adapted and why_not and recipe.experts.adapt is None and settings.targets == "all-linear":
         adapted, left = [], f"none of them adapted: {why_not}"
     elif adapted and why_not:
         raise UserError(
@@ -178,7 +178,7 @@ def _say(
     else:
         report.add("experts", where, left)
     shown = f"adapted in {routers} layers" if routers else "frozen"
-    report.add("routers", shown, f"experts.router {recipe.experts.router}")
+    report.add("routers", shown, f"experts.router {recipe.experts.router or 'not given'}")
 
 
 def _short(names: list[str]) -> list[str]:

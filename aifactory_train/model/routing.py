@@ -79,7 +79,9 @@ class Routing:
         self._logits: torch.Tensor | None = None
         self._open = self._counting = False
         self.begin(1, 1)
-        self.routers = routers_of(model)
+        found = routers_of(model)
+        #: those whose logits are known: of every layer, or of none
+        self.routers = found if len(found) == self.layers else []
         for _, router, index in self.routers:
             router.register_forward_hook(lambda _, __, out, index=index: self._note(out, index))
         for _, module in layers:
@@ -153,7 +155,7 @@ class Routing:
         """
         logits, self._logits = self._logits, None
         if logits is not None:
-            logits = logits.reshape(-1, logits.shape[-1])
+            logits = logits.reshape(-1, logits.shape[-1]) if logits.shape[-1] == self.experts else None
         if self._open:
             self._count(self.numbers[id(module)], index, logits)
         if self.on and logits is not None and torch.is_grad_enabled() and weights.requires_grad:
@@ -212,7 +214,7 @@ class Routing:
             "expert_load_entropy": round(entropy.mean().item(), 6),
             "experts_idle": int((table == 0).sum()),
         }
-        if self.routers:
+        if self.routers and any(numbers[2:]):
             places = self.layers * self.tokens
             loads = (table.sum(0) / places).tolist()
             balance = self.experts * sum(f * p / places for f, p in zip(loads, numbers[2:], strict=True))
@@ -293,7 +295,7 @@ def _check(routing: Routing, plain: Any, recipe: Recipe, wanted: list[str]) -> N
     defined = hasattr(sys.modules[type(plain).__module__], "load_balancing_loss_func")
     name, where = type(plain).__name__, f"experts.{wanted[0]}"
     off = f"--set experts.{wanted[0]}=0"
-    if len(routing.routers) != routing.layers:
+    if not routing.routers:
         raise UserError(
             f"transformers does not say where the router of each layer of {name} gives its logits", where=where, fix=off
         )

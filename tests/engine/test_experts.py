@@ -107,7 +107,7 @@ def test_what_cannot_be_adapted_is_left_out_aloud_or_refused() -> None:
         adapted("qwen3_moe", recipe(adapter={"dropout": 0.1}, experts={"adapt": "all"}))
     report = ModelReport()
     assert not experts.wrappers(adapted("qwen3_moe", recipe(experts={"adapt": "none"}), report))
-    assert ("routers", "frozen", "experts.router auto") in report.lines
+    assert ("routers", "frozen", "experts.router not given") in report.lines
 
 
 def test_routers_are_frozen_where_all_weights_are_trained() -> None:
@@ -243,6 +243,15 @@ def test_an_index_that_is_no_experts_gives_nothing() -> None:
 def test_peft_is_asked_which_names_it_takes_for_experts() -> None:
     assert {"gate_proj", "up_proj", "down_proj"} <= compat.peft_takes_for_experts("qwen3_moe")
     assert compat.peft_takes_for_experts("llama") == set()
+
+
+def test_a_checkpoint_of_before_experts_had_settings_goes_on() -> None:
+    from aifactory_train.config.loading import to_tree
+    from aifactory_train.parallel.changes import check_changes
+
+    now = to_tree(recipe())
+    before = {key: value for key, value in now.items() if key != "experts"}
+    assert check_changes(before, now, same_rates=True) == []
 
 
 # ---- from recipe to export
