@@ -201,21 +201,20 @@ def delta(wrapper: Any) -> torch.Tensor:
 
 def _adapted(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """The forward of the outermost wrapper."""
-    found: dict[str, Factors] = {}
-    layer, shapes = self, {}
+    on: dict[str, Any] = {}
+    layer = self
     while hasattr(layer, "parameter_name"):
         if not layer.disable_adapters and not layer.merged:
-            found[layer.parameter_name] = factors(layer)
-            shapes[layer.parameter_name] = layer
+            on[layer.parameter_name] = layer
         layer = layer.base_layer
-    if not found:
+    if not on:
         return layer(x, *args, **kwargs)
     if fused(layer) and layer.config._experts_implementation == NAME:
-        return layer(x, *args, adapters=found, **kwargs)
-    if isinstance(layer, nn.Linear) and set(found) == {"weight"}:
-        a, b, scaling = found["weight"]
+        return layer(x, *args, adapters={name: factors(wrapper) for name, wrapper in on.items()}, **kwargs)
+    if isinstance(layer, nn.Linear) and set(on) == {"weight"}:
+        a, b, scaling = factors(on["weight"])
         return layer(x, *args, **kwargs) + F.linear(F.linear(x, a[0]), b[0]) * scaling
-    with _in_place_of(layer, {name: getattr(layer, name) + delta(wrapper) for name, wrapper in shapes.items()}):
+    with _in_place_of(layer, {name: getattr(layer, name) + delta(wrapper) for name, wrapper in on.items()}):
         return layer(x, *args, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def test_the_losses_are_those_of_transformers_over_the_whole_step(family: str) -
     assert routed is not None
     routed.begin(sum(map(len, documents)), units)
     batches = [one_document(d, padding=i * 4) for i, d in enumerate(documents)]
-    routed.count_before([lambda b=b: core(**b) for b in batches])
+    routed.count_before([functools.partial(core, **b) for b in batches])
     before = torch.get_rng_state()
     total = 0.0
     for batch in batches:
@@ -198,7 +199,8 @@ def test_the_losses_are_those_of_transformers_over_the_whole_step(family: str) -
         router.register_forward_hook(lambda _, __, out, n=number: logits[n].append(out[0]))
     outs = [plain(input_ids=d[None]).logits[0] for d in documents]
     of = torch.nn.functional.cross_entropy
-    nll = sum(of(o[:-1], d[1:], reduction="sum") for o, d in zip(outs, documents, strict=True)) / units
+    parts = [of(o[:-1], d[1:], reduction="sum") for o, d in zip(outs, documents, strict=True)]
+    nll = torch.stack(parts).sum() / units
     layers = tuple(torch.cat(parts) for parts in logits)
     balance = function(layers, 4, 2)
     z = torch.stack([x.logsumexp(-1).square().mean() for x in layers]).mean()
