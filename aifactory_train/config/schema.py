@@ -93,11 +93,12 @@ class ModelConfig(Strict):
         False, description="Run code that the model's repository ships. Off unless you ask."
     )
     chat_template: str | None = Field(None, description="Jinja file used instead of the tokenizer's own template.")
-    attention: Literal["auto", "per_document", "varlen", "flash", "triton"] = Field(
+    attention: Literal["auto", "per_document", "varlen", "flash", "triton", "own"] = Field(
         "auto",
         description="per_document: SDPA on each document (any device); varlen: torch's variable-length kernel (GPU, "
         "torch >= 2.10); flash: flash-attn; triton: this project's kernel (GPU). Windows, sinks and soft caps that the "
-        "chosen one lacks are computed by this project's operator.",
+        "chosen one lacks are computed by this project's operator. own: the model as transformers has it, one document "
+        "a row; auto takes it for models that no other is right for.",
     )
     vocabulary: VocabularyConfig | None = Field(
         None,

@@ -150,7 +150,7 @@ class GgufFile:
 
     def model(self) -> Any:
         """The plain transformers model as meta tensors."""
-        model = skeleton(self.config, "sdpa", torch.float32)
+        model = skeleton(self.config, None, torch.float32)
         all_to_meta(model)
         return model
 

@@ -5,6 +5,7 @@ imports nothing of this project, so what it computes is what anybody else would 
 """
 
 import gc
+import inspect
 import json
 import sys
 from typing import Any
@@ -51,7 +52,7 @@ def main(job_file: str) -> None:
         model: Any = kind.from_pretrained(
             check["base"],
             dtype=getattr(torch, check["dtype"]),
-            attn_implementation="sdpa",
+            attn_implementation=None,  # SDPA where the model has it
             local_files_only=True,
             **how,
         )
@@ -60,14 +61,17 @@ def main(job_file: str) -> None:
 
             model = PeftModel.from_pretrained(model, check["adapter"])
         model.eval()
+        plain = model if check["adapter"] is None else model.get_base_model()
+        keeps = "logits_to_keep" in inspect.signature(plain.forward).parameters  # older families give all
         with torch.no_grad():
             for i, row in enumerate(job["rows"]):
                 ids = torch.tensor([row])
                 if check.get("head"):
                     found[f"{check['name']}.{i}"] = model(ids).logits.float().contiguous()
                     continue
-                logits = model(ids, logits_to_keep=min(job["positions"], len(row))).logits
-                found[f"{check['name']}.{i}"] = logits[0].float().contiguous()
+                last = min(job["positions"], len(row))
+                logits = model(ids, **({"logits_to_keep": last} if keeps else {})).logits
+                found[f"{check['name']}.{i}"] = logits[0, -last:].float().contiguous()
         del model
         gc.collect()
     save_file(found, job["out"])

@@ -53,7 +53,7 @@ class TrainedModel:
 
         if self.recipe.model.trust_remote_code:
             return "the model's own code decides how it is loaded"
-        return why_not(load_config(self.base, self.recipe), self.base, "sdpa", torch.float32)
+        return why_not(load_config(self.base, self.recipe), self.base, None, torch.float32)
 
     def model(self) -> CausalLM:
         """The trained model: the one in memory if it is unsharded fp32 on the CPU, else rebuilt from base and
@@ -63,7 +63,8 @@ class TrainedModel:
             return self.core
         plain = self.recipe.model_copy(deep=True)
         plain.adapter.quantise_base = "none"
-        plain.model.attention = "per_document"
+        if plain.model.attention != "own":
+            plain.model.attention = "per_document"
         plain.kernels.enabled = "off"
         plain.model.start_from = None
         if self.why_whole is None:
@@ -90,7 +91,7 @@ class TrainedModel:
         all_to_meta(model)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        core = CausalLM(model)
+        core = CausalLM(model, own=plain.model.attention == "own")
         attach_head(core, plain, dtype=torch.float32, report=ModelReport())
         base, trained = TensorFiles.of(self.base), self.trained
         adapter = adapter_tensors(self.run.export / "adapter") if trained is None else {}

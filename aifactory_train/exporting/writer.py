@@ -244,7 +244,7 @@ class Export:
         config = load_config(self.base, self.recipe)
         if self.has_head:
             config = classifier_config(config, self.recipe, self.data.tokenizer_info["pad_id"])
-        model = skeleton(config, "sdpa", torch.float32, classifies=self.has_head)
+        model = skeleton(config, None, torch.float32, classifies=self.has_head)
         all_to_meta(model)
         return model
 

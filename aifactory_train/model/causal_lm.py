@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.model import attention
+from aifactory_train.model import attention, recurrent
 from aifactory_train.model.head import Head, HeadObjective
 from aifactory_train.model.loss import linear_cross_entropy, shaped
 from aifactory_train.model.objective import SUMMED_NLL, Objective
@@ -50,10 +50,14 @@ class CausalLM(nn.Module):
 
     model: Any  # transformers' and peft's classes: their attributes are known at run time only
 
-    def __init__(self, model: nn.Module, loss_rows: int | None = None):
+    def __init__(self, model: nn.Module, loss_rows: int | None = None, *, own: bool = False):
+        """``own``: the model computes as transformers has it (``model.attention: own``), with its own attention and all
+        that stands between its backbone and its output layer; a row is a document then.
+        """
         super().__init__()
         self.model = model
         self.loss_rows = loss_rows
+        self.own = own
         #: the vocabulary projection runs by the registered operators
         #: (:func:`aifactory_train.model.operators.apply_operators`)
         self.kernels = False
@@ -68,6 +72,8 @@ class CausalLM(nn.Module):
         self.logit_scale = _logit_scale(self.language_model.config)
         self.logit_softcap = _logit_softcap(self.language_model.config)
         _check_output_layer(self.language_model.get_output_embeddings())
+        #: layers that carry a state are run on documents, whose boundaries they learn here
+        self.states, self.stateful = (recurrent.States(), []) if own else recurrent.keep_apart(self.backbone)
 
     @property
     def language_model(self) -> Any:
@@ -164,10 +170,42 @@ class CausalLM(nn.Module):
                 moves = (input_ids >= self.first_moving_row).unsqueeze(-1)
                 embedded = torch.where(moves, embedded, embedded.detach())
             start = {"inputs_embeds": embedded if noise is None else noise.add_to(embedded)}
-        out = self.backbone(
-            **start, position_ids=position_ids, attention_mask=None, use_cache=False, documents=documents
-        )
+        if self.own:
+            return self._before_output_layer(start, documents)
+        self.states.now = recurrent.Rows(documents, input_ids.device) if self.stateful else None
+        try:
+            out = self.backbone(
+                **start, position_ids=position_ids, attention_mask=None, use_cache=False, documents=documents
+            )
+        finally:
+            self.states.now = None
         return out.last_hidden_state.flatten(0, 1)
+
+    def _before_output_layer(self, start: dict[str, torch.Tensor], documents: attention.Documents) -> torch.Tensor:
+        """``[B * T, D]``: what the output layer is given where the model is called as transformers would call it. The
+        padding behind a document is seen by nothing before it, so no mask says where it begins.
+        """
+        batch, length = next(iter(start.values())).shape[:2]
+        if any(n != length for n in documents.lengths):
+            raise UserError(
+                "a model with its own attention sees the neighbours of a packed document",
+                where="model.attention",
+                fix="--set data.batching=padded",
+            )
+        mask = torch.ones(batch, length, dtype=torch.int64, device=documents.cu_seqlens.device)
+        head = self.language_model.get_output_embeddings()
+
+        def stop(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            raise _ReachedError(args[0])
+
+        handle = head.register_forward_pre_hook(stop)
+        try:
+            self.language_model(**start, attention_mask=mask, use_cache=False)
+        except _ReachedError as reached:
+            return reached.hidden.reshape(batch * length, -1)
+        finally:
+            handle.remove()
+        raise ValueError("the model does not call its output layer")
 
     @torch.no_grad()
     def decode(
@@ -177,6 +215,11 @@ class CausalLM(nn.Module):
 
         input_ids ``[B, T]`` follow what the cache holds; attention_mask int64 ``[B, cached + T]`` is 0 on padding.
         """
+        if self.own:
+            out = self.language_model(
+                input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True
+            )
+            return out.logits[:, -1].float()
         with attention.decoding(self.backbone):
             out = self.backbone(
                 input_ids=input_ids,
@@ -191,6 +234,14 @@ class CausalLM(nn.Module):
         """fp32 ``[N, V]`` of a few hidden states ``[N, D]``."""
         logits = (hidden @ self.output_weight.to(hidden.dtype).t()).float()
         return shaped(logits, self.logit_scale, self.logit_softcap, self.output_bias)
+
+
+class _ReachedError(Exception):
+    """The output layer was reached with ``hidden``; nothing behind it is computed."""
+
+    def __init__(self, hidden: torch.Tensor):
+        super().__init__()
+        self.hidden = hidden
 
 
 class _StillRows(torch.autograd.Function):
@@ -216,8 +267,9 @@ def _logit_scale(config) -> float:
     """The factor between what the output layer gives and the logits."""
     if getattr(config, "logits_scaling", None) not in (None, 1.0):  # Granite divides
         return 1.0 / float(config.logits_scaling)
-    if getattr(config, "logit_scale", None) not in (None, 1.0):  # Cohere multiplies
-        return float(config.logit_scale)
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere and Falcon-H1 multiply
+        if getattr(config, name, None) not in (None, 1.0):
+            return float(getattr(config, name))
     return 1.0
 
 

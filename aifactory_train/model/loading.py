@@ -46,9 +46,14 @@ def load_config(path: Path, recipe: Recipe):
     return config
 
 
-def choose_attention(recipe: Recipe, config: Any, device: str, report: ModelReport) -> str:
-    """The name of ``model.attention`` in transformers' registry, where our functions are from now on."""
+def choose_attention(recipe: Recipe, config: Any, device: str, report: ModelReport) -> str | None:
+    """The name of ``model.attention`` in transformers' registry, where our functions are from now on; None is what
+    transformers takes for the model by itself.
+    """
     attention.register()
+    if recipe.model.attention == "own":
+        report.add("attention", "the model's own", "model.attention own")
+        return None
     name, why = attention_choice.choose(
         recipe.model.attention,
         device,
@@ -171,7 +176,7 @@ def build_model(
     if recipe.model.start_from:
         start_from_adapter(model, recipe, report)
     apply_precision(model, precision)
-    core = CausalLM(model, recipe.train.loss_chunk_tokens)
+    core = CausalLM(model, recipe.train.loss_chunk_tokens, own=recipe.model.attention == "own")
     core.routing = routing.watch(model, core.language_model, recipe, report, device)
     core.unread = unread
     attach_head(core, recipe, dtype=precision.parameters, report=report)

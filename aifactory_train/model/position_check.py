@@ -5,8 +5,8 @@ from token to token (gated delta nets, Mamba, lightning attention, convolutions)
 attention of their own that never sees a mask from us. Both train a wrong model without an error. So at start a small
 copy of the model (the same classes, every kind of layer, random weights, fp32, CPU) computes two documents as training
 would compute them, and each of them alone with transformers' own eager attention. Packs that differ are not used: one
-document a row then. A model that differs even alone, or whose earlier logits move when a later token changes, is
-refused by name.
+document a row then. A model that differs even alone computes as transformers has it, one document a row. Where that is
+no help either, or earlier logits move when a later token changes, it is refused by name.
 
 The verdict is kept in the cache, by the configuration and the versions of what computed it.
 """
@@ -19,9 +19,8 @@ import hashlib
 import json
 import os
 import re
-import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +31,21 @@ from aifactory_train import __version__
 from aifactory_train.config.loading import cache_dir
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import write_atomic
-from aifactory_train.model.attention import PER_DOCUMENT, Documents, register
+from aifactory_train.model.attention import Documents, register
 from aifactory_train.model.causal_lm import Forward
+from aifactory_train.model.small_copy import (
+    FIRST_TOKEN,
+    VOCABULARY,
+    WINDOWS,
+    NotSmallError,
+    as_trained,
+    is_count,
+    one_line,
+    plain_and_logits,
+    quietly,
+    small_plain,
+    text_part,
+)
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
@@ -41,27 +53,12 @@ if TYPE_CHECKING:
 
 #: Largest difference between equal logits, as a part of the largest logit.
 TOLERANCE = 1e-5
-#: Tokens of the two documents; a window that the small model is given to see whether it is kept to.
-LENGTHS, SMALL_WINDOW = (13, 24), 8
-VOCABULARY, FIRST_TOKEN = 128, 8
-#: A copy with more parameters than this is not small.
-MOST_PARAMETERS = 100_000_000
+#: A window that the small model is given to see whether it is kept to.
+SMALL_WINDOW = 8
 
 PACKED, PADDED, REFUSED = "packed", "padded", "refused"
+OURS, OWN = "ours", "own"
 
-_LAYERS = re.compile(r"(num_(hidden_|decoder_|encoder_)?layers|n_layers?|(decoder|encoder)_layers|depth|num_blocks)$")
-_HEADS = re.compile(r"(.*_)?(n_heads?|num_heads|num_attention_heads|attention_heads)$")
-_MORE_HEADS = re.compile(
-    r"(.*_)?(num_key_value_heads|num_kv_heads|n_head_kv|n_heads_kv|kv_heads|num_key_heads|num_value_heads|n_groups|ngroups)$"
-)
-_WIDTHS = re.compile(
-    r"(hidden_size|n_embd|d_model|dim|embed_dim|embedding_size|hidden_dim|word_embed_proj_dim|lru_width|attention_hidden_size"
-    r"|dim_model|d_embed|emb_dim|embedding_dim|mamba_d_ssm|mamba_intermediate_size|hidden_size_per_layer_input)$"
-)
-_INNER = re.compile(r".*(intermediate|ffn_dim|n_inner|d_ff|dim_ff|feed_forward|ffn_hidden|d_inner|mlp_hidden|dff).*")
-_EXPERTS = re.compile(r"(moe_)?(num_experts|num_local_experts|n_routed_experts|num_routed_experts|n_experts)$")
-_CHOSEN = re.compile(r"(moe_)?(num_experts_per_tok|top_?k|topk|num_experts_per_token|k)$")
-_WINDOWS = re.compile(r".*(window|chunk_size|local_attention|attention_span).*")
 #: Of the whole configuration, what does not decide how positions are mixed.
 _UNIMPORTANT = re.compile(
     r"(_name_or_path|transformers_version|d?type|torch_dtype|architectures|vocab_size|id2label|label2id|use_cache|output_.*"
@@ -75,13 +72,15 @@ class PositionVerdict:
     the finding.
 
     ``limits``: keys of the configuration whose window our attention does not keep to, with the most tokens that a
-    document may have. ``error``: what is raised where ``batching`` is ``refused``.
+    document may have. ``error``: what is raised where ``batching`` is ``refused``. ``attention``: ``own`` where the
+    model has to compute as transformers has it.
     """
 
     batching: str
     why: str
     limits: dict[str, int]
     error: dict[str, str | None] | None = None
+    attention: str = OURS
 
     def raise_refusal(self, sequence_length: int) -> None:
         """Raise the :class:`UserError` of a model, or of a length of documents, that would be trained wrongly."""
@@ -105,11 +104,11 @@ def check(recipe: Recipe, folder: Path, *, device: str) -> PositionVerdict:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it is installed
     from aifactory_train.model.loading import load_config
 
-    config = load_config(folder, recipe)
-    file = cache_dir() / "position-checks" / f"{config.model_type}-{_key(config)}.json"
+    config, own = load_config(folder, recipe), recipe.model.attention == OWN
+    file = cache_dir() / "position-checks" / f"{config.model_type}-{_key(config)}{'-own' if own else ''}.json"
     verdict = _known(file)
     if verdict is None:
-        verdict = examine(config, trust_remote_code=recipe.model.trust_remote_code)
+        verdict = examine(config, trust_remote_code=recipe.model.trust_remote_code, own=own)
         with contextlib.suppress(OSError, UserError):  # a cache that cannot be written costs the same seconds next time
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, json.dumps(asdict(verdict), indent=1) + "\n")
@@ -117,16 +116,25 @@ def check(recipe: Recipe, folder: Path, *, device: str) -> PositionVerdict:
     return verdict
 
 
-def settle(recipe: Recipe, verdict: PositionVerdict) -> tuple[str, str, str] | None:
+def settle(recipe: Recipe, verdict: PositionVerdict) -> tuple[str, str, str]:
     """Put ``verdict`` into ``recipe``: packs that the model cannot keep apart become one document a row, which is the
     same curve.
 
-    Returns the line of the start-up report, None where nothing changes.
+    Returns the line of the start-up report. Raises :class:`UserError` where the recipe asks for a kernel of ours and
+    the model computes by its own attention alone.
     """
+    if verdict.attention == OWN and recipe.model.attention != OWN:
+        if recipe.model.attention != "auto":
+            raise UserError(
+                f"this model cannot use our attention: {verdict.why}",
+                where=f"model.attention: {recipe.model.attention}",
+                fix="--set model.attention=auto (then it computes as transformers has it, one document a row)",
+            )
+        recipe.model.attention = OWN
     if verdict.batching != PADDED or recipe.data.batching != PACKED:
-        return None
+        return "documents", f"{recipe.data.batching}; compared with each alone on a small copy", verdict.why
     recipe.data.batching = "padded"
-    return "batching", "one document a row (data.batching padded)", verdict.why
+    return "documents", "one document a row (data.batching padded)", verdict.why
 
 
 def _known(file: Path) -> PositionVerdict | None:
@@ -142,7 +150,7 @@ def _key(config: Any) -> str:
     import transformers
 
     from aifactory_train.kernels.attention import blocks, op
-    from aifactory_train.model import attention
+    from aifactory_train.model import attention, recurrent, small_copy
     from aifactory_train.model import causal_lm as model
 
     tree = _structure(config.to_dict())
@@ -150,7 +158,7 @@ def _key(config: Any) -> str:
     digest.update(f"{type(config).__qualname__} {transformers.__version__} {torch.__version__} {__version__}".encode())
     if type(config).__module__.startswith("transformers_modules"):
         digest.update(type(config).__module__.encode())  # the model's own code: its folder and revision are in the name
-    for module in (attention, model, blocks, op):
+    for module in (attention, model, recurrent, small_copy, blocks, op):
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:24]
@@ -165,31 +173,48 @@ def _structure(tree: Any) -> Any:
 # ---- the comparison
 
 
-def examine(config: Any, *, trust_remote_code: bool = False) -> PositionVerdict:
+def examine(config: Any, *, trust_remote_code: bool = False, own: bool = False) -> PositionVerdict:
     """Build a small copy of ``config``'s model and compare (nothing is cached, nothing raised but by faults of this
-    module).
+    module). ``own``: the recipe asks for the model's own attention.
     """
     register()
     name = config.model_type
-    with _quietly(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with quietly(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:
-            small, plain, tokens, expected = _small_plain(config, trust_remote_code)
-        except _NotSmallError as error:
-            return PositionVerdict(
-                PADDED, f"{name} could not be checked on a small copy ({error}), so its documents are kept apart", {}
+            small, plain, tokens, expected = small_plain(config, trust_remote_code)
+        except NotSmallError as error:
+            why = f"{name} could not be checked on a small copy ({error}), so it computes as transformers has it"
+            return PositionVerdict(PADDED, why, {}, attention=OWN)
+        verdict = None
+        if not own:
+            verdict = _tried(
+                name, lambda: _compare(name, as_trained(small, plain, trust_remote_code), tokens, expected)
             )
-        try:
-            ours = _ours(small, plain, trust_remote_code)
-            verdict = _compare(name, ours, tokens, expected)
-            if verdict.batching == REFUSED:
-                return verdict
-            limits = _limits(config, small, trust_remote_code)
-        except UserError as error:
-            return PositionVerdict(REFUSED, error.what, {}, error.as_dict())
-        except Exception as error:  # whatever the model's code raises: the same would end the training
-            return _refused(name, f"its forward pass does not run as training calls it ({_one_line(error)})")
-    return PositionVerdict(verdict.batching, verdict.why, limits)
+            if verdict.batching != REFUSED:
+                return replace(verdict, limits=_limits(config, small, trust_remote_code))
+        as_it_is = _tried(name, lambda: _compare_own(name, small, plain, tokens, expected, trust_remote_code))
+        if as_it_is.batching != REFUSED and verdict is not None:
+            return replace(as_it_is, why=f"with our attention {verdict.why}")
+        return as_it_is
+
+
+def _tried(name: str, compare: Callable[[], PositionVerdict]) -> PositionVerdict:
+    try:
+        return compare()
+    except UserError as error:
+        return PositionVerdict(REFUSED, error.what, {}, error.as_dict())
+    except Exception as error:  # whatever the model's code raises: the same would end the training
+        return _refused(name, f"its forward pass does not run as training calls it ({one_line(error)})")
+
+
+def _compare_own(
+    name: str, small: Any, plain: nn.Module, tokens: list[torch.Tensor], expected: list[torch.Tensor], trust: bool
+) -> PositionVerdict:
+    """The same with the model's own attention, which knows nothing of packs."""
+    model = as_trained(small, plain, trust, own=True)
+    verdict = _alone(name, model, tokens, expected) or _in_rows(name, model, tokens, expected, "")
+    return replace(verdict, attention=OWN) if verdict.batching == PADDED else verdict
 
 
 def _refused(name: str, why: str) -> PositionVerdict:
@@ -201,44 +226,72 @@ def _refused(name: str, why: str) -> PositionVerdict:
     return PositionVerdict(REFUSED, why, {}, error.as_dict())
 
 
-def _compare(name: str, ours: CausalLM, tokens: list[torch.Tensor], expected: list[torch.Tensor]) -> PositionVerdict:
-    """``expected``: the logits ``[n, V]`` of each document alone, by transformers."""
-    scale = max(float(e.abs().max()) for e in expected) or 1.0
+def _far(found: torch.Tensor, wanted: torch.Tensor, scale: float) -> float:
+    """The largest difference, as a part of ``scale``; infinite where it is no number."""
+    difference = float((found - wanted).abs().max()) / scale
+    return difference if difference == difference else float("inf")
 
-    def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
-        difference = float((found - wanted).abs().max()) / scale
-        return difference if difference == difference else float("inf")
 
-    alone = [_logits(ours, t[None], [len(t)]) for t in tokens]
+def _scale(expected: list[torch.Tensor]) -> float:
+    return max(float(e.abs().max()) for e in expected) or 1.0
+
+
+def _alone(
+    name: str, model: CausalLM, tokens: list[torch.Tensor], expected: list[torch.Tensor]
+) -> PositionVerdict | None:
+    """The refusal of a model that is wrong on a document alone; ``expected``: the logits ``[n, V]`` of each document
+    alone, by transformers.
+    """
+    scale = _scale(expected)
+    alone = [_logits(model, t[None], [len(t)]) for t in tokens]
     changed = tokens[1].clone()
     cut = len(changed) // 2
     changed[cut:] = (changed[cut:] - FIRST_TOKEN + 17) % (VOCABULARY - FIRST_TOKEN) + FIRST_TOKEN
-    ahead = far(_logits(ours, changed[None], [len(changed)])[:cut], alone[1][:cut])
+    ahead = _far(_logits(model, changed[None], [len(changed)])[:cut], alone[1][:cut], scale)
     if ahead > TOLERANCE:
         return _refused(
             name, f"it sees the future: logits change by {ahead:.1g} of the largest when later tokens change"
         )
-    worst = max(far(a, e) for a, e in zip(alone, expected, strict=True))
+    worst = max(_far(a, e, scale) for a, e in zip(alone, expected, strict=True))
     if worst > TOLERANCE:
         return _refused(
             name, f"its logits differ by {worst:.1g} of the largest from those of transformers' own attention"
         )
-    lengths = [len(t) for t in tokens]
-    packed = _logits(ours, torch.cat(tokens)[None], lengths)
-    leak = far(packed, torch.cat(expected))
-    if leak <= TOLERANCE:
-        return PositionVerdict(PACKED, "documents of a pack do not see each other", {})
-    width = max(lengths)
+    return None
+
+
+def _compare(name: str, ours: CausalLM, tokens: list[torch.Tensor], expected: list[torch.Tensor]) -> PositionVerdict:
+    """Each document alone, then both in one pack, then in rows."""
+    refused = _alone(name, ours, tokens, expected)
+    if refused is not None:
+        return refused
+    try:
+        packed = _logits(ours, torch.cat(tokens)[None], [len(t) for t in tokens])
+        leak = _far(packed, torch.cat(expected), _scale(expected))
+    except Exception as error:  # rows may do what a pack cannot
+        return _in_rows(name, ours, tokens, expected, f"{name} cannot compute a pack ({one_line(error)})")
+    if leak > TOLERANCE:
+        why = f"{name} does not keep the documents of a pack apart (logits off by {leak:.1g} of the largest)"
+        return _in_rows(name, ours, tokens, expected, why)
+    kept = sorted({type(ours.backbone.get_submodule(n)).__name__ for n in ours.stateful})
+    apart = f", {', '.join(kept)} are run on each document" if kept else ""
+    return PositionVerdict(PACKED, f"documents of a pack do not see each other{apart}", {})
+
+
+def _in_rows(
+    name: str, model: CausalLM, tokens: list[torch.Tensor], expected: list[torch.Tensor], why: str
+) -> PositionVerdict:
+    """One document a row, padded behind: the verdict with the reason ``why``, or the refusal."""
+    width = max(len(t) for t in tokens)
     rows = torch.full((len(tokens), width), FIRST_TOKEN)
     for row, t in zip(rows, tokens, strict=True):
         row[: len(t)] = t
-    padded = _logits(ours, rows, [width] * len(tokens)).view(len(tokens), width, -1)
-    worst = max(far(p[: len(e)], e) for p, e in zip(padded, expected, strict=True))
+    padded = _logits(model, rows, [width] * len(tokens)).view(len(tokens), width, -1)
+    worst = max(_far(p[: len(e)], e, _scale(expected)) for p, e in zip(padded, expected, strict=True))
     if worst > TOLERANCE:
         return _refused(
             name, f"its documents see each other, packed and in rows of their own (by {worst:.1g} of the largest logit)"
         )
-    why = f"{name} does not keep the documents of a pack apart (logits off by {leak:.1g} of the largest)"
     return PositionVerdict(PADDED, why, {})
 
 
@@ -254,17 +307,19 @@ def _limits(config: Any, small: Any, trust_remote_code: bool) -> dict[str, int]:
     copy.
     """
     found: dict[str, int] = {}
-    for name, real in sorted((n, v) for n, v in vars(_text(config)).items() if _WINDOWS.fullmatch(n) and _count(v)):
+    for name, real in sorted(
+        (n, v) for n, v in vars(text_part(config)).items() if WINDOWS.fullmatch(n) and is_count(v)
+    ):
         narrow = copy.deepcopy(small)
         try:
-            setattr(_text(narrow), name, SMALL_WINDOW)
-            plain, tokens, expected = _plain(narrow, trust_remote_code)
+            setattr(text_part(narrow), name, SMALL_WINDOW)
+            plain, tokens, expected = plain_and_logits(narrow, trust_remote_code)
         except Exception:  # not a window that a model can be built with: then it is none of attention
             continue
         wide = [e for e, t in zip(expected, tokens, strict=True) if len(t) > SMALL_WINDOW]
         try:
-            ours = _ours(narrow, plain, trust_remote_code)
-            alone = [_logits(ours, t[None], [len(t)]) for t in tokens if len(t) > SMALL_WINDOW]
+            model = as_trained(narrow, plain, trust_remote_code)
+            alone = [_logits(model, t[None], [len(t)]) for t in tokens if len(t) > SMALL_WINDOW]
         except UserError:
             continue  # attention refuses longer documents itself
         except Exception:  # plain transformers computes it, this way of calling does not
@@ -273,216 +328,3 @@ def _limits(config: Any, small: Any, trust_remote_code: bool) -> dict[str, int]:
         if any(float((a - e).abs().max()) > TOLERANCE * float(e.abs().max()) for a, e in zip(alone, wide, strict=True)):
             found[name] = real
     return found
-
-
-# ---- the small copy
-
-
-class _NotSmallError(Exception):
-    """No small copy of the configuration could be built and run."""
-
-
-def _small_plain(config: Any, trust: bool) -> tuple[Any, nn.Module, list[torch.Tensor], list[torch.Tensor]]:
-    """(small configuration, its model, tokens of each document, their logits) by transformers' own eager attention.
-
-    Few layers if they hold every kind, else all; widths divided by the number of heads, else as they are.
-    """
-    kinds, _ = _kinds(config, trust)
-    layers = len(kinds)
-    prefix = next((n for n in range(1, layers) if set(kinds[:n]) == set(kinds)), layers)
-    reasons = []
-    for count, narrow in dict.fromkeys([(prefix, True), (layers, True), (prefix, False), (layers, False)]):
-        try:
-            small = shrunken(config, count, narrow=narrow)
-            fewer, parameters = _kinds(small, trust)
-            if parameters > MOST_PARAMETERS:
-                raise _NotSmallError(f"{parameters / 1e6:.0f} M parameters are not few")
-            if not {_coarse(k) for k in kinds} <= {_coarse(k) for k in fewer}:
-                raise _NotSmallError(f"{count} layers do not hold every kind of layer")
-            plain, tokens, expected = _plain(small, trust)
-            return small, plain, tokens, expected
-        except Exception as error:  # whatever a configuration that does not fit together raises
-            reasons.append(_one_line(error))
-    raise _NotSmallError(reasons[0])
-
-
-def _plain(small: Any, trust: bool) -> tuple[nn.Module, list[torch.Tensor], list[torch.Tensor]]:
-    plain = _build(small, "eager", trust)
-    generator = torch.Generator().manual_seed(1)
-    tokens = [torch.randint(FIRST_TOKEN, VOCABULARY, (n,), generator=generator) for n in LENGTHS]
-    expected = [plain(input_ids=t[None], use_cache=False).logits[0].float() for t in tokens]
-    if not all(bool(e.isfinite().all()) and float(e.std()) > 0 for e in expected):
-        raise ValueError("random weights give no usable logits")
-    return plain, tokens, expected
-
-
-def _ours(small: Any, plain: nn.Module, trust: bool) -> CausalLM:
-    """The model as training builds it, with the weights of ``plain``."""
-    from aifactory_train.model.causal_lm import CausalLM
-
-    model = _build(small, PER_DOCUMENT, trust)
-    model.load_state_dict(plain.state_dict())
-    return CausalLM(model).eval()
-
-
-def _build(config: Any, attention: str, trust: bool, *, meta: bool = False) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(config)
-    with torch.device("meta") if meta else contextlib.nullcontext():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust
-        )
-    if meta:
-        return model
-    embeddings = {id(model.get_input_embeddings().weight)}
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and id(parameter) not in embeddings:
-            parameter.mul_(2.0)  # scores spread enough for mistakes to show
-        step = torch.randn(parameter.shape, generator=generator)
-        parameter.add_(step, alpha=0.05 if parameter.dim() < 2 else 0.02)  # no zeros that hide a path
-    return model.eval()
-
-
-def _text(config: Any) -> Any:
-    """The part of ``config`` that describes the language model."""
-    return config.get_text_config(decoder=True)
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _kinds(config: Any, trust: bool) -> tuple[list[tuple], int]:
-    """(a description of each layer of ``config``'s model: classes and switches of its modules; its parameters), without
-    memory.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            model = _build(config, "eager", trust, meta=True)
-        except Exception as error:
-            raise _NotSmallError(_one_line(error)) from None
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
-        raise _NotSmallError("it has no list of layers")
-    wanted = next((v for k, v in vars(_text(config)).items() if _LAYERS.fullmatch(k) and _count(v)), None)
-    blocks = next((m for m in lists if len(m) == wanted), max(lists, key=len))
-    return [tuple(sorted(set(_describe(block)))) for block in blocks], sum(p.numel() for p in model.parameters())
-
-
-def _describe(block: nn.Module) -> Iterator[tuple[str, str, tuple]]:
-    for name, module in block.named_modules():
-        switches = tuple(
-            sorted(
-                (key, "set" if value is not None and not isinstance(value, (str, bool)) else str(value))
-                for key, value in vars(module).items()
-                if not key.startswith("_")
-                and key != "training"
-                and (
-                    value is None or isinstance(value, (str, bool)) or "window" in key or key in ("use_rope", "no_rope")
-                )
-            )
-        )
-        yield re.sub(r"\d+", "#", name), type(module).__name__, switches
-
-
-def _coarse(kind: tuple) -> tuple:
-    """A layer's kind without the switches that sizes decide."""
-    return tuple((name, module) for name, module, _ in kind)
-
-
-def shrunken(config: Any, layers: int, *, narrow: bool) -> Any:
-    """A copy of ``config`` with ``layers`` layers, a small vocabulary, few experts, and with ``narrow`` few and narrow
-    heads.
-    """
-    small = copy.deepcopy(config)
-    text = _text(small)
-    whole = next((v for k, v in vars(text).items() if _LAYERS.fullmatch(k) and _count(v)), None)
-    parts = [small] + [v for v in vars(small).values() if hasattr(v, "to_dict") and hasattr(v, "model_type")]
-    width = next(
-        (v for k, v in vars(text).items() if k in ("hidden_size", "n_embd", "d_model", "dim") and _count(v)), 0
-    )
-    for part in dict.fromkeys(map(id, parts)):
-        one = next(p for p in parts if id(p) == part)
-        _shrink(one, whole if one is text else None, layers if one is text or one is small else 2, narrow)
-    new_width = next(
-        (v for k, v in vars(text).items() if k in ("hidden_size", "n_embd", "d_model", "dim") and _count(v)), 0
-    )
-    for one in parts:
-        if one is not text:
-            for key, value in list(vars(one).items()):
-                if value == width and width and key.startswith(("out_", "projection", "output_dim", "text_")):
-                    setattr(one, key, new_width)
-    return small
-
-
-def _shrink(part: Any, whole: int | None, layers: int, narrow: bool) -> None:
-    values = {k: v for k, v in vars(part).items() if not k.startswith("_")}
-    lists = {k: v for k, v in values.items() if isinstance(v, (list, tuple))}
-    whole = whole or next((v for k, v in values.items() if _LAYERS.fullmatch(k) and _count(v)), None)
-    if whole is None:
-        whole = max((len(v) for k, v in lists.items() if "layer" in k), default=None)
-    heads = next((v for k, v in values.items() if _HEADS.fullmatch(k) and _count(v)), 1)
-    width = next((v for k, v in values.items() if _WIDTHS.fullmatch(k) and _count(v)), heads)
-    # a width whose rows are aligned: torch's grouped products (experts) ask for it
-    divisors = [h for h in range(2, heads + 1) if heads % h == 0]
-    kept = next((h for h in divisors if (width * h // heads) % 8 == 0), divisors[0] if divisors else 1)
-    factor = heads // kept if narrow else 1
-    new: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in lists:
-            if "heads" in key and factor > 1 and all(map(_count, value)):
-                new[key] = value = [max(1, v // factor) for v in value]
-            if whole and len(value) == whole and layers < whole:
-                new[key] = value[:layers]
-        elif key == "quantization_config":
-            new[key] = None
-        elif key.endswith("token_id") and isinstance(value, int) and value >= VOCABULARY:
-            new[key] = 0
-        elif not _count(value):
-            continue
-        elif "vocab_size" in key:
-            new[key] = VOCABULARY
-        elif _LAYERS.fullmatch(key):
-            new[key] = min(value, layers)
-        elif _EXPERTS.fullmatch(key):
-            new[key] = min(value, 8)
-        elif _CHOSEN.fullmatch(key) or key == "n_group":
-            new[key] = min(value, 2)
-        elif key == "topk_group":
-            new[key] = 1
-        elif key == "first_k_dense_replace":
-            new[key] = min(value, max(1, layers - 1))
-        elif _WINDOWS.fullmatch(key):
-            new[key] = max(value, 64) if "chunk_size" not in key or "attention" in key else value
-        elif narrow and _INNER.fullmatch(key) and not _WIDTHS.fullmatch(key):
-            new[key] = max(16, min(value // factor, 256) // 16 * 16)
-        elif factor > 1 and (_HEADS.fullmatch(key) or _MORE_HEADS.fullmatch(key) or _WIDTHS.fullmatch(key)):
-            new[key] = max(1, value // factor)
-    for key, value in new.items():
-        with contextlib.suppress(AttributeError):  # computed by the class from the others
-            setattr(part, key, value)
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, _NotSmallError):
-        return str(error)
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' warnings: they speak of a configuration that the user does not have."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(before)

@@ -133,4 +133,4 @@ def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
     tokenizer = AutoTokenizer.from_pretrained(
         str(folder), local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
     )
-    return CausalLM(model).eval(), tokenizer, recipe
+    return CausalLM(model, own=recipe.model.attention == "own").eval(), tokenizer, recipe

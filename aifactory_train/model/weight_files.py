@@ -53,7 +53,7 @@ def tensors_in(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(shard.keys(), single)
 
 
-def skeleton(config: Any, attention: str, dtype: torch.dtype, *, classifies: bool = False) -> nn.Module:
+def skeleton(config: Any, attention: str | None, dtype: torch.dtype, *, classifies: bool = False) -> nn.Module:
     """The transformers model of ``config`` with stride-0 zeros in ``dtype`` for weights and real buffers;
     ``classifies``: its classifier."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -91,7 +91,7 @@ def _build_buffers(module: nn.Module, config: Any) -> None:
         module._buffers[name] = buffer
 
 
-def why_not(config: Any, folder: Path, attention: str, dtype: torch.dtype) -> str | None:
+def why_not(config: Any, folder: Path, attention: str | None, dtype: torch.dtype) -> str | None:
     """Why this model cannot be loaded shard by shard (None: it can): the files must name what the model names."""
     present = tensors_in(folder)
     if not present:

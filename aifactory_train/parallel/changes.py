@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "id",
     "model.licence",
     "model.options",
+    "model.attention",
     "data.workers",
     "data.batching",
     "data.eval_rows",

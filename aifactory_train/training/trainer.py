@@ -114,9 +114,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(recipe)
         # before the data is prepared, which may take long
         verdict = from_main(world, lambda: position_check.check(recipe, base_folder(recipe), device=world.device))
-        settled = position_check.settle(recipe, verdict)
-        if settled is not None:
-            self.report.add(*settled)
+        self.report.add(*position_check.settle(recipe, verdict))
         self.method = method_of(recipe)
         from_main(world, lambda: prepare(recipe, self.tokenizer) and None)
         prepared = prepare(recipe, self.tokenizer, trusted=True)

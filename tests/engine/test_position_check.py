@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
-from aifactory_train.model import attention
+from aifactory_train.model import attention, causal_lm, recurrent, small_copy
 from aifactory_train.model import position_check as pc
 from aifactory_train.model.attention import decoding
 from aifactory_train.model.loading import build_model
@@ -39,6 +40,7 @@ DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+SMALL_BERT = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 #: Of some families as they are published: sizes, and every kind of layer.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 4) * 4, "num_hidden_layers": 40},
@@ -79,14 +81,28 @@ def test_models_whose_attention_is_ours_keep_their_packs(family):
 
 
 @pytest.mark.parametrize("family", RECURRENT)
-def test_a_state_that_runs_through_a_pack_is_found(family):
+def test_layers_with_a_state_are_run_on_documents(family):
+    verdict = pc.examine(configuration(family, **PUBLISHED.get(family, {})))
+    assert (verdict.batching, verdict.error, verdict.attention) == (pc.PACKED, None, pc.OURS)
+    assert "run on each document" in verdict.why
+
+
+def unknown(monkeypatch) -> None:
+    """As if a family had a layer whose name nobody knows."""
+    monkeypatch.setattr(recurrent, "STATEFUL", re.compile("none"))
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_state_that_runs_through_a_pack_is_found(family, monkeypatch):
+    unknown(monkeypatch)
     verdict = pc.examine(configuration(family, **PUBLISHED.get(family, {})))
     assert verdict.batching == pc.PADDED and verdict.error is None
     assert "keep the documents of a pack apart" in verdict.why
 
 
-def test_one_leaking_layer_at_the_end_is_found():
+def test_one_leaking_layer_at_the_end_is_found(monkeypatch):
     """The small copy holds every kind of layer, wherever it stands: one delta net behind six layers of attention."""
+    unknown(monkeypatch)
     layers = ["full_attention"] * 6
     shape = {**SHAPE, **DELTA, "num_hidden_layers": 7}
     clean = configuration("qwen3_5_text", **shape, layer_types=[*layers, "full_attention"])
@@ -97,23 +113,37 @@ def test_one_leaking_layer_at_the_end_is_found():
     )
 
 
+OWN = ("bloom", "gptj", "stablelm", "modernbert-decoder")
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_a_model_that_does_not_ask_our_attention_computes_as_transformers_has_it(family):
+    verdict = pc.examine(configuration(family))
+    assert (verdict.batching, verdict.error, verdict.attention) == (pc.PADDED, None, pc.OWN)
+    assert "with our attention" in verdict.why
+
+
 def test_a_model_that_sees_the_future_is_refused_by_name():
-    verdict = pc.examine(configuration("bloom"))
-    with pytest.raises(UserError, match=r"'bloom' cannot be trained here: it sees the future") as caught:
+    verdict = pc.examine(configuration("bert"))
+    with pytest.raises(UserError, match=r"'bert' cannot be trained here: it sees the future") as caught:
         verdict.raise_refusal(8)
     assert caught.value.where == "model.base" and caught.value.fix
+    assert pc.examine(configuration("bert", is_decoder=True)).error is None
 
 
-def test_logits_that_are_not_the_models_own_are_refused():
-    """Falcon-H1 multiplies its logits by a factor of its own, which the loss does not know."""
-    verdict = pc.examine(configuration("falcon_h1", lm_head_multiplier=0.5, num_hidden_layers=2))
+def test_logits_that_are_not_the_models_own_are_refused(monkeypatch):
+    monkeypatch.setattr(causal_lm, "_logit_scale", lambda config: 1.0)
+    verdict = pc.examine(configuration("granite", **SHAPE, logits_scaling=4.0))
     assert verdict.batching == pc.REFUSED and "differ by" in verdict.why
 
 
 def test_what_cannot_be_shrunk_is_not_trusted(monkeypatch):
-    monkeypatch.setattr(pc, "MOST_PARAMETERS", 10)
+    monkeypatch.setattr(small_copy, "MOST_PARAMETERS", 10)
     verdict = pc.examine(configuration("llama", **SHAPE))
-    assert verdict.batching == pc.PADDED and "could not be checked on a small copy" in verdict.why
+    assert (verdict.batching, verdict.attention) == (
+        pc.PADDED,
+        pc.OWN,
+    ) and "could not be checked on a small copy" in verdict.why
     assert "parameters are not few" in verdict.why
 
 
@@ -187,7 +217,7 @@ def test_the_verdict_is_kept_and_found_anew_for_another_structure(tmp_path, monk
 
 
 def test_refusals_are_kept_too_and_a_cache_that_cannot_be_written_is_no_fault(tmp_path, monkeypatch):
-    base = folder_of(tmp_path / "base", "bloom", hidden_size=64, n_layer=2, n_head=4)
+    base = folder_of(tmp_path / "base", "bert", **SMALL_BERT)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AIFACTORY_CACHE", str(tmp_path / "file"))  # no folder can be made below a file
     with pytest.raises(UserError, match="sees the future"):
@@ -202,10 +232,25 @@ def test_refusals_are_kept_too_and_a_cache_that_cannot_be_written_is_no_fault(tm
 def test_packs_become_rows_only_where_the_model_needs_it(tmp_path):
     leaks, fine = pc.PositionVerdict(pc.PADDED, "because", {}), pc.PositionVerdict(pc.PACKED, "fine", {})
     recipe = recipe_for("x")
-    assert pc.settle(recipe, fine) is None and recipe.data.batching == "packed"
+    line = pc.settle(recipe, fine)
+    assert recipe.data.batching == "packed" and line[:2] == (
+        "documents",
+        "packed; compared with each alone on a small copy",
+    )
     line = pc.settle(recipe, leaks)
-    assert recipe.data.batching == "padded" and line is not None and line[0] == "batching" and line[2] == "because"
-    assert pc.settle(recipe_for("x", batching="padded"), leaks) is None
+    assert recipe.data.batching == "padded" and line[1].startswith("one document a row") and line[2] == "because"
+    assert recipe.model.attention == "auto"
+
+
+def test_a_kernel_that_the_model_cannot_use_is_refused():
+    own = pc.PositionVerdict(pc.PADDED, "it asks none", {}, attention=pc.OWN)
+    recipe = recipe_for("x")
+    pc.settle(recipe, own)
+    assert (recipe.model.attention, recipe.data.batching) == ("own", "padded")
+    recipe.model.attention = "varlen"
+    with pytest.raises(UserError, match="cannot use our attention: it asks none") as caught:
+        pc.settle(recipe, own)
+    assert caught.value.where == "model.attention: varlen"
 
 
 # ---- as a user meets it
@@ -255,11 +300,24 @@ def plain_loss(base, folder) -> float:
     return total / count
 
 
-def test_bloom_is_refused_before_anything_is_prepared(tmp_path):
-    base = write_base(tmp_path / "base", "bloom", vocab_size=400, hidden_size=64, n_layer=2, n_head=4, pad_token_id=3)
+def test_a_model_that_sees_the_future_is_refused_before_anything_is_prepared(tmp_path):
+    base = write_base(tmp_path / "base", "bert", **SMALL_BERT)
     recipe = helpers.write_recipe(tmp_path / "recipe", base)
     result = helpers.cli("train", recipe, "--run-dir", tmp_path / "run", cwd=tmp_path)
-    helpers.refused(result, "'bloom' cannot be trained here", "sees the future", "model.base", "fix:")
+    helpers.refused(result, "'bert' cannot be trained here", "sees the future", "model.base", "fix:")
+
+
+@pytest.mark.slow
+def test_bloom_is_trained_by_its_own_attention_and_exported(tmp_path):
+    base = write_base(tmp_path / "base", "bloom", vocab_size=400, hidden_size=64, n_layer=2, n_head=4, pad_token_id=3)
+    recipe = helpers.write_recipe(tmp_path / "recipe", base)
+    done = helpers.cli("train", recipe, "--run-dir", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "model's own" in done.stdout and "attention: own" in (tmp_path / "run" / "run.yaml").read_text()
+    before = json.loads((tmp_path / "run" / "eval.json").read_text())["before"]["loss"]
+    assert before == pytest.approx(plain_loss(base, tmp_path / "recipe"), rel=1e-5)
+    asked = helpers.cli("train", recipe, "--run-dir", tmp_path / "no", "--set", "model.attention=varlen", cwd=tmp_path)
+    helpers.refused(asked, "cannot use our attention", "model.attention: varlen", "fix:")
 
 
 # ---- what ended in tracebacks
@@ -334,16 +392,23 @@ def test_no_family_is_trained_wrongly_in_silence(family):
         pytest.skip(f"transformers cannot build its default configuration: {error}")
     verdict = pc.examine(config)
     assert (verdict.batching == pc.REFUSED) == (verdict.error is not None) and verdict.why
-    if verdict.batching != pc.PACKED:
+    if verdict.batching == pc.REFUSED or "could not be checked" in verdict.why:
         return
-    with torch.no_grad(), pc._quietly():
-        _, plain, _, _ = pc._small_plain(config, False)
-        small = plain.config
+    own, lengths = verdict.attention == pc.OWN, [5, 1, 17]
+    with torch.no_grad(), small_copy.quietly():
+        _, plain, _, _ = small_copy.small_plain(config, False)
         generator = torch.Generator().manual_seed(9)
         for parameter in plain.parameters():
             parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
-        lengths = [5, 1, 17]
         documents = [torch.randint(pc.FIRST_TOKEN, pc.VOCABULARY, (n,), generator=generator) for n in lengths]
         alone = torch.cat([plain(input_ids=d[None], use_cache=False).logits[0] for d in documents])
-        packed = pc._logits(pc._ours(small, plain, False), torch.cat(documents)[None], lengths)
-    assert float((packed - alone).abs().max()) <= 2 * pc.TOLERANCE * float(alone.abs().max())
+        ours = small_copy.as_trained(plain.config, plain, False, own=own)
+        if verdict.batching == pc.PACKED:
+            found = pc._logits(ours, torch.cat(documents)[None], lengths)
+        else:
+            rows = torch.full((3, 17), pc.FIRST_TOKEN)
+            for row, d in zip(rows, documents, strict=True):
+                row[: len(d)] = d
+            padded = pc._logits(ours, rows, [17] * 3).view(3, 17, -1)
+            found = torch.cat([p[:n] for p, n in zip(padded, lengths, strict=True)])
+    assert float((found - alone).abs().max()) <= 2 * pc.TOLERANCE * float(alone.abs().max())
