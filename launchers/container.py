@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: it.
 IMAGE_ROOTS = ("/usr/", "/opt/")
 #: What a container has of its own beside them: a path of a variable there means the container's.
-SYSTEM_ROOTS = (
+SYSTEM_ROOTS: tuple[str, ...] = (
     *IMAGE_ROOTS,
     "/bin/",
     "/boot/",
@@ -38,8 +38,9 @@ SYSTEM_ROOTS = (
     "/run/",
     "/sbin/",
     "/sys/",
+    "/tmp/",
+    "/var/",
 )
-SYSTEM_ROOTS += ("/tmp/", "/var/")
 #: What the file of an image, or of its description, ends in; another path is a folder.
 IMAGE_SUFFIXES = (".sif", ".sqsh", ".img", ".toml")
 

@@ -90,9 +90,11 @@ def _closed(route: Route, system: System, applicant: Applicant, need: Need) -> s
     """Why a route is not open to the applicant; None where it is."""
     if applicant.kind is not None and applicant.kind not in route.open_to:
         return f"{route.name}: for {route.who}"
-    countries = route.countries or ([system.country, *_sharers(system)] if route.on == "host" else [])
+    countries: list[str | None] = [*route.countries]
+    if route.on == "host" and not countries:
+        countries = [system.country, *_sharers(system)]
     if applicant.country is not None and countries and applicant.country not in countries:
-        return f"{route.name}: for applicants from {', '.join(countries)}"
+        return f"{route.name}: for applicants from {', '.join(c for c in countries if c)}"
     wanted = need.of(route.award) if route.award else None
     if wanted is not None and route.award and route.award.most and wanted > route.award.most:
         return f"{route.name}: gives {route.what}; the job takes {wanted:,.0f} {route.award.unit}"

@@ -47,8 +47,7 @@ def evaluate(
     generate: bool,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Figures over all held-out rows at the top level, and of each evaluation set under ``sets``; the same on all
-    ranks.
+    """Figures over all held-out rows, and of each evaluation set under ``sets``; the same on all ranks.
 
     ``bits_per_byte``, ``perplexity``, ``loss``, ``rows``, ``ci`` (95 % bootstrap over rows) always. With ``generate``
     also the metrics of answers that ``eval.metrics`` asks for, with ``samples`` of prompt, expectation and answer, the

@@ -40,7 +40,7 @@ from aifactory_train.parallel.batches import micro_batch, read_at
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
     from aifactory_train.data import PreparedData
-    from aifactory_train.methods.classified import ClassifiedTokens
+    from aifactory_train.data.classified import ClassifiedTokens
 
 
 #: Held-out rows below which nothing is chosen on them.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dtype: str) -> str:
     """The card as text, with the metadata block that the Hugging Face hub reads (built by its own card classes)."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
     from aifactory_train.model.base import claimed_name, public_base
 
@@ -40,19 +40,7 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
         license_name=licence_name,
         tags=["aifactory-train", recipe.about.sector, recipe.adapter.kind if kind != "model" else "full fine-tuning"],
         model_name=run.path.resolve().name,
-        eval_results=[
-            EvalResult(
-                task_type=task,
-                dataset_type="held-out",
-                dataset_name=", ".join(data.evals) or "held-out rows",
-                metric_type=name,
-                metric_name=label,
-                metric_value=round(float(after[name]), 6),
-            )
-            for name, (label, _) in FIGURES.items()
-            if isinstance(after.get(name), (int, float))
-        ]
-        or None,
+        eval_results=_for_the_hub(task, data, after) or None,
     )
     body = render(
         Path(__file__).with_name("model_card.md.j2"),
@@ -81,6 +69,24 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
         quoted=json.dumps,
     )
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))
+
+
+def _for_the_hub(task: str, data: PreparedData, after: dict[str, Any]) -> list[Any]:
+    """Figures on held-out rows as the hub's card classes take them."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type="held-out",
+            dataset_name=", ".join(data.evals) or "held-out rows",
+            metric_type=name,
+            metric_name=label,
+            metric_value=round(float(after[name]), 6),
+        )
+        for name, (label, _) in FIGURES.items()
+        if isinstance(after.get(name), (int, float))
+    ]
 
 
 _KINDS = {

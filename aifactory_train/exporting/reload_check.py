@@ -24,43 +24,13 @@ def main(job_file: str) -> None:
     """
     import torch
     from safetensors.torch import save_file
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        GenerationConfig,
-    )
 
     with open(job_file, encoding="utf-8") as file:
         job = json.load(file)
     torch.set_num_threads(job["threads"])
     found: dict[str, Any] = {}
     for check in job["checks"]:
-        how: dict[str, Any] = {"use_safetensors": True}
-        if check.get("plain_generation"):
-            how["generation_config"] = GenerationConfig()
-        if check.get("gguf"):
-            how = {"gguf_file": check["gguf"]}
-            config = AutoConfig.from_pretrained(check["base"], local_files_only=True, **how)
-            for key, value in check["settings"].items():
-                setattr(config, key, value)
-            how["config"] = config
-        kind: Any = AutoModelForCausalLM
-        if check.get("head"):
-            kind = AutoModelForSequenceClassification
-            how["config"] = AutoConfig.from_pretrained(check["head"], local_files_only=True)
-        model: Any = kind.from_pretrained(
-            check["base"],
-            dtype=getattr(torch, check["dtype"]),
-            attn_implementation=None,  # SDPA where the model has it
-            local_files_only=True,
-            **how,
-        )
-        if check["adapter"] is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, check["adapter"])
-        model.eval()
+        model = _loaded(check, getattr(torch, check["dtype"]))
         plain = model if check["adapter"] is None else model.get_base_model()
         keeps = "logits_to_keep" in inspect.signature(plain.forward).parameters  # older families give all
         with torch.no_grad():
@@ -75,6 +45,33 @@ def main(job_file: str) -> None:
         del model
         gc.collect()
     save_file(found, job["out"])
+
+
+def _loaded(check: dict[str, Any], dtype: Any) -> Any:
+    """The model of a check, as plain transformers and peft read it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+
+    how: dict[str, Any] = {"use_safetensors": True}
+    if check.get("plain_generation"):
+        how["generation_config"] = GenerationConfig()
+    if check.get("gguf"):
+        how = {"gguf_file": check["gguf"]}
+        config = AutoConfig.from_pretrained(check["base"], local_files_only=True, **how)
+        for key, value in check["settings"].items():
+            setattr(config, key, value)
+        how["config"] = config
+    kind: Any = AutoModelForCausalLM
+    if check.get("head"):
+        kind = AutoModelForSequenceClassification
+        how["config"] = AutoConfig.from_pretrained(check["head"], local_files_only=True)
+    # attention: SDPA where the model has it
+    how |= {"dtype": dtype, "attn_implementation": None, "local_files_only": True}
+    model: Any = kind.from_pretrained(check["base"], **how)
+    if check["adapter"] is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, check["adapter"])
+    return model.eval()
 
 
 if __name__ == "__main__":

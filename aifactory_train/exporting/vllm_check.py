@@ -20,7 +20,9 @@ from typing import Any
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import RunFailed, UserError
+from aifactory_train.core.files import read_json
 from aifactory_train.core.fresh_process import environment
+from aifactory_train.core.output import note
 from aifactory_train.run.folder import RunFolder
 
 #: The vLLM whose source the tables below were read from: vllm/model_executor/models/registry.py, vllm/config/lora.py,
@@ -293,3 +295,14 @@ def check(run: RunFolder, recipe: Recipe, *, load: bool, python: str | None, dty
                 out["kinds"][kind]["load"] = load_check(run, recipe, kind, base, command, dtype=dtype)
     write_json(run.path / "vllm.json", out)
     return out
+
+
+def say_who_ignores(adapter: Path) -> None:
+    """Warn where vLLM is known not to take an adapter like this one."""
+    named = read_json(adapter / "adapter_config.json", dict).get("target_parameters") or []
+    of_experts = sorted({n for n in named if "experts" in n})
+    if of_experts:
+        note(
+            f"the adapter is on experts ({', '.join(of_experts)}): vLLM {VERSION} refuses target_parameters "
+            "(vllm/lora/peft_helper.py); to serve it there, aifactory export RUN --merge"
+        )

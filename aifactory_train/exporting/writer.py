@@ -48,7 +48,7 @@ from aifactory_train.exporting.place import named, refuse_plain, remove_left
 from aifactory_train.exporting.streaming import Merged, ShardFiles, Streamed, adapter_names, all_to_meta
 from aifactory_train.exporting.trained_model import TrainedModel
 from aifactory_train.exporting.trained_tensors import trained_before, trained_by
-from aifactory_train.exporting.vllm_check import VERSION as VLLM
+from aifactory_train.exporting.vllm_check import say_who_ignores
 from aifactory_train.model.base import base_folder, public_base
 from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.model.generation_config import loading, read_base
@@ -163,7 +163,7 @@ class Export:
             if merge:
                 self._write_merged(Path(self.paths["adapter"]))
             else:
-                _say_who_ignores(Path(self.paths["adapter"]))
+                say_who_ignores(Path(self.paths["adapter"]))
         return {"paths": self.paths, "gate": {kind: asdict(v) for kind, v in self.verdicts.items()}}
 
     # ---- what is written
@@ -388,8 +388,7 @@ class Export:
             ],
             self.rows,
         )[kind]
-        # experts' adapters are on parameters: peft adds its product to them before anything is multiplied, which we never
-        # do, so its logits are those of other products, as merged weights' are
+        # peft adds the product of adapters on parameters (experts) to these first, as a merge does; we never do
         wrapped = kind == "adapter" and bool(read_json(folder / "adapter_config.json", dict).get("target_parameters"))
         verdict = judge(kind, dtype, expected, found, bound=FP32_LIMIT if self.has_head or wrapped else None)
         self.verdicts[kind] = verdict
@@ -432,17 +431,6 @@ class Export:
 def _plain_name(name: str) -> str:
     """Name in the plain transformers model of a trained weight."""
     return PLAIN if name == PARAMETER else name.removeprefix("model.")
-
-
-def _say_who_ignores(adapter: Path) -> None:
-    """Warn where a server is known not to take an adapter like this one."""
-    named = read_json(adapter / "adapter_config.json", dict).get("target_parameters") or []
-    of_experts = sorted({n for n in named if "experts" in n})
-    if of_experts:
-        note(
-            f"the adapter is on experts ({', '.join(of_experts)}): vLLM {VLLM} refuses target_parameters "
-            "(vllm/lora/peft_helper.py); to serve it there, aifactory export RUN --merge"
-        )
 
 
 def _sort_sets(config: Path) -> None:

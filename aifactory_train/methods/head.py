@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.methods.classified import ClassifiedTokens, names_of
+from aifactory_train.data.classified import ClassifiedTokens, names_of
 from aifactory_train.methods.reward import RewardModel
 from aifactory_train.methods.supervised import Supervised
 from aifactory_train.model.head import LabelLoss

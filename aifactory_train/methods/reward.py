@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aifactory_train.methods.classified import ends_of
+from aifactory_train.data.classified import ends_of
 from aifactory_train.methods.pairs import PairedTokens
 from aifactory_train.methods.supervised import Supervised
 from aifactory_train.model.head import PairLoss

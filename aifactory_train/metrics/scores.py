@@ -87,7 +87,7 @@ def calibration_statistics(confidence: np.ndarray, right: np.ndarray) -> np.ndar
     out = np.zeros((len(given), 3, BINS))
     rows = np.broadcast_to(np.arange(len(given))[:, None], place.shape)
     for k, values in enumerate((given, hits, np.ones_like(given))):
-        np.add.at(out, (rows, k, place), values)
+        np.add.at(out[:, k], (rows, place), values)
     return out.reshape(len(given), 3 * BINS)
 
 

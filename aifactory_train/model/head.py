@@ -132,7 +132,7 @@ def plain_class(config: Any, recipe: Recipe) -> Any:
     """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES
 
-    found = CLASSES.get(type(config), None)
+    found: Any = CLASSES.get(type(config), None)
     if found is None or recipe.model.trust_remote_code:
         raise UserError(
             f"transformers has no classifier of models of type '{config.model_type}', so a head on it could not be "

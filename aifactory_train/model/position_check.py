@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -57,7 +57,8 @@ TOLERANCE = 1e-5
 SMALL_WINDOW = 8
 
 PACKED, PADDED, REFUSED = "packed", "padded", "refused"
-OURS, OWN = "ours", "own"
+OURS: Literal["ours"] = "ours"
+OWN: Literal["own"] = "own"
 
 #: Of the whole configuration, what does not decide how positions are mixed.
 _UNIMPORTANT = re.compile(

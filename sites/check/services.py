@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.sites import known_faults
-from aifactory_train.sites.access import AccessFile
+from aifactory_train.sites.access import AccessFile, Part
 from aifactory_train.sites.catalogue import shared_sources
 from aifactory_train.sites.centres import read_centre, with_centre
 from aifactory_train.sites.check.faults import Fault, at
@@ -116,14 +116,16 @@ def check_access(room: Path, today: datetime.date) -> Iterator[Fault]:
     named += [(route.source, ("routes", key)) for key, route in file.routes.items()]
     named += [(m.source, ("members", key)) for key, m in file.members.items() if m.source is not None]
     named += [(remark.source, ("common", i)) for i, remark in enumerate(file.common)]
-    parts = [(file.eurohpc, ("eurohpc",)), (file.states, ("states",))]
+    parts: list[tuple[Part, tuple[Any, ...]]] = [(file.eurohpc, ("eurohpc",)), (file.states, ("states",))]
     parts += [(part, ("shares", i)) for i, part in enumerate(file.shares)]
     named += [(part.source, keys) for part, keys in parts]
     for origin, keys in named:
         if origin not in file.sources:
             yield Fault("unknown-source", at(path, *keys), f"the source '{origin}' is not defined")
     systems = {p.stem for p in (room / "systems").glob("*.yaml")}
-    lists = [(part.systems + ([part.system] if part.system else []), keys) for part, keys in parts]
+    lists: list[tuple[list[str], tuple[Any, ...]]] = [
+        (part.systems + ([part.system] if part.system else []), keys) for part, keys in parts
+    ]
     lists += [(route.systems, ("routes", key)) for key, route in file.routes.items()]
     for names, keys in lists:
         for name in sorted(set(names) - systems):

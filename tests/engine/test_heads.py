@@ -16,13 +16,12 @@ from test_preferences import trainer_of
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.config.objective import objective
 from aifactory_train.core.errors import RunFailed, UserError
-from aifactory_train.data import load_tokenizer, prepare
+from aifactory_train.data import classified, load_tokenizer, prepare
 from aifactory_train.evaluation.heads import Judgement
 from aifactory_train.exporting import writer
 from aifactory_train.exporting.gate import unpadded
 from aifactory_train.exporting.gguf import export_gguf
 from aifactory_train.exporting.head_files import chosen_for
-from aifactory_train.methods import classified
 from aifactory_train.model.base import base_folder
 from aifactory_train.model.head import PARAMETER, label_losses, plain_class
 from aifactory_train.model.trained import load_trained

@@ -104,9 +104,9 @@ def test_a_configuration_that_was_cut_anywhere_is_never_read_as_a_whole_one(run,
     lines = text.splitlines(keepends=True)
     for kept in range(1, len(lines)):
         run.config_file.write_text("".join(lines[:kept]))
-        with pytest.raises(UserError, match="cut|not valid YAML"):
+        with pytest.raises(UserError, match=r"cut|not valid YAML"):
             run.load_config()
-        with pytest.raises(UserError, match="cut|not valid YAML"):
+        with pytest.raises(UserError, match=r"cut|not valid YAML"):
             load_recipe(str(run.config_file))
     run.config_file.write_text(text)
     assert run.load_config() == whole
