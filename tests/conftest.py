@@ -51,6 +51,19 @@ def _unprotected_again() -> Iterator[None]:
         redact.deactivate()
 
 
+@pytest.fixture(autouse=True)
+def _no_ranks_left() -> Iterator[None]:
+    """A world that a test joined is not the next test's: other libraries take RANK in the environment for a launcher's."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @pytest.fixture
 def csv_limit() -> Iterator[None]:
     """The csv module's own limit of a cell, which reading rows raises for the whole process."""

@@ -53,7 +53,7 @@ def test_elsewhere_heads_are_repeated_and_the_result_is_the_same(monkeypatch) ->
     monkeypatch.setattr(attention, "shares_heads", lambda query: False)
 
     def sdpa(q, k, v, **more):
-        asked.append((more["enable_gqa"], q.shape[1] == k.shape[1] == v.shape[1]))
+        asked.append((more.get("enable_gqa", False), q.shape[1] == k.shape[1] == v.shape[1]))
         return whole(q, k, v, **more)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
@@ -308,8 +308,6 @@ def test_the_process_group_is_not_bound_to_a_device(monkeypatch) -> None:
     ):
         monkeypatch.delenv(name, raising=False)
     world.join_world()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
     world._BEFORE.clear()
     assert given["backend"] == "cpu:gloo,cuda:nccl" and "device_id" not in given
 

@@ -179,6 +179,6 @@ def test_operators_do_not_read_back_from_the_device():
 
 
 def test_use_triton_says_why_not(caplog):
-    runtime._once.cache_clear()
+    runtime.say_once.cache_clear()
     assert not runtime.use_triton("rms_norm", torch.randn(2, dtype=torch.float64))
     assert "float64" in caplog.text
