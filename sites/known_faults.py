@@ -11,6 +11,7 @@ import fnmatch
 import functools
 import importlib.metadata
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date as Date
@@ -206,18 +207,28 @@ def _compare(have: tuple[int, ...], sign: str, text: str) -> bool:
     return {">=": a >= b, "<=": a <= b, "==": a[: len(want)] == b[: len(want)], "<": a < b, ">": a > b}[sign]
 
 
+def flags_of(system: System) -> tuple[str, ...]:
+    """The scheduler's options that a profile gives to every job, and to its steps."""
+    return (*system.request.flags, *system.launch.srun_flags)
+
+
 def contradictions(system: System, faults: tuple[KnownFault, ...] | None = None) -> list[tuple[KnownFault, str, str]]:
     """``(fault, path of the default, date of the default's source)``: what a profile sets, or leaves unset, meets every
-    condition of a fault that lies in a variable, and the fault's source is not older than that of the profile.
+    condition of a fault, and the fault's source is not older than that of the profile.
 
-    What is known of the default: the variables that the profile sets, its first image, several nodes, no engine. What
-    is left unset contradicts a source only where that sets it for everybody (``always``).
+    What is known of the default: the variables that the profile sets, its first image, its options of the scheduler,
+    any number of nodes, no engine. What is left unset contradicts a source only where that sets it for everybody
+    (``always``).
     """
-    image = next((box.image for box in system.software.containers if box.image), None)
-    situation = Situation(system, image, {}, dict(system.environment.set), None, tuple(system.request.flags), nodes=2)
+    i, image = next(((i, box.image) for i, box in enumerate(system.software.containers) if box.image), (0, None))
+    options = {"request.flags": system.request.flags, "launch.srun_flags": system.launch.srun_flags}
+    situation = Situation(system, image, {}, dict(system.environment.set), None, flags_of(system), nodes=sys.maxsize)
     found = []
     for fault in applicable(situation, faults):
         blamed = [(f"environment.set.{name}",) * 2 for name in fault.where.variables]
+        blamed += [(f"software.containers.{i}.image",) * 2] if fault.where.image else []
+        for where, flags in options.items():
+            blamed += [(where,) * 2 for p in fault.where.flags if any(re.search(p, flag) for flag in flags)]
         if fault.always:
             blamed += [("environment.set", f"environment.set without {name}") for name in fault.where.unset]
         for at, path in blamed:

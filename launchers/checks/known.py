@@ -33,7 +33,7 @@ def situation(c: Context) -> known_faults.Situation:
         packages=known_faults.installed() if here else {},
         variables=dict(_variables(c)),
         engine=(c.sub.plan or {}).get("engine", engine) if engine == "auto" else engine,
-        flags=(*c.request.extra_flags, *c.system.request.flags),
+        flags=(*c.request.extra_flags, *known_faults.flags_of(c.system)),
         nodes=c.shape.nodes,
     )
 

@@ -101,6 +101,32 @@ def test_a_planted_contradiction_is_caught(room, edit, all_systems, new, what):
     assert len(found) == 1 and what in found[0].what and "(2025-05)" in found[0].what and "2026" in found[0].what
 
 
+@pytest.mark.parametrize(
+    "name, old, new, what",
+    [
+        (
+            "lumi-g",
+            "lumi-multitorch-u24r70f21m50t210-20260415_130625",
+            "lumi-multitorch-u24r64f21m43t29-20260225_1",
+            "0.image",
+        ),
+        ("jupiter-booster", "[--threads-per-core=1]", "[--threads-per-core=1, --gpus-per-task=1]", "launch.srun_flags"),
+        ("jupiter-booster", "  never: [--gpus-per-task]", "  flags: [--gpus-per-task=1]", "request.flags"),
+        ("alps-daint", 'MPICH_GPU_SUPPORT_ENABLED: "0"', 'MPICH_GPU_SUPPORT_ENABLED: "1"', "set.MPICH_GPU"),
+    ],
+)
+def test_a_default_of_any_kind_is_held_against_the_sources(edit, name, old, new, what):
+    """Images and options of the scheduler as much as variables, by a source of today."""
+    path = edit(f"systems/{name}.yaml", old, new)
+    system = resolve(read_yaml(path), path)
+    aged = [
+        f.model_copy(update={"source": f.source.model_copy(update={"date": "2026-11-30"})})
+        for f in known_faults.known()
+    ]
+    assert any(what in default for _, default, _ in contradictions(system, tuple(aged)))
+    assert not contradictions(sites.load(name, overlay=False)), "as it is shipped, nothing is against it"
+
+
 def test_a_newer_source_of_the_profile_is_no_contradiction():
     lumi = sites.load("lumi-g", overlay=False)
     fault = next(f for f in known_faults.known() if f.id == "lumi-memory-monitor")

@@ -28,7 +28,7 @@ REFERENCE = [
     "deucalion-a100-40", "deucalion-a100-80", "clariden", "daint", "santis", "bristen", "beverin", "eidf", "cirrus", "isambard-ai",
     "musica", "musica-b200", "vsc5-a100", "vsc5-a40", "aiat-ai", "komondor", "komondor-ai", "helios", "athena", "gaia-ai", "eagle",
     "proxima", "piast-ai", "arrhenius", "mimer-ai", "jean-zay-h100", "jean-zay-a100", "jean-zay-v100", "adastra", "adastra-mi300a",
-    "joliot-curie", "irene", "alice-recoque", "hunter", "hammerhai-ai", "horeka-a100", "horeka-h100", "horeka-h200", "snellius",
+    "joliot-curie", "irene", "alice-recoque", "hunter", "hammerhai-ai", "horeka-a100", "horeka-h100", "horeka-h200", "horeka2", "snellius",
     "snellius-a100", "nlaif-ai", "sofia", "hortense", "hortense-a100-40", "lucia", "perun", "devana", "finisterrae3",
     "1healthai-system", "elja", "elja-1gpu", "aifa-ice-test", "rudens", "saifa-kragujevac", "cyclone", "daedalus", "aris", "caspir",
     "ro-ai", "litai-ai",
