@@ -56,12 +56,14 @@ PRIVATE = [*TRAIN, "cryptography>=42", "pyrage>=1.2"]  # AES-GCM shards, age rec
 TRACKING = ["mlflow-skinny>=3", "wandb>=0.20"]  # both write to local stores only
 PLOT = ["matplotlib>=3.8"]
 DOCUMENTS = ["pypdf>=5", "beautifulsoup4>=4.13"]  # folders of PDF and HTML as rows; both pure Python
+ACCESS = ["python-docx>=1.1"]  # aifactory access --out FILE.docx; pure Python on lxml
 QLORA = [*TRAIN, "accelerate>=1.1", "bitsandbytes>=0.46; sys_platform == 'linux'"]
 HARNESS = [*TRAIN, "lm-eval>=0.4.13,<0.5"]  # aifactory eval RUN --harness
 VLLM = ["vllm>=0.30; sys_platform == 'linux'"]  # export --check vllm; in an environment of its own
 TEST = [
     *PRIVATE,
     *DOCUMENTS,
+    *ACCESS,
     *TRACKING,
     *TRITON,
     "setuptools>=68",
@@ -129,6 +131,7 @@ setup(
         "tracking": TRACKING,
         "plot": PLOT,
         "documents": DOCUMENTS,
+        "access": ACCESS,
         "qlora": QLORA,
         "harness": HARNESS,
         "vllm": VLLM,

@@ -23,6 +23,7 @@ COMMANDS = {
     "prepare": "validate, tokenise and mask the data; --inspect shows what is supervised",
     "plan": "memory, strategy, speed and cost of a recipe at a site, with reasons",
     "where": "all sites ranked for a recipe: what it takes there, and which routes of access are open to you",
+    "access": "the technical part of an application for access, drafted from the plan",
     "train": "the training process itself (what torchrun, srun or mpirun start)",
     "launch": "run a recipe here, or write, check and submit the batch script of a site",
     "status": "state, attempts and cause of a run",
@@ -134,7 +135,7 @@ def report_fault(command: str | None, fault: BaseException) -> int:
         print(f"aifactory {command}: the Python package '{error.name}' is not installed here", file=sys.stderr)
         print(
             "  fix: pip install -c constraints.txt 'aifactory-train[train]' (extras: train, deepspeed, mpi, triton, "
-            "qlora, evidence, private, tracking, plot, documents, harness, vllm, test)",
+            "qlora, evidence, private, tracking, plot, documents, access, harness, vllm, test)",
             file=sys.stderr,
         )
         return 2

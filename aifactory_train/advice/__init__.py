@@ -4,4 +4,5 @@ Torch-free.
     sizing   the fewest nodes of each system that do a recipe's job, and what they cost there
     routes   routes of access that are open to an applicant
     where    all sites, ranked for one job (``aifactory where``)
+    annex    the technical part of an application (``aifactory access``); answers_*: what fills a form's questions
 """

@@ -33,7 +33,8 @@ class Size:
 def of_recipe(recipe: Recipe, tokens: float | None = None, *, data_overridden: bool = False) -> Size:
     """The size of one epoch. ``tokens``: the user's own figure, which wins; ``data_overridden``: another ``data.*`` was
     set on the command line, so an earlier preparation of the recipe says nothing."""
-    prepared = None if data_overridden else _prepared(recipe)
+    kept = None if data_overridden else newest_report(recipe)
+    prepared = kept[2] if kept else None
     if tokens is not None:
         if prepared is None or not prepared.tokens or not prepared.rows:
             return Size(tokens, None, None, None, "--tokens")
@@ -58,8 +59,8 @@ def of_recipe(recipe: Recipe, tokens: float | None = None, *, data_overridden: b
     return Size(None, None, None, None, "unknown: run 'aifactory prepare', or give --tokens")
 
 
-def _prepared(recipe: Recipe) -> Size | None:
-    """The newest preparation of this recipe in the cache."""
+def newest_report(recipe: Recipe) -> tuple[str, dict[str, Any], Size] | None:
+    """``(folder's name, report, size)`` of the newest preparation of this recipe in the cache."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", recipe.id)
     found: list[tuple[float, Path]] = [
         (path.stat().st_mtime, path)
@@ -79,13 +80,14 @@ def _prepared(recipe: Recipe) -> Size | None:
         text = f"{documents} documents, {tokens} tokens"
         if abs(seen.tokens - tokens) > 0.5:
             text += f"; by weights and shares of the sources {seen.tokens:.0f} tokens an epoch"
-        return Size(
+        size = Size(
             seen.tokens,
             seen.rows,
             seen.tokens / seen.documents,
             supervised / tokens,
             f"the prepared data {path.parent.name} in the cache ({text})",
         )
+        return path.parent.name, report, size
     return None
 
 

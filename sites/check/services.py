@@ -32,7 +32,7 @@ def check_services(room: Path, systems: dict[str, System], today: datetime.date)
     if faults_file.is_file():
         yield from _readable(faults_file, lambda: list(check_known_faults(faults_file, systems, today)))
     if (room / "access.yaml").is_file():
-        yield from _readable(room / "access.yaml", lambda: list(check_access(room, today)))
+        yield from _readable(room / "access.yaml", lambda: list(check_access(room, systems, today)))
 
 
 def _readable(path: Path, find: Any) -> Iterator[Fault]:
@@ -106,7 +106,7 @@ def check_known_faults(path: Path, systems: dict[str, System], today: datetime.d
             )
 
 
-def check_access(room: Path, today: datetime.date) -> Iterator[Fault]:
+def check_access(room: Path, systems: dict[str, System], today: datetime.date) -> Iterator[Fault]:
     """Faults of ``access.yaml``: every member is there, and what is named exists."""
     path = room / "access.yaml"
     file = AccessFile.model_validate(read_yaml(path))
@@ -122,14 +122,18 @@ def check_access(room: Path, today: datetime.date) -> Iterator[Fault]:
     for origin, keys in named:
         if origin not in file.sources:
             yield Fault("unknown-source", at(path, *keys), f"the source '{origin}' is not defined")
-    systems = {p.stem for p in (room / "systems").glob("*.yaml")}
     lists: list[tuple[list[str], tuple[Any, ...]]] = [
         (part.systems + ([part.system] if part.system else []), keys) for part, keys in parts
     ]
     lists += [(route.systems, ("routes", key)) for key, route in file.routes.items()]
     for names, keys in lists:
-        for name in sorted(set(names) - systems):
+        for name in sorted(set(names) - set(systems)):
             yield Fault("access", at(path, *keys), f"no profile '{name}'{did_you_mean(name, systems)}")
+    operators = {system.operator for system in systems.values()}
+    for key, route in file.routes.items():
+        if (route.on == "own") != (route.operator is not None) or (route.operator or "") not in operators | {""}:
+            what = f"{key}: 'on: own' names the operator of a profile, and nothing else does"
+            yield Fault("access", at(path, "routes", key), what, f"one of {', '.join(sorted(operators))}")
     members = {m["id"] for m in read_yaml(room / "factories.yaml").get("members", [])}
     for name in sorted(members - set(file.members)):
         yield Fault(

@@ -160,3 +160,26 @@ def test_a_key_cannot_be_answered_and_unknown_at_once():
     both = {"help.unknown": {"support": "somebody"}}
     with pytest.raises(UserError, match="'support' is stated and named as unknown"):
         sites.load("lumi-g", overlay={"corrections": both})
+
+
+def test_a_route_of_an_operator_names_one_that_is_there(tmp_path):
+    """A name that no profile has would lead nowhere, and nobody would notice."""
+    import shutil
+
+    from aifactory_train.sites import catalogue, fleet
+    from aifactory_train.sites.check.services import check_access
+
+    systems = {s.id: s for s in fleet.load_all()}
+    for name in ("factories.yaml", "access.yaml"):
+        shutil.copy(catalogue.ROOM / name, tmp_path / name)
+    today = datetime.date(2026, 12, 1)
+    assert not list(check_access(tmp_path, systems, today))
+    text = (tmp_path / "access.yaml").read_text(encoding="utf-8")
+    for was, becomes in (
+        ("operator: CSCS", "operator: CSC Switzerland"),
+        ("systems: [lumi-g, leo", "systems: [lumi, leo"),
+    ):
+        assert was in text
+        (tmp_path / "access.yaml").write_text(text.replace(was, becomes), encoding="utf-8")
+        found = list(check_access(tmp_path, systems, today))
+        assert found and {fault.name for fault in found} == {"access"}
