@@ -5,4 +5,5 @@ Torch-free.
     routes   routes of access that are open to an applicant
     where    all sites, ranked for one job (``aifactory where``)
     annex    the technical part of an application (``aifactory access``); answers_*: what fills a form's questions
+    usage    what a project used, from sacct or run records (``aifactory usage``)
 """
