@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aifactory_train.core.errors import UserError
@@ -26,13 +26,16 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def check_quantised(how: str | None, where: str, quantise_base: str | None = None) -> None:
+def check_quantised(how: str | None, where: str, quantise_base: str | None = None, copies: Sequence[str] = ()) -> None:
     """Refuse a base whose weights are quantised ``how`` (:func:`quantisation`): libraries that do not know the method
-    take the stored numbers for weights. ``quantise_base``: the recipe's, None where it is not known."""
+    take the stored numbers for weights. ``quantise_base``: the recipe's, None where it is not known; ``copies``: bases
+    that hold the same weights as floating-point numbers."""
     if how is None or (how == FOUR_BIT and quantise_base != "none"):
         return
     fix = "name the base that it was made from, whose weights are floating-point numbers; where these are, take "
     fix += "quantization_config out of config.json"
+    if copies:
+        fix = f"--set model.base={copies[0]}, which holds them as floating-point numbers"
     raise UserError(
         f"its configuration says that the weights are quantised ({how}), and such weights cannot be trained",
         where=where,

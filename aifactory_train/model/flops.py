@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """Forward FLOPs per token of the whole model, by kind."""
+    """Forward FLOPs per token of the whole model, by kind. Of routed experts those count that a token is sent to."""
 
     linear: float  # projections and MLPs of all blocks
     adapters: float  # low-rank products
     head: float  # the output layer, at every supervised position counted
     attention_full: float
     attention_causal: float
+    recurrent: float = 0.0  # states of recurrent layers, token by token
+    recurrent_executed: float = 0.0  # the same as chunked kernels run it
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,26 @@ def forward(
     shape: ModelShape, sequence: float, *, adapter_parameters: int = 0, supervised: float = 1.0
 ) -> ForwardFlops:
     """Forward FLOPs per token. ``sequence``: tokens of a document (attention stays inside it); ``supervised``: share of
-    the positions whose logits are computed."""
-    plain = shape.layers - shape.window_layers
-    context = plain * mean_context(sequence) + shape.window_layers * mean_context(sequence, shape.window)
-    full = plain * sequence + shape.window_layers * min(sequence, shape.window or sequence)
+    the positions whose logits are computed; ``adapter_parameters``: those that a token meets."""
+    linear = full = causal = recurrent = executed = 0.0
+    for kind in shape.kinds:
+        linear += 2.0 * kind.layers * kind.block_linear_parameters
+        if kind.recurrence is not None:
+            recurrent += kind.layers * kind.recurrence.flops
+            executed += kind.layers * kind.recurrence.executed_flops
+            continue
+        plain = kind.layers - kind.window_layers
+        context = plain * mean_context(sequence) + kind.window_layers * mean_context(sequence, kind.window)
+        causal += 4.0 * kind.q_width * context
+        full += 4.0 * kind.q_width * (plain * sequence + kind.window_layers * min(sequence, kind.window or sequence))
     return ForwardFlops(
-        linear=2.0 * shape.layers * shape.block_linear_parameters,
+        linear=linear,
         adapters=2.0 * adapter_parameters,
         head=2.0 * shape.vocab * shape.hidden * supervised,
-        attention_full=4.0 * full * shape.q_width,
-        attention_causal=4.0 * context * shape.q_width,
+        attention_full=full,
+        attention_causal=causal,
+        recurrent=recurrent,
+        recurrent_executed=executed,
     )
 
 
@@ -84,11 +96,11 @@ def step(
     f = forward(shape, sequence, adapter_parameters=adapter_parameters, supervised=supervised)
     trains_head = trains_base if trains_head is None else trains_head
     linear = f.linear * (3 if trains_base else 2) + f.adapters * 3 + f.head * (3 if trains_head else 2)
-    recompute = recomputed * (f.linear + f.adapters + f.attention_causal)
+    recompute = recomputed * (f.linear + f.adapters + f.attention_causal + f.recurrent_executed)
     return StepFlops(
-        model=linear + 3 * f.attention_causal,
-        model_full_attention=linear + 3 * f.attention_full,
-        executed=linear + 3.5 * f.attention_causal + recompute,
+        model=linear + 3 * f.attention_causal + 3 * f.recurrent,
+        model_full_attention=linear + 3 * f.attention_full + 3 * f.recurrent,
+        executed=linear + 3.5 * f.attention_causal + 3 * f.recurrent_executed + recompute,
     )
 
 
@@ -138,11 +150,121 @@ class Trained:
 #: Families whose block ends with a norm behind the last product; elsewhere recomputation stops short of that product,
 #: because nothing that backward needs comes after it (torch.utils.checkpoint's early stop).
 _NORM_AT_END = {"olmo2", "olmo3", "gemma3_text"}
-_STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of a block. ``times``: how often a token goes through it (experts: the chosen ones);
+    ``stage``: 0 reads the block's input, 1 leads back from attention or recurrence, 2 reads the MLP's input, 3 leads
+    back from it. ``rank``: of its adapter, 0 for none."""
+
+    inside: int
+    outside: int
+    times: float
+    stage: int
+    rank: int = 0
+
+    @property
+    def plain(self) -> float:
+        """Forward FLOPs per token."""
+        return 2.0 * self.inside * self.outside * self.times
+
+    @property
+    def adapter(self) -> float:
+        return 2.0 * self.rank * (self.inside + self.outside) * self.times
+
+
+@dataclass(frozen=True)
+class Block:
+    """``layers`` blocks alike. ``scores`` and ``values``: widths of all query heads in the two products of attention, 0
+    without it; a token meets those of its ``window``, or of its ``chunk`` (positions cut every so many tokens)."""
+
+    layers: int
+    products: dict[str, Product]
+    scores: int = 0
+    values: int = 0
+    window: int | None = None
+    chunk: int | None = None
+    recurrent: float = 0.0  # FLOPs per token of a state that runs along the document
+    recurrent_executed: float = 0.0
+    #: the product at which recomputation stops short, None where all are run again
+    last: str | None = None
+
+    def pairs(self, lengths: Sequence[int]) -> tuple[float, float]:
+        """Pairs of query and key of documents of ``lengths``: (causal, whole score matrix)."""
+        import numpy as np
+
+        tokens = np.asarray(lengths, dtype=np.int64)
+        n, often = tokens.astype(np.float64), np.ones(1, dtype=np.int64)
+        if len(tokens) and int(tokens.max()) < 1 << 20:  # each length once
+            counts = np.bincount(tokens)
+            n = np.flatnonzero(counts).astype(np.float64)
+            often = counts[counts > 0]
+        if self.chunk is not None:
+            whole, rest = np.divmod(n, self.chunk)
+            square = whole * self.chunk**2 + rest**2
+            causal = (square + n) / 2
+        else:
+            seen = n if self.window is None else np.minimum(n, self.window)
+            square = n * seen
+            # queries times mean_context: a triangle, and where there is a window full rows behind it
+            causal = seen * (seen + 1) / 2 + (n - seen) * seen
+        return float((causal * often).sum()), float((square * often).sum())
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is counted: the blocks, those of the first layer's kind first, and the output layer."""
+
+    blocks: tuple[Block, ...]
+    vocab: int
+    hidden: int
+
+
+def stage_of(name: str) -> int:
+    """Where in a block the product ``name`` of a shape stands (:class:`Product`)."""
+    if name in ("o", "out_proj"):
+        return 1
+    if name in ("down", "output_linear", "experts_down"):
+        return 3
+    return 2 if name in ("gate", "up", "input_linear", "shared_gate", "router", "experts_gate_up") else 0
+
+
+def of_shape(shape: ModelShape, trained: Trained) -> Model:
+    """The products of a model by its dimensions."""
+    blocks: list[Block] = []
+    for kind in shape.kinds:
+        chosen = set() if trained.full else kind.adapted(trained.targets)
+        products = {}
+        for name, (inside, outside, times) in kind.products.items():
+            rank = trained.rank if name in chosen else 0
+            rank = kind.experts.adapter_rank(name, rank) if kind.experts is not None else rank
+            products[name] = Product(inside, outside, times, stage_of(name), rank)
+        last = next((name for name in ("down", "output_linear") if name in products), None)
+        if kind.experts is not None or shape.family in _NORM_AT_END:
+            last = None  # a norm, or the router's weights, read its result
+        width = 0 if kind.recurrence is not None else kind.q_width
+        states = (0.0, 0.0) if kind.recurrence is None else (kind.recurrence.flops, kind.recurrence.executed_flops)
+        for layers, window in ((kind.layers - kind.window_layers, None), (kind.window_layers, kind.window)):
+            if layers:
+                blocks.append(Block(layers, products, width, width, window, None, *states, last=last))
+    return Model(tuple(blocks), shape.vocab, shape.hidden)
 
 
 def documents(
     shape: ModelShape,
+    lengths: Sequence[int],
+    supervised: int,
+    trained: Trained,
+    *,
+    segments: Sequence[int] | None = None,
+) -> Work:
+    """:func:`count` of a model by its dimensions."""
+    return count(of_shape(shape, trained), lengths, supervised, trained, segments=segments)
+
+
+def count(
+    model: Model,
     lengths: Sequence[int],
     supervised: int,
     trained: Trained,
@@ -156,69 +278,87 @@ def documents(
     """
     import numpy as np  # a step of thousands of ranks has 100,000 documents; planning comes without numpy
 
-    from aifactory_train.model.shapes import is_target
-
     run = lengths if segments is None else segments
     real, positions = float(np.sum(lengths)), float(np.sum(run))
-    linears = shape.linears()
-    adapters = {
-        name: 2.0 * trained.rank * (a + b) if not trained.full and is_target(name, trained.targets) else 0.0
-        for name, (a, b) in linears.items()
-    }
-    plain = {name: 2.0 * a * b for name, (a, b) in linears.items()}
-    head = 2.0 * shape.vocab * shape.hidden * supervised
-
-    # The mathematics: every product forward, its input's gradient, and the gradient of what is trained.
-    per_token = shape.layers * (sum(plain.values()) * (3 if trained.full else 2) + 3 * sum(adapters.values()))
-    head_work = head * (3 if trained.full or trained.embeddings else 2)
-    causal, square = _attention(shape, lengths)
-    model = per_token * real + head_work
-
-    # What runs: the first block of a frozen model passes no gradient on to the embeddings.
-    executed = per_token * positions + head_work
-    run_causal, run_square = (causal, square) if segments is None else _attention(shape, run)
-    flash_layers = square_layers = float(shape.layers)  # whose attention has a backward
-    if not (trained.full or trained.embeddings):
-        needed = False
-        saved = 0.0
-        for stage in _STAGES:
-            for name in stage:
-                if name in plain and not needed:
-                    saved += plain[name] + 2.0 * trained.rank * linears[name][0] * bool(adapters[name])
-            if stage[0] == "q":
-                # Written out, attention's backward is four products (dV, dP, dQ, dK); those that nobody asks for are
-                # not run. A flash kernel runs all of them, or none.
-                q, k, v = (bool(adapters[n]) for n in stage)
-                square_layers -= 1 - (q + k + v + (q or k)) / 4
-                flash_layers -= not (q or k or v)
-            needed = needed or any(adapters.get(name) for name in stage)
-        executed -= saved * positions
-    full_run = executed + run_square * (1 + 2 * square_layers / shape.layers)
-    executed += run_causal * (1 + 2.5 * flash_layers / shape.layers)
-    if trained.recompute == "full":
-        last = 0.0 if shape.family in _NORM_AT_END else plain["down"]
-        if adapters["down"] and shape.family not in _NORM_AT_END:
-            # the base product runs before the adapter's second one, at which recomputation stops
-            last = 2.0 * trained.rank * linears["down"][1]
-        again = shape.layers * (sum(plain.values()) + sum(adapters.values()) - last) * positions
-        executed += again + run_causal
-        full_run += again + run_square
-    return Work(model + 3 * causal, model + 3 * square, executed, full_run)
+    head = 2.0 * model.vocab * model.hidden * supervised
+    whole = trained.full or trained.embeddings
+    head_work = head * (3 if whole else 2)
+    mathematics = with_squares = executed = full_run = head_work
+    for number, block in enumerate(model.blocks):
+        width = 2.0 * (block.scores + block.values) * block.layers
+        causal, square = (width * pairs for pairs in block.pairs(lengths))
+        run_causal, run_square = (causal, square) if segments is None else (width * p for p in block.pairs(run))
+        plain = sum(p.plain for p in block.products.values())
+        adapters = sum(p.adapter for p in block.products.values())
+        # The mathematics: every product forward, its input's gradient, and the gradient of what is trained.
+        per_token = block.layers * (plain * (3 if trained.full else 2) + 3 * adapters)
+        states = block.layers * block.recurrent
+        mathematics += per_token * real + 3 * states * real + 3 * causal
+        with_squares += per_token * real + 3 * states * real + 3 * square
+        # What runs: the first block of a frozen model passes no gradient on to the embeddings.
+        first = _first_block(block) if number == 0 and not whole else _First()
+        products = per_token * positions - first.saved * positions
+        scanned = block.recurrent_executed * positions
+        back = block.layers - first.scan
+        run_states = scanned * (block.layers + 2 * back)
+        executed += products + run_states + run_causal * (1 + 2.5 * (1 - first.flash / block.layers))
+        full_run += products + run_states + run_square * (1 + 2 * (1 - first.square / block.layers))
+        if trained.recompute == "full":
+            again = block.layers * (plain + adapters - _not_run_again(block) + block.recurrent_executed) * positions
+            executed += again + run_causal
+            full_run += again + run_square
+        elif trained.recompute == "selective":  # products are kept, states are not
+            executed += block.layers * scanned
+            full_run += block.layers * scanned
+    return Work(mathematics, with_squares, executed, full_run)
 
 
-def _attention(shape: ModelShape, lengths: Sequence[int]) -> tuple[float, float]:
-    """Forward FLOPs of all layers' attention over documents of ``lengths``: (causal, whole score matrix)."""
-    import numpy as np
+def forward_of(model: Model, length: int) -> float:
+    """Forward FLOPs per token of documents of ``length``, logits at every token, adapters left out."""
+    total = 2.0 * model.vocab * model.hidden
+    for block in model.blocks:
+        causal, _ = block.pairs([length])
+        attended = 2.0 * (block.scores + block.values) * causal / length
+        total += block.layers * (sum(p.plain for p in block.products.values()) + attended + block.recurrent)
+    return total
 
-    windowed, plain = shape.window_layers, shape.layers - shape.window_layers
-    tokens = np.asarray(lengths, dtype=np.int64)
-    n, often = tokens.astype(np.float64), np.ones(1, dtype=np.int64)
-    if len(tokens) and int(tokens.max()) < 1 << 20:  # each length once
-        counts = np.bincount(tokens)
-        n = np.flatnonzero(counts).astype(np.float64)
-        often = counts[counts > 0]
-    seen = n if shape.window is None else np.minimum(n, shape.window)
-    square = plain * n * n + windowed * n * seen
-    # queries times mean_context: a triangle, and where there is a window full rows behind it
-    causal = plain * n * (n + 1) / 2 + windowed * (seen * (seen + 1) / 2 + (n - seen) * seen)
-    return 4.0 * shape.q_width * float((causal * often).sum()), 4.0 * shape.q_width * float((square * often).sum())
+
+@dataclass(frozen=True)
+class _First:
+    """What the first block leaves out: FLOPs per token of products, backward passes of attention (a flash kernel's and
+    written out, as shares of one layer) and of the recurrence."""
+
+    saved: float = 0.0
+    flash: float = 0.0
+    square: float = 0.0
+    scan: float = 0.0
+
+
+def _first_block(block: Block) -> _First:
+    saved, flash, square, scan = 0.0, 0.0, 0.0, 0.0
+    asked = False  # somebody needs the gradient of what the stage reads
+    for stage in range(4):
+        here = [p for p in block.products.values() if p.stage == stage]
+        if not asked:
+            saved += sum(p.plain + 2.0 * p.rank * p.inside * p.times for p in here)
+        adapted = any(p.rank for p in here)
+        if stage == 0 and not adapted:
+            scan = flash = 1.0
+        if stage == 0 and {"q", "k", "v"} <= block.products.keys():
+            # Written out, attention's backward is four products (dV, dP, dQ, dK); those that nobody asks for are not
+            # run. A flash kernel runs all of them, or none.
+            q, k, v = (bool(block.products[name].rank) for name in ("q", "k", "v"))
+            square = 1 - (q + k + v + (q or k)) / 4
+        elif stage == 0 and not adapted:
+            square = 1.0
+        asked = asked or adapted
+    return _First(saved, flash, square, scan)
+
+
+def _not_run_again(block: Block) -> float:
+    """FLOPs per token of the product at which recomputation stops short."""
+    if block.last is None:
+        return 0.0
+    last = block.products[block.last]
+    # the base product runs before the adapter's second one, at which recomputation stops
+    return 2.0 * last.rank * last.outside * last.times if last.rank else last.plain

@@ -53,10 +53,12 @@ def plan_for(
     where there is no plan.
     """
     from aifactory_train.config.quantised_base import check_quantised
+    from aifactory_train.model import shapes
     from aifactory_train.planning import dimensions, plan, size
 
     shape = dimensions.of_model(recipe.model, model_config)
-    check_quantised(shape.quantised, f"model.base: {recipe.model.base}", recipe.adapter.quantise_base)
+    copies = shapes.copies_of(shape) if shape.quantised else []
+    check_quantised(shape.quantised, f"model.base: {recipe.model.base}", recipe.adapter.quantise_base, copies)
     given = frozenset(given)
     touched = any(
         key.startswith(("data.train", "data.supervise", "model.base", "data.sequence_length")) for key in given

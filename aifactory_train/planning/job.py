@@ -212,6 +212,19 @@ class TrainingJob:
         return _adapter_parameters(self.shape, self.lora_rank, self.targets, self.dora)
 
     @property
+    def active_adapter_parameters(self) -> int:
+        """Those of :attr:`adapter_parameters` that one token meets: of experts' adapters, those of its experts."""
+        if self.method == "full":
+            return 0
+        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        return self.shape.active_lora_parameters(self.lora_rank, targets)
+
+    @property
+    def kinds(self) -> list[TrainingJob]:
+        """This job for each kind of block of the model: ``shape`` is then the kind's."""
+        return [self] if not self.shape.parts else [replace(self, shape=kind) for kind in self.shape.parts]
+
+    @property
     def trained_parameters(self) -> int:
         if self.method == "full":
             return self.shape.parameters

@@ -39,7 +39,7 @@ def as_dict(
         work.document,
         trains_base=work.method == "full",
         trains_head=work.method == "full" or work.train_embeddings,
-        adapter_parameters=job.adapter_parameters,
+        adapter_parameters=job.active_adapter_parameters,
         recomputed=timing.recomputed_share(job),
         supervised=work.supervised,
     )
@@ -51,6 +51,7 @@ def as_dict(
         "base": work.shape.name,
         "method": work.method,
         "parameters": work.shape.parameters,
+        "active_parameters": work.shape.active_parameters,
         "trained_parameters": job.trained_parameters,
         "site": request.system.id,
         "partition": place,

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.model import flops
-from aifactory_train.model.shapes import is_target
 from aifactory_train.planning.job import TrainingJob
-from aifactory_train.planning.memory import NF4_BYTES, trains_head
+from aifactory_train.planning.memory import NF4_BYTES, padded, trains_head
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -96,8 +95,11 @@ def recomputed_share(job: TrainingJob) -> float:
         return 1.0
     if job.checkpointing == "none" or job.selective_every == 1:
         return 0.0
-    sizes = [a * b for a, b in job.shape.linears().values()]
-    return 1 - sum(sizes[:: job.selective_every]) / sum(sizes)
+    every, kept = 0, 0
+    for kind in job.shape.kinds:
+        sizes = [a * b * times for a, b, times in kind.products.values()]
+        every, kept = every + kind.layers * sum(sizes), kept + kind.layers * sum(sizes[:: job.selective_every])
+    return 1 - kept / every
 
 
 #: Passes over memory of a block's pointwise work, in units of (tokens x width x bytes): forward, backward.
@@ -106,12 +108,19 @@ def recomputed_share(job: TrainingJob) -> float:
 #: intermediates, counted one by one.
 _PASSES = {
     "fused": {"norm": (4, 4), "glu": (3, 5), "rope": (2, 2), "plain": (2, 3)},
+    # a copy in, a weighted result out, and the same backward; the router's scores, softmax and choice in fp32
+    "dealt": {"tokens": (4, 4), "scores": (6, 4)},
     "eager": {"norm": (13, 18), "glu": (5, 8), "rope": (9, 9), "plain": (2, 3)},
 }
 
 
 def pointwise_bytes(job: TrainingJob) -> float:
-    """Bytes per token that the pointwise work of one block moves, forward and backward and recomputation."""
+    """Bytes per token that the pointwise work of one block moves, forward and backward and recomputation; of a hybrid
+    the mean over its blocks."""
+    return sum(kind.shape.layers * _pointwise_bytes(kind) for kind in job.kinds) / max(1, job.shape.layers)
+
+
+def _pointwise_bytes(job: TrainingJob) -> float:
     shape, e = job.shape, job.bytes.compute
     norm = _PASSES["eager" if job.stack.norm == "eager" else "fused"]
     rope = _PASSES["eager" if job.stack.name in ("eager", "native") else "fused"]
@@ -123,13 +132,25 @@ def pointwise_bytes(job: TrainingJob) -> float:
         return pair[0] * (1 + again + job.scored) + pair[1]
 
     total = shape.norms * shape.hidden * passes(norm["norm"]) + shape.ffn * passes(act)
-    if not shape.learned_positions:
-        total += (shape.q_width + shape.kv_width) * passes(rope["rope"])
-    if shape.qk_norm != "none":
-        total += (shape.q_width + shape.kv_width) * passes(norm["norm"])
+    if shape.experts is not None:
+        # each chosen expert's copy of the token and its result are dealt out and gathered by index
+        routed = shape.experts.chosen * (
+            shape.experts.ffn * passes(act) + shape.hidden * passes(_PASSES["dealt"]["tokens"])
+        )
+        total += routed + shape.experts.count * passes(_PASSES["dealt"]["scores"])
+    if shape.recurrence is not None:
+        recurrence = shape.recurrence
+        total += (recurrence.channels + recurrence.heads * recurrence.value) * passes(glu["glu"])
+    else:
+        if not shape.learned_positions:
+            total += (shape.q_width + shape.kv_width) * passes(rope["rope"])
+        if shape.qk_norm != "none":
+            total += (shape.q_width + shape.kv_width) * passes(norm["norm"])
+        if shape.gated_attention:
+            total += shape.q_width * passes(glu["glu"])
     if job.method != "full":
         # the adapter's small products and the addition of its output are bound by memory
-        extra = job.adapter_parameters / max(1, shape.layers) / max(1, job.lora_rank)
+        extra = job.active_adapter_parameters / max(1, shape.layers) / max(1, job.lora_rank)
         total += (6.0 + 2.0 * job.scored) * extra
     return e * total
 
@@ -150,10 +171,13 @@ def collectives(job: TrainingJob) -> tuple[float, float]:
     if layout.world == 1:
         return 0.0, 0.0
     share = (layout.shard - 1) / layout.shard
-    frozen = shape.block_parameters * shape.layers * (NF4_BYTES if job.method == "qlora" else b.compute)
-    frozen += (shape.embedding_parameters + shape.head_parameters) * b.compute
-    weights = shape.parameters * b.compute if job.method == "full" else frozen + job.trained_parameters * b.compute
-    grads = job.trained_parameters
+    whole, _, grads = padded(job)
+    outside = shape.embedding_parameters + shape.head_parameters
+    weights = whole * b.compute
+    if job.method != "full":
+        packed = shape.packed_parameters if job.method == "qlora" else 0
+        frozen = (whole - shape.root_parameters - packed) * b.compute + packed * NF4_BYTES
+        weights = frozen + outside * b.compute + grads * b.compute
     each = layout.traits.reduces == "each"
     if layout.traits.shards_parameters:
         # forward and backward gather the weights; gradients are reduce-scattered once a step, by ZeRO-3 for every
@@ -208,18 +232,25 @@ def matrix_rate(job: TrainingJob, constants: Constants, tokens: float) -> float:
 def executed_beside(job: TrainingJob, document: float, supervised: float) -> float:
     """FLOPs per token that a preference method runs beside training's own (:func:`aifactory_train.model.flops.step`):
     forward passes without a backward, and the output layer once more in backward."""
-    f = flops.forward(job.shape, document, adapter_parameters=job.adapter_parameters, supervised=supervised)
-    return job.scored * (f.linear + f.adapters + f.attention_causal) + (job.preference + job.scored) * f.head
+    f = flops.forward(job.shape, document, adapter_parameters=job.active_adapter_parameters, supervised=supervised)
+    forward = f.linear + f.adapters + f.attention_causal + f.recurrent_executed
+    return job.scored * forward + (job.preference + job.scored) * f.head
 
 
 def kernel_launches(job: TrainingJob) -> float:
     """Kernels of one micro-batch. Per block and forward about 60 in eager code and 30 with fused or compiled blocks, 6
     more for each adapter (counted in transformers' Llama and peft); backward launches 1.5 times as many, recomputation
-    runs forward again."""
+    runs forward again. Experts are one grouped product each way, not a loop."""
     targets = job.targets if isinstance(job.targets, str) else list(job.targets)
-    adapters = 0 if job.method == "full" else sum(is_target(n, targets) for n in job.shape.linears())
-    per_block = (60 if job.stack.name in ("eager", "native") else 30) + 6 * adapters
-    return job.shape.layers * per_block * ((2.5 if job.checkpointing == "none" else 3.5) + job.scored)
+    passes = (2.5 if job.checkpointing == "none" else 3.5) + job.scored
+    total = 0.0
+    for kind in job.shape.kinds:
+        adapters = 0 if job.method == "full" else len(kind.adapted(targets))
+        per_block = (60 if job.stack.name in ("eager", "native") else 30) + 6 * adapters
+        # router, choice, sorting and dealing out; a recurrence's convolution, gates and passes over chunks
+        per_block += (15 if kind.experts is not None else 0) + (15 if kind.recurrence is not None else 0)
+        total += kind.layers * per_block * passes
+    return total
 
 
 def attention_rate(job: TrainingJob, constants: Constants) -> float:
@@ -247,27 +278,31 @@ def _compute_seconds(
     """Seconds of one micro-batch: ``(matrix products, attention, pointwise work, loss)``."""
     shape, tokens = job.shape, job.tokens
     context = min(job.document or job.sequence, job.sequence)
-    f = flops.forward(shape, context, adapter_parameters=job.adapter_parameters, supervised=job.supervised)
+    f = flops.forward(shape, context, adapter_parameters=job.active_adapter_parameters, supervised=job.supervised)
     trains_base = job.method == "full"
     again = recomputed_share(job)
-    linear = f.linear * ((3 if trains_base else 2) + again) + f.adapters * (
-        3 + (1 if job.checkpointing == "full" else 0)
-    )
-    linear += job.scored * (f.linear + f.adapters)
-    matmul = tokens * linear / rate
+    matmul = 0.0
+    passes = (3 if trains_base else 2) + again + job.scored
+    for kind in shape.kinds:
+        routed = 0
+        if kind.experts is not None:
+            # each expert multiplies the tokens that were sent to it: fewer rows, a lower rate
+            routed = kind.experts.chosen * kind.experts.weights(kind.hidden)
+            rows = tokens * kind.experts.chosen / kind.experts.count
+            matmul += tokens * 2.0 * kind.layers * routed * passes / matrix_rate(job, c, rows)
+        matmul += tokens * 2.0 * kind.layers * (kind.block_linear_parameters - routed) * passes / rate
+    adapters = f.adapters * (3 + (1 if job.checkpointing == "full" else 0) + job.scored)
+    matmul += tokens * adapters / rate
     head = f.head * ((3 if trains_head(job) else 2) + job.preference + job.scored)
     # selective checkpointing keeps attention's output and does not run it again
     attention_flops = f.attention_causal * (3.5 + (1 if job.checkpointing == "full" else 0) + job.scored)
+    attention_flops += f.recurrent_executed * (3 + (0 if job.checkpointing == "none" else 1) + job.scored)
     attention = tokens * attention_flops / attention_rate(job, c)
     pointwise = tokens * shape.layers * pointwise_bytes(job) / bandwidth
     if job.method == "qlora":
         # every product unpacks its weight first, forward, backward and recomputation
         pointwise += (
-            shape.layers
-            * shape.block_linear_parameters
-            * (NF4_BYTES + 2 * job.bytes.compute)
-            * (2 + again + job.scored)
-            / bandwidth
+            shape.packed_parameters * (NF4_BYTES + 2 * job.bytes.compute) * (2 + again + job.scored) / bandwidth
         )
     loss = tokens * (head / rate + job.supervised * shape.vocab * logit_passes(job) / bandwidth)
     return matmul, attention, pointwise, loss
@@ -319,7 +354,8 @@ def predict(job: TrainingJob, constants: Constants | None = None) -> Times:
     exposed_step = max(reduce - hidden * compute * 2 / 3, (1 - hidden) * reduce)
     if job.layout.offload_parameters:
         # a rank's shard crosses the bus for every gather, and its gradients come back once
-        frozen = job.frozen_parameters * (NF4_BYTES if job.method == "qlora" else job.bytes.frozen)
+        packed = job.shape.packed_parameters if job.method == "qlora" else 0
+        frozen = (job.frozen_parameters - packed) * job.bytes.frozen + packed * NF4_BYTES
         shard = (frozen + job.trained_parameters * job.bytes.parameters) / job.layout.shard
         host += (
             (2 + job.scored) * micro * shard + job.trained_parameters * job.bytes.gradients / job.layout.shard

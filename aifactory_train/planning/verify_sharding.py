@@ -56,6 +56,10 @@ def build_config(shape: ModelShape) -> Any:
     """The transformers config of a shape. Raises :class:`UserError` for a family without one."""
     import transformers
 
+    if shape.config is not None:
+        values = {k: v for k, v in shape.config.items() if k not in ("model_type", "transformers_version", "dtype")}
+        ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+        return transformers.AutoConfig.for_model(shape.family, **{**values, **ends})
     names = {
         "llama": "LlamaConfig",
         "mistral": "MistralConfig",

@@ -230,8 +230,13 @@ class Recorder:
         }
         self._active = True
         self._lengths, self._supervised = data.train.lengths, data.train.supervised
-        self._count = self._counter(config)
-        values["deployment/inference"] = self._inference(config)
+        try:
+            self._count = self._counter(config)
+            values["deployment/inference"] = self._inference(config)
+        except Exception as error:  # a configuration that transformers itself cannot build anew
+            self.failed("counting FLOPs", error)
+            unknown = missing("run: the architecture's FLOPs are not counted")
+            values["deployment/inference"] = {"flop": unknown, "method": missing("run")}
         self._load_site()
         self._earlier, values["lineage"] = self._lineage()
         values[f"compute/attempts/{self.attempt}"] = self._attempt("running", resumed_at)
@@ -260,18 +265,9 @@ class Recorder:
         events, _ = read_events(self.run.path / EVENTS)
         return fold(events) if events else {}
 
-    def _counter(self, config: dict[str, Any]) -> Callable[..., flops.Work] | None:
-        """What counts a step's FLOPs, or None for an architecture that the formulae do not cover (said in the
-        record).
-        """
-        from aifactory_train.core.errors import UserError
-        from aifactory_train.model import shapes
-
-        try:
-            shape = shapes.from_config(config, self.recipe.model.base)
-        except UserError as error:
-            self.failed("counting FLOPs", error)
-            return None
+    def _counter(self, config: dict[str, Any]) -> Callable[..., flops.Work]:
+        """What counts a step's FLOPs: the formulae where they cover the architecture, else the products of its
+        modules."""
         adapter = self.recipe.adapter
         trained = flops.Trained(
             rank=0 if adapter.kind == "none" else adapter.rank,
@@ -279,21 +275,25 @@ class Recorder:
             embeddings=adapter.train_embeddings,
             recompute=self.recipe.parallel.activation_checkpointing,
         )
-        return functools.partial(flops.documents, shape, trained=trained)
+        return functools.partial(flops.count, self._products(config, trained), trained=trained)
 
-    def _inference(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Analytic FLOP of generating 100,000 tokens in answers of 1,000 tokens with a key-value cache."""
+    def _products(self, config: dict[str, Any], trained: flops.Trained) -> flops.Model:
         from aifactory_train.core.errors import UserError
         from aifactory_train.model import shapes
 
         try:
-            shape = shapes.from_config(config, self.recipe.model.base)
+            return flops.of_shape(shapes.from_config(config, self.recipe.model.base), trained)
         except UserError:
-            return {"flop": missing("run: the architecture's FLOPs are not counted"), "method": missing("run")}
+            from aifactory_train.record import products
+
+            return products.of_config(config, trained)
+
+    def _inference(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Analytic FLOP of generating 100,000 tokens in answers of 1,000 tokens with a key-value cache."""
         tokens, answer = 100_000, 1000
-        one = flops.forward(shape, answer)
+        one = flops.forward_of(self._products(config, flops.Trained()), answer)
         return {
-            "flop": tokens * (one.linear + one.head + one.attention_causal),
+            "flop": tokens * one,
             "method": f"analytic: {tokens:,} tokens generated in answers of {answer:,} tokens from an empty prompt, "
             f"key-value cache, one "
             "sequence at a time, adapters merged; matrix products only; independent of hardware",

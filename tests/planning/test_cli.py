@@ -127,7 +127,11 @@ def _write(folder: Path) -> Path:
         (["--site", "lumi-g", "--tokens", "-5"], ["--tokens"]),
         (["--site", "lumi-g", "--nodes", "auto", "--deadline", "nan"], ["--deadline"]),
         (["--site", "lumi-g", "--nodes", "5000"], ["1024"]),
-        (["--site", "lumi-g", "--set", "model.base=mistralai/Mixtral-8x7B-v0.1"], ["not known", "--model-config"]),
+        (["--site", "lumi-g", "--set", "model.base=mistralai/Mixtral-9x7B-v0.1"], ["not known", "--model-config"]),
+        (
+            ["--site", "lumi-g", "--set", "model.base=openai/gpt-oss-20b"],
+            ["quantised (mxfp4)", "--set model.base=unsloth/gpt-oss-20b-BF16"],
+        ),
         (
             ["--site", "lumi-g", "--set", "data.sequence_length=262144", "--set", "train.micro_batch_tokens=262144"],
             ["131072 positions"],
@@ -145,9 +149,9 @@ def test_bad_input(recipe, args, words):
         assert word in done.stderr, done.stderr
 
 
-def test_mixture_of_experts_is_refused(recipe, tmp_path):
+def test_a_mixture_of_experts_without_formulae_is_refused(recipe, tmp_path):
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({"model_type": "mixtral", "num_local_experts": 8}), encoding="utf-8")
+    file.write_text(json.dumps({"model_type": "jetmoe", "num_local_experts": 8}), encoding="utf-8")
     done = run(recipe, "--site", "lumi-g", "--model-config", str(file))
     assert done.returncode == 2 and "mixture of experts" in done.stderr
 

@@ -12,7 +12,7 @@ import pytest
 from common import request
 
 from aifactory_train import sites
-from aifactory_train.planning import memory, plan, timing
+from aifactory_train.planning import activations, memory, plan, timing
 from aifactory_train.planning.timing import Constants
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,10 +47,10 @@ def values() -> dict[str, float]:
         "capacity": found["capacity_gib"],
         "kept_per_block": memory.kept_per_block(job),
         "outside": kept / job.tokens - shape.layers * memory.kept_per_block(job),
-        "norms": 2 * memory._norm(job, shape.hidden),
-        "linear_inputs": memory._linear_inputs(job),
-        "attention_kept": memory._attention(job),
-        "mlp_kept": memory._mlp(job),
+        "norms": 2 * activations._norm(job, shape.hidden),
+        "linear_inputs": activations._linear_inputs(job),
+        "attention_kept": activations._attention(job),
+        "mlp_kept": activations._mlp(job),
         "block_kept": memory.block_kept(job),
         "transient": memory.activation_bytes(job)[1] / job.tokens - memory.block_kept(job) + 2 * shape.hidden,
         "matrix_tflops": timing.matrix_rate(job, c, job.tokens) / 1e12,

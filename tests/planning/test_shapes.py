@@ -57,6 +57,67 @@ def test_apertus_has_plain_mlp_and_activation_scalars():
     assert shapes.from_config(config.to_dict(), "a").parameters == sum(p.numel() for p in model.parameters())
 
 
+#: mixtures of experts and hybrids; all sizes different, so that none can stand for another
+SMALL = {
+    "hidden_size": 64, "vocab_size": 400, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 96, "max_position_embeddings": 512, "tie_word_embeddings": False,
+}  # fmt: skip
+DELTA = {
+    "head_dim": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 40,
+}  # fmt: skip
+ROUTED = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]},
+    "gpt_oss": {"head_dim": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_next": DELTA,
+    "qwen3_5_moe_text": DELTA,
+    "qwen3_5_text": {**DELTA, "attention_bias": True},
+    "granitemoehybrid": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 40, "mamba_n_heads": 8,
+        "mamba_d_head": 16, "mamba_d_state": 24, "layer_types": ["mamba", "mamba", "attention", "mamba"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_experts_and_hybrids_equal_the_real_model(family):
+    """Every tensor, and every adapter that peft makes, with the dimension along which engines cut it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    written = {**SMALL, **ROUTED[family]}
+    config = AutoConfig.for_model(family, **written)
+
+    def tensors(model, trained=False):
+        return sorted((p.shape[0], p[0].numel()) for p in model.parameters() if p.requires_grad or not trained)
+
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config)
+    for tree in (config.to_dict(), {"model_type": family, **written}):
+        shape = shapes.from_config(tree, family)
+        mine = [t for kind in shape.kinds for t in kind.block_tensors() * kind.layers] + shape.root_tensors()
+        assert sorted(mine) == tensors(plain)
+        assert shape.parameters == sum(p.numel() for p in plain.parameters())
+        assert sum(kind.layers for kind in shape.kinds) == shape.layers == 4
+    for targets in ("all-linear", ["q_proj", "v_proj"], ["q_proj", "gate_proj", "up_proj", "down_proj"]):
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config)
+        adapted = get_peft_model(
+            base, LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=targets), low_cpu_mem_usage=True
+        )
+        mine = [t for kind in shape.kinds for t in kind.lora_tensors(3, targets) * kind.layers]
+        assert sorted(mine) == tensors(adapted, trained=True)
+
+
+def test_a_quantised_base_names_its_copy():
+    assert shapes.load("openai/gpt-oss-20b").quantised == "mxfp4"
+    assert shapes.copies_of(shapes.load("openai/gpt-oss-20b")) == ["unsloth/gpt-oss-20b-BF16"]
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_adapter_parameters_equal_peft(family, targets):
@@ -74,7 +135,10 @@ def test_adapter_parameters_equal_peft(family, targets):
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
         ({"vocab_size": 0}, "lacks vocab_size"),
         ({"num_experts": 8}, "mixture of experts"),
-        ({"num_local_experts": 8, "model_type": "mixtral"}, "mixture of experts"),
+        ({"num_local_experts": 8, "model_type": "jetmoe"}, "mixture of experts"),
+        ({"num_local_experts": 8, "model_type": "mixtral"}, "lacks num_experts_per_tok"),
+        ({"num_local_experts": 8, "num_experts_per_tok": 9, "model_type": "mixtral"}, "9 experts of 8"),
+        ({"model_type": "granitemoehybrid", "shared_intermediate_size": 8, "layer_types": ["mamba"]}, "names 1 layers"),
         ({"model_type": "mamba"}, "mamba"),
         ({"model_type": None}, "do not cover"),
         ({"num_key_value_heads": 3}, "cannot share"),

@@ -36,6 +36,19 @@ TINY = {
     "tie_word_embeddings": True,
 }
 QWEN = {**TINY, "model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": False}
+#: experts that do not divide by the ranks: most of what is gathered is padding
+MIXTRAL = {
+    **TINY,
+    "model_type": "mixtral",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
+HYBRID = {
+    **TINY, "model_type": "qwen3_next", "num_hidden_layers": 4, "head_dim": 64, "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "num_experts": 32,
+    "num_experts_per_tok": 4, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
+}  # fmt: skip
 APERTUS = {**TINY, "model_type": "apertus", "tie_word_embeddings": False}
 
 
@@ -55,6 +68,8 @@ def build(timeout: float = 580, **ask) -> dict:
     [
         (APERTUS, "fsdp2", 8, 8, "lora"),
         (QWEN, "hsdp", 64, 8, "full"),
+        (MIXTRAL, "fsdp2", 64, 64, "full"),
+        (HYBRID, "fsdp2", 16, 16, "lora"),
         (TINY, "zero3", 64, 64, "full"),
         pytest.param(TINY, "fsdp2", 64, 64, "full", marks=pytest.mark.slow),
         pytest.param(TINY, "ddp", 64, 1, "full", marks=pytest.mark.slow),
@@ -70,7 +85,19 @@ def test_small_models_in_large_worlds(config, engine, world, shard, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "base", ["meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.3", "Qwen/Qwen3-32B", "swiss-ai/Apertus-70B-2509"]
+    "base",
+    [
+        "meta-llama/Meta-Llama-3-8B",
+        "mistralai/Mistral-7B-v0.3",
+        "Qwen/Qwen3-32B",
+        "swiss-ai/Apertus-70B-2509",
+        "mistralai/Mixtral-8x7B-v0.1",
+        "Qwen/Qwen3-30B-A3B",
+        "unsloth/gpt-oss-20b-BF16",
+        "Qwen/Qwen3-Next-80B-A3B-Instruct",
+        "Qwen/Qwen3.5-35B-A3B",
+        "ibm-granite/granite-4.0-h-small",
+    ],
 )
 @pytest.mark.parametrize(("engine", "world", "shard"), [("fsdp2", 8, 8), ("hsdp", 64, 8), ("fsdp2", 1024, 1024)])
 def test_real_shapes(base, engine, world, shard):

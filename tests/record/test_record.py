@@ -302,7 +302,7 @@ def test_an_unknown_architecture_is_said(tell, capsys):
     def story(run, recipe):
         recorder = Recorder(run, world(), recipe, attempt=1, write_pack=write_pack)
         trainer = Pretend(recipe)
-        trainer.config = {"model_type": "mamba"}
+        trainer.config = {"model_type": "unheard-of"}
         recorder.hear(trainer.started())
         recorder.step(step_record(1), [0, 1], [[[0, 1]]])
         recorder.hear(RunEnded("finished"))
@@ -311,7 +311,7 @@ def test_an_unknown_architecture_is_said(tell, capsys):
     record = load_record(run.path)
     assert record["compute"]["attempts"]["001"]["flop_counted"] is False
     assert is_missing(record["aiact"]["reasoning"]) and record["aiact"]["provider_flag"] is None
-    assert "mamba" in record["compute"]["attempts"]["001"]["errors"]["counting FLOPs"]
+    assert "unheard-of" in record["compute"]["attempts"]["001"]["errors"]["counting FLOPs"]
     assert "MISSING" in (run.path / "evidence" / "one-third.md").read_text()
 
 
