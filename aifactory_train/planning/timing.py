@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -193,6 +194,52 @@ def collectives(job: TrainingJob) -> tuple[float, float]:
     return 0.0, 2 * grads * b.gradients * (layout.world - 1) / layout.world
 
 
+#: Microseconds that a collective takes beside the time of its bytes: to begin, and for every step of a ring or tree to
+#: the next GPU of a node and to the next node. NCCL's own tuning tables (src/graph/tuning.cc, protocol LL128): ring 14,
+#: 1.9 and 4.0; tree 14, 1.25 and 8.5. Not fitted: no measurement of the calibration is bound by them.
+START_US, RING_US, TREE_US = 14.0, (1.9, 4.0), (1.25, 8.5)
+#: Bytes of a bucket of DDP's gradients.
+DDP_BUCKET = 25 * 2**20
+
+
+def ring_seconds(ranks: int, per_node: int) -> float:
+    """Seconds that a gather or a reduction over ``ranks`` neighbouring ranks takes before its first byte is through: a
+    ring has a step for every rank, so that it grows with their number."""
+    if ranks <= 1:
+        return 0.0
+    nodes = -(-ranks // per_node)
+    return 1e-6 * (START_US + (ranks - nodes) * RING_US[0] + (nodes - 1) * RING_US[1])
+
+
+def tree_seconds(nodes: int, in_node: int) -> float:
+    """The same of a sum that everybody gets, over ``in_node`` ranks of each of ``nodes`` nodes: up and down a tree."""
+    if nodes * in_node <= 1:
+        return 0.0
+    return 1e-6 * (START_US + 2 * ((in_node - 1) * TREE_US[0] + math.log2(max(1, nodes)) * TREE_US[1]))
+
+
+def latency(job: TrainingJob) -> tuple[float, float]:
+    """Seconds that the collectives of :func:`collectives` take beside their bytes: ``(per micro-batch, once per
+    step)``."""
+    layout, per_node = job.layout, job.links.gpus_per_node
+    traits, units = layout.traits, job.shape.layers + 1  # blocks and the root
+    ring = ring_seconds(layout.shard, per_node)
+    buckets = math.ceil(job.trained_parameters / job.zero_bucket)
+    if layout.world == 1:
+        return 0.0, 0.0
+    if traits.weights == "block":
+        copies = min(layout.replicas, -(-layout.world // per_node))
+        summed = units * tree_seconds(copies, layout.replicas // copies) if layout.replicas > 1 else 0.0
+        # a block is gathered for forward and for backward, the root once
+        return ((2 + job.scored) * (units - 1) + 1) * ring, units * ring + summed
+    if traits.shards_parameters:
+        return (2 + job.scored) * (units - 1) * ring + buckets * ring, 0.0
+    if traits.shards_optimizer:
+        return (buckets * ring, buckets * ring) if traits.reduces == "each" else (0.0, 2 * buckets * ring)
+    sums = math.ceil(job.trained_parameters * job.bytes.gradients / DDP_BUCKET)
+    return 0.0, sums * tree_seconds(-(-layout.world // per_node), min(layout.world, per_node))
+
+
 def _rate(job: TrainingJob, constants: Constants, ranks: int) -> float:
     """Bytes per second at which a ring over ``ranks`` neighbouring ranks delivers data to each of them.
 
@@ -309,15 +356,16 @@ def _compute_seconds(
 
 
 def _collective_seconds(job: TrainingJob, c: Constants) -> tuple[float, float]:
-    """Seconds of :func:`collectives` with nothing hidden: ``(per micro-batch, once per step)``, the sum over copies
-    included.
+    """Seconds of :func:`collectives` with nothing hidden: ``(per micro-batch, once per step)``, the sum over copies and
+    every collective's :func:`latency` included.
     """
     per_micro, per_step = collectives(job)
     shard_rate = (
         _rate(job, c, job.layout.shard if job.layout.shard > 1 else job.layout.world) if job.layout.world > 1 else 1.0
     )
-    gather = per_micro / shard_rate
-    reduce = per_step / shard_rate
+    waits = latency(job)
+    gather = per_micro / shard_rate + waits[0]
+    reduce = per_step / shard_rate + waits[1]
     if job.layout.replicas > 1 and job.layout.shard > 1:
         # each rank reduces its own shard with its peers in the other replicas; the ranks of a node share the NICs
         piece = 2 * job.trained_parameters * job.bytes.reduce / job.layout.shard
