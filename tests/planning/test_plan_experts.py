@@ -76,7 +76,7 @@ def test_fewer_tokens_an_expert_are_slower() -> None:
 
 
 def test_padding_of_few_experts_on_many_ranks_is_gathered() -> None:
-    """8 experts on 64 ranks: each rank sends one, so that eight times as much travels; groups of 8 send what there is."""
+    """8 experts on 64 ranks: each rank sends one, eight times what there is; groups of 8 send what there is."""
     shape = shapes.load("mistralai/Mixtral-8x7B-v0.1")
     flat, group = memory.padded(job(shape, "fsdp2", 64)), memory.padded(job(shape, "hsdp", 64, 8))
     assert group[0] == pytest.approx(shape.parameters, rel=1e-3)
