@@ -9,15 +9,25 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.core.errors import UserError, did_you_mean
-from aifactory_train.recipe_draft.guesses import ROLES, canonical_rows, choose_split, metrics_of, read, understand
+from aifactory_train.recipe_draft.guesses import (
+    ROLES,
+    Draft,
+    canonical_rows,
+    choose_split,
+    metrics_of,
+    read,
+    understand,
+)
 from aifactory_train.recipe_draft.text import recipe_text
 
 if TYPE_CHECKING:
-    from aifactory_train.config.schema import ModelConfig
+    from aifactory_train.config.schema import ModelConfig, Recipe
+    from aifactory_train.data.cells import Unused
     from aifactory_train.data.documents import Notes
 
 _DEFAULT_BASE = "health/phenotype-terms"  # the recipe whose base model runs on a laptop
@@ -47,10 +57,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
 
+@dataclass
+class Made:
+    """A recipe that was written for somebody's rows, and what was found in them. ``following``: the commands that come
+    next."""
+
+    recipe: Recipe
+    out: Path
+    report_file: Path
+    data: Path
+    draft: Draft
+    rows: int
+    more: bool
+    facts: dict[str, Any]
+    unused: Unused
+    notes: Notes
+    following: list[str]
+
+
 def run(args: argparse.Namespace) -> int:
+    made = make(args)
+    if args.json:
+        _print_json(args, made)
+    else:
+        _print(args, made)
+    return 0
+
+
+def make(args: argparse.Namespace) -> Made:
+    """Read the rows, understand them, write recipe and report. Raises :class:`UserError` for what cannot be read or
+    understood, and where one of the two files exists already."""
     from aifactory_train.config.loading import RECIPES_DIR, load_recipe
     from aifactory_train.core.files import write_atomic
-    from aifactory_train.core.output import note, print_json, table
     from aifactory_train.data import report as own
     from aifactory_train.data.cells import Unused
     from aifactory_train.data.documents import Notes
@@ -97,50 +135,64 @@ def run(args: argparse.Namespace) -> int:
         raise
     write_atomic(report_file, json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
     following = _next(recipe.model, out)
-    if args.json:
-        print_json(
-            {
-                "id": recipe.id,
-                "recipe": str(out),
-                "report_file": str(report_file),
-                "task": draft.task,
-                "format": draft.form,
-                "columns": draft.columns,
-                "labels": draft.labels,
-                "split": {draft.split[0]: draft.split[1]} if draft.split else None,
-                "method": draft.preference,
-                "metrics": draft.metrics,
-                "licence": licence if args.licence else "MISSING",
-                "assumed": draft.assumed,
-                "next": following,
-                "report": facts,
-            }
-        )
-        return 0
-    table(
-        f"{data}: {len(rows):,} rows{' (of more)' if more else ''}",
-        ["", "found"],
-        [list(x) for x in own.lines_of(facts)],
+    return Made(recipe, out, report_file, data, draft, len(rows), more, facts, unused, notes, following)
+
+
+def _print_json(args: argparse.Namespace, made: Made) -> None:
+    from aifactory_train.core.output import print_json
+
+    draft = made.draft
+    print_json(
+        {
+            "id": made.recipe.id,
+            "recipe": str(made.out),
+            "report_file": str(made.report_file),
+            "task": draft.task,
+            "format": draft.form,
+            "columns": draft.columns,
+            "labels": draft.labels,
+            "split": {draft.split[0]: draft.split[1]} if draft.split else None,
+            "method": draft.preference,
+            "metrics": draft.metrics,
+            "licence": args.licence or "MISSING",
+            "assumed": draft.assumed,
+            "next": made.following,
+            "report": made.facts,
+        }
     )
-    for line in draft.assumed:
-        note(f"assumed: {line}")
-    for kind, what in (("columns", "column"), ("turn_keys", "key of a turn")):
-        for name, count in facts["unused"][kind].items():
-            note(f"not used: {what} '{name}' ({count:,} {'rows' if kind == 'columns' else 'turns'})")
-    for remark, count in sorted(unused.remarks.items()):
-        note(f"{count:,} x {remark}")
-    _tell_files(notes)
+
+
+def _print(args: argparse.Namespace, made: Made) -> None:
+    from aifactory_train.core.output import note, table
+    from aifactory_train.data import report as own
+
+    table(
+        f"{made.data}: {made.rows:,} rows{' (of more)' if made.more else ''}",
+        ["", "found"],
+        [list(x) for x in own.lines_of(made.facts)],
+    )
+    for line in remarks(made):
+        note(line)
     if not args.licence:
         note(
             "licence of the rows: MISSING; whose are they? --licence own, or the SPDX id (data.train.licence in the "
             "recipe)"
         )
-    if facts["personal_data"]["counts"]:
+    if made.facts["personal_data"]["counts"]:
         note("personal data found: read docs/sensitive-data.md before training (privacy.profile)")
-    note(f"recipe: {out}\nreport: {report_file}\nnext:")
-    for command in following:
+    note(f"recipe: {made.out}\nreport: {made.report_file}\nnext:")
+    for command in made.following:
         note(f"  {command}")
-    return 0
+
+
+def remarks(made: Made) -> list[str]:
+    """What was assumed, and everything that is not used or was left out, by name and count."""
+    lines = [f"assumed: {line}" for line in made.draft.assumed]
+    for kind, what in (("columns", "column"), ("turn_keys", "key of a turn")):
+        for name, count in made.facts["unused"][kind].items():
+            lines.append(f"not used: {what} '{name}' ({count:,} {'rows' if kind == 'columns' else 'turns'})")
+    lines += [f"{count:,} x {remark}" for remark, count in sorted(made.unused.remarks.items())]
+    return lines + _of_files(made.notes)
 
 
 def _longest(rows: list[dict[str, Any]]) -> dict[str, int]:
@@ -273,17 +325,12 @@ def _next(model: ModelConfig, out: Path) -> list[str]:
     return [f"aifactory prepare {name} --report", train]
 
 
-def _tell_files(notes: Notes) -> None:
-    from aifactory_train.core.output import note
-
-    for file, why in notes.left_out[:10]:
-        note(f"left out: {file}: {why}")
+def _of_files(notes: Notes) -> list[str]:
+    lines = [f"left out: {file}: {why}" for file, why in notes.left_out[:10]]
     if len(notes.left_out) > 10:
-        note(f"left out: {len(notes.left_out) - 10} more, all named in the report")
+        lines.append(f"left out: {len(notes.left_out) - 10} more, all named in the report")
     if notes.other_splits:
         others = ", ".join(f"{name} ({len(files)} file(s))" for name, files in sorted(notes.other_splits.items()))
-        note(f"of the folder only the split '{notes.split}' is read; not read: {others} (data.train.N.split)")
-    for file in notes.about:
-        note(f"not read: {file}: it is about the data")
-    for suffix, count in sorted(notes.not_read.items()):
-        note(f"not read: {count} file(s) of kind {suffix}")
+        lines.append(f"of the folder only the split '{notes.split}' is read; not read: {others} (data.train.N.split)")
+    lines += [f"not read: {file}: it is about the data" for file in notes.about]
+    return lines + [f"not read: {count} file(s) of kind {suffix}" for suffix, count in sorted(notes.not_read.items())]

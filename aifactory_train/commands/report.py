@@ -40,6 +40,7 @@ def _show(folder: Any, *, as_json: bool) -> int:
     from aifactory_train.core import output
     from aifactory_train.core.figures import measured
     from aifactory_train.core.files import read_json
+    from aifactory_train.evaluation.verdict import Verdict
     from aifactory_train.record.files import RECORD
 
     report = collect(folder)
@@ -67,6 +68,8 @@ def _show(folder: Any, *, as_json: bool) -> int:
             ],
         ]
     rows += [[f"export: {kind}", path] for kind, path in report["exports"].items()]
+    verdict = Verdict.read(report)
+    rows += [["verdict", verdict.sentence], ["next", verdict.next]] if verdict else []
     output.table(str(report["run"]), ["", ""], rows)
     before, after = report["before"] or {}, report["after"] or {}
     figures = [
@@ -136,6 +139,7 @@ def collect(folder) -> dict[str, Any]:
         },
         "before": results.get("before"),
         "after": results.get("after"),
+        "verdict": results.get("verdict"),
         "exports": exports,
         "gate": {
             kind: read_json(folder.export / kind / "verification.json")

@@ -81,6 +81,11 @@ def answers(
         autocast=autocast,
         took=took,
     )
+    return decoded(tokenizer, ids)
+
+
+def decoded(tokenizer, ids: Sequence[Sequence[int]]) -> list[str]:
+    """Answers as text."""
     return [tokenizer.decode(found, skip_special_tokens=True).strip() for found in ids]
 
 
@@ -124,8 +129,9 @@ def answer_rows(
     info: dict[str, Any],
     how: dict[str, Any],
     tell: Callable[[str], None] | None = None,
-) -> tuple[list[Question], list[str]]:
-    """The questions of one set and their generated answers; ``tell`` hears how many, and about how long they take."""
+) -> tuple[list[Question], list[str], list[bool]]:
+    """The questions of one set, their generated answers, and which of them were cut off although the expected answer
+    would have fit; ``tell`` hears how many, and about how long they take."""
     wanted = set(metrics.ANSWER_METRICS) & set(recipe.eval.metrics)
     count = recipe.eval.generate_rows if wanted else min(recipe.eval.generate_rows, recipe.eval.samples)
     documents, template = result.scored.documents, chat_template(tokenizer, recipe)
@@ -135,14 +141,19 @@ def answer_rows(
         if found is not None:
             asked.append(found)
     if not asked:
-        return [], []
+        return [], [], []
     most = recipe.eval.max_new_tokens
     took: Callable[[float], None] | None = None
     if tell is not None:
         tell(f"answering {len(asked):,} questions, at most {most:,} tokens each")
         took = lambda seconds: tell(f"  they take at most about {duration(seconds)}")  # noqa: E731
-    given = answers(module, tokenizer, asked, max_new_tokens=most, stop_ids=stop_ids(info), took=took, **how)
-    return asked, given
+    prompts = [q.prompt_ids for q in asked]
+    ids = continuations(module, prompts, max_new_tokens=most, stop_ids=stop_ids(info), took=took, **how)
+    cut_off = [
+        len(found) >= most and len(tokenizer.encode(q.expected, add_special_tokens=False)) < most
+        for q, found in zip(asked, ids, strict=True)
+    ]
+    return asked, decoded(tokenizer, ids), cut_off
 
 
 def stop_ids(info: dict[str, Any]) -> list[int]:

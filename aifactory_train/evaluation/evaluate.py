@@ -8,6 +8,7 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from aifactory_train.evaluation.general import forgetting, general_documents
 from aifactory_train.evaluation.likelihood import HeldOut, choose_rows, held_out
 from aifactory_train.evaluation.memorisation import probe_memory
 from aifactory_train.evaluation.results import SetResult
+from aifactory_train.evaluation.verdict import answer_facts, judge
 from aifactory_train.metrics.bootstrap import packed
 from aifactory_train.metrics.registry import without_replicates
 from aifactory_train.metrics.slices import groups, tags
@@ -82,7 +84,7 @@ def evaluate(
             if documents is not None:
                 setattr(result, side, held_out(module, documents, max_rows=recipe.data.eval_rows, **scoring))
         if generate:
-            result.asked, result.answers = answer_rows(
+            result.asked, result.answers, result.cut_off = answer_rows(
                 module, tokenizer, result, recipe, prepared.tokenizer_info, how, tell
             )
         found.append(result)
@@ -127,6 +129,8 @@ def _figures(results: list[SetResult], recipe: Recipe, *, generate: bool, pooled
     given, expected = [r.answers[i] for r, i in rated], [r.asked[i].expected for r, i in rated]
     statistics = answer_statistics(given, expected, recipe)
     add_answers(figures, statistics, None)
+    if rated:
+        figures["answers"] = answer_facts(given, expected, [r.cut_off[i] for r, i in rated])
     samples = [
         {"prompt": q.prompt, "expected": q.expected, "answer": answer}
         for r in results
@@ -207,9 +211,9 @@ def _slices(
 # ---- memorisation
 
 
-def results_file(results: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """``eval.json`` of the figures ``before`` and ``after``: with paired ``change`` of every metric and the
-    ``forgetting`` check.
+def results_file(results: dict[str, Any], recipe: Recipe, run: Path | None = None, steps: int = 0) -> dict[str, Any]:
+    """``eval.json`` of the figures ``before`` and ``after``: with paired ``change`` of every metric, the ``forgetting``
+    check, and the ``verdict`` on so many ``steps`` of ``run``, where one is named.
     """
     before, after = results.get("before"), results.get("after")
     out = without_replicates(results)
@@ -218,4 +222,6 @@ def results_file(results: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         found = forgetting(before.get("general"), after.get("general"), recipe.eval.forgetting_limit)
         if found is not None:
             out["forgetting"] = found
+    if run is not None:
+        out["verdict"] = judge(out, recipe, run, steps).as_dict()
     return out

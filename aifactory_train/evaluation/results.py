@@ -31,6 +31,8 @@ class SetResult:
     scored: HeldOut
     asked: list[Question] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
+    #: answers that did not end, although the expected ones would have fit
+    cut_off: list[bool] = field(default_factory=list)
     #: of pairs the other answers in the same order, of labelled ones the undesirable ones
     rejected: HeldOut | None = None
     exchanged: HeldOut | None = None  # of labelled answers: each question with another one's answer

@@ -63,6 +63,14 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What the held-out figures come to, in words (:class:`aifactory_train.evaluation.verdict.Verdict` as plain
+    values)."""
+
+    verdict: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Incident:
     """The guard left a step out; ``metrics`` is the row of metrics.jsonl that stands for it."""
 
@@ -96,7 +104,7 @@ class RunEnded:
     reason: str | None = None
 
 
-Event = PhaseBegan | RunStarted | StepDone | Evaluated | Incident | Saved | Exported | RunEnded
+Event = PhaseBegan | RunStarted | StepDone | Evaluated | Judged | Incident | Saved | Exported | RunEnded
 
 
 class Listener(Protocol):

@@ -25,7 +25,7 @@ from aifactory_train.record import aiact, collect
 from aifactory_train.record.chain import Chain, fold, now, plain, read_events
 from aifactory_train.record.devices import peak_memory
 from aifactory_train.record.digests import describe, files_below, tree_digest
-from aifactory_train.record.events import Evaluated, Event, Exported, Incident, RunEnded, RunStarted, StepDone
+from aifactory_train.record.events import Evaluated, Event, Exported, Incident, Judged, RunEnded, RunStarted, StepDone
 from aifactory_train.record.files import (
     DATA_MANIFEST,
     EVENTS,
@@ -126,6 +126,8 @@ class Recorder:
             self.start(event)
         elif isinstance(event, Evaluated):
             self.evaluated(event.when, event.figures, event.step)
+        elif isinstance(event, Judged):
+            self.judged(event.verdict)
         elif isinstance(event, Incident):
             self.incident(event.action, event.step, event.why, event.documents)
         elif isinstance(event, Exported):
@@ -483,6 +485,13 @@ class Recorder:
             return
         place = f"eval/{when}" if when != "during" else f"eval/during/{step:09d}"
         self.chain.append("evaluated", {place: {"step": step, **without_samples(figures)}}, when)
+
+    @_never_breaks
+    def judged(self, verdict: dict[str, Any]) -> None:
+        """What the figures come to; the next command stays out, for it names a path of this machine."""
+        if self._active:
+            kept = {name: value for name, value in verdict.items() if name != "next"}
+            self.chain.append("judged", {"verdict": kept}, str(verdict["word"]))
 
     @_never_breaks
     def incident(self, action: str, step: int, why: str, documents: Any) -> None:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from aifactory_train.core.figures import FIGURES
 from aifactory_train.core.files import object_or_nothing, reading, write_atomic
 from aifactory_train.core.missing import is_missing, missing_places
+from aifactory_train.evaluation.verdict import Verdict
 from aifactory_train.record.render.common import legal_basis
 from aifactory_train.report.curves import curves
 from aifactory_train.report.page_parts import brief, page, show, table
@@ -58,8 +59,8 @@ def _page(run: RunFolder, record: dict[str, Any], live: bool) -> str:
     if title == "untitled":
         title = str(record.get("run", {}).get("recipe") or run.path.name)
     sections = [
-        ("curves", "Curves", Markup(curves(metrics, record, plan))),
         ("evaluation", "Held-out evaluation", _evaluation(record, results)),
+        ("curves", "Curves", Markup(curves(metrics, record, plan))),
         ("compute", "Compute and energy", _compute(record)),
         ("attempts", "Attempts", _attempts(record)),
         ("data", "Data card", _data(record)),
@@ -76,6 +77,7 @@ def _page(run: RunFolder, record: dict[str, Any], live: bool) -> str:
         version=about.get("code", {}).get("version", ""),
         state=attempts[max(attempts)]["state"] if attempts else "new",
         sentence=_sentence(record),
+        verdict=Verdict.read(results),
         sections=[s for s in sections if s[2]],
         cards=_cards(record, results),
         legal=legal_basis()["footer"],
@@ -171,20 +173,33 @@ def _evaluation(record: dict[str, Any], results: dict[str, Any]) -> Markup:
                 return Markup("{:.4g} <span class=soft>[{:.4g}, {:.4g}]</span>").format(value, *interval)
             return f"{value:.4g}"
 
-        rows.append([Markup("{} <span class=soft>({})</span>").format(label, sense), shown(before), shown(after)])
+        heading = Markup("{} <span class=soft>({})</span>").format(label, sense)
+        change = (results.get("change") or {}).get(name)
+        difference = _difference(change if isinstance(change, dict) else {})
+        rows.append([heading, shown(before), shown(after), *difference])
     if not rows:
         return Markup("<p>Nothing was evaluated yet.</p>")
     count = after.get("rows") or before.get("rows")
-    content = table(
-        f"Held-out figures with 95 % bootstrap intervals over {count} rows", ["metric", "before", "after"], rows
-    )
-    samples = after.get("samples") or []
+    head = ["metric", "before", "after", "95 % of the difference", "certain?"]
+    figures = table(f"Held-out figures with 95 % bootstrap intervals over {count} rows", head, rows)
+    return _samples(record, before, after) + figures
+
+
+def _difference(change: dict[str, Any]) -> tuple[str, str]:
+    """The interval of a difference, and whether it leaves out zero."""
+    ci = change.get("ci")
+    if not isinstance(ci, list) or len(ci) != 2 or not all(isinstance(x, (int, float)) for x in ci):
+        return "", ""
+    return f"{ci[0]:+.3g} to {ci[1]:+.3g}", {True: "better", False: "worse"}.get(change.get("better"), "undecided")
+
+
+def _samples(record: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> Markup:
+    """Questions of held-out rows with the answers before and after."""
     if record.get("run", {}).get("privacy_profile", "open") != "open":
-        return content + Markup(
-            "<p>Sample answers are withheld: the run's privacy profile keeps texts out of reports.</p>"
-        )
+        return Markup("<p>Sample answers are withheld: the run's privacy profile keeps texts out of reports.</p>")
+    content = Markup()
     earlier = {s.get("prompt"): s.get("answer") for s in before.get("samples") or []}
-    for sample in samples:
+    for sample in after.get("samples") or []:
         pairs = [("prompt", sample.get("prompt")), ("expected", sample.get("expected"))]
         if sample.get("prompt") in earlier:
             pairs.append(("answer before training", earlier[sample["prompt"]]))

@@ -15,6 +15,7 @@ from aifactory_train.core import output
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.figures import duration, measured
 from aifactory_train.core.files import read_json, write_atomic, write_json
+from aifactory_train.evaluation.verdict import Verdict
 from aifactory_train.metrics import ANSWER_METRICS, HEAD_METRICS, LIKELIHOOD_METRICS, PREFERENCE_METRICS
 from aifactory_train.record.events import Evaluated, Event, Incident, RunEnded, StepDone
 from aifactory_train.run.folder import RunFolder
@@ -217,7 +218,7 @@ def print_start(recipe, run: RunFolder, world, report, data, total_steps: int) -
 
 
 def print_comparison(results: dict[str, Any], run: RunFolder, exported: dict[str, Any] | None) -> None:
-    """Held-out figures before and after, with the change, and where things lie."""
+    """Held-out figures before and after, with the change, where things lie, and what it all comes to."""
     before, after = results.get("before") or {}, results.get("after") or {}
     names = [k for k in (*LIKELIHOOD_METRICS, *ANSWER_METRICS, "memorisation") if k in before or k in after]
     names += [k for k in (*HEAD_METRICS, *PREFERENCE_METRICS) if k in before or k in after]
@@ -246,6 +247,9 @@ def print_comparison(results: dict[str, Any], run: RunFolder, exported: dict[str
     for label, path in (exported or {}).get("paths", {}).items():
         print(f"{label}: {path}")
     print(f"run folder: {run.path}")
+    verdict = Verdict.read(results)
+    if verdict is not None:
+        print(f"verdict: {verdict.sentence}\nnext: {verdict.next}")
 
 
 def compare_with_plan(run: RunFolder, world) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from aifactory_train.core.output import note
 from aifactory_train.parallel.world import World, from_main, join_world, leave_alone, leave_world, leaves_alone
 from aifactory_train.private.profile import enforce
 from aifactory_train.record import trackers
+from aifactory_train.record.events import Listener
 from aifactory_train.run.folder import RunFolder, default_run_dir
 from aifactory_train.run.opening import open_for_training
 from aifactory_train.run.outcome import Attempt, new_attempt
@@ -32,11 +34,12 @@ def train(
     quiet: bool = False,
     attempt: int | None = None,
     stop_at: float | None = None,
+    listeners: Sequence[Listener] = (),
 ) -> int:
     """Train ``recipe`` in ``folder`` as one of the ranks that the launcher started; returns the exit code.
 
     ``attempt`` is the launcher's number of this attempt (default: the next one), ``stop_at`` the end of the allocation
-    in seconds since the epoch.
+    in seconds since the epoch. ``listeners`` hear the run's events (:mod:`aifactory_train.record.events`) on this rank.
     """
     trackers.check(recipe)
     protected = enforce(recipe, folder)  # before anything is read or written
@@ -44,7 +47,7 @@ def train(
     world = join_world(recipe.parallel.timeout_s, recipe.parallel.threads)
     code = None
     try:
-        code = _train_as(world, recipe, folder, stop, protected, resume, quiet, attempt)
+        code = _train_as(world, recipe, folder, stop, protected, resume, quiet, attempt, tuple(listeners))
         return code
     except BaseException as error:
         if leaves_alone(world):  # the outcome is written
@@ -79,6 +82,7 @@ def _train_as(
     resume: str | None,
     quiet: bool,
     attempt: int | None,
+    listeners: tuple[Listener, ...],
 ) -> int:
     """One rank's attempt. A function of its own: on return nothing holds the process groups any more
     (`leave_world`).
@@ -101,7 +105,7 @@ def _train_as(
             started = record.started if age is None else time.time() - age
             stop.watch_file(run.stop_file, None if record.closed_by_launcher else started, world.size)
         try:
-            trainer = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet, owner, protected)
+            trainer = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet, owner, protected, listeners)
             record.code = trainer.run_to_end()
         finally:
             if world.is_main and not record.closed_by_launcher:

@@ -73,6 +73,7 @@ class Trainer:
         quiet: bool,
         owner: Owner | None = None,
         protection: dict[str, Any] | None = None,
+        listeners: tuple[ev.Listener, ...] = (),
     ):
         recipe = recipe.model_copy(deep=True)  # what is settled below is this run's, not the caller's
         self.recipe, self.run, self.world, self.quiet = recipe, run, world, quiet or not world.is_main
@@ -92,7 +93,7 @@ class Trainer:
         every, board = recipe.logging.every_steps, recipe.logging.tensorboard
         self.log = MetricsLog(run, enabled=world.is_main, tensorboard=board, every=every)
         self.progress = Progress(self.total_steps, self.step, enabled=not self.quiet)
-        self.events = listen(recipe, run, world, attempt, [self.log, self.progress], self.owner)
+        self.events = listen(recipe, run, world, attempt, [self.log, self.progress, *listeners], self.owner)
         for line in self.method.prepare(self.context, resumed=self.step > 0):
             self.report.add(*line)
 
@@ -422,7 +423,8 @@ class Trainer:
             self.checkpoints.load(best.step)
         if recipe.eval.after:
             self._evaluate("after", generate=True)
-        results = results_file(self.state.results, recipe)
+        results = results_file(self.state.results, recipe, self.run.path, self.step)
+        self.events.emit(ev.Judged(results["verdict"]))
         if world.is_main:
             write_json(self.run.eval_file, results)
             compare_with_plan(self.run, world)

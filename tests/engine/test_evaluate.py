@@ -215,7 +215,7 @@ def answered(prepared, recipe, wrong: int = 0) -> SetResult:
     _, tokenizer, data = prepared
     rows = len(data.evals["eval"])
     result = SetResult(data.evals["eval"], HeldOut(np.arange(rows), *np.ones((4, rows))))
-    result.asked, result.answers = answer_rows(
+    result.asked, result.answers, result.cut_off = answer_rows(
         oracle(prepared, wrong), tokenizer, result, recipe, data.tokenizer_info, how()
     )
     return result
