@@ -57,13 +57,17 @@ TRACKING = ["mlflow-skinny>=3", "wandb>=0.20"]  # both write to local stores onl
 PLOT = ["matplotlib>=3.8"]
 DOCUMENTS = ["pypdf>=5", "beautifulsoup4>=4.13"]  # folders of PDF and HTML as rows; both pure Python
 ACCESS = ["python-docx>=1.1"]  # aifactory access --out FILE.docx; pure Python on lxml
+# Word, PowerPoint, Excel and OpenDocument files as rows; all pure Python but lxml, which has wheels everywhere.
+OFFICE = [*DOCUMENTS, "openpyxl>=3.1", "odfpy>=1.4.1", "python-docx>=1.1", "python-pptx>=1.0"]
+COMPLETION = ["shtab>=1.7"]  # aifactory completion SHELL; pure Python
 QLORA = [*TRAIN, "accelerate>=1.1", "bitsandbytes>=0.46; sys_platform == 'linux'"]
 HARNESS = [*TRAIN, "lm-eval>=0.4.13,<0.5"]  # aifactory eval RUN --harness
 VLLM = ["vllm>=0.30; sys_platform == 'linux'"]  # export --check vllm; in an environment of its own
 TEST = [
     *PRIVATE,
-    *DOCUMENTS,
+    *OFFICE,
     *ACCESS,
+    *COMPLETION,
     *TRACKING,
     *TRITON,
     "setuptools>=68",
@@ -132,6 +136,8 @@ setup(
         "plot": PLOT,
         "documents": DOCUMENTS,
         "access": ACCESS,
+        "office": OFFICE,
+        "completion": COMPLETION,
         "qlora": QLORA,
         "harness": HARNESS,
         "vllm": VLLM,

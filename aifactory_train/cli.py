@@ -136,7 +136,7 @@ def report_fault(command: str | None, fault: BaseException) -> int:
         print(f"aifactory {command}: the Python package '{error.name}' is not installed here", file=sys.stderr)
         print(
             "  fix: pip install -c constraints.txt 'aifactory-train[train]' (extras: train, deepspeed, mpi, triton, "
-            "qlora, evidence, private, tracking, plot, documents, access, harness, vllm, test)",
+            "qlora, evidence, private, tracking, plot, documents, office, access, completion, harness, vllm, test)",
             file=sys.stderr,
         )
         return 2

@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Write a short annotated recipe for your own rows, and a report on them."
     parser.add_argument("id", nargs="?", help="id of the new recipe, e.g. acme/tickets; written to ID.yaml here")
     parser.add_argument(
-        "--data", metavar="PATH", help="CSV, JSON Lines, Parquet, or a folder of text, Markdown, HTML, PDF"
+        "--data",
+        metavar="PATH",
+        help="CSV, Excel, JSON Lines, Parquet, SQLite, a mailbox, or a folder of text, Markdown, HTML, PDF, Word, ...",
     )
     parser.add_argument("--eval", dest="held", metavar="PATH", help="rows that are held out; default: a part of --data")
     parser.add_argument("--sector", help="sector as the factories name it, e.g. health (default: general)")
@@ -333,4 +335,10 @@ def _of_files(notes: Notes) -> list[str]:
         others = ", ".join(f"{name} ({len(files)} file(s))" for name, files in sorted(notes.other_splits.items()))
         lines.append(f"of the folder only the split '{notes.split}' is read; not read: {others} (data.train.N.split)")
     lines += [f"not read: {file}: it is about the data" for file in notes.about]
+    lines += [f"{count:,} x {what}" for what, count in sorted(notes.beside.items())]
+    if notes.pages_without_text:
+        lines.append(
+            f"{notes.pages_without_text:,} PDF page(s) have no text: they are pictures, and an OCR program "
+            f"(ocrmypdf) adds it"
+        )
     return lines + [f"not read: {count} file(s) of kind {suffix}" for suffix, count in sorted(notes.not_read.items())]

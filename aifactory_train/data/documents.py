@@ -8,7 +8,7 @@ out, named and counted, or refused (``data.unreadable``); so are links that lead
 (:mod:`aifactory_train.data.folders`). Nothing is guessed: a file whose encoding nobody states is UTF-8 or it is not
 read.
 
-Parsers come with the extra ``documents``: pypdf and beautifulsoup4.
+Parsers come with the extra ``documents``: pypdf and beautifulsoup4. Word and others: :mod:`read_office`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ KINDS = {
     ".htm": "HTML",
     ".xhtml": "HTML",
     ".pdf": "PDF",
+    ".docx": "Word",
+    ".pptx": "PowerPoint",
+    ".epub": "EPUB",
+    ".eml": "e-mail",
 }
+#: Kinds that :mod:`read_office` reads.
+OF_OFFICE = ("Word", "PowerPoint", "EPUB", "e-mail")
 #: Files that come with a data set and are no part of it, when there are tables beside them.
 _ABOUT = re.compile(r"^(readme|licen[cs]e|copying|notice|changelog|authors|citation|requirements)\b", re.IGNORECASE)
 #: Files in which ``datasets``, Croissant and Frictionless describe a data set.
@@ -81,7 +87,8 @@ class Notes:
 
     def any(self) -> bool:
         """Whether there is anything to tell."""
-        return bool(self.read or self.left_out or self.not_read or self.other_splits or self.about)
+        told = (self.read, self.left_out, self.not_read, self.other_splits, self.about, self.beside)
+        return any(map(bool, told))
 
     def counts(self) -> dict[str, int]:
         """For the report of the preparation: how many of what, without names."""
@@ -113,8 +120,8 @@ class Notes:
 
 
 def kind_of(path: Path) -> str | None:
-    """``text``, ``Markdown``, ``HTML`` or ``PDF``; None for a file that is no document. ``.gz`` and encryption are seen
-    through.
+    """``text``, ``Markdown``, ``HTML``, ``PDF``, ``Word`` and so on; None for a file that is no document. ``.gz`` and
+    encryption are seen through.
     """
     plain = vault.plain_name(path)
     if plain.suffix.lower() == ".gz":
@@ -161,7 +168,11 @@ def rows_of_file(path: Path, notes: Notes) -> Iterator[dict[str, Any]]:
     try:
         text = text_of(path, notes)
     except Unusable as unusable:
-        raise UserError(str(unusable), where=str(path), fix=_FIXES.get(unusable.why, "give another file")) from None
+        if unusable.why in _FIXES:
+            raise UserError(str(unusable), where=str(path), fix=_FIXES[unusable.why]) from None
+        from aifactory_train.data import read_office
+
+        raise read_office.refuse(unusable, path) from None
     notes.read[kind_of(path)] += 1
     if len(text) <= ALONE:
         yield {"text": text}
@@ -232,12 +243,16 @@ def text_of(path: Path, notes: Notes | None = None) -> str:
     if not raw.strip():
         raise Unusable("empty")
     kind = kind_of(path)
-    if kind == "PDF":
+    if kind in OF_OFFICE:
+        from aifactory_train.data import read_office
+
+        text = read_office.text_of(kind, raw, path, notes if notes is not None else Notes())
+    elif kind == "PDF":
         text = _pdf(raw, path, notes)
     elif kind == "HTML":
-        text = _html(raw, path)
+        text = html_text(raw, path)
     else:
-        text = _decode(raw)
+        text = decode(raw)
         if kind == "Markdown":
             text = re.sub(r"\A---\r?\n.*?\r?\n(---|\.\.\.)[ \t]*(\r?\n|\Z)", "", text, count=1, flags=re.DOTALL)
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n\n").strip("\n \t\ufeff")
@@ -255,11 +270,13 @@ _MARKS = (
 )
 
 
-def _decode(raw: bytes, stated: str | None = None) -> str:
+def decode(raw: bytes, stated: str | None = None) -> str:
     """By byte-order mark, by what the file states, else UTF-8."""
     encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), None) or stated or "utf-8"
     try:
         text = raw.decode(encoding)
+    except LookupError:
+        raise Unusable("unknown encoding", encoding[:40]) from None
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         what = "not UTF-8" if encoding == "utf-8" else f"not {encoding}, as it says"
@@ -314,13 +331,14 @@ _NOT_TEXT = [
 ]
 
 
-def _html(raw: bytes, path: Path) -> str:
+def html_text(raw: bytes, path: Path, stated: str | None = None) -> str:
+    """The text of a page; ``stated``: its encoding, where something else than the page says it."""
     try:
         import bs4
     except ImportError:
         raise UserError("HTML files need the package 'beautifulsoup4'", where=str(path), fix=EXTRA) from None
-    found = _CHARSET.search(raw[:4096].lower())
-    stated = (found[1] or found[2]).decode("ascii") if found else None
+    found = _CHARSET.search(raw[:4096].lower()) if stated is None else None
+    stated = (found[1] or found[2]).decode("ascii") if found else stated
     if stated is not None:
         try:
             # Browsers read "iso-8859-1" as Windows-1252, and pages are written for browsers (WHATWG Encoding Standard).
@@ -330,7 +348,7 @@ def _html(raw: bytes, path: Path) -> str:
             stated = "utf-8" if known.startswith(("utf-16", "utf-32")) else stated
         except LookupError:
             raise Unusable("unknown encoding", stated) from None
-    markup = _decode(raw, stated)
+    markup = decode(raw, stated)
     try:
         soup = bs4.BeautifulSoup(markup, "html.parser")
     except (bs4.ParserRejectedMarkup, RecursionError, AssertionError):

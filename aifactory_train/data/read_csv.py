@@ -40,20 +40,20 @@ def _text_lines(path: Path) -> Iterator[str]:
 EMPTY_ROWS, EMPTY_COLUMNS = "empty rows of a table: left out", "empty columns without a name: left out"
 
 
-def _header(cells: list[str] | None, path: Path) -> list[str]:
+def header_of(cells: list[str] | None, where: str) -> list[str]:
     """The names of the columns, each given once; a column without a name, as spreadsheets write them beside a table,
     has to be empty."""
     header = [name.strip() for name in cells or []]
     if not any(header):
         raise UserError(
             "the first line must name every column",
-            where=f"{path}:1",
+            where=where,
             fix="name them there; take out empty lines before it and a line 'sep=;'",
         )
     twice = next((name for name, n in collections.Counter(filter(None, header)).items() if n > 1), None)
     if twice is not None:
         raise UserError(
-            f"the column name '{twice}' is given twice", where=f"{path}:1", fix="give each column a name of its own"
+            f"the column name '{twice}' is given twice", where=where, fix="give each column a name of its own"
         )
     return header
 
@@ -69,7 +69,7 @@ def _of_width(cells: list[str], columns: int, where: str) -> list[str]:
     return cells[:columns]
 
 
-def _check_unnamed(header: list[str], cells: list[str], where: str) -> None:
+def check_unnamed(header: list[str], cells: list[str], where: str) -> None:
     for number, (name, cell) in enumerate(zip(header, cells, strict=True), 1):
         if not name and cell.strip():
             raise UserError(
@@ -89,7 +89,7 @@ def csv_rows(path: Path, notes: documents.Notes) -> Iterator[Block]:
     rows: list[Any] = []
     numbers: list[int] = []
     try:
-        header = _header(next(reader, None), path)
+        header = header_of(next(reader, None), f"{path}:1")
         unnamed = header.count("")
         notes.beside.update({EMPTY_COLUMNS: unnamed} if unnamed else {})
         before = reader.line_num
@@ -108,7 +108,7 @@ def csv_rows(path: Path, notes: documents.Notes) -> Iterator[Block]:
                 cells = _of_width(cells, len(header), f"{path}:{number}")
             row = dict(zip(header, cells, strict=True))
             if unnamed:
-                _check_unnamed(header, cells, f"{path}:{number}")
+                check_unnamed(header, cells, f"{path}:{number}")
                 del row[""]
             rows.append(row)
             numbers.append(number)

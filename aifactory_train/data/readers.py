@@ -14,14 +14,19 @@ from pathlib import Path
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import check_regular
-from aifactory_train.data import documents, folders
+from aifactory_train.data import documents, folders, read_sheets
 from aifactory_train.data.blocks import Block, in_blocks
 from aifactory_train.data.read_arrow import arrow_rows, hugging_face_rows, parquet_rows
 from aifactory_train.data.read_csv import csv_rows
 from aifactory_train.data.read_json import json_lines, json_rows
 from aifactory_train.private import vault
 
-_KINDS = ".jsonl, .parquet, .csv, .txt, .md, .html, .pdf, ..."
+_KINDS = ".jsonl, .parquet, .csv, .xlsx, .txt, .md, .html, .pdf, .docx, ..."
+#: What files of old formats are saved as.
+_OLD = {
+    kind: f"open it in its program and save it as {new}"
+    for kind, new in {".xls": ".xlsx", ".doc": ".docx", ".ppt": ".pptx", ".odt": ".docx", ".odp": ".pptx"}.items()
+} | {".msg": "save the mail as .eml"}
 TABLE_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"}
 
 
@@ -65,12 +70,19 @@ def _file(path: Path, notes: documents.Notes) -> Iterator[Block]:
         ".parquet": parquet_rows,
         ".arrow": arrow_rows,
     }
+    if kind in read_sheets.SUFFIXES:
+        yield from read_sheets.rows_of(path, kind, notes)
+        return
     noting = {".json": json_rows, ".csv": csv_rows, ".tsv": csv_rows}
     if kind not in readers and kind not in noting:
         raise UserError(
             f"files of kind '{kind or 'no suffix'}' are not read",
             where=str(path),
-            fix="use .jsonl, .json, .csv, .tsv, .parquet, .txt, .md, .html or .pdf (also .gz), or a converter",
+            fix=_OLD.get(
+                kind,
+                "use .jsonl, .json, .csv, .tsv, .parquet, .txt, .md, .html or .pdf (also .gz), .xlsx, .ods, .sqlite, "
+                ".docx, .pptx, .epub, .eml or .mbox, or a converter",
+            ),
         )
     try:
         yield from noting[kind](path, notes) if kind in noting else readers[kind](path)
@@ -92,6 +104,11 @@ def _folder(path: Path, split: str | None, notes: documents.Notes, role: str) ->
     files = _of_split(path, files, split, notes, role)
     texts = [p for p in files if documents.kind_of(p) is not None]
     tables = [p for p in files if p not in texts and _is_table(p)]
+    if any(not documents.is_about(p) for p in tables):
+        # Tables are the rows: what office programs wrote beside them is counted, as any other file.
+        texts = [p for p in texts if documents.kind_of(p) not in documents.OF_OFFICE]
+    elif not any(not documents.is_about(p) for p in texts):
+        tables += [p for p in files if p not in texts and read_sheets.is_sheet(p)]
     for p in files:
         if p not in texts and p not in tables:
             notes.not_read[p.suffix.lower() or "(none)"] += 1

@@ -45,7 +45,7 @@ def test_html_keeps_its_text_and_nothing_else():
     word &amp; an <i>entity</i>.</p><ul><li>first</li><li>second</li></ul><table><tr><td>a</td><td>b</td></tr></table>
     <pre>def f():
         return 1</pre><style>p {}</style></body></html>"""
-    text = documents._html(page.encode(), Path("p.html"))
+    text = documents.html_text(page.encode(), Path("p.html"))
     assert text == "A heading\n\nOne bold word & an entity.\n\n- first\n- second\n\na b\n\ndef f():\n        return 1"
 
 
