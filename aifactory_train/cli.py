@@ -9,6 +9,7 @@ import errno
 import importlib
 import os
 import sys
+from pathlib import Path
 
 from aifactory_train import __version__
 from aifactory_train.core import output
@@ -44,11 +45,17 @@ COMMANDS = {
     "accept": "does this machine train as it should: every check with its figures, in ten minutes",
     "doctor": "what is here: versions, devices, launchers, what would be chosen",
     "config": "JSON Schema of recipes for editors; the resolved tree of a recipe",
+    "completion": "a script that completes commands, options and files in bash, zsh or fish",
 }
 
 
-def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser; only ``command`` gets its own arguments, the others keep their help line."""
+def build_whole_parser() -> argparse.ArgumentParser:
+    """The parser with the arguments of every command, for completion."""
+    return build_parser(None, whole=True)
+
+
+def build_parser(command: str | None, *, whole: bool = False) -> argparse.ArgumentParser:
+    """The parser; only ``command`` gets its own arguments (``whole``: every one), the others keep their help line."""
     parser = argparse.ArgumentParser(
         prog="aifactory",
         description="Fine-tune language models on Europe's AI Factories, from a laptop to a thousand GPUs.",
@@ -59,7 +66,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, text in COMMANDS.items():
         sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        if name == command:
+        if whole or name == command:
             module = importlib.import_module(f"aifactory_train.commands.{name}")
             module.add_arguments(sub)
             sub.set_defaults(run=module.run, parser=sub)
@@ -112,7 +119,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = two_words(argv) or _all_known(*build_parser(command).parse_known_args(argv))
         if args.command is None:
-            build_parser(None).print_help()
+            from aifactory_train.commands import next_steps
+
+            next_steps.show(Path.cwd())
             return 0
         with output.json_only() if getattr(args, "json", False) else contextlib.nullcontext():
             code = int(args.run(args) or 0)
