@@ -401,3 +401,38 @@ def test_the_surface_is_typed() -> None:
                 hints = set(thing.__annotations__)
                 assert hints >= {*inspect.signature(thing).parameters, "return"}, f"{module.__name__}.{name}"
     assert preparing.FOLDER == "aifactory"
+
+
+# ---- notebooks
+
+
+NOTEBOOKS = sorted((helpers.ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(path: Path, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code cells of each, one after the other in one process; what a cell ends with shows itself, as in a
+    notebook."""
+    import ast
+
+    monkeypatch.setenv("NOTEBOOK_BASE", str(desk / "model"))
+    scope: dict[str, Any] = {}
+    shown = 0
+    for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] != "code":
+            continue
+        tree = ast.parse("".join(cell["source"]), f"{path.name}, cell {number}")
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, f"{path.name}, cell {number}", "exec"), scope)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), f"{path.name}, cell {number}", "eval"), scope)  # type: ignore[attr-defined]
+            shown += hasattr(value, "_repr_html_") and "aifactory-result" in value._repr_html_()
+    assert shown >= 2
+
+
+def test_notebooks_are_kept_without_outputs() -> None:
+    assert len(NOTEBOOKS) == 2
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            assert not cell.get("outputs") and not cell.get("execution_count"), path.name
