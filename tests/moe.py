@@ -67,3 +67,29 @@ def write(folder: Path, family: str, **more: Any) -> Path:
 
     model(family, **more).save_pretrained(folder)
     return helpers.write_tokenizer(folder)
+
+
+def recipe(**blocks: Any) -> Any:
+    """A recipe that trains an adapter of rank 4, with these blocks."""
+    from aifactory_train.config.schema import Recipe
+
+    adapter = {"kind": "lora", "rank": 4, "alpha": 8, **blocks.pop("adapter", {})}
+    return Recipe.model_validate({"model": {"base": "x"}, "data": {"train": ["x.jsonl"]}, "adapter": adapter, **blocks})
+
+
+def adapted(family: str, settings: Any, report: Any = None, **more: Any) -> Any:
+    """A tiny mixture with adapters that do something, computed as in a training."""
+    import torch
+
+    from aifactory_train.model import experts
+    from aifactory_train.model.adapters import apply_adapter
+    from aifactory_train.model.report import ModelReport
+
+    found = model(family, **more)
+    experts.use(found)
+    found = apply_adapter(found, settings, report or ModelReport())
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    return found

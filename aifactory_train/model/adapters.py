@@ -31,9 +31,13 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         placed = expert_targets.choose(model, recipe, report)
+        if placed is None:
+            modules = dict(model.named_modules())
+            linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+            expert_targets.say_unknown(settings.targets, list(modules), linears, report)
         targets = settings.targets if placed is None else placed.modules
         routers = _tuple_linears(model)
-        spared = routers if targets == "all-linear" else []  # with experts, the targets name no router
+        spared = routers if settings.targets == "all-linear" else []
         saved = _embedding_modules(model) if settings.train_embeddings else None
         try:
             with compat.quiet_peft():

@@ -43,9 +43,10 @@ def choose(model: Any, recipe: Recipe, report: ModelReport) -> Targets | None:
     settings, routers = recipe.adapter, routers_of(model)
     apart = {name for name, _, _ in routers} | set(_tuple_linears(model))
     apart |= {f"{name}.{inner}" for name, router, _ in routers for inner, _ in router.named_modules() if inner}
-    linears = _linears(model, apart)
+    every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = _linears(model, apart) if settings.targets == "all-linear" else every  # what is named is judged later
     names = _weights(found)
-    _refuse_nothing(settings.targets, [*linears, *names, *_old(found)])
+    say_unknown(settings.targets, [*linears, *names, *_old(found)], [*linears, *names], report)
     chosen = linears if settings.targets == "all-linear" else [n for n in linears if _matches(settings.targets, n)]
     adapted = _experts_wanted(recipe, names, found)
     why_not = _why_not(recipe)
@@ -65,10 +66,10 @@ def choose(model: Any, recipe: Recipe, report: ModelReport) -> Targets | None:
     trained = [f"{name}.weight" for name, router, _ in routers if _has_weight(router)] if _router(recipe) else []
     _check_router(recipe, routers, trained, why_not)
     _say(report, recipe, found, adapted, left, len(trained))
-    every = [n for n, _ in model.named_modules()]
+    modules = [n for n, _ in model.named_modules()]
     parameters = [n for n, _ in model.named_parameters()]
     return Targets(
-        _names([n for n in chosen if n not in clashes], every),
+        _names([n for n in chosen if n not in clashes], modules),
         _names([*adapted, *(f"{n}.weight" for n in clashes), *trained], parameters),
     )
 
@@ -98,16 +99,22 @@ def _matches(targets: str | list[str], name: str) -> bool:
     return any(name == t or name.endswith(f".{t}") for t in targets)
 
 
-def _refuse_nothing(targets: str | list[str], known: list[str]) -> None:
+def say_unknown(targets: str | list[str], known: list[str], shown: list[str], report: ModelReport) -> None:
+    """Names of ``adapter.targets`` that no layer of ``known`` has are reported, which peft does not do; refused where
+    there is no other, with the last parts of the names ``shown``. Raises :class:`UserError`.
+    """
     if targets == "all-linear":
         return
     wanted = [targets] if isinstance(targets, str) else targets
-    for target in wanted:
-        if not any(_matches(targets if isinstance(targets, str) else [target], name) for name in known):
-            there = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
-            raise UserError(
-                f"no layer of this model is called '{target}'", where="adapter.targets", fix=f"there are: {there}"
-            )
+    absent = [t for t in wanted if not any(_matches(targets if isinstance(targets, str) else [t], n) for n in known)]
+    names = ", ".join(f"'{name}'" for name in absent)
+    if absent and len(absent) == len(wanted):
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in shown}))
+        raise UserError(
+            f"not found: no layer of this model is called {names}", where="adapter.targets", fix=f"there are: {there}"
+        )
+    if absent:
+        report.add("targets left out", f"{len(absent)}: {names}", "no layer of this model is called so")
 
 
 def _experts_wanted(recipe: Recipe, names: list[str], found: list[tuple[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import moe
 import pytest
 import torch
+from moe import adapted, recipe
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core import compat
@@ -19,22 +20,6 @@ from aifactory_train.model.adapters import apply_adapter
 from aifactory_train.model.attention import Documents
 from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.model.report import ModelReport
-
-
-def recipe(**blocks: Any) -> Recipe:
-    adapter = {"kind": "lora", "rank": 4, "alpha": 8, **blocks.pop("adapter", {})}
-    return Recipe.model_validate({"model": {"base": "x"}, "data": {"train": ["x.jsonl"]}, "adapter": adapter, **blocks})
-
-
-def adapted(family: str, settings: Recipe, report: ModelReport | None = None, **more: Any) -> Any:
-    model = moe.model(family, **more)
-    experts.use(model)
-    model = apply_adapter(model, settings, report or ModelReport())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.05)
-    return model
 
 
 def as_peft_does(model: Any) -> Any:
@@ -97,6 +82,20 @@ def test_old_names_mean_the_fused_matrices_and_half_a_pair_is_refused() -> None:
     with pytest.raises(UserError, match="no layer of this model is called 'qkv'") as error:
         adapted("mixtral", recipe(adapter={"targets": ["qkv"]}))
     assert "gate_up_proj" in str(error.value) and "q_proj" in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_target_that_no_layer_has_is_named(family: str) -> None:
+    import helpers
+
+    report = ModelReport()
+    model = helpers.tiny_model("llama") if family == "llama" else moe.model(family)
+    apply_adapter(model, recipe(adapter={"targets": ["q_proj", "qkv"]}), report)
+    assert ("targets left out", "1: 'qkv'", "no layer of this model is called so") in report.lines
+    model = helpers.tiny_model("llama") if family == "llama" else moe.model(family)
+    with pytest.raises(UserError, match="no layer of this model is called 'qkv'") as error:
+        apply_adapter(model, recipe(adapter={"targets": "qkv"}), report)
+    assert "o_proj" in str(error.value)
 
 
 def test_what_cannot_be_adapted_is_left_out_aloud_or_refused() -> None:
@@ -280,7 +279,8 @@ def train_and_export(family: str, kind: str, folder: Path) -> None:
     path = helpers.write_recipe(
         folder / "recipe", base, rows=24, eval_rows=4,
         settings={"adapter.kind": kind, "experts.balance_loss": 0.01, "checkpoint.every_steps": 2, "export.merge": True,
-                  "export.dtype": "fp32", "eval.before": False, "eval.after": False, "train.schedule": "constant"},
+                  "export.dtype": "fp32", "eval.before": False, "eval.after": False, "train.epochs": 4,
+                  "train.schedule": "constant"},
     )  # fmt: skip
 
     def train(name: str, *more: str) -> Path:
