@@ -124,7 +124,9 @@ def make_core(case: dict[str, Any], recipe, precision):
     if case.get("moe"):
         import moe
 
-        model = moe.model(case["moe"], vocabulary=VOCABULARY)
+        # experts are looked at here: recurrent layers, which Qwen3.5 has beside them, have tests of their own
+        kinds = {"layer_types": ["full_attention"] * 2} if case["moe"] == "qwen3_5_moe" else {}
+        model = moe.model(case["moe"], vocabulary=VOCABULARY, **kinds)
         experts.use(model)
     else:
         model = helpers.tiny_model("llama", vocabulary=VOCABULARY, tied=case.get("tied", True), **shape)
