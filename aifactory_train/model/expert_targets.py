@@ -65,6 +65,10 @@ def choose(model: Any, recipe: Recipe, report: ModelReport) -> Targets | None:
         chosen, clashes = [n for n in chosen if n not in clashes], []
     trained = [f"{name}.weight" for name, router, _ in routers if _has_weight(router)] if _router(recipe) else []
     _check_router(recipe, routers, trained, why_not)
+    if not (chosen or adapted or trained):
+        raise UserError(
+            f"nothing is left to adapt: {left}", where="adapter.targets", fix="--set adapter.targets=all-linear"
+        )
     _say(report, recipe, found, adapted, left, len(trained))
     modules = [n for n, _ in model.named_modules()]
     parameters = [n for n, _ in model.named_parameters()]

@@ -84,6 +84,11 @@ def test_old_names_mean_the_fused_matrices_and_half_a_pair_is_refused() -> None:
     assert "gate_up_proj" in str(error.value) and "q_proj" in str(error.value)
 
 
+def test_nothing_left_to_adapt_is_refused() -> None:
+    with pytest.raises(UserError, match="nothing is left to adapt: none of them adapted: experts.adapt none"):
+        adapted("mixtral", recipe(adapter={"targets": ["w1", "w2", "w3"]}, experts={"adapt": "none"}))
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_a_target_that_no_layer_has_is_named(family: str) -> None:
     import helpers
