@@ -85,7 +85,7 @@ def test_old_names_mean_the_fused_matrices_and_half_a_pair_is_refused() -> None:
 
 
 def test_nothing_left_to_adapt_is_refused() -> None:
-    with pytest.raises(UserError, match="nothing is left to adapt: none of them adapted: experts.adapt none"):
+    with pytest.raises(UserError, match="nothing is left to adapt"):
         adapted("mixtral", recipe(adapter={"targets": ["w1", "w2", "w3"]}, experts={"adapt": "none"}))
 
 
