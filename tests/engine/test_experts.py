@@ -260,6 +260,32 @@ def test_a_checkpoint_of_before_experts_had_settings_goes_on() -> None:
     assert check_changes(before, now, same_rates=True) == []
 
 
+# ---- what is told
+
+
+def test_the_report_shows_the_loads() -> None:
+    from aifactory_train.report.curves import curves
+
+    step = {"kind": "train", "step": 1, "loss": 1.0}
+    shown = curves([step | {"expert_load_max": 1.5, "expert_load_entropy": 0.9}], {}, {})
+    assert "Expert load" in shown and "Expert entropy" in shown
+    assert "Expert" not in curves([step], {}, {})
+
+
+def test_an_export_names_the_server_that_refuses_its_adapter(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from aifactory_train.exporting.writer import _say_who_ignores
+
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}')
+    _say_who_ignores(tmp_path)
+    said = capsys.readouterr()
+    assert "mlp.experts.down_proj" in said.err + said.out and "vLLM" in said.err + said.out
+    config.write_text('{"target_modules": ["q_proj"], "target_parameters": null}')
+    _say_who_ignores(tmp_path)
+    said = capsys.readouterr()
+    assert said.err + said.out == ""
+
+
 # ---- from recipe to export
 
 
