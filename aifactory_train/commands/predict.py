@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.core import compat, output
     from aifactory_train.core.errors import UserError
     from aifactory_train.core.files import write_atomic
-    from aifactory_train.evaluation.predicting import TextClassifier, texts_of
+    from aifactory_train.evaluation.predicting import Predictor, texts_of
     from aifactory_train.run.folder import open_run
 
     folder = open_run(args.run_name)
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("is for --data", where="--out")
         if not args.text.strip():
             raise UserError("is empty: there is nothing to classify", where="--text")
-        (found,) = TextClassifier(folder, compat.device_type()).predict([("text", args.text)])
+        (found,) = Predictor(folder, compat.device_type()).predict([("text", args.text)])
         if args.json:
             output.print_json({"run": str(folder.path), **found})
         else:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     recipe = folder.load_config()
     rows = texts_of(Path(args.data), recipe)
-    predictions = TextClassifier(folder, compat.device_type()).predict(rows)
+    predictions = Predictor(folder, compat.device_type()).predict(rows)
     target = args.out or folder.path / "predictions.jsonl"
     write_atomic(target, "".join(json.dumps(p, ensure_ascii=False, allow_nan=False) + "\n" for p in predictions))
     if args.json:

@@ -18,6 +18,7 @@ from aifactory_train import metrics
 from aifactory_train.core.figures import duration
 from aifactory_train.evaluation.answers import answer_rows
 from aifactory_train.evaluation.general import forgetting, general_documents
+from aifactory_train.evaluation.heads import evaluate_head
 from aifactory_train.evaluation.likelihood import HeldOut, choose_rows, held_out
 from aifactory_train.evaluation.memorisation import probe_memory
 from aifactory_train.evaluation.results import SetResult
@@ -69,8 +70,6 @@ def evaluate(
         "pad_id": prepared.tokenizer_info["pad_id"],
     }
     if recipe.methods.head is not None:
-        from aifactory_train.evaluation.heads import evaluate_head
-
         return evaluate_head(module, prepared, recipe, how=how, whole=generate, tell=tell)
     scoring = {"batching": recipe.data.batching, "micro_batch_tokens": recipe.train.micro_batch_tokens, **how}
     found: list[SetResult] = []

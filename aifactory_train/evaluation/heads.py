@@ -17,25 +17,23 @@ halves (rows by turns) each is judged by what the other one chose; what the expo
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from aifactory_train import metrics
 from aifactory_train.core.errors import UserError
-from aifactory_train.evaluation.likelihood import _micro_batches, choose_rows
+from aifactory_train.evaluation.head_outputs import head_outputs
+from aifactory_train.evaluation.likelihood import choose_rows
 from aifactory_train.evaluation.rewards import evaluate_rewards
 from aifactory_train.metrics import labels as of_labels
 from aifactory_train.metrics import scores
 from aifactory_train.metrics.bootstrap import interval, packed, ratio
 from aifactory_train.metrics.registry import Figure
-from aifactory_train.model.head import Outputs, label_losses
-from aifactory_train.parallel.batches import micro_batch, read_at
+from aifactory_train.model.head import label_losses
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
@@ -45,51 +43,6 @@ if TYPE_CHECKING:
 
 #: Held-out rows below which nothing is chosen on them.
 LEAST_ROWS = 8
-
-
-@torch.no_grad()
-def head_outputs(
-    module: nn.Module,
-    dataset: Any,
-    documents: np.ndarray,
-    ends: np.ndarray,
-    *,
-    width: int,
-    batching: str,
-    pad_id: int,
-    device: str,
-    micro_batch_tokens: int,
-    rank: int = 0,
-    world_size: int = 1,
-    autocast: torch.dtype | None = None,
-) -> np.ndarray:
-    """The head's outputs for some documents, float64 ``[documents, width]``, the same on all ranks and for any number
-    of them. ``ends`` int64 ``[documents]``: the place that is read in each.
-
-    ``module`` is called the same number of times on every rank; its mode is restored, dropout is off meanwhile.
-    """
-    lengths = np.asarray(dataset.lengths)[documents]
-    batches = _micro_batches(lengths, micro_batch_tokens, batching)
-    found = np.zeros((len(documents), width))
-    was_training = module.training
-    module.eval()
-    mixed = torch.autocast(device.split(":")[0], dtype=autocast) if autocast is not None else contextlib.nullcontext()
-    try:
-        for start in range(0, len(batches), world_size):
-            mine = batches[start + rank] if start + rank < len(batches) else []
-            batch = micro_batch(dataset, documents[mine], batching, pad_id, device)
-            read_at(batch, lengths[mine], ends[mine], batching)
-            batch.objective = Outputs()
-            with mixed:
-                outputs = module(**batch.kwargs())
-            if mine:
-                found[mine] = outputs.double().cpu().numpy()
-    finally:
-        module.train(was_training)
-    if world_size > 1:
-        total = torch.from_numpy(found)
-        dist.all_reduce(total)  # each document was read by one rank, the others hold zeros: exact
-    return found
 
 
 def evaluate_head(

@@ -47,7 +47,7 @@ def texts_of(path: Path, recipe: Recipe) -> list[tuple[str, str]]:
     return out
 
 
-class TextClassifier:
+class Predictor:
     """The exported head of a run, with what was chosen on its held-out rows."""
 
     def __init__(self, run: RunFolder, device: str):

@@ -13,6 +13,7 @@ from torch import nn
 
 from aifactory_train import metrics
 from aifactory_train.core.errors import UserError
+from aifactory_train.evaluation.head_outputs import head_outputs
 from aifactory_train.evaluation.likelihood import choose_rows
 from aifactory_train.metrics.bootstrap import packed, ratio
 
@@ -25,10 +26,8 @@ def evaluate_rewards(
     module: nn.Module, prepared: PreparedData, recipe: Recipe, *, scoring: dict[str, Any], whole: bool
 ) -> dict[str, Any]:
     """Figures over all held-out pairs, and of each evaluation set under ``sets``; the same on all ranks. ``scoring``:
-    arguments of :func:`~aifactory_train.evaluation.heads.head_outputs`; ``whole``: with replicates.
+    arguments of :func:`~aifactory_train.evaluation.head_outputs.head_outputs`; ``whole``: with replicates.
     """
-    from aifactory_train.evaluation.heads import head_outputs
-
     found, sets = [], {}
     for name, dataset in prepared.evals.items():
         held: Any = dataset

@@ -29,7 +29,7 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
     before, after = _results(run)
     result = licences.result_licence(recipe)
     licence, licence_name = _licence(result)
-    task = "text-generation" if recipe.methods.head is None else "text-classification"
+    task, use = _use(recipe)
     metadata = ModelCardData(
         base_model=_public(base),
         datasets=sorted({s.source for s in recipe.data.train if _is_hub(s.source)}) or None,
@@ -55,13 +55,9 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
         sources=[*recipe.data.train, *(recipe.data.eval or [])],
         licence=result,
         rows=after.get("rows") or before.get("rows"),
-        figures=[
-            (label, measured(before.get(name)), measured(after.get(name)), (after.get("ci") or {}).get(name))
-            for name, (label, _) in FIGURES.items()
-            if before.get(name) is not None or after.get(name) is not None
-        ],
+        figures=_figures(before, after),
         training=_training(recipe, data),
-        use=None if recipe.methods.head is None else use_of(recipe),
+        use=use,
         cell=cell,
         code=_code,
         public=_public,
@@ -87,6 +83,20 @@ def _for_the_hub(task: str, data: PreparedData, after: dict[str, Any]) -> list[A
         for name, (label, _) in FIGURES.items()
         if isinstance(after.get(name), (int, float))
     ]
+
+
+def _figures(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, Any]]:
+    """Label, base, this model and its interval of every held-out figure."""
+    return [
+        (label, measured(before.get(name)), measured(after.get(name)), (after.get("ci") or {}).get(name))
+        for name, (label, _) in FIGURES.items()
+        if before.get(name) is not None or after.get(name) is not None
+    ]
+
+
+def _use(recipe: Recipe) -> tuple[str, str | None]:
+    """The hub's name of the task, and of a head the lines of Python that use it."""
+    return ("text-generation", None) if recipe.methods.head is None else ("text-classification", use_of(recipe))
 
 
 _KINDS = {

@@ -1,7 +1,8 @@
 """Heads: a model that classifies, on the loop and the batches of supervised fine-tuning.
 
-A step's loss is the sum over its documents divided by their number, over all ranks. The parts: :mod:`classified` (what
-the labels are), :mod:`aifactory_train.model.head` (the layer and its losses), :mod:`aifactory_train.evaluation.heads`.
+A step's loss is the sum over its documents divided by their number, over all ranks. The parts:
+:mod:`aifactory_train.data.classified` (what the labels are), :mod:`aifactory_train.model.head` (the layer and its
+losses), :mod:`reward` (a reward model), :mod:`aifactory_train.evaluation.heads`.
 """
 
 from __future__ import annotations
