@@ -115,9 +115,9 @@ def _refuse(job: TrainingJob, recipe: Recipe) -> None:
             where="--audit",
             fix="--set parallel.offload_optimizer=false",
         )
-    if recipe.methods.preference is not None:
+    if recipe.methods.preference is not None or recipe.methods.head is not None:
         raise UserError(
-            "the step audit runs supervised steps; a preference method's own loss is not in it",
+            "the step audit runs supervised steps; the loss of a preference method or of a head is not in it",
             where="--audit",
             fix="plan without --audit",
         )

@@ -41,7 +41,7 @@ class Classifier(Supervised):
         super().__init__(recipe)
         self.settings = recipe.methods.head
         self.several = self.settings.kind == "multi_label"
-        self.weights: torch.Tensor | None = None  # fp32 [labels], on the host until prepare()
+        self.weights: torch.Tensor | None = None  # fp32 [labels], on the host
 
     # ---- data
 
@@ -102,7 +102,6 @@ class Classifier(Supervised):
         if self.weights is not None:
             span = f"{float(self.weights.min()):.3g} to {float(self.weights.max()):.3g}"
             lines.append(("label weights", span, "methods.head.class_weights"))
-            self.weights = self.weights.to(run.world.device)
         return lines
 
     # ---- a step
@@ -115,5 +114,6 @@ class Classifier(Supervised):
         read_at(batch, lengths, train.ends[share], self.recipe.data.batching)
         targets = torch.from_numpy(train.targets[share])
         device = run.world.device
-        batch.objective = LabelLoss(to_device(targets.float() if self.several else targets, device), self.weights)
+        weights = None if self.weights is None else to_device(self.weights, device)
+        batch.objective = LabelLoss(to_device(targets.float() if self.several else targets, device), weights)
         return batch, documents, lengths
