@@ -4,7 +4,7 @@ computes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ def texts_of(path: Path, recipe: Recipe) -> list[tuple[str, str]]:
     columns = {} if source.converter else source.columns
     out: list[tuple[str, str]] = []
     for block in readers.blocks(path, role="eval"):
+        rows: Iterable[tuple[int, Any]]
         rows = parse_lines(block) if block.lines is not None else enumerate(block.rows or [])
         for number, row in rows:
             line = number if block.lines is not None else block.number(number)

@@ -18,10 +18,12 @@ from aifactory_train.config.objective import objective
 from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.data import classified, load_tokenizer, prepare
 from aifactory_train.evaluation.heads import Judgement
+from aifactory_train.evaluation.predicting import Predictor, texts_of
 from aifactory_train.exporting import writer
 from aifactory_train.exporting.gate import unpadded
 from aifactory_train.exporting.gguf import export_gguf
 from aifactory_train.exporting.head_files import chosen_for
+from aifactory_train.metrics.scores import sigmoid
 from aifactory_train.model.base import base_folder
 from aifactory_train.model.head import PARAMETER, label_losses, plain_class
 from aifactory_train.model.trained import load_trained
@@ -122,7 +124,30 @@ def test_a_run_learns_and_its_export_is_a_plain_classifier(tmp_path, tiny_model_
         judged = Judgement(outputs, marks if kind == "multi_label" else marks.argmax(1)).figures()
         for name in ("loss", "accuracy", "macro_f1", "auroc"):
             assert judged[name] == pytest.approx(found["after"][name], rel=1e-5), name
+    predicted_as_judged(run, tmp_path / "eval.jsonl", found["after"], kind)
     refuse_text(run, tiny_model_dir, tmp_path / "next")
+
+
+def predicted_as_judged(run: Path, file: Path, after: dict[str, Any], kind: str) -> None:
+    """``aifactory predict`` gives the labels that the held-out figures speak of, and says where a row has no text."""
+    recipe = RunFolder(run).load_config()
+    predictor, rows = Predictor(RunFolder(run), "cpu"), texts_of(file, recipe)
+    given = predictor.predict(rows)
+    wanted = [json.loads(line)["label"] for line in file.read_text().splitlines()]
+    assert [p["id"] for p in given] == [f"eval.jsonl:{i + 1}" for i in range(len(wanted))]
+    if kind == "classification":
+        right = [p["labels"] == [label] for p, label in zip(given, wanted, strict=True)]
+        assert np.mean(right) == pytest.approx(after["accuracy"])
+        assert all(sum(p["probabilities"].values()) == pytest.approx(1, abs=1e-4) for p in given)
+    else:
+        plain = sigmoid(predictor.outputs([predictor.tokenizer(text).input_ids for _, text in rows]))
+        chosen = plain >= np.asarray(after["calibration"]["thresholds"])
+        assert [p["labels"] for p in given] == [[COLOURS[k] for k in np.flatnonzero(row)] for row in chosen]
+    bad = file.with_name("bad.jsonl")
+    bad.write_text('{"text": "a text"}\n{"txt": "a text"}\n')
+    with pytest.raises(UserError, match="'text' is missing") as caught:
+        texts_of(bad, recipe)
+    assert caught.value.where == f"{bad}:2"
 
 
 def plainly(folder: Path, base: Path) -> tuple[Any, Any]:
