@@ -98,9 +98,9 @@ def test_balanced_weights_are_those_of_the_training_rows(tmp_path, tiny_model_di
 @pytest.mark.parametrize(("kind", "adapter"), [("classification", "lora"), ("multi_label", "none")])
 def test_a_run_learns_and_its_export_is_a_plain_classifier(tmp_path, tiny_model_dir, kind, adapter):
     """Loaded by transformers (and peft) alone, a batch with padding gives the outputs that the run evaluated."""
-    settings = {"adapter.kind": adapter, "train.max_steps": 20, "eval.before": True, "train.learning_rate": 1e-2}
+    settings = {"adapter.kind": adapter, "train.max_steps": 30, "eval.before": True, "train.learning_rate": 1e-2}
     more = {"export.merge": True} if adapter == "lora" else {}
-    path = write_head(tmp_path, tiny_model_dir, kind, **settings, **more, **{"export.dtype": "fp32"})
+    path = write_head(tmp_path, tiny_model_dir, kind, held=32, **settings, **more, **{"export.dtype": "fp32"})
     run = tmp_path / "run"
     assert train(load_recipe(str(path)), run, quiet=True) == 0
     found = figures(run)
@@ -165,7 +165,7 @@ def plainly(folder: Path, base: Path) -> tuple[Any, Any]:
 
 
 def test_an_export_of_another_head_does_not_pass_the_gate(tmp_path, tiny_model_dir, monkeypatch):
-    settings = {"train.max_steps": 2, "eval.after": False, "adapter.kind": "none"}
+    settings = {"train.max_steps": 2, "eval.after": False, "adapter.kind": "none", "export.dtype": "fp32"}
     path = write_head(tmp_path, tiny_model_dir, "classification", **settings)
     right = writer.ShardFiles.put
 
