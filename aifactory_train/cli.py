@@ -119,9 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = two_words(argv) or _all_known(*build_parser(command).parse_known_args(argv))
         if args.command is None:
-            from aifactory_train.commands import next_steps
-
-            next_steps.show(Path.cwd())
+            importlib.import_module("aifactory_train.commands.next_steps").show(Path.cwd())
             return 0
         with output.json_only() if getattr(args, "json", False) else contextlib.nullcontext():
             code = int(args.run(args) or 0)

@@ -53,7 +53,7 @@ def _unprotected_again() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_ranks_left() -> Iterator[None]:
-    """A world that a test joined is not the next test's: other libraries take RANK in the environment for a launcher's."""
+    """A world that a test joined is not the next test's: other libraries take RANK there for a launcher's."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.get(name) for name in names}
     yield

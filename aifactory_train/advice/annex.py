@@ -24,7 +24,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Question(_Strict):
+class FormField(_Strict):
     """What a form asks. ``key``: what answers it here; ``who`` has to, where nothing does."""
 
     asks: str
@@ -35,7 +35,7 @@ class Question(_Strict):
 
 class Section(_Strict):
     title: str
-    fields: list[Question] = Field(min_length=1)
+    fields: list[FormField] = Field(min_length=1)
 
 
 class Form(_Strict):
@@ -121,7 +121,7 @@ def draft(case: Case, chosen: Chosen) -> dict[str, Any]:
     }
 
 
-def _answered(case: Case, section: str, question: Question) -> dict[str, Any]:
+def _answered(case: Case, section: str, question: FormField) -> dict[str, Any]:
     said: Said = ANSWERS[question.key](case) if question.key else Said(None, "", question.who)
     return {
         "section": section,

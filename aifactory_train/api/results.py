@@ -15,7 +15,7 @@ from aifactory_train.api import showing
 from aifactory_train.api.preparing import FOLDER
 from aifactory_train.api.rows import Rows, as_source
 from aifactory_train.config.schema import Recipe
-from aifactory_train.core.figures import FIGURES
+from aifactory_train.core.figures import FIGURES, certainty
 from aifactory_train.core.files import object_or_nothing
 from aifactory_train.evaluation.verdict import Verdict
 from aifactory_train.run.folder import RunFolder, open_run
@@ -128,7 +128,7 @@ def _compared(results: Mapping[str, Any]) -> Markup:
         old, change = before.get(name), (results.get("change") or {}).get(name) or {}
         ci = change.get("ci")
         interval = f"{ci[0]:+.3g} to {ci[1]:+.3g}" if ci else ""
-        certain = {True: "better", False: "worse"}.get(change.get("better"), "undecided") if change else ""
+        certain = certainty(change) if change else ""
         shown = f"{old:.4g}" if isinstance(old, (int, float)) else ""
         rows.append([f"{label} ({sense})", shown, f"{after[name]:.4g}", interval, certain])
     if not rows:

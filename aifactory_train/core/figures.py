@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -53,3 +54,9 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def certainty(change: Mapping[str, Any]) -> str:
+    """What the interval of a change says of it: ``better``, ``worse``, or ``undecided`` where it holds zero."""
+    better = change.get("better")
+    return "undecided" if better is None else "better" if better else "worse"

@@ -167,7 +167,8 @@ def mail_text(message: email.message.EmailMessage | Any, path: Path, notes: Note
     subject = " ".join(str(message.get("subject") or "").split())
     if body is None:
         return subject
-    raw = body.get_payload(decode=True) or b""
+    payload = body.get_payload(decode=True)  # bytes of a part that is no multipart
+    raw = payload if isinstance(payload, bytes) else b""
     charset = body.get_content_charset() or "utf-8"
     if body.get_content_subtype() == "html":
         text = html_text(raw, path, None if charset == "us-ascii" else charset)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from aifactory_train.methods.pairs import HeldOutLabels, LabelledTokens, Mismatched, PairedTokens, PairsSubset
-from aifactory_train.methods.preference_loss import SUMS, Judged
+from aifactory_train.methods.preference_loss import SUMS, PairObjective
 from aifactory_train.methods.reference import Reference, score
 from aifactory_train.methods.supervised import Supervised
 from aifactory_train.parallel.batches import micro_batch, to_device
@@ -152,7 +152,7 @@ class Preference(Supervised):
         answers = np.flatnonzero(~replayed)
         rated = documents[answers]
         reference = np.zeros(len(rated)) if self.reference.train is None else self.reference.train[rated]
-        batch.objective = Judged(
+        batch.objective = PairObjective(
             settings=self.settings,
             counts=[int(n) for n in counts],
             answers=to_device(torch.from_numpy(answers), device),

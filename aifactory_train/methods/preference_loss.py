@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from aifactory_train.model.objective import Likelihood
 
 
-#: What :attr:`Judged.sums` counts in a step: rewards and numbers of good and of bad answers, pairs in the wanted order
+#: What :attr:`PairObjective.sums` counts in a step: rewards and numbers of good and of bad answers, pairs in the wanted order
 #: (equal rewards count half), the preference loss, NLL and targets of replayed rows.
 SUMS = ("good", "bad", "good_answers", "bad_answers", "in_order", "preference_loss", "replay_nll", "replay_tokens")
 
 
 @dataclasses.dataclass
-class Judged:
+class PairObjective:
     """The objective of a micro-batch of answers (:class:`aifactory_train.model.objective.Objective`).
 
     counts: supervised tokens of each document, host integers; answers: int64 ``[A]``, the documents that are judged,

@@ -175,7 +175,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Block:
+class LayerBlock:
     """``layers`` blocks alike. ``scores`` and ``values``: widths of all query heads in the two products of attention, 0
     without it; a token meets those of its ``window``, or of its ``chunk`` (positions cut every so many tokens)."""
 
@@ -216,7 +216,7 @@ class Block:
 class Model:
     """What is counted: the blocks, those of the first layer's kind first, and the output layer."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[LayerBlock, ...]
     vocab: int
     hidden: int
 
@@ -232,7 +232,7 @@ def stage_of(name: str) -> int:
 
 def of_shape(shape: ModelShape, trained: Trained) -> Model:
     """The products of a model by its dimensions."""
-    blocks: list[Block] = []
+    blocks: list[LayerBlock] = []
     for kind in shape.kinds:
         chosen = set() if trained.full else kind.adapted(trained.targets)
         products = {}
@@ -247,7 +247,7 @@ def of_shape(shape: ModelShape, trained: Trained) -> Model:
         states = (0.0, 0.0) if kind.recurrence is None else (kind.recurrence.flops, kind.recurrence.executed_flops)
         for layers, window in ((kind.layers - kind.window_layers, None), (kind.window_layers, kind.window)):
             if layers:
-                blocks.append(Block(layers, products, width, width, window, None, *states, last=last))
+                blocks.append(LayerBlock(layers, products, width, width, window, None, *states, last=last))
     return Model(tuple(blocks), shape.vocab, shape.hidden)
 
 
@@ -334,7 +334,7 @@ class _First:
     scan: float = 0.0
 
 
-def _first_block(block: Block) -> _First:
+def _first_block(block: LayerBlock) -> _First:
     saved, flash, square, scan = 0.0, 0.0, 0.0, 0.0
     asked = False  # somebody needs the gradient of what the stage reads
     for stage in range(4):
@@ -355,7 +355,7 @@ def _first_block(block: Block) -> _First:
     return _First(saved, flash, square, scan)
 
 
-def _not_run_again(block: Block) -> float:
+def _not_run_again(block: LayerBlock) -> float:
     """FLOPs per token of the product at which recomputation stops short."""
     if block.last is None:
         return 0.0

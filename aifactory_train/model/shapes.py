@@ -401,7 +401,7 @@ def known() -> dict[str, ModelShape]:
 
 def copies_of(shape: ModelShape) -> list[str]:
     """Shipped bases with the same dimensions whose weights are not quantised."""
-    bare = {"name": "", "quantised": None, "source": "", "confidence": "", "max_positions": None}
+    bare: dict[str, Any] = {"name": "", "quantised": None, "source": "", "confidence": "", "max_positions": None}
     wanted = replace(shape, **bare)
     return [name for name, other in known().items() if not other.quantised and replace(other, **bare) == wanted]
 

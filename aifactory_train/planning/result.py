@@ -17,6 +17,8 @@ from aifactory_train.sites import billing
 #: Mean draw of a GPU in training as a share of its nominal (or capped) power. An assumption: measure it with the site's
 #: counters.
 POWER_SHARE = 0.85
+#: What a plan's figures are.
+BASIS = "modelled: tensors counted, times from a roofline calibrated on published measurements (docs/planning.md)"
 
 
 def as_dict(
@@ -77,8 +79,7 @@ def as_dict(
         "reasons": reasons,
         "alternatives": _alternatives(chosen, fitting),
         "scaling": _scaling(curve),
-        "basis": "modelled: tensors counted, times from a roofline calibrated on published measurements "
-        "(docs/planning.md)",
+        "basis": BASIS,
     }
 
 

@@ -177,10 +177,10 @@ def _recurrence(module: nn.Module) -> Recurrence | None:
         return Recurrence("delta", (), heads=heads, key=key, value=value, key_heads=keys)
     state = _first(module, ("ssm_state_size",))
     if state is not None:
-        heads, size = _first(module, ("num_heads", "n_heads")), _first(module, ("head_dim",))
-        if heads and size:
+        many, size = _first(module, ("num_heads", "n_heads")), _first(module, ("head_dim",))
+        if many and size:
             groups, chunk = _first(module, ("n_groups", "num_groups")) or 1, _first(module, ("chunk_size",)) or 256
-            return Recurrence("mamba2", (), heads=heads, key=state, value=size, key_heads=groups, chunk=chunk)
+            return Recurrence("mamba2", (), heads=many, key=state, value=size, key_heads=groups, chunk=chunk)
         width = _first(module, ("intermediate_size",)) or 0
         return Recurrence("mamba2", (), heads=width, key=state, value=1, key_heads=0, chunk=0)  # token by token
     if "lightning" in type(module).__name__.lower():

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from aifactory_train.core.figures import FIGURES
+from aifactory_train.core.figures import FIGURES, certainty
 from aifactory_train.core.files import object_or_nothing, reading, write_atomic
 from aifactory_train.core.missing import is_missing, missing_places
 from aifactory_train.evaluation.verdict import Verdict
@@ -190,7 +190,7 @@ def _difference(change: dict[str, Any]) -> tuple[str, str]:
     ci = change.get("ci")
     if not isinstance(ci, list) or len(ci) != 2 or not all(isinstance(x, (int, float)) for x in ci):
         return "", ""
-    return f"{ci[0]:+.3g} to {ci[1]:+.3g}", {True: "better", False: "worse"}.get(change.get("better"), "undecided")
+    return f"{ci[0]:+.3g} to {ci[1]:+.3g}", certainty(change)
 
 
 def _samples(record: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> Markup:

@@ -143,6 +143,6 @@ def check_access(room: Path, systems: dict[str, System], today: datetime.date) -
         where = at(path, "members", name)
         if name not in members:
             yield Fault("access", where, f"'{name}' is no member{did_you_mean(name, members)}")
-        for route in entry.routes:
-            if route not in file.routes:
-                yield Fault("access", where, f"{name}: no route '{route}'{did_you_mean(route, file.routes)}")
+        for wanted in entry.routes:
+            if wanted not in file.routes:
+                yield Fault("access", where, f"{name}: no route '{wanted}'{did_you_mean(wanted, file.routes)}")

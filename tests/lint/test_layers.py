@@ -49,7 +49,7 @@ def lint(folder: Path, layers: str) -> subprocess.CompletedProcess[str]:
     (folder / "imports.ini").write_text(
         "[importlinter]\nroot_package = aifactory_train\nexclude_type_checking_imports = False\n\n"
         f"[importlinter:contract:layers]\nname = Rooms import from below\ntype = layers\nlayers =\n{named}\n"
-        # The package's own file names for type checkers what users are offered; it imports none of it before it is used.
+        # The package's own file names what users are offered for type checkers; it imports none before it is used.
         "ignore_imports =\n    aifactory_train -> aifactory_train.*\n    aifactory_train -> aifactory_train.**\n"
         "unmatched_ignore_imports_alerting = none\n"
     )

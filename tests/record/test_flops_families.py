@@ -148,7 +148,7 @@ def test_states_by_hand() -> None:
 
 @pytest.mark.parametrize(("limit", "pairs"), [("window", 1 + 2 + 3 + 3 + 3), ("chunk", 1 + 2 + 3 + 1 + 2)])
 def test_only_what_is_attended_counts(limit: str, pairs: int) -> None:
-    block = flops.Block(1, {}, 8, 8, **{limit: 3})  # type: ignore[arg-type]
+    block = flops.LayerBlock(1, {}, 8, 8, **{limit: 3})  # type: ignore[arg-type]
     assert block.pairs([5])[0] == pairs
 
 
