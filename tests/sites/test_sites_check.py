@@ -180,8 +180,7 @@ def test_facts_that_rest_on_one_repository_are_told(capsys: pytest.CaptureFixtur
 
 
 #: The twelve largest systems, and what one user alone was found to say of what a job asks for there.
-ALONE = {"arrhenius": {"partitions.gpu.max_time", "request.cpus_per_gpu"}, "meluxina": {"request.cpus_per_gpu"}}
-ALONE |= {"vega": {"partitions.gpu.max_time"}}
+ALONE = {"meluxina": {"request.cpus_per_gpu"}, "vega": {"partitions.gpu.max_time"}}
 LARGEST = [
     *("lumi-g", "jupiter-booster", "leonardo-booster", "marenostrum5-acc", "alps-clariden", "jean-zay-h100"),
     *("arrhenius", "helios", "karolina", "snellius-h100", "meluxina", "vega"),
