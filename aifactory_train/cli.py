@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "memory, strategy, speed and cost of a recipe at a site, with reasons",
     "where": "all sites ranked for a recipe: what it takes there, and which routes of access are open to you",
     "access": "the technical part of an application for access, drafted from the plan",
+    "scale": "measure strong and weak scaling at a site, under a hard cap of GPU-hours",
     "usage": "what a project used: by run, by how jobs ended, against its award; drafts of reports",
     "train": "the training process itself (what torchrun, srun or mpirun start)",
     "launch": "run a recipe here, or write, check and submit the batch script of a site",

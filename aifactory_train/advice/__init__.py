@@ -5,5 +5,6 @@ Torch-free.
     routes   routes of access that are open to an applicant
     where    all sites, ranked for one job (``aifactory where``)
     annex    the technical part of an application (``aifactory access``); answers_*: what fills a form's questions
+    campaign which jobs measure scaling under a cap, and what they measured (``aifactory scale``)
     usage    what a project used, from sacct or run records (``aifactory usage``)
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,3 +50,19 @@ def read_measured(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{where}: {fault['msg']}", where=str(path), fix="the scaling.json of 'aifactory scale'"
         ) from None
+
+
+def page(measured: dict[str, Any]) -> str:
+    """The plot and the table as one HTML page. No script, no outside resource; every text escaped."""
+    from aifactory_train.core.templates import render
+
+    nodes = [point["nodes"] for point in measured["points"]]
+    left, right = math.log(min(nodes)), math.log(max(nodes))
+
+    def x(count: int) -> float:
+        return round(90 + 660 * ((math.log(count) - left) / (right - left) if right > left else 0.5), 1)
+
+    def y(efficiency: float) -> float:
+        return round(290 - 250 * efficiency, 1)
+
+    return render(Path(__file__).with_name("scaling.html.j2"), autoescape=True, m=measured, x=x, y=y)
