@@ -3,6 +3,7 @@ at the token that was supervised as end of turn; rows that have ended leave the 
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.model.attention import Documents
 from aifactory_train.model.causal_lm import Forward
 
 #: Prompts decoded together: at most this many, and no more than so many tokens with their answers (padding counts).
@@ -80,6 +82,8 @@ def _decode(
     """One batch: prefill, then a token at a time until every row has stopped."""
     from aifactory_train.evaluation.kv_cache import reserved_cache
 
+    if not _caches(module):
+        return _decode_anew(module, prompts, max_new_tokens, stops, pad_id, device)
     width = max(len(prompt) for prompt in prompts)
     tokens = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(prompts), width), dtype=torch.int64)
@@ -118,9 +122,52 @@ def _decode(
     return answers
 
 
-def text_config(module: nn.Module) -> Any:
-    """The transformers configuration inside a (wrapped) CausalLM."""
+def _caches(module: nn.Module) -> bool:
+    """Whether the model goes on from a cache of keys and values: not where it computes as transformers has it, where
+    it takes no such cache (Mamba, RWKV), and where no layer of it keeps any.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    core = _core(module)
+    if core.own or "past_key_values" not in inspect.signature(core.backbone.forward).parameters:
+        return False
+    if not core.stateful:
+        return True
+    return any(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=core.language_model.config).layers)
+
+
+def _decode_anew(
+    module: nn.Module, prompts: list[Sequence[int]], max_new_tokens: int, stops: set[int], pad_id: int, device: str
+) -> list[list[int]]:
+    """The same without a cache: every token reads the whole text again, in the way that training computes it."""
+    texts = [list(prompt) for prompt in prompts]
+    running = list(range(len(texts)))
+    for _ in range(max_new_tokens):
+        width = max(len(texts[i]) for i in running)
+        rows = torch.full((len(running), width), pad_id, dtype=torch.int64)
+        for row, i in zip(rows, running, strict=True):
+            row[: len(texts[i])] = torch.tensor(texts[i], dtype=torch.int64)
+        ends = torch.tensor([k * width + len(texts[i]) - 1 for k, i in enumerate(running)])
+        places = torch.arange(width).expand(rows.shape)
+        documents = Documents.of(torch.arange(len(running) + 1) * width, device)
+        logits = module(rows.to(device), places.to(device), documents, ends.to(device), task=Forward.LOGITS)
+        chosen = dict(zip(running, logits.argmax(dim=-1).tolist(), strict=True))
+        running = [i for i in running if chosen[i] not in stops]
+        for i in running:
+            texts[i].append(chosen[i])
+        if not running:
+            break
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def _core(module: nn.Module) -> Any:
     inner: Any = module
     while hasattr(inner, "module"):
         inner = inner.module  # DDP, DeepSpeed
-    return inner.language_model.config
+    return inner
+
+
+def text_config(module: nn.Module) -> Any:
+    """The transformers configuration inside a (wrapped) CausalLM."""
+    return _core(module).language_model.config

@@ -215,11 +215,6 @@ class CausalLM(nn.Module):
 
         input_ids ``[B, T]`` follow what the cache holds; attention_mask int64 ``[B, cached + T]`` is 0 on padding.
         """
-        if self.own:
-            out = self.language_model(
-                input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True
-            )
-            return out.logits[:, -1].float()
         with attention.decoding(self.backbone):
             out = self.backbone(
                 input_ids=input_ids,

@@ -36,6 +36,7 @@ def load_config(path: Path, recipe: Recipe):
             path, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
         )
     check_quantised(quantisation(vars(config)), f"model.base: {recipe.model.base}", recipe.adapter.quantise_base)
+    check_causal(config, recipe.model.base)
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and limit and recipe.data.sequence_length > limit:
         raise UserError(
@@ -44,6 +45,35 @@ def load_config(path: Path, recipe: Recipe):
             fix=f"--set data.sequence_length={limit}",
         )
     return config
+
+
+def check_causal(config: Any, base: str) -> None:
+    """Refuse a configuration that transformers has no causal language model for, by what it is."""
+    from transformers.models.auto import modeling_auto as auto
+
+    if config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "auto_map", None):
+        return
+    kinds = (
+        ("a vision-language model", "IMAGE_TEXT_TO_TEXT"),
+        ("a model of speech", "SPEECH_SEQ_2_SEQ"),
+        ("a model of speech", "CTC"),
+        ("a model of sound", "TEXT_TO_WAVEFORM"),
+        ("a model of sound", "AUDIO_CLASSIFICATION"),
+        ("a model of images", "IMAGE_CLASSIFICATION"),
+        ("an encoder-decoder", "SEQ_TO_SEQ_CAUSAL_LM"),
+        ("an encoder, which sees the future", "MASKED_LM"),
+    )
+    found = (w for w, name in kinds if config.model_type in getattr(auto, f"MODEL_FOR_{name}_MAPPING_NAMES", {}))
+    text = getattr(config.get_text_config(decoder=True), "model_type", None)
+    fix = "use a causal language model; 'aifactory models' lists the families"
+    if text != config.model_type and text in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        fix = f"take the weights of its language model alone, if they are published (model_type '{text}')"
+    raise UserError(
+        f"'{config.model_type}' is {next(found, 'no causal language model in this transformers')}; causal language "
+        "models are trained here",
+        where=f"model.base: {base}",
+        fix=fix,
+    )
 
 
 def choose_attention(recipe: Recipe, config: Any, device: str, report: ModelReport) -> str | None:

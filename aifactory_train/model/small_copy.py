@@ -24,7 +24,8 @@ MOST_PARAMETERS = 100_000_000
 _LAYERS = re.compile(r"(num_(hidden_|decoder_|encoder_)?layers|n_layers?|(decoder|encoder)_layers|depth|num_blocks)$")
 _HEADS = re.compile(r"(.*_)?(n_heads?|num_heads|num_attention_heads|attention_heads)$")
 _MORE_HEADS = re.compile(
-    r"(.*_)?(num_key_value_heads|num_kv_heads|n_head_kv|n_heads_kv|kv_heads|num_key_heads|num_value_heads|n_groups|ngroups)$"
+    r"(.*_)?(num_key_value_heads|num_kv_heads|n_head_kv|n_heads_kv|kv_heads|num_key_heads|num_value_heads|n_mamba_heads"
+    r"|n_groups|ngroups)$"
 )
 _WIDTHS = re.compile(
     r"(hidden_size|n_embd|d_model|dim|embed_dim|embedding_size|hidden_dim|word_embed_proj_dim|lru_width|attention_hidden_size"
@@ -49,9 +50,10 @@ def small_plain(config: Any, trust: bool) -> tuple[Any, nn.Module, list[torch.Te
     layers = len(kinds)
     prefix = next((n for n in range(1, layers) if set(kinds[:n]) == set(kinds)), layers)
     reasons = []
-    for count, narrow in dict.fromkeys([(prefix, True), (layers, True), (prefix, False), (layers, False)]):
+    tries = [(prefix, 2), (min(4 * prefix, layers), 2), (layers, 2), (prefix, 4), (prefix, 0), (layers, 0)]
+    for count, heads in dict.fromkeys(tries):
         try:
-            small = shrunken(config, count, narrow=narrow)
+            small = shrunken(config, count, heads)
             fewer, parameters = _kinds(small, trust)
             if parameters > MOST_PARAMETERS:
                 raise NotSmallError(f"{parameters / 1e6:.0f} M parameters are not few")
@@ -149,9 +151,9 @@ def _coarse(kind: tuple) -> tuple:
     return tuple((name, module) for name, module, _ in kind)
 
 
-def shrunken(config: Any, layers: int, *, narrow: bool) -> Any:
-    """A copy of ``config`` with ``layers`` layers, a small vocabulary, few experts, and with ``narrow`` few and narrow
-    heads.
+def shrunken(config: Any, layers: int, least_heads: int) -> Any:
+    """A copy of ``config`` with ``layers`` layers, a small vocabulary, few experts, and few and narrow heads (at least
+    ``least_heads``; 0 leaves them as they are).
     """
     small = copy.deepcopy(config)
     text = text_part(small)
@@ -162,7 +164,7 @@ def shrunken(config: Any, layers: int, *, narrow: bool) -> Any:
     )
     for part in dict.fromkeys(map(id, parts)):
         one = next(p for p in parts if id(p) == part)
-        _shrink(one, whole if one is text else None, layers if one is text or one is small else 2, narrow)
+        _shrink(one, whole if one is text else None, layers if one is text or one is small else 2, least_heads)
     new_width = next(
         (v for k, v in vars(text).items() if k in ("hidden_size", "n_embd", "d_model", "dim") and is_count(v)), 0
     )
@@ -174,7 +176,8 @@ def shrunken(config: Any, layers: int, *, narrow: bool) -> Any:
     return small
 
 
-def _shrink(part: Any, whole: int | None, layers: int, narrow: bool) -> None:
+def _shrink(part: Any, whole: int | None, layers: int, least_heads: int) -> None:
+    narrow = least_heads > 0
     values = {k: v for k, v in vars(part).items() if not k.startswith("_")}
     lists = {k: v for k, v in values.items() if isinstance(v, (list, tuple))}
     whole = whole or next((v for k, v in values.items() if _LAYERS.fullmatch(k) and is_count(v)), None)
@@ -183,7 +186,7 @@ def _shrink(part: Any, whole: int | None, layers: int, narrow: bool) -> None:
     heads = next((v for k, v in values.items() if _HEADS.fullmatch(k) and is_count(v)), 1)
     width = next((v for k, v in values.items() if _WIDTHS.fullmatch(k) and is_count(v)), heads)
     # a width whose rows are aligned: torch's grouped products (experts) ask for it
-    divisors = [h for h in range(2, heads + 1) if heads % h == 0]
+    divisors = [h for h in range(max(2, least_heads), heads + 1) if heads % h == 0]
     kept = next((h for h in divisors if (width * h // heads) % 8 == 0), divisors[0] if divisors else 1)
     factor = heads // kept if narrow else 1
     new: dict[str, Any] = {}
@@ -191,6 +194,8 @@ def _shrink(part: Any, whole: int | None, layers: int, narrow: bool) -> None:
         if key in lists:
             if "heads" in key and factor > 1 and all(map(is_count, value)):
                 new[key] = value = [max(1, v // factor) for v in value]
+            elif narrow and _INNER.fullmatch(key) and all(map(is_count, value)):
+                new[key] = value = [_inner(v, factor) for v in value]
             if whole and len(value) == whole and layers < whole:
                 new[key] = value[:layers]
         elif key == "quantization_config":
@@ -205,7 +210,7 @@ def _shrink(part: Any, whole: int | None, layers: int, narrow: bool) -> None:
             new[key] = min(value, layers)
         elif _EXPERTS.fullmatch(key):
             new[key] = min(value, 8)
-        elif _CHOSEN.fullmatch(key) or key == "n_group":
+        elif _CHOSEN.fullmatch(key) or key in ("n_group", "num_expert_group"):
             new[key] = min(value, 2)
         elif key == "topk_group":
             new[key] = 1
@@ -214,12 +219,19 @@ def _shrink(part: Any, whole: int | None, layers: int, narrow: bool) -> None:
         elif WINDOWS.fullmatch(key):
             new[key] = max(value, 64) if "chunk_size" not in key or "attention" in key else value
         elif narrow and _INNER.fullmatch(key) and not _WIDTHS.fullmatch(key):
-            new[key] = max(16, min(value // factor, 256) // 16 * 16)
+            new[key] = _inner(value, factor)
         elif factor > 1 and (_HEADS.fullmatch(key) or _MORE_HEADS.fullmatch(key) or _WIDTHS.fullmatch(key)):
             new[key] = max(1, value // factor)
+    if "n_mamba_heads" in new and "mamba_headdim" in values:  # Zamba 2 has few and wide ones
+        new["mamba_headdim"] = values["mamba_expand"] * new.get("hidden_size", 0) // new["n_mamba_heads"]
     for key, value in new.items():
         with contextlib.suppress(AttributeError):  # computed by the class from the others
             setattr(part, key, value)
+
+
+def _inner(value: int, factor: int) -> int:
+    """A small width of a feed-forward layer, aligned."""
+    return max(16, min(value // factor, 256) // 16 * 16)
 
 
 def one_line(error: BaseException) -> str:

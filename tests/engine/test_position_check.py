@@ -412,3 +412,47 @@ def test_no_family_is_trained_wrongly_in_silence(family):
             padded = pc._logits(ours, rows, [17] * 3).view(3, 17, -1)
             found = torch.cat([p[:n] for p, n in zip(padded, lengths, strict=True)])
     assert float((found - alone).abs().max()) <= 2 * pc.TOLERANCE * float(alone.abs().max())
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("qwen2_5_vl", "a vision-language model"),
+        ("wav2vec2", "a model of speech"),
+        ("t5", "an encoder-decoder"),
+        ("deberta", "an encoder, which sees the future"),
+        ("vit", "a model of images"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused_by_name(family, words):
+    from aifactory_train.model.loading import check_causal
+
+    config = configuration(family)
+    with pytest.raises(UserError, match=words) as caught:
+        check_causal(config, "some/model")
+    assert f"'{family}'" in caught.value.what and caught.value.fix
+    check_causal(configuration("llama"), "some/model")
+
+
+def test_the_text_part_is_offered_where_it_is_a_family_of_its_own():
+    from aifactory_train.model.loading import check_causal
+
+    with pytest.raises(UserError, match="a vision-language model") as caught:
+        check_causal(configuration("llava", text_config={"model_type": "llama"}), "some/model")
+    assert "model_type 'llama'" in str(caught.value.fix)
+
+
+def test_targets_that_match_nothing_are_refused_with_the_names_that_exist():
+    from aifactory_train.model.adapters import apply_adapter
+
+    recipe, report = recipe_for("x"), ModelReport()
+    recipe.adapter.targets = ["query", "value"]
+    with pytest.raises(UserError, match="no layer of this model is called query or value") as caught:
+        apply_adapter(helpers.tiny_model("llama"), recipe, report)
+    assert caught.value.where == "adapter.targets" and "q_proj" in str(caught.value.fix)
+    recipe.adapter.targets = ["q_proj", "value"]
+    apply_adapter(helpers.tiny_model("llama"), recipe, report)
+    assert "nothing here is called value" in report.lines[-1][1]

@@ -125,3 +125,20 @@ def test_compiled_blocks_are_told_the_boundaries():
     for block in core.backbone.layers:
         block.forward = torch.compile(block.forward, dynamic=True, backend="eager")
     assert loss_of(core, tokens).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["mamba", "qwen3_next", "granitemoehybrid"])
+def test_answers_are_those_of_the_whole_text_read_again(family):
+    """Mamba takes no cache of keys and values, and was given one that it ignored."""
+    from aifactory_train.evaluation.generate import generate
+
+    core = CausalLM(model_of(family)).eval()
+    prompts = [t.tolist() for t in documents((4, 9))]
+    found = generate(core, prompts, max_new_tokens=4, stop_ids=[], pad_id=3, device="cpu")
+    for prompt, answer in zip(prompts, found, strict=True):
+        text = list(prompt)
+        for token in answer:
+            with attention.decoding(core.backbone), torch.no_grad():
+                logits = core.model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
+            assert token == int(logits.argmax())
+            text.append(token)
