@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from aifactory_train import __version__
 from aifactory_train.audit.floor import step_bytes
 from aifactory_train.config.loading import cache_dir
+from aifactory_train.config.update_block import UpdateConfig
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import write_json
 from aifactory_train.core.output import console, table
@@ -40,6 +41,7 @@ def settings_of(job: TrainingJob, recipe: Recipe) -> dict[str, Any]:
         "kernels": recipe.kernels.model_dump(mode="json"),
         "optimizer": recipe.train.optimizer,
         "momentum": recipe.train.momentum,
+        "update": recipe.train.model_dump(mode="json", include={*UpdateConfig.model_fields}),
         "clips": recipe.train.max_grad_norm is not None,
         "checkpointing": job.checkpointing,
         "engine": job.layout.setting,

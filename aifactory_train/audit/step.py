@@ -178,7 +178,8 @@ def run(spec: StepSpec) -> StepAccount:
         batch = _batch(spec)
         module: nn.Module = engine.core
         inputs = [batch.input_ids, batch.position_ids, batch.documents.cu_seqlens, batch.positions, batch.targets]
-        state = lambda: list(engine.optimizer.state.values())  # noqa: E731
+        kept = engine.average.kept if engine.average is not None else {}
+        state = lambda: [*engine.optimizer.state.values(), *kept.values()]  # noqa: E731
         with audited(module, HostAnswers(spec.targets, list(spec.lengths)), inputs, state) as recorder:
             _steps(engine, batch, spec, recorder)
         made = account(recorder, module, spec.micro_batches)

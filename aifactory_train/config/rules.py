@@ -35,9 +35,32 @@ def cross_checks(recipe: Recipe) -> Recipe:
         raise ValueError("eval.early_stopping: needs eval.every_steps")
     if recipe.parallel.shard_size and recipe.parallel.engine not in ("hsdp", "auto"):
         raise ValueError(f"parallel.shard_size: has no meaning for engine {recipe.parallel.engine}")
+    _check_optimizer(recipe)
+    return recipe
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    """What goes with the optimizer, and what only another one has."""
+    train = recipe.train
     if train.momentum and train.optimizer != "sgd":
         raise ValueError("train.momentum: belongs to optimizer sgd")
-    return recipe
+    if train.optimizer == "muon" and recipe.adapter.kind != "none":
+        raise ValueError(
+            "train.optimizer: muon is for the matrices of the model, and with an adapter none of them is trained: set "
+            "adapter.kind none, or train.optimizer adamw"
+        )
+    if train.optimizer == "schedule_free_adamw":
+        if train.schedule != "constant":
+            raise ValueError(
+                f"train.schedule: schedule_free_adamw takes a mean of the weights in place of a falling rate, and "
+                f"{train.schedule} falls: set train.schedule constant (a warm-up is fine)"
+            )
+        if not train.betas[0]:
+            raise ValueError("train.betas: schedule_free_adamw needs a first beta above 0")
+        if train.average is not None:
+            raise ValueError("train.average: schedule_free_adamw evaluates and exports a mean already")
+    if train.lora_plus_ratio is not None and recipe.adapter.kind == "none":
+        raise ValueError("train.lora_plus_ratio: adapter.kind none has no adapters")
 
 
 def _check_methods(recipe: Recipe) -> None:

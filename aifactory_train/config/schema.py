@@ -16,6 +16,7 @@ from aifactory_train.config.data_blocks import DataConfig
 from aifactory_train.config.experts_block import ExpertsConfig
 from aifactory_train.config.head_block import HeadConfig
 from aifactory_train.config.strict import Strict
+from aifactory_train.config.update_block import UpdateConfig
 
 #: What a file may hold where ``auto`` is settled when the recipe is read (:mod:`aifactory_train.config.loading`).
 _WHOLE_OR_AUTO = {"anyOf": [{"type": "integer", "minimum": 8}, {"const": "auto"}]}
@@ -137,7 +138,7 @@ class AdapterConfig(Strict):
 # ---- the training
 
 
-class TrainConfig(Strict):
+class TrainConfig(UpdateConfig):
     """The optimisation. A step is defined by documents, never by how many GPUs share them."""
 
     seed: int = Field(17, ge=0, lt=2**40)  # times a million it must still be a seed of torch (train.py)
@@ -157,8 +158,11 @@ class TrainConfig(Strict):
         "step's longest "
         "document). auto: the plan's, else the default or one document, whichever is longer.",
     )
-    optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
-        "adamw", description="adamw8bit: moments in 8 bits, 2 bytes a trained parameter instead of 8 (engine ddp)."
+    optimizer: Literal["adamw", "adamw8bit", "sgd", "muon", "schedule_free_adamw", "adafactor"] = Field(
+        "adamw",
+        description="adamw8bit: moments in 8 bits, 2 bytes a trained parameter instead of 8 (engine ddp); muon: "
+        "matrices of the blocks by orthogonal updates, the rest by AdamW (adapter.kind none); the last three: engines "
+        "ddp, fsdp2, hsdp (docs/engines.md).",
     )
     learning_rate: float = Field(2e-4, gt=0)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

@@ -121,10 +121,17 @@ def _training(recipe: Recipe, data: PreparedData) -> str:
     batch = f"{settings.batch_rows} rows" if settings.batch_rows else f"{settings.batch_tokens} tokens"
     adapter = recipe.adapter
     what = "all weights" if adapter.kind == "none" else f"{adapter.kind} rank {adapter.rank}, alpha {adapter.alpha:g}"
+    if settings.freeze:
+        what += f" but {', '.join(settings.freeze)}"
+    average = settings.average
+    mean = ""
+    if average is not None:
+        how = f"exponential, {average.decay:g}" if average.kind == "ema" else "of all steps the same"
+        mean = f" The weights are a mean over the steps ({how}) from step {average.start_step} on."
     return (
         f"{len(train_set):,} documents, {int(train_set.lengths.sum()):,} tokens of which "
         f"{int(train_set.supervised.sum()):,} carry loss; {what}; {settings.optimizer}, peak learning rate "
-        f"{settings.learning_rate:g} ({settings.schedule}), {batch} a step, seed {settings.seed}."
+        f"{settings.learning_rate:g} ({settings.schedule}), {batch} a step, seed {settings.seed}.{mean}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,44 @@ def trained_by(engine: Engine, run: RunFolder) -> Iterator[tuple[Source | None, 
             scratch.close()
 
 
+class _Means(Mapping[str, torch.Tensor]):
+    """Of the weights in a checkpoint the mean that was kept of them, each made when it is asked for: what ``mean_of``
+    makes of a parameter and of what lies ``beside`` it."""
+
+    def __init__(self, folder: Path, beside: str, mean_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+        from aifactory_train.parallel.storage import StoredParameters
+
+        self.weights, self.beside = StoredParameters(folder), StoredParameters(folder, f"optimizer/{beside}/")
+        self.mean_of = mean_of
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weights = self.weights[name]
+        if name not in self.beside.entries:  # never stepped
+            return weights
+        return self.mean_of(weights, self.beside[name]).to(weights.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def judged(folder: Path) -> Source:
+    """The weights of the checkpoint in ``folder`` that an evaluation after its step sees."""
+    from aifactory_train.config.schema import TrainConfig
+    from aifactory_train.parallel.averaging import AVERAGE
+    from aifactory_train.parallel.schedule_free import averaged
+    from aifactory_train.parallel.storage import StoredParameters, read_tree
+
+    settings = TrainConfig.model_validate(read_tree(folder, "trainer.json")["config"]["train"])
+    if settings.optimizer == "schedule_free_adamw":
+        return _Means(folder, "z", lambda y, z: averaged(y, z, settings.betas[0]))
+    if settings.average is not None:
+        return _Means(folder, AVERAGE, lambda _, mean: mean)
+    return StoredParameters(folder)
+
+
 def trained_before(run: RunFolder, merge: bool, step: int | None) -> Source | None:
     """Trained tensors of a checkpoint (``step``, or the newest good one of a run without an export); None: use the
     exported adapter. Raises when there is nothing to export or nothing to do."""
@@ -97,7 +135,7 @@ def trained_before(run: RunFolder, merge: bool, step: int | None) -> Source | No
             where=str(run.export / "model"),
             fix="use that folder with any tool that reads transformers models, or --step N for another checkpoint",
         )
-    from aifactory_train.parallel.storage import StoredParameters, faults
+    from aifactory_train.parallel.storage import faults
 
     known = run.complete_checkpoints()
     if step is not None and step not in known:
@@ -112,7 +150,7 @@ def trained_before(run: RunFolder, merge: bool, step: int | None) -> Source | No
         trouble = faults(folder)
         if not trouble:
             note(f"exporting the checkpoint of step {number}")
-            return StoredParameters(folder)
+            return judged(folder)
         found += trouble
     if found:
         raise UserError("damaged: " + "; ".join(found), where=str(run.checkpoints))

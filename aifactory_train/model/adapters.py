@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import fnmatch
+import re
+from typing import Any
 
 from torch import nn
 
@@ -15,8 +17,8 @@ from aifactory_train.model.report import ModelReport
 from aifactory_train.model.routing import routers_of
 from aifactory_train.run.folder import open_run
 
-if TYPE_CHECKING:
-    pass
+#: Names of parameters in the message about a pattern that matches none; the numbers of blocks count as one.
+NAMES_SHOWN = 24
 
 
 def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
@@ -75,6 +77,14 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
         report.add(
             "trained", f"{settings.kind} r={settings.rank} alpha={settings.alpha:g} on {shown}{extra}", "adapter"
         )
+    if recipe.train.freeze:
+        freeze(model, recipe.train.freeze, report)
+        if recipe.model.vocabulary is not None and not _embeddings_move(model):
+            raise UserError(
+                "the embeddings are frozen, so that the new tokens would never be learnt",
+                where="train.freeze",
+                fix="leave the embeddings out of train.freeze, or model.vocabulary out",
+            )
     report.parameters = sum(p.numel() for p in model.parameters())
     report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return model
@@ -95,6 +105,40 @@ def _all_experts(model: Any, recipe: Recipe, report: ModelReport) -> None:
         report.add(
             "routers", f"{shown} in {len(routers)} layers", f"experts.router {recipe.experts.router or 'not given'}"
         )
+
+
+def freeze(model: nn.Module, patterns: list[str], report: ModelReport) -> None:
+    """Parameters whose names match one of ``patterns`` are not trained.
+
+    Raises :class:`UserError` for a pattern that matches no parameter that would be trained, and where none is left.
+    """
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    frozen: set[str] = set()
+    for pattern in patterns:
+        hit = fnmatch.filter(trained, pattern)
+        if not hit:
+            kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in trained))
+            more = f" and {len(kinds) - NAMES_SHOWN} more" if len(kinds) > NAMES_SHOWN else ""
+            raise UserError(
+                f"'{pattern}' is the name of no parameter that would be trained",
+                where="train.freeze",
+                fix=f"there are: {', '.join(kinds[:NAMES_SHOWN])}{more}; patterns match whole names, '*' is any part",
+            )
+        frozen.update(hit)
+    if len(frozen) == len(trained):
+        raise UserError("all parameters are frozen, nothing would be trained", where="train.freeze")
+    count = 0
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+            count += parameter.numel()
+    report.add("frozen", f"{len(frozen)} of {len(trained)} tensors, {count:,} parameters", "train.freeze")
+
+
+def _embeddings_move(model: Any) -> bool:
+    """Whether input and output embeddings are trained."""
+    modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    return all(any(p.requires_grad for p in m.parameters()) for m in modules)
 
 
 def _embedding_modules(model: Any) -> list[str]:

@@ -25,9 +25,9 @@ from aifactory_train.model import experts
 from aifactory_train.model.weight_files import file_name_of, read_tensor, tensors_in
 from aifactory_train.parallel.apply import block_modules
 from aifactory_train.parallel.dims import ParallelDims
-from aifactory_train.parallel.optim import build_optimizer, parameter_groups
+from aifactory_train.parallel.optim import build_optimizer, parameter_groups, treatment_of
 from aifactory_train.parallel.state import Piece, Sharded, run_of
-from aifactory_train.parallel.torch_engine import clip_to, state_keys, sum_of_squares
+from aifactory_train.parallel.torch_engine import clip_to, sum_of_squares
 from aifactory_train.parallel.traits import traits_of, zero_stage
 
 if TYPE_CHECKING:
@@ -39,6 +39,13 @@ if TYPE_CHECKING:
 
 #: Elements of a gradient bucket: 50 M keeps the buffers of a 7B model at 200 MB in fp32.
 BUCKET_ELEMENTS = 50_000_000
+
+
+def state_keys(recipe: Recipe) -> tuple[str, ...]:
+    """Moments that torch's optimizer keeps of each partition."""
+    if recipe.train.optimizer == "sgd":
+        return ("momentum_buffer",) if recipe.train.momentum else ()
+    return ("exp_avg", "exp_avg_sq")
 
 
 def deepspeed_json(
@@ -161,7 +168,8 @@ class DeepSpeedEngine:
         self.shapes = {n: tuple(p.shape) for n, p in core.named_parameters()}
         self.named = [(n, p) for n, p in core.named_parameters() if p.requires_grad]
         settings = recipe.train
-        optimizer = build_optimizer(parameter_groups(self.named, settings.weight_decay), settings)
+        treatment = treatment_of(core, block_modules(core), settings)
+        optimizer = build_optimizer(parameter_groups(self.named, settings.weight_decay, treatment), settings)
         buffers = {name: buffer.clone() for name, buffer in core.named_buffers()}
         if core.unread is not None:
             partition_while_reading(core, core.unread, self.config, precision, world)
@@ -215,7 +223,7 @@ class DeepSpeedEngine:
 
     def step(self, learning_rate: float) -> None:
         for group in self.zero.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate", 1.0)
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
         self.updates += 1
@@ -316,6 +324,9 @@ class DeepSpeedEngine:
                         yield name, parameter.detach().cpu().clone() if self.world.is_main else None
                 else:
                     yield name, parameter.detach().cpu() if self.world.is_main else None
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # refused with these engines
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:

@@ -113,6 +113,10 @@ class Engine(Protocol):
         Tensors are given on rank 0 only (None elsewhere); no rank holds more than one parameter more than its shard.
         """
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it, trained parameters hold the mean that is evaluated and exported (``train.average``, schedule-free
+        AdamW); the same to the bit afterwards. Collective; without such a mean nothing happens."""
+
     def gathered(self) -> AbstractContextManager[None]:
         """Within it, parameters outside the blocks are whole on every rank (generation calls parts of the model)."""
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from aifactory_train.core import compat
 from aifactory_train.parallel.apply import block_modules
 from aifactory_train.parallel.dims import ParallelDims
+from aifactory_train.parallel.shards import Shards
 from aifactory_train.parallel.state import Piece, rows_of
 from aifactory_train.parallel.torch_engine import TorchEngine
 from aifactory_train.parallel.traits import traits_of
@@ -103,9 +104,17 @@ class FSDPEngine(TorchEngine):
     def _norm_group(self) -> dist.ProcessGroup:
         return self.mesh.get_group("shard")
 
+    def _shards(self) -> Shards:
+        return Shards(self.mesh.get_group("shard"), self.world.device)
+
     def _pieces(self, tensor: torch.Tensor) -> list[Piece]:
+        if self._uncut(tensor):
+            return [Piece((0,) * tensor.dim(), tensor)]
         first = first_row(tensor.shape[0], self.mesh)
         return rows_of(tuple(tensor.shape), first, self._local(tensor))
+
+    def _uncut(self, tensor: torch.Tensor) -> bool:
+        return not isinstance(tensor, DTensor)  # a figure of all rows
 
     def _owned(self, number: int) -> bool:
         if self.mesh.ndim == 1:
@@ -118,6 +127,10 @@ class FSDPEngine(TorchEngine):
             if parameter.requires_grad or not trained_only:
                 whole = gather_rows(parameter, self.mesh, self.world)
                 yield name, whole
+
+    def _weights_changed(self) -> None:
+        # After a forward without a backward the root group is still whole, as it was gathered then.
+        self.core.reshard()  # type: ignore[operator]
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from aifactory_train.parallel.apply import block_modules
+from aifactory_train.parallel.averaging import AVERAGE, Average
 from aifactory_train.parallel.dims import ParallelDims
-from aifactory_train.parallel.optim import build_optimizer, parameter_groups
+from aifactory_train.parallel.optim import build_optimizer, new_moments, parameter_groups, treatment_of
+from aifactory_train.parallel.schedule_free import RUN, ScheduleFreeAdamW, averaged
+from aifactory_train.parallel.shards import Shards, local_of
 from aifactory_train.parallel.state import Piece, Sharded
 
 if TYPE_CHECKING:
@@ -20,15 +25,6 @@ if TYPE_CHECKING:
     from aifactory_train.model.precision import Precision
     from aifactory_train.parallel.engine import DeviceBatch
     from aifactory_train.parallel.world import World
-
-
-def state_keys(recipe: Recipe) -> tuple[str, ...]:
-    """Moments that the optimizer keeps of each parameter, as torch names them."""
-    if recipe.train.optimizer == "sgd":
-        return ("momentum_buffer",) if recipe.train.momentum else ()
-    if recipe.train.optimizer == "adamw8bit":
-        return ("m", "v", "m_scale", "v_scale")
-    return ("exp_avg", "exp_avg_sq")
 
 
 def sum_of_squares(tensors: list[torch.Tensor], device: str) -> torch.Tensor:
@@ -99,13 +95,23 @@ class TorchEngine:
         self.files: dict[str, Any] = {}
         self.named: list[tuple[str, nn.Parameter]] = []
         self.optimizer: torch.optim.Optimizer
+        #: ``train.average``
+        self.average: Average | None = None
 
     def _build_optimizer(self) -> None:
         self.named = [(n, p) for n, p in self.core.named_parameters() if p.requires_grad]
         settings = self.recipe.train
-        self.optimizer = build_optimizer(parameter_groups(self.named, settings.weight_decay), settings)
+        treatment = treatment_of(self.core, block_modules(self.core), settings)
+        groups = parameter_groups(self.named, settings.weight_decay, treatment)
+        self.optimizer = build_optimizer(groups, settings, self.precision.compute, self._shards())
+        if settings.average is not None:
+            self.average = Average(settings.average, self.named)
 
     # ---- what differs: where the shards lie
+
+    def _shards(self) -> Shards | None:
+        """The ranks that share the rows of every parameter; None where this rank has them all."""
+        return None
 
     def _local(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of a parameter, gradient or moment."""
@@ -122,6 +128,10 @@ class TorchEngine:
         """Whether this rank writes its pieces of the ``number``-th tensor."""
         raise NotImplementedError
 
+    def _uncut(self, tensor: torch.Tensor) -> bool:
+        """Whether every rank has all of ``tensor`` although parameters are cut: the ranks take turns to write it."""
+        return False
+
     # ---- one step
 
     def forward_backward(self, batch: DeviceBatch, scale: float, last: bool) -> torch.Tensor:
@@ -137,9 +147,11 @@ class TorchEngine:
 
     def step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate", 1.0)
         self.optimizer.step()
         self.updates += 1
+        if self.average is not None:
+            self.average.take_up(self.updates)
         self.discard()
 
     def discard(self) -> None:
@@ -150,51 +162,83 @@ class TorchEngine:
     def state(self) -> dict[str, dict[str, Sharded]]:
         state: dict[str, dict[str, Sharded]] = {"model": {}, "optimizer": {}}
         number = 0
+
+        def add(kind: str, name: str, value: torch.Tensor) -> None:
+            nonlocal number
+            value = value.detach()
+            owned = number % self.world.size == self.world.rank if self._uncut(value) else self._owned(number)
+            state[kind][name] = Sharded(tuple(value.shape), value.dtype, self._pieces(value), owned)
+            number += 1
+
         for name, parameter in self.named:
-            moments = self.optimizer.state.get(parameter, {})
-            for key, value in [(None, parameter), *((k, moments[k]) for k in state_keys(self.recipe) if k in moments)]:
-                value = value.detach()
-                entry = Sharded(tuple(value.shape), value.dtype, self._pieces(value), self._owned(number))
-                if key is None:
-                    state["model"][name] = entry
-                else:
-                    state["optimizer"][f"{key}/{name}"] = entry
-                number += 1
+            add("model", name, parameter)
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if key != "step" and isinstance(value, torch.Tensor):  # the steps are `updates`
+                    add("optimizer", f"{key}/{name}", value)
+            if self.average is not None and name in self.average.kept:
+                add("optimizer", f"{AVERAGE}/{name}", self.average.kept[name])
+        if isinstance(self.optimizer, ScheduleFreeAdamW) and self.optimizer.state:
+            add("optimizer", RUN, self.optimizer.run)
         return state
 
     def prepare_state(self, updates: int) -> None:
         """Allocate the moments (zeros), so that a checkpoint can be read into them; none where nothing was stepped
         yet.
         """
-        keys = state_keys(self.recipe)
-        for _, parameter in self.named:
-            if not updates:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
                 self.optimizer.state.pop(parameter, None)
-                continue
-            moments: dict[str, Any] = {}
-            if self.recipe.train.optimizer == "adamw8bit":
-                from aifactory_train.kernels.adamw8bit.op import new_state
-
-                moments = {**new_state(parameter), "step": 0}
-                keys = ()
-            if self.recipe.train.optimizer == "adamw":
-                # torch's fused and capturable implementations want the count beside the parameter
-                moments["step"] = torch.tensor(0.0, dtype=torch.float32, device=self._local(parameter).device)
-            for key in keys:
-                moments[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            if moments:
-                self.optimizer.state[parameter] = moments  # type: ignore[assignment]
+                moments = new_moments(self.optimizer, group, parameter) if updates else {}
+                if moments:
+                    self.optimizer.state[parameter] = moments
+        if self.average is not None:
+            self.average.prepare(updates)
 
     def finish_load(self, updates: int) -> None:
         """Called when the pieces of :meth:`state` have been filled from a checkpoint."""
         self.updates = updates
         self.discard()
+        self._weights_changed()
+        if hasattr(self.optimizer, "updates"):
+            self.optimizer.updates = updates
         for _, parameter in self.named:
             moments = self.optimizer.state.get(parameter, {})
             if isinstance(moments.get("step"), int):
                 moments["step"] = updates
             elif "step" in moments:
                 moments["step"].fill_(updates)
+
+    # ---- the mean of the weights
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The weights lie in host memory meanwhile."""
+        before: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for name, parameter in self.named:
+            mean = self._mean_of(name, parameter)
+            if mean is not None:
+                local = local_of(parameter.detach())
+                before.append((local, local.clone() if local.device.type == "cpu" else local.cpu()))
+                local.copy_(mean)
+        self._weights_changed()
+        try:
+            yield
+        finally:
+            for local, weights in before:
+                local.copy_(weights)
+            self._weights_changed()
+
+    def _mean_of(self, name: str, parameter: nn.Parameter) -> torch.Tensor | None:
+        """What is evaluated and exported in place of this rank's part of ``parameter``."""
+        if self.average is not None and name in self.average.kept:
+            return local_of(self.average.kept[name])
+        state = self.optimizer.state.get(parameter)
+        if isinstance(self.optimizer, ScheduleFreeAdamW) and state:
+            return averaged(local_of(parameter.detach()), local_of(state["z"]), self.recipe.train.betas[0])
+        return None
+
+    def _weights_changed(self) -> None:
+        """What was derived from the parameters is out of date."""
 
     def full_parameters(self, trained_only: bool = True) -> Iterator[tuple[str, torch.Tensor | None]]:
         raise NotImplementedError

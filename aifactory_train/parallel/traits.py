@@ -57,6 +57,8 @@ class EngineTraits:
     holds_quantised: bool = False
     #: values of ``train.optimizer`` whose state it can keep, save and cut
     optimizers: tuple[str, ...] = ("adamw", "sgd")
+    #: it can keep a mean of the weights beside them (``train.average``)
+    keeps_mean: bool = False
     #: trained parameters are kept in fp32, whatever the precision policy says
     fp32_masters: bool = False
     # ---- compile, offload, packages
@@ -85,6 +87,8 @@ _FSDP: dict[str, Any] = {
     "shards_gradients": True,
     "shards_optimizer": True,
     "cuts": "rows",
+    "keeps_mean": True,
+    "optimizers": ("adamw", "sgd", "muon", "schedule_free_adamw", "adafactor"),
     "weights": "block",
     "offloads_optimizer": True,
     "offloads_parameters": True,
@@ -100,6 +104,13 @@ _ZERO: dict[str, Any] = {
     "more_groups": True,  # DeepSpeed copies the group of all ranks
     "package": "deepspeed",
 }
+#: Why an optimizer does not go with every cut.
+NEEDS = {
+    "adamw8bit": "keeps one scale for blocks of them",
+    "muon": "works on whole matrices",
+    "schedule_free_adamw": "keeps weights beside them, which DeepSpeed would not know",
+    "adafactor": "keeps means of their rows and columns",
+}
 #: The engines by the name in ``parallel.engine``. Among equally fast ones the planner takes the earlier.
 ENGINES: dict[str, EngineTraits] = {
     "ddp": EngineTraits(
@@ -107,10 +118,11 @@ ENGINES: dict[str, EngineTraits] = {
         means="the whole model fits on each GPU, so only gradients have to travel",
         compute_copies=True,
         gradient_buffers=True,
+        keeps_mean=True,
         holds_quantised=True,  # a 4-bit weight is opaque bytes, which cannot be split or cast
         # Blocks of 256 elements share a scale: where a tensor is cut, blocks would follow the cut, and a checkpoint its
         # ranks.
-        optimizers=("adamw", "adamw8bit", "sgd"),
+        optimizers=("adamw", "adamw8bit", "sgd", "muon", "schedule_free_adamw", "adafactor"),
     ),
     "fsdp2": EngineTraits(means="one copy of the model over all GPUs", shard_group="all", **_FSDP),
     "hsdp": EngineTraits(
@@ -191,13 +203,20 @@ def refuse_what_it_cannot_do(recipe: Recipe, name: str) -> None:
 
 
 def refuse_optimizer(recipe: Recipe, name: str) -> None:
-    """Raise :class:`UserError` for an optimizer whose state engine ``name`` (``auto``: the default) cannot keep."""
+    """Raise :class:`UserError` for an optimizer whose state engine ``name`` (``auto``: the default) cannot keep, and
+    for a mean of the weights where it keeps none."""
     wanted, traits = recipe.train.optimizer, traits_of(name)
+    if recipe.train.average is not None and not traits.keeps_mean:
+        others = ", ".join(other for other, found in ENGINES.items() if found.keeps_mean)
+        raise UserError(
+            f"engine {name} keeps no mean of the weights beside them",
+            where="train.average",
+            fix=f"--set parallel.engine={others}, or leave train.average out",
+        )
     if wanted not in traits.optimizers:
         others = ", ".join(other for other, found in ENGINES.items() if wanted in found.optimizers)
         raise UserError(
-            f"engine {name} cannot keep the state of {wanted}: it cuts tensors, and {wanted} keeps one scale for "
-            f"blocks of them",
+            f"engine {name} cannot keep the state of {wanted}: it cuts tensors, and {wanted} {NEEDS[wanted]}",
             where="train.optimizer",
             fix=f"--set parallel.engine={others}, or train.optimizer={traits.optimizers[0]}",
         )

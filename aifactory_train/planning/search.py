@@ -94,6 +94,8 @@ def layouts(work: Workload, world: int, per_node: int, fixed: Fixed, offload: bo
             continue
         if (work.method == "qlora" and not traits.holds_quantised) or work.optimizer not in traits.optimizers:
             continue
+        if work.keeps_mean and not traits.keeps_mean:
+            continue
         runs = engine_that_runs(name, bf16=work.bytes.compute == 2, offload_optimizer=offload)
         if fixed.engine is None:
             if world == 1 and name != DEFAULT:

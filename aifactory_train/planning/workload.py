@@ -51,6 +51,7 @@ class Workload:
     preference: str | None = None  # preference_of() the recipe
     optimizer: str = "adamw"
     dropout: float = 0.0  # of the adapters' inputs
+    keeps_mean: bool = False  # train.average
 
     @property
     def row_documents(self) -> int:
@@ -133,21 +134,44 @@ def of_recipe(recipe: Recipe, shape: ModelShape, document: float | None, supervi
         targets=adapter.targets if isinstance(adapter.targets, str) else tuple(adapter.targets),
         dora=adapter.kind == "dora",
         train_embeddings=adapter.train_embeddings,
-        bytes=_bytes(recipe),
+        bytes=_bytes(recipe, shape),
         kernels=recipe.kernels.enabled,
         loss_chunk=train.loss_chunk_tokens,
         by_rows=train.batch_tokens is None,
         preference=preference,
         optimizer=train.optimizer,
+        keeps_mean=train.average is not None,
         dropout=adapter.dropout if adapter.kind != "none" else 0.0,
     )
 
 
-def _bytes(recipe: Recipe) -> Bytes:
+def _moments(recipe: Recipe, shape: ModelShape, master: int) -> float:
+    """Bytes of optimizer state per trained parameter."""
+    name, adapter = recipe.train.optimizer, recipe.adapter
+    if name == "sgd":
+        return master if recipe.train.momentum else 0
+    if name == "adamw8bit":
+        return 2 + 2 * 4 / 256  # two codes of a byte, and two fp32 scales for 256 of them
+    if name not in ("muon", "adafactor"):
+        return 2 * master
+    if adapter.kind == "none":
+        block, outside = shape.block_tensors(), shape.root_tensors()
+    else:
+        block = shape.lora_tensors(adapter.rank, adapter.targets, adapter.kind == "dora")
+        outside = [(shape.vocab, shape.hidden)] * (1 if shape.tied else 2) if adapter.train_embeddings else []
+    total = shape.layers * sum(r * c for r, c in block) + sum(r * c for r, c in outside)
+    if name == "muon":  # of matrices in the blocks one moment, of the rest AdamW's two
+        matrices = shape.layers * sum(r * c for r, c in block if c > 1)
+        return master * (2 - matrices / total)
+    kept = [(r + c if c > 1 else r) for r, c in block], [(r + c if c > 1 else r) for r, c in outside]
+    return 4 * (shape.layers * sum(kept[0]) + sum(kept[1])) / total
+
+
+def _bytes(recipe: Recipe, shape: ModelShape) -> Bytes:
     """The precision policy (see ``model.choose_precision``): fp32 master and moments, bf16 arithmetic, unless the
     recipe differs.
     """
-    p, train = recipe.precision, recipe.train
+    p = recipe.precision
     size = {"fp32": 4, "bf16": 2}
     if p.compute == "fp32":
         raise UserError(
@@ -156,12 +180,7 @@ def _bytes(recipe: Recipe) -> Bytes:
             fix="--set precision.compute=bf16 (or auto)",
         )
     master = size.get(p.parameters, 4)
-    if train.optimizer == "sgd":
-        moments: float = master if train.momentum else 0
-    elif train.optimizer == "adamw8bit":
-        moments = 2 + 2 * 4 / 256  # two codes of a byte, and two fp32 scales for 256 of them
-    else:
-        moments = 2 * master
+    moments = _moments(recipe, shape, master) + (4 if recipe.train.average is not None else 0)
     return Bytes(
         parameters=master,
         working=2 if master != 2 else 0,

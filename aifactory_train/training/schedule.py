@@ -29,3 +29,15 @@ def learning_rate(step: int, total: int, settings: TrainConfig) -> float:
     if settings.schedule == "linear":
         return peak * (floor + (1 - floor) * (1 - done))
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def remarks(total: int, settings: TrainConfig) -> list[tuple[str, str, str]]:
+    """``(what, choice, why)`` of what a run of ``total`` steps never comes to."""
+    lines = []
+    if (settings.warmup_steps or 0) > total:
+        why = f"train.warmup_steps {settings.warmup_steps} are more than the run's {total} steps"
+        lines.append(("learning rate", f"stays below {settings.learning_rate:g}", why))
+    if settings.average is not None and settings.average.start_step >= total:
+        why = f"train.average.start_step {settings.average.start_step} is not before the last of {total} steps"
+        lines.append(("mean of the weights", "the last step's weights", why))
+    return lines

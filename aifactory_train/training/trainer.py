@@ -11,6 +11,7 @@ What happens is said in events (:mod:`aifactory_train.record.events`); nobody el
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ from aifactory_train.training.guard import Guard, StepVerdict, stopped_by_guard
 from aifactory_train.training.listeners import listen
 from aifactory_train.training.metrics_log import MetricsLog, Progress, compare_with_plan, print_comparison, print_start
 from aifactory_train.training.probe import largest_micro_batch, try_step
-from aifactory_train.training.schedule import learning_rate
+from aifactory_train.training.schedule import learning_rate, remarks
 from aifactory_train.training.state import LoopState, refuse_length, refuse_other_rows, same_rates
 from aifactory_train.training.stopping import Best, StopChannels
 
@@ -73,7 +74,7 @@ class Trainer:
         quiet: bool,
         owner: Owner | None = None,
         protection: dict[str, Any] | None = None,
-        listeners: tuple[ev.Listener, ...] = (),
+        listeners: Sequence[ev.Listener] = (),
     ):
         recipe = recipe.model_copy(deep=True)  # what is settled below is this run's, not the caller's
         self.recipe, self.run, self.world, self.quiet = recipe, run, world, quiet or not world.is_main
@@ -149,9 +150,8 @@ class Trainer:
         sizes = settings.batch_rows, settings.batch_tokens
         self.sampler = Sampler(train_set.lengths, train_set.weights, settings.seed, *sizes)
         self.total_steps = self.sampler.steps(settings.epochs, settings.max_steps)
-        if (settings.warmup_steps or 0) > self.total_steps:
-            why = f"train.warmup_steps {settings.warmup_steps} are more than the run's {self.total_steps} steps"
-            self.report.add("learning rate", f"stays below {settings.learning_rate:g}", why)
+        for line in remarks(self.total_steps, settings):
+            self.report.add(*line)
         self.context = RunContext(
             recipe=self.recipe,
             folder=self.run,
@@ -279,6 +279,7 @@ class Trainer:
         device once.
         """
         started = time.perf_counter()
+        self._phase("fetch")
         settings, state = self.recipe.train, self.state
         ready = self.ahead.take(self.step, state.cursor)
         step, documents = ready.context, ready.context.documents
@@ -299,9 +300,8 @@ class Trainer:
         self._phase("reduce")
         norm = self.engine.clip(settings.max_grad_norm, rest)
         dist.all_reduce(loss)
-        summed, grad_norm = torch.stack(
-            [loss, norm.to(loss)]
-        ).tolist()  # the step's one synchronisation with the device
+        both = torch.stack([loss, norm.to(loss)])
+        summed, grad_norm = both.tolist()  # the step's one synchronisation with the device
         mean_loss = summed / units
         verdict = state.guard.judge(mean_loss, grad_norm)
         if verdict.action != "go":
@@ -392,9 +392,10 @@ class Trainer:
         tell = None if self.quiet or when == "during" else note
         if tell is not None:
             tell(f"evaluating {when} the training:")
-        figures = evaluate(
-            self.engine.module, self.tokenizer, self.data, self.recipe, **here, generate=generate, tell=tell
-        )
+        with self.engine.averaged():
+            figures = evaluate(
+                self.engine.module, self.tokenizer, self.data, self.recipe, **here, generate=generate, tell=tell
+            )
         if when != "during":
             self.state.results[when] = figures
         self.events.emit(ev.Evaluated(when, figures, self.step))
@@ -432,14 +433,9 @@ class Trainer:
         self.owner.check(look=True)
         exported = None
         if recipe.export.automatic:
-            exported = export_run(
-                self.run,
-                merge=recipe.export.merge,
-                engine=self.engine,
-                tokenizer=self.tokenizer,
-                data=self.data,
-                recipe=recipe,
-            )
+            what: dict[str, Any] = {"tokenizer": self.tokenizer, "data": self.data, "recipe": recipe}
+            with self.engine.averaged():
+                exported = export_run(self.run, merge=recipe.export.merge, engine=self.engine, **what)
         if exported is not None:
             self.events.emit(ev.Exported(exported))
         if world.is_main:

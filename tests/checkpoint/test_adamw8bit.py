@@ -13,6 +13,7 @@ from legs import run_legs
 
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
+from aifactory_train.model import shapes
 from aifactory_train.parallel.storage import same_tensors
 from aifactory_train.parallel.traits import ENGINES, refuse_what_it_cannot_do
 from aifactory_train.planning import search, workload
@@ -83,9 +84,10 @@ def test_engines_that_cut_tensors_refuse_it_by_name(name: str) -> None:
 
 
 def test_the_planner_counts_its_bytes_and_leaves_other_engines_out() -> None:
-    eight, full = (workload._bytes(recipe(train={"optimizer": o})) for o in ("adamw8bit", "adamw"))
+    shape = shapes.load("HuggingFaceTB/SmolLM2-135M")
+    eight, full = (workload._bytes(recipe(train={"optimizer": o}), shape) for o in ("adamw8bit", "adamw"))
     assert (full.optimizer, eight.optimizer) == (8, 2 + 2 * 4 / 256)
-    work = SimpleNamespace(method="full", optimizer="adamw8bit", bytes=eight)
+    work = SimpleNamespace(method="full", optimizer="adamw8bit", keeps_mean=False, bytes=eight)
     found = list(search.layouts(work, 8, 4, workload.Fixed(), False))  # type: ignore[arg-type]
     assert {layout.engine for layout in found} == {"ddp"}
 
@@ -96,4 +98,5 @@ def test_the_bytes_are_those_of_the_state() -> None:
     from aifactory_train.kernels.adamw8bit.op import new_state
 
     size = sum(t.numel() * t.element_size() for t in new_state(torch.zeros(64, 1024)).values())
-    assert size / (64 * 1024) == workload._bytes(recipe(train={"optimizer": "adamw8bit"})).optimizer
+    shape = shapes.load("HuggingFaceTB/SmolLM2-135M")
+    assert size / (64 * 1024) == workload._bytes(recipe(train={"optimizer": "adamw8bit"}), shape).optimizer

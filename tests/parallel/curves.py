@@ -239,6 +239,22 @@ def build(case: dict[str, Any], world):
     return build_engine(case["engine"], make_core(case, recipe, precision), recipe, precision, world)
 
 
+def judge(engine, world) -> list[float]:
+    """The loss on one step's documents at the weights, at their mean, and at the weights again."""
+    import torch
+
+    batch = make_batch(step_documents(0), world.device)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(engine.module(**batch.kwargs()))
+
+    found = [loss()]
+    with engine.averaged():
+        found.append(loss())
+    return [*found, loss()]
+
+
 def run_case(case: dict[str, Any], world) -> dict[str, Any]:
     import gpu_shaped
     import torch
@@ -252,11 +268,13 @@ def run_case(case: dict[str, Any], world) -> dict[str, Any]:
         with gpu_shaped.Collectives() if case.get("count") else contextlib.nullcontext() as seen:
             points.append(train_step(engine, case, world, step))
         collectives.append(dict(seen.found) if seen is not None else {})
+    judged = judge(engine, world) if case.get("judge") else []
     del engine
     gc.collect()  # DeepSpeed's engines are cycles: let every rank drop this one here, not in the middle of the next
     return {
         "losses": [p[0] for p in points],
         "norms": [p[1] for p in points],
+        "judged": judged,
         "collectives": collectives,
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": dict(counters["graph_break"]),

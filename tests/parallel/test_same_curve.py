@@ -21,6 +21,15 @@ METHODS = {
     "sgd full": {"adapter": "none", "optimizer": "sgd", "rate": 0.1, "train": {"momentum": 0.9}},
     "sgd lora": {"adapter": "lora", "optimizer": "sgd", "rate": 0.3},
 }
+#: Beside them: what some engines refuse, and what is set for single parameters.
+MORE: dict[str, dict[str, Any]] = {
+    "muon": {"optimizer": "muon", "rate": 2e-2, "train": {"layer_decay": 0.8}},
+    "schedule-free": {"optimizer": "schedule_free_adamw", "train": {"schedule": "constant"}},
+    "adafactor": {"optimizer": "adafactor"},
+    "lora+": {"adapter": "lora", "optimizer": "adamw", "rate": 2e-3, "train": {"lora_plus_ratio": 8, "average": {}}},
+    "frozen": {"optimizer": "adamw", "train": {"freeze": ["*embed*", "*.1.mlp.*"]}},
+}
+MORE = {name: {"adapter": "none", "steps": 6, "judge": True, **case} for name, case in MORE.items()}
 ENGINES = list(traits.ENGINES)
 Curve = dict[str, list[float]]
 
@@ -45,8 +54,9 @@ def report(case: dict[str, Any], curve: Curve, reference: Curve) -> str:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
     """The curve of one process, one micro-batch, by method."""
-    cases = [{**method, "engine": "ddp"} for method in METHODS.values()]
-    return dict(zip(METHODS, run_cases(1, cases, tmp_path_factory.mktemp("alone")), strict=True))
+    methods = {**METHODS, **MORE}
+    cases = [{**method, "engine": "ddp"} for method in methods.values()]
+    return dict(zip(methods, run_cases(1, cases, tmp_path_factory.mktemp("alone")), strict=True))
 
 
 def shards(ranks: int, engine: str) -> dict[str, int]:
@@ -70,12 +80,20 @@ def matrix(ranks: int, engines: list[str], methods: list[str], accumulations: li
 
 
 def compare(ranks: int, cases: list[dict[str, Any]], alone: dict[str, Curve], folder: Path, timeout: float) -> None:
+    """The curves of ``cases`` are those of ``alone``, and so are the losses that are evaluated after them."""
     wrong = []
     for case, curve in zip(cases, run_cases(ranks, cases, folder, timeout), strict=True):
-        line = report(case, curve, alone[case["method"]])
+        reference = alone[case["method"]]
+        line = report(case, curve, reference)
         print(line)
-        if not agrees(curve, alone[case["method"]]):
+        if not agrees(curve, reference):
             wrong.append(line)
+        if case.get("judge"):
+            before, mean, after = curve["judged"]
+            keeps = case["method"] in ("schedule-free", "lora+")
+            near = max(relative(curve["judged"], reference["judged"])) <= LOSS
+            if not near or before != after or (mean != before) != keeps:
+                wrong.append(f"{line}: evaluated {curve['judged']}, alone {reference['judged']}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -86,9 +104,12 @@ def test_full_fine_tuning_learns(alone: dict[str, Curve]) -> None:
 
 
 def test_two_ranks_train_the_curve_of_one(alone: dict[str, Curve], tmp_path: Path) -> None:
-    """Each engine once with AdamW in full and once as LoRA, with four micro-batches, one of them empty on some rank."""
+    """Each engine once with AdamW in full and once as LoRA, with four micro-batches, one of them empty on some rank;
+    and the other optimizers."""
     cases = matrix(2, ["ddp", "fsdp2", "zero2", "zero3"], ["adamw full"], [4])
     cases += matrix(2, ["fsdp2", "zero1"], ["adamw lora"], [4]) + matrix(2, ["fsdp2", "zero3"], ["sgd full"], [1])
+    more = [("fsdp2", m) for m in MORE] + [("ddp", "muon"), ("ddp", "lora+"), ("zero3", "frozen")]
+    cases += [{**MORE[m], "method": m, "engine": e} for e, m in more]
     compare(2, cases, alone, tmp_path, 300)
 
 
@@ -97,6 +118,13 @@ def test_two_ranks_train_the_curve_of_one(alone: dict[str, Curve], tmp_path: Pat
 def test_four_ranks_train_the_curve_of_one(alone: dict[str, Curve], tmp_path: Path) -> None:
     """All engines (HSDP as 2 x 2), both methods, both optimizers, accumulation 1 and 4."""
     compare(4, matrix(4, ENGINES, list(METHODS), [1, 4]), alone, tmp_path, 1700)
+
+
+@pytest.mark.slow
+def test_other_optimizers_on_four_ranks(alone: dict[str, Curve], tmp_path: Path) -> None:
+    engines = [name for name in ENGINES if traits.ENGINES[name].keeps_mean]
+    cases = [{**MORE[m], "method": m, "engine": e, **shards(4, e)} for e in engines for m in MORE]
+    compare(4, cases, alone, tmp_path, 900)
 
 
 def test_the_comparison_sees_the_classic_mistakes(alone: dict[str, Curve], tmp_path: Path) -> None:
