@@ -70,7 +70,8 @@ def arguments(sub: Submission, run: str) -> list[str]:
     if sub.request.accept is not None:
         return ["-m", "aifactory_train", "accept", "--out", f"{run}/acceptance", "--run-dir", run, *sub.request.accept]
     program = sub.request.program or ("-m", "aifactory_train", "train")
-    return [*program, f"{run}/submission/recipe.yaml", "--run-dir", run, "--resume", "auto"]
+    profile = ["--profile", sub.request.profile] if sub.request.profile is not None else []
+    return [*program, f"{run}/submission/recipe.yaml", "--run-dir", run, "--resume", "auto", *profile]
 
 
 def array_tasks(request: LaunchRequest) -> list[list[str]]:

@@ -191,6 +191,7 @@ class LaunchRequest:
     #: The program of a rank and its fixed arguments, before recipe and run folder; ``None`` is ``aifactory train``.
     program: tuple[str, ...] | None = None
     extra_flags: tuple[str, ...] = ()
+    profile: str | None = None  # the steps of which every rank records where their time goes
     #: Instead of a recipe: the acceptance of one node (``aifactory accept``), with these options.
     accept: tuple[str, ...] | None = None
 

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.run.profiled_steps import steps_asked
 from aifactory_train.sources import licences
 
 
@@ -99,6 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again.add_argument(
         "--resume", action="store_true", help="RECIPE is a run folder: submit it again, unchanged, to go on"
     )
+    again.add_argument(
+        "--profile", metavar="STEPS", help="every rank records where the time of these steps goes: a number, or A-B"
+    )
     cost = parser.add_argument_group("cost and output")
     cost.add_argument("--budget", type=float, metavar="H", help="refuse more than H GPU-hours")
     cost.add_argument(
@@ -119,6 +123,12 @@ def run(args: argparse.Namespace) -> int:
     elif args.recipe is None:
         raise UserError("no recipe is named", where="RECIPE", fix="'aifactory recipes' lists them")
     if args.resume:
+        if args.profile is not None:
+            raise UserError(
+                "--resume submits a run folder unchanged",
+                where="--profile",
+                fix="leave --profile out, or submit the recipe anew with it",
+            )
         return _resume(args)
     args.overrides = licences.overrides(args)
     # Scanning all installed distributions for pydantic plug-ins costs a tenth of a dry run; none is used.
@@ -189,6 +199,7 @@ def _only_an_acceptance(args: argparse.Namespace) -> None:
         "--chain": bool(args.chain),
         "--resubmit": args.resubmit not in (None, "none"),
         "--resume": args.resume,
+        "--profile": args.profile is not None,
     }
     wrong = [name for name, there in given.items() if there]
     if wrong:
@@ -214,6 +225,8 @@ def request_of(args: argparse.Namespace):
                 fix="--array train.learning_rate=1e-4,2e-4",
             )
         array.append((key, tuple(v for v in values.split(",") if v != "")))
+    if args.profile is not None:
+        steps_asked(args.profile)
     limits = dict(vars(rq.Restarts()))
     for text in args.restarts:
         kind, number = rq.pair(text, "--restarts")
@@ -251,6 +264,7 @@ def request_of(args: argparse.Namespace):
         run_dir=args.run_dir,
         overrides=tuple(args.overrides),
         env=tuple(rq.pair(text, "--env") for text in args.env),
+        profile=args.profile,
         array=tuple(array),
         container=args.container,
         venv=args.venv,

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.run.profiled_steps import steps_asked
 from aifactory_train.sources import licences
 
 
@@ -30,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="end of the allocation: save and stop in time (default: AIFACTORY_STOP_AT or SLURM_JOB_END_TIME)",
     )
     parser.add_argument("--attempt", type=int, metavar="N", help="number of this attempt (launchers set it)")
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="record where the time of these steps goes into profile/ of the run folder: a number of them, or A-B",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress and no tables")
     licences.add_arguments(parser)
 
@@ -44,7 +50,17 @@ def run(args: argparse.Namespace) -> int:
         folder = args.run_dir or (default_run_dir(recipe, args.name) if args.name else None)
         from aifactory_train.training.start import train
 
-        return train(recipe, folder, resume=args.resume, quiet=args.quiet, attempt=args.attempt, stop_at=args.stop_at)
+        if args.profile is not None:
+            steps_asked(args.profile)
+        return train(
+            recipe,
+            folder,
+            resume=args.resume,
+            quiet=args.quiet,
+            attempt=args.attempt,
+            stop_at=args.stop_at,
+            profile=args.profile,
+        )
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             raise

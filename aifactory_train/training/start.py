@@ -22,6 +22,7 @@ from aifactory_train.run.folder import RunFolder, default_run_dir
 from aifactory_train.run.opening import open_for_training
 from aifactory_train.run.outcome import Attempt, new_attempt
 from aifactory_train.run.ownership import Owner, process_age
+from aifactory_train.training.step_profile import StepProfiler
 from aifactory_train.training.stopping import StopChannels
 from aifactory_train.training.trainer import Trainer
 
@@ -35,11 +36,13 @@ def train(
     attempt: int | None = None,
     stop_at: float | None = None,
     listeners: Sequence[Listener] = (),
+    profile: str | None = None,
 ) -> int:
     """Train ``recipe`` in ``folder`` as one of the ranks that the launcher started; returns the exit code.
 
     ``attempt`` is the launcher's number of this attempt (default: the next one), ``stop_at`` the end of the allocation
-    in seconds since the epoch. ``listeners`` hear the run's events (:mod:`aifactory_train.record.events`) on this rank.
+    in seconds since the epoch. ``listeners`` hear the run's events (:mod:`aifactory_train.record.events`) on this rank,
+    ``profile`` names the steps of which is recorded where their time goes.
     """
     trackers.check(recipe)
     protected = enforce(recipe, folder)  # before anything is read or written
@@ -47,7 +50,7 @@ def train(
     world = join_world(recipe.parallel.timeout_s, recipe.parallel.threads)
     code = None
     try:
-        code = _train_as(world, recipe, folder, stop, protected, resume, quiet, attempt, tuple(listeners))
+        code = _train_as(world, recipe, folder, stop, protected, resume, quiet, attempt, tuple(listeners), profile)
         return code
     except BaseException as error:
         if leaves_alone(world):  # the outcome is written
@@ -83,6 +86,7 @@ def _train_as(
     quiet: bool,
     attempt: int | None,
     listeners: tuple[Listener, ...],
+    profile: str | None,
 ) -> int:
     """One rank's attempt. A function of its own: on return nothing holds the process groups any more
     (`leave_world`).
@@ -105,7 +109,8 @@ def _train_as(
             started = record.started if age is None else time.time() - age
             stop.watch_file(run.stop_file, None if record.closed_by_launcher else started, world.size)
         try:
-            trainer = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet, owner, protected, listeners)
+            hears = [*listeners, *([StepProfiler(profile, run, world)] if profile is not None else [])]
+            trainer = Trainer(recipe, run, world, stop, record, resume, resume_from, quiet, owner, protected, hears)
             record.code = trainer.run_to_end()
         finally:
             if world.is_main and not record.closed_by_launcher:
