@@ -27,7 +27,7 @@ if "AIFACTORY_EGRESS_NODES" in _os.environ:
 
 if _TYPE_CHECKING:
     from aifactory_train.api.machines import Launched, Plan, Systems, launch, plan, systems
-    from aifactory_train.api.models import TrainedModel, export, load
+    from aifactory_train.api.models import LoadedModel, export, load
     from aifactory_train.api.preparing import PreparedRows, prepare, recipe
     from aifactory_train.api.results import Evaluation, TrainedRun, evaluate
     from aifactory_train.api.running import train
@@ -39,12 +39,12 @@ if _TYPE_CHECKING:
         Event,
         Exported,
         Incident,
-        Judged,
         PhaseBegan,
         RunEnded,
         RunStarted,
         Saved,
         StepDone,
+        VerdictReached,
     )
 
 #: Stable name -> the module below this package that holds it.
@@ -53,12 +53,22 @@ _STABLE = {
     **dict.fromkeys(("systems", "plan", "launch", "Systems", "Plan", "Launched"), "api.machines"),
     "train": "api.running",
     **dict.fromkeys(("evaluate", "Evaluation", "TrainedRun"), "api.results"),
-    **dict.fromkeys(("load", "export", "TrainedModel"), "api.models"),
+    **dict.fromkeys(("load", "export", "LoadedModel"), "api.models"),
     "Recipe": "config.schema",
     "Verdict": "evaluation.verdict",
     **dict.fromkeys(("UserError", "RunFailed"), "core.errors"),
     **dict.fromkeys(
-        ("Event", "PhaseBegan", "RunStarted", "StepDone", "Evaluated", "Incident", "Saved", "Exported", "Judged"),
+        (
+            "Event",
+            "PhaseBegan",
+            "RunStarted",
+            "StepDone",
+            "Evaluated",
+            "Incident",
+            "Saved",
+            "Exported",
+            "VerdictReached",
+        ),
         "record.events",
     ),
     "RunEnded": "record.events",
@@ -72,8 +82,8 @@ __all__ = [
     "Event",
     "Exported",
     "Incident",
-    "Judged",
     "Launched",
+    "LoadedModel",
     "PhaseBegan",
     "Plan",
     "PreparedRows",
@@ -84,10 +94,10 @@ __all__ = [
     "Saved",
     "StepDone",
     "Systems",
-    "TrainedModel",
     "TrainedRun",
     "UserError",
     "Verdict",
+    "VerdictReached",
     "evaluate",
     "export",
     "launch",

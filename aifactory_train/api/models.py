@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TrainedModel:
+class LoadedModel:
     """A trained model that answers. ``model`` is transformers' (with peft's adapter where one was trained), in
     evaluation mode; ``tokenizer`` is the run's.
 
@@ -84,8 +84,8 @@ class TrainedModel:
         return self._talker.ask(prompt)
 
 
-def load(run: AnyRun, *, system: str | None = None, max_new_tokens: int = 256) -> TrainedModel:
-    """The trained model of a run. ``system`` and ``max_new_tokens`` are those of :meth:`TrainedModel.chat`.
+def load(run: AnyRun, *, system: str | None = None, max_new_tokens: int = 256) -> LoadedModel:
+    """The trained model of a run. ``system`` and ``max_new_tokens`` are those of :meth:`LoadedModel.chat`.
 
     Raises :class:`UserError` for an unknown run, and for one that has exported nothing.
 
@@ -96,7 +96,7 @@ def load(run: AnyRun, *, system: str | None = None, max_new_tokens: int = 256) -
     from aifactory_train.commands.chat import Talker
 
     folder = TrainedRun.open(run).folder
-    return TrainedModel(folder, Talker(folder, system=system, max_new_tokens=max_new_tokens))
+    return LoadedModel(folder, Talker(folder, system=system, max_new_tokens=max_new_tokens))
 
 
 def export(

@@ -63,7 +63,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Judged:
+class VerdictReached:
     """What the held-out figures come to, in words (:class:`aifactory_train.evaluation.verdict.Verdict` as plain
     values)."""
 
@@ -104,7 +104,7 @@ class RunEnded:
     reason: str | None = None
 
 
-Event = PhaseBegan | RunStarted | StepDone | Evaluated | Judged | Incident | Saved | Exported | RunEnded
+Event = PhaseBegan | RunStarted | StepDone | Evaluated | VerdictReached | Incident | Saved | Exported | RunEnded
 
 
 class Listener(Protocol):

@@ -25,7 +25,16 @@ from aifactory_train.record import aiact, collect
 from aifactory_train.record.chain import Chain, fold, now, plain, read_events
 from aifactory_train.record.devices import peak_memory
 from aifactory_train.record.digests import describe, files_below, tree_digest
-from aifactory_train.record.events import Evaluated, Event, Exported, Incident, Judged, RunEnded, RunStarted, StepDone
+from aifactory_train.record.events import (
+    Evaluated,
+    Event,
+    Exported,
+    Incident,
+    RunEnded,
+    RunStarted,
+    StepDone,
+    VerdictReached,
+)
 from aifactory_train.record.files import (
     DATA_MANIFEST,
     EVENTS,
@@ -126,7 +135,7 @@ class Recorder:
             self.start(event)
         elif isinstance(event, Evaluated):
             self.evaluated(event.when, event.figures, event.step)
-        elif isinstance(event, Judged):
+        elif isinstance(event, VerdictReached):
             self.judged(event.verdict)
         elif isinstance(event, Incident):
             self.incident(event.action, event.step, event.why, event.documents)

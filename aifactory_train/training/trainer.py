@@ -425,7 +425,7 @@ class Trainer:
         if recipe.eval.after:
             self._evaluate("after", generate=True)
         results = results_file(self.state.results, recipe, self.run.path, self.step)
-        self.events.emit(ev.Judged(results["verdict"]))
+        self.events.emit(ev.VerdictReached(results["verdict"]))
         if world.is_main:
             write_json(self.run.eval_file, results)
             compare_with_plan(self.run, world)

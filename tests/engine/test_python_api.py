@@ -27,7 +27,7 @@ from aifactory_train.core.errors import RunFailed, UserError
 PAGE = helpers.ROOT / "docs" / "python.md"
 #: Classes that a user is handed and never calls; docs/python.md uses each in an example.
 BY_THE_PAGE = {"Event", "PhaseBegan", "RunStarted", "StepDone", "Evaluated", "Incident", "Saved", "Exported"} | {
-    *("Judged", "RunEnded", "Recipe", "UserError", "RunFailed"),
+    *("VerdictReached", "RunEnded", "Recipe", "UserError", "RunFailed"),
 }
 
 
@@ -74,7 +74,7 @@ def test_examples(name: str, run: af.TrainedRun) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_runs_and_names_everything(run: af.TrainedRun) -> None:
+def test_the_page_runs_and_names_everything(desk: Path) -> None:
     """Python blocks of docs/python.md run one after the other in one process; every stable name is in its list."""
     text = PAGE.read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -284,7 +284,7 @@ def test_a_callback_that_fails_ends_nothing_and_signals_are_given_back(
         "StepDone",
         "Saved",
         "Evaluated",
-        "Judged",
+        "VerdictReached",
         "Exported",
         "RunEnded",
     ]
