@@ -228,9 +228,9 @@ def _with_rows(
 ) -> Recipe:
     """A recipe that is there already, with other rows."""
     stem = as_recipe(name).id.rpartition("/")[2]
-    more = {} if licence is None else {"licence": licence}
+    more: dict[str, Any] = {} if licence is None else {"licence": licence}
     if columns:
-        more["columns"] = dict(columns)  # type: ignore[assignment]
+        more["columns"] = dict(columns)
     sources = {"data.train": {"source": as_source(data, stem, folder, "data"), **more}}
     if held_out is not None:
         sources["data.eval"] = {"source": as_source(held_out, f"{stem}-held-out", folder, "held_out"), **more}

@@ -103,8 +103,8 @@ class TrainedRun:
     def _repr_html_(self) -> str:
         from aifactory_train.report.curves import curves
 
-        results, parts = self.results, []
-        verdict = self.verdict
+        results, verdict = self.results, self.verdict
+        parts: list[Markup] = []
         if verdict is not None:
             said = Markup('<p class="verdict {}">{}<br>next: <code>{}</code></p>')
             parts.append(said.format(verdict.word.replace(" ", "-"), verdict.sentence, verdict.next))

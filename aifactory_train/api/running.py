@@ -75,7 +75,7 @@ def train(
     if ranks > 1:
         _in_ranks(found, folder, ranks, resume, quiet)
     else:
-        _here(found, folder, resume, callbacks, quiet)
+        _here(found, folder, resume, callbacks, quiet, name is not None or run_dir is not None)
     return TrainedRun.open(folder)
 
 
@@ -92,12 +92,17 @@ def _here(
     resume: str | int | None,
     callbacks: Sequence[Callable[[Event], None]],
     quiet: bool,
+    named: bool,
 ) -> None:
+    from aifactory_train.parallel.world import discover
     from aifactory_train.training.start import train as train_rank
 
     if threading.current_thread() is not threading.main_thread():
         fix = "call it there, or start a process: aifactory train, or ranks=2"
         raise UserError("signals reach the main thread alone, so training runs in it", where="train", fix=fix)
+    if not named and discover()[1] > 1:
+        fix = "name='…': every rank has to mean the same folder"
+        raise UserError("several ranks were started from outside, and the run has no name", where="name", fix=fix)
     again = None if resume is None else str(resume)
     with _signals_put_back():
         code = train_rank(recipe, folder, resume=again, quiet=quiet, listeners=[_Callback(f) for f in callbacks])

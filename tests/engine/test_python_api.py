@@ -315,6 +315,13 @@ def test_wrong_requests_are_refused(desk: Path, run: af.TrainedRun) -> None:
     assert af.plan("health/phenotype-terms", on="lumi", gpus_per_node=1, tokens=1e6)["site"] == "lumi-g"
 
 
+def test_ranks_from_outside_have_to_name_the_run(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="every rank has to mean the same folder"):
+        af.train("recipe.yaml")
+
+
 def test_training_outside_the_main_thread_is_refused(desk: Path) -> None:
     import threading
 
