@@ -170,13 +170,13 @@ def preference_batch(given: list[tuple[list[int], int]], device: str) -> DeviceB
     import torch
 
     from aifactory_train.config.schema import PreferenceConfig
-    from aifactory_train.methods.preference_loss import SUMS, Judged
+    from aifactory_train.methods.preference_loss import SUMS, PairObjective
 
     found = batch(given, device)
     counts = [supervised for _, supervised in given]
     floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
     lengths = torch.tensor(counts, **floats)
-    found.objective = Judged(
+    found.objective = PairObjective(
         settings=PreferenceConfig(kind="dpo"),
         counts=counts,
         answers=torch.arange(len(counts), device=device),

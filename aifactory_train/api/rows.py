@@ -90,7 +90,7 @@ def _line(row: Mapping[str, Any], where: str) -> tuple[str, int]:
         if value is None or isinstance(value, (str, bool, int)):
             return value
         if type(value).__module__.startswith(("numpy", "pandas")):
-            if hasattr(value, "tolist") and getattr(value, "ndim", 0):
+            if hasattr(value, "tolist") and bool(getattr(value, "ndim", False)):
                 return plain(value.tolist(), column)
             if type(value).__name__ in ("NAType", "NaTType"):
                 nans += 1

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from aifactory_train.model.objective import Likelihood
 
 
-#: What :attr:`PairObjective.sums` counts in a step: rewards and numbers of good and of bad answers, pairs in the wanted order
-#: (equal rewards count half), the preference loss, NLL and targets of replayed rows.
+#: What :attr:`PairObjective.sums` counts in a step: rewards and numbers of good and of bad answers, pairs in the wanted
+#: order (equal rewards count half), the preference loss, NLL and targets of replayed rows.
 SUMS = ("good", "bad", "good_answers", "bad_answers", "in_order", "preference_loss", "replay_nll", "replay_tokens")
 
 

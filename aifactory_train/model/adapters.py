@@ -30,8 +30,6 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
         report.add("trained", "all weights", "adapter.kind none")
         _all_experts(model, recipe, report)
     else:
-        from peft import LoraConfig, get_peft_model
-
         placed = expert_targets.choose(model, recipe, report)
         if placed is None:
             modules = dict(model.named_modules())
@@ -40,28 +38,7 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
         targets = settings.targets if placed is None else placed.modules
         routers = _tuple_linears(model)
         spared = routers if settings.targets == "all-linear" else []
-        saved = _embedding_modules(model) if settings.train_embeddings else None
-        try:
-            with compat.quiet_peft():
-                model = get_peft_model(
-                    model,
-                    LoraConfig(
-                        task_type="CAUSAL_LM",
-                        r=settings.rank,
-                        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft takes fractions too
-                        lora_dropout=settings.dropout,
-                        target_modules=targets,
-                        target_parameters=placed.parameters or None if placed is not None else None,
-                        exclude_modules=spared or None,
-                        use_rslora=settings.kind == "rslora",
-                        use_dora=settings.kind == "dora",
-                        modules_to_save=saved,
-                        ensure_weight_tying=bool(saved) and bool(getattr(model.config, "tie_word_embeddings", False)),
-                    ),
-                    autocast_adapter_dtype=False,
-                )
-        except ValueError as error:
-            raise UserError(str(error).splitlines()[0], where="adapter.targets") from None
+        model = _with_adapter(model, recipe, targets, placed, spared)
         adapted = [n for n in routers if hasattr(model.get_base_model().get_submodule(n), "base_layer")]
         if adapted:
             raise UserError(
@@ -73,7 +50,7 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
         shown = targets if isinstance(targets, str) else ", ".join([*targets, *(placed.parameters if placed else [])])
         if spared:
             shown += f" but {len(spared)} routers"
-        extra = " and the embeddings in full" if saved else ""
+        extra = " and the embeddings in full" if settings.train_embeddings else ""
         report.add(
             "trained", f"{settings.kind} r={settings.rank} alpha={settings.alpha:g} on {shown}{extra}", "adapter"
         )
@@ -88,6 +65,41 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
     report.parameters = sum(p.numel() for p in model.parameters())
     report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return model
+
+
+def _with_adapter(
+    model: Any,
+    recipe: Recipe,
+    targets: str | list[str],
+    placed: expert_targets.Targets | None,
+    spared: list[str],
+) -> Any:
+    """peft's model with fresh adapters on ``targets``. Raises :class:`UserError` with peft's words where it cannot."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = recipe.adapter
+    saved = _embedding_modules(model) if settings.train_embeddings else None
+    try:
+        with compat.quiet_peft():
+            return get_peft_model(
+                model,
+                LoraConfig(
+                    task_type="CAUSAL_LM",
+                    r=settings.rank,
+                    lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft takes fractions too
+                    lora_dropout=settings.dropout,
+                    target_modules=targets,
+                    target_parameters=placed.parameters or None if placed is not None else None,
+                    exclude_modules=spared or None,
+                    use_rslora=settings.kind == "rslora",
+                    use_dora=settings.kind == "dora",
+                    modules_to_save=saved,
+                    ensure_weight_tying=bool(saved) and bool(getattr(model.config, "tie_word_embeddings", False)),
+                ),
+                autocast_adapter_dtype=False,
+            )
+    except ValueError as error:
+        raise UserError(str(error).splitlines()[0], where="adapter.targets") from None
 
 
 def _all_experts(model: Any, recipe: Recipe, report: ModelReport) -> None:

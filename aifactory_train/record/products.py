@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from aifactory_train.model.blocks import Recurrence
-from aifactory_train.model.flops import Block, Model, Product, Trained
+from aifactory_train.model.flops import LayerBlock, Model, Product, Trained
 from aifactory_train.parallel.apply import block_modules
 
 #: Keys under which configurations say how many experts a token is sent to.
@@ -48,7 +48,7 @@ def of_config(config: Mapping[str, Any], trained: Trained) -> Model:
 def of_model(model: Any, trained: Trained) -> Model:
     """The same of a model that exists already (without adapters)."""
     text = model.config.get_text_config()
-    found: dict[tuple[Any, ...], Block] = {}
+    found: dict[tuple[Any, ...], LayerBlock] = {}
     for number, block in enumerate(block_modules(model)):
         one = _block(block, number, text, trained)
         key = (tuple(one.products.items()), replace(one, products={}).__repr__())
@@ -59,7 +59,7 @@ def of_model(model: Any, trained: Trained) -> Model:
     return Model(tuple(found.values()), int(vocab), int(hidden))
 
 
-def _block(block: nn.Module, number: int, text: Any, trained: Trained) -> Block:
+def _block(block: nn.Module, number: int, text: Any, trained: Trained) -> LayerBlock:
     products: dict[str, Product] = {}
     scores = values = 0
     window = chunk = None
@@ -84,7 +84,7 @@ def _block(block: nn.Module, number: int, text: Any, trained: Trained) -> Block:
     routed = any(p.times != 1 for p in products.values())
     if last is not None and (routed or products[last].stage != 3):
         last = None
-    return Block(1, products, scores, values, window, chunk, states, executed, last)
+    return LayerBlock(1, products, scores, values, window, chunk, states, executed, last)
 
 
 def _is_named(name: str, trained: Trained) -> bool:
