@@ -38,7 +38,6 @@ LONG_FUNCTIONS = {
     "request_of",
     "lint",
     "report_tables",
-    "documents",
     "new_profile",
 }
 API = {"train", "evaluate", "export", "prepare", "plan", "recipe", "load", "launch", "systems", "where"}
