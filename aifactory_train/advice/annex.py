@@ -24,7 +24,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class FormField(_Strict):
+class FormQuestion(_Strict):
     """What a form asks. ``key``: what answers it here; ``who`` has to, where nothing does."""
 
     asks: str
@@ -33,9 +33,9 @@ class FormField(_Strict):
     technical: bool = True
 
 
-class Section(_Strict):
+class FormSection(_Strict):
     title: str
-    fields: list[FormField] = Field(min_length=1)
+    fields: list[FormQuestion] = Field(min_length=1)
 
 
 class Form(_Strict):
@@ -45,7 +45,7 @@ class Form(_Strict):
     title: str
     source: Source
     routes: list[str] = []
-    sections: list[Section] = Field(min_length=1)
+    sections: list[FormSection] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def draft(case: Case, chosen: Chosen) -> dict[str, Any]:
     }
 
 
-def _answered(case: Case, section: str, question: FormField) -> dict[str, Any]:
+def _answered(case: Case, section: str, question: FormQuestion) -> dict[str, Any]:
     said: Said = ANSWERS[question.key](case) if question.key else Said(None, "", question.who)
     return {
         "section": section,
