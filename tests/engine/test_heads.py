@@ -12,6 +12,7 @@ import pytest
 import torch
 from head_rows import COLOURS, figures, labelled_rows, write_head
 from test_preferences import trainer_of
+from transformers import GraniteConfig
 
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.config.objective import objective
@@ -25,7 +26,7 @@ from aifactory_train.exporting.gguf import export_gguf
 from aifactory_train.exporting.head_files import chosen_for
 from aifactory_train.metrics.scores import sigmoid
 from aifactory_train.model.base import base_folder
-from aifactory_train.model.head import PARAMETER, label_losses, plain_class
+from aifactory_train.model.head import PARAMETER, PROBLEMS, label_losses, plain_class
 from aifactory_train.model.trained import load_trained
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.training.start import train
@@ -35,11 +36,8 @@ def classifier_of(core: Any, recipe: Any) -> Any:
     """transformers' own classifier with the weights of a model in training (adapter.kind none)."""
     from transformers import AutoModelForSequenceClassification
 
-    several = recipe.methods.head.kind == "multi_label"
-    config = helpers.tiny_config(
-        num_labels=core.head.weight.shape[0],
-        problem_type="multi_label_classification" if several else "single_label_classification",
-    )
+    problem = PROBLEMS.get(recipe.methods.head.kind)
+    config = helpers.tiny_config(num_labels=core.head.weight.shape[0], problem_type=problem)
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
     weights = {n.removeprefix("model."): p.detach() for n, p in core.named_parameters() if "lm_head" not in n}
     weights["score.weight"] = weights.pop(PARAMETER)
@@ -240,18 +238,27 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, tiny_model_dir):
         ("methods.preference.kind=dpo", "each a training method"),
         ("data.long_documents=split", "the label of the whole"),
         ("eval.metrics=[chrf]", "judges text"),
-        ("eval.best_by=bits_per_byte", "no figure of a head"),
+        ("eval.best_by=bits_per_byte", "no figure of this head"),
         ("eval.label_separator=;", "multi_label"),
         ("adapter.train_embeddings=true", "does not go with a head"),
         ("data.train.0.format=messages", "needs rows of format label"),
         ("data.labels=[a, a]", "twice"),
-        ("methods.head.class_weights={red: 0}", "above 0"),
     ],
 )
 def test_settings_that_do_not_go_with_a_head_are_refused(tmp_path, tiny_model_dir, setting, words):
     path = write_head(tmp_path, tiny_model_dir, "classification")
     with pytest.raises(UserError, match=words):
         load_recipe(str(path), [setting])
+
+
+def test_weights_of_labels_that_cannot_be_are_refused(tmp_path, tiny_model_dir):
+    for weights, words in (({"red": 0}, "above 0"), ({"mauve": 2}, "'mauve' is not in data.labels")):
+        settings = {"methods.head.class_weights": weights, "data.labels": COLOURS}
+        with pytest.raises(UserError, match=words):
+            load_recipe(str(write_head(tmp_path, tiny_model_dir, "classification", **settings)))
+    path = write_head(tmp_path, tiny_model_dir, "classification", **{"methods.head.class_weights": {"mauve": 2}})
+    with pytest.raises(UserError, match="no row has the label 'mauve'"), trainer_of(path, tmp_path / "run"):
+        pass
 
 
 def test_rows_of_one_label_are_refused(tmp_path, tiny_model_dir):
@@ -264,8 +271,8 @@ def test_rows_of_one_label_are_refused(tmp_path, tiny_model_dir):
 
 def test_a_model_that_transformers_has_no_classifier_of_is_refused(tmp_path, tiny_model_dir):
     recipe = load_recipe(str(write_head(tmp_path, tiny_model_dir, "classification", **{"data.labels": COLOURS})))
-    with pytest.raises(UserError, match="no classifier of models of type 'olmo2'"):
-        plain_class(helpers.tiny_config("olmo2"), recipe)
+    with pytest.raises(UserError, match="no classifier of models of type 'granite'"):
+        plain_class(GraniteConfig(), recipe)
     assert plain_class(helpers.tiny_config("qwen3"), recipe).__name__ == "Qwen3ForSequenceClassification"
 
 
