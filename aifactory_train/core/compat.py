@@ -114,6 +114,21 @@ def quiet_unused_parameters(function: Callable[[], Any]) -> Any:
     return results[0]
 
 
+def peft_refuses(model: Any, name: str) -> bool:
+    """Whether peft refuses an adapter on layers of ``model`` called ``name`` (Mamba's output projections)."""
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+    if check is None:
+        return False
+    try:
+        check(LoraConfig(), model, name)
+    except ValueError:
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
     """Hides the warning that peft 0.21 causes by reading a name that transformers 5 has renamed: no user could act on

@@ -37,8 +37,9 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
             expert_targets.say_unknown(settings.targets, list(modules), linears, report)
         targets = settings.targets if placed is None else placed.modules
         routers = _tuple_linears(model)
-        spared = routers if settings.targets == "all-linear" else []
-        model = _with_adapter(model, recipe, targets, placed, spared)
+        barred = _barred(model)
+        left_out = (routers, barred) if settings.targets == "all-linear" else ([], [])
+        model = _with_adapter(model, recipe, targets, placed, [*left_out[0], *left_out[1]])
         adapted = [n for n in routers if hasattr(model.get_base_model().get_submodule(n), "base_layer")]
         if adapted:
             raise UserError(
@@ -47,9 +48,7 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
                 fix="leave it out, or --set adapter.targets=all-linear, which does",
             )
         experts.use_factors(model)
-        shown = targets if isinstance(targets, str) else ", ".join([*targets, *(placed.parameters if placed else [])])
-        if spared:
-            shown += f" but {len(spared)} routers"
+        shown = _described(targets, placed.parameters if placed else [], *left_out)
         extra = " and the embeddings in full" if settings.train_embeddings else ""
         report.add(
             "trained", f"{settings.kind} r={settings.rank} alpha={settings.alpha:g} on {shown}{extra}", "adapter"
@@ -100,6 +99,21 @@ def _with_adapter(
             )
     except ValueError as error:
         raise UserError(str(error).splitlines()[0], where="adapter.targets") from None
+
+
+def _described(targets: str | list[str], parameters: list[str], routers: list[str], barred: list[str]) -> str:
+    """What an adapter is on, and what it is not on, in the words of the start-up table."""
+    shown = targets if isinstance(targets, str) else ", ".join([*targets, *parameters])
+    spared = [f"{len(routers)} routers"] if routers else []
+    spared += [f"{len(barred)} output projections of Mamba, which peft takes no adapter on"] if barred else []
+    return f"{shown} but {' and '.join(spared)}" if spared else shown
+
+
+def _barred(model: Any) -> list[str]:
+    """Linear layers that peft refuses: kernels of Mamba take their weights and would leave an adapter out."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    refused = {last: compat.peft_refuses(model, last) for last in {name.rpartition(".")[2] for name in linears}}
+    return [name for name in linears if refused[name.rpartition(".")[2]]]
 
 
 def _all_experts(model: Any, recipe: Recipe, report: ModelReport) -> None:

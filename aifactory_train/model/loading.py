@@ -76,14 +76,12 @@ def check_causal(config: Any, base: str) -> None:
     )
 
 
-def choose_attention(recipe: Recipe, config: Any, device: str, report: ModelReport) -> str | None:
-    """The name of ``model.attention`` in transformers' registry, where our functions are from now on; None is what
-    transformers takes for the model by itself.
-    """
+def choose_attention(recipe: Recipe, config: Any, device: str, report: ModelReport) -> str:
+    """The name of ``model.attention`` in transformers' registry, where our functions are from now on."""
     attention.register()
     if recipe.model.attention == "own":
-        report.add("attention", "the model's own", "model.attention own")
-        return None
+        report.add("attention", "the model's own", "transformers' eager attention: model.attention own")
+        return "eager"  # what the check of the start compares with; SDPA leaves some models' caps and sinks out
     name, why = attention_choice.choose(
         recipe.model.attention,
         device,

@@ -78,12 +78,12 @@ def plain_and_logits(small: Any, trust: bool) -> tuple[nn.Module, list[torch.Ten
 
 def as_trained(small: Any, plain: nn.Module, trust: bool, *, own: bool = False) -> CausalLM:
     """The model as training builds it, with the weights of ``plain``; ``own``: with ``model.attention: own``."""
-    model = build(small, None if own else PER_DOCUMENT, trust)
+    model = build(small, "eager" if own else PER_DOCUMENT, trust)
     model.load_state_dict(plain.state_dict())
     return CausalLM(model, own=own).eval()
 
 
-def build(config: Any, attention: str | None, trust: bool, *, meta: bool = False) -> Any:
+def build(config: Any, attention: str, trust: bool, *, meta: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)

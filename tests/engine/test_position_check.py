@@ -443,3 +443,16 @@ def test_the_text_part_is_offered_where_it_is_a_family_of_its_own():
     with pytest.raises(UserError, match="a vision-language model") as caught:
         check_causal(configuration("llava", text_config={"model_type": "llama"}), "some/model")
     assert "model_type 'llama'" in str(caught.value.fix)
+
+
+def test_layers_that_peft_refuses_are_left_out_by_name_and_count():
+    from transformers import AutoModelForCausalLM
+
+    from aifactory_train.model.adapters import apply_adapter
+
+    report = ModelReport()
+    config = configuration("mamba", vocab_size=400, hidden_size=64, num_hidden_layers=2, state_size=8)
+    model = apply_adapter(AutoModelForCausalLM.from_config(config), recipe_for("x"), report)
+    adapted = {n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert "in_proj" in adapted and "out_proj" not in adapted
+    assert "but 2 output projections of Mamba" in report.lines[-1][1]
