@@ -7,7 +7,7 @@
 Every row from a repository or page that the calibration used is predicted with constants fitted *without that whole
 origin*, so what is printed is a validation error, never the fit. A row outside the planner's scope gets ``in_scope:
 false``, a reason and no number. Headline figures are over in-scope rows of tier A (or without a tier); tier B
-(something inferred or missing in the source) is shown apart, and so are rows whose tokens/s follow from printed TFLOP/s
+(something inferred or missing in the source) is shown apart, and so are mixtures of experts and rows whose tokens/s follow from printed TFLOP/s
 by the convention that the row states.
 """
 
@@ -50,6 +50,7 @@ def assess(row: Row, calibration: dict[str, Any]) -> dict[str, Any]:
         "memory_pred": None,
         "feasible": None,
         "in_scope": row.job is not None,
+        "experts": row.job is not None and row.job.shape.has_experts,
         "why": row.why,
         "tier": row.tier,
         "source": row.source,
@@ -112,9 +113,10 @@ def report(path: Path) -> dict[str, Any]:
     calibration = json.loads(CALIBRATION.read_text(encoding="utf-8"))
     rows = [assess(open_data.read_row(raw), calibration) for raw in open_data.read_csv(path)]
     scope = [r for r in rows if r["in_scope"]]
-    printed = [r for r in scope if not r["tokens_derived"]]
+    dense = [r for r in scope if not r["experts"]]
+    printed = [r for r in dense if not r["tokens_derived"]]
     tier_a = [r for r in printed if r["tier"] in ("A", None)]
-    derived = [r for r in scope if r["tokens_derived"] and r["tier"] in ("A", None)]
+    derived = [r for r in dense if r["tokens_derived"] and r["tier"] in ("A", None)]
     headline = summary(tier_a)
     # memory readings of rows with derived tokens/s are readings like any other
     headline.update({k: v for k, v in summary(tier_a + derived).items() if "memory" in k})
@@ -123,6 +125,7 @@ def report(path: Path) -> dict[str, Any]:
         **headline,
         "tier_b": summary([r for r in printed if r["tier"] not in ("A", None)]),
         "derived": summary(derived),
+        "experts": summary([r for r in scope if r["experts"]]),
         "in_scope": len(scope),
         "out_of_scope": len(rows) - len(scope),
         "published_but_infeasible": [r["id"] for r in scope if r["feasible"] is False],
@@ -166,6 +169,7 @@ def _show(result: dict[str, Any], path: Path) -> None:
     line("tier A (headline)", result)
     line("tier A, tokens/s from TFLOP/s", result["derived"])
     line("tier B", result["tier_b"])
+    line("mixtures of experts, all tiers", result["experts"])
     bugs = result["published_but_infeasible"]
     print(f"  predicted infeasible although published as run: {', '.join(bugs) if bugs else 'none'}")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.model import shapes
 from aifactory_train.model.shapes import ModelShape
 from aifactory_train.planning import memory
 from aifactory_train.planning.job import STACKS, Bytes, GpuRates, Layout, Links, TrainingJob
@@ -181,6 +182,37 @@ def _shape(row: Mapping[str, str], needed: bool = True) -> ModelShape:
     return build(*best)
 
 
+def _routed(row: Mapping[str, str]) -> bool:
+    """Whether the row's model sends tokens to experts."""
+    name = row.get("model", "")
+    named = "moe" in name.lower() or re.search(r"\bA\d+(\.\d+)?B\b", name) is not None
+    return named or "MoE" in row.get("notes", "")
+
+
+def _routed_shape(row: Mapping[str, str]) -> ModelShape:
+    """The dimensions of a mixture of experts: no column has them, so they are those of the shipped model of that name."""
+    name = row.get("model", "").partition(" (")[0].lower()
+    for base, shape in shapes.known().items():
+        if shape.has_experts and base.rpartition("/")[2].lower() in (name, f"{name}-bf16"):
+            stated = {k: number(row.get(k)) for k in ("layers", "hidden", "heads", "vocab")}
+            if any(v is not None and v != getattr(shape, k) for k, v in stated.items()):
+                raise _Outside(f"the stated dimensions are not those of {base}")
+            return shape
+    raise _Outside("mixture of experts whose dimensions are not shipped")
+
+
+def _experts_over_ranks(row: Mapping[str, str], world: int, per_node: int) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The row with its experts spread as FSDP2 spreads them, where they lie on the ranks of one node: a rank holds the same
+    bytes, and the links of a node carry weights or tokens. Across nodes the two differ too much."""
+    text = row.get("parallel", "")
+    found = re.search(r"\+?ep(\d+)", text)
+    if found is None:
+        return dict(row), ()
+    if world > per_node:
+        raise _Outside("expert parallelism across nodes")
+    return {**row, "parallel": text.replace(found.group(0), "")}, ("experts over the ranks of a node read as FSDP2",)
+
+
 def _layout(row: Mapping[str, str], world: int, per_node: int) -> tuple[Layout, bool]:
     text = row.get("parallel", "").lower().replace(" ", "")
     for kind, what in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
@@ -287,7 +319,7 @@ def _tokens(row: Mapping[str, str], shape: ModelShape, sequence: int) -> tuple[f
     notes = row.get("notes", "")
     if tflops is None:
         return None, None
-    linear = 6.0 * (shape.layers * shape.block_linear_parameters + shape.vocab * shape.hidden)
+    linear = 6.0 * (shape.linear_parameters + shape.vocab * shape.hidden)
     attention = 12.0 * shape.layers * shape.q_width * sequence
     if re.search(r"6N\(non-emb\)\s*\+\s*12\*L\*H", notes):
         return tflops * 1e12 / (linear + attention), "6N(non-emb) + 12 L H d s per token"
@@ -333,12 +365,6 @@ def _job(row: Mapping[str, str]) -> tuple[TrainingJob, tuple[str, ...]]:
     precision = row.get("precision", "").lower()
     if precision != "bf16":
         raise _Outside(f"precision {precision or 'not stated'}; bf16 only")
-    if (
-        "moe" in row.get("model", "").lower()
-        or re.search(r"\bA\d+(\.\d+)?B\b", row.get("model", ""))
-        or "MoE" in row.get("notes", "")
-    ):
-        raise _Outside("mixture of experts")
     optimizer = row.get("optimizer", "").lower()
     if optimizer and not adam_state(optimizer)[0]:
         raise _Outside(f"optimizer {row['optimizer']} is not of the Adam family")
@@ -360,7 +386,10 @@ def _job(row: Mapping[str, str]) -> tuple[TrainingJob, tuple[str, ...]]:
     links, guessed = _node(row, links)
     if world > links.gpus_per_node:
         assumed += guessed
-    shape = _shape(row)
+    shape = _routed_shape(row) if _routed(row) else _shape(row)
+    if shape.has_experts:
+        row, spread = _experts_over_ranks(row, world, links.gpus_per_node)
+        assumed += spread
     layout, _keep_gathered = _layout(row, world, links.gpus_per_node)
     checkpointing = row.get("act_ckpt", "").lower()
     checkpointing = {"yes": "full", "no": "none", "per-op": "selective", "op": "selective"}.get(
