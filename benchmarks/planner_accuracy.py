@@ -7,8 +7,8 @@
 Every row from a repository or page that the calibration used is predicted with constants fitted *without that whole
 origin*, so what is printed is a validation error, never the fit. A row outside the planner's scope gets ``in_scope:
 false``, a reason and no number. Headline figures are over in-scope rows of tier A (or without a tier); tier B
-(something inferred or missing in the source) is shown apart, and so are mixtures of experts and rows whose tokens/s follow from printed TFLOP/s
-by the convention that the row states.
+(something inferred or missing in the source) is shown apart, and so are mixtures of experts and rows whose tokens/s
+follow from printed TFLOP/s by the convention that the row states.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from aifactory_train.core.errors import UserError
 from aifactory_train.model.shapes import ModelShape, is_target
 
 
@@ -25,8 +26,16 @@ def step_bytes(
     """Bytes of the forward and backward of one micro-batch of ``tokens`` positions, ``targets`` of them supervised.
 
     ``rank``: of LoRA adapters on the ``adapted`` layers; None: all weights are trained. ``item``: bytes of an element.
-    Raises ``ValueError`` for a shape whose MLP is not gated: no reference is written for it.
+    Raises :class:`UserError` for experts and recurrent layers, which the audit does not run yet, and ``ValueError``
+    for a shape whose MLP is not gated: no reference is written for it.
     """
+    if shape.has_experts or any(kind.recurrence is not None for kind in shape.kinds):
+        raise UserError(
+            f"{shape.name} has experts or recurrent layers, and the step audit runs attention and dense MLPs alone: "
+            "which rows an expert gets follows from data, and meta tensors have none",
+            where="--audit",
+            fix="plan without --audit: memory, FLOPs and time of such models are planned by formulae",
+        )
     if shape.mlp != "gated":
         raise ValueError(f"no floor is written for the MLP of {shape.name} ({shape.mlp})")
     names = adapted if isinstance(adapted, str) else list(adapted)

@@ -128,6 +128,17 @@ def _of_figures(request: PlanRequest, work: Workload, gpu: GpuRates, links: Link
     """What the figures rest on."""
     lines: list[str] = []
     lines.append(f"dimensions: {work.shape.source or work.shape.name} ({work.shape.confidence or 'given'})")
+    if work.shape.has_experts:
+        lines.append(
+            f"experts: all of them lie in memory ({work.shape.parameters / 1e9:.1f} billion parameters), a token meets "
+            f"{work.shape.active_parameters / 1e9:.1f} billion; few runs of this kind are published, so the figures are "
+            f"less sure than the interval says"
+        )
+    if any(kind.recurrence is not None for kind in work.shape.kinds):
+        lines.append(
+            "recurrent layers: as the kernels of flash-linear-attention and mamba-ssm run them; without these packages "
+            "they need more memory and time"
+        )
     lines.append(f"size: {request.size.source}")
     if request.size.document is None:
         lines.append(

@@ -190,7 +190,8 @@ def _routed(row: Mapping[str, str]) -> bool:
 
 
 def _routed_shape(row: Mapping[str, str]) -> ModelShape:
-    """The dimensions of a mixture of experts: no column has them, so they are those of the shipped model of that name."""
+    """The dimensions of a mixture of experts: no column has them, so they are those of the shipped model of that
+    name."""
     name = row.get("model", "").partition(" (")[0].lower()
     for base, shape in shapes.known().items():
         if shape.has_experts and base.rpartition("/")[2].lower() in (name, f"{name}-bf16"):
@@ -202,8 +203,8 @@ def _routed_shape(row: Mapping[str, str]) -> ModelShape:
 
 
 def _experts_over_ranks(row: Mapping[str, str], world: int, per_node: int) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The row with its experts spread as FSDP2 spreads them, where they lie on the ranks of one node: a rank holds the same
-    bytes, and the links of a node carry weights or tokens. Across nodes the two differ too much."""
+    """The row with its experts spread as FSDP2 spreads them, where they lie on the ranks of one node: a rank holds
+    the same bytes, and the links of a node carry weights or tokens. Across nodes the two differ too much."""
     text = row.get("parallel", "")
     found = re.search(r"\+?ep(\d+)", text)
     if found is None:

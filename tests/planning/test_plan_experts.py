@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from common import job, recipe
 
+from aifactory_train.audit.floor import step_bytes
 from aifactory_train.core.errors import UserError
 from aifactory_train.model import flops, shapes
 from aifactory_train.planning import memory, plan_for, timing
@@ -104,3 +105,10 @@ def test_a_four_bit_base_keeps_stacked_experts_as_they_are() -> None:
     experts = shape.layers * 128 * 3 * shape.hidden * 768
     assert state.parameters > 2 * experts
     assert shape.packed_parameters < 0.05 * shape.parameters
+
+
+@pytest.mark.parametrize("base", [BASES[0], HYBRIDS[1]])
+def test_the_step_audit_refuses_what_it_does_not_run(base: str) -> None:
+    """A floor that left the experts out would be a wrong number in silence."""
+    with pytest.raises(UserError, match="experts or recurrent"):
+        step_bytes(shapes.load(base), 4096, 4095, rank=16)
