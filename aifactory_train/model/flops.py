@@ -175,7 +175,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class LayerBlock:
+class BlockProducts:
     """``layers`` blocks alike. ``scores`` and ``values``: widths of all query heads in the two products of attention, 0
     without it; a token meets those of its ``window``, or of its ``chunk`` (positions cut every so many tokens)."""
 
@@ -213,10 +213,10 @@ class LayerBlock:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelProducts:
     """What is counted: the blocks, those of the first layer's kind first, and the output layer."""
 
-    blocks: tuple[LayerBlock, ...]
+    blocks: tuple[BlockProducts, ...]
     vocab: int
     hidden: int
 
@@ -230,9 +230,9 @@ def stage_of(name: str) -> int:
     return 2 if name in ("gate", "up", "input_linear", "shared_gate", "router", "experts_gate_up") else 0
 
 
-def of_shape(shape: ModelShape, trained: Trained) -> Model:
+def of_shape(shape: ModelShape, trained: Trained) -> ModelProducts:
     """The products of a model by its dimensions."""
-    blocks: list[LayerBlock] = []
+    blocks: list[BlockProducts] = []
     for kind in shape.kinds:
         chosen = set() if trained.full else kind.adapted(trained.targets)
         products = {}
@@ -247,8 +247,8 @@ def of_shape(shape: ModelShape, trained: Trained) -> Model:
         states = (0.0, 0.0) if kind.recurrence is None else (kind.recurrence.flops, kind.recurrence.executed_flops)
         for layers, window in ((kind.layers - kind.window_layers, None), (kind.window_layers, kind.window)):
             if layers:
-                blocks.append(LayerBlock(layers, products, width, width, window, None, *states, last=last))
-    return Model(tuple(blocks), shape.vocab, shape.hidden)
+                blocks.append(BlockProducts(layers, products, width, width, window, None, *states, last=last))
+    return ModelProducts(tuple(blocks), shape.vocab, shape.hidden)
 
 
 def documents(
@@ -264,7 +264,7 @@ def documents(
 
 
 def count(
-    model: Model,
+    model: ModelProducts,
     lengths: Sequence[int],
     supervised: int,
     trained: Trained,
@@ -313,7 +313,7 @@ def count(
     return Work(mathematics, with_squares, executed, full_run)
 
 
-def forward_of(model: Model, length: int) -> float:
+def forward_of(model: ModelProducts, length: int) -> float:
     """Forward FLOPs per token of documents of ``length``, logits at every token, adapters left out."""
     total = 2.0 * model.vocab * model.hidden
     for block in model.blocks:
@@ -334,7 +334,7 @@ class _First:
     scan: float = 0.0
 
 
-def _first_block(block: LayerBlock) -> _First:
+def _first_block(block: BlockProducts) -> _First:
     saved, flash, square, scan = 0.0, 0.0, 0.0, 0.0
     asked = False  # somebody needs the gradient of what the stage reads
     for stage in range(4):
@@ -355,7 +355,7 @@ def _first_block(block: LayerBlock) -> _First:
     return _First(saved, flash, square, scan)
 
 
-def _not_run_again(block: LayerBlock) -> float:
+def _not_run_again(block: BlockProducts) -> float:
     """FLOPs per token of the product at which recomputation stops short."""
     if block.last is None:
         return 0.0

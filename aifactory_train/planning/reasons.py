@@ -131,8 +131,8 @@ def _of_figures(request: PlanRequest, work: Workload, gpu: GpuRates, links: Link
     if work.shape.has_experts:
         lines.append(
             f"experts: all of them lie in memory ({work.shape.parameters / 1e9:.1f} billion parameters), a token meets "
-            f"{work.shape.active_parameters / 1e9:.1f} billion; few runs of this kind are published, so the figures are "
-            f"less sure than the interval says"
+            f"{work.shape.active_parameters / 1e9:.1f} billion; few runs of this kind are published, so the figures "
+            f"are less sure than the interval says"
         )
     if any(kind.recurrence is not None for kind in work.shape.kinds):
         lines.append(

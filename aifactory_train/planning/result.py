@@ -53,7 +53,6 @@ def as_dict(
         "base": work.shape.name,
         "method": work.method,
         "parameters": work.shape.parameters,
-        "active_parameters": work.shape.active_parameters,
         "trained_parameters": job.trained_parameters,
         "site": request.system.id,
         "partition": place,
@@ -86,6 +85,7 @@ def as_dict(
 def _configuration(job: TrainingJob, gpu: GpuRates) -> dict[str, Any]:
     """How the run is carried out."""
     return {
+        "active_parameters": job.shape.active_parameters,
         "engine": job.layout.setting,
         "mesh": {"replicate": job.layout.replicas, "shard": job.layout.shard},
         "micro_batch": int(job.micro_batch),

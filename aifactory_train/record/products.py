@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from aifactory_train.model.blocks import Recurrence
-from aifactory_train.model.flops import LayerBlock, Model, Product, Trained
+from aifactory_train.model.flops import BlockProducts, ModelProducts, Product, Trained
 from aifactory_train.parallel.apply import block_modules
 
 #: Keys under which configurations say how many experts a token is sent to.
@@ -30,7 +30,7 @@ _MIXER = re.compile(r"att|mixer|mamba|conv|ssm|rec|time_mix|temporal", re.IGNORE
 _BACK = re.compile(r"(o_proj|out|out_proj|c_proj|dense|wo|output|down_proj|fc2|w2|fc_out|dense_4h_to_h|output_linear)$")
 
 
-def of_config(config: Mapping[str, Any], trained: Trained) -> Model:
+def of_config(config: Mapping[str, Any], trained: Trained) -> ModelProducts:
     """The products of the model that ``config`` (a transformers configuration as a dict) describes.
 
     Adapters are found by name on linear layers; those of stacked experts are not counted. Raises what transformers
@@ -45,10 +45,10 @@ def of_config(config: Mapping[str, Any], trained: Trained) -> Model:
     return of_model(model, trained)
 
 
-def of_model(model: Any, trained: Trained) -> Model:
+def of_model(model: Any, trained: Trained) -> ModelProducts:
     """The same of a model that exists already (without adapters)."""
     text = model.config.get_text_config()
-    found: dict[tuple[Any, ...], LayerBlock] = {}
+    found: dict[tuple[Any, ...], BlockProducts] = {}
     for number, block in enumerate(block_modules(model)):
         one = _block(block, number, text, trained)
         key = (tuple(one.products.items()), replace(one, products={}).__repr__())
@@ -56,10 +56,10 @@ def of_model(model: Any, trained: Trained) -> Model:
         found[key] = one if known is None else replace(known, layers=known.layers + 1)
     head = model.get_output_embeddings()
     vocab, hidden = head.weight.shape if head is not None else (text.vocab_size, text.hidden_size)
-    return Model(tuple(found.values()), int(vocab), int(hidden))
+    return ModelProducts(tuple(found.values()), int(vocab), int(hidden))
 
 
-def _block(block: nn.Module, number: int, text: Any, trained: Trained) -> LayerBlock:
+def _block(block: nn.Module, number: int, text: Any, trained: Trained) -> BlockProducts:
     products: dict[str, Product] = {}
     scores = values = 0
     window = chunk = None
@@ -84,7 +84,7 @@ def _block(block: nn.Module, number: int, text: Any, trained: Trained) -> LayerB
     routed = any(p.times != 1 for p in products.values())
     if last is not None and (routed or products[last].stage != 3):
         last = None
-    return LayerBlock(1, products, scores, values, window, chunk, states, executed, last)
+    return BlockProducts(1, products, scores, values, window, chunk, states, executed, last)
 
 
 def _is_named(name: str, trained: Trained) -> bool:

@@ -288,7 +288,7 @@ class Recorder:
         )
         return functools.partial(flops.count, self._products(config, trained), trained=trained)
 
-    def _products(self, config: dict[str, Any], trained: flops.Trained) -> flops.Model:
+    def _products(self, config: dict[str, Any], trained: flops.Trained) -> flops.ModelProducts:
         from aifactory_train.core.errors import UserError
         from aifactory_train.model import shapes
 

@@ -88,7 +88,7 @@ def torch_counts(family: str) -> tuple[float, dict[str, Any]]:
     return float(sum(wanted.values())), model.config.to_dict()
 
 
-def whole(model: flops.Model, states: bool) -> flops.Model:
+def whole(model: flops.ModelProducts, states: bool) -> flops.ModelProducts:
     """Without windows (torch computes what it masks) and, where the counter does not see them, without states."""
     blocks = []
     for block in model.blocks:
@@ -148,7 +148,7 @@ def test_states_by_hand() -> None:
 
 @pytest.mark.parametrize(("limit", "pairs"), [("window", 1 + 2 + 3 + 3 + 3), ("chunk", 1 + 2 + 3 + 1 + 2)])
 def test_only_what_is_attended_counts(limit: str, pairs: int) -> None:
-    block = flops.LayerBlock(1, {}, 8, 8, **{limit: 3})  # type: ignore[arg-type]
+    block = flops.BlockProducts(1, {}, 8, 8, **{limit: 3})  # type: ignore[arg-type]
     assert block.pairs([5])[0] == pairs
 
 
