@@ -157,8 +157,6 @@ def _qwen_hybrid(d: Dimensions, base: ModelShape) -> list[ModelShape]:
 def _granite(d: Dimensions, base: ModelShape) -> list[ModelShape]:
     """Granite 4: Mamba-2 and a few attention layers, experts (or none) beside an MLP that every token takes."""
     base = replace(base, ffn=d["shared_intermediate_size"], fused_gate=True)
-    if base.qkv_bias:
-        base = replace(base, o_bias=True)
     if d.get("num_local_experts", 0):
         base = replace(base, experts=_experts(d, "intermediate_size"))
     mixers = d.kinds(base.layers)

@@ -358,7 +358,7 @@ def from_config(config: Mapping[str, Any], name: str, where: str | None = None) 
         windowed = values["layers"] if window else 0
     options = dict(FAMILIES.get(kind, {}).items())
     if config.get("attention_bias"):
-        options["qkv_bias"] = True
+        options |= {"qkv_bias": True, "o_bias": True}
     shape = ModelShape(
         name=name,
         kv_heads=kv_heads,
