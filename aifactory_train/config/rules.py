@@ -66,6 +66,14 @@ def _check_optimizer(recipe: Recipe) -> None:
 def _check_methods(recipe: Recipe) -> None:
     """Rules of ``methods`` and replay; sources of a preference method get its form of rows."""
     methods, data = recipe.methods, recipe.data
+    if recipe.model.rope_scaling is not None:
+        if recipe.adapter.kind != "none" and not recipe.export.merge:
+            raise ValueError(
+                "model.rope_scaling: an adapter does not fit the original base, which has other positions: set "
+                "export.merge, or adapter.kind none"
+            )
+        if recipe.model.start_from:
+            raise ValueError("model.rope_scaling: the earlier run of model.start_from has its own positions")
     if recipe.model.vocabulary is not None:
         if recipe.adapter.kind != "none" and not (recipe.adapter.train_embeddings and recipe.export.merge):
             raise ValueError(

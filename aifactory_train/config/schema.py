@@ -15,6 +15,7 @@ from pydantic import Field, WithJsonSchema, model_validator
 from aifactory_train.config.data_blocks import DataConfig
 from aifactory_train.config.experts_block import ExpertsConfig
 from aifactory_train.config.head_block import HeadConfig
+from aifactory_train.config.rope_block import RopeScalingConfig
 from aifactory_train.config.strict import Strict
 from aifactory_train.config.update_block import UpdateConfig
 
@@ -100,6 +101,9 @@ class ModelConfig(Strict):
         "torch >= 2.10); flash: flash-attn; triton: this project's kernel (GPU). Windows, sinks and soft caps that the "
         "chosen one lacks are computed by this project's operator. own: the model as transformers has it, one document "
         "a row; auto takes it for models that no other is right for.",
+    )
+    rope_scaling: RopeScalingConfig | None = Field(
+        None, description="Longer texts than the base was trained on (docs/methods.md)."
     )
     vocabulary: VocabularyConfig | None = Field(
         None,

@@ -73,8 +73,9 @@ def public_base(recipe: Recipe) -> tuple[str, str | None]:
     """
     from aifactory_train.sources import parse, resolve_model
 
-    if recipe.model.vocabulary is not None:
-        return absolute(base_folder(recipe)), None  # the original base has too few embeddings for what was trained
+    if recipe.model.vocabulary is not None or recipe.model.rope_scaling is not None:
+        # the original base has too few embeddings for what was trained, or other positions
+        return absolute(base_folder(recipe)), None
     if recipe.model.start_from:
         below = base_folder(recipe)
         if below != resolve_model(recipe.model):

@@ -185,6 +185,9 @@ def build_model(
     come from :func:`base_folder` instead.
     """
     whole = recipe.adapter.kind == "none"
+    scaling = recipe.model.rope_scaling
+    if scaling is not None:
+        report.add("positions", f"{scaling.kind}, {scaling.factor:g} times the base's", "model.rope_scaling")
     if recipe.model.start_from:
         path = base_folder(recipe)
         report.add("base weights", str(path), "model.start_from")

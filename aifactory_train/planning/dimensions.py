@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def of_model(model: ModelConfig, config_file: str | None = None) -> ModelShape:
-    """The base model's dimensions: given, fetched, or shipped."""
+    """The base model's dimensions: given, fetched, or shipped; positions as ``model.rope_scaling`` stretches them."""
+    scaling = model.rope_scaling
+    if scaling is not None:
+        shape = of_model(model.model_copy(update={"rope_scaling": None}), config_file)
+        longest = shape.max_positions
+        return shape if longest is None else replace(shape, max_positions=scaling.positions(longest))
     if config_file:
         return shapes.load(model.base, config_file=config_file)
     folders: list[Path] = []

@@ -27,15 +27,20 @@ from aifactory_train.sources.cache import (
 def resolve_model(model: ModelConfig) -> Path:
     """Folder of a fetched base model (``config.json``, safetensors, tokenizer). Never uses the network.
 
-    With ``model.vocabulary`` it is the folder with the larger vocabulary. Raises :class:`UserError` when the model was
-    not fetched or a local folder is not a model.
+    With ``model.vocabulary`` it is the folder with the larger vocabulary, with ``model.rope_scaling`` the one whose
+    configuration has the scaling. Raises :class:`UserError` when the model was not fetched or a local folder is not a
+    model.
     """
     folder = _resolve_base(model)
-    if model.vocabulary is None:
-        return folder
-    from aifactory_train.sources.vocabulary import extended
+    if model.vocabulary is not None:
+        from aifactory_train.sources.vocabulary import extended
 
-    return extended(folder, model.vocabulary)
+        folder = extended(folder, model.vocabulary)
+    if model.rope_scaling is not None:
+        from aifactory_train.sources.rope_scaling import scaled
+
+        folder = scaled(folder, model.rope_scaling, trust_remote_code=model.trust_remote_code)
+    return folder
 
 
 def _resolve_base(model: ModelConfig) -> Path:
