@@ -36,7 +36,20 @@ def cross_checks(recipe: Recipe) -> Recipe:
     if recipe.parallel.shard_size and recipe.parallel.engine not in ("hsdp", "auto"):
         raise ValueError(f"parallel.shard_size: has no meaning for engine {recipe.parallel.engine}")
     _check_optimizer(recipe)
+    _check_positions(recipe)
     return recipe
+
+
+def _check_positions(recipe: Recipe) -> None:
+    """What goes with positions that are not the base's own."""
+    if recipe.model.rope_scaling is not None:
+        if recipe.adapter.kind != "none" and not recipe.export.merge:
+            raise ValueError(
+                "model.rope_scaling: an adapter does not fit the original base, which has other positions: set "
+                "export.merge, or adapter.kind none"
+            )
+        if recipe.model.start_from:
+            raise ValueError("model.rope_scaling: the earlier run of model.start_from has its own positions")
 
 
 def _check_optimizer(recipe: Recipe) -> None:
@@ -66,14 +79,6 @@ def _check_optimizer(recipe: Recipe) -> None:
 def _check_methods(recipe: Recipe) -> None:
     """Rules of ``methods`` and replay; sources of a preference method get its form of rows."""
     methods, data = recipe.methods, recipe.data
-    if recipe.model.rope_scaling is not None:
-        if recipe.adapter.kind != "none" and not recipe.export.merge:
-            raise ValueError(
-                "model.rope_scaling: an adapter does not fit the original base, which has other positions: set "
-                "export.merge, or adapter.kind none"
-            )
-        if recipe.model.start_from:
-            raise ValueError("model.rope_scaling: the earlier run of model.start_from has its own positions")
     if recipe.model.vocabulary is not None:
         if recipe.adapter.kind != "none" and not (recipe.adapter.train_embeddings and recipe.export.merge):
             raise ValueError(
