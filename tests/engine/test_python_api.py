@@ -351,6 +351,16 @@ def test_several_ranks_for_the_caller(desk: Path, run: af.TrainedRun) -> None:
 # ---- what is shown
 
 
+def test_the_verdict_of_a_run_is_kept_and_said(run: af.TrainedRun) -> None:
+    """In eval.json, in the record (without the command, which names a path), at the top of the report."""
+    verdict = run.verdict
+    assert verdict is not None and run.after["answers"]["count"] == 4
+    record = json.loads((run.path / "record.json").read_text())
+    assert record["verdict"]["sentence"] == verdict.sentence and "next" not in record["verdict"]
+    page = run.report().read_text()
+    assert 0 < page.index(verdict.sentence.partition("'")[0]) < page.index("<main")
+
+
 def test_results_show_themselves(run: af.TrainedRun) -> None:
     shown = run._repr_html_()
     assert "<svg" in shown and "bits per byte" in shown and "95 % of the difference" in shown

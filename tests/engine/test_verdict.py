@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import helpers
 import pytest
 
 from aifactory_train import cli
@@ -195,7 +194,7 @@ def test_what_the_expected_answer_does_is_no_fault() -> None:
 # ---- where it is said
 
 
-def test_the_report_leads_with_it(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_leads_with_it(recipe: Recipe, tmp_path: Path) -> None:
     import json
 
     from aifactory_train.report.build import build
@@ -215,18 +214,14 @@ def test_the_report_leads_with_it(recipe: Recipe, tmp_path: Path, capsys: pytest
     assert "95 % of the difference" in page
 
 
-def test_a_run_says_it_and_keeps_it(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """On the console at the end, in eval.json, in the record, in ``report``."""
-    import json
+def test_the_console_ends_with_it(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from aifactory_train.run.folder import RunFolder
+    from aifactory_train.training.metrics_log import print_comparison
 
-    settings = {"eval.generate_rows": 4, "eval.max_new_tokens": 8, "eval.metrics": ["bits_per_byte", "rouge_l"]}
-    recipe = helpers.write_recipe(tmp_path, tiny_model_dir, settings=settings)
-    done = helpers.cli("train", recipe, "--name", "one", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    kept = json.loads((tmp_path / "runs/one/eval.json").read_text())
-    verdict = kept["verdict"]
-    assert done.stdout.splitlines()[-2:] == [f"verdict: {verdict['sentence']}", f"next: {verdict['next']}"]
-    assert kept["after"]["answers"]["count"] == 4
-    record = json.loads((tmp_path / "runs/one/record.json").read_text())
-    assert record["verdict"]["word"] == verdict["word"] and "next" not in record["verdict"]
-    assert verdict["sentence"] in (tmp_path / "runs/one/report.html").read_text()
+    run = RunFolder(tmp_path / "tickets")
+    figures = results(facts={"looping": 20})
+    verdict = judge(figures, recipe, run.path, 16)
+    print_comparison({**figures, "verdict": verdict.as_dict()}, run, None)
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"verdict: {verdict.sentence}", f"next: {verdict.next}"]
+    print_comparison(figures, run, None)  # of an older run
+    assert "verdict" not in capsys.readouterr().out
