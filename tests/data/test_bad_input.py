@@ -131,7 +131,7 @@ FILES = [
     ("JSON is a number", "r.json", "5", ":1", "neither a list of rows"),
     ("broken JSON file", "r.json", '[{"text": "x"},\n {"text": }]', ":2", "not valid JSON"),
     ("not Parquet", "r.parquet", "hello", "r.parquet", "not a readable Parquet file"),
-    ("unknown kind", "r.docx", "hello", "r.docx", "files of kind '.docx' are not read"),
+    ("unknown kind", "r.rtf", "hello", "r.rtf", "files of kind '.rtf' are not read"),
     ("nested too deeply", "r.json", "[" * 100_000 + "]" * 100_000, "r.json", "JSON nested too deeply"),
     (
         "half an emoji",

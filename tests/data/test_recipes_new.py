@@ -302,6 +302,7 @@ def _files(folder: Path) -> None:
     (folder / "taken.yaml").write_text("mine: true\n")
     (folder / "noted.report.json").write_text("{}")
     (folder / "rows.docx").write_bytes(b"x")
+    (folder / "rows.rtf").write_bytes(b"x")
 
 
 NEW = [
@@ -358,7 +359,8 @@ NEW = [
     (["x", "--data", "hole.csv"], ["hole.csv:3: 'completion' is empty"]),
     (["x", "--data", "broken.jsonl"], ["broken.jsonl:2: not valid JSON"]),
     (["x", "--data", "latin.csv"], ["latin.csv:2: byte 0xf6", "not UTF-8"]),
-    (["x", "--data", "rows.docx"], ["files of kind '.docx' are not read"]),
+    (["x", "--data", "rows.docx"], ["rows.docx", "no Word file, or a damaged one"]),
+    (["x", "--data", "rows.rtf"], ["files of kind '.rtf' are not read", ".docx"]),
 ]
 
 
