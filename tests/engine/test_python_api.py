@@ -354,7 +354,7 @@ def test_several_ranks_for_the_caller(desk: Path, run: af.TrainedRun) -> None:
 def test_the_verdict_of_a_run_is_kept_and_said(run: af.TrainedRun) -> None:
     """In eval.json, in the record (without the command, which names a path), at the top of the report."""
     verdict = run.verdict
-    assert verdict is not None and run.after["answers"]["count"] == 4
+    assert verdict is not None and run.after["answers"]["count"] == 3
     record = json.loads((run.path / "record.json").read_text())
     assert record["verdict"]["sentence"] == verdict.sentence and "next" not in record["verdict"]
     page = run.report().read_text()
