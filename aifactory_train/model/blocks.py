@@ -21,11 +21,9 @@ class Experts:
     ffn: int
     bias: bool = False  # of both products
     router_bias: bool = False
-    #: What older releases called the experts' and the router's linear layers. peft still takes these names and adapts
-    #: the stacked tensors for them; empty: the experts of this family take no adapter.
-    gate_up_names: tuple[str, ...] = ()
-    down_names: tuple[str, ...] = ()
-    router_names: tuple[str, ...] = ()
+    #: Which take adapters: ``all``, those that ``adapter.targets`` names (and all of ``all-linear``), or ``none``.
+    adapters: str = "named"
+    router_adapted: bool = False  # by itself it stays frozen beside adapters
 
     def weights(self, hidden: int) -> int:
         """Weights of the products of one expert."""
@@ -47,16 +45,18 @@ class Experts:
         return [*found, (self.count, 1)] if self.router_bias else found
 
     def adapted(self, targets: str | list[str]) -> set[str]:
-        """Which of :meth:`products` carry adapters. The halves of the gate are one tensor: adapted together."""
-        names = {"router": self.router_names, "experts_gate_up": self.gate_up_names, "experts_down": self.down_names}
-        if targets == "all-linear":
-            return {name for name, spoken in names.items() if spoken}
+        """Which of :meth:`products` carry adapters (:mod:`aifactory_train.model.expert_targets` puts them there). The
+        halves of the gate are one tensor, which the old names of both name, too."""
+        found = {"router"} if self.router_adapted else set()
+        if self.adapters == "none":
+            return found
         wanted = {targets} if isinstance(targets, str) else set(targets)
-        return {name for name, spoken in names.items() if spoken and wanted & {w.rpartition(".")[2] for w in spoken}}
-
-    def adapter_rank(self, product: str, rank: int) -> int:
-        """Rank of one expert's adapter: the two halves of the gate have ``rank`` each, in one pair of matrices."""
-        return 2 * rank if product == "experts_gate_up" else rank
+        every = targets == "all-linear" or self.adapters == "all"
+        if every or "gate_up_proj" in wanted or wanted >= {"w1", "w3"} or wanted >= {"gate_proj", "up_proj"}:
+            found.add("experts_gate_up")
+        if every or wanted & {"w2", "down_proj"}:
+            found.add("experts_down")
+        return found
 
     def adapter_tensors(self, hidden: int, rank: int, targets: str | list[str]) -> Tensors:
         """Shapes of the adapters: those of all experts are stacked, so that no expert's lies apart."""
@@ -64,7 +64,7 @@ class Experts:
         for name in sorted(self.adapted(targets)):
             inside, outside, _ = self.products(hidden)[name]
             many = 1 if name == "router" else self.count
-            width = many * self.adapter_rank(name, rank)
+            width = many * rank
             found += [(width, inside), (outside, width)]
         return found
 

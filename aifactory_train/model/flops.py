@@ -238,7 +238,6 @@ def of_shape(shape: ModelShape, trained: Trained) -> ModelProducts:
         products = {}
         for name, (inside, outside, times) in kind.products.items():
             rank = trained.rank if name in chosen else 0
-            rank = kind.experts.adapter_rank(name, rank) if kind.experts is not None else rank
             products[name] = Product(inside, outside, times, stage_of(name), rank)
         last = next((name for name in ("down", "output_linear") if name in products), None)
         if kind.experts is not None or shape.family in _NORM_AT_END:

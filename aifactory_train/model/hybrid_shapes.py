@@ -12,10 +12,6 @@ from aifactory_train.model.blocks import Experts, Recurrence
 if TYPE_CHECKING:
     from aifactory_train.model.shapes import ModelShape
 
-#: The names that peft takes for experts: those of the linear layers that they were in transformers 4.
-_QWEN = {"gate_up_names": ("gate_proj", "up_proj"), "down_names": ("down_proj",), "router_names": ("gate",)}
-_MIXTRAL = {"gate_up_names": ("w1", "w3"), "down_names": ("w2",), "router_names": ("gate",)}
-
 
 class Dimensions:
     """The keys of a configuration, which say what is missing and where."""
@@ -114,7 +110,7 @@ def _mamba2(d: Dimensions, hidden: int) -> Recurrence:
 
 
 def _mixtral(d: Dimensions, base: ModelShape) -> list[ModelShape]:
-    return [replace(base, ffn=0, experts=_experts(d, "intermediate_size", **_MIXTRAL))] * base.layers
+    return [replace(base, ffn=0, experts=_experts(d, "intermediate_size"))] * base.layers
 
 
 def _gpt_oss(d: Dimensions, base: ModelShape) -> list[ModelShape]:
@@ -124,13 +120,13 @@ def _gpt_oss(d: Dimensions, base: ModelShape) -> list[ModelShape]:
 
 
 def _olmoe(d: Dimensions, base: ModelShape) -> list[ModelShape]:
-    experts = _experts(d, "intermediate_size", **_QWEN)
+    experts = _experts(d, "intermediate_size")
     return [replace(base, ffn=0, qk_norm="full", experts=experts)] * base.layers
 
 
 def _qwen3_moe(d: Dimensions, base: ModelShape) -> list[ModelShape]:
     base = replace(base, qk_norm="head")
-    sparse = replace(base, ffn=0, experts=_experts(d, "moe_intermediate_size", **_QWEN))
+    sparse = replace(base, ffn=0, experts=_experts(d, "moe_intermediate_size"))
     return [sparse if at else replace(base, ffn=d["intermediate_size"]) for at in _sparse_layers(d, base.layers)]
 
 
@@ -140,8 +136,7 @@ def _qwen_hybrid(d: Dimensions, base: ModelShape) -> list[ModelShape]:
     recurrence = _delta_net(d, base.hidden, fused=base.family == "qwen3_next")
     experts = None
     if base.family != "qwen3_5_text":
-        names = _QWEN if base.family == "qwen3_next" else {}
-        experts = _experts(d, "moe_intermediate_size", **names)
+        experts = _experts(d, "moe_intermediate_size")
     sparse = _sparse_layers(d, base.layers)
     found = []
     for mixer, at in zip(d.kinds(base.layers), sparse, strict=True):
@@ -190,9 +185,6 @@ def with_kinds(config: Mapping[str, Any], base: ModelShape, where: str) -> Model
             base.window_layers if len(at) == base.layers else sum(types[i] == "sliding_attention" for i in at if types)
         )
         kinds.append(replace(kind, layers=len(at), window_layers=windowed, window=base.window if windowed else None))
-    if any(kind.experts is not None and kind.experts.gate_up_names for kind in kinds):
-        # the names of the dense MLP are the experts' to peft: a shared or dense one beside them gets no adapter
-        kinds = [kind if kind.fused_gate else replace(kind, spared=("gate", "up", "down")) for kind in kinds]
     if len(kinds) == 1:
         return replace(kinds[0], config=kept)
     widest = max(kind.ffn for kind in kinds)

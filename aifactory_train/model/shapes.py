@@ -12,13 +12,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aifactory_train.config.quantised_base import quantisation
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.core.files import read_json
 from aifactory_train.model.blocks import Experts, Recurrence, Tensors
 from aifactory_train.model.hybrid_shapes import READERS, with_kinds
+
+if TYPE_CHECKING:
+    from aifactory_train.config.schema import Recipe
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -77,7 +80,6 @@ class ModelShape:
     gated_attention: bool = False  # the query's product has a gate beside it for attention's output
     fused_gate: bool = False  # both halves of the MLP's gate are one linear layer (Granite's names)
     shared_gate: bool = False  # the MLP that every token takes is weighed by a product of its own
-    spared: tuple[str, ...] = ()  # linear layers that take no adapter, whatever is named
     experts: Experts | None = None
     recurrence: Recurrence | None = None  # in attention's place
     parts: tuple[ModelShape, ...] = ()
@@ -236,7 +238,7 @@ class ModelShape:
 
     def adapted(self, targets: str | list[str]) -> set[str]:
         """Which of :attr:`products` of a block carry adapters."""
-        found = {name for name in self.linears() if name not in self.spared and is_target(name, targets)}
+        found = {name for name in self.linears() if is_target(name, targets)}
         return found | (self.experts.adapted(targets) if self.experts is not None else set())
 
     def lora_tensors(self, rank: int, targets: str | list[str] = "all-linear", dora: bool = False) -> Tensors:
@@ -267,9 +269,21 @@ class ModelShape:
         chosen = self.adapted(targets)
         for name, (a, b, times) in self.products.items():
             if name in chosen:
-                own = self.experts.adapter_rank(name, rank) if self.experts is not None else rank
-                found[name] = own * (a + b) * times
+                found[name] = rank * (a + b) * times
         return found
+
+
+def adapted_as(shape: ModelShape, recipe: Recipe) -> ModelShape:
+    """``shape`` with the experts and routers that the recipe's adapter goes on (`model/expert_targets.py`)."""
+    adapter, asked = recipe.adapter, recipe.experts
+    refused = adapter.kind == "dora" or adapter.dropout  # peft puts neither on a parameter
+    how = "none" if asked.adapt == "none" or refused else "all" if asked.adapt == "all" else "named"
+    settings: dict[str, Any] = {"adapters": how, "router_adapted": asked.router == "trained"}
+
+    def one(kind: ModelShape) -> ModelShape:
+        return kind if kind.experts is None else replace(kind, experts=replace(kind.experts, **settings))
+
+    return replace(one(shape), parts=tuple(one(part) for part in shape.parts))
 
 
 #: What HF calls the projections, per short name.

@@ -112,7 +112,7 @@ def _experts(job: TrainingJob) -> float:
         each += e * shape.hidden
     if whole or "experts_down" in adapted:
         each += e * experts.ffn
-    each += sum(e * experts.adapter_rank(name, job.lora_rank) for name in adapted - {"router"})
+    each += e * job.lora_rank * len(adapted - {"router"})
     kept = experts.chosen * (each + 8 + 8 + e) + 4 * experts.count  # expert, place, weight; probabilities in fp32
     if whole or "router" in adapted:
         kept += e * shape.hidden

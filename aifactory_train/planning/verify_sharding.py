@@ -15,6 +15,7 @@ import gc
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from aifactory_train.core.errors import UserError
@@ -119,9 +120,29 @@ def build_core(job: TrainingJob, device: str = "meta", working: bool = False) ->
 def _with_adapter(model: nn.Module, job: TrainingJob) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    from aifactory_train.model import expert_targets, experts
+    from aifactory_train.model.report import ModelReport
+
     targets = job.targets if isinstance(job.targets, str) else list(job.targets)
-    settings = LoraConfig(task_type="CAUSAL_LM", r=job.lora_rank, target_modules=targets, use_dora=job.dora)
-    return get_peft_model(model, settings, autocast_adapter_dtype=False, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    routed = next((kind.experts for kind in job.shape.kinds if kind.experts is not None), None)
+    asked: Any = SimpleNamespace(  # of a recipe what places adapters on experts
+        adapter=SimpleNamespace(targets=targets, rank=job.lora_rank, kind="dora" if job.dora else "lora", dropout=0.0),
+        experts=SimpleNamespace(
+            adapt=None if routed is None or routed.adapters == "named" else routed.adapters,
+            router="trained" if routed is not None and routed.router_adapted else None,
+        ),
+    )
+    placed = expert_targets.choose(model, asked, ModelReport())
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=job.lora_rank,
+        target_modules=targets if placed is None else placed.modules,
+        target_parameters=None if placed is None else placed.parameters or None,
+        use_dora=job.dora,
+    )
+    model = get_peft_model(model, settings, autocast_adapter_dtype=False, low_cpu_mem_usage=True)  # type: ignore[arg-type, assignment]
+    experts.use_factors(model)
+    return model
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.model.shapes import ModelShape
+from aifactory_train.model.shapes import ModelShape, adapted_as
 from aifactory_train.planning.job import Bytes
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def of_recipe(recipe: Recipe, shape: ModelShape, document: float | None, supervi
     """The recipe's demand. ``document``: mean tokens of a document where known (else every row is taken to fill the
     sequence).
     """
-    data, train = recipe.data, recipe.train
+    data, train, shape = recipe.data, recipe.train, adapted_as(shape, recipe)
     if shape.max_positions and data.sequence_length > shape.max_positions:
         raise UserError(
             f"sequences of {data.sequence_length} tokens are longer than the {shape.max_positions} positions of "

@@ -293,7 +293,8 @@ class Recorder:
         from aifactory_train.model import shapes
 
         try:
-            return flops.of_shape(shapes.from_config(config, self.recipe.model.base), trained)
+            shape = shapes.from_config(config, self.recipe.model.base)
+            return flops.of_shape(shapes.adapted_as(shape, self.recipe), trained)
         except UserError:
             from aifactory_train.record import products
 

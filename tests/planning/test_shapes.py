@@ -9,6 +9,7 @@ import json
 import helpers
 import pytest
 
+from aifactory_train.config.loading import load_recipe
 from aifactory_train.core.errors import UserError
 from aifactory_train.model import shapes
 
@@ -85,10 +86,12 @@ ROUTED = {
 
 @pytest.mark.parametrize("family", ROUTED)
 def test_experts_and_hybrids_equal_the_real_model(family):
-    """Every tensor, and every adapter that peft makes, with the dimension along which engines cut it."""
+    """Every tensor, and every adapter that training makes, with the dimension along which engines cut it."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from aifactory_train.model.adapters import apply_adapter
+    from aifactory_train.model.report import ModelReport
 
     written = {**SMALL, **ROUTED[family]}
     config = AutoConfig.for_model(family, **written)
@@ -104,14 +107,23 @@ def test_experts_and_hybrids_equal_the_real_model(family):
         assert sorted(mine) == tensors(plain)
         assert shape.parameters == sum(p.numel() for p in plain.parameters())
         assert sum(kind.layers for kind in shape.kinds) == shape.layers == 4
-    for targets in ("all-linear", ["q_proj", "v_proj"], ["q_proj", "gate_proj", "up_proj", "down_proj"]):
+    every = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    for targets, asked in (
+        ("all-linear", {}),
+        ("all-linear", {"adapt": "none"}),
+        (["q_proj", "v_proj"], {"adapt": "all"}),
+        (["q_proj", "v_proj"], {}),
+        (every, {}),
+    ):
+        recipe = load_recipe("education/word-problems", ["adapter.rank=3"])
+        recipe.adapter.targets = targets
+        recipe.experts.adapt = asked.get("adapt")
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config)
-        adapted = get_peft_model(
-            base, LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=targets), low_cpu_mem_usage=True
-        )
-        mine = [t for kind in shape.kinds for t in kind.lora_tensors(3, targets) * kind.layers]
-        assert sorted(mine) == tensors(adapted, trained=True)
+            adapted = apply_adapter(AutoModelForCausalLM.from_config(config), recipe, ModelReport())
+        mine = [
+            t for kind in shapes.adapted_as(shape, recipe).kinds for t in kind.lora_tensors(3, targets) * kind.layers
+        ]
+        assert sorted(mine) == tensors(adapted, trained=True), (targets, asked)
 
 
 def test_a_quantised_base_names_its_copy():
