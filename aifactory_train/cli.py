@@ -20,6 +20,7 @@ from aifactory_train.private import redact
 COMMANDS = {
     "sites": "the 32 AI Factories and Antennas, or one system's facts with sources",
     "recipes": "recipes by sector, or one resolved",
+    "models": "will my model train here, with what: families, ids, model folders",
     "fetch": "model and data into the cache, with digests and licences (the only command that uses the network)",
     "prepare": "validate, tokenise and mask the data; --inspect shows what is supervised",
     "plan": "memory, strategy, speed and cost of a recipe at a site, with reasons",
