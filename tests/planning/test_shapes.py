@@ -126,6 +126,12 @@ def test_experts_and_hybrids_equal_the_real_model(family):
         assert sorted(mine) == tensors(adapted, trained=True), (targets, asked)
 
 
+def test_each_base_is_shipped_once():
+    table = json.loads((shapes.DATA / "models.json").read_text(encoding="utf-8"))
+    names = [name for entry in table["models"] for name in entry["ids"]]
+    assert sorted(names) == sorted(TABLE)
+
+
 def test_a_quantised_base_names_its_copy():
     assert shapes.load("openai/gpt-oss-20b").quantised == "mxfp4"
     assert shapes.copies_of(shapes.load("openai/gpt-oss-20b")) == ["unsloth/gpt-oss-20b-BF16"]
