@@ -21,6 +21,7 @@ def test_names_are_the_contract():
         "attention",
         "cross_entropy",
         "geglu",
+        "grouped_linear",
         "layer_norm",
         "linear_cross_entropy",
         "linear_dpo",
