@@ -26,7 +26,7 @@ if "AIFACTORY_EGRESS_NODES" in _os.environ:
     _egress.close(_os.environ[_egress.VARIABLE].split(","))
 
 if _TYPE_CHECKING:
-    from aifactory_train.api.machines import Launched, Plan, Systems, launch, plan, systems
+    from aifactory_train.api.machines import Launched, Plan, SitesRanked, Systems, launch, plan, systems, where
     from aifactory_train.api.models import LoadedModel, export, load
     from aifactory_train.api.preparing import PreparedRows, prepare, recipe
     from aifactory_train.api.results import Evaluation, TrainedRun, evaluate
@@ -50,7 +50,9 @@ if _TYPE_CHECKING:
 #: Stable name -> the module below this package that holds it.
 _STABLE = {
     **dict.fromkeys(("recipe", "prepare", "PreparedRows"), "api.preparing"),
-    **dict.fromkeys(("systems", "plan", "launch", "Systems", "Plan", "Launched"), "api.machines"),
+    **dict.fromkeys(
+        ("systems", "plan", "where", "launch", "Systems", "Plan", "SitesRanked", "Launched"), "api.machines"
+    ),
     "train": "api.running",
     **dict.fromkeys(("evaluate", "Evaluation", "TrainedRun"), "api.results"),
     **dict.fromkeys(("load", "export", "LoadedModel"), "api.models"),
@@ -73,8 +75,6 @@ _STABLE = {
     ),
     "RunEnded": "record.events",
 }
-#: A name that is there where its room is installed.
-_WHERE_IT_IS_INSTALLED = {"where": "advice"}
 
 __all__ = [
     "Evaluated",
@@ -92,6 +92,7 @@ __all__ = [
     "RunFailed",
     "RunStarted",
     "Saved",
+    "SitesRanked",
     "StepDone",
     "Systems",
     "TrainedRun",
@@ -107,24 +108,18 @@ __all__ = [
     "recipe",
     "systems",
     "train",
+    "where",
 ]
 
 
 def __getattr__(name: str) -> object:
-    place = _STABLE.get(name) or _WHERE_IT_IS_INSTALLED.get(name)
-    if place is not None:
-        try:
-            found: object = getattr(_importlib.import_module(f"{__name__}.{place}"), name)
-        except ModuleNotFoundError as error:
-            if name in _STABLE or error.name != f"{__name__}.{place}":
-                raise
-        else:
-            globals()[name] = found
-            return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place = _STABLE.get(name)
+    if place is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(_importlib.import_module(f"{__name__}.{place}"), name)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
-    beside = _os.path.dirname(__file__)
-    there = [name for name, room in _WHERE_IT_IS_INSTALLED.items() if _os.path.isdir(_os.path.join(beside, room))]
-    return sorted({*globals(), *__all__, *there})
+    return sorted({*globals(), *__all__})

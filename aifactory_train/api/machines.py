@@ -186,6 +186,78 @@ def plan(
 
 
 @dataclass(frozen=True)
+class SitesRanked(Mapping[str, Any]):
+    """Sites ranked for a job, as ``aifactory where --json`` describes them: ``sites``, each with ``id``, ``fits``,
+    ``why``, ``hours``, ``gpu_hours``, ``billed``, ``kwh``, ``access`` and more (docs/where.md); ``asked`` and ``size``.
+
+    >>> import aifactory_train as af
+    >>> found = af.where("health/phenotype-terms", country="Finland", sme=True, tokens=1e6)
+    >>> found["sites"][0]["id"], len(found) > 3
+    ('lumi-g', True)
+    """
+
+    values_by_name: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values_by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
+
+    def __repr__(self) -> str:
+        fitting = [site["id"] for site in self["sites"] if site["fits"]]
+        return f"<SitesRanked for {self['recipe']}: {', '.join(fitting[:3]) or 'none fits'} of {len(self['sites'])}>"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for site in self["sites"]:
+            if site["fits"]:
+                billed = site["billed"] or {}
+                cost = "" if billed.get("amount") is None else f"{billed['amount']:.4g} {billed['unit']}"
+                hours = "" if site["hours"] is None else f"{site['hours']:.4g}"
+                rows.append([site["id"], hours, cost, ", ".join(route["id"] for route in site["access"])])
+        table = showing.table(["system", "hours", "billed there", "routes open to you"], rows)
+        return showing.fragment(f"where to run {self['recipe']}", [table])
+
+
+def where(
+    recipe: AnyRecipe,
+    *,
+    country: str | None = None,
+    sme: bool = False,
+    sensitive: bool = False,
+    deadline_hours: float | None = None,
+    budget_gpu_hours: float | None = None,
+    tokens: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> SitesRanked:
+    """All systems of the 32 factories and antennas, ranked for this recipe and this applicant.
+
+    Args:
+        country: code or English name of where you are established.
+        sme: you are a small or medium company, or a start-up.
+        sensitive: the data are personal data of special categories.
+        tokens: of one epoch; default: from the prepared data, else the time stays unknown.
+
+    Raises:
+        UserError: a country that does not take part, a deadline or budget without a known size.
+
+    >>> import aifactory_train as af
+    >>> af.where("health/phenotype-terms", country="IE", sme=True, tokens=1e6)["asked"]["country"]
+    'IE'
+    """
+    from aifactory_train.commands import where as command
+
+    words = [recipe_file(recipe), *(["--sme"] if sme else []), *(["--sensitive"] if sensitive else [])]
+    words += _options(country=country, deadline=deadline_hours, budget=budget_gpu_hours, tokens=tokens)
+    words += [word for text in overrides_of(settings) for word in ("--set", text)]
+    return SitesRanked(command.build(_parsed(command, words)))
+
+
+@dataclass(frozen=True)
 class Launched(Mapping[str, Any]):
     """A job, as ``aifactory launch --json`` describes it: ``run_dir``, ``jobs`` (ids of the scheduler), ``findings``
     of the checks, ``script`` with ``dry_run``.

@@ -84,7 +84,7 @@ def test_the_page_runs_and_names_everything(desk: Path) -> None:
         exec(compile(block, f"{PAGE}, block {number}", "exec"), scope)
     listed = set(re.findall(r"`af\.(\w+)`", text))
     assert set(af.__all__) <= listed, set(af.__all__) - listed
-    assert listed - set(af.__all__) <= {"where"}
+    assert listed == set(af.__all__)
     for name in BY_THE_PAGE:
         assert any(f"af.{name}" in block for block in blocks), name
 
@@ -95,7 +95,7 @@ def test_the_page_runs_and_names_everything(desk: Path) -> None:
 def test_no_room_is_called_like_a_stable_name() -> None:
     rooms = {found.name for found in pkgutil.iter_modules(af.__path__)}
     assert len(rooms) > 20 and not rooms & set(dir(af)) & set(af.__all__)
-    assert not rooms & {*af.__all__, "where"}
+    assert not rooms & set(af.__all__)
 
 
 @pytest.mark.slow
@@ -148,9 +148,7 @@ assert not {"torch", "transformers"} & set(sys.modules), "planning and launching
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_what_is_not_installed_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = (helpers.ROOT / "aifactory_train" / "advice").is_dir()
-    assert ("where" in dir(af)) is there and hasattr(af, "where") is there
+def test_what_is_no_name_is_not_offered() -> None:
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = af.trian  # type: ignore[attr-defined]
 
