@@ -74,8 +74,9 @@ def _asked_width() -> int | None:
 def table(title: str | None, columns: list[str], rows: list[list[Any]], *, right: tuple[int, ...] = ()) -> None:
     """Print a plain table; ``right`` lists the columns that hold numbers.
 
-    The first column names the row: it is not divided while it takes less than half of the width, so that names can be
-    copied and searched for. In a pipe or a log a table may be wider than a page before anything else is divided.
+    The first column names the row: it is not divided while it takes no more than three fifths of the width, so that
+    names can be copied and searched for. In a pipe or a log a table may be wider than a page before anything else is
+    divided.
     """
     from rich.table import Table
     from rich.text import Text
@@ -84,7 +85,7 @@ def table(title: str | None, columns: list[str], rows: list[list[Any]], *, right
     names = max((len(str(row[0])) for row in rows if row), default=0)
     grid = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for i, name in enumerate(columns):
-        whole = i == 0 and 2 * names <= page.width
+        whole = i == 0 and 5 * names <= 3 * page.width
         grid.add_column(name, justify="right" if i in right else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         grid.add_row(*[cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in row])

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from aifactory_train.core.figures import FIGURES
-from aifactory_train.metrics import ANSWER_METRICS, higher_is_better
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
@@ -135,7 +134,7 @@ def judge(results: dict[str, Any], recipe: Recipe, run: Path, steps: int) -> Ver
     if fell:
         sentence = f"Worse: {_said(fell[0], before, after)}. Use the model from before the training."
         return Verdict("worse", sentence, following.gentler(), reasons)
-    answers = [name for name in names if name in ANSWER_METRICS]
+    answers = [name for name in names if _of_answers(name)]
     forgotten = results.get("forgetting") or {}
     gained = any(certain[name] is True for name in names)
     if forgotten.get("warning"):
@@ -180,7 +179,15 @@ def _main_gained(main: str, answers: list[str], certain: dict[str, bool | None])
     return certain[main] is True or any(certain[name] is True for name in answers)
 
 
+def _of_answers(name: str) -> bool:
+    from aifactory_train.metrics import ANSWER_METRICS  # numpy: a login node that shows a report may have none
+
+    return name in ANSWER_METRICS
+
+
 def _worse(name: str, difference: float | None) -> bool:
+    from aifactory_train.metrics import higher_is_better
+
     return bool(difference) and (difference > 0) != higher_is_better(name)  # type: ignore[operator]
 
 
@@ -201,7 +208,7 @@ def _said(name: str, before: dict[str, Any], after: dict[str, Any]) -> str:
     if new == old:
         way = "as near to"
     what = f"{FIGURES[name][0]} {old:.4g} before, {new:.4g} now"
-    if name in ANSWER_METRICS:
+    if _of_answers(name):
         return f"its answers are {way} the expected ones ({what})"
     easier = "as well as before" if new == old else ("worse" if _worse(name, new - old) else "better")
     return f"it foresees rows that it never saw {easier} ({what})"

@@ -64,7 +64,7 @@ def _loaded(check: dict[str, Any], dtype: Any) -> Any:
     if check.get("head"):
         kind = AutoModelForSequenceClassification
         how["config"] = AutoConfig.from_pretrained(check["head"], local_files_only=True)
-    how |= {"dtype": dtype, "attn_implementation": "eager", "local_files_only": True}  # every model has eager
+    how |= {"dtype": dtype, "attn_implementation": check.get("attention"), "local_files_only": True}
     model: Any = kind.from_pretrained(check["base"], **how)
     if check["adapter"] is not None:
         from peft import PeftModel

@@ -384,6 +384,7 @@ class Export:
                     # a base that transformers only loads without its own generation settings (they do not touch the
                     # logits)
                     "plain_generation": kind == "adapter" and not self.generation.loadable,
+                    "attention": "eager" if self.recipe.model.attention == "own" else None,
                 }
             ],
             self.rows,

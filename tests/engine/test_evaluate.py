@@ -178,6 +178,8 @@ class _Oracle(torch.nn.Module):
     def __init__(self, config, replies: dict[tuple[int, ...], list[int]], stop: int):
         super().__init__()
         self.language_model = SimpleNamespace(config=config)
+        self.own = self.stateful = False  # neither attention of its own nor recurrent layers
+        self.backbone = SimpleNamespace(forward=lambda past_key_values: None)  # it takes a cache
         self.replies, self.stop, self.vocabulary = replies, stop, config.vocab_size
         self.state: list[list[int]] = []
 

@@ -273,15 +273,15 @@ def test_the_report_shows_the_loads() -> None:
 
 
 def test_an_export_names_the_server_that_refuses_its_adapter(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from aifactory_train.exporting.writer import _say_who_ignores
+    from aifactory_train.exporting.vllm_check import say_who_ignores
 
     config = tmp_path / "adapter_config.json"
     config.write_text('{"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}')
-    _say_who_ignores(tmp_path)
+    say_who_ignores(tmp_path)
     said = capsys.readouterr()
     assert "mlp.experts.down_proj" in said.err + said.out and "vLLM" in said.err + said.out
     config.write_text('{"target_modules": ["q_proj"], "target_parameters": null}')
-    _say_who_ignores(tmp_path)
+    say_who_ignores(tmp_path)
     said = capsys.readouterr()
     assert said.err + said.out == ""
 

@@ -212,7 +212,7 @@ def test_what_the_base_is_called_elsewhere(tmp_path, tiny_model_dir, monkeypatch
     """Ids as the recipe names them; a folder by its absolute path, whatever its configuration calls itself."""
 
     def asked(base, revision=None):
-        model = SimpleNamespace(base=str(base), revision=revision, start_from=None, vocabulary=None)
+        model = SimpleNamespace(base=str(base), revision=revision, start_from=None, vocabulary=None, rope_scaling=None)
         return SimpleNamespace(model=model)
 
     assert public_base(asked("org/some-model", "abc123")) == ("org/some-model", "abc123")

@@ -112,7 +112,7 @@ def test_a_floor_is_given_where_matrices_are_multiplied(tmp_path: Path) -> None:
 def test_the_slowest_rank_is_named(tmp_path: Path) -> None:
     for rank in (1, 2, 0):  # rank 0 writes the page of what is there
         loop = Loop(tmp_path, "1-2", rank, 4)
-        loop.weight = torch.nn.Parameter(torch.randn(300, 4000 if rank == 1 else 300))
+        loop.weight = torch.nn.Parameter(torch.randn(300, 40_000 if rank == 1 else 300))
         loop.steps(2)
     page = (tmp_path / "profile" / "profile.md").read_text()
     assert "Slowest: rank 1 on " in page and "Nothing was written by rank 3." in page

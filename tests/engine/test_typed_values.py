@@ -240,7 +240,7 @@ def test_honest_aliases_and_long_texts_are_read():
         ("train.lerning_rate=1", "(did you mean 'learning_rate'?)"),
         ("data.train.0.wieght=1", "(did you mean 'weight'?)"),
         ("methods.preference={knd: dpo}", "(did you mean 'kind'?)"),
-        ("train.qqq=1", "fix: known keys here: batch_rows"),
+        ("train.qqq=1", "fix: known keys here: average, batch_rows"),
     ],
 )
 def test_a_key_of_another_name_is_found(tmp_path, override, reported):
