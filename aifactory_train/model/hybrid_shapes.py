@@ -10,6 +10,7 @@ from aifactory_train.core.errors import UserError
 from aifactory_train.model.blocks import Experts, Recurrence
 
 if TYPE_CHECKING:
+    from aifactory_train.config.schema import Recipe
     from aifactory_train.model.shapes import ModelShape
 
 
@@ -189,3 +190,16 @@ def with_kinds(config: Mapping[str, Any], base: ModelShape, where: str) -> Model
         return replace(kinds[0], config=kept)
     widest = max(kind.ffn for kind in kinds)
     return replace(base, ffn=widest, parts=tuple(kinds), config=kept)
+
+
+def adapted_as(shape: ModelShape, recipe: Recipe) -> ModelShape:
+    """``shape`` with the experts and routers that the recipe's adapter goes on (`model/expert_targets.py`)."""
+    adapter, asked = recipe.adapter, recipe.experts
+    refused = adapter.kind == "dora" or adapter.dropout  # peft puts neither on a parameter
+    how = "none" if asked.adapt == "none" or refused else "all" if asked.adapt == "all" else "named"
+    settings: dict[str, Any] = {"adapters": how, "router_adapted": asked.router == "trained"}
+
+    def one(kind: ModelShape) -> ModelShape:
+        return kind if kind.experts is None else replace(kind, experts=replace(kind.experts, **settings))
+
+    return replace(one(shape), parts=tuple(one(part) for part in shape.parts))

@@ -12,16 +12,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aifactory_train.config.quantised_base import quantisation
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.core.files import read_json
 from aifactory_train.model.blocks import Experts, Recurrence, Tensors
 from aifactory_train.model.hybrid_shapes import READERS, with_kinds
-
-if TYPE_CHECKING:
-    from aifactory_train.config.schema import Recipe
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -271,19 +268,6 @@ class ModelShape:
             if name in chosen:
                 found[name] = rank * (a + b) * times
         return found
-
-
-def adapted_as(shape: ModelShape, recipe: Recipe) -> ModelShape:
-    """``shape`` with the experts and routers that the recipe's adapter goes on (`model/expert_targets.py`)."""
-    adapter, asked = recipe.adapter, recipe.experts
-    refused = adapter.kind == "dora" or adapter.dropout  # peft puts neither on a parameter
-    how = "none" if asked.adapt == "none" or refused else "all" if asked.adapt == "all" else "named"
-    settings: dict[str, Any] = {"adapters": how, "router_adapted": asked.router == "trained"}
-
-    def one(kind: ModelShape) -> ModelShape:
-        return kind if kind.experts is None else replace(kind, experts=replace(kind.experts, **settings))
-
-    return replace(one(shape), parts=tuple(one(part) for part in shape.parts))
 
 
 #: What HF calls the projections, per short name.

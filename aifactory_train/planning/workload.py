@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.model.shapes import ModelShape, adapted_as
+from aifactory_train.model.hybrid_shapes import adapted_as
+from aifactory_train.model.shapes import ModelShape
 from aifactory_train.planning.job import Bytes
 
 if TYPE_CHECKING:

@@ -290,11 +290,11 @@ class Recorder:
 
     def _products(self, config: dict[str, Any], trained: flops.Trained) -> flops.ModelProducts:
         from aifactory_train.core.errors import UserError
-        from aifactory_train.model import shapes
+        from aifactory_train.model import hybrid_shapes, shapes
 
         try:
             shape = shapes.from_config(config, self.recipe.model.base)
-            return flops.of_shape(shapes.adapted_as(shape, self.recipe), trained)
+            return flops.of_shape(hybrid_shapes.adapted_as(shape, self.recipe), trained)
         except UserError:
             from aifactory_train.record import products
 

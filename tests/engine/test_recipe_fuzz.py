@@ -621,7 +621,7 @@ SEEDED = [value for name, value in sorted(globals().items()) if name.startswith(
 def test_a_fault_that_is_put_in_is_found(seed, monkeypatch):
     seed(monkeypatch)
 
-    @settings(how(60, 60), max_examples=60)
+    @settings(how(60, 60), max_examples=200)
     @given(cases(sure=True), cases())
     def search(sure, broken):
         check(sure)

@@ -11,7 +11,7 @@ import pytest
 
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.core.errors import UserError
-from aifactory_train.model import shapes
+from aifactory_train.model import hybrid_shapes, shapes
 
 TABLE = shapes.known()
 GOOD = {
@@ -121,7 +121,9 @@ def test_experts_and_hybrids_equal_the_real_model(family):
         with torch.device("meta"):
             adapted = apply_adapter(AutoModelForCausalLM.from_config(config), recipe, ModelReport())
         mine = [
-            t for kind in shapes.adapted_as(shape, recipe).kinds for t in kind.lora_tensors(3, targets) * kind.layers
+            t
+            for kind in hybrid_shapes.adapted_as(shape, recipe).kinds
+            for t in kind.lora_tensors(3, targets) * kind.layers
         ]
         assert sorted(mine) == tensors(adapted, trained=True), (targets, asked)
 
