@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.commands.arguments import add_overrides, add_size
 from aifactory_train.core.errors import UserError, did_you_mean
 
 EPILOG = """\
@@ -26,20 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", metavar="N", default="auto", help="nodes of a job, or 'auto' (default)")
     parser.add_argument("--gpus-per-node", metavar="N", type=int, help="default: all of a node")
     parser.add_argument("--runs", metavar="N", type=int, default=1, help="how often the job is to be run (default 1)")
-    parser.add_argument(
-        "--tokens", metavar="N", type=float, help="tokens of one epoch; default: from the prepared data"
-    )
-    parser.add_argument("--model-config", metavar="FILE", help="config.json of a base whose dimensions are not shipped")
+    add_size(parser)
     parser.add_argument("--scaling", metavar="FILE", type=Path, help="scaling.json of a measured 'aifactory scale'")
     parser.add_argument("--form", metavar="FILE", type=Path, help="the questions of a call's own form, as YAML")
-    parser.add_argument(
-        "--set",
-        metavar="A.B=C",
-        dest="overrides",
-        action="append",
-        default=[],
-        help="change one value of the recipe; repeatable",
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--out", metavar="FILE", type=Path, action="append", default=[], help=".md, .docx or .json; repeatable"
     )

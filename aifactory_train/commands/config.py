@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from aifactory_train.commands.arguments import add_overrides
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub = parser.add_subparsers(dest="what", required=True, metavar="schema|show")
@@ -12,9 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     schema.add_argument("--json", action="store_true", help="on one line")
     show = sub.add_parser("show", help="a recipe with every default filled in", allow_abbrev=False)
     show.add_argument("recipe", metavar="RECIPE", help="id of a recipe, or a YAML file")
-    show.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="change one value; repeatable"
-    )
+    add_overrides(show)
     show.add_argument("--json", action="store_true", help="one line of JSON instead of YAML")
 
 

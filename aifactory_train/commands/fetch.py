@@ -7,15 +7,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from aifactory_train.commands.arguments import add_overrides
 from aifactory_train.core.errors import UserError
 from aifactory_train.sources import licences
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="recipe id (health/phenotype-terms) or path of a .yaml file")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="change one value"
-    )
+    add_overrides(parser)
     parser.add_argument("--force", action="store_true", help="fetch again what the cache already holds")
     parser.add_argument("--only", choices=["model", "data"], help="fetch one of the two")
     parser.add_argument(

@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+from aifactory_train.commands.arguments import add_overrides
 from aifactory_train.core.errors import UserError
 from aifactory_train.run.profiled_steps import steps_asked
 from aifactory_train.sources import licences
@@ -63,9 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--quick", action="store_true", help="with --accept: the checks of most value alone")
     what.add_argument("--name", help="the run folder is runs/NAME")
     what.add_argument("--run-dir", metavar="DIR")
-    what.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="A.B=C", help="change one value of the recipe"
-    )
+    add_overrides(what)
     what.add_argument("--env", action="append", default=[], metavar="K=V", help="an environment variable of the ranks")
     what.add_argument(
         "--array",

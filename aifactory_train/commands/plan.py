@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.commands.arguments import add_overrides, add_size
 from aifactory_train.config.loading import load_recipe
 from aifactory_train.core.errors import UserError
 
@@ -31,18 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="the same in the unit that the site bills in ('aifactory sites S')",
     )
-    parser.add_argument(
-        "--tokens", metavar="N", type=float, help="tokens of one epoch; default: from the prepared data"
-    )
-    parser.add_argument("--model-config", metavar="FILE", help="config.json of a base whose dimensions are not shipped")
-    parser.add_argument(
-        "--set",
-        metavar="A.B=C",
-        dest="overrides",
-        action="append",
-        default=[],
-        help="change one value of the recipe; repeatable",
-    )
+    add_size(parser)
+    add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="the plan as one line of JSON")
     parser.add_argument(
         "--html", metavar="FILE", type=Path, help="also write a page with the memory stack and the scaling curve"

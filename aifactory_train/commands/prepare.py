@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from aifactory_train.commands.arguments import add_overrides
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="recipe id (health/phenotype-terms) or path of a .yaml file")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="change one value"
-    )
+    add_overrides(parser)
     parser.add_argument("--inspect", type=int, default=0, metavar="N", help="show the tokens of N documents")
     parser.add_argument(
         "--from", dest="which", default="train", metavar="SET", help="set to inspect: train, or the name of an eval set"

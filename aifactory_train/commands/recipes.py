@@ -6,14 +6,14 @@ import argparse
 import functools
 from typing import Any
 
+from aifactory_train.commands.arguments import add_overrides
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="show this recipe (id or path of a .yaml file); 'new' makes one")
     parser.add_argument("--sector", help="only recipes of this sector")
     parser.add_argument("--site", help="only recipes of the sectors that this factory, antenna or system focuses on")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="with RECIPE: change one value"
-    )
+    add_overrides(parser, "with RECIPE: change one value")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.commands.arguments import add_overrides
 from aifactory_train.core.errors import UserError
 
 EPILOG = """\
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cap", metavar="GPU_H", type=float, help="GPU-hours that all together may take")
     parser.add_argument("--tokens", metavar="N", type=float, help="tokens of an epoch; default: from the prepared data")
     parser.add_argument("--folder", metavar="DIR", type=Path, help="default: runs/scale-RECIPE-SITE")
-    parser.add_argument("--set", metavar="A.B=C", dest="overrides", action="append", default=[], help="repeatable")
+    add_overrides(parser)
     parser.add_argument("--submit", action="store_true", help="write the campaign and submit its jobs")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
 

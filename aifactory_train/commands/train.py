@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from aifactory_train.commands.arguments import add_overrides
 from aifactory_train.core.errors import UserError
 from aifactory_train.run.profiled_steps import steps_asked
 from aifactory_train.sources import licences
@@ -13,9 +14,7 @@ from aifactory_train.sources import licences
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="id of a recipe, a recipe file, or the run.yaml of a run")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="change one value; repeatable"
-    )
+    add_overrides(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--run-dir", type=Path, metavar="DIR", help="the run folder (default: runs/RECIPE-TIME)")
     where.add_argument("--name", help="the run folder is runs/NAME")

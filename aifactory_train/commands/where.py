@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.commands.arguments import add_overrides, add_size
 from aifactory_train.core.errors import UserError
 
 EPILOG = """\
@@ -32,18 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the data are personal data of special categories; also where the recipe's privacy.profile is not open",
     )
-    parser.add_argument(
-        "--tokens", metavar="N", type=float, help="tokens of one epoch; default: from the prepared data"
-    )
-    parser.add_argument("--model-config", metavar="FILE", help="config.json of a base whose dimensions are not shipped")
-    parser.add_argument(
-        "--set",
-        metavar="A.B=C",
-        dest="overrides",
-        action="append",
-        default=[],
-        help="change one value of the recipe; repeatable",
-    )
+    add_size(parser)
+    add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with a map of the 32")
 
