@@ -7,18 +7,15 @@ from typing import Any
 
 from aifactory_train.advice import map as europe
 from aifactory_train.advice.show import asked, number, plan_command
-from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import write_atomic
 from aifactory_train.core.templates import render
 
 TEMPLATE = Path(__file__).with_name("where.html.j2")
 
 
 def write_page(answer: dict[str, Any], path: Path) -> None:
-    """Write the page; raises :class:`UserError` where the file cannot be written."""
-    try:
-        path.write_text(page(answer), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=f"--html {path}") from None
+    """Write the page; raises :class:`~aifactory_train.core.errors.UserError` where the file cannot be written."""
+    write_atomic(path, page(answer), where=f"--html {path}")
 
 
 def page(answer: dict[str, Any]) -> str:

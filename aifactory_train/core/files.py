@@ -23,8 +23,12 @@ def put_whole(path: Path, text: str, mode: int | None = None, *, sync: bool = Tr
     """Write a small file so that readers see the old or the new content, never a part. Raises OSError; nothing is left
     beside.
 
-    Without ``sync`` a machine that loses power may leave the file empty.
+    Without ``sync`` a machine that loses power may leave the file empty. What is there and is no file (a pipe,
+    ``/dev/stdout``) is written to, never replaced.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_text(text, encoding="utf-8")
+        return
     # other nodes have this process id too
     beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -42,14 +46,14 @@ def put_whole(path: Path, text: str, mode: int | None = None, *, sync: bool = Tr
         raise
 
 
-def write_atomic(path: Path, text: str, *, sync: bool = True) -> None:
-    """:func:`put_whole`, refused by name where the disk does not take it."""
+def write_atomic(path: Path, text: str, *, sync: bool = True, where: str = "") -> None:
+    """:func:`put_whole`, refused by name where the disk does not take it; ``where`` names the option that asked."""
     try:
         put_whole(path, text, sync=sync)
     except OSError as error:
         # A disk that fills up or a file system that goes away is a failure of the work, not a wrong request.
         kind = RunFailed if error.errno in _BREAKS else UserError
-        raise kind(f"cannot be written: {error.strerror}", where=str(path)) from None
+        raise kind(f"cannot be written: {error.strerror}", where=where or str(path)) from None
 
 
 def file_digest(path: Path) -> str:

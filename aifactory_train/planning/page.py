@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.core.errors import UserError
+from aifactory_train.core.files import write_atomic
 
 _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e")
 
@@ -23,11 +23,8 @@ code{background:#f2f3f5;padding:.1rem .3rem;border-radius:3px}svg{max-width:100%
 
 
 def write_page(plan: dict[str, Any], path: Path) -> None:
-    """Write the page; raises :class:`UserError` where the file cannot be written."""
-    try:
-        path.write_text(render(plan), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=f"--html {path}") from None
+    """Write the page; raises :class:`~aifactory_train.core.errors.UserError` where the file cannot be written."""
+    write_atomic(path, render(plan), where=f"--html {path}")
 
 
 def render(plan: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aifactory_train.core.files import read_json
+from aifactory_train.core.files import read_json, write_atomic
 
 if TYPE_CHECKING:
     from aifactory_train.run.folder import RunFolder
@@ -31,7 +31,7 @@ def write_page(folder: Path, run: RunFolder, ranks: int) -> Path:
     lines += _plan(run, main)
     lines += ["## Files", "", *_files(folder), ""]
     page = folder / "profile.md"
-    page.write_text("\n".join(lines), encoding="utf-8")
+    write_atomic(page, "\n".join(lines))
     return page
 
 

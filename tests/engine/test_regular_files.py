@@ -15,7 +15,7 @@ from aifactory_train.config.loading import load_recipe, read_run_config
 from aifactory_train.config.schema import ModelConfig
 from aifactory_train.core import yaml_text
 from aifactory_train.core.errors import UserError
-from aifactory_train.core.files import check_regular, read_json
+from aifactory_train.core.files import check_regular, read_json, write_atomic
 from aifactory_train.data import readers
 from aifactory_train.data.tokenizer import _read_template
 from aifactory_train.model import shapes
@@ -68,3 +68,12 @@ def test_what_the_shell_opened_is_read(tmp_path: Path) -> None:
     os.close(ours)
     for path in (Path("/dev/stdin"), tmp_path, tmp_path / "absent"):
         check_regular(path)
+
+
+def test_a_pipe_is_written_to_and_never_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "out"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomic(pipe, "all of it\n")
+    assert os.read(reader, 100) == b"all of it\n" and pipe.is_fifo() and [p.name for p in tmp_path.iterdir()] == ["out"]
+    os.close(reader)
