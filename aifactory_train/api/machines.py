@@ -79,17 +79,9 @@ def systems(*, country: str | None = None, usable: bool | None = True) -> System
     return Systems(tuple(found))
 
 
-@dataclass(frozen=True)
-class Plan(Mapping[str, Any]):
-    """A plan: every value that ``aifactory plan --json`` prints, as a mapping. What is None is not known.
-
-    >>> import aifactory_train as af
-    >>> plan = af.plan("health/phenotype-terms", on="lumi-g", gpus_per_node=1, tokens=1e6)
-    >>> plan["gpus"], plan["engine"]
-    (1, 'ddp')
-    >>> sorted(plan.settings)[:1]
-    ['kernels.enabled']
-    """
+@dataclass(frozen=True, repr=False)
+class Answer(Mapping[str, Any]):
+    """What a command prints with ``--json``, by name."""
 
     values_by_name: dict[str, Any]
 
@@ -101,6 +93,18 @@ class Plan(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.values_by_name)
+
+
+class Plan(Answer):
+    """A plan: every value that ``aifactory plan --json`` prints, as a mapping. What is None is not known.
+
+    >>> import aifactory_train as af
+    >>> plan = af.plan("health/phenotype-terms", on="lumi-g", gpus_per_node=1, tokens=1e6)
+    >>> plan["gpus"], plan["engine"]
+    (1, 'ddp')
+    >>> sorted(plan.settings)[:1]
+    ['kernels.enabled']
+    """
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -185,8 +189,7 @@ def plan(
     return Plan(command.build(_parsed(command, words))[0])
 
 
-@dataclass(frozen=True)
-class SitesRanked(Mapping[str, Any]):
+class SitesRanked(Answer):
     """Sites ranked for a job, as ``aifactory where --json`` describes them: ``sites``, each with ``id``, ``fits``,
     ``why``, ``hours``, ``gpu_hours``, ``billed``, ``kwh``, ``access`` and more (docs/where.md); ``asked`` and ``size``.
 
@@ -195,17 +198,6 @@ class SitesRanked(Mapping[str, Any]):
     >>> found["sites"][0]["id"], len(found) > 3
     ('lumi-g', True)
     """
-
-    values_by_name: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values_by_name[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values_by_name)
-
-    def __len__(self) -> int:
-        return len(self.values_by_name)
 
     def __repr__(self) -> str:
         fitting = [site["id"] for site in self["sites"] if site["fits"]]
@@ -257,8 +249,7 @@ def where(
     return SitesRanked(command.build(_parsed(command, words)))
 
 
-@dataclass(frozen=True)
-class Launched(Mapping[str, Any]):
+class Launched(Answer):
     """A job, as ``aifactory launch --json`` describes it: ``run_dir``, ``jobs`` (ids of the scheduler), ``findings``
     of the checks, ``script`` with ``dry_run``.
 
@@ -267,17 +258,6 @@ class Launched(Mapping[str, Any]):
     >>> job["site"], job["ranks"]
     ('local', 1)
     """
-
-    values_by_name: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values_by_name[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values_by_name)
-
-    def __len__(self) -> int:
-        return len(self.values_by_name)
 
     @property
     def warnings(self) -> list[str]:
