@@ -370,9 +370,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def page(rows: list[dict[str, Any]], versions: dict[str, str], others: dict[str, str]) -> str:
-    """``docs/models.md``."""
+def page(rows: list[dict[str, Any]], versions: dict[str, str], others: dict[str, str], classes: int) -> str:
+    """``docs/models.md``; ``classes``: how many transformers has, tried here or not."""
     figures = summary(rows)
+    tried = "all" if len(rows) == classes else f"{len(rows)} of the {classes}"
+    whole = sum(row.get("exported") is not None for row in rows)
 
     def shown(value: Any) -> str:
         return {True: "yes", False: "no", None: ""}.get(value, str(value))
@@ -380,12 +382,12 @@ def page(rows: list[dict[str, Any]], versions: dict[str, str], others: dict[str,
     lines = [
         "# Which models train",
         "",
-        "Written by `python benchmarks/models.py --write`: a tiny model of every causal language model of "
-        f"transformers {versions['transformers']} (peft {versions['peft']}, torch {versions['torch']}), trained with "
-        "LoRA for two steps by `aifactory train`, evaluated, exported and read again. Where `exported` is empty, the "
-        "row comes from `--quick`: the check of the start and one step in memory, no run. `aifactory models "
-        "[ID|MODEL_TYPE|FOLDER]` answers from the same data. How a model is checked before its training: "
-        "[data.md](data.md#which-models).",
+        f"Written by `python benchmarks/models.py --write`: a tiny model of {tried} classes in the mapping of causal "
+        f"language models of transformers {versions['transformers']} (peft {versions['peft']}, torch "
+        f"{versions['torch']}), trained with LoRA. {whole} were trained for two steps by `aifactory train`, evaluated, "
+        "exported and read again; where `exported` is empty, the row comes from `--quick`: the check of the start and "
+        "one step in memory, no run. `aifactory models [ID|MODEL_TYPE|FOLDER]` answers from the same data. How a model "
+        "is checked before its training: [data.md](data.md#which-models).",
         "",
         f"Of {figures['causal_decoders']} classes with a causal decoder {figures['cannot_be_built_tiny']} cannot be "
         f"built tiny; of the others {figures['train']} train ({figures['share']:.0%}), {figures['refused']} are "
@@ -439,9 +441,10 @@ def write(rows: list[dict[str, Any]], *, replaces: bool) -> None:
         kept = {row["family"]: row for row in json.loads(DATA.read_text(encoding="utf-8"))["rows"]}
         rows = [row for _, row in sorted({**kept, **{row["family"]: row for row in rows}}.items())]
     versions = {name: importlib.metadata.version(name).partition("+")[0] for name in ("transformers", "peft", "torch")}
-    tree = {"versions": versions, "summary": summary(rows), "aliases": aliases(), "rows": rows}
+    classes = len(families())
+    tree = {"versions": versions, "classes": classes, "summary": summary(rows), "aliases": aliases(), "rows": rows}
     DATA.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    PAGE.write_text(page(rows, versions, aliases()), encoding="utf-8")
+    PAGE.write_text(page(rows, versions, aliases(), classes), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -104,4 +104,5 @@ def _short(row: dict[str, Any]) -> str:
 
 
 def _versions(table: dict[str, Any]) -> str:
-    return "tried with " + ", ".join(f"{name} {version}" for name, version in table["versions"].items())
+    tried = f"{len(table['rows'])} of {table['classes']} classes, tried with "
+    return tried + ", ".join(f"{name} {version}" for name, version in table["versions"].items())

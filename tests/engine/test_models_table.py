@@ -82,7 +82,7 @@ def test_rows_have_the_columns_that_others_read():
     assert all(keys <= row.keys() for row in tree["rows"] if row["trains"] != table.FAILED)
     assert tree["summary"] == table.summary(tree["rows"])
     assert (helpers.ROOT / "docs" / "models.md").read_text(encoding="utf-8") == table.page(
-        tree["rows"], tree["versions"], tree["aliases"]
+        tree["rows"], tree["versions"], tree["aliases"], tree["classes"]
     )
 
 
