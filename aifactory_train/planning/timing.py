@@ -196,8 +196,8 @@ def collectives(job: TrainingJob) -> tuple[float, float]:
 
 #: Microseconds that a collective takes beside the time of its bytes: to begin, and for every step of a ring or tree to
 #: the next GPU of a node and to the next node. NCCL's own tuning tables (src/graph/tuning.cc at 5067397, June 2026,
-#: protocol LL128): ring 14, 1.9 and 4.0; tree 14, 1.25 and 8.5. Not fitted: no measurement of the calibration is bound by
-#: them.
+#: protocol LL128): ring 14, 1.9 and 4.0; tree 14, 1.25 and 8.5. Not fitted: no measurement of the calibration is bound
+#: by them.
 START_US, RING_US, TREE_US = 14.0, (1.9, 4.0), (1.25, 8.5)
 #: Bytes of a bucket of DDP's gradients.
 DDP_BUCKET = 25 * 2**20
