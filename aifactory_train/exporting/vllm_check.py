@@ -148,10 +148,10 @@ def _adapter(config: dict[str, Any]) -> list[LoadFinding]:
         if config.get(key):
             trouble.append(name)
     trouble.extend(key for key in ("alora_invocation_tokens", "layer_replication") if config.get(key))
-    said = [f"vLLM refuses {'; '.join(trouble)}"] if trouble else []
+    limits = [f"vLLM refuses {'; '.join(trouble)}"] if trouble else []
     unread = [key for key in UNREAD if config.get(key)]
-    said += [f"vLLM does not read {', '.join(unread)}"] if unread else []
-    found.append(LoadFinding("adapter", not said, f"{'; '.join(said)}: export --merge" if said else "plain LoRA"))
+    limits += [f"vLLM does not read {', '.join(unread)}"] if unread else []
+    found.append(LoadFinding("adapter", not limits, f"{'; '.join(limits)}: export --merge" if limits else "plain LoRA"))
     targets = config.get("target_modules") or []
     names = {t.rpartition(".")[2] for t in targets} if isinstance(targets, list) else {str(targets)}
     unknown = sorted(names - LAYERS)
