@@ -82,7 +82,7 @@ Text = Annotated[str, BeforeValidator(_as_text), WithJsonSchema({"type": ["strin
 class SiteModel(BaseModel):
     """An unknown key is an error, and values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(defer_build=True, extra="forbid", frozen=True, populate_by_name=True)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -55,21 +55,23 @@ def test_fast_and_without_torch(recipe):
     )
 
     def processor_time(start) -> float:
-        """Of the quickest of three starts: other processes on this machine do not count against the plan."""
-        quickest = 9.0
-        for _ in range(3):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            done = start()
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            assert done.returncode == 0, done.stderr
-            quickest = min(quickest, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        return quickest
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = start()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
+    # half a second, or on a slower machine three and a half times what importing the libraries it needs costs there. Each
+    # plan is compared with the libraries just before it: what else runs on this machine slows both.
     libraries = [sys.executable, "-c", "import pydantic, yaml, jinja2; from pydantic import BaseModel"]
-    unit = processor_time(lambda: subprocess.run(libraries, capture_output=True, text=True, check=False))
-    plan = processor_time(lambda: run(recipe, *BASE, "--json", code=code))
-    # half a second, or on a slower machine three and a half times what importing the libraries it needs costs there
-    assert plan < max(0.5, 3.5 * unit), f"{plan:.3f} s; the libraries alone {unit:.3f} s"
+    tried = []
+    for _ in range(6):
+        unit = processor_time(lambda: subprocess.run(libraries, capture_output=True, text=True, check=False))
+        plan = processor_time(lambda: run(recipe, *BASE, "--json", code=code))
+        tried.append(plan / max(0.5, 3.5 * unit))
+        if tried[-1] < 1:
+            break
+    assert min(tried) < 1, tried
 
 
 class _Checker(HTMLParser):
