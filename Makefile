@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -q
 WORKERS ?= 2
 EVERY_CHANGE := not slow and not network and not slurm
 
-.PHONY: help install validators quickstart test test-all lint types slurm-tests browser-tests recipes-short kernels-targets
+.PHONY: help install validators quickstart test test-all lint types slurm-tests browser-tests recipes-short kernels-targets docs
 
 help:
 	@echo "make quickstart       install, fetch, fine-tune SmolLM2-135M on medical terms with two ranks, show before/after"
@@ -59,6 +59,10 @@ validators: .validators/bin/python
 
 test: lint types
 	$(PYTEST) -n $(WORKERS) --dist loadfile --durations 15 -m "$(EVERY_CHANGE)"
+
+# The pages of docs/ as a site in site/, which needs no server; a link that leads nowhere is a fault.
+docs: $(VENV)/.installed-test
+	$(BIN)/mkdocs build --strict --quiet
 
 slurm-tests: $(VENV)/.installed-test
 	AIFACTORY_REQUIRE_SLURM=1 $(PYTEST) -m "slurm and not slow"

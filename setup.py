@@ -59,6 +59,7 @@ DOCUMENTS = ["pypdf>=5", "beautifulsoup4>=4.13"]  # folders of PDF and HTML as r
 ACCESS = ["python-docx>=1.1"]  # aifactory access --out FILE.docx; pure Python on lxml
 # Word, PowerPoint, Excel and OpenDocument files as rows; all pure Python but lxml, which has wheels everywhere.
 OFFICE = [*DOCUMENTS, "openpyxl>=3.1", "odfpy>=1.4.1", "python-docx>=1.1", "python-pptx>=1.0"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]  # make docs: the pages as a site
 COMPLETION = ["shtab>=1.7"]  # aifactory completion SHELL; pure Python
 QLORA = [*TRAIN, "accelerate>=1.1", "bitsandbytes>=0.46; sys_platform == 'linux'"]
 HARNESS = [*TRAIN, "lm-eval>=0.4.13,<0.5"]  # aifactory eval RUN --harness
@@ -68,6 +69,7 @@ TEST = [
     *OFFICE,
     *ACCESS,
     *COMPLETION,
+    *DOCS,
     *TRACKING,
     *TRITON,
     "setuptools>=68",
@@ -127,6 +129,7 @@ setup(
     install_requires=BASE,
     extras_require={
         "train": TRAIN,
+        "docs": DOCS,
         "deepspeed": DEEPSPEED,
         "mpi": MPI,
         "triton": TRITON,
