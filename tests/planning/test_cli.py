@@ -61,7 +61,7 @@ def test_fast_and_without_torch(recipe):
         assert done.returncode == 0, done.stderr
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # Half a second, or on a slower machine three and a half times what importing the libraries it needs costs there; each
+    # Half a second, or on a slower machine three and a half times what importing the libraries costs there; each
     # plan is compared with the libraries just before it: what else runs on this machine slows both.
     libraries = [sys.executable, "-c", "import pydantic, yaml, jinja2; from pydantic import BaseModel"]
     tried = []
