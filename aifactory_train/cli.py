@@ -28,6 +28,7 @@ COMMANDS = {
     "access": "the technical part of an application for access, drafted from the plan",
     "scale": "measure strong and weak scaling at a site, under a hard cap of GPU-hours",
     "usage": "what a project used: by run, by how jobs ended, against its award; drafts of reports",
+    "teach": "one pass of a larger model over the rows, whose likeliest tokens methods.distill learns from",
     "train": "the training process itself (what torchrun, srun or mpirun start)",
     "launch": "run a recipe here, or write, check and submit the batch script of a site",
     "status": "state, attempts and cause of a run",

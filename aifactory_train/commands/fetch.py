@@ -74,20 +74,29 @@ def _cache_of_the_site(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _fetch(args: argparse.Namespace) -> int:
+    from aifactory_train.config.distill_block import teacher_recipe
     from aifactory_train.config.loading import load_recipe
     from aifactory_train.core.output import note, print_json, table
     from aifactory_train.sources import fetch, parse
+    from aifactory_train.sources.fetching import fetch_model
 
     recipe = load_recipe(args.recipe, licences.overrides(args))
     licences.gate(recipe)
     manifest = fetch(recipe, force=args.force, say=note, model=args.only != "data", data=args.only != "model")
+    teachers = []
+    if recipe.methods.distill is not None and args.only != "data":
+        teachers = [fetch_model(teacher_recipe(recipe).model, force=args.force, say=note)]
+        manifest = {**manifest, "teacher": teachers[0]}
     if args.json:
         print_json(manifest)
         return 0
     rows = []
     by_recipe = {parse(s.source).text: s.licence for s in [*recipe.data.train, *(recipe.data.eval or [])]}
     by_recipe[parse(recipe.model.base).text] = recipe.model.licence
-    for kind, item in [("model", manifest["model"]), *(("data", entry) for entry in manifest["data"])]:
+    if recipe.methods.distill is not None:
+        by_recipe[parse(recipe.methods.distill.teacher).text] = recipe.methods.distill.licence
+    items = [("model", manifest["model"]), *(("teacher", entry) for entry in teachers)]
+    for kind, item in [*items, *(("data", entry) for entry in manifest["data"])]:
         if item is None:
             continue
         size = sum(f["bytes"] for f in item["files"]) / 1e6

@@ -103,7 +103,13 @@ def _id_of(name: str) -> str:
     return "/".join(part or "recipe" for part in parts)
 
 
-_BESIDE = (("model", "base"), ("model", "chat_template"), ("model", "vocabulary", "text"))
+_BESIDE = (
+    ("model", "base"),
+    ("model", "chat_template"),
+    ("model", "vocabulary", "text"),
+    ("methods", "distill", "teacher"),
+    ("methods", "distill", "stored"),
+)
 
 
 #: Keys of single paths. Sources of rows (``data.train``, ``data.eval``) are paths too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aifactory_train.config.distill_block import check_distill
 from aifactory_train.config.head_block import check_head
 from aifactory_train.config.schema import RULES, Recipe
 
@@ -102,6 +103,8 @@ def _check_methods(recipe: Recipe) -> None:
     if methods.head is not None:
         check_head(recipe)
         return
+    if methods.distill is not None:
+        check_distill(recipe)
     if any(source.format in ("label", "labels") for source in [*data.train, *(data.eval or [])]):
         raise ValueError("data.train: rows of format label or labels are what methods.head learns from")
     preference = methods.preference

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, WithJsonSchema, model_validator
 
 from aifactory_train.config.data_blocks import DataConfig
+from aifactory_train.config.distill_block import DistillConfig
 from aifactory_train.config.experts_block import ExpertsConfig
 from aifactory_train.config.head_block import HeadConfig
 from aifactory_train.config.rope_block import RopeScalingConfig
@@ -240,6 +241,7 @@ class MethodsConfig(Strict):
 
     preference: PreferenceConfig | None = None
     head: HeadConfig | None = None
+    distill: DistillConfig | None = None
     goldfish: GoldfishConfig | None = None
     neftune: NeftuneConfig | None = None
 

@@ -122,6 +122,15 @@ class Sampler:
         following = Cursor(cursor.epoch, stop) if stop < len(docs) else Cursor(cursor.epoch + 1, 0)
         return docs[cursor.position : stop], following
 
+    def mark_seen(self, seen: np.ndarray, steps: int) -> None:
+        """Set the bools of the documents that the first ``steps`` steps use in ``seen`` ``[documents]``."""
+        cursor = Cursor(0, 0)
+        for _ in range(steps):
+            if seen.all():
+                return
+            documents, cursor = self.step(cursor)
+            seen[documents] = True
+
     def _stop(self, position: int, n: int, ends: np.ndarray) -> int:
         if self.batch_rows is not None:
             left = n - position

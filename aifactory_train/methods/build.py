@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 METHODS = {
     "preference": "aifactory_train.methods.preference:Preference",
     "head": "aifactory_train.methods.head:head_method",
+    "distill": "aifactory_train.methods.distill:Distill",
 }
 
 

@@ -104,17 +104,10 @@ class Preference(Supervised):
 
     def _documents_of_run(self, run: RunContext) -> np.ndarray:
         """Judged documents that the run's steps will use, int64, sorted."""
-        from aifactory_train.data import Cursor
-
         train_set: Any = run.data.train
         seen = np.zeros(len(train_set), dtype=bool)
         seen[train_set.replayed] = True  # imitated, not rated
-        cursor = Cursor(0, 0)
-        for _ in range(run.total_steps):
-            if seen.all():
-                break
-            units, cursor = run.sampler.step(cursor)
-            seen[units] = True
+        run.sampler.mark_seen(seen, run.total_steps)
         return train_set.documents(np.flatnonzero(seen & ~train_set.replayed))
 
     # ---- a step

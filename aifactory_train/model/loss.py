@@ -9,13 +9,16 @@ CPUs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from aifactory_train.kernels import hardware, runtime
 from aifactory_train.kernels.linear_cross_entropy.op import accumulate
 from aifactory_train.model.cpu_matmul import by_columns, by_rows
+
+if TYPE_CHECKING:
+    from aifactory_train.model.objective import Walk
 
 #: Bytes of one chunk of fp32 logits on a CPU. 64 MiB keeps the projection's matrix products large (455 rows of a 36k
 #: vocabulary).
@@ -193,6 +196,7 @@ def linear_cross_entropy(
     bias: torch.Tensor | None = None,
     rows: int | None = None,
     kernels: bool = False,
+    walk: Walk | None = None,
 ) -> torch.Tensor:
     """Cross-entropy in nats of the softmax of :func:`shaped` ``hidden @ weight.T`` at ``targets``, with gradients for
     hidden, weight and bias ``[V]``.
@@ -201,10 +205,14 @@ def linear_cross_entropy(
     supervised rows first). ``reduction``: :data:`Reduction`; ``counts`` are the targets of each document, in order,
     host integers that add up to ``N``. ``N = 0`` gives zeros (or nothing) with a connected graph. ``rows`` of logits
     exist at once (:func:`chunk_rows`). ``kernels``: by the registered operators, which run Triton where the registry
-    selects it; models with a bias, which are few, go without.
+    selects it; models with a bias, which are few, go without. ``walk`` goes through the same chunks for something
+    other than cross-entropy, and its result is returned.
 
     ``sum`` makes the gradients in its forward pass and costs 6 N V D FLOP; the others make the logits twice and cost 8.
     """
+    if walk is not None:
+        chunk = chunk_rows(weight.shape[0], rows, device=hidden.device)
+        return walk(hidden, weight, bias, targets, Shaping(scale, softcap), chunk)
     if reduction == "documents":
         assert counts is not None
         how: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias, "rows": rows, "kernels": kernels}

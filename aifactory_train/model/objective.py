@@ -11,13 +11,30 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:  # the engines' table is read where there is no torch
     import torch
 
-    from aifactory_train.model.loss import Reduction
+    from aifactory_train.model.loss import Reduction, Shaping
+
+
+class Walk(Protocol):
+    """Another walk through the vocabulary than cross-entropy's: from hidden states ``[N, D]``, the output layer's weight
+    ``[V, D]`` and bias ``[V]`` and targets int64 ``[N]`` to a tensor, with ``rows`` of logits at once."""
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        how: Shaping,
+        rows: int,
+    ) -> torch.Tensor: ...
 
 
 class Likelihood(Protocol):
     """:func:`aifactory_train.model.loss.linear_cross_entropy` of the supervised positions of one micro-batch."""
 
-    def __call__(self, *, reduction: Reduction = "sum", counts: Sequence[int] | None = None) -> torch.Tensor: ...
+    def __call__(
+        self, *, reduction: Reduction = "sum", counts: Sequence[int] | None = None, walk: Walk | None = None
+    ) -> torch.Tensor: ...
 
 
 class Objective(Protocol):

@@ -86,12 +86,15 @@ def known() -> dict[str, Any]:
 
 
 def parents(recipe: Recipe) -> list[Parent]:
-    """The base model and every source of rows, each with what its licence allows. Reads no data and no network."""
+    """The base model, every source of rows and the teacher, each with what its licence allows. Reads no data and no network."""
     named = [(option.base, option.licence) for option in recipe.model.options]
     by_recipe = (recipe.model.base, recipe.model.licence) in named
     found = [_judge("model", recipe.model.base, recipe.model.licence, "base", by_recipe)]
     for role, sources in (("train", recipe.data.train), ("eval", recipe.data.eval or [])):
         found += [_judge(f"data.{role}.{i}", s.source, s.licence, role) for i, s in enumerate(sources)]
+    teacher = recipe.methods.distill
+    if teacher is not None:
+        found.append(_judge("methods.distill", teacher.teacher, teacher.licence, "teacher"))
     return found
 
 
