@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from aifactory_train.config.distill_block import DistillConfig
     from aifactory_train.config.head_block import HeadConfig
     from aifactory_train.config.schema import Recipe
 
@@ -18,7 +19,7 @@ def objective(recipe: Recipe) -> str:
     if methods.head is not None:
         parts = [_of_head(methods.head)]
     elif how is None:
-        parts = [likelihood]
+        parts = [likelihood if methods.distill is None else _of_distill(methods.distill, likelihood)]
         if methods.goldfish is not None:
             parts.append(f"one token in {methods.goldfish.k} withheld (goldfish loss, arXiv 2406.10209)")
         if replayed:
@@ -26,11 +27,13 @@ def objective(recipe: Recipe) -> str:
     else:
         reference = "relative to the model before its first step"
         ipo = how.kind == "dpo" and how.loss == "ipo"
+        scale = f"beta {how.beta:g}" + (f", label smoothing {how.label_smoothing:g}" if how.label_smoothing else "")
+        nll = f" and {how.nll_weight:g} x likelihood of chosen answers" if how.nll_weight else ""
         names = {
             "dpo": f"{'identity' if ipo else 'direct'} preference optimisation of pairs ({'IPO' if ipo else 'DPO'}, "
-            f"beta {how.beta:g}"
-            + (f", label smoothing {how.label_smoothing:g})" if how.label_smoothing else ")")
-            + f" {reference}",
+            f"{scale}{', a mean over tokens' if how.loss == 'sigmoid_norm' else ''}) {reference}",
+            "simpo": f"margin of pairs by mean log-probability of a token (SimPO, {scale}, gamma {how.gamma:g}){nll}",
+            "cpo": f"margin of pairs by log-probability (CPO, {scale}){nll}",
             "orpo": f"likelihood of chosen answers and {how.beta:g} x their log odds ratio to rejected ones (ORPO)",
             "kto": f"prospect-theoretic value of rated answers (KTO, beta {how.beta:g}, weights "
             f"{how.desirable_weight:g} and "
@@ -44,7 +47,7 @@ def objective(recipe: Recipe) -> str:
     # A block without words of its own is named with its settings: the record never calls another loss plain
     # cross-entropy.
     for name, block in methods:
-        if block is not None and name not in ("preference", "head", "goldfish", "neftune"):
+        if block is not None and name not in ("preference", "head", "distill", "goldfish", "neftune"):
             settings = ", ".join(f"{key} {value}" for key, value in block.model_dump().items())
             parts.append(f"changed by methods.{name} ({settings})")
     return "; ".join(parts)
@@ -63,3 +66,16 @@ def _of_head(head: HeadConfig) -> str:
         "multi_label": f"binary cross-entropy of each label, a mean over labels{weighted}",
     }
     return f"{names[head.kind]}, by a linear head on the last token, a mean over documents"
+
+
+def _of_distill(how: DistillConfig, likelihood: str) -> str:
+    """A mix with the divergence from a teacher, in words."""
+    names = {
+        "forward_kl": "Kullback-Leibler divergence of the student from the teacher",
+        "reverse_kl": "Kullback-Leibler divergence of the teacher from the student",
+        "js": f"generalised Jensen-Shannon divergence, beta {how.beta:g},",
+    }
+    return (
+        f"{1 - how.weight:g} x {likelihood} and {how.weight:g} x {names[how.loss]} to the stored log-probabilities of "
+        f"{how.teacher} (the {how.top_k} likeliest tokens and the rest together, temperature {how.temperature:g})"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aifactory_train.config.distill_block import check_distill
 from aifactory_train.config.head_block import check_head
+from aifactory_train.config.preference_block import OF_PAIRS, check_preference
 from aifactory_train.config.schema import RULES, Recipe
 
 
@@ -117,7 +118,7 @@ def _check_methods(recipe: Recipe) -> None:
         if wanted and source.format == "auto":
             source.__dict__["format"] = wanted  # object-level write, as above
         if source.format in ("preference", "feedback") and source.format != wanted:
-            needed = "dpo or orpo" if source.format == "preference" else "kto"
+            needed = " or ".join(OF_PAIRS) if source.format == "preference" else "kto"
             raise ValueError(f"methods.preference: rows of format {source.format} need kind {needed}")
         if preference is not None and source.format != wanted:
             raise ValueError(
@@ -129,13 +130,7 @@ def _check_methods(recipe: Recipe) -> None:
         return
     if methods.goldfish is not None:
         raise ValueError("methods.goldfish: withholds tokens from next-token loss and has no meaning for preferences")
-    if preference.kind != "dpo" and (preference.label_smoothing or preference.loss != "sigmoid"):
-        key = "label_smoothing" if preference.label_smoothing else "loss"
-        raise ValueError(f"methods.preference.{key}: belongs to kind dpo")
-    if preference.loss == "ipo" and preference.label_smoothing:
-        raise ValueError("methods.preference.label_smoothing: belongs to loss sigmoid")
-    if preference.kind != "kto" and (preference.desirable_weight, preference.undesirable_weight) != (1.0, 1.0):
-        raise ValueError("methods.preference.desirable_weight: belongs to kind kto")
+    check_preference(preference)
     if preference.replay_weight != 1.0 and all(source.share is None for source in data.train):
         raise ValueError("methods.preference.replay_weight: no source of data.train has a share, nothing is replayed")
 

@@ -16,6 +16,7 @@ from aifactory_train.config.data_blocks import DataConfig
 from aifactory_train.config.distill_block import DistillConfig
 from aifactory_train.config.experts_block import ExpertsConfig
 from aifactory_train.config.head_block import HeadConfig
+from aifactory_train.config.preference_block import PreferenceConfig
 from aifactory_train.config.rope_block import RopeScalingConfig
 from aifactory_train.config.strict import Strict
 from aifactory_train.config.update_block import UpdateConfig
@@ -182,40 +183,6 @@ class TrainConfig(UpdateConfig):
     max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping (the norm is still logged).")
     loss_chunk_tokens: int | None = Field(
         None, ge=1, description="Rows of logits that exist at once; null: from the vocabulary."
-    )
-
-
-class PreferenceConfig(Strict):
-    """Learning from preferences in place of imitation (docs/methods.md)."""
-
-    kind: Literal["dpo", "orpo", "kto"] = Field(
-        description="dpo, orpo: rows with prompt, chosen, rejected; kto: rows with prompt, completion, label (true or "
-        "false)."
-    )
-    beta: float = Field(
-        0.1, gt=0, description="dpo, kto: how strongly the reference holds; orpo: weight of the odds ratio."
-    )
-    loss: Literal["sigmoid", "ipo"] = Field(
-        "sigmoid",
-        description="dpo only. ipo: squared distance of the margin to 1 / (2 beta), for few or certain pairs (Azar et "
-        "al. 2023, arXiv 2310.12036).",
-    )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="dpo only: share of pairs that are thought to be the wrong way round."
-    )
-    desirable_weight: float = Field(
-        1.0,
-        gt=0,
-        description="kto only: lambda_D; desirable answers x their weight over undesirable ones x theirs should be 1 "
-        "to 4/3.",
-    )
-    undesirable_weight: float = Field(1.0, gt=0, description="kto only: lambda_U.")
-    replay_weight: float = Field(
-        1.0,
-        gt=0,
-        description="With a replayed source (data.train[].share): a step's loss is the preference loss + "
-        "replay_weight x mean NLL per target of its replayed rows (the pretraining term of Ouyang et al. 2022, arXiv "
-        "2203.02155, equation 2).",
     )
 
 

@@ -9,9 +9,10 @@ interval.
 ``chosen_logp``, ``rejected_logp``  mean log-probability of an answer in nats (KTO: desirable, undesirable)
 ===================== ==================================================================================================
 
-The reward is beta times the log-ratio to the reference. ORPO has none: its rewards and log-probabilities are means over
-tokens. KTO's answers are not paired, so it has no accuracy; its KL estimate is that of the whole set, and the bootstrap
-holds it fixed.
+The reward is beta times the log-ratio to the reference (``loss: sigmoid_norm``: a mean over tokens). ORPO, SimPO and
+CPO have none: rewards and log-probabilities of the first two are means over tokens (SimPO's reward times beta), CPO's
+reward is beta times the log-probability. KTO's answers are not paired, so it has no accuracy; its KL estimate is that
+of the whole set, and the bootstrap holds it fixed.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from aifactory_train.config.preference_block import WITH_REFERENCE
 from aifactory_train.metrics import PREFERENCE_METRICS
 from aifactory_train.metrics.bootstrap import ratio
-from aifactory_train.model.answer_loss import loss_of
+from aifactory_train.model.answer_loss import loss_of, rewards_of
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import PreferenceConfig
@@ -63,10 +65,9 @@ def _of_pairs(result: SetResult, how: PreferenceConfig) -> dict[str, np.ndarray]
     lengths = np.stack([result.scored.tokens, result.rejected.tokens], axis=1)
     policy = np.stack([good, bad], axis=1)
     reference: np.ndarray | None = np.zeros_like(policy)
-    rewards = policy / lengths
-    if how.kind == "orpo":
-        good, bad = rewards.T
-    else:
+    if how.by_token:
+        good, bad = (policy / lengths).T
+    if how.kind in WITH_REFERENCE:
         kept = result.dataset.reference  # type: ignore[attr-defined]
         reference = None if kept is None else np.stack([kept["own"], kept["rejected"]], axis=1)
     out = {
@@ -77,8 +78,8 @@ def _of_pairs(result: SetResult, how: PreferenceConfig) -> dict[str, np.ndarray]
     }
     if reference is None:
         return out
-    if how.kind != "orpo":
-        rewards = how.beta * (policy - reference)
+    answers = [torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64)) for x in (policy, reference, lengths)]
+    rewards = rewards_of(how, *answers).numpy()
     out["reward_accuracy"] = _in_order(rewards[:, 0], rewards[:, 1])
     out["reward_margin"] = _mean(rewards[:, 0] - rewards[:, 1])
     sides = torch.tensor([True, False])

@@ -1,4 +1,4 @@
-"""Learning from preferences: DPO, ORPO and KTO, on the loop and the batches of supervised fine-tuning.
+"""Learning from preferences: DPO, ORPO, SimPO, CPO and KTO, on the loop and the batches of supervised fine-tuning.
 
 The parts: :mod:`pairs` (what a row is), :mod:`preference_loss` (formulas), :mod:`reference` (log-probabilities of the
 model before the first step), :mod:`preference_eval` (held-out figures). This file puts them into the run.
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from aifactory_train.config.preference_block import NAMES, OF_PAIRS, WITH_REFERENCE
 from aifactory_train.methods.pairs import HeldOutLabels, LabelledTokens, Mismatched, PairedTokens, PairsSubset
 from aifactory_train.methods.preference_loss import SUMS, PairObjective
 from aifactory_train.methods.reference import Reference, score
@@ -41,7 +42,7 @@ class Preference(Supervised):
         assert recipe.methods.preference is not None
         super().__init__(recipe)
         self.settings = recipe.methods.preference
-        self.paired = self.settings.kind != "kto"
+        self.paired = self.settings.kind in OF_PAIRS
         self.reference = Reference()
         self.mixed: Mismatched | None = None  # KTO: exchanged answers of the run's documents
         self.baseline = 0.0
@@ -86,8 +87,8 @@ class Preference(Supervised):
     def prepare(self, run: RunContext, *, resumed: bool) -> list[tuple[str, str, str]]:
         """Compute the reference's log-probabilities of the run's documents, or read them when the run goes on."""
         self.sums = self.sums.to(run.world.device)
-        if self.settings.kind == "orpo":
-            return [("reference", "none", "ORPO needs none")]
+        if self.settings.kind not in WITH_REFERENCE:
+            return [("reference", "none", f"{NAMES[self.settings.kind]} needs none")]
         wanted = self._documents_of_run(run)
         if not self.paired:
             base = run.data.train.base  # type: ignore[attr-defined]
@@ -170,18 +171,14 @@ class Preference(Supervised):
         ``reward_accuracy`` (equal rewards count half), KTO also ``kl``; where rows are replayed ``preference_loss`` and
         ``replay_loss`` (mean NLL of a target) apart.
 
-        The reward is the log-ratio to the reference times beta; for ORPO, which has none, the mean log-probability of a
-        token.
+        The reward is the one that the loss is made of (:func:`aifactory_train.model.answer_loss.rewards_of`).
         """
         sums = self.sums.clone()
         dist.all_reduce(sums)
         found = dict(zip(SUMS, sums.tolist(), strict=True))
-        factor = 1.0 if self.settings.kind == "orpo" else self.settings.beta
         out: dict[str, float] = {}
         if found["good_answers"] and found["bad_answers"]:
-            out["reward_margin"] = factor * (
-                found["good"] / found["good_answers"] - found["bad"] / found["bad_answers"]
-            )
+            out["reward_margin"] = found["good"] / found["good_answers"] - found["bad"] / found["bad_answers"]
             if self.paired:
                 out["reward_accuracy"] = found["in_order"] / found["good_answers"]
         if not self.paired:

@@ -1,4 +1,5 @@
-"""Losses of whole answers: DPO (and IPO), ORPO, KTO, and what a forward pass needs to compute them for a micro-batch.
+"""Losses of whole answers: DPO (and IPO), ORPO, SimPO, CPO, KTO, and what a forward pass needs to compute them for a
+micro-batch.
 
 One forward pass gives the log-probability of every supervised token, packed or padded; sums over documents give those
 of answers, and the loss is a function of answers. It is summed over a micro-batch; the loop divides by the number of
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aifactory_train.model.answer_loss import loss_of
+from aifactory_train.model.answer_loss import loss_of, rewards_of
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import PreferenceConfig
@@ -70,7 +71,7 @@ class PairObjective:
         """The first five of :data:`SUMS`. Sums under masks: picking rows out would make the host wait for the
         device.
         """
-        rewards = (policy / self.lengths if self.settings.kind == "orpo" else policy - self.reference).double()
+        rewards = rewards_of(self.settings, policy, self.reference, self.lengths).double()
         good = self.desirable.double()
         right = rewards.new_zeros(())
         if self.settings.kind != "kto":

@@ -1,4 +1,4 @@
-"""Losses of whole answers from their log-probabilities: DPO (and IPO), ORPO, KTO."""
+"""Losses of whole answers from their log-probabilities: DPO (and IPO), ORPO, SimPO, CPO, KTO; and their rewards."""
 
 from __future__ import annotations
 
@@ -17,8 +17,17 @@ def dpo_loss(policy: torch.Tensor, reference: torch.Tensor, beta: float, smoothi
     Rafailov et al. 2023, arXiv 2305.18290, equation 7; ``smoothing`` is the conservative form (cDPO) of its authors'
     note (labels that are wrong with that probability; Mitchell 2023, https://ericmitchell.ai/cdpo.pdf, equation 3).
     """
-    rewards = beta * (policy - reference)
-    margin = rewards[:, 0] - rewards[:, 1]
+    return margin_loss(beta * (policy - reference), smoothing)
+
+
+def margin_loss(rewards: torch.Tensor, smoothing: float = 0.0, gamma: float = 0.0) -> torch.Tensor:
+    """Sum over P pairs of ``-log sigmoid(reward of the chosen - reward of the rejected answer - gamma)``, rewards ``[P,
+    2]``.
+
+    With mean log-probabilities of a token times beta as rewards it is SimPO (Meng et al. 2024, arXiv 2405.14734,
+    equation 6), with log-probabilities times beta CPO (Xu et al. 2024, arXiv 2401.08417, equation 4).
+    """
+    margin = rewards[:, 0] - rewards[:, 1] - gamma
     return -((1 - smoothing) * F.logsigmoid(margin) + smoothing * F.logsigmoid(-margin)).sum()
 
 
@@ -66,6 +75,20 @@ def kto_loss(
     return (weight * (1 - value)).sum()
 
 
+def rewards_of(
+    how: PreferenceConfig, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """The reward of each answer, in the shape of ``policy``; all of one shape, lengths in tokens."""
+    if how.kind == "orpo":
+        return policy / lengths
+    if how.kind == "simpo":
+        return how.beta * policy / lengths
+    if how.kind == "cpo":
+        return how.beta * policy
+    ratios = policy - reference
+    return how.beta * (ratios / lengths if how.loss == "sigmoid_norm" else ratios)
+
+
 def loss_of(
     how: PreferenceConfig,
     policy: torch.Tensor,
@@ -84,4 +107,8 @@ def loss_of(
         return orpo_loss(policy.view(-1, 2), lengths.view(-1, 2), how.beta)
     if how.loss == "ipo":
         return ipo_loss(policy.view(-1, 2), reference.view(-1, 2), lengths.view(-1, 2), how.beta)
-    return dpo_loss(policy.view(-1, 2), reference.view(-1, 2), how.beta, how.label_smoothing)
+    rewards = rewards_of(how, policy, reference, lengths).view(-1, 2)
+    total = margin_loss(rewards, how.label_smoothing, how.gamma if how.kind == "simpo" else 0.0)
+    if how.nll_weight:
+        total = total - how.nll_weight * (policy / lengths).view(-1, 2)[:, 0].sum()
+    return total

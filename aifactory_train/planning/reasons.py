@@ -34,6 +34,11 @@ def of_choice(
         f"(a plan keeps {100 * search.MARGIN:.0f} % free)"
     )
     lines += _of_preference(work, run)
+    if work.teacher is not None:
+        lines.append(
+            f"teacher pass: of {work.teacher}, before the run ('aifactory teach'); not planned, neither its time (a "
+            "forward pass of the teacher over each row once) nor its memory; a step holds no teacher"
+        )
     return lines + _of_figures(request, work, gpu, links)
 
 

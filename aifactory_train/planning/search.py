@@ -167,7 +167,7 @@ def candidates(
                         accumulates_whole=True,
                         overlaps=layout.traits.overlaps,
                         compiled=compiled,
-                        preference=work.preference is not None,
+                        preference=work.preference is not None or work.teacher is not None,
                         scored=work.scored,
                     )
                     yield Counted(job, memory.predict(job))

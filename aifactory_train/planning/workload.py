@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from aifactory_train.config.preference_block import OF_PAIRS
 from aifactory_train.core.errors import UserError
 from aifactory_train.model.hybrid_shapes import adapted_as
 from aifactory_train.model.shapes import ModelShape
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def documents_of_a_row(preference: str | None) -> int:
     """Documents of a row of training data, by :func:`preference_of`: a pair has two."""
-    return 2 if preference in ("dpo", "orpo", "reward") else 1
+    return 2 if preference in (*OF_PAIRS, "reward") else 1
 
 
 def preference_of(recipe: Recipe) -> str | None:
@@ -53,6 +54,7 @@ class Workload:
     optimizer: str = "adamw"
     dropout: float = 0.0  # of the adapters' inputs
     keeps_mean: bool = False  # train.average
+    teacher: str | None = None  # methods.distill: whose stored log-probabilities a step reads
 
     @property
     def row_documents(self) -> int:
@@ -142,6 +144,7 @@ def of_recipe(recipe: Recipe, shape: ModelShape, document: float | None, supervi
         preference=preference,
         optimizer=train.optimizer,
         keeps_mean=train.average is not None,
+        teacher=recipe.methods.distill.teacher if recipe.methods.distill is not None else None,
         dropout=adapter.dropout if adapter.kind != "none" else 0.0,
     )
 

@@ -1,5 +1,5 @@
-"""DPO, IPO, KTO and ORPO of one batch are what TRL's trainers compute of it. TRL is the peer: its own models, masks and
-losses run.
+"""DPO, IPO, KTO, ORPO, SimPO and CPO of one batch are what TRL's trainers compute of it. TRL is the peer: its own
+models, masks and losses run.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ def trainer(kind: str, folder: Path, model_dir: Path, **settings: Any) -> Any:
     import trl
     from datasets import Dataset
     from transformers import AutoTokenizer
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    configs = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig, "orpo": ORPOConfig}
-    trainers = {"dpo": trl.DPOTrainer, "kto": trl.KTOTrainer, "orpo": ORPOTrainer}
+    configs = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig, "orpo": ORPOConfig, "cpo": CPOConfig}
+    trainers = {"dpo": trl.DPOTrainer, "kto": trl.KTOTrainer, "orpo": ORPOTrainer, "cpo": CPOTrainer}
     rows = [{"prompt": f"Q{i}", "chosen": " yes", "rejected": " no"} for i in range(4)]
     if kind == "kto":
         rows = [{"prompt": f"Q{i}", "completion": " yes", "label": i % 2 == 0} for i in range(4)]
@@ -62,7 +63,7 @@ def trainer(kind: str, folder: Path, model_dir: Path, **settings: Any) -> Any:
         options["per_device_train_batch_size"] = 4
     args = configs[kind](output_dir=str(folder / "trl"), beta=BETA, **options, **settings)
     models = {"model": model_of(0)}
-    if kind != "orpo":
+    if kind in ("dpo", "kto"):
         models["ref_model"] = model_of(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -102,7 +103,7 @@ def ours(folder: Path, model_dir: Path, kind: str, **settings: Any) -> tuple[flo
     view = LabelledTokens(data.train) if kind == "kto" else PairedTokens(data.train, whole=True)
     method, reference, policy = Preference(recipe), wrapped(1), wrapped(0)
     documents = view.documents(ROWS)
-    if kind != "orpo":
+    if kind in ("dpo", "kto"):
         method.reference.train = np.full(len(view.base), np.nan)
         method.reference.train[documents] = log_probabilities(reference, view.base, documents)
     if kind == "kto":
@@ -122,7 +123,7 @@ def ours(folder: Path, model_dir: Path, kind: str, **settings: Any) -> tuple[flo
     return policy(**batch.kwargs()).item() / len(ROWS), view, documents
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("loss", ["sigmoid", "sigmoid_norm", "ipo"])
 def test_dpo(tmp_path, tiny_model_dir, loss):
     mine, view, documents = ours(tmp_path, tiny_model_dir, "dpo", loss=loss)
     peer = trainer("dpo", tmp_path, tiny_model_dir, loss_type=[loss], max_length=None)
@@ -131,8 +132,8 @@ def test_dpo(tmp_path, tiny_model_dir, loss):
         theirs = peer.compute_loss(
             peer.model, {"input_ids": ids, "attention_mask": attention, "completion_mask": carries}
         )
-    equal = math.log(2) if loss == "sigmoid" else 1 / (2 * BETA) ** 2
-    assert abs(mine - equal) > 0.05 * equal  # the two models do not agree
+    equal = 1 / (2 * BETA) ** 2 if loss == "ipo" else math.log(2)
+    assert abs(mine - equal) > (0.005 if loss == "sigmoid_norm" else 0.05) * equal  # the two models do not agree
     assert mine == pytest.approx(theirs.item(), rel=1e-5)
 
 
@@ -164,3 +165,33 @@ def test_orpo(tmp_path, tiny_model_dir):
     with torch.no_grad():
         _, found = peer.get_batch_loss_metrics(peer.model, batch)
     assert mine == pytest.approx(-found["logps/chosen"] - BETA * found["log_odds_ratio"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, own, theirs",
+    [
+        ("simpo", {"gamma": 0.4}, {"loss_type": "simpo", "simpo_gamma": 0.4, "cpo_alpha": 0.0}),
+        (
+            "simpo",
+            {"gamma": 0.0, "nll_weight": 0.7, "label_smoothing": 0.1},
+            {"loss_type": "simpo", "simpo_gamma": 0.0, "cpo_alpha": 0.7, "label_smoothing": 0.1},
+        ),
+        ("cpo", {"nll_weight": 0.0, "label_smoothing": 0.2}, {"cpo_alpha": 0.0, "label_smoothing": 0.2}),
+        ("cpo", {"nll_weight": 1.0}, {"cpo_alpha": 1.0}),
+    ],
+)
+def test_simpo_and_cpo(tmp_path, tiny_model_dir, kind, own, theirs):
+    """TRL's likelihood term is a mean over a batch's tokens, ours one over each answer's: batches of one pair are the
+    same."""
+    mine, view, documents = ours(tmp_path, tiny_model_dir, kind, **own)
+    peer = trainer("cpo", tmp_path, tiny_model_dir, **theirs)
+    losses = []
+    for chosen, rejected in documents.reshape(-1, 2):
+        batch: dict[str, Any] = {}
+        for side, of in (("chosen", chosen), ("rejected", rejected)):
+            ids, attention, carries = padded(view.base, [of])
+            labels = ids.masked_fill(carries == 0, -100)
+            batch.update({f"{side}_input_ids": ids, f"{side}_attention_mask": attention, f"{side}_labels": labels})
+        with torch.no_grad():
+            losses.append(float(peer.get_batch_loss_metrics(peer.model, batch)[0]))
+    assert mine == pytest.approx(sum(losses) / len(losses), rel=1e-5)

@@ -348,7 +348,7 @@ def test_answers_of_one_kind_and_answers_in_pieces_are_refused(tmp_path, tiny_mo
 # ---- held-out figures, and the best evaluation by them
 
 
-@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto"])
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto", "simpo"])
 def test_held_out_figures_agree_with_each_other_and_have_intervals(tmp_path, tiny_model_dir, kind):
     settings = {"train.learning_rate": 5e-3, "eval.forgetting": False, "export.automatic": False, "record.pack": False}
     path = write_preferences(tmp_path, tiny_model_dir, kind, **settings)
@@ -374,6 +374,8 @@ def test_held_out_figures_agree_with_each_other_and_have_intervals(tmp_path, tin
     if kind == "orpo":
         assert after["reward_margin"] == after["preference_margin"]  # means over tokens, without a reference
         assert after["preference_loss"] > -after["chosen_logp"]
+    elif kind == "simpo":
+        assert after["reward_margin"] == pytest.approx(2 * after["preference_margin"])  # beta, where none is given
     else:
         # Before the first step policy and reference are one model, to the bit.
         assert before["reward_margin"] == 0 and before["preference_loss"] == (math.log(2) if kind == "dpo" else 0.5)
@@ -457,6 +459,12 @@ def test_what_the_best_evaluation_is_judged_by(tiny_recipe):
         (["methods.preference={kind: dpo, beta: 0.3, label_smoothing: 0.1}"], "(DPO, beta 0.3, label smoothing 0.1)"),
         (["methods.preference={kind: dpo, loss: ipo}"], "identity preference optimisation of pairs (IPO, beta 0.1)"),
         (["methods.preference={kind: orpo, beta: 0.5}"], "0.5 x their log odds ratio"),
+        (["methods.preference={kind: dpo, loss: sigmoid_norm, beta: 2}"], "(DPO, beta 2, a mean over tokens) relative"),
+        (["methods.preference={kind: simpo}"], "of a token (SimPO, beta 2, gamma 1)"),
+        (["methods.preference={kind: simpo, beta: 0.1, gamma: 0}"], "(SimPO, beta 0.1, gamma 0)"),
+        (["methods.preference={kind: cpo}"], "(CPO, beta 0.1) and 1 x likelihood of chosen answers"),
+        (["methods.preference={kind: cpo, nll_weight: 0}"], "log-probability (CPO, beta 0.1)"),
+        (["methods.distill={teacher: org/name, weight: 0.25}"], "0.25 x Kullback-Leibler divergence of the student"),
         (["methods.preference={kind: kto, desirable_weight: 2}", "methods.neftune.alpha=7"], "weights 2 and 1"),
         (["data.train=[a.jsonl, {source: b.jsonl, share: 0.1}]"], "0.1 of the tokens replayed"),
         (
