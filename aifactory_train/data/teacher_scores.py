@@ -13,8 +13,8 @@ tensor         type                         content
 ``rest``       fp32 ``[N]``                 logarithm of the probability of all other tokens together
 =============  ===========================  =====================================================================
 
-The header says whose they are (:class:`TeacherId`), a digest of the tensors and the licence. Documents are found by their content, never by their place: rows may be sorted, dropped or
-added.
+The header says whose they are (:class:`TeacherId`), a digest of the tensors and the licence. Documents are found by
+their content, never by their place: rows may be sorted, dropped or added.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def bytes_per_target(top_k: int, tokens: int) -> int:
 def write_part(
     folder: Path, identity: TeacherId, licence: str, documents: Sequence[int], found: Sequence[dict[str, np.ndarray]]
 ) -> Path:
-    """Write the documents' ``ids`` ``[n, k]``, ``logps`` ``[n, k]``, ``rest`` and ``nll`` ``[n]`` of their targets as one
-    part. Raises :class:`RunFailed` where the disk does not take it.
+    """Write the documents' ``ids`` ``[n, k]``, ``logps`` ``[n, k]``, ``rest`` and ``nll`` ``[n]`` of their targets as
+    one part. Raises :class:`RunFailed` where the disk does not take it.
     """
     from safetensors.numpy import save
 
@@ -177,7 +177,7 @@ class TeacherScores:
         return np.asarray(self._keys[at] == keys)
 
     def rows(self, key: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int64 ``[n, k]``, fp32 ``[n, k + 1]`` log-probabilities that sum to 1, the rest last) of the targets of a
+        """(ids int64 ``[n, k]``, fp32 ``[n, k + 1]`` log-probabilities of a whole, the rest last) of the targets of a
         document. What rounding to fp16 did to all ``k`` together is taken back. Raises :class:`KeyError`.
         """
         part, at = self._place(key)

@@ -70,9 +70,9 @@ def teach(
     held-out ones; what is stored already is not computed again.
 
     ``folder``: default :func:`stored_folder`; ``share`` ``(i, n)``: the i-th of n processes that divide the documents
-    among them. Returns figures of what is stored then, ready for JSON: ``sets`` with ``documents``, ``targets``, ``mass``
-    and ``loss`` (the teacher's own, nats per target) of each set, and how much of it this call computed. Raises
-    :class:`UserError` for a teacher that was not fetched or has another vocabulary.
+    among them. Returns figures of what is stored then, ready for JSON: ``sets`` with ``documents``, ``targets``,
+    ``mass`` and ``loss`` (the teacher's own, nats per target) of each set, and how much of it this call computed.
+    Raises :class:`UserError` for a teacher that was not fetched or has another vocabulary.
     """
     how = recipe.methods.distill
     assert how is not None
@@ -82,7 +82,9 @@ def teach(
     tokens = same_vocabulary(tokenizer.get_vocab(), _of_teacher(lambda: load_tokenizer(teacher)).get_vocab(), teacher)
     if how.top_k >= tokens:
         raise UserError(
-            f"{how.top_k} of a vocabulary of {tokens} tokens", where="methods.distill.top_k", fix=f"at most {tokens - 1}"
+            f"{how.top_k} of a vocabulary of {tokens} tokens",
+            where="methods.distill.top_k",
+            fix=f"at most {tokens - 1}",
         )
     pad_id, wanted = _documents(recipe, tokenizer)
     identity = TeacherId(
@@ -147,8 +149,8 @@ def same_vocabulary(own: dict[str, int], theirs: dict[str, int], teacher: Recipe
     first = ascii(odd[0])
     here, there = (str(found.get(odd[0], "no token")) for found in (own, theirs))
     raise UserError(
-        f"{teacher.model.base} has another vocabulary: {len(odd):,} tokens differ, of {len(own):,} and {len(theirs):,}; "
-        f"{first} is {here} here and {there} there",
+        f"{teacher.model.base} has another vocabulary: {len(odd):,} tokens differ, of {len(own):,} and {len(theirs):,}"
+        f"; {first} is {here} here and {there} there",
         where="methods.distill.teacher",
         fix="take a teacher of the same family; from any other, its answers can be rows (docs/methods.md)",
     )

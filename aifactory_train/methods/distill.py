@@ -1,7 +1,7 @@
 """Distillation from stored teachers: the supervised loss, and the divergence from what a larger model thinks of each
 target.
 
-``aifactory teach`` ran the teacher once (:mod:`aifactory_train.evaluation.teaching`); a step reads the log-probabilities
+``aifactory teach`` ran the teacher once (:mod:`aifactory_train.evaluation.teaching`); a step reads log-probabilities
 of its documents by their content (:mod:`aifactory_train.data.teacher_scores`) and holds no teacher. The loss is
 :class:`aifactory_train.model.top_logps.DistillObjective`, a mean over the supervised targets of the step.
 """
@@ -95,8 +95,8 @@ class Distill(Supervised):
             (
                 "teacher",
                 f"{self.settings.teacher}: log-probabilities of {documents:,} documents, read",
-                f"the {self.settings.top_k} likeliest tokens hold {mass:.2%} on average, {size} bytes a target; its own "
-                f"loss on the rows is {nll:.4g}; no teacher in memory",
+                f"the {self.settings.top_k} likeliest tokens hold {mass:.2%} on average, {size} bytes a target; its "
+                f"own loss on the rows is {nll:.4g}; no teacher in memory",
             )
         ]
 
@@ -123,8 +123,8 @@ class Distill(Supervised):
         missing = wanted[~self.scores.has(keys)]
         if len(missing):
             raise UserError(
-                f"no log-probabilities of the teacher for {len(missing):,} of {len(wanted):,} documents, the first from "
-                f"{train.place(int(missing[0]))}",
+                f"no log-probabilities of the teacher for {len(missing):,} of {len(wanted):,} documents, the first "
+                f"from {train.place(int(missing[0]))}",
                 where=str(self.folder),
                 fix=f"{self.fix}: it computes those that are missing",
             )

@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # the engines' table is read where there is no torch
 
 
 class Walk(Protocol):
-    """Another walk through the vocabulary than cross-entropy's: from hidden states ``[N, D]``, the output layer's weight
-    ``[V, D]`` and bias ``[V]`` and targets int64 ``[N]`` to a tensor, with ``rows`` of logits at once."""
+    """Another walk through the vocabulary than cross-entropy's: from hidden states ``[N, D]``, the output layer's
+    weight ``[V, D]`` and bias ``[V]`` and targets int64 ``[N]`` to a tensor, with ``rows`` of logits at once."""
 
     def __call__(
         self,

@@ -26,8 +26,8 @@ LEAST = -80.0
 
 @dataclass
 class TeacherTop:
-    """An objective (:class:`aifactory_train.model.objective.Objective`) of a teacher: gives the NLL of each target, fp32
-    ``[N]``, and keeps the ``k`` likeliest of the token ids below ``vocabulary`` at ``temperature``.
+    """An objective (:class:`aifactory_train.model.objective.Objective`) of a teacher: gives the NLL of each target,
+    fp32 ``[N]``, and keeps the ``k`` likeliest of the token ids below ``vocabulary`` at ``temperature``.
 
     After a forward pass ``ids`` int64 ``[N, k]`` (likeliest first), ``logps`` fp32 ``[N, k]``, ``rest`` fp32 ``[N]``.
     """
@@ -122,7 +122,7 @@ class _AtIds(torch.autograd.Function):
             top, tail, nll = grad_output[here, :k], grad_output[here, k : k + 1], grad_output[here, k + 1 :]
             logits = _logits(chunk, weight, bias, ctx.how)
             slope = ctx.how.slope_(logits)
-            # d log q_i / d z_j = [i = j] - q_j; of the rest q_j / q_rest - q_j for a token of it, - q_j for one of the k
+            # d log q_i / d z_j = [i = j] - q_j; of the rest q_j / q_rest - q_j for a token of it, else - q_j
             every = top.sum(1, keepdim=True) + tail
             here_whole = whole[here].unsqueeze(1)
             grad = (logits / ctx.temperature).sub_(here_whole).exp_()

@@ -86,7 +86,9 @@ def known() -> dict[str, Any]:
 
 
 def parents(recipe: Recipe) -> list[Parent]:
-    """The base model, every source of rows and the teacher, each with what its licence allows. Reads no data and no network."""
+    """The base model, every source of rows and the teacher, each with what its licence allows. Reads no data and no
+    network.
+    """
     named = [(option.base, option.licence) for option in recipe.model.options]
     by_recipe = (recipe.model.base, recipe.model.licence) in named
     found = [_judge("model", recipe.model.base, recipe.model.licence, "base", by_recipe)]

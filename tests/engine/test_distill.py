@@ -87,19 +87,19 @@ def test_the_loss_and_its_gradients_are_those_of_the_grouped_distributions(kind,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_64_tokens_are_within_a_thousandth_of_the_whole_vocabulary(kind, tmp_path):
-    """A teacher as sure as language models are (the file's rounding to fp16 included); a flat one is bounded below."""
-    _, weight, targets = problem(0.9)
+    """Of a teacher whose 64 tokens hold 99.9 %, the file's rounding to fp16 included."""
+    _, weight, targets = problem(1.5)
     hidden = problem(seed=3)[0]
-    student = weight + 0.3 * torch.randn(V, D)
+    student = weight + 0.2 * torch.randn(V, D)
     top = taught(hidden, weight, targets, 64)
-    assert -torch.expm1(top.rest).mean() > 0.99
+    assert -torch.expm1(top.rest).mean() > 0.999
     ids, teacher = through_a_file(tmp_path, top)
     q = (hidden @ student.T).log_softmax(-1)
     kept = torch.zeros(N, V, dtype=torch.bool).scatter(1, ids, True)
     grouped = torch.cat([q.gather(1, ids), q.masked_fill(kept, -torch.inf).logsumexp(1, keepdim=True)], 1)
     mine = divergences(kind, teacher, grouped, 0.5).mean().item()
     whole = full(kind, hidden @ weight.T, hidden @ student.T, 0.5).mean().item()
-    assert whole > 0.05 and abs(mine - whole) < 1e-3
+    assert whole > 0.02 and abs(mine - whole) < 1e-3
 
 
 def through_a_file(folder: Path, top: TeacherTop) -> tuple[torch.Tensor, torch.Tensor]:
@@ -337,7 +337,9 @@ def test_the_command(make_recipe, teacher_dir, tmp_path, capsys):
     assert main([*common, "--share", "3/2"]) == 2 and "no share" in capsys.readouterr().err
     assert main([*common, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["stored"] == out and found["sets"]["train"]["documents"] == 8 and 0 < found["sets"]["train"]["mass"] < 1
+    assert (
+        found["stored"] == out and found["sets"]["train"]["documents"] == 8 and 0 < found["sets"]["train"]["mass"] < 1
+    )
     assert main(common) == 0
     shown = capsys.readouterr()
     assert "mass kept" in shown.out and "0 documents computed" in shown.err
