@@ -88,9 +88,9 @@ def test_the_loss_and_its_gradients_are_those_of_the_grouped_distributions(kind,
 @pytest.mark.parametrize("kind", KINDS)
 def test_64_tokens_are_within_a_thousandth_of_the_whole_vocabulary(kind, tmp_path):
     """Of a teacher whose 64 tokens hold 99.9 %, the file's rounding to fp16 included."""
-    _, weight, targets = problem(1.5)
+    _, weight, targets = problem(2.0)
     hidden = problem(seed=3)[0]
-    student = weight + 0.2 * torch.randn(V, D)
+    student = weight + 0.3 * torch.randn(V, D)
     top = taught(hidden, weight, targets, 64)
     assert -torch.expm1(top.rest).mean() > 0.999
     ids, teacher = through_a_file(tmp_path, top)
@@ -99,7 +99,7 @@ def test_64_tokens_are_within_a_thousandth_of_the_whole_vocabulary(kind, tmp_pat
     grouped = torch.cat([q.gather(1, ids), q.masked_fill(kept, -torch.inf).logsumexp(1, keepdim=True)], 1)
     mine = divergences(kind, teacher, grouped, 0.5).mean().item()
     whole = full(kind, hidden @ weight.T, hidden @ student.T, 0.5).mean().item()
-    assert whole > 0.02 and abs(mine - whole) < 1e-3
+    assert whole > 0.01 and abs(mine - whole) < 1e-3
 
 
 def through_a_file(folder: Path, top: TeacherTop) -> tuple[torch.Tensor, torch.Tensor]:
