@@ -63,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
         f"{found['computed_documents']:,} documents computed in {found['seconds']:,.1f} s; "
         f"{found['bytes'] / 2**20:,.1f} MiB in {found['stored']} ({found['bytes_per_target']} bytes a target)"
     )
+    if args.teacher is not None or args.out is not None:
+        settings = [f"methods.distill.teacher={recipe.methods.distill.teacher}"]
+        settings += [f"methods.distill.stored={args.out}"] if args.out is not None else []
+        note(f"next: aifactory train {args.recipe} " + " ".join(f"--set {setting}" for setting in settings))
     return 0
 
 

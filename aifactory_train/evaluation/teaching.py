@@ -79,23 +79,8 @@ def teach(
     folder = folder or stored_folder(recipe)
     teacher = teacher_recipe(recipe)
     tokenizer = load_tokenizer(recipe)
-    tokens = same_vocabulary(tokenizer.get_vocab(), _of_teacher(lambda: load_tokenizer(teacher)).get_vocab(), teacher)
-    if how.top_k >= tokens:
-        raise UserError(
-            f"{how.top_k} of a vocabulary of {tokens} tokens",
-            where="methods.distill.top_k",
-            fix=f"at most {tokens - 1}",
-        )
+    identity = _identity(recipe, teacher, tokenizer.get_vocab())
     pad_id, wanted = _documents(recipe, tokenizer)
-    identity = TeacherId(
-        how.teacher,
-        how.revision,
-        weights_digest(teacher),
-        vocabulary_digest(tokenizer.get_vocab()),
-        tokens,
-        how.top_k,
-        how.temperature,
-    )
     make_folder(folder)
     scores = TeacherScores(folder)
     if scores.identity is not None and scores.identity != identity:
@@ -116,13 +101,30 @@ def teach(
         "stored": str(folder),
         "top_k": how.top_k,
         "temperature": how.temperature,
-        "bytes_per_target": bytes_per_target(how.top_k, tokens),
+        "bytes_per_target": bytes_per_target(how.top_k, identity.tokens),
         "bytes": sum(part.path.stat().st_size for part in scores.parts),
         "computed_documents": len(missing),
         "computed_targets": targets,
         "seconds": round(time.perf_counter() - started, 2),
         "sets": {one.name: _figures(scores, one) for one in wanted},
     }
+
+
+def _identity(recipe: Recipe, teacher: Recipe, vocabulary: dict[str, int]) -> TeacherId:
+    """Whose log-probabilities are to be stored. Raises :class:`UserError` for another vocabulary, or too large a
+    ``top_k``.
+    """
+    how = recipe.methods.distill
+    assert how is not None
+    tokens = same_vocabulary(vocabulary, _of_teacher(lambda: load_tokenizer(teacher)).get_vocab(), teacher)
+    if how.top_k >= tokens:
+        raise UserError(
+            f"{how.top_k} of a vocabulary of {tokens} tokens",
+            where="methods.distill.top_k",
+            fix=f"at most {tokens - 1}",
+        )
+    digests = weights_digest(teacher), vocabulary_digest(vocabulary)
+    return TeacherId(how.teacher, how.revision, *digests, tokens, how.top_k, how.temperature)
 
 
 def _figures(scores: TeacherScores, one: _Wanted) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from aifactory_train.parallel.world import from_main
 
 if TYPE_CHECKING:
     from aifactory_train.config.schema import Recipe
-    from aifactory_train.data import PreparedData
+    from aifactory_train.data import PreparedData, TokenDataset
     from aifactory_train.methods.base import RunContext, StepContext
     from aifactory_train.parallel.engine import DeviceBatch
 
@@ -50,6 +50,7 @@ class Distill(Supervised):
         self.before: dict[str, Any] | None = None  # whose scores the run began with, where it goes on
         self.sums = torch.zeros(2, dtype=torch.float64)
         self.targets = 1
+        self.ready = False  # every document of the run is known to be stored
 
     def view(self, data: PreparedData) -> PreparedData:
         """The prepared data. Raises :class:`UserError` where the teacher's log-probabilities are not there, or are
@@ -90,11 +91,12 @@ class Distill(Supervised):
             )
         self.before = identity
         documents, mass, nll = from_main(run.world, lambda: self._checked(run))
+        self.ready = True
         size = bytes_per_target(self.settings.top_k, self.scores.identity.tokens)
         return [
             (
                 "teacher",
-                f"{self.settings.teacher}: log-probabilities of {documents:,} documents, read",
+                f"{self.scores.identity.teacher}: log-probabilities of {documents:,} documents, read",
                 f"the {self.settings.top_k} likeliest tokens hold {mass:.2%} on average, {size} bytes a target; its "
                 f"own loss on the rows is {nll:.4g}; no teacher in memory",
             )
@@ -139,10 +141,9 @@ class Distill(Supervised):
 
     def micro_batch(self, run: RunContext, share: np.ndarray) -> tuple[DeviceBatch, np.ndarray, np.ndarray]:
         """(batch, its documents, their lengths in tokens)."""
-        assert self.scores is not None
         batch, documents, lengths = super().micro_batch(run, share)
         how, train, device = self.settings, run.data.train, run.world.device
-        found = [self.scores.rows(document_key(train, int(i))) for i in documents]
+        found = [self._rows(train, int(i)) for i in documents]
         ids = np.concatenate([np.zeros((0, how.top_k), dtype=np.int64), *(one for one, _ in found)])
         teacher = np.concatenate([np.zeros((0, how.top_k + 1), dtype=np.float32), *(one for _, one in found)])
         assert len(ids) == len(batch.targets), "a document's key holds its mask, so its targets are those stored"
@@ -156,6 +157,16 @@ class Distill(Supervised):
             sums=self.sums,
         )
         return batch, documents, lengths
+
+    def _rows(self, train: TokenDataset, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """What is stored of a document (:meth:`TeacherScores.rows`). Before :meth:`prepare` the size of a step is
+        tried, with a document that the run may never come by: any distribution serves.
+        """
+        assert self.scores is not None
+        if self.ready:
+            return self.scores.rows(document_key(train, i))
+        k, targets = self.settings.top_k, int(train.supervised[i])
+        return np.tile(np.arange(k), (targets, 1)), np.full((targets, k + 1), -np.log(k + 1), dtype=np.float32)
 
     def units(self, supervised: int) -> int:
         """The loss is a mean over supervised tokens."""

@@ -65,7 +65,7 @@ class TeacherTop:
             logits.div_(self.temperature)
             whole = torch.logsumexp(logits, 1, keepdim=True)
             found = logits[:, : self.vocabulary].topk(self.k, dim=1)
-            self.ids[here], self.logps[here] = found.indices, found.values - whole
+            self.ids[here], self.logps[here] = found.indices, (found.values - whole).clamp_(min=LEAST)
             logits.scatter_(1, found.indices, -torch.inf)
             self.rest[here] = (torch.logsumexp(logits, 1) - whole.squeeze(1)).clamp_(LEAST, -1e-7)
             del logits

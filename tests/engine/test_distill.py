@@ -144,8 +144,12 @@ def test_a_rank_without_targets_has_a_loss_of_nothing():
 
 @pytest.fixture(scope="module")
 def teacher_dir(tmp_path_factory) -> Path:
-    """A teacher of three layers that is surer of itself than its student."""
+    """A teacher of three layers with opinions: larger (tied) embeddings spread its logits."""
     folder = helpers.write_model(tmp_path_factory.mktemp("teachers") / "teacher", layers=3, seed=5)
+    model = helpers.tiny_model("llama", layers=3, seed=5)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(8)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -181,9 +185,9 @@ def test_what_is_stored_is_what_transformers_computes(recipe, teacher_dir, tmp_p
         nll -= float(logps.gather(1, tokens[1:][mask[1:]].unsqueeze(1)).sum())
         ids, mine = scores.rows(key)
         values, _ = logps.topk(16)
-        assert np.allclose(mine[:, :-1], values.numpy(), atol=5e-3)
+        assert np.allclose(mine[:, :-1], values.numpy(), atol=2e-3, rtol=2e-3)
         assert np.allclose(np.exp(mine[:, -1]), 1 - values.exp().sum(1).numpy(), atol=1e-5)
-        assert np.allclose(logps.gather(1, torch.from_numpy(ids)).numpy(), values.numpy(), atol=1e-5)
+        assert np.allclose(logps.gather(1, torch.from_numpy(ids)).numpy(), values.numpy(), atol=1e-4)
     train_figures = found["sets"]["train"]
     assert seen == 18 and nll / train_figures["targets"] == pytest.approx(train_figures["loss"], rel=1e-5)
 
@@ -206,10 +210,10 @@ def test_a_pass_goes_on_where_it_was_interrupted_and_is_divided(recipe, monkeypa
 
 
 def test_a_run_learns_from_the_stored_teacher_alone(recipe, teacher_dir, tmp_path, monkeypatch):
-    """The divergence falls; the teacher may be gone; a resumed run is the same to the bit; the record says what."""
+    """The divergence falls; the teacher may be gone; a resumed run is the same to the bit."""
     teaching.teach(recipe)
     recipe.train.max_steps, recipe.train.learning_rate, recipe.train.schedule = 3, 1e-2, "constant"
-    recipe.checkpoint.every_steps = 2
+    recipe.checkpoint.every_steps, recipe.methods.distill.weight = 2, 0.9
     recipe.eval.before = recipe.eval.after = False
     recipe.export.automatic = False
     gone = tmp_path / "moved"
@@ -219,7 +223,7 @@ def test_a_run_learns_from_the_stored_teacher_alone(recipe, teacher_dir, tmp_pat
     assert train(recipe, tmp_path / "run", quiet=True) == 0
     whole = rows(tmp_path / "run")
     for row in whole:
-        assert row["loss"] == pytest.approx(0.5 * row["divergence"] + 0.5 * row["supervised_loss"], rel=1e-5)
+        assert row["loss"] == pytest.approx(0.9 * row["divergence"] + 0.1 * row["supervised_loss"], rel=1e-5)
     assert whole[-1]["divergence"] < whole[0]["divergence"]
     recipe.train.max_steps = 2
     assert train(recipe, tmp_path / "part", quiet=True) == 0
@@ -235,6 +239,25 @@ def test_rows_beyond_the_stored_ones_are_refused_by_name(recipe, tmp_path):
     recipe.train.max_steps = 4  # six rows more
     with pytest.raises(UserError, match=r"for 6 of 24 documents, the first from .*train.jsonl:\d+"):
         train(recipe, tmp_path / "more", quiet=True)
+
+
+def test_the_size_of_a_step_is_tried_with_documents_that_the_run_never_uses(recipe, tmp_path):
+    """On a GPU the largest micro-batch runs before the documents were looked at."""
+    teaching.teach(recipe)
+    data = teaching.prepare(recipe)
+    method = Distill(recipe)
+
+    class Run:
+        world = type("W", (), {"device": "cpu"})
+        pad_id = 3
+
+    Run.data = method.view(data)  # type: ignore[attr-defined]
+    every = np.arange(len(data.train))
+    batch, _, _ = method.micro_batch(Run, every)  # type: ignore[arg-type]
+    assert batch.objective.teacher.shape == (len(batch.targets), 17)
+    method.ready = True
+    with pytest.raises(KeyError):
+        method.micro_batch(Run, every)  # type: ignore[arg-type]
 
 
 def test_documents_are_found_by_content_not_by_place(recipe, tmp_path):
