@@ -82,7 +82,7 @@ def write_part(
     from safetensors.numpy import save
 
     narrow = np.dtype("uint16") if identity.tokens <= 1 << 16 else np.dtype("int32")
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "documents": np.asarray(documents, dtype=np.int64),
         "counts": np.asarray([len(one["rest"]) for one in found], dtype=np.int32),
         "nll": np.asarray([one["nll"].sum(dtype=np.float64) for one in found], dtype=np.float32),
