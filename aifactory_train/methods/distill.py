@@ -45,7 +45,7 @@ class Distill(Supervised):
         super().__init__(recipe)
         self.settings = recipe.methods.distill
         self.folder = stored_folder(recipe)
-        self.fix = f"aifactory teach {recipe.id} --teacher {self.settings.teacher}, with the settings of this run"
+        self.fix = f"aifactory teach RECIPE --teacher {self.settings.teacher}, with the settings of this run"
         self.scores: TeacherScores | None = None
         self.before: dict[str, Any] | None = None  # whose scores the run began with, where it goes on
         self.sums = torch.zeros(2, dtype=torch.float64)

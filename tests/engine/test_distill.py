@@ -366,3 +366,14 @@ def test_the_command(make_recipe, teacher_dir, tmp_path, capsys):
     assert main(common) == 0
     shown = capsys.readouterr()
     assert "mass kept" in shown.out and "0 documents computed" in shown.err
+
+
+def test_fetch_brings_the_teacher_too(make_recipe, teacher_dir, capsys):
+    from aifactory_train.cli import main
+
+    path = str(make_recipe(rows=8, settings={"methods.distill": {"teacher": str(teacher_dir), "licence": "own"}}))
+    assert main(["fetch", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["teacher"]["source"] == str(teacher_dir)
+    assert main(["fetch", path]) == 0 and "teacher" in capsys.readouterr().out
+    assert main(["fetch", path, "--only", "data", "--json"]) == 0
+    assert "teacher" not in json.loads(capsys.readouterr().out)

@@ -112,3 +112,17 @@ def test_the_reference_of_a_short_run_is_short():
 def test_fewer_pairs_than_gpus_are_refused_as_pairs():
     with pytest.raises(UserError, match=r"64 pair\(s\) cannot be divided over 128"):
         made(DPO, nodes=32)
+
+
+def test_a_teacher_is_said_not_to_be_planned_and_its_loss_makes_the_logits_again():
+    teacher = {"methods__distill": {"teacher": "org/teacher"}}
+    (plain, before), (found, job) = made(None), made(None, **teacher)
+    assert any(line.startswith("teacher pass: of org/teacher") and "not planned" in line for line in found["reasons"])
+    assert not any("teacher" in line for line in plain["reasons"])
+    assert job.preference and not before.preference and found["step_tokens"] == plain["step_tokens"]
+
+
+@pytest.mark.parametrize("kind", ["simpo", "cpo"])
+def test_pairs_without_a_reference_are_planned_as_orpos(kind):
+    found, orpo = made({"kind": kind})[0], made(ORPO)[0]
+    assert found["step_tokens"] == orpo["step_tokens"] and found["hours"] == orpo["hours"]
