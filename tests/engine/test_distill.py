@@ -113,22 +113,6 @@ def through_a_file(folder: Path, top: TeacherTop) -> tuple[torch.Tensor, torch.T
     return torch.from_numpy(ids), torch.from_numpy(logps)
 
 
-def test_every_token_kept_but_one_is_trls_generalised_jsd():
-    """With a rest of one token nothing is grouped: TRL's loss of the whole distributions is the same number."""
-    gkd = pytest.importorskip("trl.experimental.gkd", reason="pip install trl")
-    hidden, weight, targets = problem(0.4)
-    student = problem(0.4, seed=2)[1]
-    for beta, temperature in ((0.5, 1.0), (0.2, 2.0)):
-        ids, teacher = stored(taught(hidden, weight, targets, V - 1, temperature))
-        sums = torch.zeros(2, dtype=torch.float64)
-        objective = DistillObjective("js", beta, temperature, 1.0, ids, teacher, sums)
-        mine = objective.loss(partial(linear_cross_entropy, hidden, student, targets)) / temperature**2
-        theirs = gkd.GKDTrainer.generalized_jsd_loss(
-            (hidden @ student.T)[None], (hidden @ weight.T)[None], beta=beta, temperature=temperature, reduction="sum"
-        )
-        assert mine.item() == pytest.approx(theirs.item(), rel=1e-5)
-
-
 def test_a_rank_without_targets_has_a_loss_of_nothing():
     hidden = torch.zeros(0, D, requires_grad=True)
     weight = torch.randn(V, D, requires_grad=True)
@@ -210,7 +194,7 @@ def test_a_pass_goes_on_where_it_was_interrupted_and_is_divided(recipe, monkeypa
 
 
 def test_a_run_learns_from_the_stored_teacher_alone(recipe, teacher_dir, tmp_path, monkeypatch):
-    """The divergence falls; the teacher may be gone; a resumed run is the same to the bit."""
+    """The divergence falls; the teacher may be gone; packed is alone; a resumed run is the same to the bit."""
     teaching.teach(recipe)
     recipe.train.max_steps, recipe.train.learning_rate, recipe.train.schedule = 3, 1e-2, "constant"
     recipe.checkpoint.every_steps, recipe.methods.distill.weight = 2, 0.9
@@ -225,6 +209,10 @@ def test_a_run_learns_from_the_stored_teacher_alone(recipe, teacher_dir, tmp_pat
     for row in whole:
         assert row["loss"] == pytest.approx(0.9 * row["divergence"] + 0.1 * row["supervised_loss"], rel=1e-5)
     assert whole[-1]["divergence"] < whole[0]["divergence"]
+    apart = recipe.model_copy(deep=True)
+    apart.data.batching, apart.train.grad_accum, apart.checkpoint.every_steps = "padded", 3, None
+    assert train(apart, tmp_path / "apart", quiet=True) == 0
+    assert [r["loss"] for r in rows(tmp_path / "apart")] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
     recipe.train.max_steps = 2
     assert train(recipe, tmp_path / "part", quiet=True) == 0
     recipe.train.max_steps = 3

@@ -65,6 +65,7 @@ def judge(found: dict[str, list[dict[str, float]]], methods: list[str]) -> None:
         assert again[-1]["grad_norm"] == again[-2]["grad_norm"]
 
 
+@pytest.mark.slow
 def test_distillation_on_one_and_two_ranks(tmp_path, tiny_model_dir):
     judge(curves(tmp_path, tiny_model_dir, ["js"]), ["js"])
 

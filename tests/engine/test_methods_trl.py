@@ -1,11 +1,12 @@
-"""DPO, IPO, KTO, ORPO, SimPO and CPO of one batch are what TRL's trainers compute of it. TRL is the peer: its own
-models, masks and losses run.
+"""DPO, IPO, KTO, ORPO, SimPO, CPO and distillation of one batch are what TRL's trainers compute of it. TRL is the peer:
+its own models, masks and losses run.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from test_distill import V as VOCABULARY
+from test_distill import problem, stored, taught
 from test_methods import prepared, write_preferences
 
 from aifactory_train.data import collate
@@ -20,7 +23,9 @@ from aifactory_train.methods.pairs import LabelledTokens, Mismatched, PairedToke
 from aifactory_train.methods.preference import Preference
 from aifactory_train.model.attention import PER_DOCUMENT, register
 from aifactory_train.model.causal_lm import CausalLM
+from aifactory_train.model.loss import linear_cross_entropy
 from aifactory_train.model.objective import TokenNLL
+from aifactory_train.model.top_logps import DistillObjective
 from aifactory_train.parallel.batches import device_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -195,3 +200,20 @@ def test_simpo_and_cpo(tmp_path, tiny_model_dir, kind, own, theirs):
         with torch.no_grad():
             losses.append(float(peer.get_batch_loss_metrics(peer.model, batch)[0]))
     assert mine == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_every_token_kept_but_one_is_trls_generalised_jsd():
+    """With a rest of one token nothing is grouped: TRL's loss of the whole distributions is the same number."""
+    from trl.experimental.gkd import GKDTrainer
+
+    hidden, weight, targets = problem(0.4)
+    student = problem(0.4, seed=2)[1]
+    for beta, temperature in ((0.5, 1.0), (0.2, 2.0)):
+        ids, teacher = stored(taught(hidden, weight, targets, VOCABULARY - 1, temperature))
+        sums = torch.zeros(2, dtype=torch.float64)
+        objective = DistillObjective("js", beta, temperature, 1.0, ids, teacher, sums)
+        mine = objective.loss(partial(linear_cross_entropy, hidden, student, targets)) / temperature**2
+        theirs = GKDTrainer.generalized_jsd_loss(
+            (hidden @ student.T)[None], (hidden @ weight.T)[None], beta=beta, temperature=temperature, reduction="sum"
+        )
+        assert mine.item() == pytest.approx(theirs.item(), rel=1e-5)
