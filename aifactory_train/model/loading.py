@@ -196,11 +196,13 @@ def build_model(
     unread = path if sharded and _loads_by_shard(path, recipe, device=device, dtype=dtype, report=report) else None
     if unread is not None:
         model = empty_language_model(path, recipe, device=device, dtype=dtype, report=report)
+        if recipe.adapter.quantise_base != "none":
+            quantise.pack_skeleton(model, recipe, device, precision.compute)
     else:
         more = quantise.loading(recipe, device, precision.compute)
-        if more:
-            report.add("base weights", "NF4, 4 bits, through bitsandbytes", "adapter.quantise_base")
         model = load_language_model(path, recipe, device=device, dtype=dtype, report=report, more=more)
+    if recipe.adapter.quantise_base != "none":
+        quantise.pack(model, recipe, dtype, report)
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
     model = apply_adapter(model, recipe, report)
@@ -229,7 +231,9 @@ def _loads_by_shard(path: Path, recipe: Recipe, *, device: str, dtype: torch.dty
         reason = "the model's own code decides how it is loaded"
     else:
         config = load_config(path, recipe)
-        reason = why_not(config, path, choose_attention(recipe, config, device, ModelReport()), dtype)
+        reason = quantise.why_whole(recipe, config) or why_not(
+            config, path, choose_attention(recipe, config, device, ModelReport()), dtype
+        )
     report.add(
         "loading",
         "each rank its shard" if reason is None else "the whole model on each rank",

@@ -10,9 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
+from aifactory_train.config.quantised_base import quantisation
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import UserError
+from aifactory_train.model import packed
+from aifactory_train.model.report import ModelReport
 
 
 def loading(recipe: Recipe, device: str, compute: torch.dtype) -> dict[str, Any]:
@@ -32,6 +36,34 @@ def loading(recipe: Recipe, device: str, compute: torch.dtype) -> dict[str, Any]
         bnb_4bit_compute_dtype=compute,
     )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def pack(model: nn.Module, recipe: Recipe, dtype: torch.dtype, report: ModelReport) -> None:
+    """Lay every quantised weight of ``model`` into one parameter, which engines can cut (:mod:`.packed`). DoRA alone
+    keeps bitsandbytes' own layers: peft takes the norms of weights that it unpacks itself."""
+    count = 0 if recipe.adapter.kind == "dora" else packed.pack_linears(model, dtype)
+    shown = "NF4, 4 bits, through bitsandbytes" + (f", in {count} linear layers" if count else "")
+    report.add("base weights", shown, "adapter.quantise_base")
+
+
+def pack_skeleton(model: Any, recipe: Recipe, device: str, compute: torch.dtype) -> None:
+    """Make the linear layers of a model without weights the quantised ones that transformers would make of them."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    settings = loading(recipe, device, compute)
+    quantizer = AutoHfQuantizer.from_config(settings["quantization_config"], pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map=settings["device_map"])
+
+
+def why_whole(recipe: Recipe, config: Any) -> str | None:
+    """Why a quantised base cannot be read and quantised weight by weight (None: it can, or is none)."""
+    if recipe.adapter.quantise_base == "none":
+        return None
+    if quantisation(vars(config)) is not None:
+        return "the files hold 4-bit weights already"
+    if config.model_type in ("gpt2", "openai-gpt"):
+        return "the files hold transposed weights"
+    return None
 
 
 def check(device: str) -> None:

@@ -83,7 +83,7 @@ class FSDPEngine(TorchEngine):
         apply_fsdp(core, self.mesh, compute=precision.compute, reduce=precision.reduce, offload=self.offload)
         if core.unread is not None:
             materialise.to_memory(core, "cpu" if self.offload else world.device)
-            materialise.load_rows(core, core.unread)
+            materialise.load_rows(core, core.unread, world.device)
             core.unread = None
         self.module: nn.Module = core
         self._build_optimizer()
@@ -106,6 +106,11 @@ class FSDPEngine(TorchEngine):
 
     def _shards(self) -> Shards:
         return Shards(self.mesh.get_group("shard"), self.world.device)
+
+    def _first_byte(self, tensor: torch.Tensor) -> int:
+        if self._uncut(tensor):
+            return 0
+        return first_row(tensor.shape[0], self.mesh) * math.prod(tensor.shape[1:]) * tensor.element_size()
 
     def _pieces(self, tensor: torch.Tensor) -> list[Piece]:
         if self._uncut(tensor):

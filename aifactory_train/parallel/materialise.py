@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from aifactory_train.model.packed import PackedLinear
 from aifactory_train.model.weight_files import file_name_of, same_shape, tensors_in
 
 if TYPE_CHECKING:
@@ -53,11 +54,14 @@ def to_memory(core: nn.Module, device: str) -> None:
             owner._parameters[slot] = first._parameters[name]
 
 
-def load_rows(core: CausalLM, folder: Path) -> None:
-    """Fill the row-sharded base parameters of ``core`` from ``folder``: each rank reads its own rows only."""
+def load_rows(core: CausalLM, folder: Path, device: str = "cpu") -> None:
+    """Fill the row-sharded base parameters of ``core`` from ``folder``: each rank reads its own rows only. Of weights
+    that are quantised (on ``device``) every rank reads one whole after the other and keeps its share: their scales
+    depend on all of them."""
     from safetensors import safe_open
 
     places = tensors_in(folder)
+    packings = {id(m.weight): m.packing for m in core.modules() if isinstance(m, PackedLinear)}
     by_file: dict[Path, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in core.named_parameters():
         wanted = file_name_of(name)
@@ -66,9 +70,11 @@ def load_rows(core: CausalLM, folder: Path) -> None:
     for file, parameters in sorted(by_file.items()):
         with safe_open(file, framework="pt") as shard:
             for wanted, parameter in parameters:
-                part = shard.get_slice(wanted)
-                same_shape(wanted, part.get_shape(), tuple(parameter.shape), file)
+                part, packing = shard.get_slice(wanted), packings.get(id(parameter))
+                same_shape(wanted, part.get_shape(), tuple(parameter.shape if packing is None else packing.shape), file)
                 with torch.no_grad():
+                    if packing is not None:
+                        part = packing.quantise(part[:].to(device, packing.dtype))
                     if not isinstance(parameter, DTensor):
                         parameter.copy_(part[:])
                         continue

@@ -121,6 +121,10 @@ class TorchEngine:
         """Ranks whose local gradients together are the whole gradient; None where this rank has it all."""
         return None
 
+    def _first_byte(self, tensor: torch.Tensor) -> int:
+        """Which byte of the whole parameter this rank's part begins with."""
+        return 0
+
     def _pieces(self, tensor: torch.Tensor) -> list[Piece]:
         raise NotImplementedError
 

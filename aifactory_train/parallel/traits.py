@@ -54,6 +54,7 @@ class EngineTraits:
     #: it forms further groups of ranks on the devices, beside that of all ranks
     more_groups: bool = False
     # ---- what it can hold
+    #: frozen weights in 4 bits, which must be neither cast nor laid among others
     holds_quantised: bool = False
     #: values of ``train.optimizer`` whose state it can keep, save and cut
     optimizers: tuple[str, ...] = ("adamw", "sgd")
@@ -88,6 +89,7 @@ _FSDP: dict[str, Any] = {
     "shards_optimizer": True,
     "cuts": "rows",
     "keeps_mean": True,
+    "holds_quantised": True,
     "optimizers": ("adamw", "sgd", "muon", "schedule_free_adamw", "adafactor"),
     "weights": "block",
     "offloads_optimizer": True,
@@ -119,7 +121,7 @@ ENGINES: dict[str, EngineTraits] = {
         compute_copies=True,
         gradient_buffers=True,
         keeps_mean=True,
-        holds_quantised=True,  # a 4-bit weight is opaque bytes, which cannot be split or cast
+        holds_quantised=True,
         # Blocks of 256 elements share a scale: where a tensor is cut, blocks would follow the cut, and a checkpoint its
         # ranks.
         optimizers=("adamw", "adamw8bit", "sgd", "muon", "schedule_free_adamw", "adafactor"),
@@ -224,9 +226,18 @@ def refuse_optimizer(recipe: Recipe, name: str) -> None:
 
 def refuse_quantised(recipe: Recipe, name: str) -> None:
     """Raise :class:`UserError` for a 4-bit base with an engine (``auto``: the default) that cannot hold one."""
-    if recipe.adapter.quantise_base != "none" and not traits_of(name).holds_quantised:
+    if recipe.adapter.quantise_base == "none":
+        return
+    traits = traits_of(name)
+    if not traits.holds_quantised:
         raise UserError(
             f"engine {name} cannot hold a 4-bit base",
             where="adapter.quantise_base",
-            fix="--set parallel.engine=ddp (the 4-bit base is small), or adapter.quantise_base=none",
+            fix="--set parallel.engine=fsdp2 (in shards) or ddp (on every rank), or adapter.quantise_base=none",
+        )
+    if traits.shards_parameters and recipe.adapter.kind == "dora":
+        raise UserError(
+            f"engine {name} cuts a 4-bit base, and DoRA needs the norms of its whole weights in every step",
+            where="adapter.kind",
+            fix="--set parallel.engine=ddp, or adapter.kind=lora",
         )

@@ -36,6 +36,7 @@ from aifactory_train.model.operators import apply_operators
 from aifactory_train.model.precision import choose_precision
 from aifactory_train.model.report import ModelReport
 from aifactory_train.parallel.build import build_engine, choose_engine
+from aifactory_train.parallel.frozen import FrozenBase
 from aifactory_train.parallel.memory_advice import explain_memory
 from aifactory_train.parallel.torch_engine import split_scale
 from aifactory_train.parallel.traits import traits_of
@@ -143,6 +144,7 @@ class Trainer:
         self.engine = build_engine(name, core, recipe, self.precision, world)
         for line in self.engine.describe():
             self.report.add(*line)
+        self.frozen = FrozenBase.of(self.engine, recipe, world, self.report)
 
     def _build_steps(self) -> None:
         """Which documents each step has, how many steps there are, and what a method may know of both."""
@@ -195,6 +197,7 @@ class Trainer:
         self.checkpoints.leave_behind(step)
         self.state.load(step, saved)
         self.method.load(saved.get("method", {}))
+        self.frozen.compare(saved)
         if self.world.is_main:
             for line in remarks:
                 note(line)
@@ -369,6 +372,7 @@ class Trainer:
         self._phase("save")
         self.owner.check(look=True)
         values = self.state.values(data_digest(self.data.train), self.total_steps, self.method.state())
+        values |= self.frozen.check(self.step)
         self.checkpoints.save(self.step, values, wait=wait, best=self.state.best.step)
         self.events.emit(ev.Saved(self.step, whole=wait))
 
