@@ -76,6 +76,12 @@ class EngineTraits:
     def compiles(self) -> bool:
         return not self.cannot_compile
 
+    def holds_four_bits(self, dora: bool) -> bool:
+        """Whether it holds a 4-bit base below an adapter; DoRA (``dora``) unpacks weights itself, so they must be
+        whole.
+        """
+        return self.holds_quantised and not (dora and self.shards_parameters)
+
     def load(self) -> Any:
         """The class of the engine; imports torch, and the engine's package where it has one."""
         module, _, name = self.made_by.partition(":")
@@ -235,7 +241,7 @@ def refuse_quantised(recipe: Recipe, name: str) -> None:
             where="adapter.quantise_base",
             fix="--set parallel.engine=fsdp2 (in shards) or ddp (on every rank), or adapter.quantise_base=none",
         )
-    if traits.shards_parameters and recipe.adapter.kind == "dora":
+    if not traits.holds_four_bits(recipe.adapter.kind == "dora"):
         raise UserError(
             f"engine {name} cuts a 4-bit base, and DoRA needs the norms of its whole weights in every step",
             where="adapter.kind",

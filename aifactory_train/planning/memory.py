@@ -176,10 +176,12 @@ def static_state(job: TrainingJob) -> State:
     def quantised() -> float:
         """Bytes of frozen weights: under nf4 the linear layers', not embeddings, vectors and stacked experts."""
         if job.method != "qlora":
-            return elements(blocks, root, layout.traits.shards_parameters) * b.frozen
+            return elements(blocks, root, traits.shards_parameters) * b.frozen
         linear = [(kind.layers, [(o, i) for i, o in kind.linears().values()]) for kind in shape.kinds]
-        packed = elements(linear, [], layout.traits.shards_parameters)
-        rest = elements(blocks, root, layout.traits.shards_parameters) - packed
+        rest = elements(blocks, root, traits.shards_parameters) - elements(linear, [], traits.shards_parameters)
+        # cut as the bytes that they are, not by rows
+        shards = layout.shard if traits.shards_parameters else 1
+        packed = sum(layers * _shard_flat(tensors, shards) for layers, tensors in linear)
         return packed * NF4_BYTES + rest * b.frozen
 
     frozen_bytes = quantised() if job.method != "full" else 0.0

@@ -92,7 +92,9 @@ def layouts(work: Workload, world: int, per_node: int, fixed: Fixed, offload: bo
     for name, traits in ENGINES.items():
         if fixed.engine not in (None, name) or (offload and not traits.offloads_optimizer):
             continue
-        if (work.method == "qlora" and not traits.holds_quantised) or work.optimizer not in traits.optimizers:
+        if (
+            work.method == "qlora" and not traits.holds_four_bits(work.dora)
+        ) or work.optimizer not in traits.optimizers:
             continue
         if work.keeps_mean and not traits.keeps_mean:
             continue

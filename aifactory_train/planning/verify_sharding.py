@@ -109,12 +109,30 @@ def build_core(job: TrainingJob, device: str = "meta", working: bool = False) ->
     config = build_config(job.shape)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=trained if job.method == "full" else frozen)
+        if job.method == "qlora":
+            _pack(model, frozen)
         if job.method != "full":
             model = _with_adapter(model, job)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != trained:
             parameter.data = parameter.data.to(trained)
     return CausalLM(model)
+
+
+def _pack(model: Any, dtype: torch.dtype) -> None:
+    """The linear layers but the output layer as runs of bytes, which a 4-bit base is; their content is not looked at,
+    so bitsandbytes is not needed."""
+    import torch
+    from torch import nn
+
+    from aifactory_train.model.packed import PackedLinear, Packing
+
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not model.get_output_embeddings():
+            packing = Packing((module.out_features, module.in_features), dtype)
+            model.set_submodule(
+                name, PackedLinear(packing, torch.empty(packing.nbytes, dtype=torch.uint8), module.bias)
+            )
 
 
 def _with_adapter(model: nn.Module, job: TrainingJob) -> nn.Module:
@@ -172,12 +190,6 @@ def verify(job: TrainingJob, rank: int = 0) -> Sharding:
     layout = job.layout
     if layout.world > MOST_RANKS:
         raise UserError(f"at most {MOST_RANKS} ranks can be built in one process", where="--verify-sharding")
-    if job.method == "qlora":
-        raise UserError(
-            "a 4-bit base needs bitsandbytes and a GPU to be built",
-            where="--verify-sharding",
-            fix="verify the plan of adapter.quantise_base=none",
-        )
     started = time.perf_counter()
     count = {"whole": _replicated, "rows": _fsdp, "elements": _zero3, "buffer": _flat}[layout.traits.cuts]
     counted = count(job, rank)
@@ -262,7 +274,8 @@ def _fsdp(job: TrainingJob, rank: int) -> tuple[int, int, int, int, int]:
                 times = 2 if group._reshard_after_forward else 1
                 for held in group.fsdp_params:
                     elements = held.padded_sharded_param_size.numel() * (layout.shard - 1)
-                    gathered += times * elements * int(job.bytes.compute)
+                    floating = held.sharded_param.is_floating_point()
+                    gathered += times * elements * (int(job.bytes.compute) if floating else 1)
                     if held.sharded_param.requires_grad:
                         reduced += elements * int(job.bytes.reduce)
         return (

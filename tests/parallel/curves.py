@@ -132,6 +132,10 @@ def make_core(case: dict[str, Any], recipe, precision):
         model = helpers.tiny_model("llama", vocabulary=VOCABULARY, tied=case.get("tied", True), **shape)
     model.set_attn_implementation(attention.PER_DOCUMENT)
     model.config.use_cache = False
+    if recipe.adapter.quantise_base != "none":
+        import four_bits
+
+        four_bits.pack(model, precision.frozen)
     torch.manual_seed(5)
     model = apply_adapter(model, recipe, ModelReport())
     if recipe.adapter.kind != "none":
@@ -255,6 +259,24 @@ def judge(engine, world) -> list[float]:
     return [*found, loss()]
 
 
+def four_bits_changed(engine, rank: int | None, world) -> str:
+    """What the watch over a frozen base says when ``rank`` (None: no rank) holds another byte of one weight; otherwise
+    its digest."""
+    from aifactory_train.core.errors import RunFailed
+    from aifactory_train.parallel.frozen import KEY, FrozenBase
+    from aifactory_train.parallel.shards import local_of
+
+    watched = FrozenBase(engine, engine.recipe, world)
+    weight = next(p for name, p in watched.tensors if name.endswith("up_proj.base_layer.weight"))
+    if rank == world.rank:
+        local = local_of(weight.data)
+        local[len(local) // 2] ^= 8
+    try:
+        return watched.check(7)[KEY]
+    except RunFailed as error:
+        return str(error)
+
+
 def run_case(case: dict[str, Any], world) -> dict[str, Any]:
     import gpu_shaped
     import torch
@@ -269,12 +291,14 @@ def run_case(case: dict[str, Any], world) -> dict[str, Any]:
             points.append(train_step(engine, case, world, step))
         collectives.append(dict(seen.found) if seen is not None else {})
     judged = judge(engine, world) if case.get("judge") else []
+    changed = four_bits_changed(engine, case["flip"], world) if "flip" in case else ""
     del engine
     gc.collect()  # DeepSpeed's engines are cycles: let every rank drop this one here, not in the middle of the next
     return {
         "losses": [p[0] for p in points],
         "norms": [p[1] for p in points],
         "judged": judged,
+        "changed": changed,
         "collectives": collectives,
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": dict(counters["graph_break"]),

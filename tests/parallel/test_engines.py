@@ -155,11 +155,17 @@ def test_matrices_decay_and_embeddings_norms_and_biases_do_not() -> None:
     assert groups == {0.1: names[3:], 0.0: [*names[:3], "norm.weight", "q_proj.bias"]}
 
 
-def test_a_four_bit_base_is_refused_by_engines_that_split_it() -> None:
+def test_a_four_bit_base_is_refused_by_engines_that_cannot_cut_it() -> None:
     settings = recipe(adapter="lora", adapter_more={"quantise_base": "nf4"})
-    with pytest.raises(UserError, match="4-bit"):
-        refuse_quantised(settings, "fsdp2")
-    refuse_quantised(settings, "ddp")
+    for name in ("zero1", "zero2", "zero3"):
+        with pytest.raises(UserError, match=r"4-bit(?s:.*)parallel.engine=fsdp2"):
+            refuse_quantised(settings, name)
+    for name in ("auto", "ddp", "fsdp2", "hsdp"):
+        refuse_quantised(settings, name)
+    dora = recipe(adapter="dora", adapter_more={"quantise_base": "nf4"})
+    with pytest.raises(UserError, match=r"DoRA(?s:.*)parallel.engine=ddp"):
+        refuse_quantised(dora, "fsdp2")
+    refuse_quantised(dora, "ddp")
 
 
 def test_ranks_are_found_from_each_launcher() -> None:

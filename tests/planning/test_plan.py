@@ -4,6 +4,8 @@ unsaid.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from common import recipe, request
 from hypothesis import given, settings
@@ -286,13 +288,30 @@ def test_the_stage_that_runs_is_the_one_that_is_counted(stage, offload, runs):
 
 
 @pytest.mark.parametrize("gpus", [1, 4])
-def test_a_four_bit_base_is_planned_with_the_engine_that_trains_it(gpus):
+def test_a_four_bit_base_is_planned_with_the_engines_that_train_it(gpus):
     """What training refuses (parallel.refuse_quantised) is not proposed."""
     site = sites.load("lumi-g", overlay=False)
     found, _ = plan.make(request(site, SIZES[1], gpus, "lora", adapter__quantise_base="nf4"))
-    assert {found["engine"], *(a["engine"] for a in found["alternatives"])} == {"ddp"}
+    assert {found["engine"], *(a["engine"] for a in found["alternatives"])} <= {"ddp", "fsdp2", "hsdp"}
     with pytest.raises(UserError, match="no engine can be used"):
-        plan.make(request(site, SIZES[1], 4, "lora", adapter__quantise_base="nf4", parallel__engine="fsdp2"))
+        plan.make(request(site, SIZES[1], 4, "lora", adapter__quantise_base="nf4", parallel__engine="zero3"))
+    with pytest.raises(UserError, match="no engine can be used"):
+        plan.make(request(site, SIZES[1], 4, "dora", adapter__quantise_base="nf4", parallel__engine="fsdp2"))
+
+
+def test_70b_in_four_bits_fits_a_node_of_four_64_gb():
+    """A copy on every GPU does not fit; the packed base in four shards does, and takes a quarter each."""
+    from aifactory_train.planning import memory
+
+    site = sites.load("leonardo-booster", overlay=False)
+    asked = request(site, "meta-llama/Meta-Llama-3-70B", 1, "lora", gpus_per_node=4, adapter__quantise_base="nf4")
+    found, job = plan.make(asked)
+    assert found["engine"] == "fsdp2" and job.layout.shard == 4 and job.method == "qlora"
+    whole = replace(job, layout=replace(job.layout, engine="ddp", shard=1))
+    packed = job.shape.packed_parameters * memory.NF4_BYTES
+    saved = memory.static_state(whole).parameters - memory.static_state(job).parameters
+    rest = (job.frozen_parameters - job.shape.packed_parameters) * job.bytes.frozen
+    assert saved == pytest.approx(0.75 * (packed + rest), rel=0.01)
 
 
 def test_an_open_engine_is_not_tried_under_two_names():
