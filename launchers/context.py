@@ -195,7 +195,7 @@ def _more_groups(sub: Submission, recipe: Recipe | None) -> int:
 
     if recipe is None or not traits_of(recipe.parallel.engine).more_groups:
         return 0
-    return recipe.parallel.shard_size or sub.shape.ranks_per_node
+    return recipe.parallel.copy_ranks or sub.shape.ranks_per_node
 
 
 def address_function(system: System, shape: JobShape) -> str:

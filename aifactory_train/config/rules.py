@@ -37,6 +37,11 @@ def cross_checks(recipe: Recipe) -> Recipe:
         raise ValueError("eval.early_stopping: needs eval.every_steps")
     if recipe.parallel.shard_size and recipe.parallel.engine not in ("hsdp", "auto"):
         raise ValueError(f"parallel.shard_size: has no meaning for engine {recipe.parallel.engine}")
+    size, shard = recipe.parallel.shard_size, recipe.parallel.dims.shard
+    if size and shard and size != shard:
+        raise ValueError(
+            f"parallel.dims.dp_shard: {shard}, and parallel.shard_size is {size}: they are one setting, give one"
+        )
     _check_optimizer(recipe)
     _check_positions(recipe)
     return recipe

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, WithJsonSchema, model_validator
 
 from aifactory_train.config.data_blocks import DataConfig
+from aifactory_train.config.dims_block import SharesConfig
 from aifactory_train.config.distill_block import DistillConfig
 from aifactory_train.config.experts_block import ExpertsConfig
 from aifactory_train.config.head_block import HeadConfig
@@ -278,13 +279,10 @@ class EvalConfig(Strict):
 # ---- how it is carried out
 
 
-class ParallelConfig(Strict):
+class ParallelConfig(SharesConfig):
     """How the model is spread over the ranks."""
 
     engine: Literal["auto", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"] = "auto"
-    shard_size: int | None = Field(
-        None, ge=1, description="hsdp: ranks that share one copy of the model; null: ranks of a node."
-    )
     offload_optimizer: bool = Field(False, description="Optimizer state in host memory (fsdp2, zero).")
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = Field(False, description="torch.compile each transformer block.")

@@ -51,9 +51,9 @@ class ParallelDims:
 
         Raises :class:`UserError` where the ranks cannot be divided so.
         """
-        shard = {"none": 1, "all": world_size, "chosen": recipe.parallel.shard_size or local_size}[
-            traits_of(name).shard_group
-        ]
+        asked = recipe.parallel.dims
+        chosen = recipe.parallel.copy_ranks or (world_size // asked.replicate if asked.replicate else local_size) or 1
+        shard = {"none": 1, "all": world_size, "chosen": chosen}[traits_of(name).shard_group]
         if world_size % shard:
             raise UserError(
                 f"{world_size} ranks cannot be split into copies of {shard} ranks each",
@@ -62,6 +62,13 @@ class ParallelDims:
             )
         dims = cls(dp_replicate=world_size // shard, dp_shard=shard)
         dims.check_world(world_size)
+        for key, wanted in (("dp_replicate", asked.replicate), ("dp_shard", asked.shard)):
+            if wanted not in (None, getattr(dims, key)):
+                raise UserError(
+                    f"engine {name} on {world_size} ranks has {key} {getattr(dims, key)}, and {wanted} is asked for",
+                    where=f"parallel.dims.{key}",
+                    fix=f"--set parallel.engine=hsdp with degrees whose product is {world_size}, or leave it at auto",
+                )
         return dims
 
     @property

@@ -88,6 +88,7 @@ def _configuration(job: TrainingJob, gpu: GpuRates) -> dict[str, Any]:
         "active_parameters": job.shape.active_parameters,
         "engine": job.layout.setting,
         "mesh": {"replicate": job.layout.replicas, "shard": job.layout.shard},
+        "dims": {"dp_replicate": job.layout.replicas, "dp_shard": job.layout.shard, "tp": 1, "cp": 1, "ep": 1},
         "micro_batch": int(job.micro_batch),
         "micro_batch_tokens": int(job.tokens),
         "sequence_length": job.sequence,

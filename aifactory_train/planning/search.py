@@ -105,9 +105,12 @@ def layouts(work: Workload, world: int, per_node: int, fixed: Fixed, offload: bo
             if (traits.fp32_masters and work.bytes.parameters != 4) or runs != name:
                 continue  # what runs as another engine is not tried twice
         if world == 1 and name == DEFAULT:
-            yield Layout(SINGLE, 1, 1)
+            if fixed.takes(1, 1):
+                yield Layout(SINGLE, 1, 1)
             continue
         for shard in _shards(traits, world, per_node, fixed):
+            if not fixed.takes(world // shard, shard):
+                continue
             yield Layout(runs, world, shard, offload, offload and traits.offloads_parameters)
 
 
@@ -118,6 +121,8 @@ def _shards(traits: EngineTraits, world: int, per_node: int, fixed: Fixed) -> li
     if traits.shard_group == "all":
         return [world]
     if not fixed.shard_size:
+        if fixed.dp_replicate and world % fixed.dp_replicate == 0:
+            return [world // fixed.dp_replicate]
         sizes = dict.fromkeys((per_node // 2, per_node, 2 * per_node, 4 * per_node, 8 * per_node))
         return [size for size in sizes if 1 < size < world and world % size == 0]
     if world % fixed.shard_size:
@@ -280,9 +285,11 @@ def search(
 def _no_engine(work: Workload, gpu: GpuRates, world: int, fixed: Fixed) -> UserError:
     """The refusal where the settings leave no configuration at all."""
     where, fix = "parallel.engine", "--set parallel.engine=auto"
+    if fixed.dp_replicate or fixed.dp_shard:
+        where, fix = "parallel.dims", f"degrees whose product is {world}, and --set parallel.engine=auto"
     if fixed.offload:
         where, fix = "parallel.offload_optimizer", "--set parallel.offload_optimizer=false"
-        if not gpu.unified_memory and work.method != "qlora":
+        if not gpu.unified_memory and not (work.method == "qlora" and work.dora):
             fix = f"--set parallel.engine=fsdp2 (ddp cannot offload), or {fix}"
     return UserError(f"no engine can be used with these settings on {world} rank(s)", where=where, fix=fix)
 

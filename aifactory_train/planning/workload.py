@@ -90,11 +90,18 @@ class Fixed:
 
     engine: str | None = None
     shard_size: int | None = None
+    #: of ``parallel.dims``: they leave out engines that would have others
+    dp_replicate: int | None = None
+    dp_shard: int | None = None
     checkpointing: str | None = None
     offload: bool | None = None
     compile: bool | None = None
     micro_tokens: int | None = None
     grad_accum: int | None = None
+
+    def takes(self, replicate: int, shard: int) -> bool:
+        """Whether ``replicate`` copies on ``shard`` ranks each are what was decided, or are left open."""
+        return self.dp_replicate in (None, replicate) and self.dp_shard in (None, shard)
 
 
 def of_recipe(recipe: Recipe, shape: ModelShape, document: float | None, supervised: float | None) -> Workload:
@@ -204,7 +211,9 @@ def fixed_by(recipe: Recipe, given_now: frozenset[str] = frozenset()) -> Fixed:
     given = parallel.model_fields_set
     return Fixed(
         engine=parallel.engine if parallel.engine != "auto" else None,
-        shard_size=parallel.shard_size,
+        shard_size=parallel.copy_ranks,
+        dp_replicate=parallel.dims.replicate,
+        dp_shard=parallel.dims.shard,
         checkpointing=parallel.activation_checkpointing if "activation_checkpointing" in given else None,
         offload=parallel.offload_optimizer if "offload_optimizer" in given else None,
         compile=parallel.compile if "compile" in given else None,

@@ -235,7 +235,7 @@ def quantisation_supported(c: Context) -> Iterator[Finding]:
 @recipe_rule
 def engine_fits_ranks(c: Context) -> Iterator[Finding]:
     """The shard size divides the ranks."""
-    size = c.recipe.parallel.shard_size
+    size = c.recipe.parallel.copy_ranks
     if size and c.shape.ranks % size:
         yield refuse(
             f"{c.shape.ranks} ranks are no multiple of parallel.shard_size {size}",

@@ -99,6 +99,7 @@ def make_recipe(case: dict[str, Any]):
             "parallel": {
                 "engine": case["engine"],
                 "shard_size": case.get("shard_size"),
+                "dims": case.get("dims", {}),
                 "activation_checkpointing": case.get("checkpointing", "none"),
                 "compile": case.get("compile", False),
                 "offload_optimizer": case.get("offload", False),

@@ -219,3 +219,49 @@ def test_a_registered_engine_is_known_to_the_checks_and_the_advice(toy: EngineTr
     (finding,) = quantisation_supported(context)
     assert "toy" in str(finding)
     assert any("parallel.engine=fsdp2" in line for line in advise(toy_recipe(), None, 4, 2**30))
+
+
+@pytest.mark.parametrize(
+    ("engine", "asked", "wanted"),
+    [
+        ("hsdp", {"dp_shard": 2}, (4, 2)),
+        ("hsdp", {"dp_replicate": 4}, (4, 2)),
+        ("hsdp", {"dp_shard": 2, "dp_replicate": 4, "tp": 1, "cp": 1, "ep": 1}, (4, 2)),
+        ("fsdp2", {"dp_shard": 8}, (1, 8)),
+        ("ddp", {"dp_replicate": 8, "dp_shard": "auto"}, (8, 1)),
+    ],
+)
+def test_dims_that_a_recipe_asks_for(engine: str, asked: dict[str, Any], wanted: tuple[int, int]) -> None:
+    recipe = curves.make_recipe({"engine": engine, "dims": asked})
+    dims = ParallelDims.of(engine, recipe, 8, 4)
+    assert (dims.dp_replicate, dims.dp_shard) == wanted
+
+
+@pytest.mark.parametrize(
+    ("engine", "asked", "message"),
+    [
+        ("fsdp2", {"dp_shard": 4}, "engine fsdp2 on 8 ranks has dp_shard 8, and 4 is asked for"),
+        ("ddp", {"dp_shard": 8}, "has dp_shard 1"),
+        ("hsdp", {"dp_shard": 2, "dp_replicate": 2}, "has dp_replicate 4, and 2"),
+        ("hsdp", {"dp_replicate": 3}, "dp_replicate 4, and 3|cannot be split"),
+        ("hsdp", {"dp_shard": 3}, "cannot be split"),
+    ],
+)
+def test_dims_that_do_not_fit_the_ranks_are_refused(engine: str, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ParallelDims.of(engine, curves.make_recipe({"engine": engine, "dims": asked}), 8, 4)
+
+
+@pytest.mark.parametrize("key", ["tp", "cp", "ep"])
+def test_kinds_of_parallelism_that_are_not_there_are_refused_by_name(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"(?s)dims\.{key}.*parallelism is not there"):
+        curves.make_recipe({"engine": "auto", "dims": {key: 2}})
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        curves.make_recipe({"engine": "auto", "dims": {key: 0}})
+
+
+def test_a_shard_that_is_given_twice_is_one_setting() -> None:
+    with pytest.raises(ValueError, match="they are one setting"):
+        curves.make_recipe({"engine": "hsdp", "shard_size": 4, "dims": {"dp_shard": 2}})
+    twice = curves.make_recipe({"engine": "hsdp", "shard_size": 2, "dims": {"dp_shard": 2}})
+    assert twice.parallel.copy_ranks == 2

@@ -314,6 +314,23 @@ def test_70b_in_four_bits_fits_a_node_of_four_64_gb():
     assert saved == pytest.approx(0.75 * (packed + rest), rel=0.01)
 
 
+def test_dims_are_kept_and_shown():
+    site = sites.load("lumi-g", overlay=False)
+
+    def asked(**dims):
+        return plan.make(request(site, SIZES[1], 2, "none", parallel__dims=dims))[0]
+
+    assert asked()["dims"]["dp_shard"] == asked()["mesh"]["shard"]
+    found = asked(dp_replicate=2)
+    assert found["dims"] == {"dp_replicate": 2, "dp_shard": 8, "tp": 1, "cp": 1, "ep": 1}
+    assert found["engine"] == "hsdp"
+    with pytest.raises(UserError, match="no engine can be used") as refused:
+        asked(dp_replicate=3)
+    assert refused.value.where == "parallel.dims"
+    with pytest.raises(UserError, match="cannot be divided into groups of 3"):
+        asked(dp_shard=3)
+
+
 def test_an_open_engine_is_not_tried_under_two_names():
     site = sites.load("lumi-g", overlay=False)
     found, _ = plan.make(request(site, SIZES[1], 4, "none"))
@@ -369,7 +386,7 @@ def test_a_step_of_tokens_is_named_as_such():
     [
         ("leonardo-booster", 4, {"parallel__engine": "ddp"}, "parallel.engine=fsdp2"),
         ("leonardo-booster", 1, {}, "parallel.engine=fsdp2"),
-        ("leonardo-booster", 4, {"adapter__quantise_base": "nf4"}, "parallel.offload_optimizer=false"),
+        ("leonardo-booster", 4, {"adapter__quantise_base": "nf4", "parallel__engine": "ddp"}, "parallel.engine=fsdp2"),
         ("hunter", 4, {}, "parallel.offload_optimizer=false"),
     ],
 )
