@@ -300,7 +300,7 @@ def test_a_four_bit_base_is_planned_with_the_engines_that_train_it(gpus):
 
 
 def test_70b_in_four_bits_fits_a_node_of_four_64_gb():
-    """A copy on every GPU does not fit; the packed base in four shards does, and takes a quarter each."""
+    """A quarter of the packed base on each GPU, where a copy leaves room for the shortest steps alone."""
     from aifactory_train.planning import memory
 
     site = sites.load("leonardo-booster", overlay=False)
