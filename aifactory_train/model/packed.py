@@ -22,6 +22,13 @@ from torch import nn
 ALIGNMENT = 16
 
 
+def bits() -> Any:
+    """bitsandbytes' functions."""
+    from bitsandbytes import functional
+
+    return functional
+
+
 @dataclass(frozen=True)
 class Packing:
     """How a weight of ``shape`` lies in a run of bytes.
@@ -72,17 +79,14 @@ class Packing:
 
     def quantise(self, weight: torch.Tensor) -> torch.Tensor:
         """uint8 ``[nbytes]`` of ``weight`` (``shape``, in ``dtype``)."""
-        from bitsandbytes import functional
-
-        codes, state = functional.quantize_4bit(
+        codes, state = bits().quantize_4bit(
             weight.contiguous(), blocksize=self.block, compress_statistics=bool(self.nested), quant_type=self.kind
         )
         return self.pack(codes, state)
 
     def dequantise(self, whole: torch.Tensor) -> torch.Tensor:
         """The weight, ``shape`` in ``dtype``, of ``whole``: uint8 ``[nbytes]``."""
-        from bitsandbytes import functional
-
+        functional = bits()
         if whole.dtype != torch.uint8:
             whole = whole.to(
                 torch.uint8
@@ -121,9 +125,7 @@ def _sections_of(codes: torch.Tensor, state: Any, packing: Packing) -> Iterator[
 @functools.lru_cache(maxsize=16)
 def _levels(kind: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The levels that codes stand for, and those that codes of scales stand for; bitsandbytes' own tables."""
-    from bitsandbytes import functional
-
-    _, state = functional.quantize_4bit(
+    _, state = bits().quantize_4bit(
         torch.ones(64, 64, device=device), blocksize=64, compress_statistics=True, quant_type=kind
     )
     return state.code, state.state2.code

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+
+from aifactory_train.model import packed
 
 _LEVELS = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, 16))
 _LEVELS = _LEVELS / _LEVELS.abs().max()
@@ -41,9 +43,9 @@ def quantize_4bit(
     eight = _nearest(outer / largest[:, None].clamp(min=1e-30), _OUTER).reshape(-1)[: len(scales)]
     assert compress_statistics and weight.numel() % 2 == 0
     state2 = QuantState(largest, code=_OUTER, blocksize=256, dtype=torch.float32)
-    packed = (codes[: weight.numel() : 2] << 4 | codes[1 : weight.numel() : 2])[:, None]
+    both = (codes[: weight.numel() : 2] << 4 | codes[1 : weight.numel() : 2])[:, None]
     more = {"shape": weight.shape, "dtype": weight.dtype, "blocksize": blocksize}
-    return packed, QuantState(eight, offset, state2, code=_LEVELS, quant_type=quant_type, **more)
+    return both, QuantState(eight, offset, state2, code=_LEVELS, quant_type=quant_type, **more)
 
 
 def dequantize_4bit(codes: torch.Tensor, state: Any) -> torch.Tensor:
@@ -55,23 +57,15 @@ def dequantize_4bit(codes: torch.Tensor, state: Any) -> torch.Tensor:
 
 
 def use() -> None:
-    """As ``bitsandbytes``, where that is not installed."""
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        return
-    package, functional = ModuleType("bitsandbytes"), ModuleType("bitsandbytes.functional")
-    for name in ("QuantState", "quantize_4bit", "dequantize_4bit"):
-        setattr(functional, name, globals()[name])
-    package.functional = functional  # type: ignore[attr-defined]
-    package.__spec__ = functional.__spec__ = importlib.util.spec_from_loader("bitsandbytes", loader=None)
-    sys.modules |= {"bitsandbytes": package, "bitsandbytes.functional": functional}
+    """In place of ``bitsandbytes.functional``, where that is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        packed.bits = lambda: sys.modules[__name__]
 
 
 def pack(model: Any, dtype: torch.dtype) -> None:
     """The linear layers of ``model`` but its output layer in 4 bits."""
-    from aifactory_train.model.packed import PackedLinear, Packing
-
     use()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not model.get_output_embeddings():
-            packing = Packing((module.out_features, module.in_features), dtype)
-            model.set_submodule(name, PackedLinear(packing, packing.quantise(module.weight.detach().to(dtype))))
+            packing = packed.Packing((module.out_features, module.in_features), dtype)
+            model.set_submodule(name, packed.PackedLinear(packing, packing.quantise(module.weight.detach().to(dtype))))
