@@ -58,7 +58,8 @@ class Packing:
         parts = [("scales", torch.uint8 if self.nested else torch.float32, scales)]
         if self.nested:
             parts = [("outer", torch.float32, -(-scales // self.nested)), ("offset", torch.float32, 1), *parts]
-        found, at = {}, 0
+        found: dict[str, tuple[torch.dtype, int, int]] = {}
+        at = 0
         for name, dtype, count in [*parts, ("codes", torch.uint8, -(-values // 2))]:
             found[name] = (dtype, count, at)
             at += -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
@@ -158,7 +159,7 @@ class PackedLinear(nn.Linear):
         self.out_features, self.in_features = packing.shape
         self.packing = packing
         self.weight = nn.Parameter(whole, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return _Product.apply(input, self.weight, self.bias, self.packing)  # type: ignore[no-any-return, no-untyped-call]

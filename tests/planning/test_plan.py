@@ -304,8 +304,7 @@ def test_70b_in_four_bits_fits_a_node_of_four_64_gb():
     from aifactory_train.planning import memory
 
     site = sites.load("leonardo-booster", overlay=False)
-    asked = request(site, "meta-llama/Meta-Llama-3-70B", 1, "lora", gpus_per_node=4, adapter__quantise_base="nf4")
-    found, job = plan.make(asked)
+    found, job = plan.make(request(site, "meta-llama/Meta-Llama-3-70B", 1, adapter__quantise_base="nf4"))
     assert found["engine"] == "fsdp2" and job.layout.shard == 4 and job.method == "qlora"
     whole = replace(job, layout=replace(job.layout, engine="ddp", shard=1))
     packed = job.shape.packed_parameters * memory.NF4_BYTES
