@@ -53,6 +53,10 @@ _WHOLE = ("rows", "groups", "dim", "vdim", "scale", "softcap", "window", "chunk"
 #: take the torch path.
 WIDEST_FP32 = 128
 
+#: Registers that a lane of the keys' kernel may take on NVIDIA GPUs. Without being told, the assembler keeps to 128, so
+#: that two blocks fit, and spills.
+WIDE_LANES = 224
+
 #: Sums that a lane may keep, by kernel: waves of 32, of 64, and both in fp32. From compiling for every target.
 _SUMS = {FORWARD: (128, 128, 32, 64), QUERIES: (50, 128, 24, 64), KEYS: (80, 40, 20, 20)}
 
@@ -66,6 +70,12 @@ def tiles(kernel: str) -> Callable[[Target, str, Shape], Iterable[Config]]:
         most = _SUMS[kernel][(target.wave == 64) + 2 * (dtype == "fp32")] * (0.74 if wide > 128 else 1)
         if shape["softcap"] and kernel == KEYS and dtype != "fp32":
             most *= 0.58  # the cap's slope is held beside the sums
+        if dtype == "fp32" and kernel == FORWARD and wide > 64 and target.wave == 32:
+            most = 30
+        if kernel == QUERIES and sum(bool(shape[key]) for key in ("window", "chunk", "softcap", "slopes")) > 2:
+            most *= 0.74
+        roomy = kernel == KEYS and target.backend == "cuda" and wide == 128
+        roomy = roomy and (dtype == "fp32" or not shape["softcap"])
         tall = (128, 64, 32, 16) if each == 1 else (32, 16) if dtype == "fp32" else (64, 32, 16)
         sizes = itertools.product(tall, (64, 32, 16), (4, 8))
         for bm, bn, warps in sorted(sizes, key=lambda size: -size[0] * size[1]):
@@ -73,7 +83,8 @@ def tiles(kernel: str) -> Callable[[Target, str, Shape], Iterable[Config]]:
             held = each * (bm if each == 1 else bn) * wide // lanes + 2 * bm * bn // lanes
             memory = 2 * (bm + bn) * wide * item
             if held <= most and memory <= target.block_memory and bm * bn >= 2 * lanes and bm >= 4 * warps:
-                yield {"block_m": bm, "block_n": bn, "num_warps": warps, "num_stages": 1}
+                found = {"block_m": bm, "block_n": bn, "num_warps": warps, "num_stages": 1}
+                yield found | ({"maxnreg": WIDE_LANES} if roomy and warps == 8 else {})
 
     return space
 
@@ -152,9 +163,12 @@ KERNELS = (
 DIMS = ("rows", "heads", "kv_heads", "head_dim", "window", "chunk", "softcap", "sinks", "slopes")
 _PLAIN = {"rows": 8191, "heads": 32, "kv_heads": 8, "head_dim": 128, "window": 0, "chunk": 0, "softcap": 0, "sinks": 0,
           "slopes": 0}  # fmt: skip
-#: Llama 3; gpt-oss; Gemma 2 and 3; Phi-3 (96); Llama 4 (chunks); Bloom (ALiBi); 80 as in Phi-2
+#: Llama 3; gpt-oss; Gemma 2 and 3; Phi-3 (96); Llama 4 (chunks); Bloom (ALiBi); 80 as in Phi-2; each option by itself
 CHECKS = (
     _PLAIN,
+    _PLAIN | {"window": 4096},
+    _PLAIN | {"softcap": 1},
+    _PLAIN | {"heads": 64, "head_dim": 64, "sinks": 1},
     _PLAIN | {"heads": 64, "head_dim": 64, "window": 128, "sinks": 1},
     _PLAIN | {"heads": 32, "kv_heads": 32, "head_dim": 96},
     _PLAIN | {"heads": 40, "chunk": 8192},

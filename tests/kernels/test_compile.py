@@ -47,6 +47,27 @@ def test_one_operator_on_one_chip(tmp_path):
         assert row["occupancy"] >= 1 and row["atomics"] == 0 and row["int32_hazards"] == 0
 
 
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_attention_with_a_window_keeps_to_its_registers(target):
+    """The assembler for NVIDIA GPUs would keep the keys' kernel to 128 registers a lane by itself, and spill."""
+    code = f"""
+import json
+from aifactory_train.kernels import registry
+from aifactory_train.kernels.attention import space
+from aifactory_train.kernels.workbench import check
+operator = registry.operator("attention")
+shape = next(s for s in operator.checks if s["window"] and not s["softcap"] and s["head_dim"] == 128)
+kernel = next(k for k in operator.kernels if k.name == space.KEYS)
+print(json.dumps(check.one(operator, kernel, registry.select("attention", "{target}", None, "bf16", shape), "{target}",
+                           "bf16", shape)))
+"""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = json.loads(done.stdout)
+    assert row["status"] == "ok" and row["spills"] == 0 and row["config"]["maxnreg"] > 128, row
+
+
 @pytest.mark.parametrize("target", ["gfx90a", "gfx942", "sm_90"])
 @pytest.mark.slow
 def test_pr_subset(target):
