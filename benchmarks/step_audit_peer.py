@@ -5,6 +5,10 @@ the host), gradient checkpointing that does not re-enter, the loss over the item
 by torch. What a meta tensor cannot say is said for it, always in the peer's favour: where Liger asks whether a tensor
 is on a GPU of compute capability 8 or newer it is told yes; autocast, which meta tensors do not have, is applied by its
 own rule (products in bf16; the copy of a trained fp32 leaf is made once a forward).
+
+Routed experts run by transformers' own path (``grouped_mm``, the default), adapted by peft's ``target_parameters``.
+Liger's own experts stay off: they replace the forward of peft's wrapper, which has no such weights, and the adapters
+with it.
 """
 
 from __future__ import annotations
@@ -67,19 +71,36 @@ def _model(case: dict[str, Any], config: Any, dtype: torch.dtype, checkpointing:
     if case["adapter"] == "lora":
         from peft import LoraConfig, get_peft_model
 
+        experts = [f"{n}.{p}" for n, m in model.named_modules() for p in EXPERTS if hasattr(m, p) and _stacked(m)]
         settings = LoraConfig(
-            r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=RANK,
+            lora_alpha=2 * RANK,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            target_parameters=experts or None,
+            task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, settings, autocast_adapter_dtype=fp32_adapters)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32 if fp32_adapters else dtype)
-    _apply_liger_kernel_to_instance(model=model.get_base_model() if case["adapter"] == "lora" else model)
+    routed = any(map(_stacked, model.modules()))
+    plain = model.get_base_model() if case["adapter"] == "lora" else model
+    _apply_liger_kernel_to_instance(model=plain, **({"swiglu": False} if routed else {}))
     if checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if case["adapter"] == "lora":
             model.enable_input_require_grads()
     return model.train()
+
+
+#: parameters that hold the matrices of all experts of a layer
+EXPERTS = ("gate_up_proj", "down_proj")
+
+
+def _stacked(module: torch.nn.Module) -> bool:
+    """Whether ``module`` holds the matrices of many experts."""
+    return all(isinstance(module._parameters.get(name), torch.nn.Parameter) for name in EXPERTS)
 
 
 def _batch(tokens: int) -> dict[str, Any]:
@@ -176,11 +197,16 @@ def _liger_on_the_chip(sku: Any, autocast: bool) -> Iterator[None]:
     from liger_kernel.ops import fused_linear_cross_entropy as loss
     from liger_kernel.ops import rms_norm
     from transformers.models.llama import modeling_llama
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
 
     capability = "8" if not sku.arch.startswith("sm_") else sku.arch.removeprefix("sm_")[:-1]
-    names = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")
+    patched = {
+        modeling_llama: ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"),
+        modeling_qwen3_moe: ("apply_rotary_pos_emb", "Qwen3MoeRMSNorm"),
+    }
     before = [
-        *((modeling_llama, name, getattr(modeling_llama, name)) for name in names),  # Liger's patch replaces them
+        # Liger's patch replaces them
+        *((module, name, getattr(module, name)) for module, names in patched.items() for name in names),
         (loss, "_can_use_mm_out", loss._can_use_mm_out),
     ]
 
@@ -200,6 +226,7 @@ def _liger_on_the_chip(sku: Any, autocast: bool) -> Iterator[None]:
             },
         )
     )
+    before += _autocast_off()
     before.append(
         _reworded(
             rms_norm,
@@ -215,6 +242,27 @@ def _liger_on_the_chip(sku: Any, autocast: bool) -> Iterator[None]:
     finally:
         for module, name, value in before:
             setattr(module, name, value)
+
+
+def _autocast_off() -> list[tuple[Any, str, Any]]:
+    """peft switches autocast off around the sum of a parameter and its adapter by the parameter's device; of meta
+    tensors, which have none, that is nothing to do. Returns what it was, to be put back."""
+    from peft.tuners.lora import layer
+
+    class Torch:
+        """torch, but for ``autocast``."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        @staticmethod
+        def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+            nothing = device_type == "meta" and not kwargs.get("enabled", True)
+            return contextlib.nullcontext() if nothing else torch.autocast(device_type, *args, **kwargs)
+
+    before = layer.torch
+    layer.torch = Torch()
+    return [(layer, "torch", before)]
 
 
 def _reworded(module: Any, name: str, words: dict[str, str]) -> tuple[Any, str, Any]:

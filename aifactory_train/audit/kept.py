@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aifactory_train.planning.job import TrainingJob
 
 #: Raised when what is counted changes: older audits are then made anew.
-FORMAT = 1
+FORMAT = 2
 GIB = 2**30
 
 
@@ -98,7 +98,7 @@ def _run(job: TrainingJob, recipe: Recipe, settings: dict[str, Any]) -> dict[str
     )  # fmt: skip
     rank = None if recipe.adapter.kind == "none" else recipe.adapter.rank
     lowest = None
-    if job.shape.mlp == "gated":
+    if all(kind.mlp == "gated" for kind in job.shape.kinds):
         one = step_bytes(job.shape, spec.tokens, spec.targets, rank=rank, adapted=recipe.adapter.targets)
         lowest = one * job.grad_accum
     return {"settings": settings, **step.run(spec).as_dict(), "floor_bytes": lowest}

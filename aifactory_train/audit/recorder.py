@@ -12,7 +12,9 @@ What is counted, for everybody alike:
   count once; a lookup reads the rows that it returns; ``beta=0`` reads nothing. Triton kernels by :mod:`traffic`.
 * FLOPs: matrix products (torch's own formulas), products inside Triton kernels, and packed attention: per document, and
   half of the square because it is causal.
-* what the host would wait for (``item``, ``equal``, ``nonzero``): answered from ``answers``, and counted.
+* what the host would wait for (``item``, ``tolist``, ``equal``, ``nonzero``): answered from ``answers``, and counted.
+  Where it asks for the bounds of the experts' rows, the load is even.
+* nothing of what the host computes by itself while a step runs on meta tensors (the boundaries of documents).
 """
 
 from __future__ import annotations
@@ -79,11 +81,13 @@ class Booked:
 
 @dataclass
 class HostAnswers:
-    """What the host is told where it would wait for the device, and the documents of the batch."""
+    """What the host is told where it would wait for the device, and the documents of the batch. ``routed``: the rows
+    that all experts of a layer get, tokens times the experts that each is sent to."""
 
     targets: int
     lengths: list[int] = field(default_factory=list)
     truth: bool = False
+    routed: int = 0
 
 
 class Holdings:
@@ -142,12 +146,15 @@ class StepRecorder(TorchDispatchMode):
         self.collectives: dict[tuple[str, str], Booked] = {}
         self.syncs: Counter[str] = Counter()
         self.holdings = Holdings()
+        #: the step runs on meta tensors: what has none is the host's own
+        self.meta = False
         self._patches = contextlib.ExitStack()
 
     # ---- where operators and launches arrive
 
     def __enter__(self):
         self._patches.enter_context(_launches_to(self._launched))
+        self._patches.enter_context(_lists_from(self._told))
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -158,6 +165,8 @@ class StepRecorder(TorchDispatchMode):
         if any(hasattr(kind, "to_local") for kind in types):
             return NotImplemented  # a sharded tensor takes the operator apart: its local ones arrive here
         kwargs = kwargs or {}
+        if self.meta and _on_the_host(args, kwargs):
+            return function(*args, **kwargs)
         name = function.name()
         short = name.partition("::")[2]
         if name.startswith("aifactory::") and _definition(name) is not None:
@@ -168,8 +177,10 @@ class StepRecorder(TorchDispatchMode):
         if waited is not _GO_ON:
             return waited
         if function not in _WHOLE:  # a composition of others: they arrive here one by one
-            with _again(self):
-                parts = function.decompose(*args, **kwargs)
+            parts = NotImplemented
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):  # devices have a kernel of it
+                with _again(self):
+                    parts = function.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
             _WHOLE.add(function)
@@ -213,6 +224,18 @@ class StepRecorder(TorchDispatchMode):
             return self.answers.truth
         return self.answers.targets if not args[0].is_floating_point() else 1.0
 
+    def _told(self, tensor: torch.Tensor) -> list[int] | None:
+        """The bounds [E + 1] of the rows of each expert under an even load; None: not asked of a meta tensor."""
+        if tensor.device.type != "meta":
+            return None
+        if tensor.dtype != torch.int32 or tensor.dim() != 1 or not self.answers.routed:
+            raise NotImplementedError(
+                f"a step on meta tensors has no answer to tolist() of {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        self.syncs["tolist"] += 1
+        experts = len(tensor) - 1
+        return [self.answers.routed * e // experts for e in range(experts + 1)]
+
     # ---- packed attention, one formula for all
 
     def _attended(self, name: str, args: tuple) -> Any:
@@ -242,10 +265,7 @@ class StepRecorder(TorchDispatchMode):
         if short in FREE or function.is_view or _only_views(function, args, kwargs, out):
             return None
         read, written = _traffic(function, short, args, kwargs, out)
-        packet = getattr(torch.ops.aten, short.removesuffix("_"), None)  # in place it is the same product
-        factors = [a for a in args if isinstance(a, torch.Tensor)]
-        flops = flop_registry[packet](*factors, out_val=out) if packet in flop_registry else 0
-        return Booked(_kernels(short, args), read, written, flops)
+        return Booked(_kernels(short, args), read, written, _products(short, args, out))
 
 
 _GO_ON = object()
@@ -295,6 +315,19 @@ def _traffic(function, short: str, args: tuple, kwargs: dict, out: Any) -> tuple
     return read, written
 
 
+def _products(short: str, args: tuple, out: Any) -> int:
+    """FLOPs of a matrix product or a convolution: torch's formulas, and two of its own that know groups."""
+    factors = [a for a in args if isinstance(a, torch.Tensor)]
+    if short == "convolution":
+        return 2 * out.numel() * factors[1][0].numel()
+    if short == "convolution_backward":  # the gradient of the input, and that of the weight
+        return 2 * factors[0].numel() * factors[2][0].numel() * sum(args[-1][:2])
+    if short == "_grouped_mm":  # two stacks of matrices, or rows by their stack, or sums over rows
+        return 2 * factors[0].numel() * factors[1].shape[-1]
+    packet = getattr(torch.ops.aten, short.removesuffix("_"), None)  # in place it is the same product
+    return flop_registry[packet](*factors, out_val=out) if packet in flop_registry else 0
+
+
 def _only_views(function, args: tuple, kwargs: dict, out: Any) -> bool:
     """Whether everything returned lies in memory that was given, and nothing was written (``reshape``, ``to``)."""
     if function._schema.is_mutable:
@@ -327,6 +360,14 @@ def _kernels(short: str, args: tuple) -> int:
 # ---- how they are caught
 
 
+def _on_the_host(args: tuple, kwargs: dict) -> bool:
+    """Whether an operator neither takes a meta tensor nor makes one."""
+    if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
+        return False
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    return bool(tensors) and all(t.device.type == "cpu" for t in tensors)
+
+
 def _definition(name: str) -> Any:
     from torch._library.custom_ops import OPDEFS
 
@@ -348,6 +389,22 @@ def _again(mode: StepRecorder) -> Iterator[None]:
         yield
     finally:
         TorchDispatchMode.__exit__(mode, None, None, None)
+
+
+@contextlib.contextmanager
+def _lists_from(told: Callable[[torch.Tensor], list[int] | None]) -> Iterator[None]:
+    """``Tensor.tolist`` of a meta tensor is what ``told`` returns."""
+    before = torch.Tensor.tolist
+
+    def tolist(self: torch.Tensor) -> Any:
+        found = told(self)
+        return before(self) if found is None else found
+
+    torch.Tensor.tolist = tolist  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.tolist = before  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

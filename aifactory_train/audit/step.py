@@ -113,6 +113,7 @@ def audited(
     from torch.utils._pytree import tree_leaves
 
     recorder = StepRecorder(answers)
+    recorder.meta = any(p.device.type == "meta" for p in map(_local, module.parameters()))
     held = recorder.holdings
     handles = []
     for parameter in module.parameters():
@@ -180,12 +181,18 @@ def run(spec: StepSpec) -> StepAccount:
         inputs = [batch.input_ids, batch.position_ids, batch.documents.cu_seqlens, batch.positions, batch.targets]
         kept = engine.average.kept if engine.average is not None else {}
         state = lambda: [*engine.optimizer.state.values(), *kept.values()]  # noqa: E731
-        with audited(module, HostAnswers(spec.targets, list(spec.lengths)), inputs, state) as recorder:
+        answers = HostAnswers(spec.targets, list(spec.lengths), routed=spec.tokens * _chosen(spec.config))
+        with audited(module, answers, inputs, state) as recorder:
             _steps(engine, batch, spec, recorder)
         made = account(recorder, module, spec.micro_batches)
         if traits_of(spec.engine).cuts == "whole" and spec.world > 1:
             _summed_copies(made, engine)
         return made
+
+
+def _chosen(config: Any) -> int:
+    """How many experts a token is sent to; 0: there are none."""
+    return int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 0)
 
 
 def _summed_copies(made: StepAccount, engine: Any) -> None:
@@ -199,6 +206,9 @@ def _summed_copies(made: StepAccount, engine: Any) -> None:
 def _steps(engine: Any, batch: Any, spec: StepSpec, recorder: StepRecorder) -> None:
     settings = spec.recipe.train
     counted = min(2, spec.micro_batches)  # all but the first are alike: they find gradients
+    if engine.core.routing is not None:
+        engine.core.routing.begin(spec.tokens * spec.micro_batches, spec.targets * spec.micro_batches)
+        engine.core.routing.count_before([_forward(engine, batch, recorder, number) for number in range(counted)])
     for number in range(counted):
         again = AGAIN if number else ""
         recorder.phase = "forward" + again
@@ -207,6 +217,16 @@ def _steps(engine: Any, batch: Any, spec: StepSpec, recorder: StepRecorder) -> N
     recorder.phase = "update"
     engine.clip(settings.max_grad_norm, 0.75)
     engine.step(settings.learning_rate)
+
+
+def _forward(engine: Any, batch: Any, recorder: StepRecorder, number: int) -> Callable[[], Any]:
+    """The forward pass of a micro-batch by itself: what routers' losses count first."""
+
+    def run() -> None:
+        recorder.phase = "forward" + (AGAIN if number else "")
+        engine.module(**batch.kwargs())
+
+    return run
 
 
 @contextmanager
@@ -237,7 +257,7 @@ def _core(spec: StepSpec) -> CausalLM:
     from transformers import AutoModelForCausalLM
 
     from aifactory_train.kernels import hardware
-    from aifactory_train.model import attention
+    from aifactory_train.model import attention, experts, routing
     from aifactory_train.model.adapters import apply_adapter
     from aifactory_train.model.causal_lm import CausalLM
     from aifactory_train.model.gpu_operators import apply_kernels
@@ -255,6 +275,7 @@ def _core(spec: StepSpec) -> CausalLM:
         attn_implementation=attention.VARLEN,
     )
     model.config.use_cache = False
+    experts.use(model)
     model = apply_adapter(model, recipe, ModelReport())
     apply_precision(model, precision)
     rows = spec.loss_rows or recipe.train.loss_chunk_tokens
@@ -262,10 +283,13 @@ def _core(spec: StepSpec) -> CausalLM:
         vocabulary = spec.config.get_text_config().vocab_size
         rows = min(chunk_rows(vocabulary, device="meta"), hardware.chunk_rows(hardware.sku(spec.sku, spec.arch)))
     core = CausalLM(model, rows)
+    core.routing = routing.watch(model, core.language_model, recipe, ModelReport(), "meta")
     if recipe.kernels.enabled != "off":
         skip = skipped(traits_of(spec.engine).weights, recipe.parallel.compile)
         apply_kernels(core.model, arch=spec.arch, sku=spec.sku, dtype=precision.frozen, skip=skip)
         core.kernels = True
+    else:
+        experts.without_kernels(core.model)
     return core
 
 

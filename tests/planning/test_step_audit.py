@@ -190,3 +190,82 @@ def test_ranks_that_shard_gather_and_reduce(tmp_path) -> None:
 def test_what_cannot_be_audited_is_refused(engine: str) -> None:
     with pytest.raises(UserError, match="runs torch's engines"):
         step.run(spec(engine=engine))
+
+
+# ---- experts and recurrent layers
+
+
+def mixture(family: str, adapter: str = "lora", micro_batches: int = 1, **more) -> step.StepSpec:
+    import moe
+
+    return spec(config=moe.config(family, layers=2), recipe=recipe(adapter, **more), micro_batches=micro_batches)
+
+
+@pytest.fixture(scope="module")
+def routed() -> step.StepAccount:
+    pytest.importorskip("triton")
+    return step.run(mixture("qwen3_moe"))
+
+
+def test_experts_are_counted_without_waiting(routed) -> None:
+    """Two products a layer, forward and backward, each also thin; sums for both matrices of an adapter."""
+    told = routed.as_dict()
+    assert told["syncs"] == 0
+    assert told["operators"]["grouped_mm"]["launches"] == 2 * 2 * 4
+    assert told["operators"]["grouped_outer"]["launches"] == 2 * 2 * 2
+    lowest = floor.step_bytes(shapes.from_config(mixture("qwen3_moe").config.to_dict(), "m"), TOKENS, TARGETS, rank=4)
+    assert lowest < told["bytes"] < 10 * lowest  # so small a model moves the most in norms and copies
+
+
+def test_flops_of_experts_are_those_of_hand_arithmetic(routed) -> None:
+    rows, h, f, r = 2 * TOKENS, 32, 48, RANK
+    products = [(h, 2 * f), (f, h)]
+    weights = sum(2 * 2 * rows * a * b for a, b in products)  # forward, and the rows' gradient
+    thin = sum(2 * rows * r * 3 * (a + b) for a, b in products)
+    counted = routed.as_dict()["operators"]
+    assert counted["grouped_mm"]["flops"] + counted["grouped_outer"]["flops"] == 2 * (weights + thin)
+
+
+def test_without_our_kernels_the_host_is_told_an_even_load(routed) -> None:
+    pytest.importorskip("triton")
+    own = step.run(mixture("qwen3_moe", kernels={"enabled": "off"}))
+    assert own.syncs["tolist"] == 2 * 2 * 2  # both products of a layer, forward and backward
+    assert own.total().flops == routed.total().flops
+
+
+def test_a_balance_loss_goes_forward_once_more() -> None:
+    """With several micro-batches: all of them before the first backward pass."""
+    pytest.importorskip("triton")
+    plain, balanced = (
+        step.run(mixture("mixtral", "none", 2, experts=given)).as_dict() for given in ({}, {"balance_loss": 0.01})
+    )
+    before, after = (told["operators"]["grouped_mm"]["launches"] for told in (plain, balanced))
+    assert before == 2 * 2 * 2 * 2 and after == before + 2 * 2 * 2
+
+
+def test_recurrent_layers_are_counted_and_what_the_host_computes_is_not() -> None:
+    """The boundaries of documents are made on the host: no wait, no launch."""
+    pytest.importorskip("triton")
+    told = step.run(mixture("qwen3_5_moe")).as_dict()
+    assert told["syncs"] == 0 and told["operators"]["aten::convolution"]["flops"] > 0
+    shape = shapes.from_config({**mixture("qwen3_5_moe").config.to_dict()}, "m")
+    assert any(kind.recurrence is not None for kind in shape.kinds)
+    assert floor.step_bytes(shape, TOKENS, TARGETS, rank=RANK) < told["bytes"]
+
+
+def test_the_benchmark_counts_experts_on_both_sides() -> None:
+    """One layer of Qwen3-30B-A3B, whole width: ours moves less than peft on transformers' own path."""
+    pytest.importorskip("triton")
+    pytest.importorskip("liger_kernel")
+    import subprocess
+    import sys
+
+    words = ["--json", "--case", "qwen3-30b-a3b-lora", "--layers", "1", "--checkpointing", "none"]
+    program = str(helpers.ROOT / "benchmarks/step_audit.py")
+    done = subprocess.run([sys.executable, program, *words], capture_output=True, text=True, cwd=helpers.ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = json.loads(done.stdout)["cases"]
+    assert row["status"] == "done" and row["ours"]["syncs"] == 0
+    assert row["floor_ratio"] > 1 and row["bytes_ratio"] < 1 and row["peak_above_weights_ratio"] < 1
+    for peer in ("peer", "peer_as_loaded", "peer_defaults"):
+        assert row[peer].get("refused") or row[peer]["bytes"] > row["floor_bytes"], peer
