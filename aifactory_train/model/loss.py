@@ -193,6 +193,7 @@ def linear_cross_entropy(
     counts: Sequence[int] | None = None,
     scale: float = 1.0,
     softcap: float = 0.0,
+    temperature: float = 1.0,
     bias: torch.Tensor | None = None,
     rows: int | None = None,
     kernels: bool = False,
@@ -205,11 +206,12 @@ def linear_cross_entropy(
     supervised rows first). ``reduction``: :data:`Reduction`; ``counts`` are the targets of each document, in order,
     host integers that add up to ``N``. ``N = 0`` gives zeros (or nothing) with a connected graph. ``rows`` of logits
     exist at once (:func:`chunk_rows`). ``kernels``: by the registered operators, which run Triton where the registry
-    selects it; models with a bias, which are few, go without. ``walk`` goes through the same chunks for something
-    other than cross-entropy, and its result is returned.
+    selects it; models with a bias, which are few, go without. ``temperature`` divides the logits, cap and all.
+    ``walk`` goes through the same chunks for something other than cross-entropy, and its result is returned.
 
     ``sum`` makes the gradients in its forward pass and costs 6 N V D FLOP; the others make the logits twice and cost 8.
     """
+    scale, softcap = scale / temperature, softcap / temperature  # c tanh(s x / c) / T = c' tanh(s' x / c')
     if walk is not None:
         chunk = chunk_rows(weight.shape[0], rows, device=hidden.device)
         return walk(hidden, weight, bias, targets, Shaping(scale, softcap), chunk)

@@ -33,7 +33,12 @@ class Likelihood(Protocol):
     """:func:`aifactory_train.model.loss.linear_cross_entropy` of the supervised positions of one micro-batch."""
 
     def __call__(
-        self, *, reduction: Reduction = "sum", counts: Sequence[int] | None = None, walk: Walk | None = None
+        self,
+        *,
+        reduction: Reduction = "sum",
+        counts: Sequence[int] | None = None,
+        temperature: float = 1.0,
+        walk: Walk | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -54,12 +59,14 @@ class SummedNLL:
 
 @dataclass(frozen=True)
 class TokenNLL:
-    """The negative log-likelihood of each target, fp32 ``[N]``: what evaluation and the reference of preferences score
-    by.
+    """The negative log-likelihood of each target, fp32 ``[N]``: what evaluation and the references of methods score by.
+    ``temperature`` divides the logits.
     """
 
+    temperature: float = 1.0
+
     def loss(self, nll: Likelihood) -> torch.Tensor:
-        return nll(reduction="none")
+        return nll(reduction="none", temperature=self.temperature)
 
 
 #: The default of a micro-batch.
