@@ -175,9 +175,7 @@ def check_grpo(recipe: Recipe) -> None:
         if source.format in ("preference", "feedback", "text"):
             raise ValueError(f"methods.grpo: needs questions with their answers, not rows of format {source.format}")
     if data.long_documents in ("split", "paragraphs"):
-        raise ValueError(
-            f"data.long_documents: {data.long_documents} would ask a piece of a question; drop or truncate"
-        )
+        raise ValueError(f"data.long_documents: {data.long_documents} would ask pieces of questions; drop or truncate")
     if recipe.train.batch_tokens is not None:
         raise ValueError("train.batch_tokens: a step of GRPO is a number of prompts: give train.batch_rows")
     for block, why in (

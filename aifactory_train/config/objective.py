@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aifactory_train.config.distill_block import DistillConfig
+    from aifactory_train.config.grpo_block import GrpoConfig
     from aifactory_train.config.head_block import HeadConfig
     from aifactory_train.config.schema import Recipe
 
@@ -18,6 +19,8 @@ def objective(recipe: Recipe) -> str:
     replayed = [source.share for source in recipe.data.train if source.share is not None]
     if methods.head is not None:
         parts = [_of_head(methods.head)]
+    elif methods.grpo is not None:
+        parts = [_of_grpo(methods.grpo)]
     elif how is None:
         parts = [likelihood if methods.distill is None else _of_distill(methods.distill, likelihood)]
         if methods.goldfish is not None:
@@ -47,7 +50,7 @@ def objective(recipe: Recipe) -> str:
     # A block without words of its own is named with its settings: the record never calls another loss plain
     # cross-entropy.
     for name, block in methods:
-        if block is not None and name not in ("preference", "head", "distill", "goldfish", "neftune"):
+        if block is not None and name not in ("preference", "head", "distill", "grpo", "goldfish", "neftune"):
             settings = ", ".join(f"{key} {value}" for key, value in block.model_dump().items())
             parts.append(f"changed by methods.{name} ({settings})")
     return "; ".join(parts)
@@ -78,4 +81,17 @@ def _of_distill(how: DistillConfig, likelihood: str) -> str:
     return (
         f"{1 - how.weight:g} x {likelihood} and {how.weight:g} x {names[how.loss]} to the stored log-probabilities of "
         f"{how.teacher} (the {how.top_k} likeliest tokens and the rest together, temperature {how.temperature:g})"
+    )
+
+
+def _of_grpo(grpo: GrpoConfig) -> str:
+    """The loss of GRPO, in words."""
+    rewards = " + ".join(f"{reward.weight:g} x {reward.name}" for reward in grpo.reward)
+    mean = {"grpo": "answers", "dapo": "tokens", "dr_grpo": "answers of a fixed length"}[grpo.loss]
+    scaled = "over the standard deviation of its group" if grpo.scale == "group" else "not scaled"
+    kl = f", {grpo.kl:g} x KL divergence from the model before its first step" if grpo.kl else ""
+    return (
+        f"clipped policy gradient of rewards ({rewards}) of {grpo.group} sampled answers to each prompt, advantage "
+        f"{scaled}, ratio of the {grpo.ratio} cut at {1 - grpo.clip:g} and {1 + grpo.high:g}, a mean over {mean} "
+        f"(GRPO){kl}"
     )

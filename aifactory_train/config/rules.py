@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aifactory_train.config.distill_block import check_distill
+from aifactory_train.config.grpo_block import check_grpo
 from aifactory_train.config.head_block import check_head
 from aifactory_train.config.preference_block import OF_PAIRS, check_preference
 from aifactory_train.config.schema import RULES, Recipe
@@ -111,6 +112,8 @@ def _check_methods(recipe: Recipe) -> None:
         return
     if methods.distill is not None:
         check_distill(recipe)
+    if methods.grpo is not None:
+        check_grpo(recipe)
     if any(source.format in ("label", "labels") for source in [*data.train, *(data.eval or [])]):
         raise ValueError("data.train: rows of format label or labels are what methods.head learns from")
     preference = methods.preference

@@ -16,6 +16,7 @@ from aifactory_train.config.data_blocks import DataConfig
 from aifactory_train.config.dims_block import SharesConfig
 from aifactory_train.config.distill_block import DistillConfig
 from aifactory_train.config.experts_block import ExpertsConfig
+from aifactory_train.config.grpo_block import GrpoConfig
 from aifactory_train.config.head_block import HeadConfig
 from aifactory_train.config.preference_block import PreferenceConfig
 from aifactory_train.config.rope_block import RopeScalingConfig
@@ -210,6 +211,7 @@ class MethodsConfig(Strict):
     preference: PreferenceConfig | None = None
     head: HeadConfig | None = None
     distill: DistillConfig | None = None
+    grpo: GrpoConfig | None = None
     goldfish: GoldfishConfig | None = None
     neftune: NeftuneConfig | None = None
 

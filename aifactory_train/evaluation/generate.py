@@ -82,7 +82,7 @@ def _decode(
     """One batch: prefill, then a token at a time until every row has stopped."""
     from aifactory_train.evaluation.kv_cache import reserved_cache
 
-    if not _caches(module):
+    if not caches(module):
         return _decode_anew(module, prompts, max_new_tokens, stops, pad_id, device)
     width = max(len(prompt) for prompt in prompts)
     tokens = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
@@ -122,7 +122,7 @@ def _decode(
     return answers
 
 
-def _caches(module: nn.Module) -> bool:
+def caches(module: nn.Module) -> bool:
     """Whether the model goes on from a cache of keys and values: not where it computes as transformers has it, where
     it takes no such cache (Mamba, RWKV), and where no layer of it keeps any.
     """

@@ -53,6 +53,16 @@ class StepContext:
     documents: np.ndarray
 
 
+@dataclass(frozen=True)
+class Made:
+    """Documents that a method made for a step in place of those that were dealt: int ``[K]``, the tokens of each and
+    the supervised ones among them. They are numbered from 0, the same on all ranks.
+    """
+
+    lengths: np.ndarray
+    supervised: np.ndarray
+
+
 class TrainingMethod(Protocol):
     """What a method adds to data, batches and steps. :class:`~aifactory_train.methods.supervised.Supervised` is the
     plain form of each.
@@ -61,6 +71,11 @@ class TrainingMethod(Protocol):
     def view(self, data: PreparedData) -> PreparedData:
         """The prepared data as the loop sees it. Raises :class:`UserError` for rows that this method cannot use."""
 
+    def begin(self, run: RunContext) -> None:
+        """While the model is as it is before the first step, also in an attempt that goes on from a checkpoint;
+        collective.
+        """
+
     def prepare(self, run: RunContext, *, resumed: bool) -> list[tuple[str, str, str]]:
         """Before the first step of this attempt; collective. Returns ``(what, choice, why)`` lines for the start-up
         report.
@@ -68,6 +83,9 @@ class TrainingMethod(Protocol):
 
     def before_step(self, step: StepContext) -> None:
         """Once an optimizer step, on all ranks, before its batches are made; collective."""
+
+    def made(self, step: StepContext) -> Made | None:
+        """What the step computes where :meth:`before_step` made its documents; None: those of ``step``."""
 
     def batch(self, step: StepContext, share: np.ndarray) -> DeviceBatch:
         """The documents ``share`` of one micro-batch as tensors on this rank's device, with the objective that their

@@ -17,6 +17,7 @@ METHODS = {
     "preference": "aifactory_train.methods.preference:Preference",
     "head": "aifactory_train.methods.head:head_method",
     "distill": "aifactory_train.methods.distill:Distill",
+    "grpo": "aifactory_train.methods.grpo:Grpo",
 }
 
 

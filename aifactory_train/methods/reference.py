@@ -14,9 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from aifactory_train.core.errors import UserError
+from aifactory_train.data import split_step
+from aifactory_train.evaluation.sampling import answering
 from aifactory_train.methods.pairs import Mismatched, PairsSubset
+from aifactory_train.model.objective import TokenNLL
+from aifactory_train.parallel.batches import micro_batch, micro_limit
 
 if TYPE_CHECKING:
     from aifactory_train.methods.base import RunContext
@@ -166,6 +171,29 @@ def score(run: RunContext, documents: Any, *, most: int) -> np.ndarray:
         autocast=autocast_of(run),
     )
     return -scored.nll
+
+
+def score_tokens(run: RunContext, documents: Any, temperature: float) -> list[np.ndarray]:
+    """Log-probabilities (fp32) of the supervised tokens of each document, at ``temperature``, as the model is now; the
+    same on all ranks. Collective."""
+    world, recipe, module = run.world, run.recipe, run.engine.module
+    most = micro_limit(recipe.train.micro_batch_tokens, documents.lengths, world.device)
+    dealt = split_step(np.arange(len(documents)), documents.lengths, world.size, "auto", most, recipe.data.batching)
+    found: dict[int, np.ndarray] = {}
+    with torch.no_grad(), answering(module, world.device, autocast_of(run)):
+        for share in dealt[world.rank]:
+            run.beat("reference")
+            batch = micro_batch(documents, share, recipe.data.batching, run.pad_id, world.device)
+            batch.objective = TokenNLL(temperature)
+            logps = -module(**batch.kwargs()).float().cpu().numpy()
+            ends = np.cumsum(documents.supervised[share])
+            found.update(zip(share.tolist(), np.split(logps, ends[:-1]), strict=True) if len(share) else [])
+    boxes: list[Any] = [found]
+    if world.size > 1:
+        boxes = [None] * world.size
+        dist.all_gather_object(boxes, found)
+    whole = {number: logps for box in boxes for number, logps in box.items()}
+    return [whole[number] for number in range(len(documents))]
 
 
 def autocast_of(run: RunContext) -> torch.dtype | None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from aifactory_train.config.schema import Recipe
     from aifactory_train.data import PreparedData
-    from aifactory_train.methods.base import RunContext, StepContext
+    from aifactory_train.methods.base import Made, RunContext, StepContext
     from aifactory_train.parallel.engine import DeviceBatch
 
 
@@ -35,12 +35,19 @@ class Supervised:
             return data
         return dataclasses.replace(data, train=GoldfishTokens(data.train, settings.k, settings.context))
 
+    def begin(self, run: RunContext) -> None:
+        """Nothing is kept of the model before the first step."""
+
     def prepare(self, run: RunContext, *, resumed: bool) -> list[tuple[str, str, str]]:
         """Nothing is needed before the first step."""
         return []
 
     def before_step(self, step: StepContext) -> None:
         """Nothing is needed before a step."""
+
+    def made(self, step: StepContext) -> Made | None:
+        """A step computes the documents that it was dealt."""
+        return None
 
     def batch(self, step: StepContext, share: np.ndarray) -> DeviceBatch:
         """The documents of one micro-batch, with NEFTune's noise if the recipe asks for it."""

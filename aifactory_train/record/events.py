@@ -44,13 +44,15 @@ class RunStarted:
 @dataclass(frozen=True)
 class StepDone:
     """An optimizer step: its metrics, its documents (int ``[K]``), how they were shared out (rank, micro-batch), and
-    the tokens of each (int ``[K]``) where they are at hand."""
+    the tokens of each (int ``[K]``) where they are at hand. ``made``: tokens of each document that ``shares`` deal out,
+    where the method made them for this step."""
 
     metrics: dict[str, Any]
     documents: Any
     shares: Shares
     last: bool = False
     lengths: Any = None
+    made: Any = None
 
 
 @dataclass(frozen=True)

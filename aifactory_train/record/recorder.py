@@ -130,7 +130,7 @@ class Recorder:
     def hear(self, event: Event) -> None:
         """Write down what the loop says; a listener of the run's event bus, on every rank."""
         if isinstance(event, StepDone):
-            self.step(event.metrics, event.documents, event.shares, event.lengths)
+            self.step(event.metrics, event.documents, event.shares, event.lengths, event.made)
         elif isinstance(event, RunStarted):
             self.start(event)
         elif isinstance(event, Evaluated):
@@ -376,20 +376,23 @@ class Recorder:
 
     # ---- while it trains
 
-    def step(self, record: dict[str, Any], documents: Any, shares: Shares, lengths: Any = None) -> None:
+    def step(
+        self, record: dict[str, Any], documents: Any, shares: Shares, lengths: Any = None, made: Any = None
+    ) -> None:
         """After each optimizer step: its metrics, its documents, how they were shared out (rank, micro-batch), and
-        their tokens where they are at hand."""
+        their tokens where they are at hand. ``made``: those of documents that are not the data set's."""
         if not self._active:
             return
         began = time.perf_counter()
-        self._step(record, shares, self._lengths[documents] if lengths is None else lengths)
+        whole = self._lengths if made is None else made
+        self._step(record, shares, self._lengths[documents] if lengths is None else lengths, whole)
         self._step_cost += time.perf_counter() - began
 
     @_never_breaks
-    def _step(self, record: dict[str, Any], shares: Shares, lengths: Any) -> None:
+    def _step(self, record: dict[str, Any], shares: Shares, lengths: Any, whole: Any) -> None:
         segments = None
         if self.recipe.data.batching == "padded":
-            segments = shares.longest(self._lengths)
+            segments = shares.longest(whole)
         self._last = int(record["step"])
         sums = self._sums
         sums["steps"] += 1

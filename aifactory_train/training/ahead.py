@@ -5,7 +5,7 @@ one.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +37,8 @@ class ReadyStep:
     supervised: int
     tokens: int
     epochs: float
+    #: tokens of each document that ``shares`` deal out, where the method made them; else they are the data set's
+    made: np.ndarray | None = None
 
 
 class StepsAhead:
@@ -68,6 +70,21 @@ class StepsAhead:
             self._thread.start()
         return made
 
+    def settled(self, ready: ReadyStep) -> ReadyStep:
+        """``ready`` with the documents that the method made for it, dealt out as others are."""
+        made = self.method.made(ready.context)
+        if made is None:
+            return ready
+        documents = np.arange(len(made.lengths))
+        return replace(
+            ready,
+            shares=self._deal(documents, made.lengths),
+            lengths=made.lengths,
+            supervised=int(made.supervised.sum()),
+            tokens=int(made.lengths.sum()),
+            made=made.lengths,
+        )
+
     def close(self) -> None:
         """Until the thread has ended: nothing is made any more."""
         if self._thread is not None:
@@ -86,11 +103,14 @@ class StepsAhead:
 
     def shares(self, cursor: Cursor) -> tuple[np.ndarray, Cursor, Shares]:
         """(documents of the step at ``cursor``, the cursor behind it, ``[rank][micro] -> documents``)."""
-        run, lengths, settings = self.run, self.run.data.train.lengths, self.run.recipe.train
-        documents, following = run.sampler.step(cursor)
+        documents, following = self.run.sampler.step(cursor)
+        return documents, following, self._deal(documents, self.run.data.train.lengths)
+
+    def _deal(self, documents: np.ndarray, lengths: np.ndarray) -> Shares:
+        run, settings = self.run, self.run.recipe.train
         most = micro_limit(settings.micro_batch_tokens, lengths[documents], run.world.device)
         ranks, batching = run.engine.dims.data_ranks, run.recipe.data.batching
-        return documents, following, split_step(documents, lengths, ranks, settings.grad_accum, most, batching)
+        return split_step(documents, lengths, ranks, settings.grad_accum, most, batching)
 
     def _make(self, step: int, cursor: Cursor) -> ReadyStep:
         run, train_set = self.run, self.run.data.train

@@ -90,6 +90,7 @@ class Trainer:
         self.checkpoints.prepare()
         torch.manual_seed(recipe.train.seed * 1_000_003 + world.rank)  # from here on: dropout, different on every rank
         self._try_largest_batch()
+        self.method.begin(self.context)
         if resume_from is not None:
             self._restore(self.checkpoints.choose(None if resume == "auto" else resume_from))
         every, board = recipe.logging.every_steps, recipe.logging.tensorboard
@@ -287,6 +288,7 @@ class Trainer:
         ready = self.ahead.take(self.step, state.cursor)
         step, documents = ready.context, ready.context.documents
         self.method.before_step(step)
+        ready = self.ahead.settled(ready)
         mine = ready.shares[self.engine.dims.data_rank(self.world.rank)]
         batches = ready.batches or [self.method.batch(step, share) for share in mine]
         units = self.method.units(ready.supervised)  # what the loss is a mean over; all ranks know it
@@ -334,7 +336,8 @@ class Trainer:
             **self._row_ids(documents),
             "memory_bytes": peak_memory(self.world.device)["bytes"],
         }
-        self.events.emit(ev.StepDone(metrics, documents, ready.shares, self.step == self.total_steps, ready.lengths))
+        last = self.step == self.total_steps
+        self.events.emit(ev.StepDone(metrics, documents, ready.shares, last, ready.lengths, ready.made))
         return metrics
 
     def _row_ids(self, documents: np.ndarray) -> dict[str, Any]:

@@ -125,11 +125,11 @@ def packed(prompts: list[list[int]], answers: list[list[int]]) -> dict[str, torc
         for edge, row, answer in zip(edges[:-1], rows, answers, strict=True)
     ]
     return {
-        "input_ids": torch.tensor([sum(rows, [])]),
+        "input_ids": torch.tensor([[token for row in rows for token in row]]),
         "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
         "documents": Documents.of(torch.from_numpy(edges.astype(np.int32)), "cpu"),
         "positions": torch.from_numpy(np.concatenate(positions)),
-        "targets": torch.tensor(sum(answers, [])),
+        "targets": torch.tensor([token for answer in answers for token in answer]),
     }
 
 
