@@ -167,7 +167,7 @@ class Grpo(Supervised):
         seen = [f"{name} {value:g}" for name, value in self._means(self.now).items()]
         failed = sum(answer.failed for answer in self.now.answers)
         raise RunFailed(
-            f"for {self.flat_steps} steps the answers to every prompt had the same reward, so nothing can be learnt; in "
+            f"for {self.flat_steps} steps the answers to every prompt had the same reward, so nothing is learnt; in "
             f"the last one: {', '.join(seen) or 'none judged'}; {failed} of {len(self.now.answers)} answers cut off or "
             "empty",
             where=f"methods.grpo.reward, step {step.step + 1}",

@@ -248,6 +248,22 @@ def test_answers_sampled_ahead_are_those_of_the_steps_own_prompts(tmp_path, talk
             assert [a.unit for a in trainer.method.now.answers] == np.repeat(documents, 4).tolist()
 
 
+def test_packed_answers_count_as_padded_ones_in_several_micro_batches(tmp_path, talker):
+    """One step under both: the same answers, loss and gradient norm, for each thing that a loss is a mean over."""
+    for loss in ("grpo", "dapo", "dr_grpo"):
+        path, found = write(tmp_path / loss, talker, {"loss": loss, "scale": "none"}), []
+        for name, overrides in {"packed": [], "padded": ["data.batching=padded", "train.grad_accum=3"]}.items():
+            with trainer_of(path, tmp_path / loss / name, *overrides) as trainer:
+                record = trainer.train_step()
+                answers = [answer.tokens.tolist() for answer in trainer.method.now.answers]
+                found.append((record, answers))
+        (packed, mine), (padded, theirs) = found
+        assert mine == theirs and (packed["micro_batches"], padded["micro_batches"]) == (1, 3)
+        assert packed["grad_norm"] > 0
+        for key in ("loss", "grad_norm", "reward", "kl"):
+            assert packed[key] == pytest.approx(padded[key], rel=1e-4, abs=1e-6), (loss, key)
+
+
 # ---- rewards
 
 
@@ -335,7 +351,7 @@ def test_files_that_hold_no_reward_are_refused(tmp_path, tiny_model_dir, file, f
         ("train.batch_tokens=512", "number of prompts"),
         ("parallel.engine=zero3", "has not been tried"),
         ("guard.spike_factor=3", "lies around 0"),
-        ("data.long_documents=split", "a piece of a question"),
+        ("data.long_documents=split", "pieces of questions"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path, tiny_model_dir, override, word):
