@@ -184,8 +184,6 @@ def check_grpo(recipe: Recipe) -> None:
     ):
         if getattr(methods, block) is not None:
             raise ValueError(f"methods.{block}: {why}")
-    if recipe.parallel.engine in ("zero1", "zero2", "zero3"):
-        raise ValueError(f"parallel.engine: GRPO has not been tried under {recipe.parallel.engine}; ddp, fsdp2 or hsdp")
     if recipe.guard.spike_factor is not None:
         raise ValueError("guard.spike_factor: the loss of GRPO lies around 0, so a multiple of it says nothing")
     if recipe.eval.early_stopping is not None:

@@ -145,6 +145,12 @@ def _resolve_paths(tree: dict, folder: Path | None) -> None:
         for key in ("train", "eval"):
             if key in data:
                 data[key] = fixed(data[key])
+    methods = tree.get("methods")
+    grpo = methods.get("grpo") if isinstance(methods, dict) else None
+    rewards = grpo.get("reward") if isinstance(grpo, dict) else None
+    for reward in rewards if isinstance(rewards, list) else [rewards]:
+        if isinstance(reward, dict) and isinstance(reward.get("file"), str):
+            reward["file"] = _absolute(reward["file"], folder, beside=True)
     for *blocks, last in PATH_KEYS:
         node: Any = tree
         for block in blocks:

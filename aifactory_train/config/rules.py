@@ -34,6 +34,8 @@ def cross_checks(recipe: Recipe) -> Recipe:
     if recipe.adapter.quantise_base != "none" and recipe.adapter.kind == "none":
         raise ValueError("adapter.quantise_base: a 4-bit base cannot be trained itself; choose adapter.kind lora")
     _check_methods(recipe)
+    if recipe.methods.grpo is not None:
+        check_grpo(recipe)
     if recipe.eval.early_stopping and not recipe.eval.every_steps:
         raise ValueError("eval.early_stopping: needs eval.every_steps")
     if recipe.parallel.shard_size and recipe.parallel.engine not in ("hsdp", "auto"):
@@ -112,8 +114,6 @@ def _check_methods(recipe: Recipe) -> None:
         return
     if methods.distill is not None:
         check_distill(recipe)
-    if methods.grpo is not None:
-        check_grpo(recipe)
     if any(source.format in ("label", "labels") for source in [*data.train, *(data.eval or [])]):
         raise ValueError("data.train: rows of format label or labels are what methods.head learns from")
     preference = methods.preference

@@ -96,8 +96,10 @@ class GroupObjective:
         if self.reference is not None:
             total = total + how.kl * (kl * self.weights).sum()
         beyond = (ratio < 1 - how.clip) & (self.advantages < 0) | (ratio > 1 + how.high) & (self.advantages > 0)
-        found = torch.stack([kl.detach().double().sum(), beyond.double().sum()])
-        self.sums += torch.stack([found[0], found.new_tensor(len(policy)), found[1], found.new_tensor(len(ratio))])
+        found = torch.zeros(len(SUMS), dtype=torch.float64, device=policy.device)
+        found[0], found[1] = kl.detach().double().sum(), len(policy)
+        found[2], found[3] = beyond.double().sum(), len(ratio)
+        self.sums += found.to(self.sums)
         return total
 
 

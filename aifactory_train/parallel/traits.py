@@ -60,6 +60,8 @@ class EngineTraits:
     optimizers: tuple[str, ...] = ("adamw", "sgd")
     #: it can keep a mean of the weights beside them (``train.average``)
     keeps_mean: bool = False
+    #: the model in training can be sampled from between steps, and score as it was (``methods.grpo``)
+    samples: bool = True
     #: trained parameters are kept in fp32, whatever the precision policy says
     fp32_masters: bool = False
     # ---- compile, offload, packages
@@ -111,6 +113,7 @@ _ZERO: dict[str, Any] = {
     "offloads_optimizer": True,
     "more_groups": True,  # DeepSpeed copies the group of all ranks
     "package": "deepspeed",
+    "samples": False,  # not tried
 }
 #: Why an optimizer does not go with every cut.
 NEEDS = {
@@ -196,6 +199,13 @@ def refuse_what_it_cannot_do(recipe: Recipe, name: str) -> None:
     traits = traits_of(name)
     refuse_quantised(recipe, name)
     refuse_optimizer(recipe, name)
+    if recipe.methods.grpo is not None and not traits.samples:
+        others = ", ".join(other for other, found in ENGINES.items() if found.samples)
+        raise UserError(
+            f"GRPO has not been tried with answers sampled under engine {name}",
+            where="parallel.engine",
+            fix=f"--set parallel.engine={others}",
+        )
     if recipe.parallel.compile and not traits.compiles:
         raise UserError(
             traits.cannot_compile,

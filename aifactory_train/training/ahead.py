@@ -70,8 +70,10 @@ class StepsAhead:
             self._thread.start()
         return made
 
-    def settled(self, ready: ReadyStep) -> ReadyStep:
-        """``ready`` with the documents that the method made for it, dealt out as others are."""
+    def begun(self, ready: ReadyStep) -> ReadyStep:
+        """``ready`` once the method has done what comes before the step, with the documents that it made for it dealt
+        out as others are. Collective."""
+        self.method.before_step(ready.context)
         made = self.method.made(ready.context)
         if made is None:
             return ready

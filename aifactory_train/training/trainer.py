@@ -287,8 +287,7 @@ class Trainer:
         settings, state = self.recipe.train, self.state
         ready = self.ahead.take(self.step, state.cursor)
         step, documents = ready.context, ready.context.documents
-        self.method.before_step(step)
-        ready = self.ahead.settled(ready)
+        ready = self.ahead.begun(ready)
         mine = ready.shares[self.engine.dims.data_rank(self.world.rank)]
         batches = ready.batches or [self.method.batch(step, share) for share in mine]
         units = self.method.units(ready.supervised)  # what the loss is a mean over; all ranks know it

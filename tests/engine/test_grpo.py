@@ -25,6 +25,7 @@ from aifactory_train.methods.rewards import rewards_of
 from aifactory_train.methods.rollouts import Answer
 from aifactory_train.model import attention
 from aifactory_train.model.causal_lm import CausalLM
+from aifactory_train.parallel.traits import ENGINES, refuse_what_it_cannot_do
 from aifactory_train.parallel.world import join_world, leave_world
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.run.outcome import Attempt
@@ -349,7 +350,6 @@ def test_files_that_hold_no_reward_are_refused(tmp_path, tiny_model_dir, file, f
         ("methods.grpo.max_new_tokens=256", "no room for a prompt"),
         ("methods.neftune={alpha: 5}", "another model than the one that sampled"),
         ("train.batch_tokens=512", "number of prompts"),
-        ("parallel.engine=zero3", "has not been tried"),
         ("guard.spike_factor=3", "lies around 0"),
         ("data.long_documents=split", "pieces of questions"),
     ],
@@ -359,6 +359,23 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, tiny_model_dir, 
     overrides = [override] if not override.startswith("train.batch_tokens") else [override, "train.batch_rows=null"]
     with pytest.raises(UserError, match=word):
         load_recipe(str(path), overrides)
+
+
+def test_engines_that_were_not_tried_are_refused(tmp_path, tiny_model_dir):
+    path = write(tmp_path, tiny_model_dir)
+    for engine, traits in ENGINES.items():
+        recipe = load_recipe(str(path), [f"parallel.engine={engine}"])
+        with contextlib.nullcontext() if traits.samples else pytest.raises(UserError, match="has not been tried"):
+            refuse_what_it_cannot_do(recipe, engine)
+    assert not ENGINES["zero3"].samples and ENGINES["fsdp2"].samples
+
+
+def test_the_file_of_a_reward_lies_beside_the_recipe(tmp_path, tiny_model_dir):
+    path = write(tmp_path, tiny_model_dir, {"reward": [{"file": "./mine.py"}]})
+    (tmp_path / "mine.py").write_text("def reward(prompt, answer, expected):\n    return 1\n")
+    recipe = load_recipe(str(path))
+    assert recipe.methods.grpo.reward[0].file == str(tmp_path / "mine.py")
+    assert rewards_of(recipe)[0]("Q", "A", "E") == 1
 
 
 def test_prompts_without_room_are_left_out_by_number_and_stops_must_be_tokens(tmp_path, talker):
