@@ -117,9 +117,10 @@ def _refuse(job: TrainingJob, recipe: Recipe) -> None:
             where="--audit",
             fix="--set parallel.offload_optimizer=false",
         )
-    if recipe.methods.preference is not None or recipe.methods.head is not None:
+    methods = recipe.methods
+    if methods.preference is not None or methods.head is not None or methods.grpo is not None:
         raise UserError(
-            "the step audit runs supervised steps; the loss of a preference method or of a head is not in it",
+            "the step audit runs supervised steps; the loss of preferences, of a head or of GRPO is not in it",
             where="--audit",
             fix="plan without --audit",
         )

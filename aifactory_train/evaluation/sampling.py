@@ -8,9 +8,8 @@ and values are then copied for the answers of the group, in room that is reserve
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -173,7 +172,7 @@ def idle(module: nn.Module, pad_id: int, device: str) -> None:
 
 
 @contextlib.contextmanager
-def answering(module: nn.Module, device: str, autocast: torch.dtype | None) -> Any:
+def answering(module: nn.Module, device: str, autocast: torch.dtype | None) -> Iterator[None]:
     """Within it ``module`` is in the mode and the type in which it answers."""
     was_training = module.training
     module.eval()
