@@ -1,6 +1,6 @@
 """GRPO on a toy: from one answer in ten that is right to nine in ten, on two cores in minutes.
 
-    python benchmarks/grpo_toy.py --json [--steps 60] [--keep FOLDER]
+    python benchmarks/grpo_toy.py --json [--steps 100] [--keep FOLDER]
 
 A model of 100,000 parameters, built here, is first taught the form of an answer by a supervised run: each question has
 every one of ten digits as its answer once, so that it answers with a digit, and one in ten is right. Then GRPO rewards
@@ -103,7 +103,7 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of GRPO")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of GRPO")
     parser.add_argument("--keep", type=Path, help="folder for model and runs; default: a temporary one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
