@@ -1,11 +1,15 @@
-"""``aifactory predict``: labels and calibrated probabilities of texts, from a run that trained a head."""
+"""``aifactory predict``: labels and calibrated probabilities of texts, or their vectors, from a run that trained a head."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aifactory_train.config.schema import Recipe
+    from aifactory_train.run.folder import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,11 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", metavar="FILE", help="rows with a text (or a question), in any form training reads")
     what.add_argument("--text", metavar="TEXT", help="one text")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="with --data (default: RUN/predictions.jsonl)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="with --data (default: RUN/predictions.jsonl, or embeddings.jsonl)"
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON on standard output")
 
 
 def run(args: argparse.Namespace) -> int:
+    from aifactory_train.config.head_block import embeds
     from aifactory_train.core import compat, output
     from aifactory_train.core.errors import UserError
     from aifactory_train.core.files import write_atomic
@@ -25,6 +32,9 @@ def run(args: argparse.Namespace) -> int:
     from aifactory_train.run.folder import open_run
 
     folder = open_run(args.run_name)
+    recipe = folder.load_config()
+    if embeds(recipe):
+        return _vectors(args, folder, recipe)
     if args.text is not None:
         if args.out is not None:
             raise UserError("is for --data", where="--out")
@@ -36,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(_said(found))
         return 0
-    recipe = folder.load_config()
     rows = texts_of(Path(args.data), recipe)
     predictions = Predictor(folder, compat.device_type()).predict(rows)
     target = args.out or folder.path / "predictions.jsonl"
@@ -49,6 +58,37 @@ def run(args: argparse.Namespace) -> int:
         output.print_json({**shown, "predictions": str(target)})
         return 0
     print(f"{len(predictions)} rows of {args.data}\npredictions: {target}")
+    return 0
+
+
+def _vectors(args: argparse.Namespace, folder: RunFolder, recipe: Recipe) -> int:
+    """The vectors of an embedding model: a line ``{"id", "embedding", "truncated"}`` a text."""
+    from aifactory_train.core import compat, output
+    from aifactory_train.core.errors import UserError
+    from aifactory_train.core.files import write_atomic
+    from aifactory_train.evaluation.embedding_texts import Embedder
+    from aifactory_train.evaluation.predicting import texts_of
+
+    if args.text is not None:
+        if args.out is not None:
+            raise UserError("is for --data", where="--out")
+        if not args.text.strip():
+            raise UserError("is empty: there is nothing to embed", where="--text")
+        (found,) = Embedder(folder, compat.device_type()).embed([("text", args.text)])
+        if args.json:
+            output.print_json({"run": str(folder.path), **found})
+        else:
+            print(json.dumps(found["embedding"]))
+        return 0
+    rows = texts_of(Path(args.data), recipe)
+    found_all = Embedder(folder, compat.device_type()).embed(rows)
+    target = args.out or folder.path / "embeddings.jsonl"
+    write_atomic(target, "".join(json.dumps(p, ensure_ascii=False, allow_nan=False) + "\n" for p in found_all))
+    if args.json:
+        shown = {"run": str(folder.path), "data": args.data, "rows": len(found_all)}
+        output.print_json({**shown, "dimensions": len(found_all[0]["embedding"]), "embeddings": str(target)})
+        return 0
+    print(f"{len(found_all)} rows of {args.data}\nembeddings: {target}")
     return 0
 
 

@@ -47,10 +47,13 @@ class DataSource(Strict):
         description="RECIPES-MODULE:FUNCTION below aifactory_train.recipes that turns the source into rows.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the converter.")
-    format: Literal["auto", "messages", "prompt", "text", "preference", "feedback", "label", "labels"] = Field(
-        "auto",
-        description="preference: chosen and rejected answers; feedback: answers labelled good or bad "
-        "(methods.preference). label, labels: a text and its label or labels (methods.head).",
+    format: Literal["auto", "messages", "prompt", "text", "preference", "feedback", "label", "labels", "retrieval"] = (
+        Field(
+            "auto",
+            description="preference: chosen and rejected answers; feedback: answers labelled good or bad "
+            "(methods.preference). label, labels: a text and its label or labels; retrieval: query, positive and "
+            "negatives (methods.head).",
+        )
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Rename columns: {question: prompt, answer: completion}."

@@ -64,6 +64,15 @@ def _of_head(head: HeadConfig) -> str:
             "likelihood of the order of pairs (Bradley-Terry) by the rewards of a linear head on the last token, "
             "a mean over pairs"
         )
+    if head.kind == "embedding":
+        sizes = (
+            "" if head.matryoshka is None else f" of the first {', '.join(map(str, head.matryoshka))} dimensions, too"
+        )
+        likeness = "cosine" if head.normalise else "dot product"
+        return (
+            f"cross-entropy of a query's positive among all positives and negatives of the step ({likeness} / "
+            f"{head.temperature:g}, {head.pooling.replace('_', ' ')} pooling){sizes}, a mean over queries"
+        )
     names = {
         "classification": f"cross-entropy of one label a document{weighted}",
         "multi_label": f"binary cross-entropy of each label, a mean over labels{weighted}",

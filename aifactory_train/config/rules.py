@@ -114,8 +114,8 @@ def _check_methods(recipe: Recipe) -> None:
         return
     if methods.distill is not None:
         check_distill(recipe)
-    if any(source.format in ("label", "labels") for source in [*data.train, *(data.eval or [])]):
-        raise ValueError("data.train: rows of format label or labels are what methods.head learns from")
+    if any(source.format in ("label", "labels", "retrieval") for source in [*data.train, *(data.eval or [])]):
+        raise ValueError("data.train: rows of format label, labels or retrieval are what methods.head learns from")
     preference = methods.preference
     wanted = None if preference is None else ("feedback" if preference.kind == "kto" else "preference")
     for source in [*data.train, *(data.eval or [])]:
@@ -148,5 +148,7 @@ def _check_best_by(recipe: Recipe) -> None:
     by, preference = recipe.eval.best_by, recipe.methods.preference
     if by in ("preference_loss", "reward_accuracy") and preference is None:
         raise ValueError(f"eval.best_by: {by} needs methods.preference")
+    if by == "ndcg_at_10":
+        raise ValueError("eval.best_by: ndcg_at_10 needs methods.head of kind embedding")
     if by == "reward_accuracy" and preference is not None and preference.kind == "kto":
         raise ValueError("eval.best_by: reward_accuracy is of pairs; kto judges answers one by one")

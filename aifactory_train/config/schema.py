@@ -271,7 +271,7 @@ class EvalConfig(Strict):
         0.05, gt=0, description="Warn where bits per byte of the general text rise by more than this share."
     )
     early_stopping: int | None = Field(None, ge=1, description="Stop after so many evaluations without a new best one.")
-    best_by: Literal["auto", "loss", "bits_per_byte", "preference_loss", "reward_accuracy"] = Field(
+    best_by: Literal["auto", "loss", "bits_per_byte", "preference_loss", "reward_accuracy", "ndcg_at_10"] = Field(
         "auto",
         description="Held-out figure that decides which evaluation is the best; auto: loss, under methods.preference "
         "preference_loss.",

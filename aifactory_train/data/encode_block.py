@@ -218,9 +218,9 @@ def _encode(
             dropped[i] = DROPPED.index(result.dropped)
             if result.dropped == "empty" and done.empty_at is None:
                 done.empty_at = numbers[i]
-        if len(result.documents) > 1 and "rejected" not in rows[i]:
+        if len(result.documents) > 1 and not ("rejected" in rows[i] or "positive" in rows[i]):
             counts["split"] += 1
-        elif result.documents and result.documents[0].cut:
+        elif any(document.cut for document in result.documents):
             counts["truncated"] += 1
         documents += result.documents
         docrow += [i] * len(result.documents)

@@ -20,6 +20,7 @@ from aifactory_train.data.control_text import ControlTokenizer, Disguise, refuse
 from aifactory_train.data.encoder_spec import EncoderSpec
 from aifactory_train.data.end_of_turn import fast_tokenizer
 from aifactory_train.data.masks import Encoded, Masks
+from aifactory_train.data.matched import texts_in
 from aifactory_train.data.offsets import Offsets
 from aifactory_train.data.rendering import Rendered, Renderer
 from aifactory_train.data.traces import Controls
@@ -49,6 +50,8 @@ class Encoder:
         """Encode rows; a faulty one gives its :class:`RowError` in its place."""
         if any("rejected" in row for row in rows):
             return self._encode_pairs(rows)
+        if any("positive" in row for row in rows):
+            return self._encode_matched(rows)
         results: list[Encoded | RowError | None] = [None] * len(rows)
         chats: list[tuple[int, Rendered]] = []
         texts: list[int] = []
@@ -119,6 +122,23 @@ class Encoder:
                 results.append(Encoded(documents, None, *counted))
             else:
                 results.append(Encoded([], "empty" if "empty" in (one.dropped, other.dropped) else "pair", *counted))
+        return results
+
+    def _encode_matched(self, rows: list[dict[str, Any]]) -> list[Encoded | RowError]:
+        """The documents of query, positive and negatives of each row; a row of which one is dropped is dropped."""
+        texts = [texts_in(row) for row in rows]
+        found = iter(self.encode([{"text": text, "labels": []} for several in texts for text in several]))
+        results: list[Encoded | RowError] = []
+        for several in texts:
+            parts = [part for _ in several if isinstance(part := next(found), Encoded)]  # a text is no faulty row
+            flags = tuple(sorted({flag for part in parts for flag in part.flags}))
+            lost = tuple(found_lost for part in parts for found_lost in part.lost)
+            counted = flags, lost, tuple(control for part in parts for control in part.controls)
+            dropped = [part.dropped for part in parts if part.dropped]
+            if dropped:
+                results.append(Encoded([], "empty" if "empty" in dropped else "pair", *counted))
+            else:
+                results.append(Encoded([document for part in parts for document in part.documents], None, *counted))
         return results
 
     def _chats(self, rendered: list[Rendered]) -> list[Encoded | RowError]:

@@ -58,6 +58,9 @@ def _work(task: Task) -> Done:
 
 # ---- all blocks of a source
 
+#: Forms of rows that are no chat: they are taken as they stand.
+_TEXTS = ("text", "label", "labels", "retrieval")
+
 
 class _Source:
     """One source on its way into the store: its facts gather here, block by block."""
@@ -157,7 +160,7 @@ class _Source:
             "template": self.lost.as_dict(),
             "control_tokens": self.controls.as_dict(),
             # What is not a chat is taken as it stands.
-            "control_tokens_read_as": "text" if self.as_text and fmt not in ("text", "label", "labels") else "tokens",
+            "control_tokens_read_as": "text" if self.as_text and fmt not in _TEXTS else "tokens",
         }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from aifactory_train.data import language, near, personal
+from aifactory_train.data.matched import texts_in
 
 #: Canonical rows (bytes) up to which ``prepare`` looks at everything by itself; beyond, ``prepare --report`` does when
 #: asked.
@@ -54,7 +55,7 @@ REASONS = {
         "without anything of their answer in the rendered text",
         "a template that writes it keeps them: model.chat_template=FILE.jinja",
     ),
-    "pair": ("with an answer that does not fit", "a larger data.sequence_length keeps them"),
+    "pair": ("with an answer (or one of its texts) that does not fit", "a larger data.sequence_length keeps them"),
 }
 #: The setting that decides, by reason.
 KEYS = {
@@ -106,6 +107,8 @@ def text_of(row: dict[str, Any]) -> str:
 
     Of a pair both answers: both are trained on and may hold what nobody should read.
     """
+    if "positive" in row:
+        return "\n".join(texts_in(row))
     if "text" in row:
         return row["text"]
     worse = [m for m in row.get("rejected") or () if m not in row["messages"]]

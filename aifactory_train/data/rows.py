@@ -11,7 +11,8 @@ Accepted forms (``DataSource.format``; ``auto`` decides by the columns of the fi
   OpenAI's ``preferred_output``, and ``rejected_response`` beside the chosen answer;
 * ``feedback``: the ``prompt`` form with ``label`` (or ``kto_tag``), true or false (KTO);
 * ``label``, ``labels``: ``{"text", "label"}``, or one of the forms above with the label for an answer (heads,
-  :mod:`~aifactory_train.data.labelled`).
+  :mod:`~aifactory_train.data.labelled`);
+* ``retrieval``: ``{"query", "positive", "negative"?}`` (embeddings, :mod:`~aifactory_train.data.matched`).
 
 Every form may carry ``id`` (unique within its source) and ``group`` (rows of one group are never split over train and
 eval), and for the slices of an evaluation ``language`` and ``label``.
@@ -21,7 +22,7 @@ What else stands beside these is used where its meaning is certain (``system`` b
 where the text would be wrong without it (pictures, sound), and otherwise named with its count (:class:`Unused`).
 
 The canonical row is ``{"messages": [...], "tools"?: [...]}``, with ``rejected: [...]`` or ``desirable: bool`` for
-preferences, or ``{"text": ...}``, for heads with ``labels: [...]``; plus ``id`` and ``group`` where given.
+preferences, or ``{"text": ...}``, for heads with ``labels: [...]`` or ``positive`` and ``negatives: [...]``; plus ``id`` and ``group`` where given.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from collections.abc import Collection
 from typing import Any
 
 from aifactory_train.core.errors import did_you_mean
-from aifactory_train.data import labelled
+from aifactory_train.data import labelled, matched
 from aifactory_train.data.cells import (
     RawRow,
     RowError,
@@ -104,7 +105,7 @@ def canonical(
     """Validate one raw row and return its canonical form.
 
     Args:
-        fmt: ``messages``, ``prompt``, ``text``, ``preference``, ``feedback``, ``label`` or ``labels``.
+        fmt: ``messages``, ``prompt``, ``text``, ``preference``, ``feedback``, ``label``, ``labels`` or ``retrieval``.
         columns: new names of columns.
         unused: gathers what the row holds and training does not use.
         ruled: columns that the split reads; they are in use.
@@ -124,6 +125,8 @@ def canonical(
         out: dict[str, Any] = {"text": text}
     elif fmt in ("label", "labels"):
         out = _labelled(cells, several=fmt == "labels")
+    elif fmt == "retrieval":
+        out = matched.matched(cells)
     else:
         out = {}
         if fmt == "preference":

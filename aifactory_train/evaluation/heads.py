@@ -25,7 +25,9 @@ import torch
 from torch import nn
 
 from aifactory_train import metrics
+from aifactory_train.config.head_block import embeds
 from aifactory_train.core.errors import UserError
+from aifactory_train.evaluation.embeddings import evaluate_embeddings
 from aifactory_train.evaluation.head_outputs import head_outputs
 from aifactory_train.evaluation.likelihood import choose_rows
 from aifactory_train.evaluation.rewards import evaluate_rewards
@@ -66,6 +68,8 @@ def evaluate_head(
     if tell is not None:
         rows = sum(min(len(d), recipe.data.eval_rows) for d in prepared.evals.values())
         tell(f"reading {rows:,} held-out rows")
+    if embeds(recipe):
+        return evaluate_embeddings(module, prepared, recipe, scoring=scoring, whole=whole)
     if recipe.methods.head is not None and recipe.methods.head.kind == "reward":
         return evaluate_rewards(module, prepared, recipe, scoring=scoring, whole=whole)
     for name, dataset in prepared.evals.items():

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from aifactory_train.config.head_block import embeds
 from aifactory_train.core.errors import UserError
 from aifactory_train.core.files import read_json
-from aifactory_train.data import readers
+from aifactory_train.data import labelled, matched, readers
 from aifactory_train.data.cells import RowError, to_user_error
-from aifactory_train.data.labelled import text_alone
 from aifactory_train.data.read_json import parse_lines
 from aifactory_train.metrics.scores import sigmoid, softmax
 from aifactory_train.model.trained import load_classifier
@@ -39,7 +39,7 @@ def texts_of(path: Path, recipe: Recipe) -> list[tuple[str, str]]:
         for number, row in rows:
             line = number if block.lines is not None else block.number(number)
             try:
-                text = text_alone(row, columns)
+                text = (matched if embeds(recipe) else labelled).text_alone(row, columns)
             except RowError as error:
                 raise to_user_error(error, f"{block.file}:{line}") from None
             out.append((str(row["id"]) if row.get("id") not in (None, "") else f"{path.name}:{line}", text))

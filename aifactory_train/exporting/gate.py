@@ -79,10 +79,10 @@ def unpadded(row: list[int], pad_id: int) -> list[int]:
 
 
 @torch.no_grad()
-def reference_logits(core: CausalLM, rows: list[list[int]]) -> list[torch.Tensor]:
+def reference_logits(core: CausalLM, rows: list[list[int]], pooling: str | None = None) -> list[torch.Tensor]:
     """fp32 ``[places, V]`` of the last places of each row, through our attention; the model's mode is restored.
 
-    Of a model with a head its outputs, ``[1, outputs]``.
+    Of a model with a head its outputs, ``[1, outputs]``; with ``pooling`` the vector of each row, ``[1, D]``.
 
     Products are torch's own here, as they are in the process that reloads the files: summed in another order, the
     logits of a 135M model move by 2e-6, which is more than the gate lets pass.
@@ -97,6 +97,10 @@ def reference_logits(core: CausalLM, rows: list[list[int]]) -> list[torch.Tensor
             places = torch.arange(max(0, len(row) - GATE_POSITIONS), len(row))
             with as_torch():
                 positions = torch.arange(len(row)).unsqueeze(0)
+                if pooling is not None:
+                    hidden = core(ids, positions, documents, task=Forward.HIDDEN)
+                    out.append(pooled(hidden, pooling))
+                    continue
                 if core.head is not None:
                     out.append(core(ids, positions, documents, places[-1:], places[-1:], objective=Outputs()))
                     continue
@@ -107,11 +111,18 @@ def reference_logits(core: CausalLM, rows: list[list[int]]) -> list[torch.Tensor
 
 
 @torch.no_grad()
-def plain_logits(model, rows: list[list[int]]) -> list[torch.Tensor]:
-    """The same places from a transformers model in this process, or the outputs of a classifier."""
+def plain_logits(model, rows: list[list[int]], pooling: str | None = None) -> list[torch.Tensor]:
+    """The same places from a transformers model in this process, or the outputs of a classifier, or vectors."""
+    if pooling is not None:
+        return [pooled(model.base_model(torch.tensor([row])).last_hidden_state[0], pooling) for row in rows]
     if getattr(model, "score", None) is not None:
         return [model(torch.tensor([row])).logits.float() for row in rows]
     return [model(torch.tensor([row]), logits_to_keep=min(GATE_POSITIONS, len(row))).logits[0].float() for row in rows]
+
+
+def pooled(hidden: torch.Tensor, pooling: str) -> torch.Tensor:
+    """The vector ``[1, D]`` of a text's hidden states ``[T, D]``."""
+    return hidden[-1:].float() if pooling == "last_token" else hidden.float().mean(dim=0, keepdim=True)
 
 
 def reload_logits(checks: list[dict[str, Any]], rows: list[list[int]]) -> dict[str, list[torch.Tensor]]:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train import __version__
+from aifactory_train.config.head_block import embeds
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.figures import FIGURES, measured
 from aifactory_train.core.templates import render
+from aifactory_train.exporting.embedding_files import use_of_vectors
 from aifactory_train.exporting.head_files import use_of
 from aifactory_train.record.render.common import cell, inline
 from aifactory_train.run.folder import RunFolder
@@ -29,7 +31,7 @@ def model_card(run: RunFolder, recipe: Recipe, data: PreparedData, kind: str, dt
     before, after = _results(run)
     result = licences.result_licence(recipe)
     licence, licence_name = _licence(result)
-    task, use = _use(recipe)
+    task, use = _use(recipe, kind)
     metadata = ModelCardData(
         base_model=_public(base),
         datasets=sorted({s.source for s in recipe.data.train if _is_hub(s.source)}) or None,
@@ -94,8 +96,10 @@ def _figures(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, s
     ]
 
 
-def _use(recipe: Recipe) -> tuple[str, str | None]:
+def _use(recipe: Recipe, kind: str) -> tuple[str, str | None]:
     """The hub's name of the task, and of a head the lines of Python that use it."""
+    if embeds(recipe):
+        return "sentence-similarity", use_of_vectors(recipe, kind)
     return ("text-generation", None) if recipe.methods.head is None else ("text-classification", use_of(recipe))
 
 

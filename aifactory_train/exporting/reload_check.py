@@ -18,7 +18,8 @@ def main(job_file: str) -> None:
     "threads": n, "out": FILE}``. A check with ``gguf`` (a file name in ``base``) reads that file instead of
     safetensors, with ``settings`` for what transformers leaves out of its configuration; one with ``plain_generation``
     leaves the base's generation settings out, which transformers would not load; one with ``head`` is of a classifier,
-    whose configuration lies in that folder, and whose outputs are ``[1, outputs]``. For each check the logits of the
+    whose configuration lies in that folder, and whose outputs are ``[1, outputs]``; one with ``pooling`` is of an
+    embedding model, whose vectors are ``[1, D]``. For each check the logits of the
     last ``positions`` places of every row go to ``out`` (safetensors, fp32 ``[places, V]``, keys ``NAME.ROW``), each
     row alone in its batch, without padding.
     """
@@ -36,6 +37,12 @@ def main(job_file: str) -> None:
         with torch.no_grad():
             for i, row in enumerate(job["rows"]):
                 ids = torch.tensor([row])
+                if check.get("pooling"):
+                    inner = model if check["adapter"] is None else plain.base_model
+                    hidden = inner(ids).last_hidden_state[0].float()
+                    vector = hidden[-1:] if check["pooling"] == "last_token" else hidden.mean(dim=0, keepdim=True)
+                    found[f"{check['name']}.{i}"] = vector.contiguous()
+                    continue
                 if check.get("head"):
                     found[f"{check['name']}.{i}"] = model(ids).logits.float().contiguous()
                     continue
@@ -49,6 +56,7 @@ def main(job_file: str) -> None:
 
 def _loaded(check: dict[str, Any], dtype: Any) -> Any:
     """The model of a check, as plain transformers and peft read it."""
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
     how: dict[str, Any] = {"use_safetensors": True}
@@ -61,6 +69,8 @@ def _loaded(check: dict[str, Any], dtype: Any) -> Any:
             setattr(config, key, value)
         how["config"] = config
     kind: Any = AutoModelForCausalLM
+    if check.get("pooling") and check["adapter"] is None:
+        kind = transformers.AutoModel
     if check.get("head"):
         kind = AutoModelForSequenceClassification
         how["config"] = AutoConfig.from_pretrained(check["head"], local_files_only=True)

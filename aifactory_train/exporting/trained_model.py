@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from aifactory_train.config.head_block import pooling_of
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core.errors import RunFailed
 from aifactory_train.exporting.gate import (
@@ -115,7 +116,7 @@ class TrainedModel:
     def expected(self) -> list[torch.Tensor]:
         """fp32 ``[places, V]`` for each gate row, from our own attention and the weights in memory."""
         if self._expected is None:
-            expected = reference_logits(self.model(), self.rows)
+            expected = reference_logits(self.model(), self.rows, pooling_of(self.recipe))
             if expected:  # there are no rows where nothing is to be compared
                 _refuse_ruined(expected, self.run)
             self._expected = expected

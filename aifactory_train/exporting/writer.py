@@ -27,11 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aifactory_train.config.head_block import embeds, pooling_of
 from aifactory_train.config.schema import Recipe
 from aifactory_train.core import compat
 from aifactory_train.core.errors import RunFailed
 from aifactory_train.core.files import read_json, write_json
 from aifactory_train.core.output import note
+from aifactory_train.exporting.embedding_files import judge_vectors, write_embedding_files
 from aifactory_train.exporting.gate import (
     DTYPES,
     FP32_LIMIT,
@@ -92,7 +94,7 @@ def export_run(
     if an exported folder does not reproduce the trained model; it is not made visible then.
     """
     recipe = recipe or run.load_config()
-    merge = recipe.export.merge if merge is None else merge
+    merge = (recipe.export.merge if merge is None else merge) or (embeds(recipe) and not vault.seals())
     verify = recipe.export.verify if verify is None else verify
     dtype = dtype or recipe.export.dtype
     if engine is None:
@@ -127,7 +129,8 @@ class Export:
         from aifactory_train.data import load_tokenizer, prepare
 
         self.run, self.recipe, self.trained, self.dtype, self.verify = run, recipe, trained, dtype, verify
-        self.has_head = recipe.methods.head is not None
+        self.embeds, self.pooling = embeds(recipe), pooling_of(recipe)
+        self.has_head = recipe.methods.head is not None and not self.embeds
         self.chosen = chosen_for(run, live=live, again=trained is None) if self.has_head else None
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe)
         self.data = data if data is not None else prepare(recipe, self.tokenizer)
@@ -162,7 +165,7 @@ class Export:
                     vault.seal(weights)
             if merge:
                 self._write_merged(Path(self.paths["adapter"]))
-            else:
+            elif not self.embeds:
                 say_who_ignores(Path(self.paths["adapter"]))
         return {"paths": self.paths, "gate": {kind: asdict(v) for kind, v in self.verdicts.items()}}
 
@@ -277,12 +280,12 @@ class Export:
         config = model.config
         config.architectures, config.dtype = [type(model).__name__], wanted
         config.save_pretrained(str(folder))
-        if not self.has_head:
+        if not (self.has_head or self.embeds):
             self._generation_config().save_pretrained(str(folder))
         self._write_companions(folder, kind)
         if self.verify and wanted != torch.float32:
             Streamed(model, model, read, MAX_SHARD_BYTES)
-            self._before_rounding(expected, plain_logits(model, self.rows), kind)
+            self._before_rounding(expected, plain_logits(model, self.rows, self.pooling), kind)
 
     def _before_rounding(self, expected: list[torch.Tensor], found: list[torch.Tensor], kind: str) -> None:
         difference = relative(expected, found)
@@ -326,10 +329,10 @@ class Export:
         wanted = DTYPES[self.dtype]
         if self.verify and wanted != torch.float32:
             model.eval()
-            self._before_rounding(self.reference.expected(), plain_logits(model, self.rows), kind)
+            self._before_rounding(self.reference.expected(), plain_logits(model, self.rows, self.pooling), kind)
         model.to(wanted)
         model.config.dtype = wanted
-        if not self.has_head:
+        if not (self.has_head or self.embeds):
             model.generation_config = self._generation_config()
         model.save_pretrained(str(folder), max_shard_size=MAX_SHARD_BYTES)
         self._write_companions(folder, kind)
@@ -361,6 +364,8 @@ class Export:
         self.tokenizer.save_pretrained(str(folder))
         if self.has_head:
             write_head_file(folder, self.recipe, self.chosen)
+        elif self.embeds:
+            write_embedding_files(folder, self.recipe, kind, self._bare().get_input_embeddings().weight.shape[1])
         elif kind == "adapter":
             self._generation_config().save_pretrained(str(folder))
         (folder / "README.md").write_text(
@@ -381,6 +386,7 @@ class Export:
                     "adapter": str(folder.resolve()) if kind == "adapter" else None,
                     "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
                     **({"head": str(folder.resolve())} if self.has_head else {}),
+                    "pooling": self.pooling,
                     # a base that transformers only loads without its own generation settings (they do not touch the
                     # logits)
                     "plain_generation": kind == "adapter" and not self.generation.loadable,
@@ -391,7 +397,8 @@ class Export:
         )[kind]
         # peft adds the product of adapters on parameters (experts) to these first, as a merge does; we never do
         wrapped = kind == "adapter" and bool(read_json(folder / "adapter_config.json", dict).get("target_parameters"))
-        verdict = judge(kind, dtype, expected, found, bound=FP32_LIMIT if self.has_head or wrapped else None)
+        bound = FP32_LIMIT if self.has_head or wrapped else None
+        verdict = (judge_vectors if self.embeds else judge)(kind, dtype, expected, found, bound=bound)
         self.verdicts[kind] = verdict
         if not verdict.passed:
             raise RunFailed(

@@ -15,6 +15,7 @@ import torch
 
 from aifactory_train.core.errors import UserError
 from aifactory_train.data.classified import ClassifiedTokens, names_of
+from aifactory_train.methods.embedding import Embedding
 from aifactory_train.methods.reward import RewardModel
 from aifactory_train.methods.supervised import Supervised
 from aifactory_train.model.head import LabelLoss
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 def head_method(recipe: Recipe) -> TrainingMethod:
     """The method of the recipe's kind of head."""
     assert recipe.methods.head is not None
+    if recipe.methods.head.kind == "embedding":
+        return Embedding(recipe)
     return RewardModel(recipe) if recipe.methods.head.kind == "reward" else Classifier(recipe)
 
 

@@ -87,6 +87,9 @@ HEAD_METRICS = {
     "calibration_error": False,
     "calibrated_error": False,
     "macro_f1_chosen": True,
+    "ndcg_at_10": True,
+    "recall_at_1": True,
+    "recall_at_10": True,
 }
 
 

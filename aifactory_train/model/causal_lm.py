@@ -127,8 +127,7 @@ class CausalLM(nn.Module):
         with contextlib.nullcontext() if self.routing is None else self.routing.watching(real):
             hidden = self.hidden(input_ids, position_ids, documents, noise).index_select(0, positions)
         if isinstance(objective, HeadObjective):
-            assert self.head is not None
-            return objective.loss(self.head(hidden))
+            return objective.loss(hidden if self.head is None else self.head(hidden))  # embeddings need no layer
         weight = self.output_weight
         if self.first_moving_row:
             weight = _StillRows.apply(weight, self.first_moving_row)

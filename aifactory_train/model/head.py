@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aifactory_train.config.head_block import names, outputs
+from aifactory_train.config.head_block import embeds, names, outputs
 from aifactory_train.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,6 +107,10 @@ def attach_head(core: CausalLM, recipe: Recipe, *, dtype: torch.dtype, report: M
     its own (not tied to the embeddings) is not trained any more.
     """
     count = outputs(recipe)
+    if embeds(recipe):
+        check_plain_model(core.language_model.config)
+        report.trainable -= _hold_vocabulary(core)
+        return
     if count is None:
         return
     model, vocabulary = core.language_model, core.output_weight
@@ -115,15 +119,34 @@ def attach_head(core: CausalLM, recipe: Recipe, *, dtype: torch.dtype, report: M
     spread = float(getattr(model.config.get_text_config(), "initializer_range", 0.02) or 0.02)
     drawn = torch.empty(count, width).normal_(0.0, spread, generator=torch.Generator().manual_seed(recipe.train.seed))
     core.head = Head(drawn.to(device=device, dtype=dtype))
+    report.trainable += drawn.numel() - _hold_vocabulary(core)
+    report.parameters += drawn.numel()
+    report.add("head", f"{count} outputs from the last token's {width} hidden values", "methods.head")
+
+
+def _hold_vocabulary(core: CausalLM) -> int:
+    """Do not train an output layer of its own, which nothing computes; returns how many numbers that are."""
     freed = 0
-    if vocabulary is not model.get_input_embeddings().weight:
-        for parameter in (vocabulary, core.output_bias):
+    if core.output_weight is not core.language_model.get_input_embeddings().weight:
+        for parameter in (core.output_weight, core.output_bias):
             if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 freed += parameter.numel()
-    report.trainable += drawn.numel() - freed
-    report.parameters += drawn.numel()
-    report.add("head", f"{count} outputs from the last token's {width} hidden values", "methods.head")
+    return freed
+
+
+def check_plain_model(config: Any) -> None:
+    """Raises :class:`UserError` where transformers has no model without an output layer, which embeddings are read
+    from.
+    """
+    from transformers import MODEL_MAPPING
+
+    if MODEL_MAPPING.get(type(config), None) is None:
+        raise UserError(
+            f"transformers' AutoModel has no models of type '{config.model_type}', so its embeddings could not be used",
+            where="methods.head",
+            fix="another model.base (Llama, Mistral, Qwen, Gemma and their relatives)",
+        )
 
 
 def plain_class(config: Any, recipe: Recipe) -> Any:

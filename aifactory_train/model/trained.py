@@ -74,6 +74,8 @@ def load_classifier(run: RunFolder, device: str) -> tuple[Any, Any, Path]:
     if recipe.methods.head is None:
         fix = "its answers: aifactory eval, aifactory chat; labels need methods.head in the recipe"
         raise UserError("this run trained no head, so it gives no labels", where=str(run.path), fix=fix)
+    if recipe.methods.head.kind == "embedding":
+        raise UserError("this run trained embeddings, which are no labels", where=str(run.path))
     if recipe.methods.head.kind == "reward":
         fix = "the README of its export shows how an answer gets its reward"
         raise UserError("this run trained a reward model, which gives no labels", where=str(run.path), fix=fix)
@@ -93,6 +95,28 @@ def load_classifier(run: RunFolder, device: str) -> tuple[Any, Any, Path]:
     return model.to(device).eval(), AutoTokenizer.from_pretrained(str(folder), local_files_only=True), folder
 
 
+def load_embedder(run: RunFolder, device: str) -> tuple[Any, Any, Path]:
+    """transformers' model without output layer from the export of an embedding run, in fp32 and eval mode: ``(model,
+    tokenizer, exported folder)``. Raises :class:`UserError` where the run has exported nothing.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    recipe = run.load_config()
+    profile.enforce(recipe, run.path)
+    how: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32, "use_safetensors": True}
+    adapter = run.export / "adapter"
+    if vault.holds(adapter / "adapter_model.safetensors"):
+        base = AutoModelForCausalLM.from_pretrained(str(base_folder(recipe)), **how)
+        with compat.quiet_peft():
+            folder, model = adapter, with_adapter(base, adapter).get_base_model().base_model
+    elif (run.export / "model" / "config.json").is_file():
+        folder = run.export / "model"
+        model = AutoModel.from_pretrained(str(folder), **how)
+    else:
+        raise nothing_exported(run)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(str(folder), local_files_only=True), folder
+
+
 def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
     """The trained model of a run for use (chat, eval): ``(model, tokenizer, recipe)``, with our attention, in eval
     mode.
@@ -106,10 +130,12 @@ def load_trained(run: RunFolder, device: str) -> tuple[CausalLM, Any, Recipe]:
 
     recipe = run.load_config()
     if recipe.methods.head is not None:
-        rewards = recipe.methods.head.kind == "reward"
-        use = "the README of its export shows how" if rewards else f"aifactory predict {run.path} --data FILE"
+        gives = {"reward": "rewards", "embedding": "vectors"}.get(recipe.methods.head.kind, "labels")
+        use = (
+            "the README of its export shows how" if gives == "rewards" else f"aifactory predict {run.path} --data FILE"
+        )
         raise UserError(
-            f"this run trained a head: it gives {'rewards' if rewards else 'labels'} and writes no text",
+            f"this run trained a head: it gives {gives} and writes no text",
             where=str(run.path),
             fix=f"{use}; its held-out figures are in eval.json",
         )

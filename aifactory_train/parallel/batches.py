@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from aifactory_train.data import collate
+from aifactory_train.data import Shares, collate, split_step
 from aifactory_train.model.attention import Documents
 from aifactory_train.parallel.engine import DeviceBatch
 
 if TYPE_CHECKING:
+    from aifactory_train.config.schema import Recipe
     from aifactory_train.data import TokenDataset
 
 
@@ -29,6 +30,15 @@ def micro_limit(most: int, lengths: Any, device: str) -> int:
     if device != "cpu" or len(lengths) == 0:
         return most
     return min(most, max(CPU_MICRO_BATCH, int(lengths.max())))
+
+
+def shares_of(recipe: Recipe, documents: np.ndarray, lengths: np.ndarray, ranks: int, device: str) -> Shares:
+    """``[rank][micro] -> documents`` of a step. ``lengths``: int ``[all documents]``; ``ranks``: those that have
+    documents of their own.
+    """
+    settings, batching = recipe.train, recipe.data.batching
+    most = micro_limit(settings.micro_batch_tokens, lengths[documents], device)
+    return split_step(documents, lengths, ranks, settings.grad_accum, most, batching)
 
 
 def micro_batch(dataset: TokenDataset, share: Any, batching: str, pad_id: int, device: str) -> DeviceBatch:

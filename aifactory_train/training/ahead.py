@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from aifactory_train.data import Cursor, Shares, split_step
+from aifactory_train.data import Cursor, Shares
 from aifactory_train.methods.base import RunContext, StepContext, TrainingMethod
 from aifactory_train.methods.supervised import Supervised
-from aifactory_train.parallel.batches import micro_limit
+from aifactory_train.parallel.batches import shares_of
 
 if TYPE_CHECKING:
     from aifactory_train.parallel.engine import DeviceBatch
@@ -109,10 +109,8 @@ class StepsAhead:
         return documents, following, self._deal(documents, self.run.data.train.lengths)
 
     def _deal(self, documents: np.ndarray, lengths: np.ndarray) -> Shares:
-        run, settings = self.run, self.run.recipe.train
-        most = micro_limit(settings.micro_batch_tokens, lengths[documents], run.world.device)
-        ranks, batching = run.engine.dims.data_ranks, run.recipe.data.batching
-        return split_step(documents, lengths, ranks, settings.grad_accum, most, batching)
+        run = self.run
+        return shares_of(run.recipe, documents, lengths, run.engine.dims.data_ranks, run.world.device)
 
     def _make(self, step: int, cursor: Cursor) -> ReadyStep:
         run, train_set = self.run, self.run.data.train

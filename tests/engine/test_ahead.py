@@ -107,7 +107,7 @@ def test_what_goes_wrong_ahead_is_said_at_its_own_step() -> None:
 def test_the_thread_works_for_this_rank_s_gpu_and_a_rank_that_waits_for_it_is_not_excused(monkeypatch) -> None:
     chosen, seen = [], []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(ahead, "micro_limit", lambda most, lengths, device: most)
+    monkeypatch.setattr(batches, "micro_limit", lambda most, lengths, device: most)
     steps = StepsAhead(context(device="cuda:3"), Named())
     cursor = steps.take(0, Cursor()).following
     steps.close()
