@@ -1,4 +1,4 @@
-"""``aifactory predict``: labels and calibrated probabilities of texts, or their vectors, from a run that trained a head."""
+"""``aifactory predict``: labels and calibrated probabilities of texts, or their vectors, from a run with a head."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ What else stands beside these is used where its meaning is certain (``system`` b
 where the text would be wrong without it (pictures, sound), and otherwise named with its count (:class:`Unused`).
 
 The canonical row is ``{"messages": [...], "tools"?: [...]}``, with ``rejected: [...]`` or ``desirable: bool`` for
-preferences, or ``{"text": ...}``, for heads with ``labels: [...]`` or ``positive`` and ``negatives: [...]``; plus ``id`` and ``group`` where given.
+preferences, or ``{"text": ...}``, for heads with ``labels: [...]`` or ``positive`` and ``negatives: [...]``; plus
+``id`` and ``group`` where given.
 """
 
 from __future__ import annotations

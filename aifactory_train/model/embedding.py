@@ -90,8 +90,8 @@ class Similarity:
     def losses(
         self, queries: torch.Tensor, candidates: torch.Tensor, left_out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The loss of each query ``[Q]``, added up over the sizes: minus the log-likelihood of candidate ``i`` for query
-        ``i``. ``left_out`` bool ``[Q, C]``: candidates that are no negatives of a query.
+        """The loss of each query ``[Q]``, added up over the sizes: minus the log-likelihood of candidate ``i`` for
+        query ``i``. ``left_out`` bool ``[Q, C]``: candidates that are no negatives of a query.
         """
         total: Any = 0.0
         own = torch.arange(len(queries), device=queries.device)

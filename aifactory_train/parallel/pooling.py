@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def read_pooled(batch: DeviceBatch, lengths: np.ndarray, batching: str, pooling: str) -> None:
-    """Let a batch of documents of ``lengths`` (int ``[K]``) give their vectors: of the last token, or the mean of all."""
+    """Let a batch of documents of ``lengths`` (int ``[K]``) give their vectors: of the last token, or the mean."""
     tokens = np.asarray(lengths, dtype=np.int64)
     if pooling == "last_token":
         read_at(batch, tokens, tokens - 1, batching)

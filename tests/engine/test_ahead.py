@@ -23,7 +23,6 @@ from aifactory_train.methods.supervised import Supervised
 from aifactory_train.parallel import batches
 from aifactory_train.run.folder import RunFolder
 from aifactory_train.run.outcome import waits_for_others
-from aifactory_train.training import ahead
 from aifactory_train.training.ahead import StepsAhead
 from aifactory_train.training.start import train
 from aifactory_train.training.trainer import Trainer

@@ -62,7 +62,7 @@ def test_the_loss_of_a_step_is_multiple_negatives_ranking(tmp_path, tiny_model_d
         texts = [
             [row["text"] for row in rows],
             [row["positive"] for row in rows],
-            sum((r["negatives"] for r in rows), []),
+            [text for row in rows for text in row["negatives"]],
         ]
         asked, right, wrong = (plain_vectors(plain, trainer.tokenizer, t, pooling) for t in texts)
         assert len(wrong)

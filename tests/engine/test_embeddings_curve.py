@@ -1,4 +1,4 @@
-"""Embeddings give one curve for any ranks, accumulation, packing and engine, negatives being those of the whole step."""
+"""Embeddings give one curve for any ranks, accumulation, packing and engine: negatives are those of the whole step."""
 
 from __future__ import annotations
 
