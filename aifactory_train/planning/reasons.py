@@ -170,7 +170,9 @@ def _of_preference(work: Workload, run: Totals) -> list[str]:
     parts = []
     if work.row_documents == 2:
         parts.append("a row is a pair, two documents that are never divided")
-    if work.scored:
+    if work.preference == "embedding":
+        parts.append("every step reads its texts once before their gradient is known, one forward pass more")
+    elif work.scored:
         parts.append("every step scores its questions with exchanged answers, one forward pass more")
     if work.reference_passes:
         known = f"{run.reference_s / 3600:.3g} h" if run.steps is not None else "time unknown"

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def documents_of_a_row(preference: str | None) -> int:
-    """Documents of a row of training data, by :func:`preference_of`: a pair has two."""
-    return 2 if preference in (*OF_PAIRS, "reward") else 1
+    """Documents of a row of training data, by :func:`preference_of`: a pair has two (negatives are not counted)."""
+    return 2 if preference in (*OF_PAIRS, "reward", "embedding") else 1
 
 
 def preference_of(recipe: Recipe) -> str | None:
-    """``methods.preference.kind``; ``reward`` where the pairs train a reward model (``methods.head``), which has no
-    reference. None where rows are no pairs and are not rated.
+    """``methods.preference.kind``; ``reward`` and ``embedding`` where the pairs train one (``methods.head``), which
+    has no reference. None where rows are no pairs and are not rated.
     """
     head, preference = recipe.methods.head, recipe.methods.preference
-    if head is not None and head.kind == "reward":
-        return "reward"
+    if head is not None and head.kind in ("reward", "embedding"):
+        return head.kind
     return preference.kind if preference else None
 
 
@@ -63,8 +63,10 @@ class Workload:
 
     @property
     def scored(self) -> float:
-        """Forward passes over a step without a backward: KTO scores each question with another one's answer."""
-        return 1.0 if self.preference == "kto" else 0.0
+        """Forward passes over a step without a backward: KTO scores each question with another one's answer, and the
+        texts of an embedding are read before their gradient is known.
+        """
+        return 1.0 if self.preference in ("kto", "embedding") else 0.0
 
     @property
     def reference_passes(self) -> int:

@@ -17,6 +17,7 @@ from aifactory_train.config.objective import objective
 from aifactory_train.core.errors import UserError
 from aifactory_train.data import load_tokenizer, prepare
 from aifactory_train.metrics.retrieval import ndcg, ranks, recall
+from aifactory_train.planning.workload import documents_of_a_row, preference_of
 
 
 def plain_model(core: Any) -> Any:
@@ -179,6 +180,11 @@ def test_what_cannot_learn_is_refused_at_the_start(tmp_path, tiny_model_dir):
         pass
 
 
+def test_a_plan_counts_both_texts_and_the_pass_before_a_step(tmp_path, tiny_model_dir):
+    recipe = load_recipe(str(write_embedding(tmp_path, tiny_model_dir)))
+    assert preference_of(recipe) == "embedding" and documents_of_a_row("embedding") == 2
+
+
 # ---- figures
 
 
@@ -230,7 +236,7 @@ def test_a_run_learns_and_its_export_gives_the_same_vectors(tmp_path, tiny_model
     assert after["loss"] < before["loss"] and after["ndcg_at_10"] > before["ndcg_at_10"]
     assert found["change"]["loss"]["better"] is True and after["rows"] == 24
     assert after["ci"]["ndcg_at_10"][0] <= after["ndcg_at_10"] <= after["ci"]["ndcg_at_10"][1]
-    assert set(after["dimensions"]) == {"8", "64"} or "8" in after["dimensions"]
+    assert "8" in after["dimensions"] and len(after["dimensions"]) == 2
     kinds = {"lora": {"adapter", "merged"}, "none": {"model"}}[adapter]
     assert {folder.name for folder in (run / "export").iterdir()} == kinds
     for folder in (run / "export").iterdir():
@@ -280,3 +286,18 @@ def test_an_export_of_other_vectors_does_not_pass_the_gate(tmp_path, tiny_model_
     with pytest.raises(RunFailed, match="another model"):
         train(load_recipe(str(path)), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "export" / "model").exists()
+
+
+def test_what_needs_text_or_labels_says_what_this_run_gives(tmp_path, tiny_model_dir):
+    from aifactory_train.model.trained import load_classifier, load_embedder, load_trained
+    from aifactory_train.run.folder import RunFolder
+
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.save_config(load_recipe(str(write_embedding(tmp_path, tiny_model_dir))))
+    with pytest.raises(UserError, match="it gives vectors and writes no text"):
+        load_trained(run, "cpu")
+    with pytest.raises(UserError, match="no labels"):
+        load_classifier(run, "cpu")
+    with pytest.raises(UserError, match="exported nothing"):
+        load_embedder(run, "cpu")
