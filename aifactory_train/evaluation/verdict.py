@@ -167,6 +167,9 @@ def _judged(results: dict[str, Any], recipe: Recipe) -> list[str]:
     and loss stand for bits per byte."""
     change = results.get("change") or {}
     wanted = ["reward_accuracy", "preference_loss"] if recipe.methods.preference is not None else []
+    head = recipe.methods.head
+    if head is not None and head.kind == "embedding":
+        wanted = ["ndcg_at_10"]
     wanted += recipe.eval.metrics if not wanted else []
     named = ["bits_per_byte" if name in ("perplexity", "loss") else name for name in wanted]
     found = [name for name in dict.fromkeys(named) if name in change and name in FIGURES and name != "memorisation"]
@@ -210,6 +213,9 @@ def _said(name: str, before: dict[str, Any], after: dict[str, Any]) -> str:
     what = f"{FIGURES[name][0]} {old:.4g} before, {new:.4g} now"
     if _of_answers(name):
         return f"its answers are {way} the expected ones ({what})"
+    if name == "ndcg_at_10":
+        how = "as well" if new == old else ("worse" if _worse(name, new - old) else "better")
+        return f"it finds what belongs to a query {how} ({what})"
     easier = "as well as before" if new == old else ("worse" if _worse(name, new - old) else "better")
     return f"it foresees rows that it never saw {easier} ({what})"
 
@@ -238,6 +244,9 @@ class _Following:
     def chat(self, there: bool) -> str:
         if not there:
             return self._again({"eval.after": "true"}, "judged")
+        head = self.recipe.methods.head
+        if head is not None and head.kind == "embedding":  # it writes no answers
+            return f"aifactory predict {shlex.quote(str(self.run))} --data FILE"
         return f"aifactory chat {shlex.quote(str(self.run))}"
 
     def longer(self) -> str:

@@ -237,6 +237,8 @@ def test_a_run_learns_and_its_export_gives_the_same_vectors(tmp_path, tiny_model
     assert found["change"]["loss"]["better"] is True and after["rows"] == 24
     assert after["ci"]["ndcg_at_10"][0] <= after["ndcg_at_10"] <= after["ci"]["ndcg_at_10"][1]
     assert "8" in after["dimensions"] and len(after["dimensions"]) == 2
+    assert found["verdict"]["word"] == "better" and "it finds what belongs" in found["verdict"]["sentence"]
+    assert found["verdict"]["next"].startswith("aifactory predict")
     kinds = {"lora": {"adapter", "merged"}, "none": {"model"}}[adapter]
     assert {folder.name for folder in (run / "export").iterdir()} == kinds
     for folder in (run / "export").iterdir():
@@ -301,3 +303,29 @@ def test_what_needs_text_or_labels_says_what_this_run_gives(tmp_path, tiny_model
         load_classifier(run, "cpu")
     with pytest.raises(UserError, match="exported nothing"):
         load_embedder(run, "cpu")
+
+
+def test_both_passes_of_a_step_drop_the_same(tmp_path, tiny_model_dir, monkeypatch):
+    """The gradient is that of the vectors which the second pass computes."""
+    from aifactory_train.methods import embedding
+
+    first: list[torch.Tensor] = []
+    second: list[torch.Tensor] = []
+    gathered, loss = embedding.gathered, embedding.CarriedGradient.loss
+
+    def gather(parts: list[torch.Tensor], *more: Any) -> torch.Tensor:
+        first.extend(parts)
+        return gathered(parts, *more)
+
+    def carry(self: Any, outputs: torch.Tensor) -> torch.Tensor:
+        second.append(self.vectors(outputs).detach())
+        return loss(self, outputs)
+
+    monkeypatch.setattr(embedding, "gathered", gather)
+    monkeypatch.setattr(embedding.CarriedGradient, "loss", carry)
+    path = write_embedding(tmp_path, tiny_model_dir, **{"adapter.dropout": 0.5})
+    with trainer_of(path, tmp_path / "run", "train.grad_accum=2") as trainer:
+        trainer.train_step()
+        trainer.train_step()  # a fresh adapter adds nothing, dropped or not
+    assert len(first) == len(second) == 4
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
