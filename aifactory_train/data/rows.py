@@ -124,10 +124,8 @@ def canonical(
             raise RowError("'text' is empty")
         note_text(text, unused)
         out: dict[str, Any] = {"text": text}
-    elif fmt in ("label", "labels"):
-        out = _labelled(cells, several=fmt == "labels")
-    elif fmt == "retrieval":
-        out = matched.matched(cells)
+    elif fmt in ("label", "labels", "retrieval"):
+        out = matched.matched(cells) if fmt == "retrieval" else _labelled(cells, several=fmt == "labels")
     else:
         out = {}
         if fmt == "preference":
