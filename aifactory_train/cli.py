@@ -38,6 +38,8 @@ COMMANDS = {
     "predict": "labels of texts, from a run that trained a head",
     "chat": "answer prompts with a trained run",
     "export": "adapter or merged weights for the ecosystem, behind a logits gate",
+    "remote": "sites that this machine reaches by OpenSSH, for --on of the other commands",
+    "get": "bring a run home from a remote: record, report, logs, export",
     "report": "what a run did, as a table or JSON",
     "record": "the record of a run: show it, fill in what only people know, sign it",
     "verify": "is a run's record whole and unedited, and are its files still the same",
@@ -50,6 +52,9 @@ COMMANDS = {
     "config": "JSON Schema of recipes for editors; the resolved tree of a recipe",
     "completion": "a script that completes commands, options and files in bash, zsh or fish",
 }
+
+#: Commands that run at a remote with ``--on NAME``.
+ON = ("launch", "status", "logs", "stop", "report", "runs", "fetch", "env", "accept")
 
 
 def build_whole_parser() -> argparse.ArgumentParser:
@@ -72,6 +77,8 @@ def build_parser(command: str | None, *, whole: bool = False) -> argparse.Argume
         if whole or name == command:
             module = importlib.import_module(f"aifactory_train.commands.{name}")
             module.add_arguments(sub)
+            if name in ON:
+                sub.add_argument("--on", metavar="NAME", help="run it at this remote (aifactory remote list)")
             sub.set_defaults(run=module.run, parser=sub)
     return parser
 
@@ -125,11 +132,21 @@ def main(argv: list[str] | None = None) -> int:
             importlib.import_module("aifactory_train.commands.next_steps").show(Path.cwd())
             return 0
         with output.json_only() if getattr(args, "json", False) else contextlib.nullcontext():
-            code = int(args.run(args) or 0)
+            code = int((_at_a_remote(args, argv) if _on(args) else args.run(args)) or 0)
         sys.stdout.flush()  # here, where a full disk can still be reported
         return code
     except (Exception, KeyboardInterrupt) as error:
         return report_fault(command, error)
+
+
+def _on(args: argparse.Namespace) -> bool:
+    return args.command in ON and getattr(args, "on", None) is not None
+
+
+def _at_a_remote(args: argparse.Namespace, argv: list[str]) -> int:
+    from aifactory_train.remote.calling import call
+
+    return call(args, argv)
 
 
 def report_fault(command: str | None, fault: BaseException) -> int:

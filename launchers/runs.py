@@ -6,15 +6,15 @@ import os
 from pathlib import Path
 
 from aifactory_train.core.errors import UserError
-from aifactory_train.launchers import backends
+from aifactory_train.launchers import backends, tokens
 from aifactory_train.launchers.files import finish
 from aifactory_train.launchers.request import Refusal
 from aifactory_train.launchers.submission import File, Submission
 
 
-def write(sub: Submission) -> Path:
+def write(sub: Submission, token: str | None = None) -> Path:
     """All files of the submission below ``sub.run_dir``; returns the script's path. Refuses a folder that holds another
-    run.
+    run. With ``token`` a launch that bears the same finds the folder (:mod:`tokens`).
     """
     run = sub.run_dir
     taken = Refusal(
@@ -31,8 +31,12 @@ def write(sub: Submission) -> Path:
             (run / "submission").mkdir()  # of several launches at the same instant one makes it
         except FileExistsError:
             raise taken from None
+        if token is not None:
+            tokens.note_begun(run, token)
         for file in finish(sub):
             put(run, file)
+        if token is not None:
+            tokens.note_whole(run, token)
     except OSError as error:
         raise UserError(
             f"cannot be written: {error.strerror}", where=str(error.filename or run), fix="choose another --run-dir"

@@ -112,6 +112,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cost.add_argument(
         "--test-only", action="store_true", help="write the run folder and ask the scheduler, submit nothing"
     )
+    cost.add_argument(
+        "--token", metavar="T", help="a word for this launch: made again with it, it submits nothing twice"
+    )
     cost.add_argument("--explain", action="store_true", help="print why every line is there and which fact it rests on")
     cost.add_argument("--json", action="store_true", help="print the decision as one line of JSON")
 
@@ -134,11 +137,13 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     from aifactory_train import sites
     from aifactory_train.config.loading import load_recipe
-    from aifactory_train.launchers import backends, checks
+    from aifactory_train.launchers import backends, checks, tokens
     from aifactory_train.launchers.build import build
     from aifactory_train.launchers.planned import plan_for
     from aifactory_train.launchers.shaping import shape_of
 
+    if args.token is not None:
+        tokens.check_token(args.token)
     request = request_of(args)
     system = load_site(args)
     recipe = None if args.accept else load_recipe(args.recipe, args.overrides)
@@ -160,6 +165,9 @@ def run(args: argparse.Namespace) -> int:
         sub.notes.append("settings of the planner: " + " ".join(wanted))
     if remark:
         sub.notes.append(remark)
+    if args.token is not None and submitting and (begun := tokens.begun_with(sub.run_dir.parent, args.token)):
+        sub.run_dir, sub.name = begun, begun.name
+        return _submit_rest(args, sub, [])
     batch = backends.get(shape.backend).batch
     here = not batch or system.id in ("lab",) or sites.identify() == system.id or submitting
     if not here:
@@ -365,7 +373,7 @@ def _submit(args: argparse.Namespace, sub: Any, found: list[Any]) -> int:
     from aifactory_train.core.output import note
     from aifactory_train.launchers import backends, runs
 
-    script = runs.write(sub)
+    script = runs.write(sub, args.token)
     backend = backends.get(sub.shape.backend)
     if args.test_only:
         answer = backend.submit(sub.run_dir, test_only=True)
@@ -374,14 +382,25 @@ def _submit(args: argparse.Namespace, sub: Any, found: list[Any]) -> int:
         else:
             note(f"the scheduler accepts {script}" + (f" ({answer})" if answer else ""))
         return 0
+    return _submit_rest(args, sub, found, new=True)
+
+
+def _submit_rest(args: argparse.Namespace, sub: Any, found: list[Any], *, new: bool = False) -> int:
+    """Submit what is not submitted yet, each job remembered at once, and say which they are."""
+    from aifactory_train.core.output import note
+    from aifactory_train.launchers import backends, runs, tokens
+
+    backend = backends.get(sub.shape.backend)
+    jobs = [] if new else tokens.submitted(sub.run_dir, backend, runs.jobs_of(sub.run_dir))
     if not backend.batch:
         note(f"run folder: {sub.run_dir}")
         code = backend.run(sub.run_dir)
         if args.json:
             _print_json(sub, found, {"exit_code": code})
         return code
-    jobs = [backend.submit(sub.run_dir) for _ in range(1 + args.chain)]
-    runs.remember_jobs(sub.run_dir, jobs)
+    while len(jobs) < 1 + args.chain:
+        jobs.append(backend.submit(sub.run_dir))
+        runs.remember_jobs(sub.run_dir, jobs[-1:])
     if args.json:
         _print_json(sub, found, {"jobs": jobs})
     else:

@@ -133,6 +133,12 @@ class Backend(ABC):
         """
         raise UserError(f"{self.title} takes jobs, it runs none in the foreground", where=f"--backend {self.name}")
 
+    def jobs_of(self, run_dir: Path) -> list[str] | None:
+        """Ids of your jobs that were submitted with the script of this run folder and are not forgotten yet; None where
+        it cannot be asked that.
+        """
+        return None
+
     def accounting(self, job: str) -> dict[str, str] | None:
         """What its accounting says of a job; None where there is none."""
         return None

@@ -105,6 +105,9 @@ class Local(Backend):
         sys.stdout.flush()
         return offset + len(data)
 
+    def jobs_of(self, run_dir: Path) -> list[str] | None:
+        return []  # each is noted down where it is started
+
     def query(self, job: str) -> Job | None:
         """Whether the script's process still lives; how it ended stands in the run folder."""
         pid = job.partition(":")[2]

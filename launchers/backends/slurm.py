@@ -177,6 +177,17 @@ class Slurm(Backend):
             accounting=account,
         )
 
+    def jobs_of(self, run_dir: Path) -> list[str] | None:
+        script = str(run_dir / "submission" / self.script_file)
+        done = _run("squeue", "--me", "--noheader", "--states=all", "--format=%A|%o")
+        succeeded(done, "squeue does not tell which jobs are yours")
+        found = {
+            line.partition("|")[0].strip()
+            for line in done.stdout.splitlines()
+            if line.partition("|")[2].strip() == script
+        }
+        return sorted(found, key=lambda job: int(job) if job.isdigit() else 0)
+
     def accounting(self, job: str) -> dict[str, str] | None:
         """The job's line of ``sacct``, or None where there is no accounting or no such job."""
         names = "JobIDRaw,State,ExitCode,ElapsedRaw,AllocTRES,ConsumedEnergyRaw,NodeList,Start,End"

@@ -18,7 +18,7 @@ LAYERS = """
     commands
     acceptance
     training
-    exporting : report : advice
+    exporting : report : advice : remote
     launchers
     methods
     record : evaluation : recipe_draft : audit

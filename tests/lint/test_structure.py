@@ -12,8 +12,10 @@ import helpers
 
 PLACES = ("aifactory_train", "kernels", "launchers", "recipes", "sites")
 LOOSE = {"__init__.py", "__main__.py", "cli.py"}
-#: The judge of an attempt is copied whole into jobs; the record of an attempt is one idea.
+#: The judge of an attempt is copied whole into jobs, and what answers at a site goes there whole; the record of an
+#: attempt is one idea.
 LONG_FILES = {
+    "aifactory_train/remote/agent.py",
     "launchers/programs/attempt.py",
     "aifactory_train/record/recorder.py",
 }
