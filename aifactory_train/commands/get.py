@@ -1,4 +1,4 @@
-"""``aifactory get RUN --on NAME``: bring a run home: record, report, logs, export; checkpoints where they are asked for."""
+"""``aifactory get RUN --on NAME``: bring a run home: record, report, logs, export; checkpoints on request."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ from aifactory_train.core.errors import RunFailed, UserError
 
 #: What a login node needs; their own dependencies are followed.
 LIGHT = ("pydantic", "pyyaml", "jinja2", "rich")
+#: What looks into Hugging Face's cache, where it is installed here; its accelerator in C is left out.
+_HUB, _LEFT_OUT = ("huggingface-hub",), ("hf-xet",)
 #: Parts that are C and have no substitute in Python: they fit one version and one instruction set.
 _BINARY = ("pydantic-core",)
 _OWN = "aifactory-train"
@@ -34,10 +36,10 @@ def plain(name: str) -> str:
 def needed() -> dict[str, str]:
     """Distribution -> version, as they are installed here: the versions that this program was tried with."""
     found: dict[str, str] = {}
-    open_names = list(LIGHT)
+    open_names = [*LIGHT, *_HUB]
     while open_names:
         name = plain(open_names.pop())
-        if name in found:
+        if name in found or name in _LEFT_OUT:
             continue
         try:
             dist = metadata.distribution(name)
