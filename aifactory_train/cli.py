@@ -131,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command is None:
             importlib.import_module("aifactory_train.commands.next_steps").show(Path.cwd())
             return 0
-        with output.json_only() if getattr(args, "json", False) else contextlib.nullcontext():
+        # What a remote prints is its own: JSON alone there is JSON alone here.
+        with output.json_only() if getattr(args, "json", False) and not _on(args) else contextlib.nullcontext():
             code = int((_at_a_remote(args, argv) if _on(args) else args.run(args)) or 0)
         sys.stdout.flush()  # here, where a full disk can still be reported
         return code
