@@ -20,7 +20,6 @@ def write_page(answer: dict[str, Any], path: Path) -> None:
 
 def page(answer: dict[str, Any]) -> str:
     """The page as text. No script, no outside resource; every text escaped."""
-    members = europe.points(answer["sites"])
     left_out: dict[str, list[str]] = {}
     for row in answer["sites"]:
         if not row["fits"]:
@@ -33,11 +32,24 @@ def page(answer: dict[str, Any]) -> str:
         asked=asked(answer["asked"]),
         fits=fits,
         left_out=left_out,
-        members=members,
-        links=europe.links(members),
-        graticule=europe.graticule(),
-        width=europe.WIDTH,
-        height=europe.HEIGHT,
+        **_of_map(answer),
         number=number,
         command=plan_command(answer, fits[0]) if fits else None,
     )
+
+
+def drawn_map(answer: dict[str, Any]) -> str:
+    """The map alone, as a piece of HTML; its classes (``fits``, ``linked``, ``none``, ``grid``, ``link``) are drawn by
+    the page's style."""
+    return render(TEMPLATE.with_name("map.html.j2"), autoescape=True, **_of_map(answer))
+
+
+def _of_map(answer: dict[str, Any]) -> dict[str, Any]:
+    members = europe.points(answer["sites"])
+    return {
+        "members": members,
+        "links": europe.links(members),
+        "graticule": europe.graticule(),
+        "width": europe.WIDTH,
+        "height": europe.HEIGHT,
+    }

@@ -158,6 +158,7 @@ def _print_json(args: argparse.Namespace, made: Made) -> None:
             "metrics": draft.metrics,
             "licence": args.licence or "MISSING",
             "assumed": draft.assumed,
+            "remarks": remarks(made),
             "next": made.following,
             "report": made.facts,
         }

@@ -29,27 +29,14 @@ def write_page(plan: dict[str, Any], path: Path) -> None:
 
 def render(plan: dict[str, Any]) -> str:
     """The page as text."""
-    speed = plan["tokens_per_s_per_gpu"]
-    facts = [
-        ("engine", f"{plan['engine']}, {plan['mesh']['replicate']} x {plan['mesh']['shard']} (replicate x shard)"),
-        ("micro-batch", f"{plan['micro_batch']} x {plan['sequence_length']} tokens, {plan['grad_accum']} a step"),
-        ("activation checkpointing", plan["activation_checkpointing"]),
-        ("tokens/s per GPU", f"{speed['mid']:.0f} ({speed['low']:.0f} to {speed['high']:.0f})"),
-        ("model FLOPs utilisation", f"{100 * plan['mfu']:.0f} % (executed {100 * plan['hfu']:.0f} %)"),
-        ("time", "unknown" if plan["hours"] is None else f"{plan['hours']:.4g} h"),
-        ("GPU-hours", "unknown" if plan["gpu_hours"] is None else f"{plan['gpu_hours']:.4g}"),
-        (
-            "billed there",
-            f"{plan['billed']['amount']:.4g} {plan['billed']['unit']}" if plan.get("billed") else "unknown",
-        ),
-        ("GPU energy", "unknown" if plan["kwh"] is None else f"{plan['kwh']:.4g} kWh"),
-    ]
     title = f"{plan['recipe']} on {plan['nodes']} node(s) of {plan['site']}"
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(plan['base'])}, {escape(plan['method'])}, {plan['gpus']} GPU(s) {escape(plan['gpu'])}. "
         f"<small>{escape(plan['basis'])}</small></p>",
-        "<table>" + "".join(f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in facts) + "</table>",
+        "<table>"
+        + "".join(f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in facts(plan))
+        + "</table>",
         "<h2>Memory per GPU at the peak</h2>",
         memory_stack(plan),
         "<h2>Scaling</h2>",
@@ -64,6 +51,25 @@ def render(plan: dict[str, Any]) -> str:
         f"charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style></head>"
     )
     return head + "<body>" + "\n".join(body) + "</body></html>\n"
+
+
+def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """The configuration, its speed, time and cost, in words."""
+    speed = plan["tokens_per_s_per_gpu"]
+    return [
+        ("engine", f"{plan['engine']}, {plan['mesh']['replicate']} x {plan['mesh']['shard']} (replicate x shard)"),
+        ("micro-batch", f"{plan['micro_batch']} x {plan['sequence_length']} tokens, {plan['grad_accum']} a step"),
+        ("activation checkpointing", plan["activation_checkpointing"]),
+        ("tokens/s per GPU", f"{speed['mid']:.0f} ({speed['low']:.0f} to {speed['high']:.0f})"),
+        ("model FLOPs utilisation", f"{100 * plan['mfu']:.0f} % (executed {100 * plan['hfu']:.0f} %)"),
+        ("time", "unknown" if plan["hours"] is None else f"{plan['hours']:.4g} h"),
+        ("GPU-hours", "unknown" if plan["gpu_hours"] is None else f"{plan['gpu_hours']:.4g}"),
+        (
+            "billed there",
+            f"{plan['billed']['amount']:.4g} {plan['billed']['unit']}" if plan.get("billed") else "unknown",
+        ),
+        ("GPU energy", "unknown" if plan["kwh"] is None else f"{plan['kwh']:.4g} kWh"),
+    ]
 
 
 def memory_stack(plan: dict[str, Any]) -> str:
@@ -86,7 +92,7 @@ def memory_stack(plan: dict[str, Any]) -> str:
         f"GiB</text></svg>"
     )
     rows = "".join(
-        f"<tr><td><span style='color:{c}'>&#9632;</span> {escape(n)}</td><td class='n'>{v:.2f} GiB</td></tr>"
+        f"<tr><td><svg width='11' height='11' aria-hidden='true'><rect width='11' height='11' fill='{c}'/></svg> {escape(n)}</td><td class='n'>{v:.2f} GiB</td></tr>"
         for (n, v), c in zip(parts, _COLOURS, strict=False)
     )
     return svg + f"<table>{rows}<tr><th>total</th><th class='n'>{plan['memory_gib']['total']:.2f} GiB</th></tr></table>"

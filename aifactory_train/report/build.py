@@ -59,7 +59,7 @@ def _page(run: RunFolder, record: dict[str, Any], live: bool) -> str:
     if title == "untitled":
         title = str(record.get("run", {}).get("recipe") or run.path.name)
     sections = [
-        ("evaluation", "Held-out evaluation", _evaluation(record, results)),
+        ("evaluation", "Held-out evaluation", held_out(record, results)),
         ("curves", "Curves", Markup(curves(metrics, record, plan))),
         ("compute", "Compute and energy", _compute(record)),
         ("attempts", "Attempts", _attempts(record)),
@@ -157,7 +157,9 @@ def _cards(record: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, s
     return cards
 
 
-def _evaluation(record: dict[str, Any], results: dict[str, Any]) -> Markup:
+def held_out(record: dict[str, Any], results: dict[str, Any]) -> Markup:
+    """Figures before and after with their intervals, and the answers, unless the run's privacy profile keeps texts
+    out."""
     before, after = results.get("before") or {}, results.get("after") or {}
     rows = []
     for name, (label, sense) in FIGURES.items():

@@ -1,10 +1,10 @@
 "use strict";
-for (const figure of document.querySelectorAll(".chart")) {
+const readable = (figure) => {
   const svg = figure.querySelector("svg[data-points]");
   const slider = figure.querySelector("input[type=range]");
   const out = figure.querySelector("output");
   const cursor = figure.querySelector(".cursor");
-  if (!svg || !slider) continue;
+  if (!svg || !slider) return;
   const points = svg.dataset.points.split(";").map((p) => p.split(",").map(Number));
   const unit = figure.querySelector(".unit").textContent;
   const show = (i) => {
@@ -25,5 +25,7 @@ for (const figure of document.querySelectorAll(".chart")) {
     show(best);
   });
   show(+slider.value);
-}
+};
+document.querySelectorAll(".chart").forEach(readable);
+document.addEventListener("aifactory:chart", (event) => readable(event.target));
 window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => (d.open = true)));

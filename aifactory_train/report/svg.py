@@ -25,12 +25,14 @@ Bucket = tuple[float, float, float, float]
 
 @dataclass
 class Curve:
-    """``x`` ascending; values that are None or not finite are left out."""
+    """``x`` ascending; values that are None or not finite are left out. ``buckets``: the curve reduced already, in
+    place of ``x`` and ``y``."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float | None]
     dots: bool = False  # single measurements, drawn as dots
+    buckets: Sequence[Bucket] | None = None
 
 
 def reduce(x: Sequence[float], y: Sequence[float | None], buckets: int = BUCKETS) -> list[Bucket]:
@@ -100,7 +102,7 @@ def chart(
 
     ``reference``: a labelled horizontal line (what was planned).
     """
-    reduced = [(c, reduce(c.x, c.y)) for c in curves]
+    reduced = [(c, reduce(c.x, c.y) if c.buckets is None else list(c.buckets)) for c in curves]
     reduced = [(c, r) for c, r in reduced if r]
     if not reduced:
         return ""
