@@ -61,6 +61,7 @@ ACCESS = ["python-docx>=1.1"]  # aifactory access --out FILE.docx; pure Python o
 OFFICE = [*DOCUMENTS, "openpyxl>=3.1", "odfpy>=1.4.1", "python-docx>=1.1", "python-pptx>=1.0"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]  # make docs: the pages as a site
 COMPLETION = ["shtab>=1.7"]  # aifactory completion SHELL; pure Python
+STUDIO = ["starlette>=1.0,<2", "uvicorn>=0.30", "h11>=0.14"]  # aifactory studio: a page of this machine; pure Python
 QLORA = [*TRAIN, "accelerate>=1.1", "bitsandbytes>=0.46; sys_platform == 'linux'"]
 HARNESS = [*TRAIN, "lm-eval>=0.4.13,<0.5"]  # aifactory eval RUN --harness
 VLLM = ["vllm>=0.30; sys_platform == 'linux'"]  # export --check vllm; in an environment of its own
@@ -70,6 +71,7 @@ TEST = [
     *ACCESS,
     *COMPLETION,
     *DOCS,
+    *STUDIO,
     *TRACKING,
     *TRITON,
     "setuptools>=68",
@@ -141,6 +143,7 @@ setup(
         "access": ACCESS,
         "office": OFFICE,
         "completion": COMPLETION,
+        "studio": STUDIO,
         "qlora": QLORA,
         "harness": HARNESS,
         "vllm": VLLM,

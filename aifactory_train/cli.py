@@ -44,6 +44,7 @@ COMMANDS = {
     "record": "the record of a run: show it, fill in what only people know, sign it",
     "verify": "is a run's record whole and unedited, and are its files still the same",
     "private": "sensitive data: keys, encryption, who can read what, was a text trained on",
+    "studio": "a local page from rows to a trained model, which shows the command for all that it does",
     "runs": "list and compare runs, as a table or a page",
     "kernels": "list, check, tune and measure the Triton kernels",
     "env": "the software environment of a site",
@@ -164,7 +165,8 @@ def report_fault(command: str | None, fault: BaseException) -> int:
         print(f"aifactory {command}: the Python package '{error.name}' is not installed here", file=sys.stderr)
         print(
             "  fix: pip install -c constraints.txt 'aifactory-train[train]' (extras: train, deepspeed, mpi, triton, "
-            "qlora, evidence, private, tracking, plot, documents, office, access, completion, harness, vllm, test)",
+            "qlora, evidence, private, tracking, plot, documents, office, access, completion, "
+            "studio, harness, vllm, test)",
             file=sys.stderr,
         )
         return 2

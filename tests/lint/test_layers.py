@@ -16,7 +16,7 @@ pytest.importorskip("importlinter", reason="import-linter belongs to the extra t
 LAYERS = """
     api
     commands
-    acceptance
+    acceptance : studio
     training
     exporting : report : advice : remote
     launchers
