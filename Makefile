@@ -16,7 +16,7 @@ help:
 	@echo "make quickstart       install, fetch, fine-tune SmolLM2-135M on medical terms with two ranks, show before/after"
 	@echo "make test             lint, types and the tests of every change"
 	@echo "make slurm-tests      generated scripts on a real Slurm on this host (Debian packages: see docs/launching.md)"
-	@echo "make browser-tests    the report in headless Chromium (Debian: chromium, nodejs, npm), axe-core included"
+	@echo "make browser-tests    the report and the studio in headless Chromium (Debian: chromium, nodejs, npm), axe-core included"
 	@echo "make recipes-short    two recipes of other sectors trained for some minutes each and judged on held-out rows"
 	@echo "make kernels-targets  compile a subset of the kernels for every GPU target, without a GPU"
 	@echo "make test-all         everything, also what takes long or asks a package registry"
@@ -69,7 +69,7 @@ slurm-tests: $(VENV)/.installed-test
 
 browser-tests: $(VENV)/.installed-test
 	npm install --ignore-scripts --no-audit --no-fund --silent --prefix tests/record
-	AIFACTORY_REQUIRE_BROWSER=1 $(PYTEST) -m "" tests/record/test_report.py -k chromium
+	AIFACTORY_REQUIRE_BROWSER=1 $(PYTEST) -m "" tests/record/test_report.py tests/studio -k chromium
 
 # Held-out figures of two sectors; all recipes: python benchmarks/recipes.py --write
 recipes-short: $(VENV)/.installed-train
