@@ -54,7 +54,7 @@ class StepContext:
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeDocuments:
     """Documents that a method made for a step in place of those that were dealt: int ``[K]``, the tokens of each and
     the supervised ones among them. They are numbered from 0, the same on all ranks.
     """
@@ -84,7 +84,7 @@ class TrainingMethod(Protocol):
     def before_step(self, step: StepContext) -> None:
         """Once an optimizer step, on all ranks, before its batches are made; collective."""
 
-    def made(self, step: StepContext) -> Made | None:
+    def made(self, step: StepContext) -> MadeDocuments | None:
         """What the step computes where :meth:`before_step` made its documents; None: those of ``step``."""
 
     def batch(self, step: StepContext, share: np.ndarray) -> DeviceBatch:

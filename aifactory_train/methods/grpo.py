@@ -23,14 +23,14 @@ from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.data import Cursor, load_tokenizer
 from aifactory_train.evaluation.answers import stop_ids
 from aifactory_train.evaluation.generate import caches
-from aifactory_train.methods.base import Made
+from aifactory_train.methods.base import MadeDocuments
 from aifactory_train.methods.completions import Completions
 from aifactory_train.methods.frozen import FrozenWeights
 from aifactory_train.methods.grpo_loss import SUMS, GroupObjective, advantages, spread, token_weights, units_of
 from aifactory_train.methods.prompts import PromptTokens
 from aifactory_train.methods.reference import score_tokens
 from aifactory_train.methods.rewards import Reward, rewards_of
-from aifactory_train.methods.rollouts import Answer, Rollouts, RolloutSampler
+from aifactory_train.methods.rollouts import SampledAnswer, Rollouts, RolloutSampler
 from aifactory_train.methods.supervised import Supervised
 from aifactory_train.parallel.batches import micro_batch, to_device
 
@@ -107,7 +107,7 @@ class Grpo(Supervised):
         self.sampler = RolloutSampler(run, how, self.rewards, self.tokenizer, self.stops)
         self.completions = Completions(run, how.keep)
         self.waiting = {
-            int(step): self._rollouts(run, [Answer.unpacked(values) for values in answers])
+            int(step): self._rollouts(run, [SampledAnswer.unpacked(values) for values in answers])
             for step, answers in self.packed.items()
         }
         self.packed = {}
@@ -117,7 +117,7 @@ class Grpo(Supervised):
             lines.append(("reference", "the model before its first step", size))
         return lines
 
-    def _rollouts(self, run: RunContext, answers: list[Answer]) -> Rollouts:
+    def _rollouts(self, run: RunContext, answers: list[SampledAnswer]) -> Rollouts:
         train: Any = run.data.train
         return Rollouts(self.settings, train, answers, [reward.weight for reward in self.rewards])
 
@@ -180,10 +180,10 @@ class Grpo(Supervised):
         found = [answer.rewards for answer in now.answers if answer.rewards is not None]
         return {r.name: float(np.mean([one[k] for one in found])) for k, r in enumerate(self.rewards) if found}
 
-    def made(self, step: StepContext) -> Made | None:
+    def made(self, step: StepContext) -> MadeDocuments | None:
         """The step's documents are its answers."""
         assert self.now is not None
-        return Made(self.now.lengths, self.now.supervised)
+        return MadeDocuments(self.now.lengths, self.now.supervised)
 
     def micro_batch(self, run: RunContext, share: np.ndarray) -> tuple[DeviceBatch, np.ndarray, np.ndarray]:
         """(batch, its documents, their lengths) of the answers ``share``. Before the first step, when only memory is
@@ -221,10 +221,11 @@ class Grpo(Supervised):
     def _longest(self, run: RunContext, units: np.ndarray) -> Rollouts:
         count = self.settings.max_new_tokens
         tokens, logps = np.full(count, run.pad_id, dtype=np.int32), np.zeros(count, dtype=np.float32)
-        each = [Answer(int(u), tokens, logps, True, "-", [0.0] * len(self.rewards)) for u in units]
+        each = [SampledAnswer(int(u), tokens, logps, True, "-", [0.0] * len(self.rewards)) for u in units]
         group = self.settings.group
         full = self._rollouts(run, [answer for answer in each for _ in range(group)])
-        full.taking, full.lengths, full.supervised = (a[::group] for a in (full.taking, full.lengths, full.supervised))
+        full.taking = full.taking[::group]
+        full.lengths, full.supervised = full.lengths[::group], full.supervised[::group]
         return full
 
     def units(self, supervised: int) -> int:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass
-class Answer:
+class SampledAnswer:
     """One sampled answer to the prompt ``unit``. tokens int32, logps fp32 ``[n]``, n at least 1; text: without the stop
     token and special tokens; rewards: unweighted, one for each reward, None where it was not judged.
     """
@@ -58,11 +58,11 @@ class Answer:
         ]
 
     @classmethod
-    def unpacked(cls, values: list[Any]) -> Answer:
+    def unpacked(cls, values: list[Any]) -> SampledAnswer:
         """What :meth:`packed` gave."""
         unit, tokens, logps, *rest = values
-        arrays = (np.frombuffer(base64.b64decode(t), dtype=d) for t, d in ((tokens, "<i4"), (logps, "<f4")))
-        return cls(unit, *arrays, *rest)
+        read, data = np.frombuffer, base64.b64decode
+        return cls(unit, read(data(tokens), dtype="<i4"), read(data(logps), dtype="<f4"), *rest)
 
 
 class Rollouts:
@@ -75,7 +75,7 @@ class Rollouts:
 
     name = "rollouts"
 
-    def __init__(self, how: GrpoConfig, train: PromptTokens, answers: list[Answer], weights: Sequence[float]):
+    def __init__(self, how: GrpoConfig, train: PromptTokens, answers: list[SampledAnswer], weights: Sequence[float]):
         self.answers, self.prompts = answers, [train.questions[answer.unit].prompt_ids for answer in answers]
         found = np.asarray(
             [np.nan if a.rewards is None else float(np.dot(a.rewards, weights)) for a in answers], dtype=np.float64
@@ -123,7 +123,7 @@ class RolloutSampler:
         batches = [(step, part) for step, units in steps.items() for part in self._batches(units)]
         mine = batches[world.rank :: world.size]
         error: UserError | None = None
-        found: list[tuple[int, int, Answer]] = []
+        found: list[tuple[int, int, SampledAnswer]] = []
         decodings = self._decode([(step, steps[step][part]) for step, part in mine], -(-len(batches) // world.size))
         try:
             for (step, places), decoding in zip(mine, decodings, strict=True):
@@ -138,7 +138,7 @@ class RolloutSampler:
         for rank, (_, failed_there) in enumerate(boxes):
             if failed_there is not None:
                 raise failed_there.of(rank if world.size > 1 else None)
-        groups: dict[tuple[int, int], list[Answer]] = {}
+        groups: dict[tuple[int, int], list[SampledAnswer]] = {}
         for there, _ in boxes:
             for step, place, answer in there:
                 groups.setdefault((step, place), []).append(answer)
@@ -194,13 +194,13 @@ class RolloutSampler:
                 beat=lambda: run.beat("rollout"),
             )
 
-    def _judged(self, unit: int, one: Sampled) -> Answer:
+    def _judged(self, unit: int, one: Sampled) -> SampledAnswer:
         if not np.isfinite(one.logps).all():
             raise RunFailed("the model gives no probabilities any more: its logits are not finite")
         said = one.tokens[:-1] if one.ended else one.tokens
         text = self.tokenizer.decode(said, skip_special_tokens=True).strip()
         tokens, logps = np.asarray(one.tokens, dtype=np.int32), np.asarray(one.logps, dtype=np.float32)
-        answer = Answer(unit, tokens, logps, one.ended, text)
+        answer = SampledAnswer(unit, tokens, logps, one.ended, text)
         if not answer.failed:
             asked = self.train.questions[unit]
             answer.rewards = [reward(asked.prompt, text, asked.expected) for reward in self.rewards]

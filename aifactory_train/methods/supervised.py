@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from aifactory_train.config.schema import Recipe
     from aifactory_train.data import PreparedData
-    from aifactory_train.methods.base import Made, RunContext, StepContext
+    from aifactory_train.methods.base import MadeDocuments, RunContext, StepContext
     from aifactory_train.parallel.engine import DeviceBatch
 
 
@@ -45,7 +45,7 @@ class Supervised:
     def before_step(self, step: StepContext) -> None:
         """Nothing is needed before a step."""
 
-    def made(self, step: StepContext) -> Made | None:
+    def made(self, step: StepContext) -> MadeDocuments | None:
         """A step computes the documents that it was dealt."""
         return None
 

@@ -28,7 +28,7 @@ ASK = (
 )
 
 
-class Refused(Exception):
+class RefusedThere(Exception):
     pass
 
 
@@ -50,7 +50,7 @@ def home(request):
 def below(folder, name):
     path = os.path.normpath(os.path.join(folder, name))
     if not path.startswith(folder.rstrip("/") + "/"):
-        raise Refused("%s is not below %s" % (name, folder))
+        raise RefusedThere("%s is not below %s" % (name, folder))
     return path
 
 
@@ -83,7 +83,7 @@ def claim(folder):
     """Make the one folder; refuse one that holds things of others."""
     if not os.path.exists(os.path.join(folder, MARK)):
         if os.path.isdir(folder) and os.listdir(folder):
-            raise Refused("%s holds other things; name a new folder (--folder)" % folder)
+            raise RefusedThere("%s holds other things; name a new folder (--folder)" % folder)
         os.makedirs(folder, mode=0o700, exist_ok=True)
         open(os.path.join(folder, MARK), "w").close()
 
@@ -166,7 +166,7 @@ def put(request):
     """Take files: say what is there of each, read the rest, put each in its place whole and with its digest."""
     folder = home(request)
     claim(folder)
-    plan = []
+    plan: list = []
     for item in request["files"]:
         path = below(folder, item["path"])
         part = path + ".part-" + item["sha256"][:16]
@@ -213,7 +213,7 @@ def found_run(request):
     for path in (os.path.join(base, request["run"]), os.path.join(base, "runs", request["run"])):
         if any(os.path.exists(os.path.join(path, name)) for name in ("submission", "attempts", "run.yaml")):
             return os.path.abspath(path)
-    raise Refused("no run '%s' there" % request["run"])
+    raise RefusedThere("no run '%s' there" % request["run"])
 
 
 def listing(request):
@@ -287,7 +287,9 @@ def install(request):
         stderr=subprocess.STDOUT,
     )
     if made.returncode != 0:
-        raise Refused("%s makes no environment: %s" % (python, made.stdout.decode(errors="replace").strip()[-300:]))
+        raise RefusedThere(
+            "%s makes no environment: %s" % (python, made.stdout.decode(errors="replace").strip()[-300:])
+        )
     library_folder = glob.glob(os.path.join(beside, "lib", "python3.*", "site-packages"))[0]
     for name in request["wheels"]:
         with zipfile.ZipFile(below(folder, name)) as archive:
@@ -306,7 +308,7 @@ def install(request):
     )
     text = tried.stdout.decode(errors="replace").strip()
     if tried.returncode != 0:
-        raise Refused("the program does not start there: %s" % text[-500:])
+        raise RefusedThere("the program does not start there: %s" % text[-500:])
     put_json(os.path.join(folder, "current.json"), {"key": request["key"], "python": inside, "library_path": library})
     for old in os.listdir(os.path.join(folder, "versions")):
         if old != request["key"]:
@@ -319,7 +321,7 @@ def command(request):
     folder = home(request)
     current = read_json(os.path.join(folder, "current.json"))
     if not current or (request.get("key") and current["key"] != request["key"]):
-        raise Refused("needs-install")
+        raise RefusedThere("needs-install")
     env = dict(os.environ)
     env.update(request.get("env") or {})
     if current.get("library_path"):
@@ -330,7 +332,7 @@ def command(request):
     try:
         os.makedirs(work, exist_ok=True)
     except OSError as error:
-        raise Refused("%s cannot be made: %s" % (work, error.strerror))
+        raise RefusedThere("%s cannot be made: %s" % (work, error.strerror))
     argv = [word.replace("\0folder", folder) for word in request["argv"]]
     return [current["python"], "-m", "aifactory_train"] + argv, env, work
 
@@ -465,7 +467,7 @@ def follow(books, out, err):
         if beat != seen:
             seen, moved = beat, time.time()
         elif time.time() - moved > SILENT_S:
-            raise Refused("what worked on it there was killed; ask again")
+            raise RefusedThere("what worked on it there was killed; ask again")
         time.sleep(0.05)
 
 
@@ -474,11 +476,11 @@ def remove(request):
     if not os.path.exists(folder):
         return say({"removed": False})
     if not os.path.exists(os.path.join(folder, MARK)):
-        raise Refused("%s was not made by 'aifactory remote add'; nothing is deleted" % folder)
+        raise RefusedThere("%s was not made by 'aifactory remote add'; nothing is deleted" % folder)
     kept = sorted(os.listdir(os.path.join(folder, "runs"))) if os.path.isdir(os.path.join(folder, "runs")) else []
     kept = [name for name in kept if not name.startswith(".")]
     if kept and not request["runs"]:
-        raise Refused(
+        raise RefusedThere(
             "it holds %d run(s): %s; bring them home with 'aifactory get', or give --runs"
             % (len(kept), ", ".join(kept[:5]))
         )
@@ -495,7 +497,7 @@ def main():
     SINK.flush()
     try:
         OPERATIONS[request["op"]](request)
-    except Refused as error:
+    except RefusedThere as error:
         say_refusal(str(error))
     except OSError as error:
         say_refusal("%s: %s" % (error.filename or request["op"], error.strerror))

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from aifactory_train.core.errors import UserError, did_you_mean
 from aifactory_train.core.files import read_json, write_json
@@ -75,7 +76,9 @@ def load(name: str) -> Remote:
         raise UserError(f"no remote '{name}'{did_you_mean(name, known)}", where="--on", fix=fix)
     value = read_json(path, {"host": str, "folder?": str})
     fields = {field.name for field in dataclasses.fields(Remote)} - {"name"}
-    given = {key: text for key, text in value.items() if key in fields and (text is None or isinstance(text, str))}
+    given: dict[str, Any] = {
+        key: text for key, text in value.items() if key in fields and (text is None or isinstance(text, str))
+    }
     return Remote(name=name, **given).checked()
 
 

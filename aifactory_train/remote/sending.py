@@ -31,7 +31,7 @@ _ELSEWHERE = (
 
 def prepared(connection: Connection, args: argparse.Namespace, words: list[str]) -> list[str]:
     """``words`` with what lies here replaced by what was sent there. Raises UserError where data may not go there."""
-    remote, parcels = connection.remote, []
+    remote, parcels = connection.remote, list[Parcel]()
     words = list(words)
     if getattr(args, "recipe", None) and isinstance(args.recipe, str) and not getattr(args, "resume", False):
         parcels, words = _recipe(remote, args, words)

@@ -74,7 +74,7 @@ def pull(
     A file appears whole, in the place of the older one. What changes while it is read is asked for again.
     """
     work = connection.remote.work
-    came, changed = 0, []
+    came, changed = 0, list[str]()
     for _ in range(3):
         listed = connection.ask("listing", run=run, work=work, checkpoints=checkpoints)
         files = listed["files"]

@@ -108,17 +108,7 @@ def chart(
     reduced = [(c, r) for c, r in reduced if r]
     if not reduced:
         return ""
-    xs = [p[0] for _, r in reduced for p in r]
-    lows = [p[2] for _, r in reduced for p in r]
-    highs = [p[3] for _, r in reduced for p in r]
-    x0, x1 = min(xs), max(xs)
-    y0, y1 = min([*lows, 0.0] if zero else lows), max(highs)
-    if reference is not None:
-        y0, y1 = min(y0, reference[1]), max(y1, reference[1])
-    if x1 <= x0:
-        x0, x1 = x0 - 0.5, x1 + 0.5
-    pad = (y1 - y0) * 0.05 or (abs(y1) * 0.1 or 1.0)
-    y0, y1 = (y0 if zero and y0 == 0 else y0 - pad), y1 + pad
+    x0, x1, y0, y1 = _ranges([p for _, r in reduced for p in r], zero, reference)
 
     def px(x: float) -> float:
         return round(LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT), 1)
@@ -158,6 +148,19 @@ def chart(
     }
     drawn = {"line": line, "band": band, "read_out": read_out, "wide": _is_wide}
     return _drawn("chart", px=px, py=py, short=short, **drawn, **box, **values)
+
+
+def _ranges(points: list[Bucket], zero: bool, reference: tuple[str, float] | None) -> tuple[float, float, float, float]:
+    """The left, right, lower and upper ends of the axes around all points; from 0 where ``zero``."""
+    xs, lows = [p[0] for p in points], [p[2] for p in points]
+    x0, x1 = min(xs), max(xs)
+    y0, y1 = min([*lows, 0.0] if zero else lows), max(p[3] for p in points)
+    if reference is not None:
+        y0, y1 = min(y0, reference[1]), max(y1, reference[1])
+    if x1 <= x0:
+        x0, x1 = x0 - 0.5, x1 + 0.5
+    pad = (y1 - y0) * 0.05 or (abs(y1) * 0.1 or 1.0)
+    return x0, x1, (y0 if zero and y0 == 0 else y0 - pad), y1 + pad
 
 
 def _drawn(template: str, **values: Any) -> str:

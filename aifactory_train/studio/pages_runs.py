@@ -149,8 +149,8 @@ def _news(request: Request, name: str, follower: Follower) -> dict[str, Any]:
     more = follower.read()
     state, facts = _state(request, name, folder)
     record = object_or_nothing(folder.path / "record.json")
-    hparams = record.get("hparams") if isinstance(record.get("hparams"), dict) else {}
-    total = hparams.get("steps")
+    hparams = record.get("hparams")
+    total = hparams.get("steps") if isinstance(hparams, dict) else None
     verdict = Verdict.read(object_or_nothing(folder.eval_file))
     status = html(
         "status",

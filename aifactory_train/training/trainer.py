@@ -374,8 +374,7 @@ class Trainer:
         self._phase("save")
         self.owner.check(look=True)
         values = self.state.values(data_digest(self.data.train), self.total_steps, self.method.state())
-        values |= self.frozen.check(self.step)
-        self.checkpoints.save(self.step, values, wait=wait, best=self.state.best.step)
+        self.checkpoints.save(self.step, values | self.frozen.check(self.step), wait=wait, best=self.state.best.step)
         self.events.emit(ev.Saved(self.step, whole=wait))
 
     def _stop_here(self, reason: str) -> int:

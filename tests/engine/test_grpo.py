@@ -22,7 +22,7 @@ from aifactory_train.core.errors import RunFailed, UserError
 from aifactory_train.evaluation.sampling import Decoding, Sampling, draw, stream_keys, uniforms
 from aifactory_train.methods.completions import FILE
 from aifactory_train.methods.rewards import rewards_of
-from aifactory_train.methods.rollouts import Answer
+from aifactory_train.methods.rollouts import SampledAnswer
 from aifactory_train.model import attention
 from aifactory_train.model.causal_lm import CausalLM
 from aifactory_train.parallel.traits import ENGINES, refuse_what_it_cannot_do
@@ -397,9 +397,9 @@ def test_prompts_without_room_are_left_out_by_number_and_stops_must_be_tokens(tm
 
 
 def test_answers_survive_a_checkpoint_to_the_bit():
-    answer = Answer(
+    answer = SampledAnswer(
         3, np.asarray([5, 400], dtype=np.int32), np.asarray([-0.1, -7.25], dtype=np.float32), True, "ü", [0.1]
     )
-    again = Answer.unpacked(json.loads(json.dumps(answer.packed())))
+    again = SampledAnswer.unpacked(json.loads(json.dumps(answer.packed())))
     assert again.tokens.tolist() == [5, 400] and (again.logps == answer.logps).all()
     assert (again.unit, again.ended, again.text, again.rewards) == (3, True, "ü", [0.1])

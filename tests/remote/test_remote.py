@@ -8,7 +8,6 @@ import random
 import time
 from pathlib import Path
 
-import pytest
 import sshd
 from conftest import Here, jobs
 
