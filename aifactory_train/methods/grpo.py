@@ -30,7 +30,7 @@ from aifactory_train.methods.grpo_loss import SUMS, GroupObjective, advantages, 
 from aifactory_train.methods.prompts import PromptTokens
 from aifactory_train.methods.reference import score_tokens
 from aifactory_train.methods.rewards import Reward, rewards_of
-from aifactory_train.methods.rollouts import SampledAnswer, Rollouts, RolloutSampler
+from aifactory_train.methods.rollouts import Rollouts, RolloutSampler, SampledAnswer
 from aifactory_train.methods.supervised import Supervised
 from aifactory_train.parallel.batches import micro_batch, to_device
 
