@@ -11,7 +11,8 @@ from pathlib import Path
 import sshd
 from conftest import Here, jobs
 
-from aifactory_train.remote import connection
+from aifactory_train.core.errors import UserError
+from aifactory_train.remote import calling, connection, known
 
 
 def accepted(here: Here, name: str, *more: object) -> dict[str, object]:
@@ -23,10 +24,10 @@ def accepted(here: Here, name: str, *more: object) -> dict[str, object]:
 
 def test_one_authentication_serves_launch_status_stop_and_get(lab, here, node, tmp_path):
     before = node.logins()
-    known = len(jobs(node))
+    count = len(jobs(node))
     answer = accepted(here, "one", "--token", "token-one")
     again = accepted(here, "one", "--token", "token-one")
-    assert again["jobs"] == answer["jobs"] and len(jobs(node)) == known + 1, "the same token submits nothing twice"
+    assert again["jobs"] == answer["jobs"] and len(jobs(node)) == count + 1, "the same token submits nothing twice"
     run = Path(str(answer["run_dir"]))
     assert run == node.home / "work" / "runs" / "one" and jobs(node)[-1] == f"{run}/submission/job.sh"
     seconds = []
@@ -103,18 +104,27 @@ HOSTILE += [
     "é 漢字",
     "--",
     "#",
-    "x" * 300,
+    "A b" * 100,
 ]
 
 
-def test_hostile_values_reach_no_shell(lab, here, tmp_path):
+def test_hostile_values_reach_no_shell(lab, here, node, tmp_path, capsys):
     canary = tmp_path / "canary"
+    config, folder = str(node.client("plain")), f"{node.home}/af"
+    known.Remote("fine", "me@host.eu:22", folder=folder).checked()
+    there = connection.Connection(known.Remote("lab", node.host, folder=folder, ssh_config=config))
     for value in HOSTILE:
         text = value.replace("{c}", str(canary))
-        done = here("status", f"--on={lab}", "--json", "--", text)
-        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-        for words in (["remote", "add", "--", text, "u@h"], ["remote", "add", "--", "fine", text]):
-            assert here(*words).returncode == 2
+        for fields in ((text, "me@host"), ("fine", f"me@{text}"), ("fine", "me@host", f"me@{text}")):
+            if value not in ("#",) or "@" in fields[-1]:
+                with pytest.raises(UserError):
+                    known.Remote(*fields).checked()
+    try:
+        for value in HOSTILE[::4]:
+            text = value.replace("{c}", str(canary))
+            assert calling.here_as_there(there, ["status", "--json", "--", text], live=False, env={}) == 2
+    finally:
+        there.close()
     assert not canary.exists()
 
 
