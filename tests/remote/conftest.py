@@ -12,8 +12,8 @@ import sshd
 
 STAND_INS = {
     # one file a job: its number is the next, its content the script
-    "sbatch": 'for last in "$@"; do :; done\nsleep 0.1\nn=1\n'
-    'while ! mkdir "$jobs/$n" 2>/dev/null; do n=$((n+1)); done\nprintf "%s" "$last" > "$jobs/$n/script"; echo "$n"',
+    "sbatch": 'for last in "$@"; do :; done\nn=1; while ! mkdir "$jobs/$n" 2>/dev/null; do n=$((n+1)); done\n'
+    'printf "%s" "$last" > "$jobs/$n/script"; echo "$n"',
     "squeue": 'for job in "$jobs"/*/; do [ -f "$job/gone" ] || echo "$(basename "$job")|$(cat "$job/script")"; done',
     "scontrol": 'if [ "$1 $2" = "show job" ]; then [ -d "$jobs/$3" ] || { echo "Invalid job id" >&2; exit 1; }\n'
     's=PENDING; [ -f "$jobs/$3/cancelled" ] && s=CANCELLED\n'

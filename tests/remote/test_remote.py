@@ -60,6 +60,7 @@ def test_a_launch_that_died_between_submission_and_note_finds_its_job(lab, here,
     assert accepted(here, "lost", "--token", "token-lost")["jobs"] == answer["jobs"] and len(jobs(node)) == count
 
 
+@pytest.mark.slow
 def test_cuts_submit_nothing_twice(lab, here, node):
     proxy = sshd.CuttingProxy(node.port)
     draw = random.Random(1)
