@@ -38,7 +38,7 @@ def weighted_sum(tensor: torch.Tensor, first: int = 0) -> torch.Tensor:
     """
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=content.device)
-    odd = torch.arange(1, 2 * min(CHUNK, len(content)), 2, device=content.device)
+    odd = torch.arange(min(CHUNK, len(content)), device=content.device) * 2 + 1  # none where this rank has no rows
     for start in range(0, len(content), CHUNK):
         part = content[start : start + CHUNK].long()
         total += part.sum() * (2 * (first + start)) + (part * odd[: len(part)]).sum()
