@@ -253,6 +253,7 @@ def test_recurrent_layers_are_counted_and_what_the_host_computes_is_not() -> Non
     assert floor.step_bytes(shape, TOKENS, TARGETS, rank=RANK) < told["bytes"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_counts_experts_on_both_sides() -> None:
     """One layer of Qwen3-30B-A3B, whole width: ours moves less than peft on transformers' own path."""
     pytest.importorskip("triton")
