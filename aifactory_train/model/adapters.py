@@ -43,7 +43,8 @@ def apply_adapter(model: Any, recipe: Recipe, report: ModelReport) -> nn.Module:
         adapted = [n for n in routers if hasattr(model.get_base_model().get_submodule(n), "base_layer")]
         if adapted:
             raise UserError(
-                f"'{adapted[0]}' returns more than the product with its weights, an adapter cannot be put on it",
+                f"'{adapted[0]}' returns more than the product with its weights, or another one; an adapter cannot be "
+                "put on it",
                 where="adapter.targets",
                 fix="leave it out, or --set adapter.targets=all-linear, which does",
             )

@@ -283,16 +283,19 @@ def _check_output_layer(head: nn.Module) -> None:
 
 
 def _tuple_linears(model: Any) -> list[str]:
-    """Names of linear layers that return more than one tensor (the routers of Llama 4 and Phi-MoE): adapters cannot
-    wrap them.
+    """Names of linear layers that give something else than one product with their weights: more than one tensor (the
+    routers of Llama 4 and Phi-MoE), or a product of groups (DeepSeek V4's output): adapters cannot wrap them.
     """
     found = []
     for name, module in model.named_modules():
         own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
         if own and type(module).__module__.startswith("transformers"):
-            weight = module.weight
-            with torch.no_grad():
-                out = module(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
-            if not isinstance(out, torch.Tensor):
+            row = module.weight.new_zeros(1, module.in_features)
+            try:
+                with torch.no_grad():
+                    out = module(row)
+            except (RuntimeError, ValueError, IndexError):  # it does not take a row, as a linear layer would
+                out = None
+            if not isinstance(out, torch.Tensor) or out.shape != (1, module.out_features):
                 found.append(name)
     return found

@@ -214,6 +214,7 @@ def _compare_own(
 ) -> PositionVerdict:
     """The same with the model's own attention, which knows nothing of packs."""
     model = as_trained(small, plain, trust, own=True)
+    _learns(model, tokens)
     verdict = _alone(name, model, tokens, expected) or _in_rows(name, model, tokens, expected, "")
     return replace(verdict, attention=OWN) if verdict.batching == PADDED else verdict
 
@@ -261,8 +262,29 @@ def _alone(
     return None
 
 
+def _learns(model: CausalLM, tokens: list[torch.Tensor]) -> None:
+    """Run a document forward and backward as a step does; whatever the model's code raises is passed on. Some models
+    compute otherwise in training than in evaluation, or reach their weights by no gradient.
+    """
+    was = [parameter.requires_grad for parameter in model.parameters()]
+    model.train()
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            model.requires_grad_(True)
+            length = len(tokens[1])
+            place, bounds = torch.arange(length)[None], torch.tensor([0, length], dtype=torch.int32)
+            hidden = model(tokens[1][None], place, Documents.of(bounds, "cpu"), task=Forward.HIDDEN)
+            hidden.float().square().sum().backward()
+    finally:
+        model.eval()
+        for parameter, wanted in zip(model.parameters(), was, strict=True):
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+
+
 def _compare(name: str, ours: CausalLM, tokens: list[torch.Tensor], expected: list[torch.Tensor]) -> PositionVerdict:
     """Each document alone, then both in one pack, then in rows."""
+    _learns(ours, tokens)
     refused = _alone(name, ours, tokens, expected)
     if refused is not None:
         return refused

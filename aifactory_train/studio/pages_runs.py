@@ -253,7 +253,7 @@ def _results(
 ) -> Response:
     desk = desk_of(request)
     shown: dict[str, Any] = {"title": "Results", "runs": desk.runs(), "run": name, "exports": EXPORTS, "held": ""}
-    shown |= {"verdict": None, "exported": exported, "files": [], "can_report": False}
+    shown |= {"verdict": None, "exported": exported, "files": [], "chosen": "", "can_report": False}
     if not name:
         return page(request, "results", **shown)
     folder = _known(request, name)
@@ -266,6 +266,8 @@ def _results(
         shown["verdict"] = Verdict.read(results)
     below = folder.export.iterdir() if folder.export.is_dir() else ()
     shown["files"] = sorted(desk.shown(p) for p in below if p.is_dir() and not p.name.startswith("."))
+    written = {kind for kind in EXPORTS if any(Path(path).name.startswith(kind) for path in shown["files"])}
+    shown["chosen"] = next((kind for kind in EXPORTS if kind not in written), "")
     shown["can_report"] = bool(record)
     shown["state"] = folder.state().get("state")
     calls_shown = done or [Call.of("report", name, html=True), Call.of("chat", name)]

@@ -35,6 +35,7 @@ KEYS = {
     "train.learning_rate": "Learning rate",
     "train.schedule": "Schedule of the learning rate",
     "eval.every_steps": "Held-out loss every so many steps",
+    "eval.generate_rows": "Held-out rows that are answered",
     "eval.max_new_tokens": "Longest answer, in tokens",
     "privacy.profile": "Privacy profile",
 }

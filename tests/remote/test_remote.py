@@ -8,6 +8,7 @@ import random
 import time
 from pathlib import Path
 
+import pytest
 import sshd
 from conftest import Here, jobs
 

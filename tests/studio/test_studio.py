@@ -505,7 +505,9 @@ def test_a_training_is_refused_where_the_page_can_say_why(studio: Browser, tmp_p
 
 #: Starts a long command as the studio does, says so, and waits to be killed.
 _STARTER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from pathlib import Path
 from aifactory_train.studio import calls
 folder = Path(sys.argv[1])

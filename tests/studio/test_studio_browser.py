@@ -61,7 +61,7 @@ def test_the_whole_path_in_chromium(tmp_path: Path, tiny_model_dir: Path) -> Non
     assert "max_steps: 4" in seen["yaml"] and "# Written by" in seen["yaml"]
     assert seen["members"] == 32 and seen["parts"] > 3
     assert seen["state"] == "done" and seen["charts"] >= 4 and all(seen["outputs"]) and seen["updateMs"] < 100
-    assert seen["verdict"] and seen["exported"] == ["runs/first/export/adapter"]
+    assert seen["verdict"] and seen["exported"] == ["runs/first/export/adapter", "runs/first/export/merged"]
     assert RunFolder(desk / "runs" / "first").state()["step"] == 4
 
 
