@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aifactory_train.core.errors import EXIT_FAILED, RunFailed, UserError
+from aifactory_train.core.errors import EXIT_FAILED, EXIT_REFUSED, RunFailed, UserError
 from aifactory_train.core.output import note
 from aifactory_train.remote import known
 from aifactory_train.remote.connection import PAUSES, Connection, Cut, Refused
@@ -129,7 +129,11 @@ def _launch(connection: Connection, args: argparse.Namespace, words: list[str]) 
     if args.token is None:
         words = ["launch", "--token", token, *words[1:]]
     note(f"token {token}: after a cut the same command with --token {token} finds this launch")
-    return once_only(connection, words, token)
+    code = once_only(connection, words, token)
+    if code == EXIT_REFUSED:
+        name = connection.remote.name
+        note(f"paths above are {name}'s; commands that it names run from here with --on {name} and your own file")
+    return code
 
 
 def once_only(connection: Connection, words: list[str], token: str) -> int:

@@ -107,6 +107,7 @@ def _recipe(remote: Remote, args: argparse.Namespace, words: list[str]) -> tuple
             files, there = _rows(path)
             parcels += files
             settings += ["--set", f"data.{part}.{number}.source={THERE}/{there}"]
+            settings += ["--set", f"data.{part}.{number}.licence={source.licence}"]  # another source has another
     if os.path.isabs(recipe.model.base):
         fix = "name a base of a hub or a package; it is fetched there: aifactory fetch RECIPE --on " + remote.name
         raise UserError("a base model of this machine is not sent", where="model.base", fix=fix)

@@ -27,7 +27,8 @@ STAND_INS = {
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sshd.Server]:
     sshd.require()
-    with sshd.server(tmp_path_factory.mktemp("node") / "s") as server:
+    base = tmp_path_factory.mktemp("node") / "s"
+    with sshd.server(base, environment={"HF_HOME": f"{base}/home/hf"}) as server:
         (server.base / "jobs").mkdir()
         for name, text in STAND_INS.items():
             program = server.bin / name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -59,6 +60,48 @@ def test_a_launch_that_died_between_submission_and_note_finds_its_job(lab, here,
         books.rename(books.with_name("elsewhere"))
     count = len(jobs(node))
     assert accepted(here, "lost", "--token", "token-lost")["jobs"] == answer["jobs"] and len(jobs(node)) == count
+
+
+def fetched(node: sshd.Server, base: str, model: Path) -> None:
+    """Put ``model`` where a fetch over there would have left ``base``."""
+    hub = node.home / "hf" / "hub" / f"models--{base.replace('/', '--')}"
+    shutil.copytree(model, hub / "snapshots" / ("0" * 40))
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("0" * 40)
+
+
+def test_a_recipe_goes_there_with_its_rows_and_nothing_twice(lab, here, node, tmp_path, tiny_model_dir):
+    rows = tmp_path / "my rows '1'.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Door {i}?", "response": "Red."}) + "\n" for i in range(40)))
+    recipe = tmp_path / "doors.yaml"
+    recipe.write_text(
+        json.dumps(
+            {
+                "about": {"title": "doors"},
+                "model": {"base": "HuggingFaceTB/SmolLM2-135M-Instruct", "licence": "Apache-2.0"},
+                "data": {"train": {"source": str(rows), "format": "prompt", "licence": "own"}, "sequence_length": 128},
+                "train": {"max_steps": 2, "batch_rows": 8},
+            }
+        )
+    )
+    words = ("launch", recipe, "--on", "lab", "--name", "doors", "--json", "--token", "token-doors")
+    done = here(*words)
+    assert done.returncode == 2 and "[model-staged]" in done.stderr and "--on lab" in done.stderr, done.stderr
+    assert "whose is" not in done.stderr, "what the recipe says of its rows goes with them"
+    fetched(node, "HuggingFaceTB/SmolLM2-135M-Instruct", tiny_model_dir)
+    words = (*words[:-1], "token-doors-2")
+    done = here(*words)
+    assert done.returncode == 0, done.stderr
+    run = Path(str(json.loads(done.stdout)["run_dir"]))
+    written = "".join(p.read_text() for p in (run / "submission").rglob("*") if p.is_file())
+    assert str(rows) not in written and str(tmp_path) not in written
+    (sent,) = [p for p in (node.home / "af").rglob("rows*.jsonl") if p.read_bytes() == rows.read_bytes()]
+    assert str(sent) in written and jobs(node)[-1] == f"{run}/submission/job.sh"
+    again = here(*words)
+    assert again.returncode == 0 and "sent" not in again.stderr, again.stderr
+    assert json.loads(again.stdout)["jobs"] == json.loads(done.stdout)["jobs"]
+    assert here("logs", "doors", "--on", "lab").returncode in (0, 2)
+    assert json.loads(here("status", "doors", "--on", "lab", "--json").stdout)["state"] == "pending"
 
 
 @pytest.mark.slow
