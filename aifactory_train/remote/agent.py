@@ -509,4 +509,5 @@ def say_refusal(text):
     SINK.flush()
 
 
-main()
+if __name__ == "__main__":
+    main()

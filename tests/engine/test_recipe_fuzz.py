@@ -101,7 +101,7 @@ PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+-]*( [A-Za-z0-9_./+-]+)*")
 NULLS = ("null", "Null", "NULL", "~", "")
 #: Keys under rules that tie several together: left out where a recipe must load.
 TIED = re.compile(
-    r"train\.(batch_|grad_accum|micro|momentum|weight_decay|optimizer)|data\.(sequence|eval$|train$)|adapter\.(quantise|kind)|methods|"
+    r"parallel\.dims|train\.(batch_|grad_accum|micro|momentum|weight_decay|optimizer)|data\.(sequence|eval$|train$)|adapter\.(quantise|kind)|methods|"
     r"eval\.(early|best|every)|parallel\.(shard|engine)|model\.(vocabulary|start_from|rope_scaling)|\.format$|\.share$|id$|split_by|export.merge"
 )
 PATHS = ("model.base", "model.chat_template", "record.organisation", "record.sign_with", "privacy.identity")

@@ -211,5 +211,6 @@ def test_a_four_bit_base_wants_the_engine_that_training_accepts(plain_recipe):
     four_bit = ("adapter.kind=lora", "adapter.quantise_base=nf4")
     asked = {"site": "leonardo-booster", "account": "a"}
     assert "quantisation-supported" not in findings_of(plain_recipe, *four_bit, "parallel.engine=ddp", **asked)
-    found = findings_of(plain_recipe, *four_bit, "parallel.engine=fsdp2", **asked)
-    assert "fsdp2 cannot hold a 4-bit base" in found["quantisation-supported"].what
+    assert "quantisation-supported" not in findings_of(plain_recipe, *four_bit, "parallel.engine=fsdp2", **asked)
+    found = findings_of(plain_recipe, *four_bit, "parallel.engine=zero3", **asked)
+    assert "zero3 cannot hold a 4-bit base" in found["quantisation-supported"].what

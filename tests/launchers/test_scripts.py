@@ -278,7 +278,7 @@ def test_dry_run_is_fast_and_without_torch(system_id, plain_recipe, tmp_path):
         assert rc == "0" and heavy == "[]", done.stderr
         best = min(best, float(used))
     # On a machine at rest this is 0.35 s; on a busy one everything takes longer, the libraries too.
-    assert best < max(0.5, 4 * bare), f"{best:.2f} s of processor time, the libraries alone {bare:.2f} s"
+    assert best < max(0.5, 5 * bare), f"{best:.2f} s of processor time, the libraries alone {bare:.2f} s"
 
 
 def cpu_of(code: str, cwd: Path) -> float:
