@@ -200,11 +200,11 @@ def refuse_what_it_cannot_do(recipe: Recipe, name: str) -> None:
     refuse_quantised(recipe, name)
     refuse_optimizer(recipe, name)
     if recipe.methods.grpo is not None and not traits.samples:
-        others = ", ".join(other for other, found in ENGINES.items() if found.samples)
+        first, *others = (other for other, found in ENGINES.items() if found.samples)
         raise UserError(
             f"GRPO has not been tried with answers sampled under engine {name}",
             where="parallel.engine",
-            fix=f"--set parallel.engine={others}",
+            fix=f"--set parallel.engine={first}; also {', '.join(others)}",
         )
     if recipe.parallel.compile and not traits.compiles:
         raise UserError(
