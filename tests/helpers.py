@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +228,28 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> str:
     for word in words:
         assert word in result.stderr, (word, result.stderr)
     return result.stderr
+
+
+def costs_little(start: Callable[[], subprocess.CompletedProcess[str]], *, seconds: float, times: float) -> None:
+    """Assert that a command takes at most ``seconds`` of processor time, or on a slower machine at most ``times`` what
+    importing its libraries costs there.
+
+    Each try is compared with an import just before it, because what else runs on this machine slows both; the best of
+    six counts.
+    """
+    libraries = [sys.executable, "-c", "import pydantic, yaml, jinja2; from pydantic import BaseModel"]
+    tried = []
+    for _ in range(6):
+        alone = _processor_time(lambda: subprocess.run(libraries, capture_output=True, text=True, check=False))
+        tried.append((_processor_time(start), alone))
+        if tried[-1][0] < max(seconds, times * alone):
+            return
+    raise AssertionError(f"(seconds of the command, of its libraries alone): {tried}")
+
+
+def _processor_time(start: Callable[[], subprocess.CompletedProcess[str]]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = start()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

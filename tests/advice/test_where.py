@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import helpers
 import pytest
 
 from aifactory_train import sites
@@ -232,18 +232,7 @@ def test_all_systems_in_a_second_without_torch() -> None:
     sets = [word for text in NINE for word in ("--set", text)]
     command = ["where", "health/phenotype-terms", "--country", "FI", "--sme", "--tokens", "2e7", "--json", *sets]
 
-    def processor_time(start: list[str]) -> float:
-        """Of the quickest of three: other processes of this machine do not count."""
-        quickest = 9.0
-        for _ in range(3):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            done = subprocess.run(start, capture_output=True, text=True, timeout=120, check=False)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            assert done.returncode == 0, done.stderr
-            quickest = min(quickest, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        return quickest
-
-    unit = processor_time([sys.executable, "-c", "import pydantic, yaml; from pydantic import BaseModel"])
-    took = processor_time([sys.executable, "-c", code, *command])
-    # a second, or on a slower machine seven times what importing its libraries costs there
-    assert took < max(1.0, 7 * unit), f"{took:.3f} s; the libraries alone {unit:.3f} s"
+    started = [sys.executable, "-c", code, *command]
+    helpers.costs_little(
+        lambda: subprocess.run(started, capture_output=True, text=True, timeout=120, check=False), seconds=1.0, times=7
+    )

@@ -33,13 +33,14 @@ def rows(tmp_path: Path) -> Path:
 
 def test_vs_trl_trains_the_same_steps_on_both_sides(rows: Path, tiny_model_dir: Path) -> None:
     pytest.importorskip("trl")
-    result = run(
-        "vs_trl.py", "--case", "packed-lora", "--pairs", "1", "--data", str(rows), "--model", str(tiny_model_dir)
-    )
+    words = ("--case", "packed-lora", "--pairs", "1", "--data", str(rows), "--model", str(tiny_model_dir))
+    result = run("vs_trl.py", *words)
+    if result["ceiling_share"] >= 1.5:  # other work fell upon the moment of the yardstick: measured again, once
+        result = run("vs_trl.py", *words)
     (case,) = result["cases"]
     wanted = {"name", "ours_tokens_per_s", "peer_tokens_per_s", "speed_ratio", "ours_peak_gb", "peer_peak_gb"}
     assert wanted | {"memory_ratio", "loss_max_rel_diff"} <= case.keys()
-    assert case["name"] == "packed-lora" and result["ceiling_share"] > 0 and result["gemm_gflops"] > 0
+    assert case["name"] == "packed-lora" and 0 < result["ceiling_share"] < 1.5 and result["gemm_gflops"] > 0
     assert case["loss_max_rel_diff"] < 1e-3  # TRL's packing, masks and adapter are ours
     assert len(case["pairs"][0]["loss_ours"]) == 2 and case["pairs"][0]["loss_ours"][0] > 1
     assert case["peer_peak_gb"] > 0.1 and case["ours_peak_gb"] > 0.1

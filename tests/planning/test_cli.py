@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import helpers
 import pytest
 
 RECIPE = """model: {base: meta-llama/Llama-3.1-8B}
@@ -54,24 +54,7 @@ def test_fast_and_without_torch(recipe):
         "heavy; sys.exit(code)"
     )
 
-    def processor_time(start) -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = start()
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0, done.stderr
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    # Half a second, or on a slower machine three and a half times what importing the libraries costs there; each
-    # plan is compared with the libraries just before it: what else runs on this machine slows both.
-    libraries = [sys.executable, "-c", "import pydantic, yaml, jinja2; from pydantic import BaseModel"]
-    tried = []
-    for _ in range(6):
-        unit = processor_time(lambda: subprocess.run(libraries, capture_output=True, text=True, check=False))
-        plan = processor_time(lambda: run(recipe, *BASE, "--json", code=code))
-        tried.append(plan / max(0.5, 3.5 * unit))
-        if tried[-1] < 1:
-            break
-    assert min(tried) < 1, tried
+    helpers.costs_little(lambda: run(recipe, *BASE, "--json", code=code), seconds=0.5, times=3.5)
 
 
 class _Checker(HTMLParser):
