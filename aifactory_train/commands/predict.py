@@ -25,71 +25,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from aifactory_train.config.head_block import embeds
-    from aifactory_train.core import compat, output
+    from aifactory_train.core import output
     from aifactory_train.core.errors import UserError
     from aifactory_train.core.files import write_atomic
-    from aifactory_train.evaluation.predicting import Predictor, texts_of
+    from aifactory_train.evaluation.predicting import texts_of
     from aifactory_train.run.folder import open_run
 
     folder = open_run(args.run_name)
     recipe = folder.load_config()
-    if embeds(recipe):
-        return _vectors(args, folder, recipe)
+    vectors = embeds(recipe)
     if args.text is not None:
         if args.out is not None:
             raise UserError("is for --data", where="--out")
         if not args.text.strip():
-            raise UserError("is empty: there is nothing to classify", where="--text")
-        (found,) = Predictor(folder, compat.device_type()).predict([("text", args.text)])
+            raise UserError(f"is empty: there is nothing to {'embed' if vectors else 'classify'}", where="--text")
+        (found,) = _answers(folder, recipe, [("text", args.text)])
         if args.json:
             output.print_json({"run": str(folder.path), **found})
         else:
-            print(_said(found))
+            print(json.dumps(found["embedding"]) if vectors else _said(found))
         return 0
-    rows = texts_of(Path(args.data), recipe)
-    predictions = Predictor(folder, compat.device_type()).predict(rows)
-    target = args.out or folder.path / "predictions.jsonl"
-    write_atomic(target, "".join(json.dumps(p, ensure_ascii=False, allow_nan=False) + "\n" for p in predictions))
+    answers = _answers(folder, recipe, texts_of(Path(args.data), recipe))
+    what = "embeddings" if vectors else "predictions"
+    target = args.out or folder.path / f"{what}.jsonl"
+    write_atomic(target, "".join(json.dumps(a, ensure_ascii=False, allow_nan=False) + "\n" for a in answers))
     if args.json:
-        counts: dict[str, int] = {}
-        for label in (label for p in predictions for label in p["labels"]):
-            counts[label] = counts.get(label, 0) + 1
-        shown = {"run": str(folder.path), "data": args.data, "rows": len(predictions), "labels": counts}
-        output.print_json({**shown, "predictions": str(target)})
+        of_all = {"dimensions": len(answers[0]["embedding"])} if vectors else {"labels": _counts(answers)}
+        shown = {"run": str(folder.path), "data": args.data, "rows": len(answers)}
+        output.print_json({**shown, **of_all, what: str(target)})
         return 0
-    print(f"{len(predictions)} rows of {args.data}\npredictions: {target}")
+    print(f"{len(answers)} rows of {args.data}\n{what}: {target}")
     return 0
 
 
-def _vectors(args: argparse.Namespace, folder: RunFolder, recipe: Recipe) -> int:
-    """The vectors of an embedding model: a line ``{"id", "embedding", "truncated"}`` a text."""
-    from aifactory_train.core import compat, output
-    from aifactory_train.core.errors import UserError
-    from aifactory_train.core.files import write_atomic
+def _answers(folder: RunFolder, recipe: Recipe, rows: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Of each text its vector (``{"id", "embedding", "truncated"}``) or its labels, by what the run trained."""
+    from aifactory_train.config.head_block import embeds
+    from aifactory_train.core import compat
     from aifactory_train.evaluation.embedding_texts import Embedder
-    from aifactory_train.evaluation.predicting import texts_of
+    from aifactory_train.evaluation.predicting import Predictor
 
-    if args.text is not None:
-        if args.out is not None:
-            raise UserError("is for --data", where="--out")
-        if not args.text.strip():
-            raise UserError("is empty: there is nothing to embed", where="--text")
-        (found,) = Embedder(folder, compat.device_type()).embed([("text", args.text)])
-        if args.json:
-            output.print_json({"run": str(folder.path), **found})
-        else:
-            print(json.dumps(found["embedding"]))
-        return 0
-    rows = texts_of(Path(args.data), recipe)
-    found_all = Embedder(folder, compat.device_type()).embed(rows)
-    target = args.out or folder.path / "embeddings.jsonl"
-    write_atomic(target, "".join(json.dumps(p, ensure_ascii=False, allow_nan=False) + "\n" for p in found_all))
-    if args.json:
-        shown = {"run": str(folder.path), "data": args.data, "rows": len(found_all)}
-        output.print_json({**shown, "dimensions": len(found_all[0]["embedding"]), "embeddings": str(target)})
-        return 0
-    print(f"{len(found_all)} rows of {args.data}\nembeddings: {target}")
-    return 0
+    if embeds(recipe):
+        return Embedder(folder, compat.device_type()).embed(rows)
+    return Predictor(folder, compat.device_type()).predict(rows)
+
+
+def _counts(answers: list[dict[str, Any]]) -> dict[str, int]:
+    """How many texts were given each label, in the order in which labels first came."""
+    counts: dict[str, int] = {}
+    for label in (label for answer in answers for label in answer["labels"]):
+        counts[label] = counts.get(label, 0) + 1
+    return counts
 
 
 def _said(found: dict[str, Any]) -> str:

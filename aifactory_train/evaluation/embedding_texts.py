@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from aifactory_train.core.files import read_json
-from aifactory_train.evaluation.predicting import BATCH_TOKENS
+from aifactory_train.evaluation.predicting import batches_of, tokens_of
 from aifactory_train.model.trained import load_embedder
 
 if TYPE_CHECKING:
@@ -28,12 +28,10 @@ class Embedder:
         """``{"id", "embedding", "truncated"}`` of each ``(id, text)``; an embedding has all dimensions, of length 1
         where vectors are compared by cosine.
         """
-        length = int(self.how["sequence_length"])
-        tokens = [self.tokenizer(text).input_ids for _, text in rows]
-        kept = [self.tokenizer(text, truncation=True, max_length=length).input_ids for _, text in rows]
+        kept, cut = tokens_of(self.tokenizer, rows, int(self.how["sequence_length"]))
         vectors = self.vectors(kept)
         return [
-            {"id": name, "embedding": [round(x, 7) for x in vectors[i]], "truncated": len(tokens[i]) > length}
+            {"id": name, "embedding": [round(x, 7) for x in vectors[i]], "truncated": cut[i]}
             for i, (name, _) in enumerate(rows)
         ]
 
@@ -41,16 +39,7 @@ class Embedder:
     def vectors(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
         """The vector of each row of token ids; padded on the right, texts of one length together."""
         out: list[list[float]] = [[] for _ in rows]
-        waiting = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        while waiting:
-            width = len(rows[waiting[0]])
-            count = max(1, BATCH_TOKENS // width)
-            batch, waiting = waiting[:count], waiting[count:]
-            ids = torch.zeros(len(batch), width, dtype=torch.int64)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(batch):
-                ids[row, : len(rows[i])] = torch.tensor(rows[i])
-                mask[row, : len(rows[i])] = 1
+        for batch, ids, mask in batches_of(rows, pad_id=0):
             states = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
             for row, i in enumerate(batch):
                 own = states[row, : len(rows[i])].double()

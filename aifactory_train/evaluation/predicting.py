@@ -4,7 +4,7 @@ computes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,27 @@ def texts_of(path: Path, recipe: Recipe) -> list[tuple[str, str]]:
     return out
 
 
+def tokens_of(tokenizer: Any, rows: Sequence[tuple[str, str]], length: int) -> tuple[list[list[int]], list[bool]]:
+    """(the first ``length`` tokens of each ``(id, text)``, whether it had more)."""
+    kept = [tokenizer(text, truncation=True, max_length=length).input_ids for _, text in rows]
+    return kept, [len(tokenizer(text).input_ids) > length for _, text in rows]
+
+
+def batches_of(rows: Sequence[Sequence[int]], pad_id: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """``(which rows, ids [B, T], mask [B, T])``, both int64: padded on the right, texts of one length together."""
+    waiting = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    while waiting:
+        width = len(rows[waiting[0]])
+        count = max(1, BATCH_TOKENS // width)
+        batch, waiting = waiting[:count], waiting[count:]
+        ids = torch.full((len(batch), width), pad_id)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):
+            ids[row, : len(rows[i])] = torch.tensor(rows[i])
+            mask[row, : len(rows[i])] = 1
+        yield batch, ids, mask
+
+
 class Predictor:
     """The exported head of a run, with what was chosen on its held-out rows."""
 
@@ -62,9 +83,7 @@ class Predictor:
         ``labels``: the best one; of any number of labels those above their thresholds. Probabilities are calibrated by
         the temperature where there is one.
         """
-        length = int(self.head["sequence_length"])
-        tokens = [self.tokenizer(text).input_ids for _, text in rows]
-        kept = [self.tokenizer(text, truncation=True, max_length=length).input_ids for _, text in rows]
+        kept, cut = tokens_of(self.tokenizer, rows, int(self.head["sequence_length"]))
         outputs = self.outputs(kept)
         names, several = self.head["labels"], self.head["kind"] == "multi_label"
         temperature = float(self.head.get("temperature", 1.0))
@@ -79,7 +98,7 @@ class Predictor:
                 "id": name,
                 "labels": [names[k] for k in np.flatnonzero(given[i])],
                 "probabilities": {label: round(float(p), 6) for label, p in zip(names, probabilities[i], strict=True)},
-                "truncated": len(tokens[i]) > length,
+                "truncated": cut[i],
             }
             for i, (name, _) in enumerate(rows)
         ]
@@ -88,17 +107,7 @@ class Predictor:
     def outputs(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """float64 ``[rows, labels]`` of token ids, padded on the right, texts of one length together."""
         out = np.zeros((len(rows), len(self.head["labels"])))
-        pad_id = int(self.model.config.pad_token_id)
-        waiting = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        while waiting:
-            width = len(rows[waiting[0]])
-            count = max(1, BATCH_TOKENS // width)
-            batch, waiting = waiting[:count], waiting[count:]
-            ids = torch.full((len(batch), width), pad_id)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(batch):
-                ids[row, : len(rows[i])] = torch.tensor(rows[i])
-                mask[row, : len(rows[i])] = 1
+        for batch, ids, mask in batches_of(rows, int(self.model.config.pad_token_id)):
             found = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
             out[batch] = found.double().cpu().numpy()
         return out
